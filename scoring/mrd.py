@@ -1,0 +1,241 @@
+"""Memory Removal Difficulty: two statistics and four estimators.
+
+P_t(theta) = log p(x_t | x_<t; theta) over the scored tokens of a sample, delta ~ N(0, sigma^2 I) over all
+parameters, and the relative change of one draw is
+
+    Delta_k = Sum_t (P_t(theta) - P_t(theta + delta_k)) / P_t(theta).
+
+Statistics (the paper gives both under one name):
+    mean_abs   (1/K) Sum_k |Delta_k|     Algorithm 1                  O(sigma)
+    abs_mean   |(1/K) Sum_k Delta_k|     Definition 3.1, Theorem 3.2  O(sigma^2)
+
+Estimators, all returning one number per sample and draw, which `reduce_draws` turns into the statistic:
+    monte-carlo  both       Delta_k as printed
+    antithetic   abs_mean   (Delta(delta_k) + Delta(-delta_k)) / 2: first-order terms cancel exactly
+    gradient     mean_abs   sigma * sqrt(2/pi) * ||grad Sum_t log|P_t|||: exact as sigma -> 0, no sampling
+    curvature    abs_mean   -(sigma^2/2) Sum_t v^T H_t v / P_t with random signs v: Hutchinson on Theorem 3.2
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import numpy as np
+import torch
+
+from scoring.samples import Batch
+
+Statistic = Literal["mean_abs", "abs_mean"]
+
+
+@dataclass(frozen=True)
+class Estimator:
+    """What an estimator is for, and what it costs.
+
+    Attributes:
+        statistics: the statistics it estimates; the first is its default.
+        default_draws: draws when none are asked for; 0 if it draws nothing.
+        perturbs: it moves stored weights, so they must hold sigma: fp32, not bfloat16.
+    """
+
+    statistics: tuple[Statistic, ...]
+    default_draws: int
+    perturbs: bool
+
+
+ESTIMATORS: dict[str, Estimator] = {
+    "monte-carlo": Estimator(("mean_abs", "abs_mean"), 200, True),
+    "antithetic": Estimator(("abs_mean",), 64, True),
+    "gradient": Estimator(("mean_abs",), 0, False),
+    "curvature": Estimator(("abs_mean",), 8, False),
+}
+STATISTICS: tuple[Statistic, ...] = ("mean_abs", "abs_mean")
+
+
+class Perturbable(Protocol):
+    """What the estimators ask of a model replica."""
+
+    def logprobs(self, batch: Batch) -> torch.Tensor:
+        """P_t under the current weights, (B, S); 0 at padding and at saturated tokens."""
+
+    def perturb(self, sigma: float, seed: int, draw: int) -> None:
+        """theta <- base + delta_k."""
+
+    def mirror(self) -> None:
+        """theta <- base - delta_k, after `perturb`."""
+
+    def restore(self) -> None:
+        """theta <- base, bitwise."""
+
+    def log_abs_gradient_norms(self, batch: Batch) -> torch.Tensor:
+        """||grad Sum_t log|P_t||| over all parameters, (B,)."""
+
+    def second_derivatives(self, batch: Batch, seed: int, draw: int) -> torch.Tensor:
+        """v^T H_t v of every P_t along random signs v, (B, S)."""
+
+
+def relative_change(base: torch.Tensor, moved: torch.Tensor) -> np.ndarray:
+    """Delta of one draw: Sum_t (P_t - P'_t) / P_t. (B, S) twice -> (B,) fp64.
+
+    Tokens with P_t = 0 (padding, or saturated) are left out.
+    """
+    return _over_base(base, base.double() - moved.double())
+
+
+def _over_base(base: torch.Tensor, numerator: torch.Tensor) -> np.ndarray:
+    """Sum_t numerator_t / P_t over the tokens with P_t < 0."""
+    kept = base < 0
+    terms = numerator.double() / torch.where(kept, base, -1.0).double()
+    return torch.where(kept, terms, 0.0).sum(-1).cpu().numpy()
+
+
+@dataclass(frozen=True)
+class Draws:
+    """What one replica measured on a list of batches; rows in batch order.
+
+    Attributes:
+        indices: (N,) data-set positions.
+        values: (N, K) fp64, one value a draw (K = 1 and no sampling for `gradient`).
+        nll: (N,) fp64, -Sum_t P_t in nats.
+        saturated: (N,) int64, scored tokens whose probability is exactly 1.
+    """
+
+    indices: np.ndarray
+    values: np.ndarray
+    nll: np.ndarray
+    saturated: np.ndarray
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is to be estimated.
+
+    Attributes:
+        estimator: a key of ESTIMATORS.
+        sigma: standard deviation of the perturbation.
+        seed: addresses the noise.
+        first_draw, last_draw: the draws k with first_draw <= k < last_draw.
+    """
+
+    estimator: str
+    sigma: float
+    seed: int
+    first_draw: int = 0
+    last_draw: int = 1
+
+
+def estimate(replica: Perturbable, batches: Sequence[Batch], request: Request) -> Draws:
+    """Run an estimator over batches, one pass of all of them per draw, and leave the weights as they were."""
+    base = [replica.logprobs(batch) for batch in batches]
+    values = _DRAWERS[request.estimator](replica, batches, base, request)
+    return Draws(
+        indices=np.concatenate([batch.indices.cpu().numpy() for batch in batches]),
+        values=values,
+        nll=np.concatenate([-p.double().sum(-1).cpu().numpy() for p in base]),
+        saturated=np.concatenate(
+            [((p == 0) & b.mask.to(p.device)).sum(-1).cpu().numpy() for p, b in zip(base, batches, strict=True)]
+        ),
+    )
+
+
+def _changes(replica: Perturbable, batches: Sequence[Batch], base: Sequence[torch.Tensor]) -> np.ndarray:
+    """Delta of the current perturbation for all samples, (N,)."""
+    return np.concatenate(
+        [relative_change(p, replica.logprobs(batch)) for p, batch in zip(base, batches, strict=True)]
+    )
+
+
+def _monte_carlo(
+    replica: Perturbable, batches: Sequence[Batch], base: Sequence[torch.Tensor], request: Request
+) -> np.ndarray:
+    """Algorithm 1, with each draw's noise shared by all samples: that halves nothing of its accuracy per sample
+    and makes the noise cost one pass over the weights instead of one per sample."""
+    columns = []
+    try:
+        for draw in range(request.first_draw, request.last_draw):
+            replica.perturb(request.sigma, request.seed, draw)
+            columns.append(_changes(replica, batches, base))
+    finally:
+        replica.restore()
+    return np.stack(columns, axis=1)
+
+
+def _antithetic(
+    replica: Perturbable, batches: Sequence[Batch], base: Sequence[torch.Tensor], request: Request
+) -> np.ndarray:
+    columns = []
+    try:
+        for draw in range(request.first_draw, request.last_draw):
+            replica.perturb(request.sigma, request.seed, draw)
+            ahead = _changes(replica, batches, base)
+            replica.mirror()
+            columns.append((ahead + _changes(replica, batches, base)) / 2)
+    finally:
+        replica.restore()
+    return np.stack(columns, axis=1)
+
+
+def _gradient(
+    replica: Perturbable, batches: Sequence[Batch], base: Sequence[torch.Tensor], request: Request
+) -> np.ndarray:
+    norms = np.concatenate([replica.log_abs_gradient_norms(batch).double().cpu().numpy() for batch in batches])
+    return (request.sigma * math.sqrt(2 / math.pi) * norms)[:, None]
+
+
+def _curvature(
+    replica: Perturbable, batches: Sequence[Batch], base: Sequence[torch.Tensor], request: Request
+) -> np.ndarray:
+    columns = [
+        np.concatenate(
+            [
+                _over_base(p, -replica.second_derivatives(batch, request.seed, draw))
+                for p, batch in zip(base, batches, strict=True)
+            ]
+        )
+        for draw in range(request.first_draw, request.last_draw)
+    ]
+    return np.stack(columns, axis=1) * (request.sigma**2 / 2)
+
+
+_DRAWERS = {
+    "monte-carlo": _monte_carlo,
+    "antithetic": _antithetic,
+    "gradient": _gradient,
+    "curvature": _curvature,
+}
+
+
+def reduce_draws(values: np.ndarray, statistic: Statistic) -> tuple[np.ndarray, np.ndarray]:
+    """The statistic and its standard error from draws, (N, K) -> (N,), (N,).
+
+    For abs_mean the standard error is that of the mean before the absolute value is taken. One column means
+    no sampling (`gradient`): the standard error is 0.
+    """
+    signed = np.abs(values) if statistic == "mean_abs" else values
+    count = signed.shape[1]
+    error = signed.std(axis=1, ddof=1) / math.sqrt(count) if count > 1 else np.zeros(len(signed))
+    return np.abs(signed.mean(axis=1)), error
+
+
+def median_relative_error(values: np.ndarray, statistic: Statistic) -> float:
+    """The median over samples of standard error / value: what `draws="auto"` brings under its tolerance (the
+    paper's "stable K", Table 12)."""
+    score, error = reduce_draws(values, statistic)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return float(np.median(np.where(score > 0, error / score, np.inf)))
+
+
+def scaling_slope(sigmas: Sequence[float], scores: np.ndarray) -> float:
+    """Slope of log MRD against log sigma, by least squares on the median over samples.
+
+    Args:
+        sigmas: M perturbation sizes.
+        scores: (M, N) MRD of N samples at each.
+
+    Returns:
+        1 for a sound mean_abs, 2 for a sound abs_mean, 0 where rounding was measured instead of the model.
+    """
+    return float(np.polyfit(np.log(sigmas), np.log(np.median(scores, axis=1)), 1)[0])

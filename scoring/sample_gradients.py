@@ -1,0 +1,265 @@
+"""Per-sample gradient norms of a whole batch from one backward pass.
+
+For y = W x the gradient of sample i is G_i^T A_i (A: inputs, G: gradients of the outputs, a row a token), and
+
+    ||G_i^T A_i||_F^2 = <A_i A_i^T, G_i G_i^T>,
+
+so its norm needs two T x T Gram matrices and never the gradient itself. The model's parameters are frozen while
+this runs: the backward pass carries gradients of activations only, which costs one forward, not two.
+
+Handled in closed form: Linear and Conv1D (with biases), embeddings (scaled and offset ones too), and a head tied
+to the embedding (its cross term included). Any other module that owns parameters (norms of every kind) is
+differentiated by itself, a sample at a time under vmap: its parameters are small. What fits neither raises
+`UnsupportedModule`, and the caller falls back to `autograd_norms`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.func import functional_call, vjp, vmap
+from transformers.pytorch_utils import Conv1D
+
+from scoring.logprob import scored_logprobs
+from scoring.samples import Batch
+
+# (B, S) log-probs and (B, S) mask -> (B,): the scalar of each sample whose gradient norm is wanted.
+Objective = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+class UnsupportedModule(TypeError):
+    """A module whose per-sample gradients the batched method cannot form."""
+
+
+def log_abs_logprob(logprobs: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Sum_t log|P_t|, whose gradient is Sum_t grad P_t / P_t: the first-order term of MRD. Saturated tokens
+    (P_t = 0) are left out."""
+    kept = mask & (logprobs < 0)
+    return torch.where(kept, logprobs, -1.0).neg().log().sum(-1)
+
+
+def negative_log_likelihood(logprobs: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Sum_t -P_t."""
+    return -torch.where(mask, logprobs, 0.0).sum(-1)
+
+
+def mean_negative_log_likelihood(logprobs: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """The mean of -P_t over the scored tokens: the training loss of one sample."""
+    return negative_log_likelihood(logprobs, mask) / mask.sum(-1)
+
+
+def per_sample_gradient_norms(
+    model: nn.Module, batch: Batch, objective: Objective
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """L2 norms over all parameters of each sample's gradient, from one forward and one backward.
+
+    Args:
+        model: a causal LM in eval mode.
+        batch: B samples.
+        objective: which scalar of the log-probs is differentiated.
+
+    Returns:
+        norms (B,) fp64, and the log-probs (B, S) of the forward pass.
+
+    Raises:
+        UnsupportedModule: a parameter's gradient cannot be formed per sample.
+    """
+    frozen = [p for p in model.parameters() if p.requires_grad]
+    for p in frozen:
+        p.requires_grad_(False)
+    try:
+        with _Recorder(model, batch) as recorder, torch.enable_grad():
+            logprobs = scored_logprobs(model, batch)
+            objective(logprobs, batch.mask).sum().backward()
+        return recorder.squared_norms().sqrt(), logprobs.detach()
+    finally:
+        for p in frozen:
+            p.requires_grad_(True)
+
+
+def autograd_norms(model: nn.Module, batch: Batch, objective: Objective) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same by plain autograd, a sample at a time: B forwards and backwards. Works for any model."""
+    parameters = list(model.parameters())
+    required = [p.requires_grad for p in parameters]
+    norms = torch.zeros(len(batch), dtype=torch.float64)
+    logprobs = torch.zeros(batch.mask.shape, dtype=torch.float64)
+    try:
+        for p in parameters:
+            p.requires_grad_(True)
+        for row in range(len(batch)):
+            one = batch.rows(row, row + 1).to(batch.input_ids.device)
+            with torch.enable_grad():
+                values = scored_logprobs(model, one)
+                scalar = objective(values, one.mask).sum()
+                gradients = torch.autograd.grad(scalar, parameters, allow_unused=True)
+            norms[row] = sum(g.double().square().sum().item() for g in gradients if g is not None) ** 0.5
+            logprobs[row, : values.shape[1]] = values.detach()[0].to(logprobs)
+        return norms.to(batch.input_ids.device), logprobs.to(batch.input_ids.device)
+    finally:
+        for p, flag in zip(parameters, required, strict=True):
+            p.requires_grad_(flag)
+
+
+def _precise(tensor: torch.Tensor) -> torch.Tensor:
+    """fp32 at least: Gram matrices in bfloat16 would lose what the estimator is for."""
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
+class _Recorder:
+    """Hooks every module that owns parameters; accumulates squared per-sample gradient norms in `_total`."""
+
+    def __init__(self, model: nn.Module, batch: Batch) -> None:
+        self._batch = batch
+        self._total = torch.zeros(len(batch), dtype=torch.float64, device=batch.input_ids.device)
+        self._handles: list[Any] = []
+        self._seen: set[str] = set()
+        # What a head tied to the embedding leaves for the cross term: (gathered logit gradients, head inputs).
+        self._tied_head: tuple[torch.Tensor, torch.Tensor] | None = None
+        head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+        self._tied = head is not None and head.weight is embedding.weight
+        self._head, self._embedding = head, embedding
+        self._owners: dict[int, str] = {}
+        for name, module in model.named_modules():
+            own = list(module.parameters(recurse=False))
+            if not own:
+                continue
+            for p in own:
+                if id(p) in self._owners and not (self._tied and p is head.weight):
+                    raise UnsupportedModule(f"{name} shares a parameter with {self._owners[id(p)]}")
+                self._owners[id(p)] = name
+            self._handles.append(module.register_forward_hook(self._hook(name), with_kwargs=True))
+
+    def __enter__(self) -> _Recorder:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def squared_norms(self) -> torch.Tensor:
+        return self._total
+
+    def _hook(self, name: str):
+        def hook(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
+            if name in self._seen:
+                raise UnsupportedModule(f"{name} ({type(module).__name__}) runs more than once in a forward pass")
+            if not isinstance(output, torch.Tensor):
+                raise UnsupportedModule(f"{name} ({type(module).__name__}) does not return a tensor")
+            self._seen.add(name)
+            if isinstance(module, nn.Embedding):
+                ids, scale = _lookup(module, args, kwargs)
+                output = output.detach().requires_grad_()
+                self._check_rows(name, module, ids)
+                output.register_hook(lambda g: self._add_embedding(module, ids, scale, g))
+            elif not output.requires_grad:
+                raise UnsupportedModule(f"{name} ({type(module).__name__}) is not downstream of an embedding")
+            elif isinstance(module, nn.Linear | Conv1D):
+                inputs = self._split(name, module, args[0].detach())
+                output.register_hook(lambda g: self._add_linear(module, inputs, self._split(name, module, g)))
+            else:
+                inputs = tuple(self._split(name, module, a.detach()) for a in args)
+                output.register_hook(lambda g: self._add_generic(module, inputs, self._split(name, module, g)))
+            return output
+
+        return hook
+
+    def _check_rows(self, name: str, module: nn.Module, tensor: torch.Tensor) -> None:
+        if tensor.shape[0] != len(self._batch):
+            raise UnsupportedModule(
+                f"{name} ({type(module).__name__}) sees a tensor of shape {tuple(tensor.shape)} in which the "
+                f"{len(self._batch)} samples cannot be told apart"
+            )
+
+    def _split(self, name: str, module: nn.Module, tensor: torch.Tensor) -> torch.Tensor:
+        """Put the sample dimension first: (B*T, d), as some models flatten it, becomes (B, T, d)."""
+        rows, length = self._batch.input_ids.shape
+        if tensor.dim() == 2 and tensor.shape[0] == rows * length and length > 1:
+            tensor = tensor.reshape(rows, length, -1)
+        self._check_rows(name, module, tensor)
+        return tensor
+
+    def _add_linear(self, module: nn.Module, inputs: torch.Tensor, grads: torch.Tensor) -> None:
+        inputs, grads = _precise(inputs.flatten(1, -2)), _precise(grads.flatten(1, -2))
+        self._total += _outer_product_norms(inputs, grads)
+        if module.bias is not None:
+            self._total += grads.sum(1).double().square().sum(-1)
+        if self._tied and module is self._head:
+            ids = self._batch.input_ids.unsqueeze(1).expand(-1, grads.shape[1], -1)
+            self._tied_head = (grads.gather(-1, ids), inputs)
+
+    def _add_embedding(self, module: nn.Module, ids: torch.Tensor, scale: torch.Tensor, grads: torch.Tensor) -> None:
+        grads = _precise(grads) * scale
+        if module.padding_idx is not None:
+            # torch gives the padding row no gradient.
+            grads = grads.masked_fill((ids == module.padding_idx).unsqueeze(-1), 0.0)
+        # Rows of the table used by the same sample several times add up before they are squared.
+        same = (ids.unsqueeze(1) == ids.unsqueeze(2)).to(grads.dtype)
+        self._total += (torch.bmm(grads, grads.mT) * same).double().sum((1, 2))
+        if self._tied and module is self._embedding:
+            assert self._tied_head is not None
+            gathered, hidden = self._tied_head
+            if module.padding_idx is not None:
+                gathered = gathered.masked_fill((ids == module.padding_idx).unsqueeze(1), 0.0)
+            self._total += 2 * (gathered * torch.bmm(hidden, grads.mT)).double().sum((1, 2))
+            self._tied_head = None
+
+    def _add_generic(self, module: nn.Module, inputs: tuple[torch.Tensor, ...], grads: torch.Tensor) -> None:
+        parameters = {n: _precise(p.detach()) for n, p in module.named_parameters(recurse=False)}
+
+        def gradient(row: tuple[torch.Tensor, ...], grad: torch.Tensor) -> dict[str, torch.Tensor]:
+            def forward(values: dict[str, torch.Tensor]) -> torch.Tensor:
+                return functional_call(module, values, tuple(x.unsqueeze(0) for x in row))
+
+            return vjp(forward, parameters)[1](grad.unsqueeze(0))[0]
+
+        with _hooks_off(module):
+            result = vmap(gradient)(tuple(_precise(x) for x in inputs), _precise(grads))
+        for g in result.values():
+            self._total += g.flatten(1).double().square().sum(-1)
+
+
+@contextmanager
+def _hooks_off(module: nn.Module):
+    """Call a module without the hooks of this file."""
+    hooks, module._forward_hooks = module._forward_hooks, type(module._forward_hooks)()
+    try:
+        yield
+    finally:
+        module._forward_hooks = hooks
+
+
+def _lookup(module: nn.Embedding, args: tuple, kwargs: dict) -> tuple[torch.Tensor, torch.Tensor]:
+    """Row numbers and scale of an embedding look-up, also of subclasses that offset the ids (OPT's positions)
+    or scale the result (Gemma 3).
+
+    A look-up is fully described by what it does to a table of row numbers and to a table of ones.
+    """
+    rows = torch.arange(module.num_embeddings, dtype=torch.float64, device=module.weight.device).unsqueeze(1)
+    with _hooks_off(module):
+        scale = functional_call(module, {"weight": torch.ones_like(rows)}, args, kwargs)
+        scaled = functional_call(module, {"weight": rows}, args, kwargs)
+    return (scaled / scale).round().long().squeeze(-1), _precise(scale.to(module.weight.dtype))
+
+
+def _outer_product_norms(inputs: torch.Tensor, grads: torch.Tensor) -> torch.Tensor:
+    """||G_i^T A_i||_F^2 for each sample. inputs (B, T, m), grads (B, T, n) -> (B,) fp64.
+
+    Two ways of the same number, whichever multiplies less: by T x T Gram matrices (T^2 (m + n) a sample), or by
+    forming each m x n gradient (T m n), a few samples at a time.
+    """
+    rows, length, m = inputs.shape
+    n = grads.shape[-1]
+    if length * (m + n) <= 2 * m * n:
+        grams = torch.bmm(inputs, inputs.mT) * torch.bmm(grads, grads.mT)
+        # Cancellation can leave a rounding error below zero where the true norm is zero.
+        return grams.double().sum((1, 2)).clamp_min_(0.0)
+    step = max(1, (1 << 24) // (m * n))
+    pieces = [
+        torch.bmm(grads[i : i + step].mT, inputs[i : i + step]).square().double().sum((1, 2))
+        for i in range(0, rows, step)
+    ]
+    return torch.cat(pieces)

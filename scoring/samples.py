@@ -1,0 +1,224 @@
+"""Samples and batches: token ids with a mask of the scored tokens, padded and grouped by length.
+
+A *scored* token is one that the unlearning loss sees: the answer of a question-answer pair, or every token
+but the first of a plain text (the first has no context to be predicted from).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from scoring.errors import UserError
+
+TOKENS_CHOICES = ("answer", "all")
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One tokenized sample.
+
+    Attributes:
+        sample_id: unique name within a data set.
+        input_ids: token ids, int64, shape (T,).
+        scored: which tokens are scored, bool, shape (T,); scored[0] is always False.
+        index: position in the data set, so that results can be put back in input order.
+    """
+
+    sample_id: str
+    input_ids: np.ndarray
+    scored: np.ndarray
+    index: int = 0
+
+    @property
+    def length(self) -> int:
+        return len(self.input_ids)
+
+    @property
+    def num_scored(self) -> int:
+        return int(self.scored.sum())
+
+
+@dataclass(frozen=True)
+class Text:
+    """A record before tokenization: what is conditioned on, and what is scored.
+
+    `completion` None means plain text: everything after the first token is scored. `messages` (a list of
+    {"role", "content"}) is rendered by the tokenizer's chat template; its last, assistant, turn is scored.
+    """
+
+    sample_id: str
+    prompt: str = ""
+    completion: str | None = None
+    messages: tuple[dict[str, str], ...] | None = None
+
+
+@dataclass(frozen=True)
+class Rejected:
+    """A sample that cannot be scored, and why."""
+
+    sample_id: str
+    reason: str
+
+
+def _token_ids(tokenizer: Any, text: str) -> list[int]:
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def _split_ids(tokenizer: Any, text: Text) -> tuple[list[int], list[int]]:
+    """Token ids of the context and of the part to be scored.
+
+    The two parts are tokenized apart, so that no token straddles the border and the prompt's ids are those
+    that generation would be given.
+    """
+    bos = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []
+    eos = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
+    if text.messages is not None:
+        if not getattr(tokenizer, "chat_template", None):
+            raise UserError(
+                "field 'messages' needs a chat template and this tokenizer has none: "
+                "use 'prompt'+'completion', or add chat_template to its tokenizer_config.json"
+            )
+        turns = [dict(turn) for turn in text.messages]
+        before = tokenizer.apply_chat_template(turns[:-1], tokenize=False, add_generation_prompt=True)
+        whole = tokenizer.apply_chat_template(turns, tokenize=False)
+        if not whole.startswith(before):
+            raise UserError("chat template renders the conversation differently with and without its last turn")
+        return _token_ids(tokenizer, before), _token_ids(tokenizer, whole[len(before) :])
+    if text.completion is None:
+        # A plain text carries no end marker: the end is not part of what was memorised.
+        return bos, _token_ids(tokenizer, text.prompt)
+    return bos + _token_ids(tokenizer, text.prompt), _token_ids(tokenizer, text.completion) + eos
+
+
+def encode(
+    texts: Iterable[Text], tokenizer: Any, max_length: int, tokens: str = "answer"
+) -> tuple[list[Sample], list[Rejected]]:
+    """Tokenize records; those that cannot be scored come back by id with the reason.
+
+    Args:
+        texts: the records, in data-set order.
+        tokenizer: a Hugging Face tokenizer.
+        max_length: the model's context length in tokens; longer samples are rejected, never cut.
+        tokens: "answer" scores the completion; "all" scores every token after the first.
+    """
+    samples: list[Sample] = []
+    rejected: list[Rejected] = []
+    for index, text in enumerate(texts):
+        context, target = _split_ids(tokenizer, text)
+        ids = np.asarray(context + target, dtype=np.int64)
+        scored = np.zeros(len(ids), dtype=bool)
+        if tokens == "all":
+            scored[1:] = True
+        else:
+            scored[max(1, len(context)) :] = True
+        empty = not (text.completion if text.completion is not None else text.prompt) and text.messages is None
+        if empty:
+            rejected.append(Rejected(text.sample_id, "empty text"))
+        elif len(ids) > max_length:
+            rejected.append(
+                Rejected(text.sample_id, f"{len(ids)} tokens, the model's context holds {max_length}")
+            )
+        elif not scored.any():
+            rejected.append(Rejected(text.sample_id, "no scored token"))
+        else:
+            samples.append(Sample(text.sample_id, ids, scored, index))
+    return samples, rejected
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Right-padded samples. B samples, T tokens in the longest, S scored tokens in the fullest.
+
+    Attributes:
+        input_ids: (B, T) int64. Padding repeats a sample's last token: causal attention never looks at it.
+        positions: (B, S) int64, where the scored tokens are predicted: one before the token itself.
+        targets: (B, S) int64, the scored tokens.
+        mask: (B, S) bool, False where a row has fewer than S scored tokens.
+        lengths: (B,) int64, tokens per sample.
+        indices: (B,) int64, positions in the data set.
+        sample_ids: B names.
+    """
+
+    input_ids: torch.Tensor
+    positions: torch.Tensor
+    targets: torch.Tensor
+    mask: torch.Tensor
+    lengths: torch.Tensor
+    indices: torch.Tensor
+    sample_ids: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.sample_ids)
+
+    def to(self, device: torch.device | str) -> Batch:
+        return Batch(
+            self.input_ids.to(device),
+            self.positions.to(device),
+            self.targets.to(device),
+            self.mask.to(device),
+            self.lengths.to(device),
+            self.indices.to(device),
+            self.sample_ids,
+        )
+
+    def rows(self, start: int, stop: int) -> Batch:
+        """The samples start..stop-1 of this batch, re-padded to their own lengths."""
+        return collate([self.sample(i) for i in range(start, stop)])
+
+    def sample(self, row: int) -> Sample:
+        """The sample in a row, without padding."""
+        ids = self.input_ids[row, : int(self.lengths[row])].cpu().numpy()
+        scored = np.zeros(len(ids), dtype=bool)
+        scored[self.positions[row][self.mask[row]].cpu().numpy() + 1] = True
+        return Sample(self.sample_ids[row], ids, scored, int(self.indices[row]))
+
+
+def collate(samples: Sequence[Sample]) -> Batch:
+    """Pad samples to one batch."""
+    rows = len(samples)
+    longest = max(s.length for s in samples)
+    fullest = max(s.num_scored for s in samples)
+    input_ids = np.empty((rows, longest), dtype=np.int64)
+    positions = np.zeros((rows, fullest), dtype=np.int64)
+    targets = np.zeros((rows, fullest), dtype=np.int64)
+    mask = np.zeros((rows, fullest), dtype=bool)
+    for row, sample in enumerate(samples):
+        input_ids[row, : sample.length] = sample.input_ids
+        input_ids[row, sample.length :] = sample.input_ids[-1]
+        where = np.flatnonzero(sample.scored)
+        positions[row, : len(where)] = where - 1
+        targets[row, : len(where)] = sample.input_ids[where]
+        mask[row, : len(where)] = True
+    return Batch(
+        torch.from_numpy(input_ids),
+        torch.from_numpy(positions),
+        torch.from_numpy(targets),
+        torch.from_numpy(mask),
+        torch.tensor([s.length for s in samples]),
+        torch.tensor([s.index for s in samples]),
+        tuple(s.sample_id for s in samples),
+    )
+
+
+def make_batches(samples: Sequence[Sample], batch_tokens: int) -> list[Batch]:
+    """Group samples of similar length into batches of at most `batch_tokens` padded tokens.
+
+    The grouping depends on the samples alone (ties in length are broken by data-set position), never on how
+    many replicas will share the work: that is what makes scores independent of the sharding. A sample longer
+    than `batch_tokens` gets a batch of its own.
+    """
+    batches: list[Batch] = []
+    group: list[Sample] = []
+    for sample in sorted(samples, key=lambda s: (s.length, s.num_scored, s.index)):
+        if group and (len(group) + 1) * sample.length > batch_tokens:
+            batches.append(collate(group))
+            group = []
+        group.append(sample)
+    if group:
+        batches.append(collate(group))
+    return batches
