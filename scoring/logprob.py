@@ -22,7 +22,9 @@ from scoring.samples import Batch
 VOCABULARY_CHUNK = 32768
 
 
-def token_logprobs(logits: torch.Tensor, targets: torch.Tensor, chunk: int = VOCABULARY_CHUNK) -> torch.Tensor:
+def token_logprobs(
+    logits: torch.Tensor, targets: torch.Tensor, chunk: int = VOCABULARY_CHUNK
+) -> torch.Tensor:
     """Log-probabilities of the target tokens, in nats.
 
     Args:

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
 import numpy as np
@@ -108,6 +108,10 @@ class Draws:
     nll: np.ndarray
     saturated: np.ndarray
 
+    def followed_by(self, more: Draws) -> Draws:
+        """The same samples with further draws appended."""
+        return replace(self, values=np.concatenate([self.values, more.values], axis=1))
+
 
 @dataclass(frozen=True)
 class Request:
@@ -127,18 +131,64 @@ class Request:
     last_draw: int = 1
 
 
-def estimate(replica: Perturbable, batches: Sequence[Batch], request: Request) -> Draws:
-    """Run an estimator over batches, one pass of all of them per draw, and leave the weights as they were."""
-    base = [replica.logprobs(batch) for batch in batches]
-    values = _DRAWERS[request.estimator](replica, batches, base, request)
+@dataclass(frozen=True)
+class Until:
+    """When to stop drawing: the median relative standard error over the samples is at most `tolerance`."""
+
+    statistic: Statistic
+    tolerance: float
+    step: int = 25
+    most: int = 2000
+
+
+def estimate(
+    replica: Perturbable,
+    batches: Sequence[Batch],
+    request: Request,
+    base: Sequence[torch.Tensor] | None = None,
+) -> Draws:
+    """Run an estimator over batches, one pass of all of them per draw, and leave the weights as they were.
+
+    Args:
+        replica: holds the model.
+        batches: the samples.
+        request: what to estimate.
+        base: the unperturbed log-probs of each batch where they are known already.
+    """
+    if base is None:
+        base = [replica.logprobs(batch) for batch in batches]
     return Draws(
         indices=np.concatenate([batch.indices.cpu().numpy() for batch in batches]),
-        values=values,
+        values=_DRAWERS[request.estimator](replica, batches, base, request),
         nll=np.concatenate([-p.double().sum(-1).cpu().numpy() for p in base]),
         saturated=np.concatenate(
-            [((p == 0) & b.mask.to(p.device)).sum(-1).cpu().numpy() for p, b in zip(base, batches, strict=True)]
+            [
+                ((p == 0) & b.mask.to(p.device)).sum(-1).cpu().numpy()
+                for p, b in zip(base, batches, strict=True)
+            ]
         ),
     )
+
+
+def estimate_until(
+    replica: Perturbable,
+    batches: Sequence[Batch],
+    request: Request,
+    until: Until,
+    base: Sequence[torch.Tensor] | None = None,
+) -> Draws:
+    """Draw in steps until the standard error is small enough (`draws="auto"`), `until.most` draws at the most."""
+    if base is None:
+        base = [replica.logprobs(batch) for batch in batches]
+    draws: Draws | None = None
+    for first in range(0, until.most, until.step):
+        step = replace(request, first_draw=first, last_draw=min(first + until.step, until.most))
+        more = estimate(replica, batches, step, base)
+        draws = more if draws is None else draws.followed_by(more)
+        if median_relative_error(draws.values, until.statistic) <= until.tolerance:
+            break
+    assert draws is not None
+    return draws
 
 
 def _changes(replica: Perturbable, batches: Sequence[Batch], base: Sequence[torch.Tensor]) -> np.ndarray:
@@ -181,7 +231,9 @@ def _antithetic(
 def _gradient(
     replica: Perturbable, batches: Sequence[Batch], base: Sequence[torch.Tensor], request: Request
 ) -> np.ndarray:
-    norms = np.concatenate([replica.log_abs_gradient_norms(batch).double().cpu().numpy() for batch in batches])
+    norms = np.concatenate(
+        [replica.log_abs_gradient_norms(batch).double().cpu().numpy() for batch in batches]
+    )
     return (request.sigma * math.sqrt(2 / math.pi) * norms)[:, None]
 
 

@@ -117,23 +117,27 @@ class _Recorder:
         self._total = torch.zeros(len(batch), dtype=torch.float64, device=batch.input_ids.device)
         self._handles: list[Any] = []
         self._seen: set[str] = set()
-        # What a head tied to the embedding leaves for the cross term: (gathered logit gradients, head inputs).
+        # What a tied head leaves for the cross term: its gradients at the sample's own tokens, and its inputs.
         self._tied_head: tuple[torch.Tensor, torch.Tensor] | None = None
         head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
         self._tied = head is not None and head.weight is embedding.weight
         self._head, self._embedding = head, embedding
-        self._owners: dict[int, str] = {}
+        # Every parameter must have one owner, but for the tied table. Looked at before any hook is set, so that a
+        # refusal leaves the model as it was.
+        self._modules: dict[str, nn.Module] = {}
+        owners: dict[int, str] = {}
         for name, module in model.named_modules():
-            own = list(module.parameters(recurse=False))
-            if not own:
-                continue
-            for p in own:
-                if id(p) in self._owners and not (self._tied and p is head.weight):
-                    raise UnsupportedModule(f"{name} shares a parameter with {self._owners[id(p)]}")
-                self._owners[id(p)] = name
-            self._handles.append(module.register_forward_hook(self._hook(name), with_kwargs=True))
+            for p in module.parameters(recurse=False):
+                if id(p) in owners and not (self._tied and p is head.weight):
+                    raise UnsupportedModule(f"{name} shares a parameter with {owners[id(p)]}")
+                owners[id(p)] = name
+                self._modules[name] = module
 
     def __enter__(self) -> _Recorder:
+        self._handles = [
+            module.register_forward_hook(self._hook(name), with_kwargs=True)
+            for name, module in self._modules.items()
+        ]
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -146,7 +150,9 @@ class _Recorder:
     def _hook(self, name: str):
         def hook(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
             if name in self._seen:
-                raise UnsupportedModule(f"{name} ({type(module).__name__}) runs more than once in a forward pass")
+                raise UnsupportedModule(
+                    f"{name} ({type(module).__name__}) runs more than once in a forward pass"
+                )
             if not isinstance(output, torch.Tensor):
                 raise UnsupportedModule(f"{name} ({type(module).__name__}) does not return a tensor")
             self._seen.add(name)
@@ -162,7 +168,9 @@ class _Recorder:
                 output.register_hook(lambda g: self._add_linear(module, inputs, self._split(name, module, g)))
             else:
                 inputs = tuple(self._split(name, module, a.detach()) for a in args)
-                output.register_hook(lambda g: self._add_generic(module, inputs, self._split(name, module, g)))
+                output.register_hook(
+                    lambda g: self._add_generic(module, inputs, self._split(name, module, g))
+                )
             return output
 
         return hook
@@ -191,7 +199,9 @@ class _Recorder:
             ids = self._batch.input_ids.unsqueeze(1).expand(-1, grads.shape[1], -1)
             self._tied_head = (grads.gather(-1, ids), inputs)
 
-    def _add_embedding(self, module: nn.Module, ids: torch.Tensor, scale: torch.Tensor, grads: torch.Tensor) -> None:
+    def _add_embedding(
+        self, module: nn.Module, ids: torch.Tensor, scale: torch.Tensor, grads: torch.Tensor
+    ) -> None:
         grads = _precise(grads) * scale
         if module.padding_idx is not None:
             # torch gives the padding row no gradient.
@@ -248,8 +258,8 @@ def _lookup(module: nn.Embedding, args: tuple, kwargs: dict) -> tuple[torch.Tens
 def _outer_product_norms(inputs: torch.Tensor, grads: torch.Tensor) -> torch.Tensor:
     """||G_i^T A_i||_F^2 for each sample. inputs (B, T, m), grads (B, T, n) -> (B,) fp64.
 
-    Two ways of the same number, whichever multiplies less: by T x T Gram matrices (T^2 (m + n) a sample), or by
-    forming each m x n gradient (T m n), a few samples at a time.
+    Two ways to the same number, whichever multiplies less: T x T Gram matrices (T^2 (m + n) a sample), or each
+    m x n gradient (T m n), a few samples at a time.
     """
     rows, length, m = inputs.shape
     n = grads.shape[-1]

@@ -87,7 +87,9 @@ def _split_ids(tokenizer: Any, text: Text) -> tuple[list[int], list[int]]:
         before = tokenizer.apply_chat_template(turns[:-1], tokenize=False, add_generation_prompt=True)
         whole = tokenizer.apply_chat_template(turns, tokenize=False)
         if not whole.startswith(before):
-            raise UserError("chat template renders the conversation differently with and without its last turn")
+            raise UserError(
+                "chat template renders the conversation differently with and without its last turn"
+            )
         return _token_ids(tokenizer, before), _token_ids(tokenizer, whole[len(before) :])
     if text.completion is None:
         # A plain text carries no end marker: the end is not part of what was memorised.
@@ -116,7 +118,9 @@ def encode(
             scored[1:] = True
         else:
             scored[max(1, len(context)) :] = True
-        empty = not (text.completion if text.completion is not None else text.prompt) and text.messages is None
+        empty = (
+            not (text.completion if text.completion is not None else text.prompt) and text.messages is None
+        )
         if empty:
             rejected.append(Rejected(text.sample_id, "empty text"))
         elif len(ids) > max_length:

@@ -1,0 +1,216 @@
+"""How much of a sample a model has memorised: MA, EL_n and Min-k%."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import nn
+
+from scoring.errors import UserError, unknown_name
+from scoring.generation import greedy_continuations
+from scoring.logprob import scored_logits
+from scoring.samples import Batch, Sample, make_batches
+
+Denominator = Literal["generated", "reference"]
+DENOMINATORS: tuple[Denominator, ...] = ("generated", "reference")
+
+
+@torch.no_grad()
+def memorization_accuracy(model: nn.Module, batch: Batch) -> torch.Tensor:
+    """MA: the share of scored tokens that the model predicts, in one teacher-forced pass.
+
+        MA(x) = Sum_t 1{argmax f(. | x_<t; theta) = x_t} / (number of scored tokens)
+
+    Tirumala et al. 2022; the paper scores all tokens but the first. Among tied logits the one that argmax
+    names counts.
+
+    Args:
+        model: a causal LM in eval mode.
+        batch: B samples on the model's device.
+
+    Returns:
+        (B,) fp64, between 0 and 1.
+    """
+    right = (scored_logits(model, batch).argmax(-1) == batch.targets) & batch.mask
+    return right.sum(-1).double() / batch.mask.sum(-1)
+
+
+def ngram_overlap(
+    generated: Sequence[int] | np.ndarray,
+    reference: Sequence[int] | np.ndarray,
+    n: int,
+    denominator: Denominator = "generated",
+) -> float:
+    """OVERLAP_n: the share of the n-grams of `generated` that occur in `reference`.
+
+        OVERLAP_n(a, b) = Sum_{c in ng(a)} 1{c in ng(b)} / |ng(a)|
+
+    Jang et al. 2023. ng is a list: an n-gram counts as often as it is generated.
+
+    Args:
+        generated: a, token ids.
+        reference: b, token ids.
+        n: tokens in an n-gram.
+        denominator: "generated" divides by |ng(a)|, as printed; "reference" by |ng(b)|, as the code that Jang
+            et al. published does, which marks a continuation down for ending early.
+
+    Returns:
+        0 to 1 (with "reference", where `generated` is no longer than `reference`); 0 where either has fewer
+        than n tokens and so no n-grams.
+
+    Raises:
+        UserError: n below 1, or an unknown denominator.
+    """
+    _check_ngrams(n, denominator)
+    written, present = _ngrams(generated, n), _ngrams(reference, n)
+    if not written or not present:
+        return 0.0
+    known = set(present)
+    return sum(gram in known for gram in written) / len(written if denominator == "generated" else present)
+
+
+def _check_ngrams(n: int, denominator: str) -> None:
+    if n < 1:
+        raise UserError(f"n is {n}: expected the number of tokens in an n-gram, 1 or more")
+    if denominator not in DENOMINATORS:
+        raise unknown_name("denominator", denominator, DENOMINATORS)
+
+
+def _ngrams(tokens: Sequence[int] | np.ndarray, n: int) -> list[tuple[int, ...]]:
+    ids = np.asarray(tokens).tolist()
+    return [tuple(ids[i : i + n]) for i in range(len(ids) - n + 1)]
+
+
+def extraction_likelihood(
+    model: nn.Module,
+    samples: Sequence[Sample],
+    n: int = 10,
+    eos_token_id: int | None = None,
+    denominator: Denominator = "generated",
+    scored_only: bool = False,
+    batch_tokens: int = 16384,
+) -> torch.Tensor:
+    """EL_n: how much of a sample's rest the model writes by itself, averaged over where it is made to begin.
+
+        EL_n(x) = (1/(T-n)) Sum_{t=1}^{T-n} OVERLAP_n(greedy continuation of x_<t, x_>=t)
+
+    Jang et al. 2023. Here t is the length of the prefix: 1, ..., T-n, the longest that leaves n tokens. A
+    continuation has at most |x_>=t| tokens; the end token, if it comes, is the last of them, so that a sample
+    which ends with it and is reproduced throughout scores 1.
+
+    Where the model predicts the true next token nothing has to be decoded: greedy decoding from x_<t is then
+    x_t followed by greedy decoding from one token later. One teacher-forced pass finds the tokens that the
+    model gets wrong, and it has to write only from those, which for a memorised sample are few.
+
+    Args:
+        model: a causal LM in eval mode.
+        samples: B samples.
+        n: tokens in an n-gram.
+        eos_token_id: the token that ends a continuation; None: only the limit ends one.
+        denominator: see `ngram_overlap`.
+        scored_only: False: prefixes of the whole sequence, as in the paper, so also those that end inside the
+            question. True: the shortest prefix is all that stands before the first scored token, and the
+            average is over the prefixes that are left.
+        batch_tokens: padded tokens decoded at a time.
+
+    Returns:
+        (B,) fp64 on the CPU in the order of `samples`, 0 to 1; nan where no prefix leaves n tokens (T <= n).
+        A continuation of fewer than n tokens has no n-grams: its overlap is 0.
+
+    Raises:
+        UserError: n below 1, or an unknown denominator.
+    """
+    _check_ngrams(n, denominator)
+    # The shortest prefix of each sample, and where the continuation of each longer one leaves the text.
+    firsts = [int(np.argmax(s.scored)) if scored_only else 1 for s in samples]
+    departures = [
+        _departures(sample, predicted)[first - 1 : max(0, sample.length - n)]
+        for sample, predicted, first in zip(
+            samples, _predictions(model, samples, batch_tokens), firsts, strict=True
+        )
+    ]
+    starts = [
+        (row, int(at))
+        for row, sample in enumerate(samples)
+        for at in np.unique(departures[row])
+        if at < sample.length
+    ]
+    prompts = [samples[row].input_ids[:at] for row, at in starts]
+    limits = [samples[row].length - at for row, at in starts]
+    written = greedy_continuations(model, prompts, limits, eos_token_id, batch_tokens)
+    # A continuation below its limit has ended itself: the end token is its last.
+    own_words = {
+        start: tokens if eos_token_id is None or len(tokens) == limit else np.append(tokens, eos_token_id)
+        for start, tokens, limit in zip(starts, written, limits, strict=True)
+    }
+    nothing = np.empty(0, dtype=np.int64)
+
+    scores = []
+    for row, (sample, first) in enumerate(zip(samples, firsts, strict=True)):
+        overlaps = []
+        for start, at in enumerate(departures[row].tolist(), start=first):
+            generated = np.concatenate([sample.input_ids[start:at], own_words.get((row, at), nothing)])
+            generated = _through_end(generated, eos_token_id)
+            overlaps.append(ngram_overlap(generated, sample.input_ids[start:], n, denominator))
+        scores.append(np.mean(overlaps) if overlaps else np.nan)
+    return torch.tensor(scores, dtype=torch.float64)
+
+
+def _departures(sample: Sample, predicted: np.ndarray) -> np.ndarray:
+    """For prefixes of 1 to T-1 tokens, the first token from there on that is predicted wrongly; T if none."""
+    wrong = np.where(predicted != sample.input_ids[1:], np.arange(1, sample.length), sample.length)
+    return np.minimum.accumulate(wrong[::-1])[::-1]
+
+
+def _through_end(tokens: np.ndarray, eos_token_id: int | None) -> np.ndarray:
+    """The tokens up to and including the first end token."""
+    ends = [] if eos_token_id is None else np.flatnonzero(tokens == eos_token_id).tolist()
+    return tokens[: ends[0] + 1] if ends else tokens
+
+
+@torch.no_grad()
+def _predictions(model: nn.Module, samples: Sequence[Sample], batch_tokens: int) -> list[np.ndarray]:
+    """The model's argmax for every token but the first, (T-1,) for each sample."""
+    device = next(model.parameters()).device
+    whole = []
+    for i, sample in enumerate(samples):
+        scored = np.ones(sample.length, dtype=bool)
+        scored[0] = False
+        whole.append(replace(sample, scored=scored, index=i))
+    predicted: list[np.ndarray] = [np.empty(0, dtype=np.int64)] * len(samples)
+    # Smaller batches than for decoding: logits are formed at every position, not only at the last.
+    for batch in make_batches(whole, max(1, batch_tokens // 8)):
+        tokens = scored_logits(model, batch.to(device)).argmax(-1).cpu().numpy()
+        for row, i in enumerate(batch.indices.tolist()):
+            predicted[i] = tokens[row, : samples[i].length - 1]
+    return predicted
+
+
+def min_k_percent(logprobs: torch.Tensor, mask: torch.Tensor, k: float = 0.2) -> torch.Tensor:
+    """Min-k%: the mean of the lowest max(1, floor(k n)) of a sample's n log-probs, negated.
+
+    Shi et al. 2023, with the sign turned: higher means less likely to have been trained on.
+
+    Args:
+        logprobs: (B, S) log-probs of the scored tokens, nats.
+        mask: (B, S) bool, which entries are tokens.
+        k: the share of tokens, in (0, 1].
+
+    Returns:
+        (B,) fp64 nats, >= 0; nan for a row without tokens.
+
+    Raises:
+        UserError: k outside (0, 1].
+    """
+    if not 0 < k <= 1:
+        raise UserError(f"min-k% got k = {k:g}: expected a share of tokens in (0, 1], such as 0.2")
+    # 0.29 * 100 is 28.999999999999996: what is a whole number but for rounding counts as one.
+    counts = (k * mask.sum(-1).double() + 1e-9).floor().clamp_min(1).unsqueeze(-1)
+    # nan sorts behind every number.
+    ascending = logprobs.double().masked_fill(~mask, torch.nan).sort(-1).values
+    lowest = torch.arange(ascending.shape[-1], device=mask.device) < counts
+    return -torch.where(lowest, ascending, 0.0).sum(-1) / counts.squeeze(-1)
