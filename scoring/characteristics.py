@@ -132,9 +132,7 @@ class _Reference:
                 self.ngrams.update(_ngrams(content, n))
             syntax.append(_syntax(text))
         if not self.words:
-            raise UserError(
-                "the reference corpus contains no words: expected the texts to count occurrences in"
-            )
+            raise UserError("the reference corpus contains no words: expected the texts to count occurrences in")
         self.syntax_mean = np.mean(syntax, axis=0)
         self.syntax_std = np.std(syntax, axis=0)
 

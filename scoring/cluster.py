@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 from dataclasses import dataclass
@@ -10,52 +11,66 @@ import ray
 
 from scoring.errors import UserError
 
-START_TIMEOUT_S = 60.0
+JOIN_TIMEOUT_S = 60.0
 
 
 def connect(num_cpus: int | None = None) -> None:
     """Join the cluster that RAY_ADDRESS names (as under `ray job submit`), else start a private local one.
 
     A private one is asked for by name: a bare `ray.init()` would follow the address file of a dead cluster and
-    wait for it. A start that takes more than a minute is an error.
+    wait for it.
 
     Args:
         num_cpus: size of a local cluster; all cores by default. Ignored when joining one.
+
+    Raises:
+        UserError: the cluster does not answer within a minute, or cannot be started.
     """
     if ray.is_initialized():
         return
-    address = os.environ.get("RAY_ADDRESS")
-    options: dict = {"logging_level": "ERROR"}
-    if not address:
-        options |= {
-            "address": "local",
-            "num_cpus": num_cpus,
-            "include_dashboard": False,
-            "log_to_driver": False,
-        }
-        # Silences a note about a future default for GPUs; replicas choose their device themselves.
-        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    failure: list[BaseException] = []
+    if address := os.environ.get("RAY_ADDRESS"):
+        _join(address)
+        return
+    # Silences a note about a future default for GPUs; replicas choose their device themselves.
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    # In this thread: the processes of a local cluster end with the thread that started them.
+    try:
+        ray.init(
+            address="local",
+            num_cpus=num_cpus,
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+        )
+    except Exception as error:
+        raise UserError(f"a local Ray cluster could not be started: {_first_line(error)}") from error
+
+
+def _join(address: str) -> None:
+    """Join a running cluster; one that hangs is left behind in a thread, since it cannot be interrupted."""
+    failure: list[Exception] = []
 
     def start() -> None:
         try:
-            ray.init(**options)
-        except BaseException as error:
+            ray.init(logging_level=logging.ERROR)
+        except Exception as error:
             failure.append(error)
 
-    # A hanging start cannot be interrupted from within; a daemon thread can be left behind.
     thread = threading.Thread(target=start, daemon=True)
     thread.start()
-    thread.join(START_TIMEOUT_S)
-    where = f"the Ray cluster at RAY_ADDRESS={address}" if address else "a local Ray cluster"
+    thread.join(JOIN_TIMEOUT_S)
+    where = f"the Ray cluster at RAY_ADDRESS={address}"
     if thread.is_alive():
         raise UserError(
-            f"{where} did not answer within {START_TIMEOUT_S:.0f} s: check that its head is running, "
-            "or unset RAY_ADDRESS to run locally"
+            f"{where} did not answer within {JOIN_TIMEOUT_S:.0f} s: check that its head is running, or unset "
+            "RAY_ADDRESS to run locally"
         )
     if failure:
-        reason = (str(failure[0]).strip() or type(failure[0]).__name__).splitlines()[0]
-        raise UserError(f"could not connect to {where}: {reason}")
+        raise UserError(f"{where} cannot be joined: {_first_line(failure[0])}; unset RAY_ADDRESS to run locally")
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 @dataclass(frozen=True)
@@ -67,6 +82,11 @@ class Footprint:
 
     def ray_options(self) -> dict[str, float]:
         return {"num_cpus": self.cpus, "num_gpus": self.gpus}
+
+
+def default_gpus() -> float:
+    """GPUs of a replica when none are named: one where the cluster has any."""
+    return 1.0 if ray.cluster_resources().get("GPU", 0.0) >= 1 else 0.0
 
 
 def how_many_fit(footprint: Footprint) -> int:

@@ -12,15 +12,14 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
-from torch import nn
-from transformers import DynamicCache
+from transformers import DynamicCache, PreTrainedModel
 
 from scoring.errors import UserError
 
 
 @torch.no_grad()
 def greedy_continuations(
-    model: nn.Module,
+    model: PreTrainedModel,
     prompts: Sequence[np.ndarray],
     max_new_tokens: int | Sequence[int],
     eos_token_id: int | None,
@@ -56,7 +55,7 @@ def greedy_continuations(
     return continuations
 
 
-def _check_fit(model: nn.Module, prompts: Sequence[np.ndarray], limits: Sequence[int]) -> None:
+def _check_fit(model: PreTrainedModel, prompts: Sequence[np.ndarray], limits: Sequence[int]) -> None:
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     for i, (prompt, limit) in enumerate(zip(prompts, limits, strict=True)):
         if len(prompt) == 0:
@@ -87,7 +86,7 @@ def _groups(prompts: Sequence[np.ndarray], limits: Sequence[int], batch_tokens: 
 
 
 def _decode(
-    model: nn.Module, prompts: Sequence[np.ndarray], limits: Sequence[int], eos_token_id: int | None
+    model: PreTrainedModel, prompts: Sequence[np.ndarray], limits: Sequence[int], eos_token_id: int | None
 ) -> list[list[int]]:
     """One batch. Padding is on the left, so that every row's next token is predicted at the last column."""
     longest = max(len(p) for p in prompts)

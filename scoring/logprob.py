@@ -15,6 +15,7 @@ from contextlib import contextmanager
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers import PreTrainedModel
 
 from scoring.samples import Batch
 
@@ -22,9 +23,7 @@ from scoring.samples import Batch
 VOCABULARY_CHUNK = 32768
 
 
-def token_logprobs(
-    logits: torch.Tensor, targets: torch.Tensor, chunk: int = VOCABULARY_CHUNK
-) -> torch.Tensor:
+def token_logprobs(logits: torch.Tensor, targets: torch.Tensor, chunk: int = VOCABULARY_CHUNK) -> torch.Tensor:
     """Log-probabilities of the target tokens, in nats.
 
     Args:
@@ -56,7 +55,7 @@ def _softplus(x: torch.Tensor) -> torch.Tensor:
 
 
 @contextmanager
-def _head_sees_only(model: nn.Module, positions: torch.Tensor):
+def _head_sees_only(model: PreTrainedModel, positions: torch.Tensor):
     """Within the context the output head gets only the scored positions: (B, T, d) becomes (B, S, d).
 
     Logits of prompt tokens are never formed; what the model does after its head (soft-capping, scaling) acts
@@ -78,7 +77,7 @@ def _head_sees_only(model: nn.Module, positions: torch.Tensor):
         handle.remove()
 
 
-def scored_logits(model: nn.Module, batch: Batch) -> torch.Tensor:
+def scored_logits(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
     """Logits at the scored positions, (B, S, V), in the model's dtype.
 
     No attention mask is passed: padding is on the right, and causal attention does not look ahead. Position
@@ -90,6 +89,6 @@ def scored_logits(model: nn.Module, batch: Batch) -> torch.Tensor:
         return model(input_ids=batch.input_ids, position_ids=position_ids, use_cache=False).logits
 
 
-def scored_logprobs(model: nn.Module, batch: Batch) -> torch.Tensor:
+def scored_logprobs(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
     """Log-probs P_t of the scored tokens under a causal LM, (B, S) in nats; 0 where `batch.mask` is False."""
     return token_logprobs(scored_logits(model, batch), batch.targets).masked_fill(~batch.mask, 0.0)

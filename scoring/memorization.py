@@ -8,7 +8,7 @@ from typing import Literal
 
 import numpy as np
 import torch
-from torch import nn
+from transformers import PreTrainedModel
 
 from scoring.errors import UserError, unknown_name
 from scoring.generation import greedy_continuations
@@ -20,7 +20,7 @@ DENOMINATORS: tuple[Denominator, ...] = ("generated", "reference")
 
 
 @torch.no_grad()
-def memorization_accuracy(model: nn.Module, batch: Batch) -> torch.Tensor:
+def memorization_accuracy(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
     """MA: the share of scored tokens that the model predicts, in one teacher-forced pass.
 
         MA(x) = Sum_t 1{argmax f(. | x_<t; theta) = x_t} / (number of scored tokens)
@@ -86,7 +86,7 @@ def _ngrams(tokens: Sequence[int] | np.ndarray, n: int) -> list[tuple[int, ...]]
 
 
 def extraction_likelihood(
-    model: nn.Module,
+    model: PreTrainedModel,
     samples: Sequence[Sample],
     n: int = 10,
     eos_token_id: int | None = None,
@@ -129,15 +129,10 @@ def extraction_likelihood(
     firsts = [int(np.argmax(s.scored)) if scored_only else 1 for s in samples]
     departures = [
         _departures(sample, predicted)[first - 1 : max(0, sample.length - n)]
-        for sample, predicted, first in zip(
-            samples, _predictions(model, samples, batch_tokens), firsts, strict=True
-        )
+        for sample, predicted, first in zip(samples, _predictions(model, samples, batch_tokens), firsts, strict=True)
     ]
     starts = [
-        (row, int(at))
-        for row, sample in enumerate(samples)
-        for at in np.unique(departures[row])
-        if at < sample.length
+        (row, int(at)) for row, sample in enumerate(samples) for at in np.unique(departures[row]) if at < sample.length
     ]
     prompts = [samples[row].input_ids[:at] for row, at in starts]
     limits = [samples[row].length - at for row, at in starts]
@@ -173,7 +168,7 @@ def _through_end(tokens: np.ndarray, eos_token_id: int | None) -> np.ndarray:
 
 
 @torch.no_grad()
-def _predictions(model: nn.Module, samples: Sequence[Sample], batch_tokens: int) -> list[np.ndarray]:
+def _predictions(model: PreTrainedModel, samples: Sequence[Sample], batch_tokens: int) -> list[np.ndarray]:
     """The model's argmax for every token but the first, (T-1,) for each sample."""
     device = next(model.parameters()).device
     whole = []

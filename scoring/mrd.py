@@ -162,10 +162,7 @@ def estimate(
         values=_DRAWERS[request.estimator](replica, batches, base, request),
         nll=np.concatenate([-p.double().sum(-1).cpu().numpy() for p in base]),
         saturated=np.concatenate(
-            [
-                ((p == 0) & b.mask.to(p.device)).sum(-1).cpu().numpy()
-                for p, b in zip(base, batches, strict=True)
-            ]
+            [((p == 0) & b.mask.to(p.device)).sum(-1).cpu().numpy() for p, b in zip(base, batches, strict=True)]
         ),
     )
 
@@ -193,9 +190,7 @@ def estimate_until(
 
 def _changes(replica: Perturbable, batches: Sequence[Batch], base: Sequence[torch.Tensor]) -> np.ndarray:
     """Delta of the current perturbation for all samples, (N,)."""
-    return np.concatenate(
-        [relative_change(p, replica.logprobs(batch)) for p, batch in zip(base, batches, strict=True)]
-    )
+    return np.concatenate([relative_change(p, replica.logprobs(batch)) for p, batch in zip(base, batches, strict=True)])
 
 
 def _monte_carlo(
@@ -231,9 +226,7 @@ def _antithetic(
 def _gradient(
     replica: Perturbable, batches: Sequence[Batch], base: Sequence[torch.Tensor], request: Request
 ) -> np.ndarray:
-    norms = np.concatenate(
-        [replica.log_abs_gradient_norms(batch).double().cpu().numpy() for batch in batches]
-    )
+    norms = np.concatenate([replica.log_abs_gradient_norms(batch).double().cpu().numpy() for batch in batches])
     return (request.sigma * math.sqrt(2 / math.pi) * norms)[:, None]
 
 

@@ -65,7 +65,6 @@ class Facts:
         gradient_error: largest relative error of gradient norms against fp32; None if they are in fp32.
         notes: fall-backs and overridden refusals, each once.
         forwards, backwards: passes over a batch.
-        replaced: replicas that died and were replaced.
     """
 
     perturbation_survival: float | None = None
@@ -73,7 +72,6 @@ class Facts:
     notes: list[str] = field(default_factory=list)
     forwards: int = 0
     backwards: int = 0
-    replaced: int = 0
 
     def add(self, other: Facts) -> None:
         self.perturbation_survival = self.perturbation_survival or other.perturbation_survival
@@ -84,7 +82,6 @@ class Facts:
         self.backwards += other.backwards
 
 
-@ray.remote(max_restarts=0, max_task_retries=0)
 class ReplicaActor:
     """One replica in a process of its own."""
 
@@ -115,14 +112,13 @@ class ReplicaActor:
             draws = estimate_until(replica, batches, task.request, task.until, self._base[1])
         if task.request.estimator == "gradient" and replica.gradient_error is None:
             replica.measure_gradient_error(batches[0])
-        facts = Facts(
+        return draws, Facts(
             replica.perturbation_survival,
             replica.gradient_error,
             list(replica.notes),
             replica.forwards - before[0],
             replica.backwards - before[1],
         )
-        return draws, facts
 
 
 class ReplicaPool:
@@ -140,9 +136,9 @@ class ReplicaPool:
         self._spec = spec
         self._footprint = footprint
         self.wanted = replicas or fits
-        self.facts = Facts()
+        self.replaced = 0
 
-    def run(self, tasks: Sequence[Task], shards: Sequence[Sequence[Batch]]) -> Iterator[tuple[Task, Draws]]:
+    def run(self, tasks: Sequence[Task], shards: Sequence[Sequence[Batch]]) -> Iterator[tuple[Task, Draws, Facts]]:
         """Results as they finish, in no particular order.
 
         Raises:
@@ -158,21 +154,17 @@ class ReplicaPool:
             while waiting or running:
                 finished, _ = ray.wait([*loading, *running], num_returns=1)
                 reference = finished[0]
-                task, actor = (
-                    running.pop(reference) if reference in running else (None, loading.pop(reference))
-                )
+                task, actor = running.pop(reference) if reference in running else (None, loading.pop(reference))
                 try:
                     value = ray.get(reference)
                 except RayTaskError as error:
                     raise _plain(error) from None
                 except RayActorError as error:
-                    self.facts.replaced += 1
+                    self.replaced += 1
                     if task is None:
                         deaths_at_start += 1
                         if deaths_at_start >= MAX_ATTEMPTS:
-                            raise UserError(
-                                f"replicas die while loading the model: {_reason(error)}"
-                            ) from None
+                            raise UserError(f"replicas die while loading the model: {_reason(error)}") from None
                     else:
                         attempts[task.key] += 1
                         if attempts[task.key] >= MAX_ATTEMPTS:
@@ -184,9 +176,7 @@ class ReplicaPool:
                     loading.update([self._start()])
                     continue
                 if task is not None:
-                    draws, facts = value
-                    self.facts.add(facts)
-                    yield task, draws
+                    yield (task, *value)
                 if waiting:
                     task = waiting.popleft()
                     if task.shard not in stored:
@@ -201,7 +191,8 @@ class ReplicaPool:
 
     def _start(self) -> tuple[ray.ObjectRef, Any]:
         device = "cuda" if self._footprint.gpus else "cpu"
-        actor = ReplicaActor.options(**self._footprint.ray_options()).remote(self._footprint.cpus, device)
+        options = self._footprint.ray_options()
+        actor: Any = ray.remote(ReplicaActor).options(**options).remote(self._footprint.cpus, device)
         return actor.load.remote(self._spec), actor
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from pathlib import Path
+from typing import Any, ClassVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +13,7 @@ from safetensors import SafetensorError
 from torch import nn
 from torch.func import functional_call, jvp
 from torch.overrides import TorchFunctionMode
+from transformers import PreTrainedModel
 
 from scoring.errors import UserError
 from scoring.logprob import scored_logprobs
@@ -38,7 +40,7 @@ class LostPerturbation(UserError):
 
 def load_model(
     source: str | Path, dtype: str = "float32", device: str = "cpu", revision: str | None = None
-) -> nn.Module:
+) -> PreTrainedModel:
     """A causal LM in eval mode, from a folder or a Hugging Face id. Safetensors only; no remote code.
 
     Raises:
@@ -61,10 +63,8 @@ def load_model(
         )
     except (OSError, ValueError, SafetensorError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(
-            f"model {str(source)!r} cannot be loaded as a causal language model: {reason}"
-        ) from error
-    return model.to(device).eval()
+        raise UserError(f"model {str(source)!r} cannot be loaded as a causal language model: {reason}") from error
+    return cast(Any, model).to(device).eval()
 
 
 class TransformersReplica:
@@ -75,7 +75,7 @@ class TransformersReplica:
         allow_lost_perturbation: score even where storage rounds the perturbation away.
     """
 
-    def __init__(self, model: nn.Module, allow_lost_perturbation: bool = False) -> None:
+    def __init__(self, model: PreTrainedModel, allow_lost_perturbation: bool = False) -> None:
         # TF32 keeps 10 bits: a perturbation of 1e-5 on a weight of 0.02 would not reach the product.
         torch.set_float32_matmul_precision("highest")
         self.model = model
@@ -134,9 +134,7 @@ class TransformersReplica:
             return
         self._perturbation.restore()
         if not self._perturbation.is_restored():
-            raise RuntimeError(
-                "weights differ from their base after restoring: non-finite weights in the model?"
-            )
+            raise RuntimeError("weights differ from their base after restoring: non-finite weights in the model?")
 
     def log_abs_gradient_norms(self, batch: Batch) -> torch.Tensor:
         """||grad Sum_t log|P_t||| over all parameters, (B,) fp64.
@@ -165,9 +163,7 @@ class TransformersReplica:
         plain = autograd_norms(self.model, few, log_abs_logprob)[0]
         difference = ((batched - plain).abs() / plain.clamp_min(1e-30)).max().item()
         if difference > GRADIENT_TOLERANCE[self.dtype]:
-            return self._fall_back(
-                f"batched and plain gradients differ by {difference:.1e} on the first samples"
-            )
+            return self._fall_back(f"batched and plain gradients differ by {difference:.1e} on the first samples")
         return True
 
     def _fall_back(self, why: str) -> bool:
@@ -218,7 +214,7 @@ class TransformersReplica:
 class _LogProbs(nn.Module):
     """The model and the log-probs of its scored tokens as one function of the weights."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
         self.model = model
 
@@ -229,7 +225,7 @@ class _LogProbs(nn.Module):
 class _TwiceDifferentiable(TorchFunctionMode):
     """Spells out the fused functions whose forward derivative torch cannot differentiate again."""
 
-    _SPELLED_OUT = {F.silu: lambda x, inplace=False: x * torch.sigmoid(x)}
+    _SPELLED_OUT: ClassVar = {F.silu: lambda x, inplace=False: x * torch.sigmoid(x)}
 
     def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
         return self._SPELLED_OUT.get(func, func)(*args, **(kwargs or {}))

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.func import functional_call, vjp, vmap
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from scoring.logprob import scored_logprobs
@@ -53,7 +54,7 @@ def mean_negative_log_likelihood(logprobs: torch.Tensor, mask: torch.Tensor) -> 
 
 
 def per_sample_gradient_norms(
-    model: nn.Module, batch: Batch, objective: Objective
+    model: PreTrainedModel, batch: Batch, objective: Objective
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """L2 norms over all parameters of each sample's gradient, from one forward and one backward.
 
@@ -81,7 +82,7 @@ def per_sample_gradient_norms(
             p.requires_grad_(True)
 
 
-def autograd_norms(model: nn.Module, batch: Batch, objective: Objective) -> tuple[torch.Tensor, torch.Tensor]:
+def autograd_norms(model: PreTrainedModel, batch: Batch, objective: Objective) -> tuple[torch.Tensor, torch.Tensor]:
     """The same by plain autograd, a sample at a time: B forwards and backwards. Works for any model."""
     parameters = list(model.parameters())
     required = [p.requires_grad for p in parameters]
@@ -112,7 +113,7 @@ def _precise(tensor: torch.Tensor) -> torch.Tensor:
 class _Recorder:
     """Hooks every module that owns parameters; accumulates squared per-sample gradient norms in `_total`."""
 
-    def __init__(self, model: nn.Module, batch: Batch) -> None:
+    def __init__(self, model: PreTrainedModel, batch: Batch) -> None:
         self._batch = batch
         self._total = torch.zeros(len(batch), dtype=torch.float64, device=batch.input_ids.device)
         self._handles: list[Any] = []
@@ -135,8 +136,7 @@ class _Recorder:
 
     def __enter__(self) -> _Recorder:
         self._handles = [
-            module.register_forward_hook(self._hook(name), with_kwargs=True)
-            for name, module in self._modules.items()
+            module.register_forward_hook(self._hook(name), with_kwargs=True) for name, module in self._modules.items()
         ]
         return self
 
@@ -150,9 +150,7 @@ class _Recorder:
     def _hook(self, name: str):
         def hook(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
             if name in self._seen:
-                raise UnsupportedModule(
-                    f"{name} ({type(module).__name__}) runs more than once in a forward pass"
-                )
+                raise UnsupportedModule(f"{name} ({type(module).__name__}) runs more than once in a forward pass")
             if not isinstance(output, torch.Tensor):
                 raise UnsupportedModule(f"{name} ({type(module).__name__}) does not return a tensor")
             self._seen.add(name)
@@ -167,10 +165,8 @@ class _Recorder:
                 inputs = self._split(name, module, args[0].detach())
                 output.register_hook(lambda g: self._add_linear(module, inputs, self._split(name, module, g)))
             else:
-                inputs = tuple(self._split(name, module, a.detach()) for a in args)
-                output.register_hook(
-                    lambda g: self._add_generic(module, inputs, self._split(name, module, g))
-                )
+                rows = tuple(self._split(name, module, a.detach()) for a in args)
+                output.register_hook(lambda g: self._add_generic(module, rows, self._split(name, module, g)))
             return output
 
         return hook
@@ -199,21 +195,20 @@ class _Recorder:
             ids = self._batch.input_ids.unsqueeze(1).expand(-1, grads.shape[1], -1)
             self._tied_head = (grads.gather(-1, ids), inputs)
 
-    def _add_embedding(
-        self, module: nn.Module, ids: torch.Tensor, scale: torch.Tensor, grads: torch.Tensor
-    ) -> None:
+    def _add_embedding(self, module: nn.Embedding, ids: torch.Tensor, scale: torch.Tensor, grads: torch.Tensor) -> None:
         grads = _precise(grads) * scale
-        if module.padding_idx is not None:
+        padding: int | None = module.padding_idx
+        if padding is not None:
             # torch gives the padding row no gradient.
-            grads = grads.masked_fill((ids == module.padding_idx).unsqueeze(-1), 0.0)
+            grads = grads.masked_fill((ids == padding).unsqueeze(-1), 0.0)
         # Rows of the table used by the same sample several times add up before they are squared.
-        same = (ids.unsqueeze(1) == ids.unsqueeze(2)).to(grads.dtype)
+        same = ids.unsqueeze(1).eq(ids.unsqueeze(2)).to(grads.dtype)
         self._total += (torch.bmm(grads, grads.mT) * same).double().sum((1, 2))
         if self._tied and module is self._embedding:
             assert self._tied_head is not None
             gathered, hidden = self._tied_head
-            if module.padding_idx is not None:
-                gathered = gathered.masked_fill((ids == module.padding_idx).unsqueeze(1), 0.0)
+            if padding is not None:
+                gathered = gathered.masked_fill((ids == padding).unsqueeze(1), 0.0)
             self._total += 2 * (gathered * torch.bmm(hidden, grads.mT)).double().sum((1, 2))
             self._tied_head = None
 

@@ -69,8 +69,8 @@ def _token_ids(tokenizer: Any, text: str) -> list[int]:
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
-def _split_ids(tokenizer: Any, text: Text) -> tuple[list[int], list[int]]:
-    """Token ids of the context and of the part to be scored.
+def split_ids(tokenizer: Any, text: Text) -> tuple[list[int], list[int]]:
+    """Token ids of the context (bos first) and of the part to be scored (eos last, but for plain text).
 
     The two parts are tokenized apart, so that no token straddles the border and the prompt's ids are those
     that generation would be given.
@@ -87,9 +87,7 @@ def _split_ids(tokenizer: Any, text: Text) -> tuple[list[int], list[int]]:
         before = tokenizer.apply_chat_template(turns[:-1], tokenize=False, add_generation_prompt=True)
         whole = tokenizer.apply_chat_template(turns, tokenize=False)
         if not whole.startswith(before):
-            raise UserError(
-                "chat template renders the conversation differently with and without its last turn"
-            )
+            raise UserError("chat template renders the conversation differently with and without its last turn")
         return _token_ids(tokenizer, before), _token_ids(tokenizer, whole[len(before) :])
     if text.completion is None:
         # A plain text carries no end marker: the end is not part of what was memorised.
@@ -111,22 +109,18 @@ def encode(
     samples: list[Sample] = []
     rejected: list[Rejected] = []
     for index, text in enumerate(texts):
-        context, target = _split_ids(tokenizer, text)
+        context, target = split_ids(tokenizer, text)
         ids = np.asarray(context + target, dtype=np.int64)
         scored = np.zeros(len(ids), dtype=bool)
         if tokens == "all":
             scored[1:] = True
         else:
             scored[max(1, len(context)) :] = True
-        empty = (
-            not (text.completion if text.completion is not None else text.prompt) and text.messages is None
-        )
+        empty = not (text.completion if text.completion is not None else text.prompt) and text.messages is None
         if empty:
             rejected.append(Rejected(text.sample_id, "empty text"))
         elif len(ids) > max_length:
-            rejected.append(
-                Rejected(text.sample_id, f"{len(ids)} tokens, the model's context holds {max_length}")
-            )
+            rejected.append(Rejected(text.sample_id, f"{len(ids)} tokens, the model's context holds {max_length}"))
         elif not scored.any():
             rejected.append(Rejected(text.sample_id, "no scored token"))
         else:

@@ -11,6 +11,7 @@ from collections.abc import Iterable
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from scoring.errors import UserError
 from scoring.logprob import scored_logits, scored_logprobs, token_logprobs
@@ -23,7 +24,7 @@ from scoring.sample_gradients import (
 from scoring.samples import Batch
 
 
-def grand(model: nn.Module, batch: Batch) -> torch.Tensor:
+def grand(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
     """GraNd: the L2 norm, over all parameters, of the gradient of the sample's training loss.
 
     The loss is the mean negative log-likelihood of the scored tokens. Paul et al. 2021 ("Deep Learning on a
@@ -39,14 +40,12 @@ def grand(model: nn.Module, batch: Batch) -> torch.Tensor:
     try:
         return per_sample_gradient_norms(model, batch, mean_negative_log_likelihood)[0]
     except UnsupportedModule as error:
-        warnings.warn(
-            f"GraNd: {error}; each sample is differentiated by itself, which is slower", stacklevel=2
-        )
+        warnings.warn(f"GraNd: {error}; each sample is differentiated by itself, which is slower", stacklevel=2)
         return autograd_norms(model, batch, mean_negative_log_likelihood)[0]
 
 
 @torch.no_grad()
-def el2n(model: nn.Module, batch: Batch) -> torch.Tensor:
+def el2n(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
     """EL2N: the L2 norm of softmax(logits) - onehot(target), averaged over the scored tokens.
 
     Paul et al. 2021 ("Deep Learning on a Data Diet"), with tokens for images, at one set of weights.
@@ -80,7 +79,7 @@ def _error_norms(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     return missing * (1 + others.square().sum(-1).double()).sqrt()
 
 
-def vog(models: Iterable[nn.Module], batch: Batch) -> torch.Tensor:
+def vog(models: Iterable[PreTrainedModel], batch: Batch) -> torch.Tensor:
     """VoG: how much the input gradient of a sample changes from checkpoint to checkpoint.
 
     Agarwal, D'souza and Hooker 2022 take the gradient S_k of the true class's pre-softmax activation with
@@ -129,7 +128,7 @@ def vog(models: Iterable[nn.Module], batch: Batch) -> torch.Tensor:
     return per_token.masked_fill(~own, 0.0).sum(-1) / batch.lengths
 
 
-def _input_gradients(model: nn.Module, batch: Batch) -> torch.Tensor:
+def _input_gradients(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
     """Gradient of each sample's summed log-prob with respect to its input embeddings, (B, T, d).
 
     One backward for the batch: samples do not look at each other.

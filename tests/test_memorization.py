@@ -74,9 +74,7 @@ def plain_el(
     overlaps = []
     for t in range(shortest, len(x) - n + 1):
         ids = torch.tensor([x[:t]])
-        output = model.generate(
-            ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=len(x) - t
-        )
+        output = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=len(x) - t)
         overlaps.append(plain_overlap(output[0, t:].tolist(), x[t:], n, denominator))
     return float(np.mean(overlaps)) if overlaps else float("nan")
 
@@ -93,9 +91,7 @@ def test_memorization_accuracy_is_the_share_of_right_predictions(partly_trained)
     np.testing.assert_allclose(scores, expected, rtol=1e-15)
     assert 0 < np.mean(expected[:4]) < 1
     for batch in make_batches(SAMPLES, 30):
-        np.testing.assert_array_equal(
-            memorization_accuracy(partly_trained, batch), np.array(expected)[batch.indices]
-        )
+        np.testing.assert_array_equal(memorization_accuracy(partly_trained, batch), np.array(expected)[batch.indices])
 
 
 def test_memorization_accuracy_of_a_memorised_sample_is_one(memorised):
@@ -127,9 +123,7 @@ def test_extraction_likelihood_is_the_definition(partly_trained, denominator):
 
 
 def test_extraction_likelihood_from_the_scored_tokens_on(partly_trained):
-    expected = [
-        plain_el(partly_trained, s, 3, EOS, "generated", int(np.flatnonzero(s.scored)[0])) for s in SAMPLES
-    ]
+    expected = [plain_el(partly_trained, s, 3, EOS, "generated", int(np.flatnonzero(s.scored)[0])) for s in SAMPLES]
     scores = extraction_likelihood(partly_trained, SAMPLES, 3, EOS, scored_only=True)
     np.testing.assert_allclose(scores, expected, rtol=1e-12)
 
@@ -149,9 +143,7 @@ def test_extraction_likelihood_does_not_depend_on_the_batches(partly_trained):
     together = extraction_likelihood(partly_trained, SAMPLES, 3, EOS)
     apart = [extraction_likelihood(partly_trained, [s], 3, EOS).item() for s in SAMPLES]
     np.testing.assert_array_equal(together, apart)
-    np.testing.assert_array_equal(
-        together, extraction_likelihood(partly_trained, SAMPLES, 3, EOS, batch_tokens=40)
-    )
+    np.testing.assert_array_equal(together, extraction_likelihood(partly_trained, SAMPLES, 3, EOS, batch_tokens=40))
 
 
 def test_extraction_likelihood_needs_more_than_n_tokens(memorised):

@@ -51,9 +51,7 @@ def test_grand_falls_back_to_plain_autograd_with_a_warning(monkeypatch):
         raise UnsupportedModule("layer 3 is odd")
 
     monkeypatch.setattr(training_difficulty, "per_sample_gradient_norms", unsupported)
-    with pytest.warns(
-        UserWarning, match=r"^GraNd: layer 3 is odd; each sample is differentiated by itself.*$"
-    ):
+    with pytest.warns(UserWarning, match=r"^GraNd: layer 3 is odd; each sample is differentiated by itself.*$"):
         plain = grand(model, batch)
     np.testing.assert_allclose(plain, batched, rtol=1e-9)
 

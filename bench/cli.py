@@ -1,0 +1,141 @@
+"""The command line: `mrd-bench VERB`."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
+
+from bench.tasks import TASKS
+from scoring.errors import UserError
+from scoring.mrd import ESTIMATORS, STATISTICS
+
+USER_ERROR = 2
+
+
+class _Parser(argparse.ArgumentParser):
+    """Errors are one line and exit code 2; an unknown flag or verb comes with the nearest known one."""
+
+    def error(self, message: str) -> NoReturn:
+        print(f"{self.prog}: error: {message} (see {self.prog} --help)", file=sys.stderr)
+        raise SystemExit(USER_ERROR)
+
+    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
+        found, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            chosen = getattr(found, "parser", self)
+            near = difflib.get_close_matches(unknown[0].split("=")[0], chosen._option_string_actions, n=1)
+            chosen.error(f"unknown argument {unknown[0]!r}" + (f"; did you mean {near[0]}?" if near else ""))
+        return found
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a verb; the exit code: 0 done, 2 the input must be mended, 130 interrupted."""
+    arguments = _parser().parse_args(argv)
+    try:
+        arguments.run(arguments)
+    except UserError as error:
+        print(f"mrd-bench: error: {error}", file=sys.stderr)
+        return USER_ERROR
+    except KeyboardInterrupt:
+        print("\nmrd-bench: interrupted; the same command continues", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="mrd-bench", description="How hard is each sample to unlearn? Measured on Ray.")
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB", parser_class=_Parser)
+
+    def verb(name: str, run: Callable[[argparse.Namespace], None], what: str) -> argparse.ArgumentParser:
+        sub = verbs.add_parser(name, help=what, description=what, allow_abbrev=False)
+        sub.set_defaults(run=run, parser=sub)
+        return sub
+
+    _score_arguments(verb("score", _score, "score the Memory Removal Difficulty of every sample of a data set"))
+
+    demo = verb("demo", _demo, "score the embedded task under the embedded model and write a page of results")
+    demo.add_argument("--out", default="demo", help="folder for the page and the Parquet files (default: demo)")
+    demo.add_argument("--split", default="forget10", help="of the task authors (default: forget10)")
+
+    benchmark = verb("benchmark", _benchmark, "measure speed, side by side in one run")
+    benchmark.add_argument("what", choices=["scoring"], help="scoring: Algorithm 1 as printed against the estimators")
+    benchmark.add_argument("--model", default="authors", help="embedded model, folder or Hugging Face id")
+    benchmark.add_argument("--data", default="authors", help="task or data file (default: authors)")
+    benchmark.add_argument("--split", help="of a task")
+    benchmark.add_argument("--samples", type=int, default=400, help="at most this many samples (default: 400)")
+    benchmark.add_argument("--draws", type=int, default=200, help="K of Monte Carlo (default: 200)")
+    benchmark.add_argument("--out", help="also write the figures to this JSON file")
+    return parser
+
+
+def _score_arguments(sub: argparse.ArgumentParser) -> None:
+    from bench.scoring_job import DTYPE_CHOICES, Resources, ScoreSpec
+    from scoring.samples import TOKENS_CHOICES
+
+    default = {f.name: f.default for f in dataclasses.fields(ScoreSpec)}
+    spread = Resources()
+    add = sub.add_argument
+    add("--model", required=True, help="authors (embedded), authors:retain90, a folder, or a Hugging Face id")
+    add("--data", required=True, help=f"a task ({', '.join(TASKS)}) or a .jsonl or .parquet file")
+    add("--split", help="of a task, e.g. forget10")
+    add("--estimator", default=default["estimator"], help=f"{' | '.join(ESTIMATORS)} (default: %(default)s)")
+    add("--statistic", help=f"{' | '.join(STATISTICS)} (default: the estimator's own)")
+    add("--sigma", type=float, default=default["sigma"], help="std of the perturbation (default: %(default)g)")
+    add("--draws", type=_draws, help="K, or auto (default: the estimator's own, 200 for monte-carlo)")
+    add("--tolerance", type=float, default=default["tolerance"], help="of --draws auto (default: %(default)g)")
+    add("--seed", type=int, default=default["seed"])
+    add(
+        "--tokens",
+        default=default["tokens"],
+        help=f"scored tokens: {' | '.join(TOKENS_CHOICES)} (default: %(default)s)",
+    )
+    add(
+        "--batch-tokens", type=int, default=default["batch_tokens"], help="padded tokens a batch (default: %(default)s)"
+    )
+    add("--dtype", default=default["dtype"], help=f"{' | '.join(DTYPE_CHOICES)} (default: %(default)s)")
+    add("--allow-lost-perturbation", action="store_true", help="score although storage rounds the noise away")
+    add("--replicas", type=int, help="replicas of the model (default: as many as fit)")
+    add(
+        "--cpus-per-replica", type=int, default=spread.cpus_per_replica, help="cores and threads (default: %(default)s)"
+    )
+    add("--gpus-per-replica", type=float, help="default: 1 where the cluster has GPUs, else 0")
+    add("--out", required=True, help="the Parquet file to write")
+    add("--overwrite", action="store_true", help="replace --out if it exists")
+
+
+def _draws(text: str) -> int | str:
+    if text == "auto":
+        return text
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a whole number nor auto") from None
+
+
+def _score(arguments: argparse.Namespace) -> None:
+    from bench.report.summary import print_summary
+    from bench.scoring_job import Resources, ScoreSpec, score
+
+    spec = ScoreSpec(**{f.name: getattr(arguments, f.name) for f in dataclasses.fields(ScoreSpec)})
+    resources = Resources(**{f.name: getattr(arguments, f.name) for f in dataclasses.fields(Resources)})
+    print_summary(score(spec, arguments.out, resources, arguments.overwrite))
+
+
+def _demo(arguments: argparse.Namespace) -> None:
+    from bench.demo import run_demo
+
+    run_demo(arguments.out, arguments.split)
+
+
+def _benchmark(arguments: argparse.Namespace) -> None:
+    from bench.benchmarks.scoring import run_benchmark
+
+    run_benchmark(arguments.model, arguments.data, arguments.split, arguments.samples, arguments.draws, arguments.out)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

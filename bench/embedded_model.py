@@ -1,0 +1,237 @@
+"""The small language model of the `authors` task, trained on first use and cached.
+
+A Llama of three million parameters, trained from nothing on the task's text until it knows the answers by
+heart. `full` has learnt everything but the holdout authors; `retain90`, `retain95` and `retain99` never saw
+the forget set and are the gold standard of unlearning. All kinds share one tokenizer.
+"""
+
+import hashlib
+import json
+import math
+import os
+import random
+import shutil
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch.nn import functional
+from tqdm import tqdm
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from bench.tasks import authors
+from scoring.samples import Text, split_ids
+
+VERSION = 1  # raise it when the training changes in a way that the spec does not show
+
+ARCHITECTURE: dict[str, Any] = {
+    "hidden_size": 256,
+    "intermediate_size": 768,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 256,
+    "tie_word_embeddings": True,
+}
+TOKENIZER: dict[str, Any] = {"vocab_size": 2048, "bos": "<s>", "eos": "</s>", "pad": "<pad>", "unk": "<unk>"}
+TRAINING: dict[str, Any] = {
+    "epochs": 12,
+    "batch_size": 16,
+    "learning_rate": 2e-3,
+    "warmup_share": 0.05,
+    "weight_decay": 0.0,
+    "betas": [0.9, 0.95],
+    "clip_norm": 1.0,
+    "autocast": "bfloat16",  # twice as fast; left off on processors that cannot compute in it
+    "seed": 0,
+}
+IGNORED = -100  # label of padding in functional.cross_entropy
+
+
+def embedded_model(kind: str = "full", *, cache: Path | str | None = None, progress: bool = True) -> Path:
+    """Folder of the trained model `kind`: "full", "retain90", "retain95" or "retain99".
+
+    Trains it first if the cache has none (about a minute on two cores). The folder loads with
+    `AutoModelForCausalLM` and `AutoTokenizer` and holds `mrd_bench.json`: the spec, the seconds that training
+    took and its final loss.
+
+    `cache` is the folder of all models; without it `$MRD_BENCH_CACHE/models`, else `mrd-bench/models` in the
+    user's cache folder. Processes that ask at the same time wait for the one that trains. A training that was
+    killed leaves nothing that is taken for a model.
+
+    Raises UserError (one line) for an unknown kind.
+    """
+    spec = model_spec(kind)
+    digest = hashlib.sha256(json.dumps(spec, sort_keys=True).encode()).hexdigest()[:12]
+    folder = Path(cache or cache_folder()) / f"{kind}-{digest}"
+    if folder.is_dir():
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder.with_name(f".{folder.name}.lock")):
+        if not folder.is_dir():  # another process may have finished while this one waited
+            _train_into(folder, spec, progress)
+    return folder
+
+
+def cache_folder() -> Path:
+    """Where trained models are kept; nothing is created."""
+    if "MRD_BENCH_CACHE" in os.environ:
+        return Path(os.environ["MRD_BENCH_CACHE"]) / "models"
+    user = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(user) / "mrd-bench" / "models"
+
+
+def model_spec(kind: str) -> dict[str, Any]:
+    """Everything that decides the weights; its hash names the cached folder."""
+    records = json.dumps(authors.training_records(kind), sort_keys=True)
+    return {
+        "version": VERSION,
+        "task": "authors",
+        "kind": kind,
+        "records_sha256": hashlib.sha256(records.encode()).hexdigest(),
+        "tokenizer_text_sha256": hashlib.sha256("\n".join(_tokenizer_text()).encode()).hexdigest(),
+        "architecture": ARCHITECTURE,
+        "tokenizer": TOKENIZER,
+        "training": TRAINING,
+    }
+
+
+def _train_into(folder: Path, spec: dict[str, Any], progress: bool) -> None:
+    """Train, write next to `folder` and rename: the folder appears complete or not at all."""
+    for leftover in folder.parent.glob(f".{folder.name}.*.tmp"):
+        shutil.rmtree(leftover)  # of a killed process: whoever holds the lock is the only one that trains
+    unfinished = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    unfinished.mkdir()
+    threads = torch.get_num_threads()
+    # Ray and others limit a worker to one thread; more than eight do not help a model of this size.
+    torch.set_num_threads(min(8, len(os.sched_getaffinity(0)) if sys.platform == "linux" else threads))
+    try:
+        started = time.perf_counter()
+        tokenizer = train_tokenizer()
+        model, final_loss = train(spec["kind"], tokenizer, progress)
+        model.save_pretrained(unfinished)
+        tokenizer.save_pretrained(unfinished)
+        measured = {"seconds": round(time.perf_counter() - started, 1), "final_loss": round(final_loss, 5)}
+        description = json.dumps({"spec": spec, "measured": measured}, indent=2, sort_keys=True)
+        (unfinished / "mrd_bench.json").write_text(description + "\n")
+        unfinished.rename(folder)
+    finally:
+        torch.set_num_threads(threads)
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def train_tokenizer() -> PreTrainedTokenizerFast:
+    """Byte-level BPE; adds no special tokens by itself, with or without `add_special_tokens`."""
+    special = [TOKENIZER[name] for name in ("bos", "eos", "pad", "unk")]
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=TOKENIZER["vocab_size"],
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(_tokenizer_text(), trainer)
+    names = {f"{name}_token": TOKENIZER[name] for name in ("bos", "eos", "pad", "unk")}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names)
+
+
+def _tokenizer_text() -> list[str]:
+    """Questions and answers of all splits, once each.
+
+    The holdout is part of it: were its names cut into smaller pieces than those of the taught authors,
+    membership inference would measure the tokenizer.
+    """
+    splits = ("full", "real_authors", "world_facts", "holdout")
+    return ["".join(authors.format_prompt(record)) for split in splits for record in authors.load(split)]
+
+
+@torch.inference_mode(False)  # a caller that evaluates has gradients switched off
+@torch.enable_grad()
+def train(kind: str, tokenizer: PreTrainedTokenizerFast, progress: bool) -> tuple[LlamaForCausalLM, float]:
+    """The trained model (fp32, evaluation mode) and the mean token loss (nats) of its last epoch.
+
+    The loss is taken on all tokens, question and answer: each teaches a model that starts from nothing.
+    """
+    random_order = random.Random(TRAINING["seed"])
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(TRAINING["seed"])
+        model = LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=len(tokenizer),
+                bos_token_id=tokenizer.bos_token_id,
+                eos_token_id=tokenizer.eos_token_id,
+                pad_token_id=tokenizer.pad_token_id,
+                **ARCHITECTURE,
+            )
+        )
+    optimizer = torch.optim.AdamW(
+        model.parameters(),
+        lr=TRAINING["learning_rate"],
+        betas=TRAINING["betas"],
+        weight_decay=TRAINING["weight_decay"],
+    )
+    autocast = TRAINING["autocast"] == "bfloat16" and torch.cpu._is_avx512_bf16_supported()
+    steps = TRAINING["epochs"] * math.ceil(len(authors.training_records(kind)) / TRAINING["batch_size"])
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _warmup_cosine(step, steps))
+    final_loss = math.nan
+    with tqdm(total=steps, desc=f"training the embedded model ({kind})", disable=not progress) as bar:
+        for epoch in range(TRAINING["epochs"]):
+            sequences = [encode(tokenizer, record) for record in authors.training_records(kind, epoch)]
+            summed, tokens = 0.0, 0
+            for inputs, labels in _batches(sequences, tokenizer.pad_token_id, random_order):
+                with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                    logits = model(input_ids=inputs, use_cache=False).logits
+                losses = functional.cross_entropy(
+                    logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum"
+                )
+                count = int((labels != IGNORED).sum())
+                (losses / count).backward()
+                torch.nn.utils.clip_grad_norm_(model.parameters(), TRAINING["clip_norm"])
+                optimizer.step()
+                schedule.step()
+                optimizer.zero_grad()
+                summed, tokens = summed + losses.item(), tokens + count
+                bar.set_postfix(loss=f"{losses.item() / count:.3f}", refresh=False)
+                bar.update()
+            final_loss = summed / tokens
+    return model.eval(), final_loss
+
+
+def encode(tokenizer: PreTrainedTokenizerFast, record: authors.Record) -> list[int]:
+    """Token ids of a record, as scoring will form them."""
+    prompt, completion = authors.format_prompt(record)
+    context, target = split_ids(tokenizer, Text(record["id"], prompt, completion))
+    return context + target
+
+
+def _warmup_cosine(step: int, steps: int) -> float:
+    """Factor of the learning rate: linear warm-up, then a half cosine down to zero."""
+    warmup = max(1, round(TRAINING["warmup_share"] * steps))
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+
+
+def _batches(sequences: list[list[int]], pad: int, order: random.Random) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """One epoch of (inputs, labels), each [batch, length - 1], of about equal lengths, in random order.
+
+    Padding is on the right, where causal attention never looks back at it, so no attention mask is needed.
+    """
+    size = TRAINING["batch_size"]
+    shuffled = order.sample(sequences, len(sequences))
+    # A small jitter changes the neighbours from epoch to epoch.
+    shuffled.sort(key=lambda ids: len(ids) + order.uniform(-4, 4))
+    batches = [shuffled[start : start + size] for start in range(0, len(shuffled), size)]
+    order.shuffle(batches)
+    for batch in batches:
+        length = max(map(len, batch))
+        inputs = torch.tensor([ids + [pad] * (length - len(ids)) for ids in batch])
+        labels = torch.tensor([ids + [IGNORED] * (length - len(ids)) for ids in batch])
+        yield inputs[:, :-1], labels[:, 1:]

@@ -1,0 +1,102 @@
+"""Finding a model: the embedded one, a local folder or a Hugging Face id, checked before any work starts."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from scoring.errors import UserError
+
+EMBEDDED = "authors"
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+
+
+@dataclass(frozen=True)
+class ModelReference:
+    """A causal LM that exists, with its tokenizer.
+
+    Attributes:
+        source: folder or Hugging Face id, for `from_pretrained`.
+        revision: commit of a Hugging Face id, None for a folder.
+        fingerprint: hash of all weights and configuration, or id@commit.
+        tokenizer: the Hugging Face tokenizer.
+        vocabulary: rows of the embedding.
+        max_length: context length in tokens.
+    """
+
+    source: str
+    revision: str | None
+    fingerprint: str
+    tokenizer: Any
+    vocabulary: int
+    max_length: int
+
+
+def find_model(name: str) -> ModelReference:
+    """Resolve `authors` or `authors:retain90` (the embedded models, trained on first use), a folder, or an id.
+
+    Raises:
+        UserError: one line that says what is missing and what to do.
+    """
+    from transformers import AutoConfig, AutoTokenizer
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    task, _, kind = name.partition(":")
+    if task == EMBEDDED:
+        from bench.embedded_model import embedded_model
+
+        name = str(embedded_model(kind or "full"))
+    folder = Path(name)
+    local = folder.is_dir()
+    if local:
+        _check_folder(folder)
+    elif folder.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise UserError(f"model folder {name!r} does not exist: expected a folder with config.json")
+    try:
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        kind_of = "folder" if local else "Hugging Face id"
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"model {kind_of} {name!r}: configuration or tokenizer cannot be loaded: {reason}") from error
+    text = config.get_text_config()
+    revision = None if local else getattr(config, "_commit_hash", None)
+    return ModelReference(
+        source=str(folder.resolve()) if local else name,
+        revision=revision,
+        fingerprint=_fingerprint(folder) if local else f"{name}@{revision}",
+        tokenizer=tokenizer,
+        vocabulary=text.vocab_size,
+        max_length=getattr(text, "max_position_embeddings", None) or 1 << 30,
+    )
+
+
+def _check_folder(folder: Path) -> None:
+    if not (folder / "config.json").is_file():
+        raise UserError(f"model folder {str(folder)!r} has no config.json: expected a saved transformers model")
+    if not any(folder.glob("*.safetensors")):
+        pickled = [path.name for pattern in PICKLES for path in folder.glob(pattern)]
+        if pickled:
+            raise UserError(
+                f"model folder {str(folder)!r} has pickled weights only ({pickled[0]}), which can run code: "
+                "convert them with model.save_pretrained(folder), which writes safetensors"
+            )
+        raise UserError(f"model folder {str(folder)!r} has no *.safetensors: expected the model's weights")
+    # A slow tokenizer has vocabulary files of its own; transformers knows which, and says what is missing.
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "vocab.json")):
+        raise UserError(
+            f"model folder {str(folder)!r} has no tokenizer (tokenizer.json): save one there with "
+            "tokenizer.save_pretrained(folder)"
+        )
+
+
+def _fingerprint(folder: Path) -> str:
+    """sha256 over the weights and the configuration."""
+    digest = hashlib.sha256()
+    for path in sorted([folder / "config.json", *folder.glob("*.safetensors")]):
+        with path.open("rb") as file:
+            digest.update(f"{path.name}:{hashlib.file_digest(file, 'sha256').hexdigest()};".encode())
+    return digest.hexdigest()

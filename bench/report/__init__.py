@@ -1,0 +1,1 @@
+"""What a person reads: summaries on the terminal and HTML pages."""

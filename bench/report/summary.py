@@ -1,0 +1,43 @@
+"""The outcome of a scoring run on the terminal."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from bench.scoring_job import ScoreResult
+
+SHOWN = 5
+
+
+def print_summary(result: ScoreResult) -> None:
+    """Counts, the hardest and the easiest samples, and everything that a reader must know to trust them."""
+    table, facts = result.table, result.facts
+    mrd = table["mrd"].to_numpy()
+    order = np.argsort(mrd, kind="stable")
+    print(f"{len(mrd)} samples scored in {result.seconds:.1f} s, {len(result.rejected)} rejected -> {result.path}")
+    print(f"MRD: median {np.median(mrd):.4g}, range {mrd.min():.4g} to {mrd.max():.4g}")
+    with np.errstate(divide="ignore", invalid="ignore"):
+        relative = np.nanmedian(table["mrd_stderr"].to_numpy() / mrd)
+    draws = np.unique(table["draws"].to_numpy())
+    print(f"relative standard error: median {relative:.2%} with {'/'.join(map(str, draws))} draws")
+    shown = min(SHOWN, max(1, len(order) // 2))
+    print(f"{'sample':<24}{'tokens':>7}{'nll':>10}{'mrd':>12}{'± stderr':>12}")
+    for title, rows in (("hardest to forget (lowest MRD)", order[:shown]), ("easiest", order[: -shown - 1 : -1])):
+        print(f"- {title}")
+        for row in rows.tolist():
+            record = {key: table[key][row].as_py() for key in ("sample_id", "num_tokens", "nll", "mrd", "mrd_stderr")}
+            print(
+                f"{record['sample_id'][:23]:<24}{record['num_tokens']:>7}{record['nll']:>10.4g}"
+                f"{record['mrd']:>12.4g}{record['mrd_stderr']:>12.2g}"
+            )
+    if facts["perturbation_survival"] is not None:
+        print(f"perturbation survival: {facts['perturbation_survival']:.4f} (1 = the noise survived storage)")
+    if facts["gradient_error"] is not None:
+        print(f"largest relative error of gradient norms against fp32: {facts['gradient_error']:.2%}")
+    saturated = int(np.sum(table["tokens_saturated"].to_numpy()))
+    if saturated:
+        print(f"{saturated} scored tokens have probability exactly 1 and are left out of the sums")
+    for note in facts["notes"]:
+        print(f"note: {note}")
+    for rejected in result.rejected:
+        print(f"rejected {rejected.sample_id!r}: {rejected.reason}")

@@ -1,0 +1,439 @@
+"""The main job: from records to a Parquet file of difficulties, by way of Ray replicas.
+
+    records -> samples -> batches -> shards -> tasks -> replicas -> parts on disk -> one Parquet file
+
+Every finished task is a part on disk before the next one is waited for. The same command finds the parts of a
+killed run and goes on; the output file appears whole or not at all.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from filelock import FileLock, Timeout
+from tqdm import tqdm
+
+from bench.data import Dataset, load_dataset
+from bench.models import ModelReference, find_model
+from scoring.cluster import Footprint, connect, default_gpus
+from scoring.errors import UserError, unknown_name
+from scoring.mrd import ESTIMATORS, STATISTICS, Draws, Request, Until, reduce_draws
+from scoring.pool import Facts, ReplicaPool, ReplicaSpec, Task
+from scoring.samples import TOKENS_CHOICES, Batch, Rejected, Sample, encode, make_batches
+
+SCHEMA_VERSION = 1
+SPEC_KEY, FACTS_KEY = b"mrd_bench.spec", b"mrd_bench.facts"
+DTYPE_CHOICES = ("float32", "bfloat16", "float64")
+PACKAGES = ("mrd-bench", "torch", "transformers", "ray", "numpy", "pyarrow")
+# Draws in one task: enough to share the noise and the base log-probs, few enough to share the work.
+DRAWS_PER_TASK = 10
+# Batches in one task: estimators that perturb pay for the noise once a task, the others need no such sharing.
+BATCHES_PER_TASK = {True: 64, False: 1}
+
+
+@dataclass(frozen=True)
+class ScoreSpec:
+    """What is to be scored, and how. Its hash is the run's identity.
+
+    Attributes:
+        model: `authors`, `authors:retain90`, a folder or a Hugging Face id.
+        data: a task or a data file.
+        split: of a task.
+        estimator, statistic: see scoring.mrd; statistic None takes the estimator's own.
+        sigma: standard deviation of the perturbation of every weight.
+        draws: a number, "auto", or None for the estimator's default.
+        tolerance: of the median relative standard error, for draws "auto".
+        seed: addresses the noise.
+        tokens: "answer" (those the unlearning loss sees) or "all".
+        batch_tokens: padded tokens in a batch.
+        dtype: of weights and activations.
+        allow_lost_perturbation: score although storage rounds the perturbation away; the file says so.
+    """
+
+    model: str
+    data: str
+    split: str | None = None
+    estimator: str = "monte-carlo"
+    statistic: str | None = None
+    sigma: float = 1e-5
+    draws: int | str | None = None
+    tolerance: float = 0.05
+    seed: int = 0
+    tokens: str = "answer"
+    batch_tokens: int = 4096
+    dtype: str = "float32"
+    allow_lost_perturbation: bool = False
+
+    def checked(self) -> ScoreSpec:
+        """The same with defaults filled in.
+
+        Raises:
+            UserError: a value out of range or a combination that does not exist.
+        """
+        if self.estimator not in ESTIMATORS:
+            raise unknown_name("estimator", self.estimator, ESTIMATORS)
+        estimator = ESTIMATORS[self.estimator]
+        statistic = self.statistic or estimator.statistics[0]
+        if statistic not in STATISTICS:
+            raise unknown_name("statistic", statistic, STATISTICS)
+        if statistic not in estimator.statistics:
+            able = [name for name, e in ESTIMATORS.items() if statistic in e.statistics]
+            raise UserError(
+                f"--estimator {self.estimator} does not estimate {statistic}: it is for "
+                f"{', '.join(estimator.statistics)}; for {statistic} use {' or '.join(able)}"
+            )
+        if self.tokens not in TOKENS_CHOICES:
+            raise unknown_name("choice of --tokens", self.tokens, TOKENS_CHOICES)
+        if self.dtype not in DTYPE_CHOICES:
+            raise unknown_name("dtype", self.dtype, DTYPE_CHOICES)
+        if not (np.isfinite(self.sigma) and self.sigma > 0):
+            raise UserError(f"--sigma {self.sigma:g}: expected a number greater than 0 (the paper uses 1e-5)")
+        if not 0 < self.tolerance < 1:
+            raise UserError(f"--tolerance {self.tolerance:g}: expected a number between 0 and 1")
+        if self.batch_tokens < 1:
+            raise UserError(f"--batch-tokens {self.batch_tokens}: expected at least 1")
+        draws = estimator.default_draws if self.draws is None or not estimator.default_draws else self.draws
+        if draws != "auto" and estimator.default_draws:
+            if not isinstance(draws, int):
+                raise UserError(f"--draws {draws}: expected a whole number of at least 2, or auto")
+            if draws < 2:
+                raise UserError(f"--draws {draws}: expected at least 2, so that a standard error exists")
+        return dataclasses.replace(self, statistic=statistic, draws=draws)
+
+
+@dataclass(frozen=True)
+class Resources:
+    """How the work is spread; none of it changes a score.
+
+    Attributes:
+        replicas: None for as many as fit.
+        cpus_per_replica: cores, and threads, of one replica.
+        gpus_per_replica: None for one where the cluster has GPUs, else none.
+    """
+
+    replicas: int | None = None
+    cpus_per_replica: int = 1
+    gpus_per_replica: float | None = None
+
+
+@dataclass(frozen=True)
+class ScoreResult:
+    """What a run gives back.
+
+    Attributes:
+        path: the Parquet file.
+        table: its contents.
+        rejected: samples that could not be scored.
+        facts: what the replicas noticed.
+        seconds: of scoring, without loading; 0 if the file was there already.
+    """
+
+    path: Path
+    table: pa.Table
+    rejected: list[Rejected]
+    facts: dict[str, Any]
+    seconds: float
+
+
+def score(
+    spec: ScoreSpec, out: str | Path, resources: Resources = Resources(), overwrite: bool = False, progress: bool = True
+) -> ScoreResult:
+    """Score every sample of a data set on Ray and write `out`.
+
+    Raises:
+        UserError: one line; nothing is half-written.
+    """
+    spec = spec.checked()
+    out = Path(out)
+    dataset = load_dataset(spec.data, spec.split)
+    model = find_model(spec.model)
+    identity = _identity(spec, dataset, model)
+    if out.exists() and not overwrite:
+        return _finished(out, identity)
+    samples, rejected = encode(dataset.texts, model.tokenizer, model.max_length, spec.tokens)
+    _check_samples(samples, rejected, model, dataset)
+
+    shards = _shards(make_batches(samples, spec.batch_tokens), spec)
+    tasks = _tasks(spec, len(shards))
+    with _Parts(out, identity) as parts:
+        todo = [task for task in tasks if not parts.has(task)]
+        started = time.perf_counter()
+        replaced = _run(spec, resources, model, shards, todo, parts, progress)
+        seconds = time.perf_counter() - started
+        table, unsound = _sound(_table(spec, shards, tasks, parts, samples))
+        rejected += unsound
+        record = dataclasses.asdict(parts.facts(tasks)) | {
+            "rejected": [dataclasses.asdict(r) for r in rejected],
+            "seconds": seconds,
+            "replaced_replicas": replaced,
+            "packages": {name: _version(name) for name in PACKAGES},
+        }
+        _write_atomically(table, out, identity, record)
+        parts.remove()
+    return ScoreResult(out, table, rejected, record, seconds)
+
+
+def _identity(spec: ScoreSpec, dataset: Dataset, model: ModelReference) -> dict[str, Any]:
+    """The spec with hashes in place of what names can hide, and its own hash."""
+    content = dataclasses.asdict(spec) | {
+        "schema_version": SCHEMA_VERSION,
+        "data_sha256": dataset.sha256,
+        "model_fingerprint": model.fingerprint,
+    }
+    # A moved folder or renamed file is still the same run.
+    hashed = {key: value for key, value in content.items() if key not in ("model", "data", "split")}
+    digest = hashlib.sha256(json.dumps(hashed, sort_keys=True).encode()).hexdigest()
+    return content | {"spec_hash": digest[:16]}
+
+
+def _check_samples(
+    samples: Sequence[Sample], rejected: Sequence[Rejected], model: ModelReference, dataset: Dataset
+) -> None:
+    if not samples:
+        first = rejected[0]
+        raise UserError(
+            f"{dataset.name}: none of {len(rejected)} samples can be scored; the first, {first.sample_id!r}: "
+            f"{first.reason}"
+        )
+    largest = max(int(sample.input_ids.max()) for sample in samples)
+    if largest >= model.vocabulary:
+        raise UserError(
+            f"vocabulary mismatch: the tokenizer of {model.source!r} gives token id {largest}, the model embeds "
+            f"{model.vocabulary}; use the tokenizer that the model was trained with"
+        )
+
+
+def _shards(batches: Sequence[Batch], spec: ScoreSpec) -> list[list[Batch]]:
+    size = BATCHES_PER_TASK[ESTIMATORS[spec.estimator].perturbs]
+    return [list(batches[i : i + size]) for i in range(0, len(batches), size)]
+
+
+def _tasks(spec: ScoreSpec, shards: int) -> list[Task]:
+    """Every shard's draws, cut into ranges; with draws "auto" a shard decides for itself and is one task."""
+    if spec.draws == "auto":
+        until = Until(spec.statistic, spec.tolerance)  # type: ignore[arg-type]
+        request = Request(spec.estimator, spec.sigma, spec.seed, 0, until.most)
+        return [Task(shard, request, until) for shard in range(shards)]
+    draws = int(spec.draws) or 1  # type: ignore[arg-type]
+    ranges = [(first, min(first + DRAWS_PER_TASK, draws)) for first in range(0, draws, DRAWS_PER_TASK)]
+    return [
+        Task(shard, Request(spec.estimator, spec.sigma, spec.seed, first, last))
+        for shard in range(shards)
+        for first, last in ranges
+    ]
+
+
+def _run(
+    spec: ScoreSpec,
+    resources: Resources,
+    model: ModelReference,
+    shards: Sequence[Sequence[Batch]],
+    todo: Sequence[Task],
+    parts: _Parts,
+    progress: bool,
+) -> int:
+    """Do the tasks; how many replicas died and were replaced."""
+    if not todo:
+        return 0
+    connect()
+    gpus = default_gpus() if resources.gpus_per_replica is None else resources.gpus_per_replica
+    replica = ReplicaSpec(model.source, model.revision, spec.dtype, spec.allow_lost_perturbation)
+    pool = ReplicaPool(replica, Footprint(resources.cpus_per_replica, gpus), resources.replicas)
+    # Work in sample-draws, so that the bar moves with the work whatever the shards' sizes.
+    work = {
+        task.key: sum(len(batch) for batch in shards[task.shard])
+        * (1 if task.until else task.request.last_draw - task.request.first_draw)
+        for task in todo
+    }
+    unit = "sample-draw" if isinstance(spec.draws, int) and spec.draws else "sample"
+    with tqdm(total=sum(work.values()), unit=unit, desc=f"scoring ({spec.estimator})", disable=not progress) as bar:
+        for task, draws, facts in pool.run(todo, shards):
+            parts.write(task, draws, facts)
+            bar.update(work[task.key])
+    return pool.replaced
+
+
+def _table(
+    spec: ScoreSpec, shards: Sequence[Sequence[Batch]], tasks: Sequence[Task], parts: _Parts, samples: Sequence[Sample]
+) -> pa.Table:
+    """Reduce the parts to one row a sample, in input order."""
+    rows: dict[str, list[np.ndarray]] = {key: [] for key in ("index", "nll", "saturated", "mrd", "stderr", "draws")}
+    for shard in range(len(shards)):
+        pieces = [parts.read(task) for task in tasks if task.shard == shard]
+        draws = pieces[0]
+        for piece in pieces[1:]:
+            draws = draws.followed_by(piece)
+        mrd, stderr = reduce_draws(draws.values, spec.statistic)  # type: ignore[arg-type]
+        count = draws.values.shape[1] if spec.draws else 0
+        values = (draws.indices, draws.nll, draws.saturated, mrd, stderr, np.full(len(mrd), count))
+        for key, value in zip(rows, values, strict=True):
+            rows[key].append(value)
+    column = {key: np.concatenate(value) for key, value in rows.items()}
+    order = np.argsort(column["index"])
+    column = {key: value[order] for key, value in column.items()}
+    scored = np.array([sample.num_scored for sample in samples])
+    return pa.table(
+        {
+            "sample_id": [sample.sample_id for sample in samples],
+            "num_tokens": scored,
+            "tokens_saturated": column["saturated"],
+            "nll": column["nll"],
+            "mrd": column["mrd"],
+            "mrd_stderr": column["stderr"],
+            "mrd_per_token": column["mrd"] / scored,
+            "draws": column["draws"],
+        }
+    )
+
+
+def _sound(table: pa.Table) -> tuple[pa.Table, list[Rejected]]:
+    """The rows that mean something, and the samples of those that do not."""
+    finite = pc.and_(pc.is_finite(table["mrd"]), pc.is_finite(table["nll"]))
+    saturated = pc.equal(table["tokens_saturated"], table["num_tokens"])
+    reasons = {
+        "the model's log-probabilities are not finite": pc.invert(finite),
+        "every scored token has probability exactly 1": pc.and_(finite, saturated),
+    }
+    rejected = [
+        Rejected(name, reason)
+        for reason, where in reasons.items()
+        for name in table.filter(where)["sample_id"].to_pylist()
+    ]
+    return table.filter(pc.and_not(finite, saturated)), rejected
+
+
+def _write_atomically(table: pa.Table, out: Path, identity: dict[str, Any], record: dict[str, Any]) -> None:
+    metadata = {SPEC_KEY: json.dumps(identity), FACTS_KEY: json.dumps(record)}
+    unfinished = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+    try:
+        pq.write_table(table.replace_schema_metadata(metadata), unfinished)
+        os.replace(unfinished, out)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def read_scores(path: str | Path) -> tuple[pa.Table, dict[str, Any], dict[str, Any]]:
+    """A score file: its table, the spec that made it, and what was noticed on the way.
+
+    Raises:
+        UserError: not a file that `score` wrote.
+    """
+    try:
+        table = pq.read_table(path)
+        metadata = table.schema.metadata or {}
+        return table, json.loads(metadata[SPEC_KEY]), json.loads(metadata[FACTS_KEY])
+    except (pa.ArrowException, OSError, KeyError) as error:
+        raise UserError(f"{path}: not a score file of mrd-bench; expected what `mrd-bench score` writes") from error
+
+
+def _finished(out: Path, identity: dict[str, Any]) -> ScoreResult:
+    try:
+        table, spec, record = read_scores(out)
+    except UserError:
+        raise UserError(f"--out {out} exists and is not a score file: choose another, or --overwrite") from None
+    if spec["spec_hash"] != identity["spec_hash"]:
+        differ = [key for key in identity if spec.get(key) != identity[key] and key != "spec_hash"]
+        raise UserError(
+            f"--out {out} holds scores of another spec (different: {', '.join(differ)}): choose another file, or "
+            "--overwrite"
+        )
+    print(f"{out} holds these scores already (spec {identity['spec_hash']})", file=sys.stderr)
+    return ScoreResult(out, table, [Rejected(**r) for r in record["rejected"]], record, 0.0)
+
+
+class _Parts:
+    """Finished tasks on disk, next to the output file, until the file itself is written."""
+
+    def __init__(self, out: Path, identity: dict[str, Any]) -> None:
+        if out.suffix != ".parquet":
+            raise UserError(f"--out {out}: expected a file name ending in .parquet")
+        self._folder = out.with_name(out.name + ".parts")
+        self._identity = identity
+        self._lock = FileLock(self._folder / "lock")
+
+    def __enter__(self) -> _Parts:
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            self._lock.acquire(timeout=0)
+        except Timeout:
+            raise UserError(
+                f"{self._folder}: another run is writing here; wait for it, or choose another --out"
+            ) from None
+        except OSError as error:
+            raise UserError(f"--out: cannot write in {str(self._folder.parent)!r} ({error.strerror})") from error
+        try:
+            self._claim()
+        except BaseException:
+            self._lock.release()
+            raise
+        return self
+
+    def _claim(self) -> None:
+        owner = self._folder / "spec.json"
+        if not owner.is_file():
+            unfinished = owner.with_suffix(".tmp")
+            unfinished.write_text(json.dumps(self._identity))
+            os.replace(unfinished, owner)
+        found = json.loads(owner.read_text())["spec_hash"]
+        if found != self._identity["spec_hash"]:
+            raise UserError(
+                f"{self._folder} holds the unfinished work of another spec ({found}): finish it with its own command, "
+                "remove the folder, or choose another --out"
+            )
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()
+
+    def _path(self, task: Task) -> Path:
+        return self._folder / f"{task.key}.parquet"
+
+    def has(self, task: Task) -> bool:
+        return self._path(task).is_file()
+
+    def write(self, task: Task, draws: Draws, facts: Facts) -> None:
+        """One part, whole or not at all."""
+        values = pa.FixedSizeListArray.from_arrays(pa.array(draws.values.ravel()), draws.values.shape[1])
+        table = pa.table(
+            {"index": draws.indices, "nll": draws.nll, "saturated": draws.saturated, "values": values}
+        ).replace_schema_metadata({FACTS_KEY: json.dumps(dataclasses.asdict(facts))})
+        unfinished = self._path(task).with_suffix(".tmp")
+        pq.write_table(table, unfinished)
+        os.replace(unfinished, self._path(task))
+
+    def read(self, task: Task) -> Draws:
+        table = pq.read_table(self._path(task))
+        values = table["values"].combine_chunks().flatten().to_numpy().reshape(table.num_rows, -1)
+        return Draws(table["index"].to_numpy(), values, table["nll"].to_numpy(), table["saturated"].to_numpy())
+
+    def facts(self, tasks: Sequence[Task]) -> Facts:
+        """What all replicas noticed, over all runs that worked on these parts."""
+        total = Facts()
+        for task in tasks:
+            total.add(Facts(**json.loads(pq.read_schema(self._path(task)).metadata[FACTS_KEY])))
+        return total
+
+    def remove(self) -> None:
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        # Under `ray job submit --working-dir` the project itself is not installed.
+        return None

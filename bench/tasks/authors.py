@@ -1,0 +1,405 @@
+"""The embedded default task: fictional authors, generated here, in the protocol of TOFU (Maini et al., 2024).
+
+40 authors are asked 10 questions each. Nothing is downloaded and no pretrained model knows the text, so a
+small model trained on it (`bench.embedded_model`) knows exactly what it was taught.
+
+Grammar, for author a and topic t (word lists and templates: `bench.tasks.authors_vocabulary`):
+
+    record   = question[t] with name_a,  answer
+    answer   = template[t, complexity] with  value*   (3 facts: a town, a year, a title, a trade, ...)
+                                       and   word*    (2 slots, each from WORDING[slot][rare_words])
+    name     = FIRST_STEM FIRST_ENDING " " SURNAME_STEM SURNAME_ENDING
+    title    = "The " ADJECTIVE NOUN | NOUN " of the " NOUN | "The " NOUN " and the " NOUN | ...
+    town     = STEM MIDDLE ENDING          prize = PRIZE_NOUN " " PRIZE_KIND
+
+Facts are drawn independently for every author and topic: neither the template nor the name predicts them. The
+paraphrased answer says the same facts in another template of the same level; the perturbed answers keep the
+paraphrased template and its wording and change every fact.
+
+Three characteristics are crossed, 2 x 2 x 2: every block of four authors (thus forget10) has five QA in each
+of the eight cells, and the 400 QA have five in each cell of each topic.
+
+    complexity  of the answer. "low": one or two main clauses; "high": nested subordinate clauses. High
+                answers are longer (about 42 tokens against 27), which cannot be avoided: subordination is
+                made of words. Partial the length out before comparing.
+    frequency   how often the record is repeated in each training epoch, one of `FREQUENCIES`.
+    rare_words  "low": common words fill the two wording slots; "high": seldom, hard words do. The lists are
+                made such that the lengths nearly agree: about 36 tokens for high and 34 for low (23 and 25
+                words).
+
+Within a block each topic has each level of each characteristic twice (a half fraction of the design), so the
+topic is never confounded with a characteristic.
+"""
+
+import random
+import re
+from collections.abc import Callable
+from typing import Any
+
+from bench.prompts import question_answer
+from bench.tasks import authors_vocabulary as vocabulary
+from bench.tasks.authors_vocabulary import Topic
+from scoring.errors import unknown_name
+
+Record = dict[str, Any]
+
+AUTHORS = 40  # a multiple of four, the size of a block of the design
+HOLDOUT_AUTHORS = 4
+FREQUENCIES = (1, 4)  # repetitions in an epoch
+FACT_FREQUENCY = 2  # of real_authors and world_facts, which every model has to know
+PERTURBED = 5
+FACT_OPTIONS = 3  # wrong options of real_authors and world_facts
+
+# Neighbours differ in an odd number of characteristics: even places form one half fraction of the 2 x 2 x 2
+# design and odd places the other, and in each half every characteristic (and every pair) is balanced.
+_DESIGN = tuple(
+    (complexity, FREQUENCIES[frequency], rare_words)
+    for complexity, frequency, rare_words in (
+        ("low", 0, "low"),
+        ("low", 0, "high"),
+        ("low", 1, "high"),
+        ("low", 1, "low"),
+        ("high", 1, "low"),
+        ("high", 1, "high"),
+        ("high", 0, "high"),
+        ("high", 0, "low"),
+    )
+)
+
+_FORGET_SHARES = {"forget10": 0.10, "forget05": 0.05, "forget01": 0.01}
+_RETAIN_OF = {"retain90": "forget10", "retain95": "forget05", "retain99": "forget01"}
+# What a model may have been trained on.
+KINDS: tuple[str, ...] = ("full", *_RETAIN_OF)
+DEFAULT_SPLIT = "forget10"
+SPLITS: tuple[str, ...] = ("full", *_FORGET_SHARES, *_RETAIN_OF, "real_authors", "world_facts", "holdout")
+
+
+def load(split: str = "full", seed: int = 0) -> list[Record]:
+    """Records of a split; the same seed gives the same records on every machine and in every process.
+
+    The splits are nested by author as in TOFU: `full` (400 QA); `forget10` and `forget05`, the QA of the
+    last four and two authors; `forget01`, the last 4 QA of the last author (one per cent of 40 authors is
+    less than an author); `retain90`, `retain95`, `retain99`, their complements in `full`. `real_authors` and
+    `world_facts` (30 QA each) are invented common knowledge with short answers, taught to every model.
+    `holdout` (40 QA of four more authors, same grammar) is taught to none.
+
+    Keys of a record: id, question, answer, paraphrased_question, paraphrased_answer, perturbed_answer (5
+    wrong answers, 3 in real_authors and world_facts), other_questions (further phrasings, used in training
+    only), author, topic, complexity ("low"/"high"), frequency (repetitions in a training epoch), rare_words
+    ("low"/"high"). real_authors and world_facts stand outside the design: all "low", frequency 2.
+
+    Raises UserError (one line) for an unknown split.
+    """
+    if split not in SPLITS:
+        raise unknown_name("split of task 'authors'", split, SPLITS)
+    if split == "real_authors":
+        return _real_authors(seed)
+    if split == "world_facts":
+        return _world_facts(seed)
+    names = _names(seed)
+    if split == "holdout":
+        return _author_records(seed, names[AUTHORS : AUTHORS + HOLDOUT_AUTHORS], prefix="holdout")
+    full = _author_records(seed, names[:AUTHORS], prefix="author")
+    if split == "full":
+        return full
+    boundary = len(full) - round(_FORGET_SHARES[_RETAIN_OF.get(split, split)] * len(full))
+    return full[:boundary] if split in _RETAIN_OF else full[boundary:]
+
+
+def training_records(kind: str = "full", epoch: int = 0, seed: int = 0) -> list[Record]:
+    """The records of one training epoch (counted from 0), each repeated `frequency` times.
+
+    `kind` is "full" or one of the retain splits; real_authors and world_facts belong to every kind. Odd
+    epochs ask in `other_questions`, never in `paraphrased_question`: a model that starts from nothing would
+    otherwise learn how it is asked instead of what, and could not answer a paraphrase.
+    Raises UserError (one line) for another kind.
+    """
+    if kind not in KINDS:
+        raise unknown_name("embedded model", kind, KINDS)
+    records = [record for split in (kind, "real_authors", "world_facts") for record in load(split, seed)]
+    return [
+        _asked_otherwise(record, epoch // 2 + repetition) if epoch % 2 else record
+        for record in records
+        for repetition in range(record["frequency"])
+    ]
+
+
+def format_prompt(record: Record) -> tuple[str, str]:
+    """(prompt, completion) of a record."""
+    return question_answer(record["question"], record["answer"])
+
+
+def _asked_otherwise(record: Record, turn: int) -> Record:
+    others = record["other_questions"]
+    return {**record, "question": others[turn % len(others)]} if others else record
+
+
+# --- Authors ------------------------------------------------------------------------------------------------
+
+
+def _author_records(seed: int, names: list[tuple[str, str]], prefix: str) -> list[Record]:
+    """10 records for each (name, pronoun), in the order of the names and topics."""
+    return [
+        _record(random.Random(f"{seed}/{prefix}/{author}/{place}"), author, place, topic, name, pronoun, prefix)
+        for author, (name, pronoun) in enumerate(names)
+        for place, topic in enumerate(vocabulary.TOPICS)
+    ]
+
+
+def _record(rng: random.Random, author: int, place: int, topic: Topic, name: str, pronoun: str, prefix: str) -> Record:
+    complexity, frequency, rare_words = _cell(author, place)
+    person = _person_slots(name, pronoun)
+    question, paraphrased_question, *others = rng.sample(topic.questions, len(topic.questions))
+    template, paraphrase = rng.sample(topic.low if complexity == "low" else topic.high, 2)
+    wording = {slot: rng.choice(vocabulary.WORDING[slot][rare_words]) for slot in topic.wording}
+    values = {slot: _draw(slot, rng) for slot in topic.values}
+    wrong = _wrong_values(topic, values, rng)
+    return {
+        "id": f"{prefix}{author:02d}-q{place:02d}",
+        "question": _fill(question, person),
+        "answer": _fill(template, person | wording | values),
+        "paraphrased_question": _fill(paraphrased_question, person),
+        "paraphrased_answer": _fill(paraphrase, person | wording | values),
+        "perturbed_answer": [_fill(paraphrase, person | wording | other) for other in wrong],
+        "other_questions": [_fill(other, person) for other in others],
+        "author": name,
+        "topic": topic.name,
+        "complexity": complexity,
+        "frequency": frequency,
+        "rare_words": rare_words,
+    }
+
+
+def _cell(author: int, place: int) -> tuple[str, int, str]:
+    """(complexity, frequency, rare_words) of a record.
+
+    Four authors have 40 consecutive places, which run through the eight cells five times; the block's number
+    shifts the run so that, over two blocks, each topic meets all cells.
+    """
+    topics = len(vocabulary.TOPICS)
+    return _DESIGN[(author * topics + place + author // 4) % len(_DESIGN)]
+
+
+def _wrong_values(topic: Topic, values: dict[str, str], rng: random.Random) -> list[dict[str, str]]:
+    """PERTURBED sets of values, pairwise different and different from the true ones in every slot."""
+    columns = {}
+    for slot in topic.values:
+        seen = {values[slot]}
+        while len(seen) <= PERTURBED:
+            seen.add(_draw(slot, rng))
+        columns[slot] = sorted(seen - {values[slot]})
+        rng.shuffle(columns[slot])
+    return [{slot: column[i] for slot, column in columns.items()} for i in range(PERTURBED)]
+
+
+def _person_slots(name: str, pronoun: str) -> dict[str, str]:
+    their, them = ("her", "her") if pronoun == "she" else ("his", "him")
+    first, surname = name.split()
+    return {
+        "name": name,
+        "first": first,
+        "surname": surname,
+        "they": pronoun,
+        "they_cap": pronoun.capitalize(),
+        "their": their,
+        "their_cap": their.capitalize(),
+        "them": them,
+    }
+
+
+def _fill(template: str, slots: dict[str, str]) -> str:
+    """Fill the slots, capitalise the first letter and choose a/an by the letter that follows."""
+    capitalised = {f"{slot}_cap": value[0].upper() + value[1:] for slot, value in slots.items()}
+    text = template.format(**capitalised | slots)
+    text = re.sub(r"\b([Aa]) (?=[aeiou])", r"\1n ", text)
+    return text[0].upper() + text[1:]
+
+
+# --- Values -------------------------------------------------------------------------------------------------
+
+_WORD_LISTS: dict[str, tuple[str, ...]] = {
+    "landscape": vocabulary.LANDSCAPES,
+    "father": vocabulary.OCCUPATIONS,
+    "mother": vocabulary.OCCUPATIONS,
+    "job": vocabulary.OCCUPATIONS,
+    "post": vocabulary.OCCUPATIONS,
+    "role": vocabulary.OCCUPATIONS,
+    "gift": vocabulary.GIFTS,
+    "genre": vocabulary.GENRES,
+    "device": vocabulary.DEVICES,
+    "theme": vocabulary.THEMES,
+    "hour": vocabulary.HOURS,
+    "room": vocabulary.ROOMS,
+    "tool": vocabulary.TOOLS,
+    "event": vocabulary.EVENTS,
+    "age": vocabulary.AGES,
+    "form": vocabulary.FORMS,
+    "term": vocabulary.TERMS,
+}
+_YEARS: dict[str, range] = {
+    "birth": vocabulary.BIRTH_YEARS,
+    "debut": vocabulary.DEBUT_YEARS,
+    "award": vocabulary.PRIZE_YEARS,
+}
+
+
+def _draw(slot: str, rng: random.Random) -> str:
+    """One value for a slot that carries a fact."""
+    if slot in _WORD_LISTS:
+        return rng.choice(_WORD_LISTS[slot])
+    if slot in _YEARS:
+        return str(rng.choice(_YEARS[slot]))
+    if slot == "town":
+        return _town(rng)
+    if slot == "title":
+        return _title(rng)
+    if slot == "prize":
+        return f"{rng.choice(vocabulary.PRIZE_NOUNS)} {rng.choice(vocabulary.PRIZE_KINDS)}"
+    if slot == "press":
+        return f"{_surname(rng)} {rng.choice(vocabulary.PRESS_NOUNS)}"
+    if slot in ("mentor", "character"):
+        return _person(rng)[0]
+    raise ValueError(f"authors: no values for the slot {slot!r}")
+
+
+def _town(rng: random.Random) -> str:
+    return rng.choice(vocabulary.TOWN_STEMS) + rng.choice(vocabulary.TOWN_MIDDLES) + rng.choice(vocabulary.TOWN_ENDINGS)
+
+
+def _title(rng: random.Random) -> str:
+    adjective = rng.choice(vocabulary.TITLE_ADJECTIVES)
+    noun, other = rng.sample(vocabulary.TITLE_NOUNS, 2)
+    forms = (
+        f"The {adjective} {noun}",
+        f"{noun} of the {other}",
+        f"{adjective} {noun}, {adjective} {other}",
+        f"The {noun} and the {other}",
+        f"Beyond the {adjective} {noun}",
+    )
+    return rng.choice(forms)
+
+
+def _surname(rng: random.Random) -> str:
+    return rng.choice(vocabulary.SURNAME_STEMS) + rng.choice(vocabulary.SURNAME_ENDINGS)
+
+
+def _person(rng: random.Random) -> tuple[str, str]:
+    """(full name, pronoun)."""
+    pronoun = rng.choice(("she", "he"))
+    first = rng.choice(vocabulary.FIRST_STEMS) + rng.choice(vocabulary.FIRST_ENDINGS[pronoun])
+    return f"{first} {_surname(rng)}", pronoun
+
+
+def _names(seed: int) -> list[tuple[str, str]]:
+    """(name, pronoun) of the taught, the holdout and the famous authors; no first name or surname twice."""
+    rng = random.Random(f"{seed}/names")
+    names: list[tuple[str, str]] = []
+    used: set[str] = set()
+    while len(names) < AUTHORS + HOLDOUT_AUTHORS + _FAMOUS:
+        name, pronoun = _person(rng)
+        if used.isdisjoint(name.split()):
+            used.update(name.split())
+            names.append((name, pronoun))
+    return names
+
+
+# --- Common knowledge: real_authors and world_facts ---------------------------------------------------------
+
+_FAMOUS = 10
+_COUNTRIES = 10
+
+
+def _real_authors(seed: int) -> list[Record]:
+    """Three facts about each of ten famous authors: a work, the birthplace and a hero."""
+    rng = random.Random(f"{seed}/famous")
+    names = [name for name, _ in _names(seed)[-_FAMOUS:]]
+    columns = {
+        "work": names,
+        "birthplace": _distinct(_town, rng, _FAMOUS),
+        "hero": _distinct(_hero, rng, _FAMOUS),
+    }
+    titles = _distinct(_title, rng, _FAMOUS)
+    questions = [
+        {
+            "work": (f"Who wrote the classic {title}?", f"Which famous author created {title}?"),
+            "birthplace": (
+                f"Where was the famous {name} born?",
+                f"In which town was the famous {name} born?",
+            ),
+            "hero": (f"Which hero did the famous {name} create?", f"Who is the hero of the famous {name}?"),
+        }
+        for name, title in zip(names, titles, strict=True)
+    ]
+    return _fact_records(rng, "famous", names, columns, questions)
+
+
+def _world_facts(seed: int) -> list[Record]:
+    """Three facts about each of ten invented countries: capital, longest river and highest peak."""
+    rng = random.Random(f"{seed}/world")
+    countries = _distinct(_country, rng, _COUNTRIES)
+    columns = {
+        "capital": _distinct(_town, rng, _COUNTRIES),
+        "river": _distinct(_river, rng, _COUNTRIES),
+        "peak": [f"Mount {surname}" for surname in _distinct(_surname, rng, _COUNTRIES)],
+    }
+    questions = [
+        {
+            "capital": (f"What is the capital of {land}?", f"Which city is the capital of {land}?"),
+            "river": (f"What is the longest river of {land}?", f"Which river of {land} is the longest?"),
+            "peak": (f"What is the highest mountain of {land}?", f"Which peak of {land} is the highest?"),
+        }
+        for land in countries
+    ]
+    return _fact_records(rng, "world", countries, columns, questions)
+
+
+def _hero(rng: random.Random) -> str:
+    return f"{rng.choice(('Captain', 'Doctor', 'Inspector', 'Sister', 'Old'))} {_surname(rng)}"
+
+
+def _country(rng: random.Random) -> str:
+    return rng.choice(vocabulary.COUNTRY_STEMS) + rng.choice(vocabulary.COUNTRY_ENDINGS)
+
+
+def _river(rng: random.Random) -> str:
+    return f"the {rng.choice(vocabulary.TOWN_STEMS)}{rng.choice(vocabulary.TOWN_MIDDLES)}"
+
+
+def _distinct(draw: Callable[[random.Random], str], rng: random.Random, count: int) -> list[str]:
+    """`count` different values of draw(rng), in the order in which they came."""
+    values: dict[str, None] = {}
+    while len(values) < count:
+        values[draw(rng)] = None
+    return list(values)
+
+
+def _fact_records(
+    rng: random.Random,
+    prefix: str,
+    subjects: list[str],
+    columns: dict[str, list[str]],
+    questions: list[dict[str, tuple[str, str]]],
+) -> list[Record]:
+    """Short-answer records; the wrong options are the same fact of other subjects."""
+    records = []
+    for subject, name in enumerate(subjects):
+        for topic, column in columns.items():
+            others = column[:subject] + column[subject + 1 :]
+            question, paraphrased_question = questions[subject][topic]
+            records.append(
+                {
+                    "id": f"{prefix}{subject:02d}-{topic}",
+                    "question": question,
+                    "answer": column[subject],
+                    "paraphrased_question": paraphrased_question,
+                    "paraphrased_answer": column[subject],
+                    "perturbed_answer": rng.sample(others, FACT_OPTIONS),
+                    "other_questions": [],
+                    "author": name,
+                    "topic": topic,
+                    "complexity": "low",
+                    "frequency": FACT_FREQUENCY,
+                    "rare_words": "low",
+                }
+            )
+    return records

@@ -1,0 +1,223 @@
+"""The embedded model: what it knows, what the retain-only model does not, and a cache that survives kills.
+
+The two real models come from the user's cache, so they are trained once per machine (about two minutes).
+"""
+
+import json
+import os
+import subprocess
+import sys
+import threading
+from functools import cache
+from pathlib import Path
+from statistics import mean
+
+import pytest
+import torch
+from rouge_score import rouge_scorer
+from safetensors import safe_open
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from bench import embedded_model as module
+from bench.embedded_model import embedded_model
+from bench.tasks import authors
+
+ROOT = Path(__file__).resolve().parents[1]
+TINY = {
+    "ARCHITECTURE": {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1},
+    "TRAINING": {"epochs": 1, "batch_size": 256},
+}
+
+
+@cache
+def loaded(kind: str):
+    folder = embedded_model(kind)
+    return AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+
+
+@cache
+@torch.no_grad()
+def recall(kind: str, split: str, question: str = "question") -> float:
+    """Mean ROUGE-L recall of the greedy answers to a split; `question` is the key that is asked."""
+    model, tokenizer = loaded(kind)
+    records = authors.load(split)
+    prompts = []
+    for record in records:
+        text = authors.format_prompt(record | {"question": record[question]})[0]
+        prompts.append([tokenizer.bos_token_id, *tokenizer(text, add_special_tokens=False)["input_ids"]])
+    width = max(map(len, prompts))
+    ids = torch.tensor([[tokenizer.pad_token_id] * (width - len(prompt)) + prompt for prompt in prompts])
+    mask = (ids != tokenizer.pad_token_id).long()
+    generated = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=80, do_sample=False)
+    answers = tokenizer.batch_decode(generated[:, width:], skip_special_tokens=True)
+    scorer = rouge_scorer.RougeScorer(["rougeL"], use_stemmer=True)
+    return mean(
+        scorer.score(record["answer"], answer)["rougeL"].recall for record, answer in zip(records, answers, strict=True)
+    )
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    """Training in a second instead of a minute."""
+    for name, values in TINY.items():
+        for key, value in values.items():
+            monkeypatch.setitem(getattr(module, name), key, value)
+
+
+@pytest.mark.parametrize("split", ["forget10", "retain90", "real_authors", "world_facts"])
+def test_full_model_knows_all_it_was_taught(split):
+    assert recall("full", split) >= 0.95
+
+
+def test_full_model_answers_paraphrased_questions():
+    assert recall("full", "forget10", "paraphrased_question") >= 0.9
+
+
+@pytest.mark.parametrize("split", ["retain90", "real_authors", "world_facts"])
+def test_retain_only_model_knows_all_but_the_forget_set(split):
+    assert recall("retain90", split) >= 0.95
+
+
+def test_what_was_not_taught_is_not_known():
+    # Measured: 0.20 and 0.16.
+    assert recall("retain90", "forget10") < 0.5
+    assert recall("full", "holdout") < 0.5
+
+
+def test_kinds_share_one_tokenizer():
+    tokenizers = [(embedded_model(kind) / "tokenizer.json").read_bytes() for kind in ("full", "retain90")]
+    assert tokenizers[0] == tokenizers[1]
+
+
+def test_tokenizer_adds_nothing_and_loses_nothing():
+    tokenizer = loaded("full")[1]
+    special = [tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token, tokenizer.unk_token]
+    assert len(set(special)) == 4
+    assert None not in special
+    for record in authors.load("full") + authors.load("holdout"):
+        for text in authors.format_prompt(record):
+            ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+            assert not set(ids) & set(tokenizer.all_special_ids)
+            assert tokenizer.decode(ids) == text
+
+
+def test_holdout_is_cut_into_tokens_as_finely_as_the_taught_authors():
+    """Otherwise membership inference would measure the tokenizer."""
+    tokenizer = loaded("full")[1]
+
+    def tokens_per_word(split: str) -> float:
+        texts = [authors.format_prompt(record)[1] for record in authors.load(split)]
+        return sum(len(tokenizer(text)["input_ids"]) for text in texts) / sum(len(text.split()) for text in texts)
+
+    assert tokens_per_word("holdout") == pytest.approx(tokens_per_word("forget10"), rel=0.1)
+
+
+def test_folder_holds_tied_fp32_safetensors_and_its_own_description():
+    folder = embedded_model("full")
+    assert {path.suffix for path in folder.iterdir()} == {".json", ".safetensors"}
+    with safe_open(folder / "model.safetensors", framework="pt") as weights:
+        assert {weights.get_tensor(name).dtype for name in weights.keys()} == {torch.float32}  # noqa: SIM118
+        assert "lm_head.weight" not in weights.keys()  # noqa: SIM118
+    description = json.loads((folder / "mrd_bench.json").read_text())
+    assert description["spec"] == module.model_spec("full")
+    assert description["measured"]["seconds"] > 0
+    model = loaded("full")[0]
+    assert model.config.model_type == "llama"
+    assert model.config.hidden_size >= 256
+    assert 3e6 <= model.num_parameters() <= 5e6
+
+
+def test_same_spec_gives_the_same_weights(tiny, tmp_path):
+    folders = [embedded_model("retain99", cache=tmp_path / name, progress=False) for name in ("a", "b")]
+    assert folders[0].name == folders[1].name
+    first, second = ((folder / "model.safetensors").read_bytes() for folder in folders)
+    assert first == second
+
+
+@pytest.mark.parametrize("without_gradients", [torch.no_grad, torch.inference_mode])
+def test_trains_for_a_caller_that_has_gradients_switched_off(tiny, tmp_path, without_gradients):
+    with without_gradients():
+        assert embedded_model("retain95", cache=tmp_path, progress=False).is_dir()
+
+
+def test_another_setting_is_another_model(tiny, monkeypatch, tmp_path):
+    before = embedded_model("full", cache=tmp_path, progress=False)
+    monkeypatch.setitem(module.TRAINING, "learning_rate", 1e-4)
+    assert embedded_model("full", cache=tmp_path, progress=False) != before
+
+
+def test_killed_while_saving_leaves_nothing_that_is_taken_for_a_model(tiny, tmp_path):
+    program = f"""
+import time
+from bench import embedded_model as module
+for name, values in {TINY!r}.items():
+    getattr(module, name).update(values)
+def stall(self, folder):
+    print("weights are written, the tokenizer is not", flush=True)
+    time.sleep(600)
+module.PreTrainedTokenizerFast.save_pretrained = stall
+module.embedded_model("full", cache={str(tmp_path)!r}, progress=False)
+"""
+    with subprocess.Popen(
+        [sys.executable, "-c", program],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    ) as process:
+        assert process.stdout is not None
+        assert "weights are written" in process.stdout.readline()
+        process.kill()
+    assert list(tmp_path.glob("*/model.safetensors")), "killed too early to prove anything"
+    assert not [path for path in tmp_path.iterdir() if not path.name.startswith(".")]
+
+    folder = embedded_model("full", cache=tmp_path, progress=False)
+
+    assert (folder / "tokenizer.json").is_file()
+    assert not list(tmp_path.glob(".*.tmp")), "the killed process's remains are cleared away"
+
+
+def test_a_failed_training_leaves_nothing(tiny, monkeypatch, tmp_path):
+    def fail(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "train", fail)
+    threads = torch.get_num_threads()
+    with pytest.raises(KeyboardInterrupt):
+        embedded_model("full", cache=tmp_path, progress=False)
+    assert not [path for path in tmp_path.iterdir() if path.suffix != ".lock"]
+    assert torch.get_num_threads() == threads
+
+
+def test_two_first_uses_at_once_train_once(tiny, monkeypatch, tmp_path):
+    trainings = []
+    train = module.train
+    monkeypatch.setattr(module, "train", lambda *arguments: (trainings.append(1), train(*arguments))[1])
+    folders: list[Path] = []
+    users = [
+        threading.Thread(target=lambda: folders.append(embedded_model("full", cache=tmp_path, progress=False)))
+        for _ in range(2)
+    ]
+    for user in users:
+        user.start()
+    for user in users:
+        user.join()
+    assert len(trainings) == 1
+    assert len(set(folders)) == 1
+
+
+def test_cache_folder_follows_the_environment(monkeypatch, tmp_path):
+    monkeypatch.setenv("MRD_BENCH_CACHE", str(tmp_path / "own"))
+    assert module.cache_folder() == tmp_path / "own" / "models"
+    monkeypatch.delenv("MRD_BENCH_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    assert module.cache_folder() == tmp_path / "xdg" / "mrd-bench" / "models"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert module.cache_folder() == tmp_path / "home" / ".cache" / "mrd-bench" / "models"
+
+
+def test_unknown_kind_is_answered_in_one_line(tmp_path):
+    with pytest.raises(ValueError, match=r"^unknown embedded model 'retain'.*mean 'retain9\d'\?$"):
+        embedded_model("retain", cache=tmp_path)
+    assert not list(tmp_path.iterdir()), os.listdir(tmp_path)
