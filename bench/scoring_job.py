@@ -253,7 +253,7 @@ def _run(
     connect()
     gpus = default_gpus() if resources.gpus_per_replica is None else resources.gpus_per_replica
     replica = ReplicaSpec(model.source, model.revision, spec.dtype, spec.allow_lost_perturbation)
-    pool = ReplicaPool(replica, Footprint(resources.cpus_per_replica, gpus), resources.replicas)
+    footprint = Footprint(resources.cpus_per_replica, gpus)
     # Work in sample-draws, so that the bar moves with the work whatever the shards' sizes.
     work = {
         task.key: sum(len(batch) for batch in shards[task.shard])
@@ -261,7 +261,10 @@ def _run(
         for task in todo
     }
     unit = "sample-draw" if isinstance(spec.draws, int) and spec.draws else "sample"
-    with tqdm(total=sum(work.values()), unit=unit, desc=f"scoring ({spec.estimator})", disable=not progress) as bar:
+    with (
+        ReplicaPool(replica, footprint, resources.replicas) as pool,
+        tqdm(total=sum(work.values()), unit=unit, desc=f"scoring ({spec.estimator})", disable=not progress) as bar,
+    ):
         for task, draws, facts in pool.run(todo, shards):
             parts.write(task, draws, facts)
             bar.update(work[task.key])

@@ -70,8 +70,8 @@ class Perturbable(Protocol):
     def restore(self) -> None:
         """theta <- base, bitwise."""
 
-    def log_abs_gradient_norms(self, batch: Batch) -> torch.Tensor:
-        """||grad Sum_t log|P_t||| over all parameters, (B,)."""
+    def log_abs_gradient_norms(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """||grad Sum_t log|P_t||| over all parameters, (B,); and P_t, (B, S), of the same forward pass."""
 
     def second_derivatives(self, batch: Batch, seed: int, draw: int) -> torch.Tensor:
         """v^T H_t v of every P_t along random signs v, (B, S)."""
@@ -155,11 +155,15 @@ def estimate(
         request: what to estimate.
         base: the unperturbed log-probs of each batch where they are known already.
     """
-    if base is None:
-        base = [replica.logprobs(batch) for batch in batches]
+    if request.estimator == "gradient":
+        values, base = _gradient(replica, batches, request)
+    else:
+        if base is None:
+            base = [replica.logprobs(batch) for batch in batches]
+        values = _DRAWERS[request.estimator](replica, batches, base, request)
     return Draws(
         indices=np.concatenate([batch.indices.cpu().numpy() for batch in batches]),
-        values=_DRAWERS[request.estimator](replica, batches, base, request),
+        values=values,
         nll=np.concatenate([-p.double().sum(-1).cpu().numpy() for p in base]),
         saturated=np.concatenate(
             [((p == 0) & b.mask.to(p.device)).sum(-1).cpu().numpy() for p, b in zip(base, batches, strict=True)]
@@ -224,10 +228,12 @@ def _antithetic(
 
 
 def _gradient(
-    replica: Perturbable, batches: Sequence[Batch], base: Sequence[torch.Tensor], request: Request
-) -> np.ndarray:
-    norms = np.concatenate([replica.log_abs_gradient_norms(batch).double().cpu().numpy() for batch in batches])
-    return (request.sigma * math.sqrt(2 / math.pi) * norms)[:, None]
+    replica: Perturbable, batches: Sequence[Batch], request: Request
+) -> tuple[np.ndarray, list[torch.Tensor]]:
+    """The closed form, and the log-probs that its forward pass gave."""
+    pairs = [replica.log_abs_gradient_norms(batch) for batch in batches]
+    norms = np.concatenate([norm.double().cpu().numpy() for norm, _ in pairs])
+    return (request.sigma * math.sqrt(2 / math.pi) * norms)[:, None], [logprobs for _, logprobs in pairs]
 
 
 def _curvature(
@@ -248,7 +254,6 @@ def _curvature(
 _DRAWERS = {
     "monte-carlo": _monte_carlo,
     "antithetic": _antithetic,
-    "gradient": _gradient,
     "curvature": _curvature,
 }
 

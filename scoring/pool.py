@@ -9,7 +9,7 @@ cannot place yet join when it can.
 from __future__ import annotations
 
 import os
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,7 +20,7 @@ from ray.exceptions import RayActorError, RayTaskError
 
 from scoring.cluster import Footprint, how_many_fit
 from scoring.errors import UserError
-from scoring.mrd import Draws, Request, Until, estimate, estimate_until
+from scoring.mrd import ESTIMATORS, Draws, Request, Until, estimate, estimate_until
 from scoring.samples import Batch
 
 MAX_ATTEMPTS = 4
@@ -103,13 +103,11 @@ class ReplicaActor:
     def run(self, task: Task, batches: list[Batch]) -> tuple[Draws, Facts]:
         replica = self._replica
         before = replica.forwards, replica.backwards
-        # The draws of a group are cut into several tasks; its unperturbed log-probs are the same for all.
-        if self._base is None or self._base[0] != task.shard:
-            self._base = (task.shard, [replica.logprobs(batch) for batch in batches])
+        base = self._logprobs(task, batches)
         if task.until is None:
-            draws = estimate(replica, batches, task.request, self._base[1])
+            draws = estimate(replica, batches, task.request, base)
         else:
-            draws = estimate_until(replica, batches, task.request, task.until, self._base[1])
+            draws = estimate_until(replica, batches, task.request, task.until, base)
         if task.request.estimator == "gradient" and replica.gradient_error is None:
             replica.measure_gradient_error(batches[0])
         return draws, Facts(
@@ -120,87 +118,124 @@ class ReplicaActor:
             replica.backwards - before[1],
         )
 
+    def _logprobs(self, task: Task, batches: list[Batch]) -> list[torch.Tensor] | None:
+        """The unperturbed log-probs, once for all draws of a group: they are cut into several tasks."""
+        if not ESTIMATORS[task.request.estimator].default_draws:
+            return None
+        if self._base is None or self._base[0] != task.shard:
+            self._base = (task.shard, [self._replica.logprobs(batch) for batch in batches])
+        return self._base[1]
+
 
 class ReplicaPool:
-    """Runs tasks on up to `replicas` actors.
+    """Runs tasks on up to `replicas` actors, which stay loaded between runs until the pool is closed.
 
     Args:
         spec: the model.
         footprint: CPU cores and GPUs of one replica.
         replicas: how many are wanted; None for as many as fit. More than fit now is no error: the rest join when
             nodes do.
+
+    Raises:
+        UserError: no node can hold a replica.
     """
 
     def __init__(self, spec: ReplicaSpec, footprint: Footprint, replicas: int | None = None) -> None:
         fits = how_many_fit(footprint)
         self._spec = spec
         self._footprint = footprint
-        self.wanted = replicas or fits
+        self._wanted = replicas or fits
+        self._loading: dict[ray.ObjectRef, Any] = {}
+        self._idle: list[Any] = []
+        self._deaths_in_a_row = 0
         self.replaced = 0
+
+    def __enter__(self) -> ReplicaPool:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End all replicas."""
+        for actor in [*self._loading.values(), *self._idle]:
+            ray.kill(actor)
+        self._loading, self._idle = {}, []
 
     def run(self, tasks: Sequence[Task], shards: Sequence[Sequence[Batch]]) -> Iterator[tuple[Task, Draws, Facts]]:
         """Results as they finish, in no particular order.
 
         Raises:
-            UserError: a task's own error (a lost perturbation, say), or a task whose replicas keep dying.
+            UserError: a task's own error (a lost perturbation, say), or replicas that keep dying.
         """
         waiting = deque(tasks)
-        attempts = {task.key: 0 for task in tasks}
+        left = Counter(task.shard for task in tasks)
+        attempts: Counter[str] = Counter()
         stored: dict[int, ray.ObjectRef] = {}
-        loading = dict(self._start() for _ in range(min(self.wanted, len(tasks))))
         running: dict[ray.ObjectRef, tuple[Task, Any]] = {}
-        deaths_at_start = 0
+        for _ in range(min(self._wanted, len(tasks)) - len(self._idle) - len(self._loading)):
+            self._start()
         try:
             while waiting or running:
-                finished, _ = ray.wait([*loading, *running], num_returns=1)
-                reference = finished[0]
-                task, actor = running.pop(reference) if reference in running else (None, loading.pop(reference))
-                try:
-                    value = ray.get(reference)
-                except RayTaskError as error:
-                    raise _plain(error) from None
-                except RayActorError as error:
-                    self.replaced += 1
-                    if task is None:
-                        deaths_at_start += 1
-                        if deaths_at_start >= MAX_ATTEMPTS:
-                            raise UserError(f"replicas die while loading the model: {_reason(error)}") from None
-                    else:
-                        attempts[task.key] += 1
-                        if attempts[task.key] >= MAX_ATTEMPTS:
-                            raise UserError(
-                                f"{attempts[task.key]} replicas died on the same {len(shards[task.shard])} batch(es), "
-                                f"out of memory? Lower --batch-tokens. Last: {_reason(error)}"
-                            ) from None
-                        waiting.appendleft(task)
-                    loading.update([self._start()])
-                    continue
-                if task is not None:
-                    yield (task, *value)
-                if waiting:
-                    task = waiting.popleft()
+                while self._idle and waiting:
+                    task, actor = waiting.popleft(), self._idle.pop()
                     if task.shard not in stored:
                         stored[task.shard] = ray.put(list(shards[task.shard]))
-                    running[actor.run.remote(task, stored[task.shard])] = (task, actor)
-                    _drop_finished(stored, waiting, running)
-                else:
-                    ray.kill(actor)
+                    running[actor.run.remote(task, stored[task.shard])] = task, actor
+                (reference,), _ = ray.wait([*self._loading, *running], num_returns=1)
+                if reference in self._loading:
+                    self._finish_loading(reference)
+                    continue
+                task, actor = running.pop(reference)
+                try:
+                    draws, facts = ray.get(reference)
+                except RayTaskError as error:
+                    self._idle.append(actor)
+                    raise _plain(error) from None
+                except RayActorError as error:
+                    self._replace()
+                    attempts[task.key] += 1
+                    if attempts[task.key] >= MAX_ATTEMPTS:
+                        raise UserError(
+                            f"{MAX_ATTEMPTS} replicas died on the same {len(shards[task.shard])} batch(es), out of "
+                            f"memory? Lower --batch-tokens. Last: {_reason(error)}"
+                        ) from None
+                    waiting.appendleft(task)
+                    continue
+                self._idle.append(actor)
+                left[task.shard] -= 1
+                if not left[task.shard]:
+                    del stored[task.shard]
+                yield task, draws, facts
         finally:
-            for actor in [*loading.values(), *(actor for _, actor in running.values())]:
+            # Left early: what still runs is of no use to anyone, and its replica is in an unknown state.
+            for _, actor in running.values():
                 ray.kill(actor)
 
-    def _start(self) -> tuple[ray.ObjectRef, Any]:
+    def _start(self) -> None:
         device = "cuda" if self._footprint.gpus else "cpu"
         options = self._footprint.ray_options()
         actor: Any = ray.remote(ReplicaActor).options(**options).remote(self._footprint.cpus, device)
-        return actor.load.remote(self._spec), actor
+        self._loading[actor.load.remote(self._spec)] = actor
 
+    def _replace(self) -> None:
+        self.replaced += 1
+        self._start()
 
-def _drop_finished(stored: dict, waiting: deque[Task], running: dict) -> None:
-    """Let go of batches that no task needs any more, so that the object store does not hold the whole set."""
-    needed = {task.shard for task in waiting} | {task.shard for task, _ in running.values()}
-    for shard in [s for s in stored if s not in needed]:
-        del stored[shard]
+    def _finish_loading(self, reference: ray.ObjectRef) -> None:
+        actor = self._loading.pop(reference)
+        try:
+            ray.get(reference)
+        except RayTaskError as error:
+            raise _plain(error) from None
+        except RayActorError as error:
+            self._deaths_in_a_row += 1
+            if self._deaths_in_a_row >= MAX_ATTEMPTS:
+                raise UserError(f"replicas die while loading the model: {_reason(error)}") from None
+            self._replace()
+            return
+        self._deaths_in_a_row = 0
+        self._idle.append(actor)
 
 
 def _plain(error: RayTaskError) -> BaseException:

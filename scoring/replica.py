@@ -136,8 +136,8 @@ class TransformersReplica:
         if not self._perturbation.is_restored():
             raise RuntimeError("weights differ from their base after restoring: non-finite weights in the model?")
 
-    def log_abs_gradient_norms(self, batch: Batch) -> torch.Tensor:
-        """||grad Sum_t log|P_t||| over all parameters, (B,) fp64.
+    def log_abs_gradient_norms(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """||grad Sum_t log|P_t||| over all parameters, (B,) fp64; and P_t, (B, S), of the same forward pass.
 
         From one backward pass for the whole batch. Before the first use a few samples are compared with plain
         autograd; a model for which the two differ, or which has a module that the batched method cannot handle,
@@ -149,10 +149,10 @@ class TransformersReplica:
         if self._batched_gradients:
             self.forwards += 1
             self.backwards += 1
-            return per_sample_gradient_norms(self.model, batch, log_abs_logprob)[0]
+            return per_sample_gradient_norms(self.model, batch, log_abs_logprob)
         self.forwards += len(batch)
         self.backwards += len(batch)
-        return autograd_norms(self.model, batch, log_abs_logprob)[0]
+        return autograd_norms(self.model, batch, log_abs_logprob)
 
     def _batched_gradients_agree(self, batch: Batch) -> bool:
         few = batch.rows(0, min(2, len(batch))).to(self.device)
@@ -206,8 +206,8 @@ class TransformersReplica:
         if self.dtype in (torch.float32, torch.float64):
             return
         few = batch.rows(0, min(8, len(batch)))
-        here = self.log_abs_gradient_norms(few)
-        exact = TransformersReplica(copy.deepcopy(self.model).float()).log_abs_gradient_norms(few)
+        here, _ = self.log_abs_gradient_norms(few)
+        exact, _ = TransformersReplica(copy.deepcopy(self.model).float()).log_abs_gradient_norms(few)
         self.gradient_error = ((here - exact).abs() / exact).max().item()
 
 
