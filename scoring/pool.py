@@ -16,7 +16,7 @@ from typing import Any
 
 import ray
 import torch
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import NodeDiedError, ObjectLostError, OutOfMemoryError, RayActorError, RayError, RayTaskError
 
 from scoring.cluster import Footprint, how_many_fit
 from scoring.errors import UserError
@@ -24,6 +24,9 @@ from scoring.mrd import ESTIMATORS, Draws, Request, Until, estimate, estimate_un
 from scoring.samples import Batch
 
 MAX_ATTEMPTS = 4
+# What a call to a replica raises when its process or node is gone. Ray's memory monitor and a result lost with its
+# node have types of their own.
+DEATHS = (RayActorError, OutOfMemoryError, NodeDiedError, ObjectLostError)
 
 
 @dataclass(frozen=True)
@@ -90,20 +93,24 @@ class ReplicaActor:
         torch.set_num_threads(threads)
         self._device = device
         self._replica: Any = None
-        self._base: tuple[int, list[torch.Tensor]] | None = None
+        self._base: tuple[tuple[int, int], list[torch.Tensor]] | None = None
 
     def load(self, spec: ReplicaSpec) -> int:
         """Load the model; the process id, for those who watch. Not in __init__, so that errors arrive typed."""
         from scoring.replica import TransformersReplica, load_model
 
         model = load_model(spec.source, spec.dtype, self._device, spec.revision)
+        broken = next((name for name, p in model.named_parameters() if not p.isfinite().all()), None)
+        if broken is not None:
+            raise UserError(f"model {spec.source!r}: weight {broken!r} holds NaN or infinity; nothing can be scored")
         self._replica = TransformersReplica(model, spec.allow_lost_perturbation)
         return os.getpid()
 
-    def run(self, task: Task, batches: list[Batch]) -> tuple[Draws, Facts]:
+    def run(self, task: Task, batches: list[Batch], run: int) -> tuple[Draws, Facts]:
+        """Do a task. `run` tells the pool's runs apart: their shards have the same numbers."""
         replica = self._replica
         before = replica.forwards, replica.backwards
-        base = self._logprobs(task, batches)
+        base = self._logprobs(task, batches, run)
         if task.until is None:
             draws = estimate(replica, batches, task.request, base)
         else:
@@ -118,12 +125,12 @@ class ReplicaActor:
             replica.backwards - before[1],
         )
 
-    def _logprobs(self, task: Task, batches: list[Batch]) -> list[torch.Tensor] | None:
+    def _logprobs(self, task: Task, batches: list[Batch], run: int) -> list[torch.Tensor] | None:
         """The unperturbed log-probs, once for all draws of a group: they are cut into several tasks."""
         if not ESTIMATORS[task.request.estimator].default_draws:
             return None
-        if self._base is None or self._base[0] != task.shard:
-            self._base = (task.shard, [self._replica.logprobs(batch) for batch in batches])
+        if self._base is None or self._base[0] != (run, task.shard):
+            self._base = ((run, task.shard), [self._replica.logprobs(batch) for batch in batches])
         return self._base[1]
 
 
@@ -148,6 +155,7 @@ class ReplicaPool:
         self._loading: dict[ray.ObjectRef, Any] = {}
         self._idle: list[Any] = []
         self._deaths_in_a_row = 0
+        self._runs = 0
         self.replaced = 0
 
     def __enter__(self) -> ReplicaPool:
@@ -168,6 +176,7 @@ class ReplicaPool:
         Raises:
             UserError: a task's own error (a lost perturbation, say), or replicas that keep dying.
         """
+        self._runs += 1
         waiting = deque(tasks)
         left = Counter(task.shard for task in tasks)
         attempts: Counter[str] = Counter()
@@ -177,11 +186,7 @@ class ReplicaPool:
             self._start()
         try:
             while waiting or running:
-                while self._idle and waiting:
-                    task, actor = waiting.popleft(), self._idle.pop()
-                    if task.shard not in stored:
-                        stored[task.shard] = ray.put(list(shards[task.shard]))
-                    running[actor.run.remote(task, stored[task.shard])] = task, actor
+                self._deal(waiting, running, stored, shards)
                 (reference,), _ = ray.wait([*self._loading, *running], num_returns=1)
                 if reference in self._loading:
                     self._finish_loading(reference)
@@ -192,7 +197,7 @@ class ReplicaPool:
                 except RayTaskError as error:
                     self._idle.append(actor)
                     raise _plain(error) from None
-                except RayActorError as error:
+                except DEATHS as error:
                     self._replace()
                     attempts[task.key] += 1
                     if attempts[task.key] >= MAX_ATTEMPTS:
@@ -206,11 +211,27 @@ class ReplicaPool:
                 left[task.shard] -= 1
                 if not left[task.shard]:
                     del stored[task.shard]
+                # Before the caller takes its time over the result.
+                self._deal(waiting, running, stored, shards)
                 yield task, draws, facts
         finally:
             # Left early: what still runs is of no use to anyone, and its replica is in an unknown state.
             for _, actor in running.values():
                 ray.kill(actor)
+
+    def _deal(
+        self,
+        waiting: deque[Task],
+        running: dict[ray.ObjectRef, tuple[Task, Any]],
+        stored: dict[int, ray.ObjectRef],
+        shards: Sequence[Sequence[Batch]],
+    ) -> None:
+        """Give every idle replica a task. A group of batches is put in the object store once."""
+        while self._idle and waiting:
+            task, actor = waiting.popleft(), self._idle.pop()
+            if task.shard not in stored:
+                stored[task.shard] = ray.put(list(shards[task.shard]))
+            running[actor.run.remote(task, stored[task.shard], self._runs)] = task, actor
 
     def _start(self) -> None:
         device = "cuda" if self._footprint.gpus else "cpu"
@@ -228,9 +249,10 @@ class ReplicaPool:
             ray.get(reference)
         except RayTaskError as error:
             raise _plain(error) from None
-        except RayActorError as error:
+        except DEATHS as error:
+            # A lost node takes all that were loading on it along: that is one attempt, not several.
             self._deaths_in_a_row += 1
-            if self._deaths_in_a_row >= MAX_ATTEMPTS:
+            if self._deaths_in_a_row >= MAX_ATTEMPTS * (len(self._loading) + 1):
                 raise UserError(f"replicas die while loading the model: {_reason(error)}") from None
             self._replace()
             return
@@ -248,6 +270,6 @@ def _plain(error: RayTaskError) -> BaseException:
     return error
 
 
-def _reason(error: RayActorError) -> str:
+def _reason(error: RayError) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0] if lines else type(error).__name__

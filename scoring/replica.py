@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import math
 import warnings
+from collections.abc import Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
@@ -21,6 +24,7 @@ from scoring.perturbation import Perturbation, fill_signs_
 from scoring.sample_gradients import (
     UnsupportedModule,
     autograd_norms,
+    every_row_counts,
     log_abs_logprob,
     per_sample_gradient_norms,
 )
@@ -28,10 +32,13 @@ from scoring.samples import Batch
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
-# How far std(stored(theta + delta) - theta) / sigma may be from 1 before a score measures rounding.
+# How far std(stored(theta + delta) - theta) / sigma may be from 1 before a score measures rounding (beyond the
+# sampling error of a standard deviation, which matters for toy models alone).
 SURVIVAL_TOLERANCE = 0.05
 # How far the batched gradient norms may be from plain autograd on the first batch.
 GRADIENT_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.bfloat16: 0.1}
+# How far nested forward mode may be from reverse mode, relative to the sum of the tokens' absolute values.
+CURVATURE_TOLERANCE = 1e-3
 
 
 class LostPerturbation(UserError):
@@ -47,19 +54,22 @@ def load_model(
         UserError: it cannot be loaded.
     """
     # Imported here: it costs seconds, and the driver of a scoring run does not need it.
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
     try:
+        config = AutoConfig.from_pretrained(str(source), revision=revision or "main", trust_remote_code=False)
+        # The fused attention kernels leave out the soft-capping of Gemma 2's scores: another model, silently.
+        capped = getattr(config.get_text_config(), "attn_logit_softcapping", None)
         model = AutoModelForCausalLM.from_pretrained(
             str(source),
             revision=revision or "main",
             dtype=DTYPES[dtype],
             use_safetensors=True,
             trust_remote_code=False,
-            attn_implementation="sdpa",
+            attn_implementation="eager" if capped else "sdpa",
         )
     except (OSError, ValueError, SafetensorError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
@@ -89,6 +99,7 @@ class TransformersReplica:
         self._allow_lost = allow_lost_perturbation
         self._perturbation: Perturbation | None = None
         self._batched_gradients: bool | None = None
+        self._curvature_checked = False
 
     @torch.no_grad()
     def logprobs(self, batch: Batch) -> torch.Tensor:
@@ -108,7 +119,8 @@ class TransformersReplica:
         self._perturbation.apply(sigma, seed, draw)
         if self.perturbation_survival is None:
             self.perturbation_survival = self._perturbation.survival(sigma)
-            if abs(self.perturbation_survival - 1) > SURVIVAL_TOLERANCE:
+            weights = sum(p.numel() for p in self.model.parameters())
+            if abs(self.perturbation_survival - 1) > SURVIVAL_TOLERANCE + 4 / math.sqrt(2 * weights):
                 message = (
                     f"the perturbation does not survive {str(self.dtype).removeprefix('torch.')} storage: measured "
                     f"std(stored(theta+delta)-theta)/sigma = {self.perturbation_survival:.3g} at sigma={sigma:g}, "
@@ -176,29 +188,32 @@ class TransformersReplica:
     def second_derivatives(self, batch: Batch, seed: int, draw: int) -> torch.Tensor:
         """v^T (grad^2 P_t) v along random signs v over all parameters, (B, S).
 
-        Differentiates twice in forward mode, so nothing cancels and bfloat16 is safe. Needs eager attention:
-        the fused kernels have no forward derivative.
+        Differentiates twice in forward mode, so nothing cancels and bfloat16 is safe. Before the first use one
+        sample is compared with reverse mode twice.
+
+        Raises:
+            UserError: the two differ: the model has a function that torch cannot differentiate twice.
         """
         batch = batch.to(self.device)
-        weights = {name: p.detach() for name, p in self.model.named_parameters()}
-        signs = {name: fill_signs_(torch.empty_like(w), seed, draw, name) for name, w in weights.items()}
-
-        def along(step: torch.Tensor) -> torch.Tensor:
-            moved = {f"model.{name}": w + step * signs[name] for name, w in weights.items()}
-            return functional_call(_LogProbs(self.model), moved, (batch,))
-
-        def slope(step: torch.Tensor) -> torch.Tensor:
-            return jvp(along, (step,), (torch.ones_like(step),))[1]
-
-        zero = torch.zeros((), device=self.device, dtype=self.dtype)
+        if not self._curvature_checked:
+            self._check_curvature(batch, seed, draw)
+            self._curvature_checked = True
         self.forwards += 1
-        implementation = self.model.config._attn_implementation
-        self.model.set_attn_implementation("eager")
-        try:
-            with _TwiceDifferentiable():
-                return jvp(slope, (zero,), (torch.ones_like(zero),))[1]
-        finally:
-            self.model.set_attn_implementation(implementation)
+        return _along_signs(self.model, batch, seed, draw)
+
+    def _check_curvature(self, batch: Batch, seed: int, draw: int) -> None:
+        one = batch.rows(0, 1).to(self.device)
+        # In fp32, so that a difference is an error and not rounding.
+        model = self.model if self.dtype in (torch.float32, torch.float64) else copy.deepcopy(self.model).float()
+        forward = _along_signs(model, one, seed, draw)
+        reverse = _summed_by_reverse_mode(model, one, seed, draw)
+        error = abs(forward.sum().item() - reverse) / forward.abs().sum().item()
+        if not error <= CURVATURE_TOLERANCE:
+            raise UserError(
+                f"curvature: forward and reverse mode differ by {error:.0%} on the first sample, so "
+                f"{type(self.model).__name__} has a function that torch does not differentiate twice; use "
+                "--estimator antithetic"
+            )
 
     def measure_gradient_error(self, batch: Batch) -> None:
         """Set `gradient_error`: the largest relative error of this dtype's gradient norms against fp32, over at
@@ -209,6 +224,55 @@ class TransformersReplica:
         here, _ = self.log_abs_gradient_norms(few)
         exact, _ = TransformersReplica(copy.deepcopy(self.model).float()).log_abs_gradient_norms(few)
         self.gradient_error = ((here - exact).abs() / exact).max().item()
+
+
+def _signs(model: PreTrainedModel, seed: int, draw: int) -> dict[str, torch.Tensor]:
+    return {name: fill_signs_(torch.empty_like(p), seed, draw, name) for name, p in model.named_parameters()}
+
+
+@contextmanager
+def _eager_attention(model: PreTrainedModel):
+    """The fused attention kernels cannot be differentiated twice."""
+    implementation = model.config._attn_implementation
+    model.set_attn_implementation("eager")
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(implementation)
+
+
+@torch.no_grad()
+def _along_signs(model: PreTrainedModel, batch: Batch, seed: int, draw: int) -> torch.Tensor:
+    """d^2/ds^2 P_t(theta + s v) at s = 0 along random signs v, (B, S)."""
+    weights = {name: p.detach() for name, p in model.named_parameters()}
+    signs = _signs(model, seed, draw)
+
+    def along(step: torch.Tensor) -> torch.Tensor:
+        moved = {f"model.{name}": w + step * signs[name] for name, w in weights.items()}
+        return functional_call(_LogProbs(model), moved, (batch,))
+
+    def slope(step: torch.Tensor) -> torch.Tensor:
+        return jvp(along, (step,), (torch.ones_like(step),))[1]
+
+    zero = torch.zeros((), device=batch.input_ids.device, dtype=next(model.parameters()).dtype)
+    with _eager_attention(model), _TwiceDifferentiable():
+        return jvp(slope, (zero,), (torch.ones_like(zero),))[1]
+
+
+@torch.enable_grad()
+def _summed_by_reverse_mode(model: PreTrainedModel, batch: Batch, seed: int, draw: int) -> float:
+    """The sum over tokens of what `_along_signs` gives, by differentiating a gradient."""
+    signs = _signs(model, seed, draw)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    names = [name for name, p in model.named_parameters() if p.requires_grad]
+
+    def along(scalar: torch.Tensor, again: bool) -> torch.Tensor:
+        gradients = torch.autograd.grad(scalar, parameters, create_graph=again, allow_unused=True)
+        pairs = zip(gradients, names, strict=True)
+        return torch.stack([(g * signs[name]).sum() for g, name in pairs if g is not None]).sum()
+
+    with _eager_attention(model), every_row_counts(model):
+        return along(along(scored_logprobs(model, batch).sum(), True), False).item()
 
 
 class _LogProbs(nn.Module):
@@ -222,10 +286,29 @@ class _LogProbs(nn.Module):
         return scored_logprobs(self.model, batch)
 
 
-class _TwiceDifferentiable(TorchFunctionMode):
-    """Spells out the fused functions whose forward derivative torch cannot differentiate again."""
+def _layer_norm(
+    x: torch.Tensor,
+    shape: Sequence[int],
+    weight: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    eps: float = 1e-5,
+) -> torch.Tensor:
+    dims = tuple(range(-len(shape), 0))
+    centred = x - x.mean(dims, keepdim=True)
+    normed = centred * torch.rsqrt(centred.square().mean(dims, keepdim=True) + eps)
+    normed = normed if weight is None else normed * weight
+    return normed if bias is None else normed + bias
 
-    _SPELLED_OUT: ClassVar = {F.silu: lambda x, inplace=False: x * torch.sigmoid(x)}
+
+def _silu(x: torch.Tensor, inplace: bool = False) -> torch.Tensor:
+    return x * torch.sigmoid(x)
+
+
+class _TwiceDifferentiable(TorchFunctionMode):
+    """Spells out the fused functions that torch cannot differentiate twice in forward mode: silu's derivative has
+    none, and layer_norm's holds its mean and variance fixed, without a word."""
+
+    _SPELLED_OUT: ClassVar = {F.silu: _silu, F.layer_norm: _layer_norm}
 
     def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
         return self._SPELLED_OUT.get(func, func)(*args, **(kwargs or {}))

@@ -82,6 +82,21 @@ def per_sample_gradient_norms(
             p.requires_grad_(True)
 
 
+@contextmanager
+def every_row_counts(model: PreTrainedModel):
+    """torch gives the padding token's row of an embedding no gradient; its perturbation moves the sample all the
+    same where the token occurs, so here it has one."""
+    tables = [m for m in model.modules() if isinstance(m, nn.Embedding)]
+    padding = [table.padding_idx for table in tables]
+    for table in tables:
+        table.padding_idx = None
+    try:
+        yield
+    finally:
+        for table, index in zip(tables, padding, strict=True):
+            table.padding_idx = index
+
+
 def autograd_norms(model: PreTrainedModel, batch: Batch, objective: Objective) -> tuple[torch.Tensor, torch.Tensor]:
     """The same by plain autograd, a sample at a time: B forwards and backwards. Works for any model."""
     parameters = list(model.parameters())
@@ -93,7 +108,7 @@ def autograd_norms(model: PreTrainedModel, batch: Batch, objective: Objective) -
             p.requires_grad_(True)
         for row in range(len(batch)):
             one = batch.rows(row, row + 1).to(batch.input_ids.device)
-            with torch.enable_grad():
+            with torch.enable_grad(), every_row_counts(model):
                 values = scored_logprobs(model, one)
                 scalar = objective(values, one.mask).sum()
                 gradients = torch.autograd.grad(scalar, parameters, allow_unused=True)
@@ -121,7 +136,7 @@ class _Recorder:
         # What a tied head leaves for the cross term: its gradients at the sample's own tokens, and its inputs.
         self._tied_head: tuple[torch.Tensor, torch.Tensor] | None = None
         head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
-        self._tied = head is not None and head.weight is embedding.weight
+        self._tied = getattr(head, "weight", None) is embedding.weight
         self._head, self._embedding = head, embedding
         # Every parameter must have one owner, but for the tied table. Looked at before any hook is set, so that a
         # refusal leaves the model as it was.
@@ -197,18 +212,12 @@ class _Recorder:
 
     def _add_embedding(self, module: nn.Embedding, ids: torch.Tensor, scale: torch.Tensor, grads: torch.Tensor) -> None:
         grads = _precise(grads) * scale
-        padding: int | None = module.padding_idx
-        if padding is not None:
-            # torch gives the padding row no gradient.
-            grads = grads.masked_fill((ids == padding).unsqueeze(-1), 0.0)
         # Rows of the table used by the same sample several times add up before they are squared.
         same = ids.unsqueeze(1).eq(ids.unsqueeze(2)).to(grads.dtype)
         self._total += (torch.bmm(grads, grads.mT) * same).double().sum((1, 2))
         if self._tied and module is self._embedding:
             assert self._tied_head is not None
             gathered, hidden = self._tied_head
-            if padding is not None:
-                gathered = gathered.masked_fill((ids == padding).unsqueeze(1), 0.0)
             self._total += 2 * (gathered * torch.bmm(hidden, grads.mT)).double().sum((1, 2))
             self._tied_head = None
 
