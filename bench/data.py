@@ -56,6 +56,8 @@ def load_dataset(source: str, split: str | None = None) -> Dataset:
         split = split or task.DEFAULT_SPLIT
         return _dataset(f"{source}/{split}", task.load(split))
     path = Path(source)
+    if path.is_dir():
+        raise UserError(f"data file {source!r} is a folder: expected a JSON Lines or Parquet file")
     if not path.is_file():
         if path.suffix or "/" in source:
             raise UserError(f"data file {source!r} does not exist: expected a JSON Lines or Parquet file")
@@ -94,8 +96,18 @@ def _read_json_lines(path: Path) -> list[Record]:
             raise UserError(
                 f"{path}, line {number}: a JSON {type(record).__name__}; expected one object a line (JSON Lines)"
             )
+        if "\\ud" in line.lower() and not _is_unicode(record):
+            raise UserError(f"{path}, line {number}: half of a surrogate pair, which is no text; expected UTF-8")
         records.append(record)
     return records
+
+
+def _is_unicode(record: Record) -> bool:
+    try:
+        json.dumps(record, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _pair(record: Record) -> tuple[str, str]:

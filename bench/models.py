@@ -10,6 +10,16 @@ from typing import Any
 from scoring.errors import UserError
 
 EMBEDDED = "authors"
+# As transformers names them; slow tokenizers have vocabularies of several kinds.
+TOKENIZER_FILES = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template*",
+    "vocab*",
+    "merges.txt",
+    "*.model",
+)
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 
@@ -20,7 +30,7 @@ class ModelReference:
     Attributes:
         source: folder or Hugging Face id, for `from_pretrained`.
         revision: commit of a Hugging Face id, None for a folder.
-        fingerprint: hash of all weights and configuration, or id@commit.
+        fingerprint: hash of weights, configuration and tokenizer, or id@commit.
         tokenizer: the Hugging Face tokenizer.
         vocabulary: rows of the embedding.
         max_length: context length in tokens.
@@ -58,7 +68,7 @@ def find_model(name: str) -> ModelReference:
     try:
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # the tokenizers library raises bare ones
         kind_of = "folder" if local else "Hugging Face id"
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"model {kind_of} {name!r}: configuration or tokenizer cannot be loaded: {reason}") from error
@@ -94,9 +104,10 @@ def _check_folder(folder: Path) -> None:
 
 
 def _fingerprint(folder: Path) -> str:
-    """sha256 over the weights and the configuration."""
+    """sha256 over the weights, the configuration and the tokenizer: all that a score depends on."""
     digest = hashlib.sha256()
-    for path in sorted([folder / "config.json", *folder.glob("*.safetensors")]):
+    patterns = ("config.json", "*.safetensors", *TOKENIZER_FILES)
+    for path in sorted({path for pattern in patterns for path in folder.glob(pattern)}):
         with path.open("rb") as file:
             digest.update(f"{path.name}:{hashlib.file_digest(file, 'sha256').hexdigest()};".encode())
     return digest.hexdigest()

@@ -130,6 +130,22 @@ class Resources:
     cpus_per_replica: int = 1
     gpus_per_replica: float | None = None
 
+    def checked(self) -> Resources:
+        """The same.
+
+        Raises:
+            UserError: a number out of range.
+        """
+        if self.replicas is not None and self.replicas < 1:
+            raise UserError(f"--replicas {self.replicas}: expected at least 1, or leave it out for as many as fit")
+        if self.cpus_per_replica < 1:
+            raise UserError(f"--cpus-per-replica {self.cpus_per_replica}: expected at least 1")
+        gpus = self.gpus_per_replica
+        # Ray shares one GPU in fractions, and gives several whole.
+        if gpus is not None and not (0 <= gpus <= 1 or (gpus > 1 and gpus % 1 == 0)):
+            raise UserError(f"--gpus-per-replica {gpus:g}: expected a fraction of one GPU, or a whole number")
+        return self
+
 
 @dataclass(frozen=True)
 class ScoreResult:
@@ -159,6 +175,7 @@ def score(
         UserError: one line; nothing is half-written.
     """
     spec = spec.checked()
+    resources = resources.checked()
     out = Path(out)
     dataset = load_dataset(spec.data, spec.split)
     model = find_model(spec.model)
@@ -177,6 +194,9 @@ def score(
         seconds = time.perf_counter() - started
         table, unsound = _sound(_table(spec, shards, tasks, parts, samples))
         rejected += unsound
+        if not table.num_rows:
+            parts.remove()
+            raise _nothing_scored(dataset, rejected)
         record = dataclasses.asdict(parts.facts(tasks)) | {
             "rejected": [dataclasses.asdict(r) for r in rejected],
             "seconds": seconds,
@@ -205,17 +225,20 @@ def _check_samples(
     samples: Sequence[Sample], rejected: Sequence[Rejected], model: ModelReference, dataset: Dataset
 ) -> None:
     if not samples:
-        first = rejected[0]
-        raise UserError(
-            f"{dataset.name}: none of {len(rejected)} samples can be scored; the first, {first.sample_id!r}: "
-            f"{first.reason}"
-        )
+        raise _nothing_scored(dataset, rejected)
     largest = max(int(sample.input_ids.max()) for sample in samples)
     if largest >= model.vocabulary:
         raise UserError(
             f"vocabulary mismatch: the tokenizer of {model.source!r} gives token id {largest}, the model embeds "
             f"{model.vocabulary}; use the tokenizer that the model was trained with"
         )
+
+
+def _nothing_scored(dataset: Dataset, rejected: Sequence[Rejected]) -> UserError:
+    first = rejected[0]
+    return UserError(
+        f"{dataset.name}: none of {len(rejected)} samples can be scored; the first, {first.sample_id!r}: {first.reason}"
+    )
 
 
 def _shards(batches: Sequence[Batch], spec: ScoreSpec) -> list[list[Batch]]:
@@ -365,6 +388,8 @@ class _Parts:
     def __init__(self, out: Path, identity: dict[str, Any]) -> None:
         if out.suffix != ".parquet":
             raise UserError(f"--out {out}: expected a file name ending in .parquet")
+        if out.is_dir():
+            raise UserError(f"--out {out} is a folder: expected the name of a file to write")
         self._folder = out.with_name(out.name + ".parts")
         self._identity = identity
         self._lock = FileLock(self._folder / "lock")
@@ -400,6 +425,9 @@ class _Parts:
             )
 
     def __exit__(self, *_: object) -> None:
+        # Refused before anything was done: the next command, mended, must not find the claim of this one.
+        if not any(self._folder.glob("*.parquet")):
+            self.remove()
         self._lock.release()
 
     def _path(self, task: Task) -> Path:

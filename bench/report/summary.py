@@ -16,10 +16,12 @@ def print_summary(result: ScoreResult) -> None:
     order = np.argsort(mrd, kind="stable")
     print(f"{len(mrd)} samples scored in {result.seconds:.1f} s, {len(result.rejected)} rejected -> {result.path}")
     print(f"MRD: median {np.median(mrd):.4g}, range {mrd.min():.4g} to {mrd.max():.4g}")
-    with np.errstate(divide="ignore", invalid="ignore"):
-        relative = np.nanmedian(table["mrd_stderr"].to_numpy() / mrd)
-    draws = np.unique(table["draws"].to_numpy())
-    print(f"relative standard error: median {relative:.2%} with {'/'.join(map(str, draws))} draws")
+    draws = table["draws"].to_numpy()
+    if draws.any():
+        relative = np.median(table["mrd_stderr"].to_numpy() / mrd)
+        print(f"relative standard error: median {relative:.2%} with {'/'.join(map(str, np.unique(draws)))} draws")
+    else:
+        print("closed form: no draws, no sampling error")
     shown = min(SHOWN, max(1, len(order) // 2))
     print(f"{'sample':<24}{'tokens':>7}{'nll':>10}{'mrd':>12}{'± stderr':>12}")
     for title, rows in (("hardest to forget (lowest MRD)", order[:shown]), ("easiest", order[: -shown - 1 : -1])):

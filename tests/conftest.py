@@ -1,0 +1,41 @@
+"""What tests share: one local Ray, a tiny model folder, a data file."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+# Before anything reads them. No test reaches the network, and replicas take one thread whatever the machine has.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import pytest
+import ray
+
+from scoring.cluster import connect
+from tests.tiny_folders import pairs, save_model, write_jsonl
+
+# A number of cores that Ray believes in: three replicas run side by side on any machine.
+LOGICAL_CPUS = 4
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[None]:
+    """A private local Ray, started by the code under test, for the whole session."""
+    os.environ.pop("RAY_ADDRESS", None)
+    connect(num_cpus=LOGICAL_CPUS)
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random Llama with its tokenizer; not to be changed."""
+    return save_model(tmp_path_factory.mktemp("tiny") / "model")
+
+
+@pytest.fixture(scope="session")
+def data_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """24 prompt-completion pairs of random words; not to be changed."""
+    return write_jsonl(tmp_path_factory.mktemp("data") / "pairs.jsonl", pairs(24))
