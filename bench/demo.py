@@ -1,0 +1,231 @@
+"""The demo: the embedded task under the embedded model, scored, checked and put on one page.
+
+    score a forget set three ways -> check the scaling with sigma -> score all samples -> findings -> page
+
+Every step continues where it was stopped; a second run finds all scores and only writes the page again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from safetensors import safe_open
+from tqdm import tqdm
+
+from bench import plots
+from bench.data import load_dataset
+from bench.models import ModelReference, find_model
+from bench.report.findings import Findings, ScalingLine, Scores, attribute_effects, correlations
+from bench.report.page import page
+from bench.report.summary import print_summary
+from bench.scoring_job import Resources, ScoreSpec, read_scores, score
+from bench.tasks import authors
+from scoring.cluster import Footprint, connect, default_gpus
+from scoring.errors import UserError
+from scoring.mrd import Request, reduce_draws
+from scoring.pool import ReplicaPool, ReplicaSpec, Task
+from scoring.samples import encode, make_batches
+
+MODEL = TASK = "authors"
+SPEC_KEY = b"mrd_bench.scaling"
+# Where each statistic can be measured: below, rounding; above, terms of higher order. bfloat16 is there to show
+# what rounding does to the very sigma that the paper uses (1e-5).
+SMALL, LARGE = (1e-6, 3e-6, 1e-5, 3e-5, 1e-4), (1e-5, 3e-5, 1e-4, 3e-4, 1e-3)
+SCALING = (
+    ("monte-carlo", "mean_abs", "float32", SMALL),
+    ("antithetic", "abs_mean", "float32", LARGE),
+    ("monte-carlo", "mean_abs", "bfloat16", SMALL),
+)
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How much the demo measures; the defaults take about two minutes on two cores.
+
+    Attributes:
+        draws: K of Monte Carlo.
+        whole: the split that is compared by attribute.
+        scaling_samples: samples of the scaling check, evenly spaced over the split.
+        scaling_draws: its draws (pairs, for antithetic) at each sigma.
+    """
+
+    draws: int = 200
+    whole: str = "full"
+    scaling_samples: int = 10
+    scaling_draws: int = 12
+
+
+def run_demo(
+    out: str | Path = "demo",
+    split: str = authors.DEFAULT_SPLIT,
+    sizes: Sizes = Sizes(),
+    resources: Resources | None = None,
+) -> None:
+    """Measure, and write `out`/index.html, the score files and difficulty.png.
+
+    Raises:
+        UserError: one line; an unknown split, or `out` holds a demo of another one.
+    """
+    out = Path(out)
+    resources = resources or Resources()
+    records = load_dataset(TASK, split).records
+    _check_folder(out, split)
+    # Found before the cluster starts: training it takes all cores.
+    model = find_model(MODEL)
+
+    print(f"1/4 Memory Removal Difficulty of {len(records)} samples ({TASK}/{split}), by three estimators")
+    results = {
+        estimator: score(
+            ScoreSpec(MODEL, TASK, split, estimator, draws=sizes.draws if estimator == "monte-carlo" else None),
+            out / f"scores-{estimator}.parquet",
+            resources,
+        )
+        for estimator in ("monte-carlo", "gradient", "curvature")
+    }
+    print("2/4 Does MRD follow sigma? In float32, and in bfloat16")
+    scaling = scaling_check(out / "scaling.parquet", model, split, sizes, resources)
+
+    print(f"3/4 Difficulty by attribute, on {TASK}/{sizes.whole}")
+    score(ScoreSpec(MODEL, TASK, sizes.whole, "gradient"), out / "scores-whole.parquet", resources)
+    whole = Scores.read(out / "scores-whole.parquet")
+    whole_records = load_dataset(TASK, sizes.whole).records
+    corpus = [f"{record['question']} {record['answer']}" for record in authors.training_records()]
+
+    print("4/4 Page and picture")
+    scores = {name: Scores.read(result.path) for name, result in results.items()}
+    findings = Findings(
+        monte_carlo=scores["monte-carlo"],
+        gradient=scores["gradient"],
+        curvature=scores["curvature"],
+        whole=whole,
+        records={record["id"]: record for record in [*whole_records, *records]},
+        scaling=scaling,
+        scaling_draws=sizes.scaling_draws,
+        effects=attribute_effects(whole, whole_records),
+        correlations=correlations(whole, whole_records, corpus),
+        model=_describe(model),
+    )
+    with _replacing(out / "index.html") as unfinished:
+        unfinished.write_text(page(findings), encoding="utf-8")
+    panels = [
+        plots.difficulty(findings.monte_carlo, f"Difficulty of {len(records)} samples, 95 % CI"),
+        plots.scaling(findings.scaling, "Does MRD follow sigma?"),
+        plots.attributes(findings.effects, f"By attribute, {whole.table.num_rows} samples"),
+    ]
+    with _replacing(out / "difficulty.png") as unfinished:
+        plots.png(panels, unfinished)
+    print()
+    print_summary(results["monte-carlo"])
+    print(f"\npage     {out / 'index.html'}\npicture  {out / 'difficulty.png'}\nscores   {out}/*.parquet")
+
+
+def _check_folder(out: Path, split: str) -> None:
+    made = out / "scores-monte-carlo.parquet"
+    if made.is_file() and (found := read_scores(made)[1]["split"]) != split:
+        raise UserError(f"--out {out} holds the demo of split {found!r}: choose another folder for {split!r}")
+
+
+def scaling_check(
+    path: Path, model: ModelReference, split: str, sizes: Sizes, resources: Resources
+) -> list[ScalingLine]:
+    """Measure the lines of SCALING on a few samples and write `path`, or read it if it holds just that.
+
+    The draws of all sigmas have the same directions, so the slope is not blurred by sampling.
+    """
+    dataset = load_dataset(TASK, split)
+    texts = dataset.texts[:: max(1, len(dataset.texts) // sizes.scaling_samples)]
+    samples, _ = encode(texts, model.tokenizer, model.max_length, "answer")
+    names = {sample.index: sample.sample_id for sample in samples}
+    batches = make_batches(samples, ScoreSpec.batch_tokens)
+    made_of = json.dumps([model.fingerprint, dataset.sha256, sizes.scaling_samples, sizes.scaling_draws, SCALING])
+    identity = hashlib.sha256(made_of.encode()).hexdigest().encode()
+    if path.is_file():
+        table = pq.read_table(path)
+        if (table.schema.metadata or {}).get(SPEC_KEY) == identity:
+            return _lines(table)
+
+    connect()
+    gpus = default_gpus() if resources.gpus_per_replica is None else resources.gpus_per_replica
+    footprint = Footprint(resources.cpus_per_replica, gpus)
+    rows: list[dict[str, object]] = []
+    total = sum(len(sigmas) for *_, sigmas in SCALING)
+    with tqdm(total=total, unit="sigma", desc="scaling with sigma") as bar:
+        for dtype in dict.fromkeys(dtype for _, _, dtype, _ in SCALING):
+            points = [
+                (estimator, statistic, sigma)
+                for estimator, statistic, stored, sigmas in SCALING
+                if stored == dtype
+                for sigma in sigmas
+            ]
+            # One task a point, all on the same batches; the smallest sigma comes first, so that it is the one whose
+            # survival in storage is checked.
+            tasks = [
+                Task(number, Request(estimator, sigma, 0, 0, sizes.scaling_draws))
+                for number, (estimator, _, sigma) in enumerate(points)
+            ]
+            replica = ReplicaSpec(model.source, model.revision, dtype, allow_lost_perturbation=dtype != "float32")
+            with ReplicaPool(replica, footprint, resources.replicas) as pool:
+                for task, draws, _ in pool.run(tasks, [batches] * len(tasks)):
+                    estimator, statistic, sigma = points[task.shard]
+                    mrd, stderr = reduce_draws(draws.values, statistic)  # type: ignore[arg-type]
+                    rows += [
+                        {
+                            "estimator": estimator,
+                            "statistic": statistic,
+                            "dtype": dtype,
+                            "sigma": sigma,
+                            "sample_id": names[index],
+                            "mrd": value,
+                            "mrd_stderr": error,
+                        }
+                        for index, value, error in zip(
+                            draws.indices.tolist(), mrd.tolist(), stderr.tolist(), strict=True
+                        )
+                    ]
+                    bar.update()
+    table = pa.Table.from_pylist(rows).sort_by([("sigma", "ascending"), ("sample_id", "ascending")])
+    with _replacing(path) as unfinished:
+        pq.write_table(table.replace_schema_metadata({SPEC_KEY: identity}), unfinished)
+    return _lines(table)
+
+
+def _lines(table: pa.Table) -> list[ScalingLine]:
+    rows: Sequence[dict] = table.to_pylist()
+    lines = []
+    for estimator, statistic, dtype, sigmas in SCALING:
+        mine = [row for row in rows if (row["statistic"], row["dtype"]) == (statistic, dtype)]
+        scores = np.array([[row["mrd"] for row in mine if row["sigma"] == sigma] for sigma in sigmas])
+        lines.append(ScalingLine(estimator, statistic, dtype, np.array(sigmas), scores))
+    return lines
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """A file to write instead of `path`, which takes its place when it is whole."""
+    unfinished = path.with_name(f".{os.getpid()}.{path.name}")
+    try:
+        yield unfinished
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def _describe(model: ModelReference) -> dict[str, str]:
+    folder = Path(model.source)
+    with safe_open(folder / "model.safetensors", "pt") as weights:
+        parameters = sum(int(np.prod(weights.get_slice(name).get_shape())) for name in weights.keys())  # noqa: SIM118
+    training = json.loads((folder / "mrd_bench.json").read_text())["measured"]
+    return {
+        "model": f"{MODEL} (embedded Llama, {parameters / 1e6:.1f} million parameters)",
+        "trained": f"{training['seconds']:.0f} s, mean token loss {training['final_loss']:.3g} nats at the end",
+        "fingerprint": model.fingerprint[:16],
+    }

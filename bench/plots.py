@@ -1,0 +1,273 @@
+"""The figures: functions that draw on an Axes, and what turns them into an SVG for a page or a PNG.
+
+Colours are those of Okabe and Ito, which colour-blind readers tell apart; marks differ in shape as well. In an SVG
+for a page, ink and colours become CSS variables, so that the page's theme decides them.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+from collections.abc import Callable, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.ticker import LogLocator, NullFormatter
+
+from bench.report.findings import Correlation, Effect, ScalingLine, Scores
+from bench.statistics import Estimate
+
+Draw = Callable[[Axes], None]
+
+INK, MUTED, GRID = "#1b1d21", "#6a6e76", "#d9dbe0"
+BLUE, ORANGE, GREEN, VERMILLION = "#0072b2", "#e69f00", "#009e73", "#d55e00"
+# What the page's style sheet calls them.
+CSS_NAMES = {
+    INK: "--ink",
+    MUTED: "--muted",
+    GRID: "--grid",
+    BLUE: "--blue",
+    ORANGE: "--orange",
+    GREEN: "--green",
+    VERMILLION: "--vermillion",
+}
+STYLE: dict[Any, Any] = {
+    "font.family": "sans-serif",
+    "font.sans-serif": ["DejaVu Sans"],
+    "font.size": 10,
+    "text.color": INK,
+    "axes.labelcolor": INK,
+    "axes.edgecolor": MUTED,
+    "axes.titlesize": 11,
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": GRID,
+    "grid.linewidth": 0.6,
+    "xtick.color": MUTED,
+    "ytick.color": MUTED,
+    "xtick.labelcolor": INK,
+    "ytick.labelcolor": INK,
+    "legend.frameon": False,
+    "legend.fontsize": 9,
+    "svg.fonttype": "none",
+    "svg.hashsalt": "mrd-bench",
+}
+INCHES = (5.0, 3.4)  # narrow enough for a phone to show the labels at a readable size
+MARKED = 5  # hardest and easiest samples set apart
+
+
+def svg(draw: Draw, name: str, alt: str, inches: tuple[float, float] = INCHES) -> str:
+    """An `<svg>` element to put into a page.
+
+    Args:
+        draw: draws the figure.
+        name: prefix of all ids in it, unique on the page.
+        alt: what a reader who cannot see it is told.
+    """
+    stream = io.StringIO()
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=inches, layout="constrained")
+        FigureCanvasSVG(figure)
+        draw(figure.subplots())
+        figure.savefig(stream, format="svg", transparent=True, metadata={"Date": None})
+    text = stream.getvalue()
+    text = text[text.index("<svg") :]
+    # Its style sheet would apply to the page, and its metadata only repeats the program's name.
+    text = re.sub(r"<metadata>.*?</metadata>\s*", "", text, flags=re.DOTALL)
+    text = re.sub(r"<style.*?</style>\s*", "", text, flags=re.DOTALL)
+    text = re.sub(r'\bid="', f'id="{name}-', text)
+    text = re.sub(r"url\(#", f"url(#{name}-", text)
+    text = re.sub(r'href="#', f'href="#{name}-', text)
+    for colour, variable in CSS_NAMES.items():
+        text = text.replace(colour, f"var({variable})")
+    text = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", text, count=1)
+    text = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", text, count=1)
+    return text.replace("<svg", f'<svg role="img" aria-label="{escape(alt)}"', 1).strip()
+
+
+def png(draws: Sequence[Draw], path: Path, inches: tuple[float, float] = (15.0, 5.0), dpi: int = 100) -> None:
+    """A picture of panels side by side, on white."""
+    with mpl.rc_context(STYLE | {"font.size": 12, "axes.titlesize": 14, "legend.fontsize": 11}):
+        figure = Figure(figsize=inches, layout=ConstrainedLayoutEngine(wspace=0.04), facecolor="white")
+        FigureCanvasAgg(figure)
+        for axes, draw in zip(np.atleast_1d(figure.subplots(1, len(draws))), draws, strict=True):
+            draw(axes)
+        # The version of matplotlib in the file would make the same picture differ.
+        figure.savefig(path, dpi=dpi, metadata={"Software": None})
+
+
+def difficulty(scores: Scores, title: str = "") -> Draw:
+    """MRD of every sample, sorted, with 95 % intervals of the sampling error; the extremes are set apart."""
+
+    def draw(axes: Axes) -> None:
+        mrd, error = scores["mrd"], scores["mrd_stderr"]
+        order = np.argsort(mrd, kind="stable")
+        rank = np.arange(1, len(order) + 1)
+        marked = min(MARKED, len(order) // 2)
+        groups = (
+            (slice(0, marked), VERMILLION, "v", "hardest"),
+            (slice(marked, len(order) - marked), MUTED, "o", "between"),
+            (slice(len(order) - marked, None), BLUE, "^", "easiest"),
+        )
+        for part, colour, marker, label in groups:
+            axes.errorbar(
+                rank[part],
+                mrd[order][part],
+                1.96 * error[order][part],
+                fmt=marker,
+                color=colour,
+                markersize=5,
+                elinewidth=1,
+                label=label,
+            )
+        axes.set_xlabel("samples, hardest to easiest to forget")
+        axes.set_ylabel("MRD")
+        axes.legend(loc="upper left")
+        axes.set_title(title)
+
+    return draw
+
+
+def estimators(first: Scores, second: Scores) -> Draw:
+    """One estimator's scores against another's, with 95 % intervals of the sampling error and the diagonal."""
+
+    def draw(axes: Axes) -> None:
+        value = dict(zip(second.ids, second["mrd"].tolist(), strict=True))
+        x = np.array([value.get(name, math.nan) for name in first.ids])
+        axes.errorbar(
+            x,
+            first["mrd"],
+            1.96 * first["mrd_stderr"],
+            fmt="o",
+            color=BLUE,
+            ecolor=BLUE,
+            markersize=4,
+            elinewidth=0.8,
+            label="samples, 95 % CI",
+        )
+        ends = np.array([np.nanmin(x), np.nanmax(x)])
+        axes.plot(ends, ends, color=VERMILLION, linestyle="--", label="equal")
+        axes.set_xlabel(f"MRD by {second.spec['estimator']}")
+        axes.set_ylabel(f"MRD by {first.spec['estimator']}")
+        axes.legend(loc="upper left")
+
+    return draw
+
+
+def scaling(lines: Sequence[ScalingLine], title: str = "") -> Draw:
+    """Median MRD against sigma, both logarithmic, with the slopes in the legend."""
+
+    def draw(axes: Axes) -> None:
+        for line, colour, marker in zip(lines, (BLUE, GREEN, VERMILLION, ORANGE), "os^D", strict=False):
+            short = {"float32": "fp32", "bfloat16": "bf16"}.get(line.dtype, line.dtype)
+            label = f"{line.statistic}, {short}: {line.slope().value:.2f} (should be {line.expected:g})"
+            axes.plot(line.sigmas, np.median(line.scores, axis=1), color=colour, marker=marker, label=label)
+        axes.set_xscale("log")
+        axes.set_yscale("log")
+        # Room for the legend above the lines.
+        low, high = axes.get_ylim()
+        axes.set_ylim(low, high * (high / low) ** 0.45)
+        axes.yaxis.set_major_locator(LogLocator(10, numticks=8))
+        axes.yaxis.set_minor_formatter(NullFormatter())
+        axes.set_xlabel("sigma")
+        axes.set_ylabel("MRD, median of samples")
+        axes.legend(loc="upper left", title="slope", alignment="left")
+        axes.set_title(title)
+
+    return draw
+
+
+def attributes(effects: Sequence[Effect], title: str = "") -> Draw:
+    """MRD at the two levels of each attribute: samples as faint dots, means with 95 % intervals."""
+
+    def draw(axes: Axes) -> None:
+        spread = np.random.default_rng(0)  # of the dots, sideways
+        groups = [(e.low, e.low_mean) for e in effects], [(e.high, e.high_mean) for e in effects]
+        for level, (colour, marker, sideways) in enumerate(((ORANGE, "s", -0.2), (BLUE, "o", 0.2))):
+            for place, (values, centre) in enumerate(groups[level]):
+                x = place + sideways
+                axes.plot(
+                    x + spread.uniform(-0.13, 0.13, len(values)),
+                    values,
+                    linestyle="none",
+                    marker=".",
+                    markersize=3,
+                    color=colour,
+                    alpha=0.35,
+                    zorder=1,
+                )
+                axes.errorbar(
+                    x,
+                    centre.value,
+                    _arms([centre]),
+                    fmt=marker,
+                    color=INK,
+                    markerfacecolor=colour,
+                    markersize=8,
+                    capsize=4,
+                    label=("low", "high")[level] if place == 0 else None,
+                    zorder=3,
+                )
+        axes.set_xticks(range(len(effects)), [effect.attribute.title for effect in effects])
+        axes.grid(axis="x", visible=False)
+        low, high = axes.get_ylim()
+        axes.set_ylim(low, high + 0.12 * (high - low))
+        axes.set_ylabel("MRD")
+        axes.legend(loc="upper left", ncols=2)
+        axes.set_title(title)
+
+    return draw
+
+
+def forest(effects: Sequence[Effect], others: Sequence[Correlation]) -> Draw:
+    """Rank correlations with MRD, as they are and with length partialled out, and the signs the paper gives."""
+
+    def draw(axes: Axes) -> None:
+        names = [effect.attribute.title for effect in effects] + [other.title for other in others]
+        claims = [effect.attribute.claim for effect in effects] + [other.claim for other in others]
+        plain = [effect.correlation for effect in effects] + [other.mrd for other in others]
+        beyond = [effect.beyond_length for effect in effects] + [other.beyond_length for other in others]
+        place = -np.arange(len(names), dtype=float)
+        for up, found, colour, marker, label in (
+            (0.14, plain, ORANGE, "s", "as it is"),
+            (-0.14, beyond, BLUE, "o", "length partialled out"),
+        ):
+            axes.errorbar(
+                [estimate.value for estimate in found],
+                place + up,
+                xerr=_arms(found),
+                fmt=marker,
+                color=colour,
+                capsize=3,
+                label=label,
+            )
+        axes.axvline(0, color=MUTED, linewidth=1)
+        axes.set_xlim(-1, 1)
+        for y, claim in zip(place, claims, strict=True):
+            if claim:
+                axes.annotate("▶" if claim > 0 else "◀", (0.96 * claim, y), ha="center", va="center", color=MUTED)
+        axes.set_yticks(place, names)
+        axes.grid(axis="y", visible=False)
+        axes.set_ylim(-len(names) + 0.4, 0.6)
+        axes.set_xlabel("rank correlation (arrow: the paper's sign)")
+        axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2, columnspacing=1, handletextpad=0.3)
+
+    return draw
+
+
+def _arms(estimates: Sequence[Estimate]) -> np.ndarray:
+    """Lengths of error bars, (2, n); 0 where there is no interval."""
+    arms = np.array([[e.value - e.low for e in estimates], [e.high - e.value for e in estimates]])
+    return np.nan_to_num(np.clip(arms, 0, None))
