@@ -27,7 +27,8 @@ from bench.models import ModelReference, find_model
 from bench.report.findings import Findings, ScalingLine, Scores, attribute_effects, correlations
 from bench.report.page import page
 from bench.report.summary import print_summary
-from bench.scoring_job import Resources, ScoreSpec, read_scores, score
+from bench.scoring_job import Resources, ScoreSpec, score
+from bench.store import read_scores
 from bench.tasks import authors
 from scoring.cluster import Footprint, connect, default_gpus
 from scoring.errors import UserError

@@ -11,8 +11,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
-import shutil
 import sys
 import time
 from collections.abc import Sequence
@@ -24,20 +22,18 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
-from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from bench.data import Dataset, load_dataset
 from bench.models import ModelReference, find_model
+from bench.store import Parts, read_scores, write_scores
 from scoring.cluster import Footprint, connect, default_gpus
 from scoring.errors import UserError, unknown_name
-from scoring.mrd import ESTIMATORS, STATISTICS, Draws, Request, Until, reduce_draws
-from scoring.pool import Facts, ReplicaPool, ReplicaSpec, Task
+from scoring.mrd import ESTIMATORS, STATISTICS, Request, Until, reduce_draws
+from scoring.pool import ReplicaPool, ReplicaSpec, Task
 from scoring.samples import TOKENS_CHOICES, Batch, Rejected, Sample, encode, make_batches
 
 SCHEMA_VERSION = 1
-SPEC_KEY, FACTS_KEY = b"mrd_bench.spec", b"mrd_bench.facts"
 DTYPE_CHOICES = ("float32", "bfloat16", "float64")
 PACKAGES = ("mrd-bench", "torch", "transformers", "ray", "numpy", "pyarrow")
 # Draws in one task: enough to share the noise and the base log-probs, few enough to share the work.
@@ -187,7 +183,7 @@ def score(
 
     shards = _shards(make_batches(samples, spec.batch_tokens), spec)
     tasks = _tasks(spec, len(shards))
-    with _Parts(out, identity) as parts:
+    with Parts(out, identity) as parts:
         todo = [task for task in tasks if not parts.has(task)]
         started = time.perf_counter()
         replaced = _run(spec, resources, model, shards, todo, parts, progress)
@@ -203,7 +199,7 @@ def score(
             "replaced_replicas": replaced,
             "packages": {name: _version(name) for name in PACKAGES},
         }
-        _write_atomically(table, out, identity, record)
+        write_scores(table, out, identity, record)
         parts.remove()
     return ScoreResult(out, table, rejected, record, seconds)
 
@@ -267,7 +263,7 @@ def _run(
     model: ModelReference,
     shards: Sequence[Sequence[Batch]],
     todo: Sequence[Task],
-    parts: _Parts,
+    parts: Parts,
     progress: bool,
 ) -> int:
     """Do the tasks; how many replicas died and were replaced."""
@@ -295,7 +291,7 @@ def _run(
 
 
 def _table(
-    spec: ScoreSpec, shards: Sequence[Sequence[Batch]], tasks: Sequence[Task], parts: _Parts, samples: Sequence[Sample]
+    spec: ScoreSpec, shards: Sequence[Sequence[Batch]], tasks: Sequence[Task], parts: Parts, samples: Sequence[Sample]
 ) -> pa.Table:
     """Reduce the parts to one row a sample, in input order."""
     rows: dict[str, list[np.ndarray]] = {key: [] for key in ("index", "nll", "saturated", "mrd", "stderr", "draws")}
@@ -343,30 +339,6 @@ def _sound(table: pa.Table) -> tuple[pa.Table, list[Rejected]]:
     return table.filter(pc.and_not(finite, saturated)), rejected
 
 
-def _write_atomically(table: pa.Table, out: Path, identity: dict[str, Any], record: dict[str, Any]) -> None:
-    metadata = {SPEC_KEY: json.dumps(identity), FACTS_KEY: json.dumps(record)}
-    unfinished = out.with_name(f".{out.name}.{os.getpid()}.tmp")
-    try:
-        pq.write_table(table.replace_schema_metadata(metadata), unfinished)
-        os.replace(unfinished, out)
-    finally:
-        unfinished.unlink(missing_ok=True)
-
-
-def read_scores(path: str | Path) -> tuple[pa.Table, dict[str, Any], dict[str, Any]]:
-    """A score file: its table, the spec that made it, and what was noticed on the way.
-
-    Raises:
-        UserError: not a file that `score` wrote.
-    """
-    try:
-        table = pq.read_table(path)
-        metadata = table.schema.metadata or {}
-        return table, json.loads(metadata[SPEC_KEY]), json.loads(metadata[FACTS_KEY])
-    except (pa.ArrowException, OSError, KeyError) as error:
-        raise UserError(f"{path}: not a score file of mrd-bench; expected what `mrd-bench score` writes") from error
-
-
 def _finished(out: Path, identity: dict[str, Any]) -> ScoreResult:
     try:
         table, spec, record = read_scores(out)
@@ -380,86 +352,6 @@ def _finished(out: Path, identity: dict[str, Any]) -> ScoreResult:
         )
     print(f"{out} holds these scores already (spec {identity['spec_hash']})", file=sys.stderr)
     return ScoreResult(out, table, [Rejected(**r) for r in record["rejected"]], record, 0.0)
-
-
-class _Parts:
-    """Finished tasks on disk, next to the output file, until the file itself is written."""
-
-    def __init__(self, out: Path, identity: dict[str, Any]) -> None:
-        if out.suffix != ".parquet":
-            raise UserError(f"--out {out}: expected a file name ending in .parquet")
-        if out.is_dir():
-            raise UserError(f"--out {out} is a folder: expected the name of a file to write")
-        self._folder = out.with_name(out.name + ".parts")
-        self._identity = identity
-        self._lock = FileLock(self._folder / "lock")
-
-    def __enter__(self) -> _Parts:
-        try:
-            self._folder.mkdir(parents=True, exist_ok=True)
-            self._lock.acquire(timeout=0)
-        except Timeout:
-            raise UserError(
-                f"{self._folder}: another run is writing here; wait for it, or choose another --out"
-            ) from None
-        except OSError as error:
-            raise UserError(f"--out: cannot write in {str(self._folder.parent)!r} ({error.strerror})") from error
-        try:
-            self._claim()
-        except BaseException:
-            self._lock.release()
-            raise
-        return self
-
-    def _claim(self) -> None:
-        owner = self._folder / "spec.json"
-        if not owner.is_file():
-            unfinished = owner.with_suffix(".tmp")
-            unfinished.write_text(json.dumps(self._identity))
-            os.replace(unfinished, owner)
-        found = json.loads(owner.read_text())["spec_hash"]
-        if found != self._identity["spec_hash"]:
-            raise UserError(
-                f"{self._folder} holds the unfinished work of another spec ({found}): finish it with its own command, "
-                "remove the folder, or choose another --out"
-            )
-
-    def __exit__(self, *_: object) -> None:
-        # Refused before anything was done: the next command, mended, must not find the claim of this one.
-        if not any(self._folder.glob("*.parquet")):
-            self.remove()
-        self._lock.release()
-
-    def _path(self, task: Task) -> Path:
-        return self._folder / f"{task.key}.parquet"
-
-    def has(self, task: Task) -> bool:
-        return self._path(task).is_file()
-
-    def write(self, task: Task, draws: Draws, facts: Facts) -> None:
-        """One part, whole or not at all."""
-        values = pa.FixedSizeListArray.from_arrays(pa.array(draws.values.ravel()), draws.values.shape[1])
-        table = pa.table(
-            {"index": draws.indices, "nll": draws.nll, "saturated": draws.saturated, "values": values}
-        ).replace_schema_metadata({FACTS_KEY: json.dumps(dataclasses.asdict(facts))})
-        unfinished = self._path(task).with_suffix(".tmp")
-        pq.write_table(table, unfinished)
-        os.replace(unfinished, self._path(task))
-
-    def read(self, task: Task) -> Draws:
-        table = pq.read_table(self._path(task))
-        values = table["values"].combine_chunks().flatten().to_numpy().reshape(table.num_rows, -1)
-        return Draws(table["index"].to_numpy(), values, table["nll"].to_numpy(), table["saturated"].to_numpy())
-
-    def facts(self, tasks: Sequence[Task]) -> Facts:
-        """What all replicas noticed, over all runs that worked on these parts."""
-        total = Facts()
-        for task in tasks:
-            total.add(Facts(**json.loads(pq.read_schema(self._path(task)).metadata[FACTS_KEY])))
-        return total
-
-    def remove(self) -> None:
-        shutil.rmtree(self._folder, ignore_errors=True)
 
 
 def _version(package: str) -> str | None:

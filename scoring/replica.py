@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -63,18 +63,26 @@ def load_model(
         config = AutoConfig.from_pretrained(str(source), revision=revision or "main", trust_remote_code=False)
         # The fused attention kernels leave out the soft-capping of Gemma 2's scores: another model, silently.
         capped = getattr(config.get_text_config(), "attn_logit_softcapping", None)
-        model = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             str(source),
             revision=revision or "main",
             dtype=DTYPES[dtype],
             use_safetensors=True,
             trust_remote_code=False,
             attn_implementation="eager" if capped else "sdpa",
+            output_loading_info=True,
         )
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"model {str(source)!r} cannot be loaded as a causal language model: {reason}") from error
-    return cast(Any, model).to(device).eval()
+    model, loading = loaded
+    if loading["missing_keys"]:
+        # transformers would fill them with random numbers.
+        raise UserError(
+            f"model {str(source)!r} has no weights for {min(loading['missing_keys'])!r} "
+            f"({len(loading['missing_keys'])} missing): expected a complete causal language model"
+        )
+    return model.to(device).eval()
 
 
 class TransformersReplica:
@@ -95,6 +103,7 @@ class TransformersReplica:
         self.backwards = 0
         self.perturbation_survival: float | None = None
         self.gradient_error: float | None = None
+        self._survivals: dict[float, float] = {}
         self.notes: list[str] = []
         self._allow_lost = allow_lost_perturbation
         self._perturbation: Perturbation | None = None
@@ -112,26 +121,32 @@ class TransformersReplica:
         """theta <- base + delta_k.
 
         Raises:
-            LostPerturbation: the weights' dtype does not hold sigma (checked at the first draw).
+            LostPerturbation: the weights' dtype does not hold sigma (checked at the first draw of each sigma).
         """
         if self._perturbation is None:
             self._perturbation = Perturbation(self.model)
         self._perturbation.apply(sigma, seed, draw)
-        if self.perturbation_survival is None:
-            self.perturbation_survival = self._perturbation.survival(sigma)
-            weights = sum(p.numel() for p in self.model.parameters())
-            if abs(self.perturbation_survival - 1) > SURVIVAL_TOLERANCE + 4 / math.sqrt(2 * weights):
-                message = (
-                    f"the perturbation does not survive {str(self.dtype).removeprefix('torch.')} storage: measured "
-                    f"std(stored(theta+delta)-theta)/sigma = {self.perturbation_survival:.3g} at sigma={sigma:g}, "
-                    f"expected 1 ± {SURVIVAL_TOLERANCE}"
+        if sigma not in self._survivals:
+            self._check_survival(sigma)
+        self.perturbation_survival = self._survivals[sigma]
+
+    def _check_survival(self, sigma: float) -> None:
+        assert self._perturbation is not None
+        survival = self._perturbation.survival(sigma)
+        weights = sum(p.numel() for p in self.model.parameters())
+        if abs(survival - 1) > SURVIVAL_TOLERANCE + 4 / math.sqrt(2 * weights):
+            message = (
+                f"the perturbation does not survive {str(self.dtype).removeprefix('torch.')} storage: measured "
+                f"std(stored(theta+delta)-theta)/sigma = {survival:.3g} at sigma={sigma:g}, "
+                f"expected 1 ± {SURVIVAL_TOLERANCE}"
+            )
+            if not self._allow_lost:
+                self.restore()
+                raise LostPerturbation(
+                    f"{message}; use --dtype float32, or --estimator gradient or curvature, which differentiate"
                 )
-                if not self._allow_lost:
-                    self.restore()
-                    raise LostPerturbation(
-                        f"{message}; use --dtype float32, or --estimator gradient or curvature, which differentiate"
-                    )
-                self.notes.append(message)
+            self.notes.append(message)
+        self._survivals[sigma] = survival
 
     @torch.no_grad()
     def mirror(self) -> None:

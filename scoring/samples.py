@@ -206,13 +206,13 @@ def collate(samples: Sequence[Sample]) -> Batch:
 def make_batches(samples: Sequence[Sample], batch_tokens: int) -> list[Batch]:
     """Group samples of similar length into batches of at most `batch_tokens` padded tokens.
 
-    The grouping depends on the samples alone (ties in length are broken by data-set position), never on how
-    many replicas will share the work: that is what makes scores independent of the sharding. A sample longer
-    than `batch_tokens` gets a batch of its own.
+    The grouping depends on the samples' tokens alone, neither on their order in the data set nor on how many
+    replicas will share the work: that is what makes scores independent of both, to the bit. A sample longer than
+    `batch_tokens` gets a batch of its own.
     """
     batches: list[Batch] = []
     group: list[Sample] = []
-    for sample in sorted(samples, key=lambda s: (s.length, s.num_scored, s.index)):
+    for sample in sorted(samples, key=lambda s: (s.length, s.num_scored, s.input_ids.tobytes(), s.index)):
         if group and (len(group) + 1) * sample.length > batch_tokens:
             batches.append(collate(group))
             group = []

@@ -112,3 +112,11 @@ def test_bfloat16_loses_the_perturbation_and_is_refused():
     permitted.perturb(SIGMA, 0, 0)
     assert len(permitted.notes) == 1
     assert abs(permitted.perturbation_survival - 1) > 0.05
+
+
+def test_survival_is_checked_for_every_sigma():
+    replica = TransformersReplica(tiny_model().to(torch.bfloat16), allow_lost_perturbation=False)
+    replica.perturb(0.5, 0, 0)  # large enough for bfloat16
+    assert replica.perturbation_survival == pytest.approx(1, abs=0.05)
+    with pytest.raises(LostPerturbation):
+        replica.perturb(SIGMA, 0, 0)

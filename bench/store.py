@@ -1,0 +1,126 @@
+"""Scores on disk: Parquet files that say what made them, written whole or not at all."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from filelock import FileLock, Timeout
+
+from scoring.errors import UserError
+from scoring.mrd import Draws
+from scoring.pool import Facts, Task
+
+SPEC_KEY, FACTS_KEY = b"mrd_bench.spec", b"mrd_bench.facts"
+
+
+def write_scores(table: pa.Table, out: Path, identity: dict[str, Any], record: dict[str, Any]) -> None:
+    """Write a score file: the rows, the spec with its hash, and what was noticed on the way."""
+    metadata = {SPEC_KEY: json.dumps(identity), FACTS_KEY: json.dumps(record)}
+    unfinished = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+    try:
+        pq.write_table(table.replace_schema_metadata(metadata), unfinished)
+        os.replace(unfinished, out)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def read_scores(path: str | Path) -> tuple[pa.Table, dict[str, Any], dict[str, Any]]:
+    """A score file: its table, the spec that made it, and what was noticed on the way.
+
+    Raises:
+        UserError: not a file that `score` wrote.
+    """
+    try:
+        table = pq.read_table(path)
+        metadata = table.schema.metadata or {}
+        return table, json.loads(metadata[SPEC_KEY]), json.loads(metadata[FACTS_KEY])
+    except (pa.ArrowException, OSError, KeyError) as error:
+        raise UserError(f"{path}: not a score file of mrd-bench; expected what `mrd-bench score` writes") from error
+
+
+class Parts:
+    """Finished tasks on disk, next to the output file, until the file itself is written."""
+
+    def __init__(self, out: Path, identity: dict[str, Any]) -> None:
+        if out.suffix != ".parquet":
+            raise UserError(f"--out {out}: expected a file name ending in .parquet")
+        if out.is_dir():
+            raise UserError(f"--out {out} is a folder: expected the name of a file to write")
+        self._folder = out.with_name(out.name + ".parts")
+        self._identity = identity
+        self._lock = FileLock(self._folder / "lock")
+
+    def __enter__(self) -> Parts:
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            self._lock.acquire(timeout=0)
+        except Timeout:
+            raise UserError(
+                f"{self._folder}: another run is writing here; wait for it, or choose another --out"
+            ) from None
+        except OSError as error:
+            raise UserError(f"--out: cannot write in {str(self._folder.parent)!r} ({error.strerror})") from error
+        try:
+            self._claim()
+        except BaseException:
+            self._lock.release()
+            raise
+        return self
+
+    def _claim(self) -> None:
+        owner = self._folder / "spec.json"
+        if not owner.is_file():
+            unfinished = owner.with_suffix(".tmp")
+            unfinished.write_text(json.dumps(self._identity))
+            os.replace(unfinished, owner)
+        found = json.loads(owner.read_text())["spec_hash"]
+        if found != self._identity["spec_hash"]:
+            raise UserError(
+                f"{self._folder} holds the unfinished work of another spec ({found}): finish it with its own command, "
+                "remove the folder, or choose another --out"
+            )
+
+    def __exit__(self, *_: object) -> None:
+        # Refused before anything was done: the next command, mended, must not find the claim of this one.
+        if not any(self._folder.glob("*.parquet")):
+            self.remove()
+        self._lock.release()
+
+    def _path(self, task: Task) -> Path:
+        return self._folder / f"{task.key}.parquet"
+
+    def has(self, task: Task) -> bool:
+        return self._path(task).is_file()
+
+    def write(self, task: Task, draws: Draws, facts: Facts) -> None:
+        """One part, whole or not at all."""
+        values = pa.FixedSizeListArray.from_arrays(pa.array(draws.values.ravel()), draws.values.shape[1])
+        table = pa.table(
+            {"index": draws.indices, "nll": draws.nll, "saturated": draws.saturated, "values": values}
+        ).replace_schema_metadata({FACTS_KEY: json.dumps(dataclasses.asdict(facts))})
+        unfinished = self._path(task).with_suffix(".tmp")
+        pq.write_table(table, unfinished)
+        os.replace(unfinished, self._path(task))
+
+    def read(self, task: Task) -> Draws:
+        table = pq.read_table(self._path(task))
+        values = table["values"].combine_chunks().flatten().to_numpy().reshape(table.num_rows, -1)
+        return Draws(table["index"].to_numpy(), values, table["nll"].to_numpy(), table["saturated"].to_numpy())
+
+    def facts(self, tasks: Sequence[Task]) -> Facts:
+        """What all replicas noticed, over all runs that worked on these parts."""
+        total = Facts()
+        for task in tasks:
+            total.add(Facts(**json.loads(pq.read_schema(self._path(task)).metadata[FACTS_KEY])))
+        return total
+
+    def remove(self) -> None:
+        shutil.rmtree(self._folder, ignore_errors=True)
