@@ -65,6 +65,7 @@ def _parser() -> argparse.ArgumentParser:
     demo = verb("demo", _demo, "score the embedded task under the embedded model and write a page of results")
     demo.add_argument("--out", default="demo", help="folder for the page and the Parquet files (default: demo)")
     demo.add_argument("--split", default="forget10", help="of the task authors (default: forget10)")
+    demo.add_argument("--overwrite", action="store_true", help="replace what an earlier demo left in --out")
 
     benchmark = verb("benchmark", _benchmark, "measure speed, side by side in one run")
     benchmark.add_argument("what", choices=["scoring"], help="scoring: Algorithm 1 as printed against the estimators")
@@ -133,7 +134,7 @@ def _score(arguments: argparse.Namespace) -> None:
 def _demo(arguments: argparse.Namespace) -> None:
     from bench.demo import run_demo
 
-    run_demo(arguments.out, arguments.split)
+    run_demo(arguments.out, arguments.split, overwrite=arguments.overwrite)
 
 
 def _benchmark(arguments: argparse.Namespace) -> None:

@@ -70,6 +70,7 @@ def run_demo(
     split: str = authors.DEFAULT_SPLIT,
     sizes: Sizes = Sizes(),
     resources: Resources | None = None,
+    overwrite: bool = False,
 ) -> None:
     """Measure, and write `out`/index.html, the score files and difficulty.png.
 
@@ -79,7 +80,8 @@ def run_demo(
     out = Path(out)
     resources = resources or Resources()
     records = load_dataset(TASK, split).records
-    _check_folder(out, split)
+    if not overwrite:
+        _check_folder(out, split)
     # Found before the cluster starts: training it takes all cores.
     model = find_model(MODEL)
 
@@ -89,6 +91,7 @@ def run_demo(
             ScoreSpec(MODEL, TASK, split, estimator, draws=sizes.draws if estimator == "monte-carlo" else None),
             out / f"scores-{estimator}.parquet",
             resources,
+            overwrite,
         )
         for estimator in ("monte-carlo", "gradient", "curvature")
     }
@@ -96,7 +99,7 @@ def run_demo(
     scaling = scaling_check(out / "scaling.parquet", model, split, sizes, resources)
 
     print(f"3/4 Difficulty by attribute, on {TASK}/{sizes.whole}")
-    score(ScoreSpec(MODEL, TASK, sizes.whole, "gradient"), out / "scores-whole.parquet", resources)
+    score(ScoreSpec(MODEL, TASK, sizes.whole, "gradient"), out / "scores-whole.parquet", resources, overwrite)
     whole = Scores.read(out / "scores-whole.parquet")
     whole_records = load_dataset(TASK, sizes.whole).records
     corpus = [f"{record['question']} {record['answer']}" for record in authors.training_records()]
@@ -132,7 +135,9 @@ def run_demo(
 def _check_folder(out: Path, split: str) -> None:
     made = out / "scores-monte-carlo.parquet"
     if made.is_file() and (found := read_scores(made)[1]["split"]) != split:
-        raise UserError(f"--out {out} holds the demo of split {found!r}: choose another folder for {split!r}")
+        raise UserError(
+            f"--out {out} holds the demo of split {found!r}: choose another folder for {split!r}, or --overwrite"
+        )
 
 
 def scaling_check(

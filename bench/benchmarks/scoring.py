@@ -57,6 +57,7 @@ class Row:
         name: of the method.
         seconds: for all samples and all draws, scaled where the module's docstring says so.
         forwards, backwards: passes over the whole set.
+        cost: seconds in units of one batched forward pass over the set.
         peak_weights: peak memory of tensors in units of the model's weights.
         error: against fp64, what it means is said in `error_of`.
     """
@@ -65,6 +66,7 @@ class Row:
     seconds: float
     forwards: float
     backwards: float
+    cost: float
     peak_weights: float
     error: float
     error_of: str
@@ -125,7 +127,13 @@ def _measure(
     mean_abs, abs_mean = _references(replica, few)
     own = _spread(samples, PRINTED_SAMPLES)
     tokens = sum(s.length for s in samples)
+    base = _timed(lambda: [replica.logprobs(batch) for batch in batches])
     rows = {}
+
+    def row(
+        name: str, seconds: float, forwards: int, backwards: int, memory: float, error: float, error_of: str
+    ) -> Row:
+        return Row(name, seconds, forwards, backwards, seconds / base, memory, error, error_of)
 
     for key, name, hoist in (("a", "(a)  Algorithm 1 as printed", False), ("a_hoisted", "(a') P(theta) once", True)):
         measured = _timed(partial(algorithm_1, replica, own, SIGMA, PRINTED_DRAWS, hoist))
@@ -133,9 +141,7 @@ def _measure(
         memory = _peak(replica, partial(algorithm_1, samples=own[-1:], sigma=SIGMA, draws=1, hoist=hoist))
         # The same estimator as (b), so its error is that of K draws.
         error = 0.76 / math.sqrt(draws)
-        rows[key] = Row(name, seconds, draws + 1 if hoist else 2 * draws, 0, memory, error, "expected, 0.76/sqrt(K)")
-
-    base = _timed(lambda: [replica.logprobs(batch) for batch in batches])
+        rows[key] = row(name, seconds, draws + 1 if hoist else 2 * draws, 0, memory, error, "expected, 0.76/sqrt(K)")
 
     def drawn(key: str, count: int) -> float:
         """Seconds of one draw over all samples."""
@@ -153,17 +159,19 @@ def _measure(
 
     error = float(np.median(error_of(scores("monte-carlo", "mean_abs", draws), mean_abs)))
     seconds = base + draws * drawn("monte-carlo", DRAWS)
-    rows["b"] = Row("(b)  monte-carlo", seconds, draws + 1, 0, peak("monte-carlo"), error, "median, sampling")
+    rows["b"] = row("(b)  monte-carlo", seconds, draws + 1, 0, peak("monte-carlo"), error, "median, sampling")
 
     error = float(np.max(error_of(scores("gradient", "mean_abs", 1), mean_abs)))
     seconds = _timed(partial(estimate, replica, batches, Request("gradient", SIGMA, 0)))
-    rows["c"] = Row("(c)  gradient", seconds, 1, 1, peak("gradient"), error, "largest, rounding")
+    rows["c"] = row("(c)  gradient", seconds, 1, 1, peak("gradient"), error, "largest, rounding")
 
     for key, measured_draws, full in (("curvature", DIRECTIONS, 8), ("antithetic", PAIRS, 64)):
         error = float(np.median(error_of(scores(key, "abs_mean", full), abs_mean)))
         passes = 1 + full if key == "curvature" else 1 + 2 * full
         seconds = base + full * drawn(key, measured_draws)
-        rows[key] = Row(f"(d)  {key}, {full} draws", seconds, passes, 0, peak(key), error, "median, sampling")
+        rows[key] = row(
+            f"(d)  {key}, {full} draws", seconds, passes, 0, peak(key), error, "median, sampling and rounding"
+        )
     return rows
 
 
@@ -284,9 +292,10 @@ def _forward_flops(replica: TransformersReplica, batches: Sequence[Batch]) -> in
 
 
 def _print_rows(rows: dict[str, Row]) -> None:
-    print(f"{'':<30}{'seconds':>10}{'forwards':>10}{'backwards':>10}{'peak/weights':>14}{'error vs fp64':>15}")
+    print(f"{'':<30}{'seconds':>10}{'forwards':>10}{'backwards':>10}{'cost':>8}{'peak/weights':>14}{'error':>9}")
     for row in rows.values():
         print(
-            f"{row.name:<30}{row.seconds:>10.1f}{row.forwards:>10.0f}{row.backwards:>10.0f}"
-            f"{row.peak_weights:>14.2f}{row.error:>15.1e}  ({row.error_of})"
+            f"{row.name:<30}{row.seconds:>10.1f}{row.forwards:>10.0f}{row.backwards:>10.0f}{row.cost:>8.1f}"
+            f"{row.peak_weights:>14.2f}{row.error:>9.1e}  ({row.error_of})"
         )
+    print("cost: in batched forward passes; peak/weights: peak memory, weights included; error: relative, against fp64")
