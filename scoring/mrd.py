@@ -61,6 +61,9 @@ class Perturbable(Protocol):
     def logprobs(self, batch: Batch) -> torch.Tensor:
         """P_t under the current weights, (B, S); 0 at padding and at saturated tokens."""
 
+    def exact_logprobs(self, batches: Sequence[Batch]) -> list[torch.Tensor]:
+        """P_t under the base weights in fp64, (B, S) a batch."""
+
     def perturb(self, sigma: float, seed: int, draw: int) -> None:
         """theta <- base + delta_k."""
 
@@ -69,6 +72,9 @@ class Perturbable(Protocol):
 
     def restore(self) -> None:
         """theta <- base, bitwise."""
+
+    def report_rounding(self, share: float) -> None:
+        """Take note of how large the rounding of log-probs is, relative to the scores."""
 
     def log_abs_gradient_norms(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """||grad Sum_t log|P_t||| over all parameters, (B,); and P_t, (B, S), of the same forward pass."""
@@ -141,6 +147,17 @@ class Until:
     most: int = 2000
 
 
+def base_logprobs(replica: Perturbable, batches: Sequence[Batch], estimator: str) -> list[torch.Tensor]:
+    """The unperturbed log-probs that an estimator compares with, (B, S) a batch.
+
+    For `antithetic` in fp64: the first-order term cancels within a pair, but the rounding of P_t(theta), which all
+    pairs share, would not. It can be as large as the O(sigma^2) result, and no standard error would show it.
+    """
+    if estimator == "antithetic":
+        return replica.exact_logprobs(batches)
+    return [replica.logprobs(batch) for batch in batches]
+
+
 def estimate(
     replica: Perturbable,
     batches: Sequence[Batch],
@@ -159,7 +176,7 @@ def estimate(
         values, base = _gradient(replica, batches, request)
     else:
         if base is None:
-            base = [replica.logprobs(batch) for batch in batches]
+            base = base_logprobs(replica, batches, request.estimator)
         values = _DRAWERS[request.estimator](replica, batches, base, request)
     return Draws(
         indices=np.concatenate([batch.indices.cpu().numpy() for batch in batches]),
@@ -180,7 +197,7 @@ def estimate_until(
 ) -> Draws:
     """Draw in steps until the standard error is small enough (`draws="auto"`), `until.most` draws at the most."""
     if base is None:
-        base = [replica.logprobs(batch) for batch in batches]
+        base = base_logprobs(replica, batches, request.estimator)
     draws: Draws | None = None
     for first in range(0, until.most, until.step):
         step = replace(request, first_draw=first, last_draw=min(first + until.step, until.most))
@@ -224,7 +241,12 @@ def _antithetic(
             columns.append((ahead + _changes(replica, batches, base)) / 2)
     finally:
         replica.restore()
-    return np.stack(columns, axis=1)
+    values = np.stack(columns, axis=1)
+    # The perturbed log-probs are rounded too, and part of that is common to all draws: how much is not known, but
+    # no more than the rounding of the unperturbed ones, which is.
+    rounding = np.median(np.abs(_changes(replica, batches, base)))
+    replica.report_rounding(float(rounding / max(np.median(np.abs(values.mean(axis=1))), np.finfo(float).tiny)))
+    return values
 
 
 def _gradient(

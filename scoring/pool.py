@@ -20,7 +20,7 @@ from ray.exceptions import NodeDiedError, ObjectLostError, OutOfMemoryError, Ray
 
 from scoring.cluster import Footprint, how_many_fit
 from scoring.errors import UserError
-from scoring.mrd import ESTIMATORS, Draws, Request, Until, estimate, estimate_until
+from scoring.mrd import ESTIMATORS, Draws, Request, Until, base_logprobs, estimate, estimate_until
 from scoring.samples import Batch
 
 MAX_ATTEMPTS = 4
@@ -66,23 +66,29 @@ class Facts:
     Attributes:
         perturbation_survival: std(stored(theta + delta) - theta) / sigma; None if nothing was perturbed.
         gradient_error: largest relative error of gradient norms against fp32; None if they are in fp32.
+        rounding_share: rounding of log-probs relative to the scores, medians, for `antithetic`; None elsewhere.
         notes: fall-backs and overridden refusals, each once.
         forwards, backwards: passes over a batch.
     """
 
     perturbation_survival: float | None = None
     gradient_error: float | None = None
+    rounding_share: float | None = None
     notes: list[str] = field(default_factory=list)
     forwards: int = 0
     backwards: int = 0
 
     def add(self, other: Facts) -> None:
         self.perturbation_survival = self.perturbation_survival or other.perturbation_survival
-        errors = [e for e in (self.gradient_error, other.gradient_error) if e is not None]
-        self.gradient_error = max(errors, default=None)
+        self.gradient_error = _larger(self.gradient_error, other.gradient_error)
+        self.rounding_share = _larger(self.rounding_share, other.rounding_share)
         self.notes += [note for note in other.notes if note not in self.notes]
         self.forwards += other.forwards
         self.backwards += other.backwards
+
+
+def _larger(one: float | None, other: float | None) -> float | None:
+    return max((value for value in (one, other) if value is not None), default=None)
 
 
 class ReplicaActor:
@@ -120,6 +126,7 @@ class ReplicaActor:
         return draws, Facts(
             replica.perturbation_survival,
             replica.gradient_error,
+            replica.rounding_share,
             list(replica.notes),
             replica.forwards - before[0],
             replica.backwards - before[1],
@@ -130,7 +137,7 @@ class ReplicaActor:
         if not ESTIMATORS[task.request.estimator].default_draws:
             return None
         if self._base is None or self._base[0] != (run, task.shard):
-            self._base = ((run, task.shard), [self._replica.logprobs(batch) for batch in batches])
+            self._base = (run, task.shard), base_logprobs(self._replica, batches, task.request.estimator)
         return self._base[1]
 
 

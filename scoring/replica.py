@@ -103,6 +103,7 @@ class TransformersReplica:
         self.backwards = 0
         self.perturbation_survival: float | None = None
         self.gradient_error: float | None = None
+        self.rounding_share: float | None = None
         self._survivals: dict[float, float] = {}
         self.notes: list[str] = []
         self._allow_lost = allow_lost_perturbation
@@ -115,6 +116,13 @@ class TransformersReplica:
         """Log-probs of the scored tokens under the current weights, (B, S) in nats; 0 at padding."""
         self.forwards += 1
         return scored_logprobs(self.model, batch.to(self.device))
+
+    @torch.no_grad()
+    def exact_logprobs(self, batches: Sequence[Batch]) -> list[torch.Tensor]:
+        """The same in fp64, by a copy of the model that lives as long as the call: twice the fp32 weights."""
+        self.forwards += len(batches)
+        exact = self.model if self.dtype == torch.float64 else copy.deepcopy(self.model).double()
+        return [scored_logprobs(exact, batch.to(self.device)) for batch in batches]
 
     @torch.no_grad()
     def perturb(self, sigma: float, seed: int, draw: int) -> None:
@@ -162,6 +170,10 @@ class TransformersReplica:
         self._perturbation.restore()
         if not self._perturbation.is_restored():
             raise RuntimeError("weights differ from their base after restoring: non-finite weights in the model?")
+
+    def report_rounding(self, share: float) -> None:
+        """Keep the largest rounding of log-probs relative to the scores; see `scoring.mrd`."""
+        self.rounding_share = max(share, self.rounding_share or 0.0)
 
     def log_abs_gradient_norms(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """||grad Sum_t log|P_t||| over all parameters, (B,) fp64; and P_t, (B, S), of the same forward pass.

@@ -287,6 +287,21 @@ def test_antithetic_agrees_with_curvature():
     assert np.all(np.abs(pairs.mean(1) - curved.mean(1)) <= 4 * error)
 
 
+def test_antithetic_in_fp32_says_when_rounding_is_not_small():
+    """At sigma = 2e-4 the errors are those that the standard error announces; at 1e-5 rounding is reported."""
+    model, batches = tiny_model("llama"), make_batches(random_samples(40), 400)
+    replica = TransformersReplica(model)
+    single = estimate(replica, batches, Request("antithetic", 2e-4, 0, 0, 60)).values
+    assert replica.rounding_share < 0.05
+    double = estimate(TransformersReplica(copy.deepcopy(model).double()), batches, Request("curvature", 2e-4, 0, 0, 60))
+    error = np.hypot(single.std(1, ddof=1), double.values.std(1, ddof=1)) / math.sqrt(60)
+    deviation = (single.mean(1) - double.values.mean(1)) / error
+    assert np.mean(np.abs(deviation) <= 3) >= 0.95
+    small = TransformersReplica(model)
+    estimate(small, batches, Request("antithetic", 1e-5, 0, 0, 10))
+    assert small.rounding_share > 0.1
+
+
 def test_scaling_slopes():
     """1 for mean_abs, 2 for abs_mean; bfloat16 with the noise lost in storage shows neither."""
     model, batches = tiny_model("llama"), make_batches(random_samples(12), 200)

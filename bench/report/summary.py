@@ -7,6 +7,8 @@ import numpy as np
 from bench.scoring_job import ScoreResult
 
 SHOWN = 5
+# Above this share a standard error no longer says how far a score is off.
+ROUNDING_SHOWN = 0.1
 
 
 def print_summary(result: ScoreResult) -> None:
@@ -36,6 +38,9 @@ def print_summary(result: ScoreResult) -> None:
         print(f"perturbation survival: {facts['perturbation_survival']:.4f} (1 = the noise survived storage)")
     if facts["gradient_error"] is not None:
         print(f"largest relative error of gradient norms against fp32: {facts['gradient_error']:.2%}")
+    if (share := facts.get("rounding_share")) is not None:
+        print(f"rounding of log-probs: {share:.1%} of the scores (medians)", end="")
+        print("; take --estimator curvature, a larger --sigma or --dtype float64" if share > ROUNDING_SHOWN else "")
     saturated = int(np.sum(table["tokens_saturated"].to_numpy()))
     if saturated:
         print(f"{saturated} scored tokens have probability exactly 1 and are left out of the sums")
