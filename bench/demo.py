@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,9 +26,9 @@ from bench.report.findings import Findings, ScalingLine, Scores, attribute_effec
 from bench.report.page import page
 from bench.report.summary import print_summary
 from bench.scoring_job import Resources, ScoreSpec, score
-from bench.store import read_scores
+from bench.store import read_scores, replacing
 from bench.tasks import authors
-from scoring.cluster import Footprint, connect, default_gpus
+from scoring.cluster import connect
 from scoring.errors import UserError
 from scoring.mrd import Request, reduce_draws
 from scoring.pool import ReplicaPool, ReplicaSpec, Task
@@ -118,14 +116,14 @@ def run_demo(
         correlations=correlations(whole, whole_records, corpus),
         model=_describe(model),
     )
-    with _replacing(out / "index.html") as unfinished:
+    with replacing(out / "index.html") as unfinished:
         unfinished.write_text(page(findings), encoding="utf-8")
     panels = [
         plots.difficulty(findings.monte_carlo, f"Difficulty of {len(records)} samples, 95 % CI"),
         plots.scaling(findings.scaling, "Does MRD follow sigma?"),
         plots.attributes(findings.effects, f"By attribute, {whole.table.num_rows} samples"),
     ]
-    with _replacing(out / "difficulty.png") as unfinished:
+    with replacing(out / "difficulty.png") as unfinished:
         plots.png(panels, unfinished)
     print()
     print_summary(results["monte-carlo"])
@@ -160,8 +158,7 @@ def scaling_check(
             return _lines(table)
 
     connect()
-    gpus = default_gpus() if resources.gpus_per_replica is None else resources.gpus_per_replica
-    footprint = Footprint(resources.cpus_per_replica, gpus)
+    footprint = resources.footprint()
     rows: list[dict[str, object]] = []
     total = sum(len(sigmas) for *_, sigmas in SCALING)
     with tqdm(total=total, unit="sigma", desc="scaling with sigma") as bar:
@@ -199,7 +196,7 @@ def scaling_check(
                     ]
                     bar.update()
     table = pa.Table.from_pylist(rows).sort_by([("sigma", "ascending"), ("sample_id", "ascending")])
-    with _replacing(path) as unfinished:
+    with replacing(path) as unfinished:
         pq.write_table(table.replace_schema_metadata({SPEC_KEY: identity}), unfinished)
     return _lines(table)
 
@@ -212,17 +209,6 @@ def _lines(table: pa.Table) -> list[ScalingLine]:
         scores = np.array([[row["mrd"] for row in mine if row["sigma"] == sigma] for sigma in sigmas])
         lines.append(ScalingLine(estimator, statistic, dtype, np.array(sigmas), scores))
     return lines
-
-
-@contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """A file to write instead of `path`, which takes its place when it is whole."""
-    unfinished = path.with_name(f".{os.getpid()}.{path.name}")
-    try:
-        yield unfinished
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
 
 
 def _describe(model: ModelReference) -> dict[str, str]:

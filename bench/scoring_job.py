@@ -15,7 +15,9 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import reduce
 from importlib.metadata import PackageNotFoundError, version
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +31,7 @@ from bench.models import ModelReference, find_model
 from bench.store import Parts, read_scores, write_scores
 from scoring.cluster import Footprint, connect, default_gpus
 from scoring.errors import UserError, unknown_name
-from scoring.mrd import ESTIMATORS, STATISTICS, Request, Until, reduce_draws
+from scoring.mrd import ESTIMATORS, STATISTICS, Draws, Request, Until, reduce_draws
 from scoring.pool import ReplicaPool, ReplicaSpec, Task
 from scoring.samples import TOKENS_CHOICES, Batch, Rejected, Sample, encode, make_batches
 
@@ -142,6 +144,11 @@ class Resources:
             raise UserError(f"--gpus-per-replica {gpus:g}: expected a fraction of one GPU, or a whole number")
         return self
 
+    def footprint(self) -> Footprint:
+        """What one replica takes; needs a connected cluster to see whether there are GPUs."""
+        gpus = default_gpus() if self.gpus_per_replica is None else self.gpus_per_replica
+        return Footprint(self.cpus_per_replica, gpus)
+
 
 @dataclass(frozen=True)
 class ScoreResult:
@@ -188,7 +195,7 @@ def score(
         started = time.perf_counter()
         replaced = _run(spec, resources, model, shards, todo, parts, progress)
         seconds = time.perf_counter() - started
-        table, unsound = _sound(_table(spec, shards, tasks, parts, samples))
+        table, unsound = _sound(_table(spec, tasks, parts, samples))
         rejected += unsound
         if not table.num_rows:
             parts.remove()
@@ -270,9 +277,7 @@ def _run(
     if not todo:
         return 0
     connect()
-    gpus = default_gpus() if resources.gpus_per_replica is None else resources.gpus_per_replica
     replica = ReplicaSpec(model.source, model.revision, spec.dtype, spec.allow_lost_perturbation)
-    footprint = Footprint(resources.cpus_per_replica, gpus)
     # Work in sample-draws, so that the bar moves with the work whatever the shards' sizes.
     work = {
         task.key: sum(len(batch) for batch in shards[task.shard])
@@ -281,7 +286,7 @@ def _run(
     }
     unit = "sample-draw" if isinstance(spec.draws, int) and spec.draws else "sample"
     with (
-        ReplicaPool(replica, footprint, resources.replicas) as pool,
+        ReplicaPool(replica, resources.footprint(), resources.replicas) as pool,
         tqdm(total=sum(work.values()), unit=unit, desc=f"scoring ({spec.estimator})", disable=not progress) as bar,
     ):
         for task, draws, facts in pool.run(todo, shards):
@@ -290,16 +295,12 @@ def _run(
     return pool.replaced
 
 
-def _table(
-    spec: ScoreSpec, shards: Sequence[Sequence[Batch]], tasks: Sequence[Task], parts: Parts, samples: Sequence[Sample]
-) -> pa.Table:
+def _table(spec: ScoreSpec, tasks: Sequence[Task], parts: Parts, samples: Sequence[Sample]) -> pa.Table:
     """Reduce the parts to one row a sample, in input order."""
     rows: dict[str, list[np.ndarray]] = {key: [] for key in ("index", "nll", "saturated", "mrd", "stderr", "draws")}
-    for shard in range(len(shards)):
-        pieces = [parts.read(task) for task in tasks if task.shard == shard]
-        draws = pieces[0]
-        for piece in pieces[1:]:
-            draws = draws.followed_by(piece)
+    # Tasks come shard by shard, and within a shard in the order of their draws.
+    for _, own in groupby(tasks, key=lambda task: task.shard):
+        draws = reduce(Draws.followed_by, map(parts.read, own))
         mrd, stderr = reduce_draws(draws.values, spec.statistic)  # type: ignore[arg-type]
         count = draws.values.shape[1] if spec.draws else 0
         values = (draws.indices, draws.nll, draws.saturated, mrd, stderr, np.full(len(mrd), count))

@@ -6,7 +6,8 @@ import dataclasses
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +22,22 @@ from scoring.pool import Facts, Task
 SPEC_KEY, FACTS_KEY = b"mrd_bench.spec", b"mrd_bench.facts"
 
 
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A file to write instead of `path`, which takes its place when it is whole, or leaves nothing."""
+    unfinished = path.with_name(f".{os.getpid()}.{path.name}.tmp")
+    try:
+        yield unfinished
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
 def write_scores(table: pa.Table, out: Path, identity: dict[str, Any], record: dict[str, Any]) -> None:
     """Write a score file: the rows, the spec with its hash, and what was noticed on the way."""
     metadata = {SPEC_KEY: json.dumps(identity), FACTS_KEY: json.dumps(record)}
-    unfinished = out.with_name(f".{out.name}.{os.getpid()}.tmp")
-    try:
+    with replacing(out) as unfinished:
         pq.write_table(table.replace_schema_metadata(metadata), unfinished)
-        os.replace(unfinished, out)
-    finally:
-        unfinished.unlink(missing_ok=True)
 
 
 def read_scores(path: str | Path) -> tuple[pa.Table, dict[str, Any], dict[str, Any]]:
@@ -78,9 +86,8 @@ class Parts:
     def _claim(self) -> None:
         owner = self._folder / "spec.json"
         if not owner.is_file():
-            unfinished = owner.with_suffix(".tmp")
-            unfinished.write_text(json.dumps(self._identity))
-            os.replace(unfinished, owner)
+            with replacing(owner) as unfinished:
+                unfinished.write_text(json.dumps(self._identity))
         found = json.loads(owner.read_text())["spec_hash"]
         if found != self._identity["spec_hash"]:
             raise UserError(
@@ -106,9 +113,8 @@ class Parts:
         table = pa.table(
             {"index": draws.indices, "nll": draws.nll, "saturated": draws.saturated, "values": values}
         ).replace_schema_metadata({FACTS_KEY: json.dumps(dataclasses.asdict(facts))})
-        unfinished = self._path(task).with_suffix(".tmp")
-        pq.write_table(table, unfinished)
-        os.replace(unfinished, self._path(task))
+        with replacing(self._path(task)) as unfinished:
+            pq.write_table(table, unfinished)
 
     def read(self, task: Task) -> Draws:
         table = pq.read_table(self._path(task))

@@ -16,7 +16,8 @@ from safetensors import SafetensorError
 from torch import nn
 from torch.func import functional_call, jvp
 from torch.overrides import TorchFunctionMode
-from transformers import PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.utils import logging as transformers_logging
 
 from scoring.errors import UserError
 from scoring.logprob import scored_logprobs
@@ -53,10 +54,6 @@ def load_model(
     Raises:
         UserError: it cannot be loaded.
     """
-    # Imported here: it costs seconds, and the driver of a scoring run does not need it.
-    from transformers import AutoConfig, AutoModelForCausalLM
-    from transformers.utils import logging as transformers_logging
-
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
     try:
@@ -290,12 +287,11 @@ def _along_signs(model: PreTrainedModel, batch: Batch, seed: int, draw: int) -> 
 def _summed_by_reverse_mode(model: PreTrainedModel, batch: Batch, seed: int, draw: int) -> float:
     """The sum over tokens of what `_along_signs` gives, by differentiating a gradient."""
     signs = _signs(model, seed, draw)
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    names = [name for name, p in model.named_parameters() if p.requires_grad]
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
 
     def along(scalar: torch.Tensor, again: bool) -> torch.Tensor:
-        gradients = torch.autograd.grad(scalar, parameters, create_graph=again, allow_unused=True)
-        pairs = zip(gradients, names, strict=True)
+        gradients = torch.autograd.grad(scalar, list(parameters.values()), create_graph=again, allow_unused=True)
+        pairs = zip(gradients, parameters, strict=True)
         return torch.stack([(g * signs[name]).sum() for g, name in pairs if g is not None]).sum()
 
     with _eager_attention(model), every_row_counts(model):
