@@ -105,7 +105,7 @@ def png(draws: Sequence[Draw], path: Path, inches: tuple[float, float] = (15.0, 
         for axes, draw in zip(np.atleast_1d(figure.subplots(1, len(draws))), draws, strict=True):
             draw(axes)
         # The version of matplotlib in the file would make the same picture differ.
-        figure.savefig(path, dpi=dpi, metadata={"Software": None})
+        figure.savefig(path, format="png", dpi=dpi, metadata={"Software": None})
 
 
 def difficulty(scores: Scores, title: str = "") -> Draw:
