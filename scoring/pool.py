@@ -12,7 +12,7 @@ import os
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import ray
 import torch
@@ -22,6 +22,9 @@ from scoring.cluster import Footprint, how_many_fit
 from scoring.errors import UserError
 from scoring.mrd import ESTIMATORS, Draws, Request, Until, base_logprobs, estimate, estimate_until
 from scoring.samples import Batch
+
+if TYPE_CHECKING:
+    from scoring.replica import TransformersReplica
 
 MAX_ATTEMPTS = 4
 # What a call to a replica raises when its process or node is gone. Ray's memory monitor and a result lost with its
@@ -46,9 +49,27 @@ class ReplicaSpec:
     allow_lost_perturbation: bool = False
 
 
+class Work(Protocol):
+    """What a replica can be asked to do with a group of batches."""
+
+    @property
+    def shard(self) -> int:
+        """The number of the group."""
+
+    @property
+    def key(self) -> str:
+        """Its name, unique within a run."""
+
+    def do(self, replica: TransformersReplica, batches: Sequence[Batch], kept: dict[str, Any]) -> Any:
+        """Do it. `kept` is what earlier works on the same group have left in this replica, and is to be added to."""
+
+
+AnyWork = TypeVar("AnyWork", bound=Work)
+
+
 @dataclass(frozen=True)
 class Task:
-    """A group of batches (by number) and the draws to make of it."""
+    """Scoring: a group of batches and the draws to make of it."""
 
     shard: int
     request: Request
@@ -57,6 +78,19 @@ class Task:
     @property
     def key(self) -> str:
         return f"{self.shard:06d}-{self.request.first_draw:06d}-{self.request.last_draw:06d}"
+
+    def do(self, replica: TransformersReplica, batches: Sequence[Batch], kept: dict[str, Any]) -> Draws:
+        """The draws. The unperturbed log-probs are formed once for all draws of a group: they are several tasks."""
+        estimator = self.request.estimator
+        if ESTIMATORS[estimator].default_draws and "base" not in kept:
+            kept["base"] = base_logprobs(replica, batches, estimator)
+        if self.until is None:
+            draws = estimate(replica, batches, self.request, kept.get("base"))
+        else:
+            draws = estimate_until(replica, batches, self.request, self.until, kept.get("base"))
+        if estimator == "gradient" and replica.gradient_error is None:
+            replica.measure_gradient_error(batches[0])
+        return draws
 
 
 @dataclass
@@ -99,7 +133,8 @@ class ReplicaActor:
         torch.set_num_threads(threads)
         self._device = device
         self._replica: Any = None
-        self._base: tuple[tuple[int, int], list[torch.Tensor]] | None = None
+        self._group: tuple[int, int] | None = None
+        self._kept: dict[str, Any] = {}
 
     def load(self, spec: ReplicaSpec) -> int:
         """Load the model; the process id, for those who watch. Not in __init__, so that errors arrive typed."""
@@ -112,18 +147,14 @@ class ReplicaActor:
         self._replica = TransformersReplica(model, spec.allow_lost_perturbation)
         return os.getpid()
 
-    def run(self, task: Task, batches: list[Batch], run: int) -> tuple[Draws, Facts]:
-        """Do a task. `run` tells the pool's runs apart: their shards have the same numbers."""
+    def run(self, work: Work, batches: list[Batch], run: int) -> tuple[Any, Facts]:
+        """Do a work. `run` tells the pool's runs apart: their groups have the same numbers."""
         replica = self._replica
         before = replica.forwards, replica.backwards
-        base = self._logprobs(task, batches, run)
-        if task.until is None:
-            draws = estimate(replica, batches, task.request, base)
-        else:
-            draws = estimate_until(replica, batches, task.request, task.until, base)
-        if task.request.estimator == "gradient" and replica.gradient_error is None:
-            replica.measure_gradient_error(batches[0])
-        return draws, Facts(
+        if self._group != (run, work.shard):
+            self._group, self._kept = (run, work.shard), {}
+        result = work.do(replica, batches, self._kept)
+        return result, Facts(
             replica.perturbation_survival,
             replica.gradient_error,
             replica.rounding_share,
@@ -131,14 +162,6 @@ class ReplicaActor:
             replica.forwards - before[0],
             replica.backwards - before[1],
         )
-
-    def _logprobs(self, task: Task, batches: list[Batch], run: int) -> list[torch.Tensor] | None:
-        """The unperturbed log-probs, once for all draws of a group: they are cut into several tasks."""
-        if not ESTIMATORS[task.request.estimator].default_draws:
-            return None
-        if self._base is None or self._base[0] != (run, task.shard):
-            self._base = (run, task.shard), base_logprobs(self._replica, batches, task.request.estimator)
-        return self._base[1]
 
 
 class ReplicaPool:
@@ -177,7 +200,9 @@ class ReplicaPool:
             ray.kill(actor)
         self._loading, self._idle = {}, []
 
-    def run(self, tasks: Sequence[Task], shards: Sequence[Sequence[Batch]]) -> Iterator[tuple[Task, Draws, Facts]]:
+    def run(
+        self, tasks: Sequence[AnyWork], shards: Sequence[Sequence[Batch]]
+    ) -> Iterator[tuple[AnyWork, Any, Facts]]:
         """Results as they finish, in no particular order.
 
         Raises:
@@ -188,7 +213,7 @@ class ReplicaPool:
         left = Counter(task.shard for task in tasks)
         attempts: Counter[str] = Counter()
         stored: dict[int, ray.ObjectRef] = {}
-        running: dict[ray.ObjectRef, tuple[Task, Any]] = {}
+        running: dict[ray.ObjectRef, tuple[AnyWork, Any]] = {}
         for _ in range(min(self._wanted, len(tasks)) - len(self._idle) - len(self._loading)):
             self._start()
         try:
@@ -200,7 +225,7 @@ class ReplicaPool:
                     continue
                 task, actor = running.pop(reference)
                 try:
-                    draws, facts = ray.get(reference)
+                    result, facts = ray.get(reference)
                 except RayTaskError as error:
                     self._idle.append(actor)
                     raise _plain(error) from None
@@ -220,7 +245,7 @@ class ReplicaPool:
                     del stored[task.shard]
                 # Before the caller takes its time over the result.
                 self._deal(waiting, running, stored, shards)
-                yield task, draws, facts
+                yield task, result, facts
         finally:
             # Left early: what still runs is of no use to anyone, and its replica is in an unknown state.
             for _, actor in running.values():
@@ -228,8 +253,8 @@ class ReplicaPool:
 
     def _deal(
         self,
-        waiting: deque[Task],
-        running: dict[ray.ObjectRef, tuple[Task, Any]],
+        waiting: deque[AnyWork],
+        running: dict[ray.ObjectRef, tuple[AnyWork, Any]],
         stored: dict[int, ray.ObjectRef],
         shards: Sequence[Sequence[Batch]],
     ) -> None:
