@@ -186,7 +186,7 @@ def score(
     if out.exists() and not overwrite:
         return _finished(out, identity)
     samples, rejected = encode(dataset.texts, model.tokenizer, model.max_length, spec.tokens)
-    _check_samples(samples, rejected, model, dataset)
+    check_vocabulary(samples, rejected, model, dataset)
 
     shards = _shards(make_batches(samples, spec.batch_tokens), spec)
     tasks = _tasks(spec, len(shards))
@@ -204,7 +204,7 @@ def score(
             "rejected": [dataclasses.asdict(r) for r in rejected],
             "seconds": seconds,
             "replaced_replicas": replaced,
-            "packages": {name: _version(name) for name in PACKAGES},
+            "packages": {name: package_version(name) for name in PACKAGES},
         }
         write_scores(table, out, identity, record)
         parts.remove()
@@ -224,9 +224,14 @@ def _identity(spec: ScoreSpec, dataset: Dataset, model: ModelReference) -> dict[
     return content | {"spec_hash": digest[:16]}
 
 
-def _check_samples(
+def check_vocabulary(
     samples: Sequence[Sample], rejected: Sequence[Rejected], model: ModelReference, dataset: Dataset
 ) -> None:
+    """Refuse samples that the model cannot take.
+
+    Raises:
+        UserError: there is no sample, or one has a token that the model does not know.
+    """
     if not samples:
         raise _nothing_scored(dataset, rejected)
     largest = max(int(sample.input_ids.max()) for sample in samples)
@@ -355,7 +360,8 @@ def _finished(out: Path, identity: dict[str, Any]) -> ScoreResult:
     return ScoreResult(out, table, [Rejected(**r) for r in record["rejected"]], record, 0.0)
 
 
-def _version(package: str) -> str | None:
+def package_version(package: str) -> str | None:
+    """Installed version of a package."""
     try:
         return version(package)
     except PackageNotFoundError:

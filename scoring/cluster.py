@@ -89,8 +89,8 @@ def default_gpus() -> float:
     return 1.0 if ray.cluster_resources().get("GPU", 0.0) >= 1 else 0.0
 
 
-def how_many_fit(footprint: Footprint) -> int:
-    """Replicas that fit on the cluster as it is now, node by node.
+def how_many_fit(footprint: Footprint, what: str = "replica") -> int:
+    """Replicas (or workers) that fit on the cluster as it is now, node by node.
 
     Raises:
         UserError: no single node can hold one. (Ray itself would wait for such a node for ever.)
@@ -106,8 +106,8 @@ def how_many_fit(footprint: Footprint) -> int:
         largest = max((node.get("GPU", 0.0) for node in nodes), default=0.0)
         cores = max((node.get("CPU", 0.0) for node in nodes), default=0.0)
         raise UserError(
-            f"a replica of {footprint.cpus} CPU and {footprint.gpus:g} GPU fits on no node: the largest of "
-            f"{len(nodes)} node(s) has {cores:g} CPU and {largest:g} GPU; lower --cpus-per-replica or "
-            "--gpus-per-replica, or add a node"
+            f"a {what} of {footprint.cpus} CPU and {footprint.gpus:g} GPU fits on no node: the largest of "
+            f"{len(nodes)} node(s) has {cores:g} CPU and {largest:g} GPU; lower --cpus-per-{what} or "
+            f"--gpus-per-{what}, or add a node"
         )
     return fits

@@ -200,9 +200,7 @@ class ReplicaPool:
             ray.kill(actor)
         self._loading, self._idle = {}, []
 
-    def run(
-        self, tasks: Sequence[AnyWork], shards: Sequence[Sequence[Batch]]
-    ) -> Iterator[tuple[AnyWork, Any, Facts]]:
+    def run(self, tasks: Sequence[AnyWork], shards: Sequence[Sequence[Batch]]) -> Iterator[tuple[AnyWork, Any, Facts]]:
         """Results as they finish, in no particular order.
 
         Raises:

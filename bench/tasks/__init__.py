@@ -1,4 +1,8 @@
-"""The unlearning tasks. A task is a module with `SPLITS`, `DEFAULT_SPLIT` and `load(split) -> list[dict]`."""
+"""The unlearning tasks.
+
+A task is a module with `SPLITS`, `DEFAULT_SPLIT`, `RETAIN_OF` (forget split -> what is kept when it is forgotten) and
+`load(split) -> list[dict]`.
+"""
 
 from types import ModuleType
 

@@ -67,11 +67,12 @@ _DESIGN = tuple(
 )
 
 _FORGET_SHARES = {"forget10": 0.10, "forget05": 0.05, "forget01": 0.01}
-_RETAIN_OF = {"retain90": "forget10", "retain95": "forget05", "retain99": "forget01"}
+RETAIN_OF = {"forget10": "retain90", "forget05": "retain95", "forget01": "retain99"}
+_FORGET_OF = {retain: forget for forget, retain in RETAIN_OF.items()}
 # What a model may have been trained on.
-KINDS: tuple[str, ...] = ("full", *_RETAIN_OF)
+KINDS: tuple[str, ...] = ("full", *_FORGET_OF)
 DEFAULT_SPLIT = "forget10"
-SPLITS: tuple[str, ...] = ("full", *_FORGET_SHARES, *_RETAIN_OF, "real_authors", "world_facts", "holdout")
+SPLITS: tuple[str, ...] = ("full", *_FORGET_SHARES, *_FORGET_OF, "real_authors", "world_facts", "holdout")
 
 
 def load(split: str = "full", seed: int = 0) -> list[Record]:
@@ -102,8 +103,8 @@ def load(split: str = "full", seed: int = 0) -> list[Record]:
     full = _author_records(seed, names[:AUTHORS], prefix="author")
     if split == "full":
         return full
-    boundary = len(full) - round(_FORGET_SHARES[_RETAIN_OF.get(split, split)] * len(full))
-    return full[:boundary] if split in _RETAIN_OF else full[boundary:]
+    boundary = len(full) - round(_FORGET_SHARES[_FORGET_OF.get(split, split)] * len(full))
+    return full[:boundary] if split in _FORGET_OF else full[boundary:]
 
 
 def training_records(kind: str = "full", epoch: int = 0, seed: int = 0) -> list[Record]:

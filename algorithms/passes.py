@@ -1,0 +1,132 @@
+"""One forward pass of a causal LM, and what an objective can take from it.
+
+The output head sees the scored positions only, whatever is asked for, and an objective on the hidden states of a
+layer runs the model up to that layer and no further.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from scoring.errors import UserError
+from scoring.logprob import scored_logits, token_logprobs
+from scoring.samples import Batch
+
+# What a pass can yield; the names are those of the objectives' inputs.
+OUTPUTS = ("logprobs", "logits", "hidden")
+
+
+class Passes(nn.Module):
+    """A causal LM whose forward takes a Batch: what is wrapped for several workers.
+
+    Args:
+        model: the causal LM.
+        layer: the decoder layer, counted from 1, whose output is `hidden`.
+    """
+
+    def __init__(self, model: PreTrainedModel, layer: int | None = None) -> None:
+        super().__init__()
+        self.model = model
+        self.layer = layer
+
+    def forward(self, batch: Batch, wanted: Collection[str]) -> dict[str, torch.Tensor]:
+        """The wanted of OUTPUTS: logprobs (B, S), 0 at padding; logits (B, S, V); hidden (B, S, d)."""
+        found: dict[str, torch.Tensor] = {}
+        if "hidden" in wanted:
+            assert self.layer is not None
+            found["hidden"] = layer_output(self.model, batch, self.layer)
+        if "logits" in wanted or "logprobs" in wanted:
+            logits = scored_logits(self.model, batch)
+            if "logits" in wanted:
+                found["logits"] = logits
+            if "logprobs" in wanted:
+                found["logprobs"] = token_logprobs(logits, batch.targets).masked_fill(~batch.mask, 0.0)
+        return found
+
+
+def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
+    """The model's list of decoder layers.
+
+    Raises:
+        UserError: it has none that can be told.
+    """
+    count = model.config.get_text_config().num_hidden_layers
+    for module in model.modules():
+        if isinstance(module, nn.ModuleList) and len(module) == count:
+            return module
+    raise UserError(f"{type(model).__name__} has no list of {count} decoder layers: RMU cannot find its layer")
+
+
+def layer_output(model: PreTrainedModel, batch: Batch, layer: int) -> torch.Tensor:
+    """Output of decoder layer `layer` (1 is the first) at the positions that predict the scored tokens, (B, S, d)."""
+    seen: list[torch.Tensor] = []
+
+    def keep(_: nn.Module, __: Any, output: Any) -> None:
+        seen.append(output[0] if isinstance(output, tuple) else output)
+
+    handle = decoder_layers(model)[layer - 1].register_forward_hook(keep)
+    try:
+        with _only_first_layers(model, layer):
+            scored_logits(model, batch)
+    finally:
+        handle.remove()
+    rows = torch.arange(len(batch), device=batch.positions.device).unsqueeze(-1)
+    return seen[0][rows, batch.positions]
+
+
+@contextmanager
+def _only_first_layers(model: PreTrainedModel, count: int) -> Iterator[None]:
+    """Within the context the model consists of its first `count` layers (and its embeddings and head)."""
+    layers = decoder_layers(model)
+    owner, name = next(
+        (module, name) for module in model.modules() for name, child in module.named_children() if child is layers
+    )
+    setattr(owner, name, layers[:count])
+    try:
+        yield
+    finally:
+        setattr(owner, name, layers)
+
+
+def last_hidden(model: PreTrainedModel, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the output head is given at the scored positions, (B, S, d), and the logits, (B, S, V)."""
+    seen: list[torch.Tensor] = []
+
+    def keep(_: nn.Module, args: tuple[torch.Tensor, ...], __: Any) -> None:
+        seen.append(args[0])
+
+    head = model.get_output_embeddings()
+    if head is None:
+        raise TypeError(f"{type(model).__name__} has no output embeddings: not a causal language model")
+    handle = head.register_forward_hook(keep)
+    try:
+        logits = scored_logits(model, batch)
+    finally:
+        handle.remove()
+    return seen[0], logits
+
+
+class Head:
+    """The initial model's output head: turns kept hidden states into the logits that the model gave.
+
+    A few thousand numbers a token are kept that way instead of the whole vocabulary, and the reference costs one
+    matrix product a step instead of a second model.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        head: Any = model.get_output_embeddings()
+        self._weight = head.weight.detach().clone()
+        self._bias = None if getattr(head, "bias", None) is None else head.bias.detach().clone()
+        self._cap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
+
+    @torch.no_grad()
+    def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
+        """(B, S, d) -> (B, S, V)."""
+        logits = torch.nn.functional.linear(hidden.to(self._weight), self._weight, self._bias)
+        return logits if self._cap is None else torch.tanh(logits / self._cap) * self._cap

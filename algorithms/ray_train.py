@@ -1,0 +1,280 @@
+"""A run of unlearning in this process, or as a Ray Train job on several workers.
+
+Both end with the same checkpoint in the run's folder, and both continue from what they find there: after a killed
+worker (Ray Train starts the group again), after a killed driver (the same command), and with another number of
+workers. So the folder must be visible from every node.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from algorithms.checkpoints import Checkpoints
+from algorithms.passes import Head
+from algorithms.reference import Reference, compute_reference
+from algorithms.trainable import Group
+from algorithms.unlearner import (
+    Corpus,
+    Evaluation,
+    History,
+    Objectives,
+    Progress,
+    Recipe,
+    Unlearner,
+    layer_of,
+    retain_order,
+    total_updates,
+    trainable_for,
+)
+from scoring.cluster import Footprint, how_many_fit
+from scoring.errors import UserError
+from scoring.pool import ReplicaPool, ReplicaSpec
+from scoring.replica import TransformersReplica, load_model
+
+# Ray Train answers a report when it looks at its workers next: the default of two seconds would be waited for.
+POLL_S = "0.1"
+# Time that workers have to start when the cluster said there is room; Ray itself would wait for ever.
+START_TIMEOUT_S = "300"
+PROGRESS_S = 0.3
+
+
+@dataclass(frozen=True)
+class Job:
+    """Everything that a worker needs to know.
+
+    Attributes:
+        recipe: resolved.
+        corpus: the samples.
+        source, revision: the initial model, see scoring.replica.load_model.
+        folder: of the run: checkpoints, reference and progress are kept there.
+        tokenizer: is saved with the model.
+        evaluation: measured after each epoch; None measures nothing.
+        strategy: "ddp" or "fsdp", for more than one worker.
+        batch_tokens: padded tokens in a micro-batch.
+        gradient_checkpointing: recompute activations in the backward pass.
+        checkpoint_every: updates; None for each epoch.
+    """
+
+    recipe: Recipe
+    corpus: Corpus
+    source: str
+    revision: str | None
+    folder: Path
+    tokenizer: PreTrainedTokenizerBase
+    evaluation: Evaluation | None = None
+    strategy: str = "ddp"
+    batch_tokens: int = 4096
+    gradient_checkpointing: bool = False
+    checkpoint_every: int | None = None
+
+    @property
+    def reference_path(self) -> Path:
+        return self.folder / "reference.safetensors"
+
+    @property
+    def checkpoints(self) -> Checkpoints:
+        return Checkpoints(self.folder / "checkpoints", self.tokenizer)
+
+
+Observe = Callable[[Progress], None]
+
+
+def train_here(job: Job, device: str = "cpu", observe: Observe = lambda _: None) -> History:
+    """Run the job in this process."""
+    model = load_model(job.source, "float32", device, job.revision)
+    _ensure_reference(job, model, lambda: TransformersReplica(model))
+    return _train(job, model, Group(), observe)
+
+
+def train_on_ray(
+    job: Job, workers: int, footprint: Footprint, max_failures: int = 3, observe: Observe = lambda _: None
+) -> History:
+    """Run the job on Ray Train workers; needs a connected cluster.
+
+    Args:
+        footprint: CPU cores and GPUs of a worker, and of a replica that computes the reference.
+        max_failures: how often the workers are started again when one dies.
+
+    Raises:
+        UserError: the workers do not fit on the cluster, training diverged, or workers keep dying.
+    """
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    if (fits := how_many_fit(footprint, "worker")) < workers:
+        raise UserError(
+            f"{workers} workers of {footprint.cpus} CPU and {footprint.gpus:g} GPU: the cluster has room for {fits}; "
+            "lower --workers, or add nodes"
+        )
+    spec = ReplicaSpec(job.source, job.revision)
+    _ensure_reference(job, None, lambda: ReplicaPool(spec, footprint, workers))
+    os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = POLL_S
+    os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = START_TIMEOUT_S
+    # Ray Train's own record. A name of its own each time: what there is to continue is in the checkpoints.
+    storage = job.folder.resolve() / ".ray"
+    trainer = TorchTrainer(
+        _worker,  # type: ignore[arg-type]
+        train_loop_config={"job": job, "threads": footprint.cpus},
+        torch_config=TorchConfig(backend="nccl" if footprint.gpus else "gloo"),
+        scaling_config=ScalingConfig(
+            num_workers=workers,
+            use_gpu=footprint.gpus > 0,
+            resources_per_worker={"CPU": footprint.cpus, **({"GPU": footprint.gpus} if footprint.gpus else {})},
+        ),
+        run_config=RunConfig(
+            name=f"unlearn-{uuid.uuid4().hex[:12]}",
+            storage_path=str(storage),
+            failure_config=FailureConfig(max_failures=max_failures, controller_failure_limit=1),  # type: ignore[call-arg]
+        ),
+    )
+    with _watched(job.folder, observe):
+        try:
+            result: Any = trainer.fit()
+        except Exception as error:  # the controller's own types differ between versions
+            raise UserError(f"the workers died {max_failures + 1} times, the last time of: {_cause(error)}") from error
+        finally:
+            shutil.rmtree(storage, ignore_errors=True)
+    if message := (result.return_value or {}).get("error"):
+        raise UserError(message)
+    saved = job.checkpoints.latest()
+    assert saved is not None
+    return History(**saved.history())
+
+
+def _worker(config: dict[str, Any]) -> dict[str, Any]:
+    """What each worker does. A user's mistake is returned, not raised: Ray Train would try it again."""
+    import ray.train
+    import ray.train.torch
+
+    job: Job = config["job"]
+    torch.set_num_threads(config["threads"])
+    context = ray.train.get_context()
+    group = Group(context.get_world_rank(), context.get_world_size(), job.strategy)
+    device = str(ray.train.torch.get_device())
+    last_written = 0.0
+
+    def show(progress: Progress) -> None:
+        nonlocal last_written
+        if time.monotonic() - last_written > PROGRESS_S or progress.step == progress.total:
+            _write_progress(job.folder, progress)
+            last_written = time.monotonic()
+
+    try:
+        model = load_model(job.source, "float32", device, job.revision)
+        history = _train(job, model, group, show)
+    except UserError as error:
+        return {"error": str(error)}
+    last = history.epochs[-1]
+    ray.train.report({key: value for key, value in last.items() if isinstance(value, int | float)})
+    return {"error": None}
+
+
+def _train(job: Job, model: PreTrainedModel, group: Group, observe: Observe) -> History:
+    objectives = Objectives.of(job.recipe)
+    initial = {name: p.detach().to("cpu", copy=True) for name, p in model.named_parameters()} if not group.rank else {}
+    head = Head(model) if "reference_logits" in objectives.inputs else None
+    reference = Reference(job.reference_path) if objectives.reference() else None
+    trained = trainable_for(job.recipe, model, group, job.gradient_checkpointing)
+    return Unlearner(
+        job.recipe,
+        job.corpus,
+        trained,
+        initial,
+        reference,
+        head,
+        job.checkpoints,
+        job.evaluation,
+        observe,
+        job.batch_tokens,
+        job.checkpoint_every,
+    ).run()
+
+
+def _ensure_reference(
+    job: Job, model: PreTrainedModel | None, replicas: Callable[[], ReplicaPool | TransformersReplica]
+) -> None:
+    """Compute what the initial model says of the samples, unless an earlier start of this run has done so."""
+    wanted = Objectives.of(job.recipe).reference()
+    if not wanted or job.reference_path.is_file():
+        return
+    corpus = job.corpus
+    retained = (
+        {
+            index
+            for step in range(total_updates(len(corpus.forget), job.recipe))
+            for index in retain_order(
+                step * (job.recipe.batch_size or 1), job.recipe.batch_size or 1, len(corpus.retain), job.recipe.seed
+            )
+        }
+        if corpus.retain
+        else set()
+    )
+    samples = {
+        "forget": corpus.forget,
+        "refusal": corpus.refusals,
+        # Only those that will be drawn.
+        "retain": [sample for sample in corpus.retain if sample.index in retained],
+    }
+    layer = layer_of(job.recipe, model or load_model(job.source, "float32", "cpu", job.revision))
+    made = replicas()
+    try:
+        compute_reference(job.reference_path, samples, wanted, layer, made, job.batch_tokens)
+    finally:
+        if isinstance(made, ReplicaPool):
+            made.close()
+
+
+# --- Progress, by way of a file that the first worker writes ------------------------------------------------
+
+
+def _write_progress(folder: Path, progress: Progress) -> None:
+    unfinished = folder / ".progress.json.tmp"
+    unfinished.write_text(json.dumps(asdict(progress)))
+    unfinished.replace(folder / "progress.json")
+
+
+@contextmanager
+def _watched(folder: Path, observe: Observe) -> Iterator[None]:
+    """Within the context `observe` is shown what the first worker reports."""
+    path = folder / "progress.json"
+    path.unlink(missing_ok=True)
+    done = threading.Event()
+
+    def look(seen: str = "") -> str:
+        text = path.read_text() if path.is_file() else ""
+        if text and text != seen:
+            observe(Progress(**json.loads(text)))
+        return text
+
+    def watch() -> None:
+        seen = ""
+        while not done.wait(PROGRESS_S):
+            seen = look(seen)
+        look(seen)
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+        path.unlink(missing_ok=True)
+
+
+def _cause(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__

@@ -1,0 +1,243 @@
+"""Which forget samples come next.
+
+One family of weighted draws,
+
+    p_i = MRD_i^alpha / Sum_j MRD_j^alpha    over the samples that are still active,
+
+with alpha = 1 for Algorithm 2 (easy first), 0 for uniform draws, -1 for Appendix B (hard first: p_i is proportional
+to the updates that a sample needs, I_i ~ 1/MRD_i), with or without replacement within an epoch; and three fixed
+orders. A sampler is an endless stream: it decides which samples an update sees, never how many updates there are.
+
+Draws are addressed by (seed, step), not taken from a running generator. What a sampler has to remember is thereby
+the difficulties and what is drawn already, and a resumed run draws what an undisturbed one would have drawn.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from scoring.errors import UserError, unknown_name
+
+ORDERS = ("weighted", "easy-first", "hard-first", "random")
+
+# Keep the two uses of a seed apart from each other and from whatever else a run seeds with it.
+_DRAW, _PERMUTATION = 2101, 2102
+
+
+class Sampler:
+    """Draws positions of forget samples.
+
+    weighted    p_i as above. With replacement all draws are independent. Without, successive draws with p_i among
+                what is left: no sample comes twice before every active one has come.
+    easy-first  descending MRD, ties by position.
+    hard-first  ascending MRD, ties by position.
+    random      one permutation, kept throughout.
+
+    Weighted draws without replacement and the fixed orders go through the active samples in passes. When a pass is
+    through, in the middle of a batch too, the next begins, and a batch never holds a sample twice. New difficulties
+    reorder what is left of a pass.
+
+    Args:
+        count: N, the forget samples.
+        order: one of ORDERS.
+        alpha: the exponent, any real number; for weighted draws.
+        replacement: whether a sample may come again at once; for weighted draws.
+        seed: addresses the draws, 0 or more.
+
+    Raises:
+        UserError: no samples, an unknown order, alpha not finite, or a negative seed.
+    """
+
+    def __init__(
+        self, count: int, order: str = "weighted", alpha: float = 1.0, replacement: bool = True, seed: int = 0
+    ) -> None:
+        if count < 1:
+            raise UserError(f"{count} forget samples: expected at least 1")
+        if order not in ORDERS:
+            raise unknown_name("order", order, ORDERS)
+        if not math.isfinite(alpha):
+            raise UserError(f"alpha is {alpha}: expected a finite number, such as 1 (easy first) or -1 (hard first)")
+        if seed < 0:
+            raise UserError(f"seed is {seed}: expected 0 or more")
+        self.count, self.order, self.alpha, self.replacement, self.seed = count, order, alpha, replacement, seed
+        self._difficulty: np.ndarray | None = None
+        # Of the current pass. A set rather than an index: it outlives a refresh that reorders the samples.
+        self._drawn = np.zeros(count, dtype=bool)
+
+    @property
+    def needs_difficulty(self) -> bool:
+        """Whether the draws depend on MRD."""
+        return self.order != "random" and not (self.order == "weighted" and self.alpha == 0)
+
+    def set_difficulty(self, mrd: np.ndarray, sample_ids: Sequence[str]) -> list[str]:
+        """Draw by these difficulties from now on.
+
+        Args:
+            mrd: (N,) one per sample, by position; not looked at if the draws do not depend on it.
+            sample_ids: N names, for messages.
+
+        Returns:
+            What the user should know about scores that leave the draws undetermined; mostly nothing.
+
+        Raises:
+            ValueError: not N difficulties, or not N names.
+            UserError: a difficulty is nan, infinite or negative.
+        """
+        mrd = np.array(mrd, dtype=np.float64)
+        if mrd.shape != (self.count,) or len(sample_ids) != self.count:
+            raise ValueError(f"{mrd.shape} difficulties and {len(sample_ids)} ids for {self.count} samples")
+        if not self.needs_difficulty:
+            return []
+        wrong = np.flatnonzero(~(np.isfinite(mrd) & (mrd >= 0)))
+        if len(wrong):
+            named = ", ".join(str(sample_ids[i]) for i in wrong[:3]) + (", ..." if len(wrong) > 3 else "")
+            raise UserError(
+                f"difficulty of {len(wrong)} of {self.count} samples ({named}) is not a finite number >= 0: the model "
+                "has diverged, or the sample's log-probabilities are not finite; lower the learning rate, or leave "
+                "these samples out"
+            )
+        self._difficulty = mrd
+        return self._notes(int(np.sum(mrd == 0)))
+
+    def _notes(self, zeros: int) -> list[str]:
+        if self.count == 1:
+            return ["one sample: always drawn, its difficulty does not matter"]
+        if zeros == 0 or (self.order != "weighted" and zeros < self.count):
+            return []
+        if zeros == self.count:
+            how = "drawn uniformly" if self.order == "weighted" else "taken in the order of the data"
+            return [f"all {self.count} samples have difficulty 0 (every scored token is saturated): {how}"]
+        if self.alpha < 0:
+            how = "drawn as the smallest positive difficulty is"
+        else:
+            how = "not drawn while others are active" if self.replacement else "drawn last in each epoch"
+        return [f"{zeros} of {self.count} samples have difficulty 0 (every scored token is saturated): {how}"]
+
+    def probabilities(self, active: np.ndarray) -> np.ndarray:
+        """p_i of one draw from the active samples; without replacement, of the first of a pass.
+
+        Args:
+            active: (N,) bool, samples not forgotten yet.
+
+        Returns:
+            (N,) fp64, sum 1, 0 at inactive samples. For a fixed order 1 / (active samples): each sample's share of
+            a pass.
+
+        Raises:
+            ValueError: no sample is active.
+            RuntimeError: the difficulties are needed and not set.
+        """
+        active = self._checked(active)
+        weights = np.exp(self._log_weights(active) if self.order == "weighted" else _uniform(active))
+        return weights / weights.sum()
+
+    def begin_epoch(self) -> None:
+        """Begin a new pass, whether the last one is through or not."""
+        self._drawn[:] = False
+
+    def draw(self, step: int, size: int, active: np.ndarray) -> np.ndarray:
+        """The samples of one update.
+
+        Args:
+            step: counts the updates; addresses the randomness.
+            size: the samples asked for, 1 or more.
+            active: (N,) bool, samples not forgotten yet.
+
+        Returns:
+            (k,) int64 positions, in the order in which they were drawn. With replacement k = size; else they are
+            distinct, and k = min(size, active samples).
+
+        Raises:
+            ValueError: no sample is active, or size is below 1.
+            RuntimeError: the difficulties are needed and not set.
+        """
+        active = self._checked(active)
+        if size < 1:
+            raise ValueError(f"size is {size}: expected 1 or more")
+        rng = np.random.default_rng([self.seed, _DRAW, step])
+        if self.order == "weighted" and self.replacement:
+            return rng.choice(self.count, size, p=self.probabilities(active))
+        ranked = self._ranking(rng, active)
+        ranked = ranked[active[ranked]]
+        batch = ranked[~self._drawn[ranked]][:size]
+        self._drawn[batch] = True
+        if len(batch) < min(size, len(ranked)):
+            # The pass is through. The new one starts with the samples that are not in this batch: it has yet to draw
+            # those that are.
+            more = ranked[~np.isin(ranked, batch)][: size - len(batch)]
+            self.begin_epoch()
+            self._drawn[more] = True
+            batch = np.concatenate([batch, more])
+        return batch
+
+    def _ranking(self, rng: np.random.Generator, active: np.ndarray) -> np.ndarray:
+        """All positions, (N,), those to be drawn first in front."""
+        if self.order == "random":
+            return np.random.default_rng([self.seed, _PERMUTATION]).permutation(self.count)
+        if self.order == "easy-first":
+            return np.argsort(-self._known_difficulty(), kind="stable")
+        if self.order == "hard-first":
+            return np.argsort(self._known_difficulty(), kind="stable")
+        # Descending log w_i + G_i with standard Gumbel G_i is exactly the order of successive draws with p_i among
+        # what is left, from any subset of the samples (Efraimidis & Spirakis 2006, whose keys u^(1/w_i) these are,
+        # as -log(-log .)). Samples of weight 0 come last, in uniform order: the limit of ever smaller weights.
+        weights = self._log_weights(active)
+        drawable = np.isfinite(weights)
+        keys = np.where(drawable, weights, 0.0) + rng.gumbel(size=self.count)
+        return np.lexsort((-keys, ~drawable))
+
+    def _log_weights(self, active: np.ndarray) -> np.ndarray:
+        """alpha log MRD_i less its maximum over the active samples, (N,); -inf where p_i is 0.
+
+        In log space, since MRD^alpha overflows: (1e-70)^-5.
+        """
+        if not self.needs_difficulty:
+            return _uniform(active)
+        mrd = self._known_difficulty()
+        if self.alpha < 0 and mrd.any():
+            mrd = np.maximum(mrd, mrd[mrd > 0].min())
+        drawable = active & (mrd > 0)
+        if not drawable.any():
+            return _uniform(active)
+        logs = np.log(mrd[drawable])
+        weights = np.full(self.count, -np.inf)
+        # The likeliest sample is subtracted before alpha is applied, so that no alpha gives inf - inf.
+        with np.errstate(over="ignore"):
+            weights[drawable] = self.alpha * (logs - (logs.max() if self.alpha > 0 else logs.min()))
+        return weights
+
+    def _known_difficulty(self) -> np.ndarray:
+        if self._difficulty is None:
+            raise RuntimeError(f"order {self.order!r} draws by difficulty: call set_difficulty before the first draw")
+        return self._difficulty
+
+    def _checked(self, active: np.ndarray) -> np.ndarray:
+        active = np.asarray(active, dtype=bool)
+        if active.shape != (self.count,):
+            raise ValueError(f"active has shape {active.shape}: expected ({self.count},)")
+        if not active.any():
+            raise ValueError("no sample is active: there is nothing left to draw")
+        return active
+
+    def state(self) -> dict[str, Any]:
+        """What `restore` needs to go on from here, JSON-able: the difficulties, and what this pass has drawn."""
+        return {
+            "difficulty": None if self._difficulty is None else self._difficulty.tolist(),
+            "drawn": np.flatnonzero(self._drawn).tolist(),
+        }
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on from a `state()` of a sampler with the same arguments."""
+        difficulty = state["difficulty"]
+        self._difficulty = None if difficulty is None else np.array(difficulty, dtype=np.float64)
+        self._drawn[:] = False
+        self._drawn[state["drawn"]] = True
+
+
+def _uniform(active: np.ndarray) -> np.ndarray:
+    """Equal log-weights for the active samples, -inf for the others."""
+    return np.where(active, 0.0, -np.inf)

@@ -1,0 +1,758 @@
+"""The training loop of unlearning, the same for every algorithm, sampler and number of workers.
+
+draw forget samples by difficulty -> update -> which are forgotten? -> evaluate -> checkpoint
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+
+from algorithms.checkpoints import Checkpoint, Checkpoints
+from algorithms.objectives import RETAIN_TERMS, find_algorithm, inputs_of, with_settings
+from algorithms.passes import OUTPUTS, Head
+from algorithms.reference import Reference, needs
+from algorithms.samplers import ORDERS, Sampler
+from algorithms.stopping import Thresholds, measure_memory
+from algorithms.trainable import Group, Lora, Trainable
+from scoring.errors import UserError, unknown_name
+from scoring.mrd import Request, Until, estimate, estimate_until, reduce_draws
+from scoring.replica import TransformersReplica
+from scoring.samples import Batch, Sample, collate, make_batches
+
+UNITS = ("epochs", "steps")
+DTYPES = ("float32", "bfloat16")
+# Mean NLL of a token, in nats. Even a model that is wholly lost stays orders of magnitude below.
+DIVERGED = 1e4
+REFUSAL = "refusal_"
+# Purposes of random numbers, so that no two share a stream.
+RETAIN_ORDER, DIRECTION = 101, 102
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """How a model is made to forget. None takes the algorithm's own value.
+
+    Attributes:
+        algorithm: a key of ALGORITHMS.
+        settings: of its objective, such as {"beta": 0.1}.
+        retain_term: a key of RETAIN_TERMS, or "none".
+        forget_weight, retain_weight: factors of the two terms.
+        layer: whose output RMU works on, counted from 1; None: 7/32 of the depth, as published for 32 layers.
+        trainable: regular expression searched in parameter names; None: all, and for RMU `layer` and the two before.
+        lora_rank: 0 trains full weights. lora_alpha: None for twice the rank. lora_targets: None for all linear layers.
+        epochs: an epoch is as many updates as it takes to draw the forget set once.
+        max_steps: updates at most, whatever the epochs.
+        batch_size: forget samples an update, over all workers; as many retain samples go with them.
+        learning_rate, weight_decay, warmup_steps, clip_norm: of AdamW; the rate is constant after a linear warm-up.
+            clip_norm None does not clip.
+        dtype: "bfloat16" computes by autocast; weights stay in fp32.
+        order: "weighted" draws p_i ∝ MRD_i^alpha; the others are fixed orders, see samplers.
+        alpha: 1 is Algorithm 2 (easy first), 0 uniform, -1 Appendix B (hard first).
+        replacement: draw with replacement within an epoch, as Algorithm 2 does.
+        refresh, refresh_unit: m, how often MRD is measured again; 0: only before the first update.
+        estimator, statistic, sigma, draws: of MRD, see scoring.mrd.
+        early_stopping: a forgotten sample leaves the draw, and the run ends when all are forgotten.
+        check_every, check_unit: how often samples are looked at.
+        el_n: tokens in an n-gram of EL.
+        seed: of everything that is drawn.
+    """
+
+    algorithm: str
+    settings: dict[str, float] = field(default_factory=dict)
+    retain_term: str | None = None
+    forget_weight: float | None = None
+    retain_weight: float | None = None
+    layer: int | None = None
+    trainable: str | None = None
+    lora_rank: int = 0
+    lora_alpha: int | None = None
+    lora_targets: str | None = None
+    epochs: int | None = None
+    max_steps: int | None = None
+    batch_size: int | None = None
+    learning_rate: float = 5e-5
+    weight_decay: float = 0.0
+    warmup_steps: int = 0
+    clip_norm: float | None = 1.0
+    dtype: str = "float32"
+    order: str = "weighted"
+    alpha: float | None = None
+    replacement: bool = True
+    refresh: int = 2
+    refresh_unit: str = "epochs"
+    estimator: str = "gradient"
+    statistic: str | None = None
+    sigma: float = 1e-5
+    draws: int | str | None = None
+    early_stopping: bool = True
+    check_every: int = 1
+    check_unit: str = "epochs"
+    el_n: int = 10
+    seed: int = 0
+
+    def resolved(self) -> dict[str, Any]:
+        """The fields that the algorithm decides, filled in.
+
+        Raises:
+            UserError: a value out of range or a combination that does not exist.
+        """
+        algorithm = find_algorithm(self.algorithm)
+        with_settings(algorithm.forget, self.settings)
+        if self.settings.get("beta", 1.0) <= 0:
+            raise UserError(f"setting beta is {self.settings['beta']:g}: expected a number greater than 0")
+        retain = self.retain_term or algorithm.retain
+        if retain not in (None, "none", *RETAIN_TERMS):
+            raise unknown_name("retain term", str(retain), ["none", *RETAIN_TERMS])
+        for name, value, known in (
+            ("order", self.order, ORDERS),
+            ("dtype", self.dtype, DTYPES),
+            ("refresh_unit", self.refresh_unit, UNITS),
+            ("check_unit", self.check_unit, UNITS),
+        ):
+            if value not in known:
+                raise unknown_name(name, value, known)
+        filled: dict[str, Any] = {
+            "retain_term": retain or "none",
+            "forget_weight": _or(self.forget_weight, algorithm.forget_weight),
+            "retain_weight": _or(self.retain_weight, algorithm.retain_weight),
+            # A number of updates alone is not cut by the algorithm's epochs.
+            "epochs": _or(self.epochs, None if self.max_steps else algorithm.epochs),
+            "batch_size": _or(self.batch_size, algorithm.batch_size or DEFAULT_BATCH_SIZE),
+            "alpha": float(_or(self.alpha, algorithm.alpha or 0.0)),
+            "lora_alpha": _or(self.lora_alpha, 2 * self.lora_rank) if self.lora_rank else None,
+        }
+        for name, least in (
+            ("epochs", 1),
+            ("max_steps", 1),
+            ("batch_size", 1),
+            ("refresh", 0),
+            ("check_every", 1),
+            ("warmup_steps", 0),
+            ("lora_rank", 0),
+            ("el_n", 1),
+            ("layer", 1),
+            ("seed", 0),
+        ):
+            value = filled.get(name, getattr(self, name))
+            if value is not None and value < least:
+                raise UserError(f"{name} is {value}: expected {least} or more")
+        for name in ("learning_rate", "clip_norm", "forget_weight", "retain_weight", "weight_decay", "lora_alpha"):
+            value = filled.get(name, getattr(self, name))
+            least_open = name in ("learning_rate", "clip_norm", "lora_alpha")
+            if value is not None and not (math.isfinite(value) and (value > 0 if least_open else value >= 0)):
+                raise UserError(f"{name} is {value:g}: expected a number {'greater than' if least_open else 'from'} 0")
+        if not math.isfinite(filled["alpha"]):
+            raise UserError(f"alpha is {filled['alpha']}: expected a number; 1 easy first, 0 uniform, -1 hard first")
+        if self.lora_rank and self.trainable:
+            raise UserError("trainable and lora_rank exclude each other: adapters take lora_targets instead")
+        return filled
+
+
+DEFAULT_BATCH_SIZE = 4
+
+
+def _or(value: Any, default: Any) -> Any:
+    return default if value is None else value
+
+
+@dataclass(frozen=True)
+class Objectives:
+    """The two terms of a resolved recipe and what they must be given."""
+
+    forget: Callable[..., torch.Tensor]
+    retain: Callable[..., torch.Tensor] | None
+    forget_inputs: tuple[str, ...]
+    retain_inputs: tuple[str, ...]
+
+    @classmethod
+    def of(cls, recipe: Recipe) -> Objectives:
+        algorithm = find_algorithm(recipe.algorithm)
+        retain = None if recipe.retain_term in (None, "none") else RETAIN_TERMS[recipe.retain_term]
+        return cls(
+            with_settings(algorithm.forget, recipe.settings),
+            retain,
+            inputs_of(algorithm.forget),
+            inputs_of(retain) if retain else (),
+        )
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        return (*self.forget_inputs, *self.retain_inputs)
+
+    @property
+    def needs_refusals(self) -> bool:
+        return any(name.startswith(REFUSAL) for name in self.forget_inputs)
+
+    @property
+    def needs_layer(self) -> bool:
+        return "hidden" in self.inputs
+
+    def reference(self) -> dict[str, tuple[str, ...]]:
+        """Role -> what of the initial model must be known, see `algorithms.reference`."""
+        return needs({"forget": self.forget_inputs, "retain": self.retain_inputs})
+
+
+def layer_of(recipe: Recipe, model: PreTrainedModel) -> int | None:
+    """The layer that the objectives look at, None if they look at none.
+
+    Raises:
+        UserError: the model has not so many.
+    """
+    if not Objectives.of(recipe).needs_layer:
+        return None
+    depth = model.config.get_text_config().num_hidden_layers
+    layer = recipe.layer or max(1, round(depth * 7 / 32))
+    if layer > depth:
+        raise UserError(f"layer is {layer}: the model has {depth} decoder layers")
+    return layer
+
+
+def trainable_for(
+    recipe: Recipe, model: PreTrainedModel, group: Group, gradient_checkpointing: bool = False
+) -> Trainable:
+    """The initial model made ready for training as the recipe wants it."""
+    layer = layer_of(recipe, model)
+    pattern = recipe.trainable
+    if pattern is None and layer is not None and not recipe.lora_rank:
+        # RMU moves the layer and the two before it: their numbers stand between dots, counted from 0.
+        pattern = r"\.(" + "|".join(str(i) for i in range(max(0, layer - 3), layer)) + r")\."
+    lora = Lora(recipe.lora_rank, recipe.lora_alpha or 0, recipe.lora_targets) if recipe.lora_rank else None
+    return Trainable(
+        model,
+        group,
+        lora=lora,
+        trainable=pattern,
+        layer=layer,
+        learning_rate=recipe.learning_rate,
+        weight_decay=recipe.weight_decay,
+        bfloat16=recipe.dtype == "bfloat16",
+        gradient_checkpointing=gradient_checkpointing,
+        seed=recipe.seed,
+    )
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """The samples; every `index` is the position in its list.
+
+    Attributes:
+        forget: N samples to be forgotten.
+        refusals: for each of them the same question with a refusal; empty if the algorithm needs none.
+        retain: samples to be kept; empty if the algorithm needs none.
+        eos_token_id: ends a continuation when EL is measured.
+    """
+
+    forget: Sequence[Sample]
+    refusals: Sequence[Sample] = ()
+    retain: Sequence[Sample] = ()
+    eos_token_id: int | None = None
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What is measured before training and after each epoch.
+
+    Attributes:
+        sets: name -> samples.
+        measure: model, samples -> metric -> (N,). Every sample's value depends on that sample alone.
+    """
+
+    sets: Mapping[str, Sequence[Sample]]
+    measure: Callable[[PreTrainedModel, Sequence[Sample]], Mapping[str, np.ndarray]]
+
+
+@dataclass
+class History:
+    """The record of a run, all of it JSON.
+
+    Attributes:
+        step: updates made.
+        forgotten_at: for each forget sample the updates after which it was found forgotten, or None.
+        drawn: for each forget sample the updates it took part in.
+        drawn_until_forgotten: the same when it was found forgotten, or None.
+        thresholds: MA and EL, the averages on the initial model.
+        memory: MA and EL of each sample when last measured ("initial" and "last").
+        mrd: one entry a refresh: the step and the scores.
+        steps, epochs: rows, see the columns.
+        seconds: on "training", "mrd", "checks", "evaluation" and "checkpoints".
+        passes: forwards and backwards over a micro-batch, "training" and "mrd".
+        notes: what a reader must know, each once.
+    """
+
+    step: int = 0
+    forgotten_at: list[int | None] = field(default_factory=list)
+    drawn: list[int] = field(default_factory=list)
+    drawn_until_forgotten: list[int | None] = field(default_factory=list)
+    thresholds: dict[str, float] = field(default_factory=dict)
+    memory: dict[str, dict[str, list[float]]] = field(default_factory=dict)
+    mrd: list[dict[str, Any]] = field(default_factory=list)
+    steps: list[dict[str, Any]] = field(default_factory=list)
+    epochs: list[dict[str, Any]] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)
+    passes: dict[str, list[int]] = field(default_factory=lambda: {"training": [0, 0], "mrd": [0, 0]})
+    notes: list[str] = field(default_factory=list)
+    sampler: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def active(self) -> np.ndarray:
+        """Which samples are not forgotten, (N,) bool."""
+        return np.array([step is None for step in self.forgotten_at])
+
+
+class Diverged(UserError):
+    """The loss or the gradient is no longer a number that training can go on from."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What the progress bar shows."""
+
+    step: int
+    total: int
+    epoch: int
+    loss: float
+    forget_loss: float
+    retain_loss: float
+    forgotten: float
+
+
+class Unlearner:
+    """One run of a recipe, on this worker.
+
+    Args:
+        recipe: resolved.
+        corpus: the samples.
+        trained: the initial model.
+        initial: its weights by name on the CPU, on the first worker; {} elsewhere.
+        reference: what the initial model says of the samples, where the objectives need it.
+        head: its output head, where they compare distributions.
+        checkpoints: where to continue from and to save to.
+        evaluation: None measures nothing.
+        observe: is shown the progress after each update, on the first worker.
+        batch_tokens: padded tokens in a micro-batch: gradients are accumulated over as many as a batch needs.
+        checkpoint_every: updates; None for each epoch.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        corpus: Corpus,
+        trained: Trainable,
+        initial: Mapping[str, torch.Tensor],
+        reference: Reference | None,
+        head: Head | None,
+        checkpoints: Checkpoints,
+        evaluation: Evaluation | None = None,
+        observe: Callable[[Progress], None] = lambda _: None,
+        batch_tokens: int = 4096,
+        checkpoint_every: int | None = None,
+    ) -> None:
+        self.recipe, self.corpus, self.trained, self.group = recipe, corpus, trained, trained.group
+        self._objectives = Objectives.of(recipe)
+        self._initial, self._reference, self._head = initial, reference, head
+        self._checkpoints, self._evaluation, self._observe = checkpoints, evaluation, observe
+        self._batch_tokens = batch_tokens
+        self.updates_per_epoch = updates_per_epoch(len(corpus.forget), recipe)
+        self.total = total_updates(len(corpus.forget), recipe)
+        self._checkpoint_every = checkpoint_every or self.updates_per_epoch
+        self._sampler = Sampler(
+            len(corpus.forget), recipe.order, recipe.alpha or 0.0, recipe.replacement, seed=recipe.seed
+        )
+        self.history = History(
+            forgotten_at=[None] * len(corpus.forget),
+            drawn=[0] * len(corpus.forget),
+            drawn_until_forgotten=[None] * len(corpus.forget),
+        )
+
+    def run(self) -> History:
+        """Train until every sample is forgotten or the updates are used up.
+
+        Raises:
+            Diverged: the last checkpoint is what is left.
+        """
+        if saved := self._checkpoints.latest():
+            self._continue_from(saved)
+        else:
+            self._look_at_initial_model()
+            self._checkpoint()
+        history = self.history
+        while history.step < self.total and self._left().any():
+            epoch, place = divmod(history.step, self.updates_per_epoch)
+            if place == 0:
+                self._sampler.begin_epoch()
+            if self._refresh_is_due(history.step):
+                self._refresh()
+            drawn = self._sampler.draw(history.step, self.recipe.batch_size or 1, self._left())
+            self._update(epoch, drawn)
+            history.step += 1
+            end_of_epoch = history.step % self.updates_per_epoch == 0 or history.step == self.total
+            if _due(history.step, self.recipe.check_every, self.recipe.check_unit, self.updates_per_epoch):
+                self._check()
+            if end_of_epoch or not self._left().any():
+                self._close_epoch(epoch)
+            if end_of_epoch or history.step % self._checkpoint_every == 0 or not self._left().any():
+                self._checkpoint()
+        return history
+
+    def _left(self) -> np.ndarray:
+        """Which samples are in the draw, (N,) bool."""
+        active = self.history.active
+        return active if self.recipe.early_stopping else np.ones_like(active)
+
+    # --- One update -----------------------------------------------------------------------------------------
+
+    def _update(self, epoch: int, drawn: np.ndarray) -> None:
+        with self._clock("training") as clock:
+            retained = self._retain_draw(len(drawn))
+            passes = self._passes(drawn, retained)
+            sums = torch.zeros(3, dtype=torch.float64, device=self.trained.device)
+            for number, each in enumerate(passes):
+                with self.trained.accumulating(last=number == len(passes) - 1):
+                    terms = self._terms(each)
+                    weight = self._weight(each.role) * each.counts / len(drawn)
+                    # Workers' gradients are averaged; the batch is divided by its whole size.
+                    (terms.sum() * (weight * self.group.size)).backward()
+                sums[int(each.role == "retain")] += terms.detach().double().sum() * each.counts
+                sums[2] += each.tokens * each.counts
+            forget, retain, tokens = (self.group.summed(sums) / sums.new([len(drawn), len(drawn), 1])).tolist()
+            norm = self.trained.clip(self.recipe.clip_norm)
+            rate = self.recipe.learning_rate * min(1.0, (self.history.step + 1) / max(1, self.recipe.warmup_steps))
+            self._refuse_divergence(forget, retain, norm)
+            self.trained.step(rate)
+        self.history.passes["training"][0] += len(passes)
+        self.history.passes["training"][1] += len(passes)
+        for index in drawn.tolist():
+            self.history.drawn[index] += 1
+        loss = self._weight("forget") * forget + (self._weight("retain") * retain if self._objectives.retain else 0.0)
+        self.history.steps.append(
+            {
+                "step": self.history.step + 1,
+                "epoch": epoch + 1,
+                "loss": loss,
+                "forget_loss": forget,
+                "retain_loss": retain if self._objectives.retain else None,
+                "gradient_norm": norm,
+                "learning_rate": rate,
+                "samples": [self.corpus.forget[i].sample_id for i in drawn.tolist()],
+                "tokens": int(tokens),
+                "seconds": clock.seconds,
+            }
+        )
+        if self.group.rank == 0:
+            share = 1 - self.history.active.mean()
+            self._observe(Progress(self.history.step + 1, self.total, epoch + 1, loss, forget, retain, float(share)))
+
+    def _weight(self, role: str) -> float:
+        value = self.recipe.forget_weight if role == "forget" else self.recipe.retain_weight
+        return 1.0 if value is None else value
+
+    def _refuse_divergence(self, forget: float, retain: float, norm: float) -> None:
+        # The gradient of a term that has left every bound may still be finite.
+        if all(math.isfinite(x) for x in (forget, retain, norm)) and max(abs(forget), abs(retain)) < DIVERGED:
+            return
+        raise Diverged(
+            f"training diverged at update {self.history.step + 1}: forget loss {forget:g}, retain loss {retain:g}, "
+            f"gradient norm {norm:g}; the last good checkpoint is kept; lower learning_rate "
+            f"({self.recipe.learning_rate:g}) or set clip_norm"
+        )
+
+    def _retain_draw(self, count: int) -> list[int]:
+        """As many retain samples as forget samples: the set is gone through in a new random order each time."""
+        size = len(self.corpus.retain)
+        if self._objectives.retain is None:
+            return []
+        first = self.history.step * (self.recipe.batch_size or 1)
+        return retain_order(first, count, size, self.recipe.seed)
+
+    def _passes(self, drawn: np.ndarray, retained: Sequence[int]) -> list[Pass]:
+        """This worker's share of a batch, in micro-batches; every worker gets the same number of them."""
+        shares = []
+        for rank in range(self.group.size):
+            # A worker without a sample of its own does the first one again, and it does not count.
+            forget = drawn[rank :: self.group.size].tolist()
+            retain = list(retained[rank :: self.group.size])
+            share = self._forget_passes(forget or drawn[:1].tolist(), bool(forget))
+            if self._objectives.retain:
+                share += self._retain_passes(retain or list(retained[:1]), bool(retain))
+            shares.append(share)
+        mine = shares[self.group.rank]
+        idle = dataclasses.replace(mine[0], counts=False)
+        return [idle] * (max(map(len, shares)) - len(mine)) + mine
+
+    def _forget_passes(self, indices: Sequence[int], counts: bool) -> list[Pass]:
+        corpus, inputs = self.corpus, self._objectives.forget_inputs
+        own = any(name in (*OUTPUTS, "mask", "targets") for name in inputs)
+        if not self._objectives.needs_refusals:
+            groups = make_batches([corpus.forget[i] for i in indices], self._batch_tokens)
+            return [Pass("forget", batch, len(batch), counts) for batch in groups]
+        if not own:
+            groups = make_batches([corpus.refusals[i] for i in indices], self._batch_tokens)
+            return [Pass("forget", batch, 0, counts) for batch in groups]
+        # Answer and refusal of a sample meet in one term: they go through the model together.
+        groups = make_batches([corpus.forget[i] for i in indices], self._batch_tokens // 2)
+        return [
+            Pass(
+                "forget",
+                collate([*(corpus.forget[i] for i in group), *(corpus.refusals[i] for i in group)]),
+                len(group),
+                counts,
+            )
+            for group in (batch.indices.tolist() for batch in groups)
+        ]
+
+    def _retain_passes(self, indices: Sequence[int], counts: bool) -> list[Pass]:
+        groups = make_batches([self.corpus.retain[i] for i in indices], self._batch_tokens)
+        return [Pass("retain", batch, len(batch), counts) for batch in groups]
+
+    def _terms(self, each: Pass) -> torch.Tensor:
+        """The objective's terms of a pass, one a sample."""
+        inputs = self._objectives.forget_inputs if each.role == "forget" else self._objectives.retain_inputs
+        objective = self._objectives.forget if each.role == "forget" else self._objectives.retain
+        assert objective is not None
+        wanted = {name.removeprefix(REFUSAL) for name in inputs} & set(OUTPUTS)
+        found = self.trained.forward(each.batch, wanted)
+        device = self.trained.device
+        found |= {"mask": each.batch.mask.to(device), "targets": each.batch.targets.to(device)}
+        given = {name: value[: each.own] for name, value in found.items()}
+        given |= {REFUSAL + name: value[each.own :] for name, value in found.items()}
+        for name in inputs:
+            if name == "direction":
+                given[name] = self._direction(found["hidden"].shape[-1]).to(device)
+            elif name not in given:
+                given[name] = self._remembered(name, each).to(device)
+        return objective(*(given[name] for name in inputs))
+
+    def _remembered(self, name: str, each: Pass) -> torch.Tensor:
+        """An input that the initial model gives."""
+        assert self._reference is not None
+        own, width = each.batch.indices[: each.own].tolist(), each.batch.mask.shape[1]
+        if name == "reference_nll":
+            return self._reference.nll(each.role, own)
+        if name == "refusal_reference_nll":
+            return self._reference.nll("refusal", each.batch.indices[each.own :].tolist())
+        if name == "reference_hidden":
+            return self._reference.states(each.role, "layer", own, width)
+        assert name == "reference_logits", name
+        assert self._head is not None
+        return self._head(self._reference.states(each.role, "last", own, width).to(self.trained.device))
+
+    def _direction(self, size: int) -> torch.Tensor:
+        """RMU's u: uniform in [0, 1), of norm 1."""
+        u = np.random.default_rng([self.recipe.seed, DIRECTION]).uniform(size=size)
+        return torch.from_numpy(u / np.linalg.norm(u)).float()
+
+    # --- Between updates ------------------------------------------------------------------------------------
+
+    def _refresh_is_due(self, step: int) -> bool:
+        if not self._sampler.needs_difficulty:
+            return False
+        every, unit = self.recipe.refresh, self.recipe.refresh_unit
+        return step == 0 or (every > 0 and _due(step, every, unit, self.updates_per_epoch))
+
+    def _refresh(self) -> None:
+        """Measure MRD on the current weights, each worker its share of the samples."""
+        with self._clock("mrd") as clock, self.trained.plain() as model:
+            scores, replica = measure_mrd(model, self.corpus.forget, self.recipe, self.group)
+        self.history.passes["mrd"][0] += replica.forwards
+        self.history.passes["mrd"][1] += replica.backwards
+        notes = self._sampler.set_difficulty(scores, [s.sample_id for s in self.corpus.forget])
+        self._note(*replica.notes, *notes)
+        self.history.mrd.append({"step": self.history.step, "mrd": scores.tolist(), "seconds": clock.seconds})
+
+    def _look_at_initial_model(self) -> None:
+        with self._clock("checks"), self.trained.plain() as model:
+            ma, el = self._memory(model, None)
+        thresholds = Thresholds.from_initial(ma, el)
+        self.history.thresholds = dataclasses.asdict(thresholds)
+        self.history.memory = {key: {"ma": ma.tolist(), "el": el.tolist()} for key in ("initial", "last")}
+        if below := int(thresholds.forgotten(ma, el).sum()):
+            self._note(
+                f"{below} of {len(ma)} samples are below both thresholds (MA {thresholds.ma:.4g}, EL "
+                f"{thresholds.el:.4g}) before any update; they count as forgotten when first looked at"
+            )
+        if undefined := int(np.isnan(el).sum()):
+            self._note(
+                f"EL is not defined for {undefined} samples of at most {self.recipe.el_n} tokens: MA alone decides"
+            )
+        self._close_epoch(-1)
+
+    def _memory(self, model: PreTrainedModel, below: float | None) -> tuple[np.ndarray, np.ndarray]:
+        """MA and EL of all samples, each worker its share."""
+        mine = self.corpus.forget[self.group.rank :: self.group.size]
+        ma, el = measure_memory(model, mine, self.recipe.el_n, self.corpus.eos_token_id, self._batch_tokens, below)
+        pairs = zip(ma.tolist(), el.tolist(), strict=True)
+        found = self.group.gathered({s.index: pair for s, pair in zip(mine, pairs, strict=True)})
+        both = np.array([found[s.index] for s in self.corpus.forget])
+        return both[:, 0], both[:, 1]
+
+    def _check(self) -> None:
+        """Which samples are forgotten now?"""
+        thresholds = Thresholds(**self.history.thresholds)
+        with self._clock("checks"), self.trained.plain() as model:
+            ma, el = self._memory(model, thresholds.ma)
+        self.history.memory["last"] = {"ma": ma.tolist(), "el": el.tolist()}
+        for index in np.flatnonzero(thresholds.forgotten(ma, el)).tolist():
+            if self.history.forgotten_at[index] is None:
+                self.history.forgotten_at[index] = self.history.step
+                self.history.drawn_until_forgotten[index] = self.history.drawn[index]
+
+    def _close_epoch(self, epoch: int) -> None:
+        """The row of an epoch; -1 is the initial model."""
+        row: dict[str, Any] = {"epoch": epoch + 1, "step": self.history.step}
+        own = [step for step in self.history.steps if step["epoch"] == epoch + 1]
+        for name in ("loss", "forget_loss", "retain_loss"):
+            values = [step[name] for step in own if step[name] is not None]
+            row[name] = float(np.mean(values)) if values else None
+        row["forgotten"] = float(1 - self.history.active.mean())
+        with self._clock("evaluation"), self.trained.plain() as model:
+            row |= self._moved(model)
+            if self._evaluation:
+                row |= self._evaluate(model, self._evaluation)
+        row["tokens"] = sum(step["tokens"] for step in self.history.steps)
+        for name in ("training", "mrd"):
+            row[f"forwards_{name}"], row[f"backwards_{name}"] = self.history.passes[name]
+        row |= {f"seconds_{name}": self.history.seconds.get(name, 0.0) for name in CLOCKS}
+        self.history.epochs.append(row)
+
+    def _moved(self, model: PreTrainedModel) -> dict[str, float | None]:
+        """Mean |Δθ| over all weights and ‖Δθ‖, against the initial model."""
+        total, squares, count = 0.0, 0.0, 0
+        for name, p in model.named_parameters():
+            if name in self._initial:
+                difference = (p.detach().cpu() - self._initial[name]).double()
+                total += difference.abs().sum().item()
+                squares += difference.square().sum().item()
+                count += difference.numel()
+        found = [total / count, math.sqrt(squares)] if count else [None, None]
+        # Only the first worker knows the initial weights.
+        found = self.group.gathered({0: found} if self.group.rank == 0 else {})[0]
+        return {"mean_abs_delta": found[0], "delta_norm": found[1]}
+
+    def _evaluate(self, model: PreTrainedModel, evaluation: Evaluation) -> dict[str, float]:
+        row = {}
+        for name, samples in evaluation.sets.items():
+            mine = range(self.group.rank, len(samples), self.group.size)
+            metrics = evaluation.measure(model, [samples[i] for i in mine]) if mine else {}
+            found = self.group.gathered(
+                {i: {key: float(value[at]) for key, value in metrics.items()} for at, i in enumerate(mine)}
+            )
+            for key in next(iter(found.values())):
+                row[f"{name}_{key}"] = float(np.mean([found[i][key] for i in sorted(found)]))
+        return row
+
+    # --- Checkpoints ----------------------------------------------------------------------------------------
+
+    def _checkpoint(self) -> None:
+        with self._clock("checkpoints"):
+            training = self.trained.state()
+            with self.trained.plain() as model:
+                if self.group.rank == 0:
+                    self.history.sampler = self._sampler.state()
+                    self._checkpoints.save(self.history.step, model, training, dataclasses.asdict(self.history))
+            self.group.wait()
+
+    def _continue_from(self, saved: Checkpoint) -> None:
+        self.history = History(**saved.history())
+        self._sampler.restore(self.history.sampler)
+        adapted = self.recipe.lora_rank > 0
+        self.trained.restore({} if adapted else saved.weights(), saved.training())
+
+    def _note(self, *notes: str) -> None:
+        self.history.notes += [note for note in dict.fromkeys(notes) if note not in self.history.notes]
+
+    @contextmanager
+    def _clock(self, name: str) -> Iterator[_Clock]:
+        clock = _Clock()
+        start = time.perf_counter()
+        yield clock
+        if self.trained.device.type == "cuda":
+            torch.cuda.synchronize()
+        clock.seconds = time.perf_counter() - start
+        self.history.seconds[name] = self.history.seconds.get(name, 0.0) + clock.seconds
+
+
+CLOCKS = ("training", "mrd", "checks", "evaluation", "checkpoints")
+
+
+@dataclass
+class _Clock:
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One forward and backward.
+
+    Attributes:
+        role: "forget" or "retain".
+        batch: the first `own` rows are samples themselves, the others their refusals.
+        counts: False for the repetition that keeps a worker busy: it adds nothing to loss and gradient.
+    """
+
+    role: str
+    batch: Batch
+    own: int
+    counts: bool
+
+    @property
+    def tokens(self) -> int:
+        return int(self.batch.lengths.sum())
+
+
+def _due(step: int, every: int, unit: str, updates_per_epoch: int) -> bool:
+    return step % (every * (updates_per_epoch if unit == "epochs" else 1)) == 0
+
+
+def updates_per_epoch(forget_samples: int, recipe: Recipe) -> int:
+    """Updates that it takes to draw as many samples as there are. The same for every sampler, and however many are
+    forgotten."""
+    return math.ceil(forget_samples / (recipe.batch_size or 1))
+
+
+def total_updates(forget_samples: int, recipe: Recipe) -> int:
+    """Updates of a run in which nothing stops early."""
+    limits = [recipe.max_steps] if recipe.max_steps else []
+    if recipe.epochs:
+        limits.append(recipe.epochs * updates_per_epoch(forget_samples, recipe))
+    return min(limits)
+
+
+def retain_order(first: int, count: int, size: int, seed: int) -> list[int]:
+    """Positions `first` to `first + count - 1` of the endless sequence of random orders of `size` samples."""
+    orders = {
+        turn: np.random.default_rng([seed, RETAIN_ORDER, turn]).permutation(size)
+        for turn in range(first // size, (first + count - 1) // size + 1)
+    }
+    return [int(orders[place // size][place % size]) for place in range(first, first + count)]
+
+
+def measure_mrd(
+    model: PreTrainedModel, samples: Sequence[Sample], recipe: Recipe, group: Group
+) -> tuple[np.ndarray, TransformersReplica]:
+    """MRD of samples under a model in fp32, (N,), each worker its share; and the replica that measured it."""
+    replica = TransformersReplica(model)
+    batches = make_batches(samples, 4096)[group.rank :: group.size]
+    found: dict[int, float] = {}
+    if batches:
+        if recipe.draws == "auto":
+            until = Until(recipe.statistic, 0.05)  # type: ignore[arg-type]
+            request = Request(recipe.estimator, recipe.sigma, recipe.seed, 0, until.most)
+            draws = estimate_until(replica, batches, request, until)
+        else:
+            draws = estimate(
+                replica, batches, Request(recipe.estimator, recipe.sigma, recipe.seed, 0, int(recipe.draws or 1))
+            )
+        mrd, _ = reduce_draws(draws.values, recipe.statistic)  # type: ignore[arg-type]
+        found = dict(zip(draws.indices.tolist(), mrd.tolist(), strict=True))
+    found = group.gathered(found)
+    return np.array([found[s.index] for s in samples]), replica

@@ -1,0 +1,1 @@
+"""What unlearning is judged by."""

@@ -1,0 +1,135 @@
+"""What a model answers to questions: how much of the true answer it writes, and how likely that answer is to it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from rouge_score.rouge_scorer import RougeScorer
+from transformers import PreTrainedModel
+
+from scoring.generation import greedy_continuations
+from scoring.logprob import scored_logprobs
+from scoring.samples import Sample, make_batches
+
+
+@dataclass(frozen=True)
+class AnswerScores:
+    """N samples' scores, in the order of the samples.
+
+    Attributes:
+        rouge_l_recall: (N,) fp64, 0 to 1, of the greedy answer against the true one.
+        probability: (N,) fp64, 0 to 1, of the true answer; see `answer_probability`.
+    """
+
+    rouge_l_recall: np.ndarray
+    probability: np.ndarray
+
+
+def score_answers(model: PreTrainedModel, tokenizer: Any, samples: Sequence[Sample]) -> AnswerScores:
+    """Both scores of every sample. The model is in eval mode meanwhile, and afterwards as it was.
+
+    Args:
+        model: a causal LM.
+        tokenizer: the one that made the samples.
+        samples: N samples; the scored tokens are the true answer.
+
+    Raises:
+        UserError: a question does not fit into the model's context.
+    """
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        written = written_answers(model, tokenizer, samples)
+        probability = answer_probability(model, samples)
+    finally:
+        for module in training:
+            module.training = True
+    return AnswerScores(rouge_l_recall(written, true_answers(tokenizer, samples)), probability)
+
+
+def rouge_l_recall(written: Sequence[str], truth: Sequence[str]) -> np.ndarray:
+    """ROUGE-L recall: the share of the true answer's words that are written, in the same order.
+
+        recall(w, y) = |longest common subsequence of w and y| / |y|
+
+    Lin 2004, as the package rouge_score computes it with the Porter stemmer. Words are runs of a-z and 0-9 in
+    the lower-cased text: letters of other scripts, and those with accents, separate words.
+
+    Args:
+        written: N answers of a model.
+        truth: N true answers.
+
+    Returns:
+        (N,) fp64, 0 to 1; 0 where either has no word.
+    """
+    scorer = RougeScorer(["rougeL"], use_stemmer=True)
+    pairs = zip(written, truth, strict=True)
+    return np.array([scorer.score(target=y, prediction=w)["rougeL"].recall for w, y in pairs], dtype=np.float64)
+
+
+@torch.no_grad()
+def answer_probability(model: PreTrainedModel, samples: Sequence[Sample], batch_tokens: int = 4096) -> np.ndarray:
+    """exp(-L/|y|): the geometric mean of the probabilities of the scored tokens.
+
+    Maini et al. 2024 (TOFU). L is the summed NLL of the |y| scored tokens, the end token among them.
+
+    Args:
+        model: a causal LM in eval mode.
+        samples: N samples.
+        batch_tokens: padded tokens in a batch.
+
+    Returns:
+        (N,) fp64, 0 to 1, in the order of `samples`.
+    """
+    device = next(model.parameters()).device
+    probability = np.empty(len(samples))
+    # A sample's own index is its place in the data set, of which `samples` may be any part.
+    for batch in make_batches([replace(sample, index=i) for i, sample in enumerate(samples)], batch_tokens):
+        summed = scored_logprobs(model, batch.to(device)).double().sum(-1).cpu()
+        probability[batch.indices.numpy()] = (summed / batch.mask.sum(-1)).exp().numpy()
+    return probability
+
+
+def written_answers(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    samples: Sequence[Sample],
+    batch_tokens: int = 16384,
+    extra_tokens: int = 20,
+) -> list[str]:
+    """What the model writes, by greedy decoding, after all that stands before the first scored token.
+
+    Args:
+        model: a causal LM in eval mode.
+        tokenizer: the one that made the samples; its end token ends an answer.
+        samples: N samples.
+        batch_tokens: rows times (prompt + new) tokens in one batch.
+        extra_tokens: how many more tokens than the true answer has may be written, as far as the context reaches.
+
+    Returns:
+        N texts without special tokens and surrounding white space, in the order of `samples`.
+
+    Raises:
+        UserError: what stands before the first scored token does not fit into the model's context.
+    """
+    prompts = [sample.input_ids[: np.argmax(sample.scored)] for sample in samples]
+    limits = [sample.num_scored + extra_tokens for sample in samples]
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if context is not None:
+        # The last new token needs no position. At least one is asked for, so that what does not fit is an error.
+        limits = [max(1, min(n, context + 1 - len(p))) for n, p in zip(limits, prompts, strict=True)]
+    written = greedy_continuations(model, prompts, limits, tokenizer.eos_token_id, batch_tokens)
+    return [_decoded(tokenizer, tokens) for tokens in written]
+
+
+def true_answers(tokenizer: Any, samples: Sequence[Sample]) -> list[str]:
+    """The scored tokens of N samples as text, without special tokens and surrounding white space."""
+    return [_decoded(tokenizer, sample.input_ids[sample.scored]) for sample in samples]
+
+
+def _decoded(tokenizer: Any, tokens: np.ndarray) -> str:
+    return tokenizer.decode(tokens.tolist(), skip_special_tokens=True).strip()
