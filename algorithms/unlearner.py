@@ -398,6 +398,7 @@ class Unlearner:
             end_of_epoch = history.step % self.updates_per_epoch == 0 or history.step == self.total
             if _due(history.step, self.recipe.check_every, self.recipe.check_unit, self.updates_per_epoch):
                 self._check()
+            self._show_progress()
             if end_of_epoch or not self._left().any():
                 self._close_epoch(epoch)
             if end_of_epoch or history.step % self._checkpoint_every == 0 or not self._left().any():
@@ -448,9 +449,21 @@ class Unlearner:
                 "seconds": clock.seconds,
             }
         )
+
+    def _show_progress(self) -> None:
         if self.group.rank == 0:
-            share = 1 - self.history.active.mean()
-            self._observe(Progress(self.history.step + 1, self.total, epoch + 1, loss, forget, retain, float(share)))
+            last = self.history.steps[-1]
+            self._observe(
+                Progress(
+                    last["step"],
+                    self.total,
+                    last["epoch"],
+                    last["loss"],
+                    last["forget_loss"],
+                    last["retain_loss"] or 0.0,
+                    float(1 - self.history.active.mean()),
+                )
+            )
 
     def _weight(self, role: str) -> float:
         value = self.recipe.forget_weight if role == "forget" else self.recipe.retain_weight

@@ -6,8 +6,9 @@ import argparse
 import dataclasses
 import difflib
 import sys
+import types
 from collections.abc import Callable, Sequence
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_args, get_type_hints
 
 from bench.tasks import TASKS
 from scoring.errors import UserError, unknown_name
@@ -62,7 +63,11 @@ def _parser() -> argparse.ArgumentParser:
 
     _score_arguments(verb("score", _score, "score the Memory Removal Difficulty of every sample of a data set"))
 
-    demo = verb("demo", _demo, "score the embedded task under the embedded model and write a page of results")
+    _unlearn_arguments(
+        verb("unlearn", _unlearn, "make a model forget samples, easy or hard ones first, or as they come")
+    )
+
+    demo = verb("demo", _demo, "score and unlearn the embedded task under the embedded model; writes a page of results")
     demo.add_argument("--out", default="demo", help="folder for the page and the Parquet files (default: demo)")
     demo.add_argument("--split", default="forget10", help="of the task authors (default: forget10)")
     demo.add_argument("--overwrite", action="store_true", help="replace what an earlier demo left in --out")
@@ -111,6 +116,78 @@ def _score_arguments(sub: argparse.ArgumentParser) -> None:
     add("--gpus-per-replica", type=float, help="default: 1 where the cluster has GPUs, else 0")
     add("--out", required=True, help="the Parquet file to write")
     add("--overwrite", action="store_true", help="replace --out if it exists")
+
+
+# What the flags of `unlearn` mean; those that are not here say it by their name and default.
+UNLEARN_HELP = {
+    "model": "authors (embedded), a folder, or a Hugging Face id",
+    "task": "a task, or a data file of the forget set",
+    "forget_split": "of a task, e.g. forget10",
+    "retain": "split of the task or data file of what is to be kept (default: the task's own)",
+    "refusals": "text file, one refusal a line, for PO and IdkDPO",
+    "algorithm": "GA, SGA, CGA, GradDiff, GradDiff-KL, PO, NPO, NPO-GradDiff, SimNPO, IdkDPO, RMU, UNDIAL, WGA, SatImp",
+    "settings": "of the objective, e.g. beta=0.1 (several: beta1=5,beta2=1)",
+    "retain_term": "nll, kl, hidden or none (default: the algorithm's)",
+    "alpha": "draw p_i ∝ MRD_i^alpha: 1 easy first, 0 uniform, -1 hard first",
+    "order": "weighted, or a fixed order: easy-first, hard-first, random",
+    "refresh": "measure MRD again every so many --refresh-unit; 0: never",
+    "epochs": "an epoch draws as many samples as there are (default: the algorithm's)",
+    "batch_size": "forget samples an update, over all workers (default: 4; 1 for SGA and CGA)",
+    "early_stopping": "a forgotten sample leaves the draw; ends when all are forgotten",
+    "trainable": "regular expression searched in parameter names (default: all)",
+    "layer": "of RMU, counted from 1",
+    "lora_rank": "rank of adapters; 0 trains full weights",
+    "workers": "Ray Train workers; 0 trains in this process",
+    "strategy": "ddp or fsdp",
+    "batch_tokens": "padded tokens in a micro-batch; gradients are accumulated",
+    "checkpoint_every": "updates (default: each epoch)",
+}
+
+
+def _unlearn_arguments(sub: argparse.ArgumentParser) -> None:
+    """A flag for each field of the spec."""
+    from bench.unlearning_job import UnlearnSpec
+
+    sub.add_argument("--spec", help="YAML file with any of the following, by name (learning_rate: 1e-5); flags win")
+    sub.add_argument("--out", required=True, help="folder for the model and the tables")
+    hints = get_type_hints(UnlearnSpec)
+    for field in dataclasses.fields(UnlearnSpec):
+        what = UNLEARN_HELP.get(field.name, "")
+        if field.default not in (None, dataclasses.MISSING):
+            what += f" (default: {field.default})"
+        # What was not given is not there: the spec file decides, or the default.
+        options: dict[str, Any] = {"help": what.strip().replace("%", "%%"), "default": argparse.SUPPRESS}
+        kinds = get_args(hints[field.name]) if isinstance(hints[field.name], types.UnionType) else (hints[field.name],)
+        if bool in kinds:
+            options["action"] = argparse.BooleanOptionalAction
+        elif field.name == "draws":
+            options["type"] = _draws
+        elif field.name == "settings":
+            options["type"] = _settings
+        else:
+            options["type"] = next(kind for kind in kinds if kind is not type(None))
+        sub.add_argument(f"--{field.name.replace('_', '-')}", **options)
+
+
+def _settings(text: str) -> dict[str, float]:
+    try:
+        return {name.strip(): float(value) for name, value in (pair.split("=") for pair in text.split(","))}
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected name=number, such as beta=0.1") from None
+
+
+def _unlearn(arguments: argparse.Namespace) -> None:
+    from bench.report.summary import print_unlearning
+    from bench.spec import make_spec, read_spec
+    from bench.unlearning_job import UnlearnSpec, unlearn
+
+    fields = [f.name for f in dataclasses.fields(UnlearnSpec)]
+    given = {name: getattr(arguments, name) for name in fields if hasattr(arguments, name)}
+    if arguments.spec:
+        spec = read_spec(arguments.spec, UnlearnSpec, given)
+    else:
+        spec = make_spec(UnlearnSpec, given, "command line")
+    print_unlearning(unlearn(spec, arguments.out))
 
 
 def _draws(text: str) -> int | str:

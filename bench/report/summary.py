@@ -1,10 +1,11 @@
-"""The outcome of a scoring run on the terminal."""
+"""The outcome of a run on the terminal."""
 
 from __future__ import annotations
 
 import numpy as np
 
 from bench.scoring_job import ScoreResult
+from bench.unlearning_job import UnlearnResult
 
 SHOWN = 5
 # Above this share a standard error no longer says how far a score is off.
@@ -48,3 +49,37 @@ def print_summary(result: ScoreResult) -> None:
         print(f"note: {note}")
     for rejected in result.rejected:
         print(f"rejected {rejected.sample_id!r}: {rejected.reason}")
+
+
+def print_unlearning(result: UnlearnResult) -> None:
+    """What was forgotten and what was kept, epoch by epoch, and what it cost."""
+    spec, epochs = result.record["spec"], result.epochs.to_pylist()
+    measured = [name for name in result.epochs.column_names if name.endswith(("rouge_l_recall", "probability"))]
+    columns = ["epoch", "step", "forget_loss", "retain_loss", "forgotten", *measured, "mean_abs_delta"]
+    titles = {name: name.replace("_rouge_l_recall", " RL").replace("_probability", " prob") for name in columns}
+    print("".join(f"{titles[name]:>15}" for name in columns))
+    for row in epochs:
+        print("".join(f"{_short(row[name]):>15}" for name in columns))
+    updates = np.array([n for n in result.samples["updates_until_forgotten"].to_pylist() if n is not None])
+    print(
+        f"{spec['algorithm']}, alpha {spec['alpha']:g}: {len(updates)} of {result.samples.num_rows} samples forgotten "
+        f"(MA below {result.record['thresholds']['ma']:.4g}, EL below {result.record['thresholds']['el']:.4g}) "
+        f"in {result.record['updates']} updates" + (f"; median {np.median(updates):g} a sample" if len(updates) else "")
+    )
+    seconds, passes = result.record["seconds"], result.record["passes"]
+    parts = ", ".join(
+        f"{name} {seconds[name]:.1f} s"
+        + (f" ({passes[name][0]} forward, {passes[name][1]} backward)" if name in passes else "")
+        for name in ("training", "mrd", "checks", "evaluation", "checkpoints")
+        if name in seconds
+    )
+    print(parts)
+    for note in result.record["notes"]:
+        print(f"note: {note}")
+    for rejected in result.record["rejected"]:
+        print(f"rejected {rejected['sample_id']!r}: {rejected['reason']}")
+    print(f"model  {result.model}\ntables {result.folder}/*.parquet")
+
+
+def _short(value: float | None) -> str:
+    return "–" if value is None else f"{value:.4g}"
