@@ -1,4 +1,5 @@
-"""Checkpoints: folders that appear whole or not at all, of which the newest is kept.
+"""Checkpoints: folders that appear whole or not at all. The newest is kept, and the one before it until an update
+has shown that the newest can be trained on.
 
     step-00000012/
         model/                   loads with AutoModelForCausalLM.from_pretrained; fp32, adapters merged
@@ -66,7 +67,7 @@ class Checkpoints:
     def save(
         self, step: int, model: PreTrainedModel, training: Mapping[str, torch.Tensor], history: Mapping[str, Any]
     ) -> None:
-        """Write one, then remove those before it. One worker calls it."""
+        """Write one. One worker calls it, and the following."""
         for leftover in self.folder.glob(".*.tmp"):
             shutil.rmtree(leftover)  # of a killed process
         unfinished = self.folder / f".step-{step:08d}.tmp"
@@ -75,12 +76,23 @@ class Checkpoints:
         self._tokenizer.save_pretrained(unfinished / "model")
         save_file(dict(training), str(unfinished / "training.safetensors"))
         (unfinished / "history.json").write_text(json.dumps(history))
-        older = list(self.folder.glob("step-*"))
-        finished = self.folder / f"step-{step:08d}"
-        if finished in older:
-            # Of a run that was continued from it: this one is the same.
-            shutil.rmtree(unfinished)
-            return
-        unfinished.rename(finished)
-        for path in older:
-            shutil.rmtree(path)
+        unfinished.rename(self.folder / f"step-{step:08d}")
+
+    def keep_newest(self) -> None:
+        """Remove all but the newest."""
+        for path in sorted(self.folder.glob("step-*"))[:-1]:
+            _remove(path)
+
+    def distrust(self, step: int) -> None:
+        """Remove the checkpoint of this step, whose weights gave a loss that nothing can be done with, unless it is
+        the only one."""
+        if len(list(self.folder.glob("step-*"))) > 1:
+            _remove(self.folder / f"step-{step:08d}")
+
+
+def _remove(folder: Path) -> None:
+    """Whole or not at all, for whoever looks at the names."""
+    if folder.is_dir():
+        leftover = folder.with_name(f".{folder.name}.tmp")
+        folder.rename(leftover)
+        shutil.rmtree(leftover)

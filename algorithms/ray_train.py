@@ -13,14 +13,14 @@ import shutil
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from algorithms.checkpoints import Checkpoints
 from algorithms.passes import Head
@@ -28,6 +28,7 @@ from algorithms.reference import Reference, compute_reference
 from algorithms.trainable import Group
 from algorithms.unlearner import (
     Corpus,
+    Diverged,
     Evaluation,
     History,
     Objectives,
@@ -49,6 +50,8 @@ POLL_S = "0.1"
 # Time that workers have to start when the cluster said there is room; Ray itself would wait for ever.
 START_TIMEOUT_S = "300"
 PROGRESS_S = 0.3
+# Where a worker leaves what the user has to mend.
+MISTAKE = ".mistake.txt"
 
 
 @dataclass(frozen=True)
@@ -90,13 +93,21 @@ class Job:
 
 
 Observe = Callable[[Progress], None]
+Report = Callable[[Mapping[str, Any]], None]
 
 
-def train_here(job: Job, device: str = "cpu", observe: Observe = lambda _: None) -> History:
-    """Run the job in this process."""
+def train_here(
+    job: Job, device: str = "cpu", observe: Observe = lambda _: None, report: Report = lambda _: None
+) -> History:
+    """Run the job in this process.
+
+    Args:
+        observe: is shown the progress after each update.
+        report: is given the row of each epoch; what a Ray Tune trial passes on.
+    """
     model = load_model(job.source, "float32", device, job.revision)
-    _ensure_reference(job, model, lambda: TransformersReplica(model))
-    return _train(job, model, Group(), observe)
+    _ensure_reference(job, lambda: TransformersReplica(model))
+    return _train(job, model, Group(), observe, report)
 
 
 def train_on_ray(
@@ -120,7 +131,7 @@ def train_on_ray(
             "lower --workers, or add nodes"
         )
     spec = ReplicaSpec(job.source, job.revision)
-    _ensure_reference(job, None, lambda: ReplicaPool(spec, footprint, workers))
+    _ensure_reference(job, lambda: ReplicaPool(spec, footprint, workers))
     os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = POLL_S
     os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = START_TIMEOUT_S
     # Ray Train's own record. A name of its own each time: what there is to continue is in the checkpoints.
@@ -140,13 +151,17 @@ def train_on_ray(
             failure_config=FailureConfig(max_failures=max_failures, controller_failure_limit=1),  # type: ignore[call-arg]
         ),
     )
+    (job.folder / MISTAKE).unlink(missing_ok=True)
     with _watched(job.folder, observe):
         try:
             result: Any = trainer.fit()
         except Exception as error:  # the controller's own types differ between versions
-            raise UserError(f"the workers died {max_failures + 1} times, the last time of: {_cause(error)}") from error
+            raise UserError(
+                f"Ray Train gave up (workers are started again {max_failures} times): {_cause(error)}"
+            ) from error
         finally:
             shutil.rmtree(storage, ignore_errors=True)
+            (job.folder / MISTAKE).unlink(missing_ok=True)
     if message := (result.return_value or {}).get("error"):
         raise UserError(message)
     saved = job.checkpoints.latest()
@@ -155,7 +170,7 @@ def train_on_ray(
 
 
 def _worker(config: dict[str, Any]) -> dict[str, Any]:
-    """What each worker does. A user's mistake is returned, not raised: Ray Train would try it again."""
+    """What each worker does. A user's mistake ends as a value: what is raised, Ray Train tries again."""
     import ray.train
     import ray.train.torch
 
@@ -164,25 +179,45 @@ def _worker(config: dict[str, Any]) -> dict[str, Any]:
     context = ray.train.get_context()
     group = Group(context.get_world_rank(), context.get_world_size(), job.strategy)
     device = str(ray.train.torch.get_device())
+    if device.startswith("cuda"):
+        torch.cuda.set_device(device)
     last_written = 0.0
 
     def show(progress: Progress) -> None:
         nonlocal last_written
         if time.monotonic() - last_written > PROGRESS_S or progress.step == progress.total:
-            _write_progress(job.folder, progress)
+            _write_whole(job.folder / "progress.json", json.dumps(asdict(progress)))
             last_written = time.monotonic()
 
+    def report(row: Mapping[str, Any]) -> None:
+        ray.train.report({key: value for key, value in row.items() if isinstance(value, int | float)})
+
+    mistake = job.folder / MISTAKE
+    if mistake.is_file():
+        return {"error": mistake.read_text()}
     try:
-        model = load_model(job.source, "float32", device, job.revision)
-        history = _train(job, model, group, show)
+        _train(job, load_model(job.source, "float32", device, job.revision), group, show, report)
+    except Diverged as error:
+        return {"error": str(error)}  # all workers know the sums, and are here
     except UserError as error:
-        return {"error": str(error)}
-    last = history.epochs[-1]
-    ray.train.report({key: value for key, value in last.items() if isinstance(value, int | float)})
+        # The others may be waiting for this one: only an exception ends them. They are started once more, and see this.
+        _write_whole(mistake, str(error))
+        raise
     return {"error": None}
 
 
-def _train(job: Job, model: PreTrainedModel, group: Group, observe: Observe) -> History:
+def _train(job: Job, model: PreTrainedModel, group: Group, observe: Observe, report: Report) -> History:
+    return unlearner_of(job, model, group, observe, report).run()
+
+
+def unlearner_of(
+    job: Job,
+    model: PreTrainedModel,
+    group: Group,
+    observe: Observe = lambda _: None,
+    report: Report = lambda _: None,
+) -> Unlearner:
+    """The job on this worker, ready to run. The reference must be there."""
     objectives = Objectives.of(job.recipe)
     initial = {name: p.detach().to("cpu", copy=True) for name, p in model.named_parameters()} if not group.rank else {}
     head = Head(model) if "reference_logits" in objectives.inputs else None
@@ -198,14 +233,13 @@ def _train(job: Job, model: PreTrainedModel, group: Group, observe: Observe) -> 
         job.checkpoints,
         job.evaluation,
         observe,
+        report,
         job.batch_tokens,
         job.checkpoint_every,
-    ).run()
+    )
 
 
-def _ensure_reference(
-    job: Job, model: PreTrainedModel | None, replicas: Callable[[], ReplicaPool | TransformersReplica]
-) -> None:
+def _ensure_reference(job: Job, replicas: Callable[[], ReplicaPool | TransformersReplica]) -> None:
     """Compute what the initial model says of the samples, unless an earlier start of this run has done so."""
     wanted = Objectives.of(job.recipe).reference()
     if not wanted or job.reference_path.is_file():
@@ -228,7 +262,7 @@ def _ensure_reference(
         # Only those that will be drawn.
         "retain": [sample for sample in corpus.retain if sample.index in retained],
     }
-    layer = layer_of(job.recipe, model or load_model(job.source, "float32", "cpu", job.revision))
+    layer = layer_of(job.recipe, AutoConfig.from_pretrained(job.source, revision=job.revision))
     made = replicas()
     try:
         compute_reference(job.reference_path, samples, wanted, layer, made, job.batch_tokens)
@@ -240,10 +274,10 @@ def _ensure_reference(
 # --- Progress, by way of a file that the first worker writes ------------------------------------------------
 
 
-def _write_progress(folder: Path, progress: Progress) -> None:
-    unfinished = folder / ".progress.json.tmp"
-    unfinished.write_text(json.dumps(asdict(progress)))
-    unfinished.replace(folder / "progress.json")
+def _write_whole(path: Path, text: str) -> None:
+    unfinished = path.with_name(f".{path.name}.tmp")
+    unfinished.write_text(text)
+    unfinished.replace(path)
 
 
 @contextmanager

@@ -173,7 +173,7 @@ class Trainable:
             return
         whole = self._whole
         (whole.get_base_model() if self._adapted is not None else whole).load_state_dict(
-            _whole(self.model.state_dict())
+            _on_cpu(self.model.state_dict())
         )
         if self._adapted is not None:
             whole = copy.deepcopy(whole).merge_and_unload()
@@ -192,7 +192,7 @@ class Trainable:
         }
         if self._adapted is not None:
             found |= {f"adapter.{name}": p for name, p in self._parameters.items()}
-        return {name: value.detach().cpu().contiguous().clone() for name, value in _whole(found).items()}
+        return {name: value.contiguous().clone() for name, value in _on_cpu(found).items()}
 
     def restore(self, weights: Mapping[str, torch.Tensor], state: Mapping[str, torch.Tensor]) -> None:
         """Continue from a checkpoint.
@@ -215,8 +215,9 @@ class Trainable:
                 }
 
 
-def _whole(tensors: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-    return {name: t.full_tensor() if isinstance(t, DTensor) else t for name, t in tensors.items()}
+def _on_cpu(tensors: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """Whole tensors on the CPU, put together one after the other: a device need not hold them all."""
+    return {name: (t.full_tensor() if isinstance(t, DTensor) else t).detach().cpu() for name, t in tensors.items()}
 
 
 def _like(value: torch.Tensor, p: torch.Tensor) -> torch.Tensor:

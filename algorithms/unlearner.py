@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from algorithms.checkpoints import Checkpoint, Checkpoints
 from algorithms.objectives import RETAIN_TERMS, find_algorithm, inputs_of, with_settings
@@ -202,15 +202,15 @@ class Objectives:
         return needs({"forget": self.forget_inputs, "retain": self.retain_inputs})
 
 
-def layer_of(recipe: Recipe, model: PreTrainedModel) -> int | None:
-    """The layer that the objectives look at, None if they look at none.
+def layer_of(recipe: Recipe, config: PreTrainedConfig) -> int | None:
+    """The layer of a model that the objectives look at, None if they look at none.
 
     Raises:
         UserError: the model has not so many.
     """
     if not Objectives.of(recipe).needs_layer:
         return None
-    depth = model.config.get_text_config().num_hidden_layers
+    depth = config.get_text_config().num_hidden_layers
     layer = recipe.layer or max(1, round(depth * 7 / 32))
     if layer > depth:
         raise UserError(f"layer is {layer}: the model has {depth} decoder layers")
@@ -221,7 +221,7 @@ def trainable_for(
     recipe: Recipe, model: PreTrainedModel, group: Group, gradient_checkpointing: bool = False
 ) -> Trainable:
     """The initial model made ready for training as the recipe wants it."""
-    layer = layer_of(recipe, model)
+    layer = layer_of(recipe, model.config)
     pattern = recipe.trainable
     if pattern is None and layer is not None and not recipe.lora_rank:
         # RMU moves the layer and the two before it: their numbers stand between dots, counted from 0.
@@ -285,7 +285,7 @@ class History:
         mrd: one entry a refresh: the step and the scores.
         steps, epochs: rows, see the columns.
         seconds: on "training", "mrd", "checks", "evaluation" and "checkpoints".
-        passes: forwards and backwards over a micro-batch, "training" and "mrd".
+        passes: forwards and backwards of the first worker over a micro-batch, "training" and "mrd".
         notes: what a reader must know, each once.
     """
 
@@ -339,6 +339,7 @@ class Unlearner:
         checkpoints: where to continue from and to save to.
         evaluation: None measures nothing.
         observe: is shown the progress after each update, on the first worker.
+        report: is given the row of each epoch, on every worker.
         batch_tokens: padded tokens in a micro-batch: gradients are accumulated over as many as a batch needs.
         checkpoint_every: updates; None for each epoch.
     """
@@ -354,14 +355,17 @@ class Unlearner:
         checkpoints: Checkpoints,
         evaluation: Evaluation | None = None,
         observe: Callable[[Progress], None] = lambda _: None,
+        report: Callable[[Mapping[str, Any]], None] = lambda _: None,
         batch_tokens: int = 4096,
         checkpoint_every: int | None = None,
     ) -> None:
         self.recipe, self.corpus, self.trained, self.group = recipe, corpus, trained, trained.group
         self._objectives = Objectives.of(recipe)
         self._initial, self._reference, self._head = initial, reference, head
-        self._checkpoints, self._evaluation, self._observe = checkpoints, evaluation, observe
+        self._checkpoints, self._evaluation = checkpoints, evaluation
+        self._observe, self._report = observe, report
         self._batch_tokens = batch_tokens
+        self._untrusted = True
         self.updates_per_epoch = updates_per_epoch(len(corpus.forget), recipe)
         self.total = total_updates(len(corpus.forget), recipe)
         self._checkpoint_every = checkpoint_every or self.updates_per_epoch
@@ -395,6 +399,7 @@ class Unlearner:
             drawn = self._sampler.draw(history.step, self.recipe.batch_size or 1, self._left())
             self._update(epoch, drawn)
             history.step += 1
+            self._trust_newest_checkpoint()
             end_of_epoch = history.step % self.updates_per_epoch == 0 or history.step == self.total
             if _due(history.step, self.recipe.check_every, self.recipe.check_unit, self.updates_per_epoch):
                 self._check()
@@ -403,6 +408,7 @@ class Unlearner:
                 self._close_epoch(epoch)
             if end_of_epoch or history.step % self._checkpoint_every == 0 or not self._left().any():
                 self._checkpoint()
+        self._trust_newest_checkpoint()
         return history
 
     def _left(self) -> np.ndarray:
@@ -446,6 +452,8 @@ class Unlearner:
                 "learning_rate": rate,
                 "samples": [self.corpus.forget[i].sample_id for i in drawn.tolist()],
                 "tokens": int(tokens),
+                "forwards": len(passes),
+                "backwards": len(passes),
                 "seconds": clock.seconds,
             }
         )
@@ -473,6 +481,8 @@ class Unlearner:
         # The gradient of a term that has left every bound may still be finite.
         if all(math.isfinite(x) for x in (forget, retain, norm)) and max(abs(forget), abs(retain)) < DIVERGED:
             return
+        if self.group.rank == 0:
+            self._checkpoints.distrust(self.history.step)
         raise Diverged(
             f"training diverged at update {self.history.step + 1}: forget loss {forget:g}, retain loss {retain:g}, "
             f"gradient norm {norm:g}; the last good checkpoint is kept; lower learning_rate "
@@ -575,7 +585,7 @@ class Unlearner:
     def _refresh(self) -> None:
         """Measure MRD on the current weights, each worker its share of the samples."""
         with self._clock("mrd") as clock, self.trained.plain() as model:
-            scores, replica = measure_mrd(model, self.corpus.forget, self.recipe, self.group)
+            scores, replica = measure_mrd(model, self.corpus.forget, self.recipe, self.group, self._batch_tokens)
         self.history.passes["mrd"][0] += replica.forwards
         self.history.passes["mrd"][1] += replica.backwards
         notes = self._sampler.set_difficulty(scores, [s.sample_id for s in self.corpus.forget])
@@ -636,6 +646,7 @@ class Unlearner:
             row[f"forwards_{name}"], row[f"backwards_{name}"] = self.history.passes[name]
         row |= {f"seconds_{name}": self.history.seconds.get(name, 0.0) for name in CLOCKS}
         self.history.epochs.append(row)
+        self._report(row)
 
     def _moved(self, model: PreTrainedModel) -> dict[str, float | None]:
         """Mean |Δθ| over all weights and ‖Δθ‖, against the initial model."""
@@ -666,6 +677,7 @@ class Unlearner:
     # --- Checkpoints ----------------------------------------------------------------------------------------
 
     def _checkpoint(self) -> None:
+        self._untrusted = True
         with self._clock("checkpoints"):
             training = self.trained.state()
             with self.trained.plain() as model:
@@ -673,6 +685,12 @@ class Unlearner:
                     self.history.sampler = self._sampler.state()
                     self._checkpoints.save(self.history.step, model, training, dataclasses.asdict(self.history))
             self.group.wait()
+
+    def _trust_newest_checkpoint(self) -> None:
+        """Its weights have given a sound loss, or are the last: those before it can go."""
+        if self._untrusted and self.group.rank == 0:
+            self._checkpoints.keep_newest()
+        self._untrusted = False
 
     def _continue_from(self, saved: Checkpoint) -> None:
         self.history = History(**saved.history())
@@ -750,11 +768,11 @@ def retain_order(first: int, count: int, size: int, seed: int) -> list[int]:
 
 
 def measure_mrd(
-    model: PreTrainedModel, samples: Sequence[Sample], recipe: Recipe, group: Group
+    model: PreTrainedModel, samples: Sequence[Sample], recipe: Recipe, group: Group, batch_tokens: int
 ) -> tuple[np.ndarray, TransformersReplica]:
     """MRD of samples under a model in fp32, (N,), each worker its share; and the replica that measured it."""
     replica = TransformersReplica(model)
-    batches = make_batches(samples, 4096)[group.rank :: group.size]
+    batches = make_batches(samples, batch_tokens)[group.rank :: group.size]
     found: dict[int, float] = {}
     if batches:
         if recipe.draws == "auto":

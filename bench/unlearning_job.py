@@ -447,6 +447,8 @@ def _step_schema() -> pa.Schema:
             ("learning_rate", number),
             ("samples", pa.list_(pa.string())),
             ("tokens", whole),
+            ("forwards", whole),
+            ("backwards", whole),
             ("seconds", number),
         ]
     )

@@ -1,0 +1,158 @@
+"""Unlearning on Ray Train: any number of workers, DDP or FSDP2, dying ones included, ends with the same weights as one
+process that nobody disturbs."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from bench.unlearning_job import UnlearnResult, UnlearnSpec, unlearn
+from scoring.errors import UserError
+from tests.processes import descendants, kill, wait_for
+from tests.tiny_folders import pairs, write_jsonl
+
+ROOT = Path(__file__).resolve().parents[1]
+# Different orders of summation, through AdamW: it divides by the gradient's own size, also where that is rounding.
+TOLERANCE = 2e-5
+
+
+@pytest.fixture(scope="module")
+def spec(model_folder: Path, data_file: Path, tmp_path_factory: pytest.TempPathFactory) -> UnlearnSpec:
+    """A retain term, a reference, a refresh and early stopping; batches that two workers share unevenly. A checkpoint
+    after each update leaves time to kill something."""
+    retain = write_jsonl(tmp_path_factory.mktemp("retain") / "retain.jsonl", pairs(10, seed=1))
+    return UnlearnSpec(
+        model=str(model_folder),
+        task=str(data_file),
+        retain=str(retain),
+        algorithm="NPO-GradDiff",
+        alpha=1.0,
+        epochs=5,
+        batch_size=3,
+        learning_rate=1e-4,
+        check_every=2,
+        el_n=2,
+        batch_tokens=60,
+        checkpoint_every=1,
+        evaluate_samples=5,
+        workers=0,
+    )
+
+
+@pytest.fixture(scope="module")
+def alone(spec: UnlearnSpec, tmp_path_factory: pytest.TempPathFactory) -> UnlearnResult:
+    """The run in this process, undisturbed."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return unlearn(spec, tmp_path_factory.mktemp("alone") / "run", progress=False)
+    finally:
+        torch.set_num_threads(before)
+
+
+def weights(result: UnlearnResult) -> dict[str, torch.Tensor]:
+    return load_file(str(result.model / "model.safetensors"))
+
+
+def assert_close(found: UnlearnResult, expected: UnlearnResult, tolerance: float) -> None:
+    """The same draws and losses, and weights that differ by at most `tolerance` of how far they moved."""
+    for name in ("step", "samples", "tokens"):
+        assert found.steps[name].to_pylist() == expected.steps[name].to_pylist()
+    for name in ("loss", "gradient_norm"):
+        torch.testing.assert_close(
+            torch.tensor(found.steps[name].to_pylist()),
+            torch.tensor(expected.steps[name].to_pylist()),
+            rtol=1e-3 if tolerance else 0,
+            atol=tolerance,
+        )
+    for name in ("updates", "updates_until_forgotten", "forgotten_at_step"):
+        assert found.samples[name].to_pylist() == expected.samples[name].to_pylist()
+    ours, theirs = weights(found), weights(expected)
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        torch.testing.assert_close(ours[name], theirs[name], rtol=0, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def after_checkpoint(run: Path, step: int, action: Callable[[], None]) -> threading.Thread:
+    """Do something as soon as the run has a checkpoint of that step or a later one."""
+
+    def reached() -> bool:
+        return any(int(path.name.removeprefix("step-")) >= step for path in run.glob("checkpoints/step-*"))
+
+    def wait() -> None:
+        wait_for(reached, 120)
+        action()
+
+    thread = threading.Thread(target=wait, daemon=True)
+    thread.start()
+    return thread
+
+
+def train_workers() -> list[int]:
+    return [pid for pid, command in descendants(os.getpid()).items() if "RayTrainWorker" in command]
+
+
+@pytest.mark.usefixtures("cluster")
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_workers_and_kills_change_nothing(
+    spec: UnlearnSpec, alone: UnlearnResult, tmp_path: Path, strategy: str
+) -> None:
+    two = dataclasses.replace(spec, workers=2, strategy=strategy)
+    killed: list[int] = []
+
+    def kill_one() -> None:
+        killed.append(train_workers()[-1])
+        kill(killed[0])
+
+    killer = after_checkpoint(tmp_path / "killed", 5, kill_one)
+    disturbed = unlearn(two, tmp_path / "killed", progress=False)
+    killer.join()
+    assert killed
+    assert killed[0] not in train_workers()
+    assert_close(disturbed, alone, TOLERANCE)
+    # Once is enough: what is continued from does not depend on how the weights were spread.
+    if strategy == "ddp":
+        undisturbed = unlearn(two, tmp_path / "undisturbed", progress=False)
+        assert_close(disturbed, undisturbed, 0)
+
+
+@pytest.mark.usefixtures("cluster")
+def test_a_users_mistake_is_not_tried_again(spec: UnlearnSpec, tmp_path: Path) -> None:
+    absurd = dataclasses.replace(spec, workers=1, learning_rate=1e6)
+    with pytest.raises(UserError, match=r"diverged at update \d+.*lower learning_rate"):
+        unlearn(absurd, tmp_path / "run", progress=False)
+    assert list((tmp_path / "run" / "checkpoints").glob("step-*"))
+
+
+@pytest.mark.usefixtures("cluster")
+def test_more_workers_than_fit(spec: UnlearnSpec, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"50 workers of 1 CPU and 0 GPU: the cluster has room for \d+; lower --workers"):
+        unlearn(dataclasses.replace(spec, workers=50), tmp_path / "run", progress=False)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_killed_driver_continues(spec: UnlearnSpec, alone: UnlearnResult, tmp_path: Path) -> None:
+    lines = [f"{name}: {value}" for name, value in dataclasses.asdict(spec).items() if value not in (None, {})]
+    (tmp_path / "spec.yaml").write_text("\n".join(lines) + "\n")
+    run = tmp_path / "run"
+    command = [sys.executable, "-m", "bench.cli", "unlearn", "--spec", str(tmp_path / "spec.yaml"), "--workers", "1"]
+    command += ["--out", str(run)]
+    driver = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    after_checkpoint(run, 4, lambda: kill(driver.pid)).join()
+    assert driver.wait() == -9
+    assert not (run / "run.json").exists()
+    # Its Ray ends with it: nothing writes here any more.
+    wait_for(lambda: not [c for c in descendants(1).values() if str(run) in c], 30)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    found = unlearn(spec, run, progress=False)
+    assert_close(found, alone, TOLERANCE)
