@@ -281,7 +281,8 @@ class History:
         drawn: for each forget sample the updates it took part in.
         drawn_until_forgotten: the same when it was found forgotten, or None.
         thresholds: MA and EL, the averages on the initial model.
-        memory: MA and EL of each sample when last measured ("initial" and "last").
+        memory: MA and EL of each sample at first ("initial") and when last measured: what is forgotten is not measured
+            again.
         mrd: one entry a refresh: the step and the scores.
         steps, epochs: rows, see the columns.
         seconds: on "training", "mrd", "checks", "evaluation" and "checkpoints".
@@ -594,7 +595,7 @@ class Unlearner:
 
     def _look_at_initial_model(self) -> None:
         with self._clock("checks"), self.trained.plain() as model:
-            ma, el = self._memory(model, None)
+            ma, el = self._memory(model, self.corpus.forget, None)
         thresholds = Thresholds.from_initial(ma, el)
         self.history.thresholds = dataclasses.asdict(thresholds)
         self.history.memory = {key: {"ma": ma.tolist(), "el": el.tolist()} for key in ("initial", "last")}
@@ -609,25 +610,31 @@ class Unlearner:
             )
         self._close_epoch(-1)
 
-    def _memory(self, model: PreTrainedModel, below: float | None) -> tuple[np.ndarray, np.ndarray]:
-        """MA and EL of all samples, each worker its share."""
-        mine = self.corpus.forget[self.group.rank :: self.group.size]
+    def _memory(
+        self, model: PreTrainedModel, samples: Sequence[Sample], below: float | None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """MA and EL of samples, (N,) each; each worker measures its share."""
+        mine = samples[self.group.rank :: self.group.size]
         ma, el = measure_memory(model, mine, self.recipe.el_n, self.corpus.eos_token_id, self._batch_tokens, below)
         pairs = zip(ma.tolist(), el.tolist(), strict=True)
         found = self.group.gathered({s.index: pair for s, pair in zip(mine, pairs, strict=True)})
-        both = np.array([found[s.index] for s in self.corpus.forget])
+        both = np.array([found[s.index] for s in samples])
         return both[:, 0], both[:, 1]
 
     def _check(self) -> None:
-        """Which samples are forgotten now?"""
-        thresholds = Thresholds(**self.history.thresholds)
+        """Which samples are forgotten now? What was forgotten stays so, and is not looked at again."""
+        history, thresholds = self.history, Thresholds(**self.history.thresholds)
+        known = [self.corpus.forget[i] for i in np.flatnonzero(history.active)]
+        if not known:
+            return
         with self._clock("checks"), self.trained.plain() as model:
-            ma, el = self._memory(model, thresholds.ma)
-        self.history.memory["last"] = {"ma": ma.tolist(), "el": el.tolist()}
-        for index in np.flatnonzero(thresholds.forgotten(ma, el)).tolist():
-            if self.history.forgotten_at[index] is None:
-                self.history.forgotten_at[index] = self.history.step
-                self.history.drawn_until_forgotten[index] = self.history.drawn[index]
+            ma, el = self._memory(model, known, thresholds.ma)
+        for row, forgotten in enumerate(thresholds.forgotten(ma, el).tolist()):
+            index = known[row].index
+            history.memory["last"]["ma"][index], history.memory["last"]["el"][index] = float(ma[row]), float(el[row])
+            if forgotten:
+                history.forgotten_at[index] = history.step
+                history.drawn_until_forgotten[index] = history.drawn[index]
 
     def _close_epoch(self, epoch: int) -> None:
         """The row of an epoch; -1 is the initial model."""

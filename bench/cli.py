@@ -72,15 +72,33 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--split", default="forget10", help="of the task authors (default: forget10)")
     demo.add_argument("--overwrite", action="store_true", help="replace what an earlier demo left in --out")
 
-    benchmark = verb("benchmark", _benchmark, "measure speed, side by side in one run")
-    benchmark.add_argument("what", choices=["scoring"], help="scoring: Algorithm 1 as printed against the estimators")
-    benchmark.add_argument("--model", default="authors", help="embedded model, folder or Hugging Face id")
-    benchmark.add_argument("--data", default="authors", help="task or data file (default: authors)")
-    benchmark.add_argument("--split", help="of a task")
-    benchmark.add_argument("--samples", type=int, default=400, help="at most this many samples (default: 400)")
-    benchmark.add_argument("--draws", type=int, default=200, help="K of Monte Carlo (default: 200)")
-    benchmark.add_argument("--out", help="also write the figures to this JSON file")
+    _benchmark_arguments(
+        verbs.add_parser("benchmark", help="measure speed, side by side in one run", allow_abbrev=False)
+    )
     return parser
+
+
+def _benchmark_arguments(benchmark: argparse.ArgumentParser) -> None:
+    benchmark.set_defaults(parser=benchmark)
+    which = benchmark.add_subparsers(dest="what", required=True, metavar="WHAT", parser_class=_Parser)
+
+    def what(name: str, about: str) -> Callable[..., argparse.Action]:
+        sub = which.add_parser(name, help=about, description=about, allow_abbrev=False)
+        sub.set_defaults(run=_benchmark, parser=sub)
+        sub.add_argument("--model", default="authors", help="embedded model, folder or Hugging Face id")
+        sub.add_argument("--data", default="authors", help="task or data file (default: authors)")
+        sub.add_argument("--out", help="also write the figures to this JSON file")
+        return sub.add_argument
+
+    add = what("scoring", "Algorithm 1 as printed against the estimators")
+    add("--split", help="of a task")
+    add("--samples", type=int, default=400, help="at most this many samples (default: 400)")
+    add("--draws", type=int, default=200, help="K of Monte Carlo (default: 200)")
+
+    add = what("unlearning", "the training loop against transformers' Trainer, and unlearning with MRD against without")
+    add("--split", help="of a task (default for authors: forget10)")
+    add("--retain", help="split of the task or data file of what is to be kept (default: the task's own)")
+    add("--seeds", type=int, default=5, help="of the runs until all is forgotten; 0 leaves them out (default: 5)")
 
 
 def _score_arguments(sub: argparse.ArgumentParser) -> None:
@@ -215,9 +233,18 @@ def _demo(arguments: argparse.Namespace) -> None:
 
 
 def _benchmark(arguments: argparse.Namespace) -> None:
-    from bench.benchmarks.scoring import run_benchmark
+    if arguments.what == "unlearning":
+        from bench.benchmarks import unlearning
 
-    run_benchmark(arguments.model, arguments.data, arguments.split, arguments.samples, arguments.draws, arguments.out)
+        unlearning.run_benchmark(
+            arguments.model, arguments.data, arguments.split, arguments.retain, arguments.seeds, arguments.out
+        )
+        return
+    from bench.benchmarks import scoring
+
+    scoring.run_benchmark(
+        arguments.model, arguments.data, arguments.split, arguments.samples, arguments.draws, arguments.out
+    )
 
 
 if __name__ == "__main__":

@@ -1,14 +1,15 @@
-"""The demo: the embedded task under the embedded model, scored, checked and put on one page.
+"""The demo: the embedded task under the embedded model, scored, checked, unlearned and put on one page.
 
-    score a forget set three ways -> check the scaling with sigma -> score all samples -> findings -> page
+    score a forget set three ways -> check the scaling with sigma -> score all samples -> unlearn -> findings -> page
 
-Every step continues where it was stopped; a second run finds all scores and only writes the page again.
+Every step continues where it was stopped; a second run finds all results and only writes the page again.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,19 +17,25 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import ray
+import torch
+from ray.exceptions import RayTaskError
 from safetensors import safe_open
 from tqdm import tqdm
 
+from algorithms.unlearner import Objectives
 from bench import plots
 from bench.data import load_dataset
 from bench.models import ModelReference, find_model
 from bench.report.findings import Findings, ScalingLine, Scores, attribute_effects, correlations
 from bench.report.page import page
 from bench.report.summary import print_summary
+from bench.report.unlearning import Run, Unlearning, has_retain_set, predictions, table_lines
 from bench.scoring_job import Resources, ScoreSpec, score
 from bench.store import read_scores, replacing
 from bench.tasks import authors
-from scoring.cluster import connect
+from bench.unlearning_job import UnlearnSpec, unlearn
+from scoring.cluster import connect, how_many_fit
 from scoring.errors import UserError
 from scoring.mrd import Request, reduce_draws
 from scoring.pool import ReplicaPool, ReplicaSpec, Task
@@ -45,22 +52,31 @@ SCALING = (
     ("monte-carlo", "mean_abs", "bfloat16", SMALL),
 )
 
+ALPHAS = (0.0, 1.0)
+POLL_S = 1.0  # between looks at the updates of runs
+
 
 @dataclass(frozen=True)
 class Sizes:
-    """How much the demo measures; the defaults take about two minutes on two cores.
+    """How much the demo measures; the defaults take about four minutes on two cores.
 
     Attributes:
         draws: K of Monte Carlo.
         whole: the split that is compared by attribute.
         scaling_samples: samples of the scaling check, evenly spaced over the split.
         scaling_draws: its draws (pairs, for antithetic) at each sigma.
+        algorithms: of unlearning, each at ALPHAS.
+        epochs: of unlearning.
+        evaluated: samples of the forget and of the retain set that are answered after each epoch.
     """
 
     draws: int = 200
     whole: str = "full"
     scaling_samples: int = 10
     scaling_draws: int = 12
+    algorithms: tuple[str, ...] = ("GA", "GradDiff", "PO", "NPO")
+    epochs: int = 8
+    evaluated: int = 40
 
 
 def run_demo(
@@ -70,7 +86,7 @@ def run_demo(
     resources: Resources | None = None,
     overwrite: bool = False,
 ) -> None:
-    """Measure, and write `out`/index.html, the score files and difficulty.png.
+    """Measure and unlearn, and write `out`/index.html, the pictures, the score files and the runs in unlearning/.
 
     Raises:
         UserError: one line; an unknown split, or `out` holds a demo of another one.
@@ -83,7 +99,7 @@ def run_demo(
     # Found before the cluster starts: training it takes all cores.
     model = find_model(MODEL)
 
-    print(f"1/4 Memory Removal Difficulty of {len(records)} samples ({TASK}/{split}), by three estimators")
+    print(f"1/5 Memory Removal Difficulty of {len(records)} samples ({TASK}/{split}), by three estimators")
     results = {
         estimator: score(
             ScoreSpec(MODEL, TASK, split, estimator, draws=sizes.draws if estimator == "monte-carlo" else None),
@@ -93,16 +109,21 @@ def run_demo(
         )
         for estimator in ("monte-carlo", "gradient", "curvature")
     }
-    print("2/4 Does MRD follow sigma? In float32, and in bfloat16")
+    print("2/5 Does MRD follow sigma? In float32, and in bfloat16")
     scaling = scaling_check(out / "scaling.parquet", model, split, sizes, resources)
 
-    print(f"3/4 Difficulty by attribute, on {TASK}/{sizes.whole}")
+    print(f"3/5 Difficulty by attribute, on {TASK}/{sizes.whole}")
     score(ScoreSpec(MODEL, TASK, sizes.whole, "gradient"), out / "scores-whole.parquet", resources, overwrite)
     whole = Scores.read(out / "scores-whole.parquet")
     whole_records = load_dataset(TASK, sizes.whole).records
     corpus = [f"{record['question']} {record['answer']}" for record in authors.training_records()]
 
-    print("4/4 Page and picture")
+    specs, skipped = _unlearning_specs(split, sizes)
+    names = [*dict.fromkeys(spec.algorithm for spec in specs), *(f"not {name} (no retain set)" for name in skipped)]
+    print(f"4/5 Unlearning {TASK}/{split}, alpha 0 and 1, {sizes.epochs} epochs: {', '.join(names)}")
+    folders = unlearn_side_by_side(specs, out / "unlearning", resources, overwrite)
+
+    print("5/5 Page and pictures")
     scores = {name: Scores.read(result.path) for name, result in results.items()}
     findings = Findings(
         monte_carlo=scores["monte-carlo"],
@@ -116,8 +137,10 @@ def run_demo(
         correlations=correlations(whole, whole_records, corpus),
         model=_describe(model),
     )
+    runs = [Run.read(folder) for folder in folders]
+    unlearning = Unlearning(runs, predictions(runs, findings.gradient), skipped)
     with replacing(out / "index.html") as unfinished:
-        unfinished.write_text(page(findings), encoding="utf-8")
+        unfinished.write_text(page(findings, unlearning), encoding="utf-8")
     panels = [
         plots.difficulty(findings.monte_carlo, f"Difficulty of {len(records)} samples, 95 % CI"),
         plots.scaling(findings.scaling, "Does MRD follow sigma?"),
@@ -125,9 +148,19 @@ def run_demo(
     ]
     with replacing(out / "difficulty.png") as unfinished:
         plots.png(panels, unfinished)
+    panels = [plots.recall_by_epoch(runs, "forget", f"Forgetting {split}")]
+    if has_retain_set(runs):
+        panels += [
+            plots.recall_by_epoch(runs, "retain", "Keeping the rest"),
+            plots.trade_off(runs, "One against the other"),
+        ]
+    with replacing(out / "forgetting.png") as unfinished:
+        plots.png(panels, unfinished, (5.0 * len(panels), 5.0))
     print()
     print_summary(results["monte-carlo"])
-    print(f"\npage     {out / 'index.html'}\npicture  {out / 'difficulty.png'}\nscores   {out}/*.parquet")
+    print("\n" + "\n".join(table_lines(runs)))
+    print(f"\npage      {out / 'index.html'}\npictures  {out / 'difficulty.png'}, {out / 'forgetting.png'}")
+    print(f"scores    {out}/*.parquet\nruns      {out / 'unlearning'}/")
 
 
 def _check_folder(out: Path, split: str) -> None:
@@ -199,6 +232,91 @@ def scaling_check(
     with replacing(path) as unfinished:
         pq.write_table(table.replace_schema_metadata({SPEC_KEY: identity}), unfinished)
     return _lines(table)
+
+
+def _unlearning_specs(split: str, sizes: Sizes) -> tuple[list[UnlearnSpec], list[str]]:
+    """The runs, and the algorithms left out because they need a retain set that the split has not."""
+    specs = [
+        UnlearnSpec(
+            model=MODEL,
+            task=TASK,
+            forget_split=split,
+            algorithm=algorithm,
+            alpha=alpha,
+            epochs=sizes.epochs,
+            evaluate_samples=sizes.evaluated,
+            workers=0,
+        ).checked()
+        for algorithm in sizes.algorithms
+        for alpha in ALPHAS
+    ]
+    if split in authors.RETAIN_OF:
+        return specs, []
+    possible = [spec for spec in specs if Objectives.of(spec).retain is None]
+    return possible, list(dict.fromkeys(spec.algorithm for spec in specs if spec not in possible))
+
+
+def unlearn_side_by_side(
+    specs: Sequence[UnlearnSpec], folder: Path, resources: Resources, overwrite: bool = False
+) -> list[Path]:
+    """Make each run a Ray task, as many at a time as there are to be replicas, and give back their folders.
+
+    Each has a folder of its own in `folder`, which must be visible from every node. Finished runs are found, stopped
+    ones continue; a task whose worker dies is started again by Ray, and continues as well.
+
+    Args:
+        overwrite: begin anew.
+
+    Raises:
+        UserError: the first that a run ends with; the others are stopped.
+    """
+    if overwrite and folder.is_dir():
+        shutil.rmtree(folder)
+    folders = [folder / f"{spec.algorithm}-alpha{spec.alpha:g}" for spec in specs]
+    waiting = []
+    for spec, place in zip(specs, folders, strict=True):
+        if (place / "run.json").is_file():
+            unlearn(spec, place)  # says that it is this run, or that it is another
+        else:
+            waiting.append((spec, place))
+    if not waiting:
+        return folders
+
+    connect()
+    footprint = resources.footprint()
+    at_once = min(resources.replicas or len(waiting), how_many_fit(footprint))
+    task = ray.remote(_unlearn).options(**footprint.ray_options())
+    running: dict[ray.ObjectRef, Path] = {}
+    with tqdm(total=len(specs), initial=len(specs) - len(waiting), unit="run", desc="unlearning") as bar:
+        try:
+            while waiting or running:
+                while waiting and len(running) < at_once:
+                    spec, place = waiting.pop(0)
+                    running[task.remote(spec, place.resolve(), footprint.cpus)] = place
+                done, _ = ray.wait(list(running), timeout=POLL_S)
+                for reference in done:
+                    del running[reference]
+                    ray.get(reference)
+                    bar.update()
+                bar.set_postfix({place.name: _updates(place) for place in running.values()})
+        except RayTaskError as error:
+            raise (error.cause if isinstance(error.cause, UserError) else error) from None
+        finally:
+            for reference in running:
+                ray.cancel(reference, force=True)
+    return folders
+
+
+def _unlearn(spec: UnlearnSpec, folder: Path, threads: int) -> None:
+    # As in a replica: torch must agree with what Ray gave the task, or two of them share cores.
+    torch.set_num_threads(threads)
+    unlearn(spec, folder, progress=False)
+
+
+def _updates(folder: Path) -> int:
+    """Updates that a run has saved so far."""
+    steps = sorted((folder / "checkpoints").glob("step-*"))
+    return int(steps[-1].name.removeprefix("step-")) if steps else 0
 
 
 def _lines(table: pa.Table) -> list[ScalingLine]:

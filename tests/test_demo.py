@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import math
 import re
 import xml.etree.ElementTree as ET
 from html.parser import HTMLParser
@@ -10,14 +12,17 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+from matplotlib.figure import Figure
 from scipy import stats
 
 from bench import plots
-from bench.demo import Sizes, run_demo
+from bench.demo import Sizes, _unlearning_specs, run_demo, unlearn_side_by_side
 from bench.report import findings as findings_module
 from bench.report.findings import Findings, ScalingLine, Scores, attribute_effects, correlations, decimal, inflation
-from bench.report.page import page
+from bench.report.page import page as whole_page
+from bench.report.unlearning import Run, Unlearning, kept, predictions, recipe, saved, table_lines
 from bench.scoring_job import Resources
 from bench.statistics import Estimate
 from scoring.errors import UserError
@@ -101,6 +106,66 @@ def by_level(field: str, level: object, count: int = 80) -> np.ndarray:
     return 2 + raised + np.random.default_rng(2).normal(0, 0.2, count)
 
 
+def run(
+    algorithm: str = "GA",
+    alpha: float = 0.0,
+    forget: tuple[float, ...] = (1.0, 0.8, 0.6),
+    retain: tuple[float, ...] | None = (1.0, 0.9, 0.8),
+    until: tuple[float, ...] = (3.0,) * 8,
+    epochs: int = 2,
+    forgotten: float = 1.0,
+) -> Run:
+    """A run with as many epochs as `forget` has values after the first, of `epochs` that were planned; samples s0,
+    s1, ... in batches of 4."""
+    rows = np.arange(len(forget), dtype=float)
+    per_epoch = math.ceil(len(until) / 4)
+    spec = {
+        "algorithm": algorithm,
+        "alpha": alpha,
+        "epochs": epochs,
+        "max_steps": None,
+        "batch_size": 4,
+        "learning_rate": 5e-5,
+        "seed": 0,
+        "replacement": True,
+        "estimator": "gradient",
+        "refresh": 2,
+        "refresh_unit": "epochs",
+        "check_every": 1,
+        "check_unit": "epochs",
+        "el_n": 10,
+        "evaluate_samples": 40,
+    }
+    record = {"spec": spec, "thresholds": {"ma": 0.97, "el": 0.5}, "seconds": {"training": 2.0}, "notes": []}
+    return Run(
+        spec=spec,
+        record=record | ({"seconds": {"training": 2.0, "mrd": 0.5}} if alpha else {}),
+        epochs=rows,
+        updates=rows * per_epoch,
+        forgotten=np.linspace(0, forgotten, len(rows)),
+        forget_recall=np.array(forget),
+        forget_probability=np.array(forget) / 2,
+        retain_recall=np.full(len(rows), math.nan) if retain is None else np.array(retain),
+        retain_probability=np.full(len(rows), math.nan) if retain is None else np.array(retain) / 2,
+        mean_abs_delta=1e-4 * rows,
+        ids=[f"s{i}" for i in range(len(until))],
+        tokens=np.random.default_rng(1).integers(20, 40, len(until)),
+        until_forgotten=np.array(until),
+    )
+
+
+def unlearning(
+    runs: list[Run] | None = None, scored: Scores | None = None, skipped: tuple[str, ...] = ()
+) -> Unlearning:
+    if runs is None:
+        runs = [run(name, alpha) for name in ("GA", "GradDiff", "PO", "NPO") for alpha in (0.0, 1.0)]
+    return Unlearning(runs, predictions(runs, scored) if scored else [], skipped)
+
+
+def page(data: Findings) -> str:
+    return whole_page(data, unlearning())
+
+
 class _Parsed(HTMLParser):
     """All tags with their attributes, and all text outside of style and figures."""
 
@@ -168,7 +233,7 @@ def test_elements_are_nested_and_ids_unique(document):
 
 def test_figures_are_xml_with_a_description_and_take_the_themes_colours(document):
     figures = re.findall(r"<svg.*?</svg>", document, flags=re.DOTALL)
-    assert len(figures) == 5
+    assert len(figures) == 8
     for figure in figures:
         root = ET.fromstring(figure)
         assert root.tag == f"{SVG}svg"
@@ -297,6 +362,217 @@ def test_samples_without_attributes_give_a_page():
     assert "Difficulty by attribute" in page(data)
 
 
+# --- Unlearning -----------------------------------------------------------------------------------------------
+
+
+def run_folder(folder: Path, epochs: list[dict], until: list[int | None]) -> Path:
+    """What bench.unlearning_job leaves behind, as far as it is read here."""
+    folder.mkdir()
+    spec = {"algorithm": "NPO", "alpha": 1.0, "epochs": 4, "max_steps": None, "batch_size": 2}
+    (folder / "run.json").write_text(json.dumps({"spec": spec}))
+    samples = {
+        "sample_id": [f"s{i}" for i in range(len(until))],
+        "num_tokens": [20 + i for i in range(len(until))],
+        "updates_until_forgotten": pa.array(until, pa.int64()),
+    }
+    pq.write_table(pa.Table.from_pylist(epochs), folder / "epochs.parquet")
+    pq.write_table(pa.table(samples), folder / "samples.parquet")
+    pq.write_table(pa.table({"step": [1]}), folder / "steps.parquet")
+    return folder
+
+
+def epoch_row(epoch: int, forgotten: float, value: float, retain: float | None) -> dict:
+    row = {"epoch": epoch, "step": 2 * epoch, "forgotten": forgotten, "mean_abs_delta": 0.001 * epoch}
+    row |= {"forget_rouge_l_recall": value, "forget_probability": value + 0.01}
+    if retain is not None:
+        row |= {"retain_rouge_l_recall": retain, "retain_probability": retain + 0.01}
+    return row
+
+
+def test_curves_are_those_of_the_tables(tmp_path):
+    rows = [epoch_row(0, 0.0, 0.9, 0.95), epoch_row(1, 0.5, 0.5, 0.85), epoch_row(2, 1.0, 0.1, 0.75)]
+    found = Run.read(run_folder(tmp_path / "run", rows, [3, 2, None, 0]))
+    assert found.name == "NPO at alpha 1"
+    assert found.epochs.tolist() == [0, 1, 2]
+    assert found.updates.tolist() == [0, 2, 4]
+    assert found.forgotten.tolist() == [0, 0.5, 1]
+    assert found.forget_recall.tolist() == [0.9, 0.5, 0.1]
+    assert found.forget_probability.tolist() == pytest.approx([0.91, 0.51, 0.11])
+    assert found.retain_recall.tolist() == [0.95, 0.85, 0.75]
+    assert found.retain_probability.tolist() == pytest.approx([0.96, 0.86, 0.76])
+    assert found.mean_abs_delta.tolist() == [0, 0.001, 0.002]
+    assert found.ids == ["s0", "s1", "s2", "s3"]
+    assert found.tokens.tolist() == [20, 21, 22, 23]
+    assert found.until_forgotten.tolist() == [3, 2, math.inf, 0]
+    # 4 samples in batches of 2, 4 epochs.
+    assert (found.updates_per_epoch, found.planned, found.ended_early) == (2, 8, True)
+
+
+def test_a_run_to_the_end_without_a_retain_set(tmp_path):
+    rows = [epoch_row(epoch, 0.0, 0.9, None) for epoch in range(5)]
+    found = Run.read(run_folder(tmp_path / "run", rows, [None] * 4))
+    assert np.isnan(found.retain_recall).all()
+    assert np.isnan(found.retain_probability).all()
+    assert not found.ended_early
+
+
+def test_a_folder_without_a_run_is_named(tmp_path):
+    with pytest.raises(UserError, match="no finished run"):
+        Run.read(tmp_path)
+
+
+def drawn(draw: plots.Draw) -> list[tuple[list[float], float]]:
+    """Where each line of a figure goes along x, and the size of its marks."""
+    axes = Figure().subplots()
+    draw(axes)
+    return [(np.asarray(line.get_xdata()).tolist(), line.get_markersize()) for line in axes.get_lines()]
+
+
+def test_a_line_ends_where_its_run_did_and_is_marked_there():
+    early = run("GA", 0.0, (1.0, 0.5, 0.1), (1.0, 0.9, 0.7), epochs=3)
+    late = run("GA", 1.0, (1.0, 0.8, 0.6, 0.4), (1.0, 0.9, 0.9, 0.8), epochs=3)
+    ring = plots.RING["markersize"]
+    for which in ("forget", "retain"):
+        lines = drawn(plots.recall_by_epoch([early, late], which))
+        assert [x for x, size in lines if size != ring] == [[0, 1, 2], [0, 1, 2, 3]]
+        assert [x for x, size in lines if size == ring] == [[2]]
+    lines = drawn(plots.trade_off([early, late]))
+    assert [x for x, size in lines if size == ring] == [[0.1]]
+    assert [x for x, size in lines if size != ring] == [[1.0, 0.5, 0.1], [1.0, 0.8, 0.6, 0.4]]
+
+
+def test_who_kept_most_and_who_forgot_most():
+    careful = run("GradDiff", 0.0, (1.0, 0.6), (1.0, 0.95))
+    harsh = run("GA", 1.0, (1.0, 0.1), (1.0, 0.3))
+    sentence = kept([careful, harsh])
+    assert "highest, 0.95, after GradDiff at alpha 0, with a forget recall of 0.60." in sentence
+    assert "lowest, 0.10, after GA at alpha 1, with a retain recall of 0.30." in sentence
+    assert sentence.endswith("No run has both.")
+    best = run("PO", 0.0, (1.0, 0.05), (1.0, 0.952))
+    sentence = kept([careful, harsh, best])
+    assert (
+        "highest, 0.95, after GradDiff at alpha 0 and PO at alpha 0, with a forget recall of 0.05 to 0.60" in sentence
+    )
+    assert "lowest, 0.05, after PO at alpha 0, with a retain recall of 0.95." in sentence
+    assert "No run has both" not in sentence
+    assert "not measured" in kept([run(retain=None)])
+
+
+def test_fewer_updates_with_mrd_or_more():
+    short, long = (1.0, 0.5), (1.0, 0.7, 0.5)
+    retain = (1.0, 1.0, 1.0)
+
+    def said(uniform: tuple[float, ...], easy: tuple[float, ...], epochs: int = 3) -> list[str]:
+        return saved(
+            [
+                run("NPO", 0.0, uniform, retain[: len(uniform)], epochs=epochs),
+                run("NPO", 1.0, easy, retain[: len(easy)], epochs=epochs, forgotten=0.975),
+            ]
+        )
+
+    fewer, summary = said(long, short)
+    assert fewer == "NPO: 2 updates at alpha 1, 4 at alpha 0, 2 fewer (forgotten: 97.5% and 100%)."
+    assert "fewer updates than alpha 0 for 1 of 1 algorithms, with more for 0" in summary
+    assert "one seed" in summary
+    assert "mrd-bench benchmark unlearning" in summary
+    more, summary = said(short, long)
+    assert more == "NPO: 4 updates at alpha 1, 2 at alpha 0, 2 more (forgotten: 97.5% and 100%)."
+    assert "for 0 of 1 algorithms, with more for 1" in summary
+    same, summary = said(long, long)
+    assert same == "NPO: 4 updates at alpha 1 and at alpha 0 (forgotten: 97.5% and 100%)."
+    assert "for 0 of 1 algorithms, with more for 0" in summary
+    assert said(long, long, epochs=2)[0].startswith("NPO: all 4 updates at alpha 1 and at alpha 0")
+    assert saved([run("NPO", 1.0)]) == []
+
+
+def test_mrd_is_held_against_the_updates():
+    mrd = np.random.default_rng(5).permutation(np.linspace(1, 2, 40))
+    tokens = np.full(40, 30)
+    scored = scores(mrd, tokens)
+
+    def found(until: np.ndarray, alpha: float = 0.0) -> list:
+        return predictions([run(alpha=alpha, until=tuple(until))], scored)
+
+    falling = np.round(20 / mrd)
+    assert found(falling)[0].correlation.value == pytest.approx(stats.spearmanr(mrd, falling).statistic)
+    sentence = found(falling)[0].sentence()
+    assert sentence.count("the claim holds") == 2
+    assert "Never forgotten" not in sentence
+    assert found(np.round(20 * mrd))[0].sentence().count("the opposite of the claim") == 2
+    noise = np.random.default_rng(6).integers(1, 9, 40).astype(float)
+    assert found(noise)[0].sentence().count("not separable") == 2
+    # Draws at alpha 1 go by MRD itself.
+    assert found(falling, alpha=1.0) == []
+    # A sample of another name is of no use.
+    assert predictions([run(until=tuple(falling))], scores(mrd[:30], tokens[:30]))[0].samples == 30
+
+
+def test_samples_never_forgotten_are_tied_last():
+    mrd = np.linspace(1, 2, 12)
+    until = np.array([math.inf, math.inf, math.inf, 9, 8, 8, 7, 6, 4, 3, 2, 1])
+    (found,) = predictions([run(until=tuple(until))], scores(mrd, np.full(12, 30)))
+    assert (found.samples, found.never) == (12, 3)
+    assert found.correlation.value == pytest.approx(stats.spearmanr(mrd, [10, 10, 10, *until[3:]]).statistic)
+    assert "Never forgotten: 3 of 12 samples." in found.sentence()
+    (none,) = predictions([run(until=(math.inf,) * 12)], scores(mrd, np.full(12, 30)))
+    assert none.sentence() == "GA at alpha 0: no sample was forgotten, so there is nothing to compare."
+
+
+def test_the_recipe_is_the_runs():
+    sentence = recipe([run("GA", 0.0), run("GA", 1.0), run("NPO", 0.0), run("NPO", 1.0)])
+    assert sentence.startswith("GA and NPO, each at alpha 0 and alpha 1: AdamW, learning rate 5e-05, batches of 4, ")
+    assert "up to 2 epochs of 2 updates" in sentence
+    assert "again every 2 epochs" in sentence
+    assert "accuracy is below 0.97 and its extraction likelihood EL_10 below 0.5" in sentence
+    assert "looked at every epoch" in sentence
+    assert "by heart" not in sentence
+    knows_all = run()
+    knows_all.record["thresholds"]["ma"] = 1.0
+    assert "by heart" in recipe([knows_all])
+
+
+def test_the_section_shows_every_run_and_sentence():
+    data = findings(by_level("complexity", "high"))
+    names = ("GA", "GradDiff", "PO", "NPO")
+    until = tuple(np.random.default_rng(7).integers(1, 9, 80).astype(float))
+    runs = [run(name, alpha, until=until) for name in names for alpha in (0.0, 1.0)]
+    shown = unlearning(runs, data.gradient)
+    text = _Parsed(whole_page(data, shown)).text
+    for each in runs:
+        assert each.name in text
+    for sentence in (recipe(runs), kept(runs), *saved(runs), *(p.sentence() for p in shown.predictions)):
+        assert sentence in text
+    assert len(shown.predictions) == 4
+    assert "Remark 3.4" in text
+    lines = table_lines(runs)
+    assert len(lines) == 9
+    assert lines[1].split() == ["GA", "at", "alpha", "0", "0.60", "0.80", "100%", "40"]
+
+
+def test_without_a_retain_set_the_page_has_only_what_was_measured():
+    runs = [run("GA", 0.0, retain=None), run("GA", 1.0, retain=None, until=(math.inf,) * 8)]
+    document = whole_page(findings(by_level("complexity", "high")), unlearning(runs, skipped=("GradDiff", "PO")))
+    parsed = _Parsed(document)
+    assert parsed.open == []
+    assert "GradDiff and PO need a retain set: not run." in parsed.text
+    assert "no retain set: what was kept is not measured" in parsed.text
+    assert len(re.findall("<svg", document)) == 6
+    assert not re.search(r"\b(nan|inf)\b", parsed.text, flags=re.IGNORECASE)
+
+
+def test_a_split_without_a_retain_set_leaves_out_what_needs_one():
+    specs, skipped = _unlearning_specs("forget05", Sizes())
+    assert [(spec.algorithm, spec.alpha) for spec in specs] == [
+        (name, alpha) for name in ("GA", "GradDiff", "PO", "NPO") for alpha in (0.0, 1.0)
+    ]
+    assert skipped == []
+    specs, skipped = _unlearning_specs("world_facts", Sizes())
+    assert [(spec.algorithm, spec.alpha) for spec in specs] == [
+        (name, alpha) for name in ("GA", "NPO") for alpha in (0.0, 1.0)
+    ]
+    assert skipped == ["GradDiff", "PO"]
+
+
 # --- The picture and the whole --------------------------------------------------------------------------------
 
 
@@ -313,25 +589,48 @@ def test_the_picture_has_three_panels_and_is_reproducible(tmp_path):
 
 
 def test_the_demo_from_end_to_end(tmp_path: Path, cluster, capsys):
-    sizes = Sizes(draws=4, whole="forget05", scaling_samples=2, scaling_draws=2)
+    sizes = Sizes(
+        draws=4, whole="forget05", scaling_samples=2, scaling_draws=2, algorithms=("GA",), epochs=2, evaluated=2
+    )
     alone = Resources(replicas=1)  # what takes the time is to start them
-    run_demo(tmp_path / "demo", "forget01", sizes, alone)
-    made = {path.name for path in (tmp_path / "demo").iterdir()}
+    demo = tmp_path / "demo"
+    run_demo(demo, "forget01", sizes, alone)
+    made = {path.name for path in demo.iterdir()}
     scored = {f"scores-{name}.parquet" for name in ("monte-carlo", "gradient", "curvature", "whole")}
-    assert made == scored | {"scaling.parquet", "index.html", "difficulty.png"}
+    assert made == scored | {"scaling.parquet", "index.html", "difficulty.png", "forgetting.png", "unlearning"}
+    assert {path.name for path in (demo / "unlearning").iterdir()} == {"GA-alpha0", "GA-alpha1"}
     said = capsys.readouterr().out
-    assert str(tmp_path / "demo" / "index.html") in said
+    assert str(demo / "index.html") in said
     assert "hardest to forget" in said
+    assert "GA at alpha 1" in said
 
-    text = _Parsed((tmp_path / "demo" / "index.html").read_text(encoding="utf-8")).text
+    text = _Parsed((demo / "index.html").read_text(encoding="utf-8")).text
     assert "4 samples of authors/forget01" in text
     assert "20 samples of authors/forget05" in text
-    written = {path: path.stat().st_mtime_ns for path in (tmp_path / "demo").glob("*.parquet")}
-    run_demo(tmp_path / "demo", "forget01", sizes)
+    assert "up to 2 epochs of 1 updates" in text
+    easy = Run.read(demo / "unlearning" / "GA-alpha1")
+    assert (easy.algorithm, easy.alpha, easy.spec["forget_split"]) == ("GA", 1.0, "forget01")
+    assert np.isfinite(easy.retain_recall).all()
+    written = {path: path.stat().st_mtime_ns for path in demo.rglob("*") if path.suffix in (".parquet", ".json")}
+    assert any(path.name == "run.json" for path in written)
+    run_demo(demo, "forget01", sizes)
     assert {path: path.stat().st_mtime_ns for path in written} == written
 
     with pytest.raises(UserError, match="forget01"):
-        run_demo(tmp_path / "demo", "forget05", sizes)
+        run_demo(demo, "forget05", sizes)
     with pytest.raises(UserError, match="unknown split"):
         run_demo(tmp_path / "other", "forget")
     assert not (tmp_path / "other").exists()
+
+    # An unfinished run of another spec is found by the task itself: its error is one line, as if raised here.
+    specs, _ = _unlearning_specs("forget01", sizes)
+    other = demo / "unlearning" / "GA-alpha0"
+    (other / "run.json").unlink()
+    (other / "spec.json").write_text(json.dumps({"spec_hash": "another"}))
+    with pytest.raises(UserError, match="another spec") as caught:
+        unlearn_side_by_side(specs[:1], demo / "unlearning", alone)
+    assert type(caught.value) is UserError
+    assert "\n" not in str(caught.value)
+    assert unlearn_side_by_side(specs[:1], demo / "unlearning", alone, overwrite=True) == [other]
+    assert Run.read(other).alpha == 0
+    assert not (demo / "unlearning" / "GA-alpha1").exists()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from html import escape
+from typing import Literal
 
 import numpy as np
 
@@ -23,12 +24,14 @@ from bench.report.findings import (
     said,
 )
 from bench.report.style import STYLE_SHEET
+from bench.report.unlearning import Run, Unlearning, has_retain_set, kept, percent, recipe, saved
 from bench.statistics import Estimate, spearman
 
 SHOWN = 5
+RUN_INCHES = (5.0, 3.9)  # two rows of a legend above the axes
 
 
-def page(findings: Findings) -> str:
+def page(findings: Findings, unlearning: Unlearning) -> str:
     """The whole document."""
     sections = [
         ("measured", "What was measured", _measured(findings)),
@@ -38,6 +41,7 @@ def page(findings: Findings) -> str:
         ("scaling", "Does MRD follow sigma?", _scaling(findings)),
         ("attributes", "Difficulty by attribute", _attributes(findings)),
         ("length", "Length as a confound", _length(findings)),
+        ("unlearning", "Unlearning", _unlearning(unlearning)),
     ]
     links = "".join(f'<li><a href="#{name}">{escape(title)}</a></li>' for name, title, _ in sections)
     body = "".join(
@@ -214,7 +218,7 @@ def _attributes(findings: Findings) -> str:
         "be told apart: complexity of the answer, repetitions of the record in training (1 or 4 an epoch), rare words. "
         "The claims are those of the paper's section 3.3 and Table 11 (which itself prints "
         "the opposite for probability: MRD 0.348 at low, 0.769 at high); what is found holds for this model and task. "
-        "Intervals are not adjusted for their number, and whether low MRD is hard to forget is not tested here."
+        "Intervals are not adjusted for their number. Whether low MRD is hard to forget is looked at under Unlearning."
     )
     sentences = [effect.sentence() for effect in effects] + [probability.sentence()]
     head = ["attribute", "mean MRD, low", "mean MRD, high", "Hedges' g", "95 % CI", "beyond length", "95 % CI"]
@@ -274,6 +278,83 @@ def _length(findings: Findings) -> str:
         "are measured on question and answer against the training text, each record as often as an epoch repeats it."
     )
     return _paragraph(sentence) + _table("Rank correlations", head, rows) + _paragraph(note)
+
+
+def _unlearning(unlearning: Unlearning) -> str:
+    runs = unlearning.runs
+    evaluated = runs[0].spec["evaluate_samples"]
+    content = _paragraph(recipe(runs))
+    if skipped := unlearning.skipped_sentence():
+        content += _paragraph(skipped)
+    content += _figure(
+        plots.svg(plots.recall_by_epoch(runs, "forget"), "forgetting", _recalls(runs, "forget"), RUN_INCHES),
+        f"What is left of the forget set after each epoch: ROUGE-L recall of greedy answers, at most {evaluated} "
+        "samples. A ring: all samples were forgotten and the run ended.",
+    )
+    if has_retain_set(runs):
+        content += _figure(
+            plots.svg(plots.recall_by_epoch(runs, "retain"), "keeping", _recalls(runs, "retain"), RUN_INCHES),
+            f"What is left of the retain set, at most {evaluated} samples evenly spaced over it.",
+        )
+        content += _figure(
+            plots.svg(
+                plots.trade_off(runs),
+                "trade-off",
+                f"Paths from the upper left. {_recalls(runs, 'forget')} {_recalls(runs, 'retain')}",
+                RUN_INCHES,
+            ),
+            "The path of each run, a mark an epoch: the further right, the more is forgotten; the higher, the more is "
+            "kept.",
+        )
+    first = runs[0]
+    before = ["before", *map(decimal, _answers(first, 0)), percent(first.forgotten[0]), "0", "–", "0", "–", "–"]
+    head = ["run", "forget ROUGE-L recall", "forget probability", "retain ROUGE-L recall", "retain probability"]
+    head += ["forgotten", "updates", "median updates until forgotten", "mean |Δθ|", "s on training", "s on MRD"]
+    content += _table("The end of each run", head, [before, *map(_run, runs)])
+    content += _paragraph(
+        "The median is over all forget samples, a dash where half of them or more were never forgotten. It counts the "
+        "updates that drew the sample itself: with replacement some are drawn more often than others, and a sample can "
+        "be forgotten through the updates of others. Seconds are those of runs side by side."
+    )
+    content += _list([kept(runs), *saved(runs)])
+    if unlearning.predictions:
+        content += _paragraph(
+            "The paper says (Remark 3.4) that the updates a sample takes are inversely proportional to its MRD, which "
+            "makes their rank correlation negative. Here MRD is that of gradient before unlearning, the updates are "
+            "those that drew the sample until it was forgotten, at alpha 0, where the draws do not depend on MRD. "
+            "Samples never forgotten count as one more than the largest number, tied last. The intervals are over "
+            "samples of this one run."
+        )
+        content += _list(prediction.sentence() for prediction in unlearning.predictions)
+    notes = dict.fromkeys(note for run in runs for note in run.record["notes"])
+    return content + "".join(_paragraph(f"Note: {note}") for note in notes)
+
+
+def _answers(run: Run, row: int) -> list[float]:
+    columns = (run.forget_recall, run.forget_probability, run.retain_recall, run.retain_probability)
+    return [float(column[row]) for column in columns]
+
+
+def _run(run: Run) -> list[str]:
+    seconds = run.record["seconds"]
+    return [
+        escape(run.name),
+        *map(decimal, _answers(run, -1)),
+        percent(run.forgotten[-1]),
+        f"{run.updates[-1]:.0f}",
+        _number(float(np.median(run.until_forgotten))),
+        f"{run.mean_abs_delta[-1]:.2e}",
+        f"{seconds['training']:.1f}",
+        f"{seconds['mrd']:.1f}" if "mrd" in seconds else "–",
+    ]
+
+
+def _recalls(runs: Sequence[Run], which: Literal["forget", "retain"]) -> str:
+    """The end of each line, for those who do not see it."""
+    ends = (
+        f"{run.name} {decimal((run.forget_recall if which == 'forget' else run.retain_recall)[-1])}" for run in runs
+    )
+    return f"ROUGE-L recall of the {which} set at the end: {'; '.join(ends)}."
 
 
 # --- Pieces -------------------------------------------------------------------------------------------------
