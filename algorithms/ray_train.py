@@ -106,7 +106,7 @@ def train_here(
         report: is given the row of each epoch; what a Ray Tune trial passes on.
     """
     model = load_model(job.source, "float32", device, job.revision)
-    _ensure_reference(job, lambda: TransformersReplica(model))
+    ensure_reference(job, lambda: TransformersReplica(model))
     return _train(job, model, Group(), observe, report)
 
 
@@ -131,7 +131,7 @@ def train_on_ray(
             "lower --workers, or add nodes"
         )
     spec = ReplicaSpec(job.source, job.revision)
-    _ensure_reference(job, lambda: ReplicaPool(spec, footprint, workers))
+    ensure_reference(job, lambda: ReplicaPool(spec, footprint, workers))
     os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = POLL_S
     os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = START_TIMEOUT_S
     # Ray Train's own record. A name of its own each time: what there is to continue is in the checkpoints.
@@ -239,7 +239,7 @@ def unlearner_of(
     )
 
 
-def _ensure_reference(job: Job, replicas: Callable[[], ReplicaPool | TransformersReplica]) -> None:
+def ensure_reference(job: Job, replicas: Callable[[], ReplicaPool | TransformersReplica]) -> None:
     """Compute what the initial model says of the samples, unless an earlier start of this run has done so."""
     wanted = Objectives.of(job.recipe).reference()
     if not wanted or job.reference_path.is_file():

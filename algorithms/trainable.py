@@ -155,6 +155,12 @@ class Trainable:
         self.optimizer.step()
         self.optimizer.zero_grad()
 
+    def is_finite(self) -> bool:
+        """Whether all trained weights are numbers, on all workers; they call it together."""
+        local = (p.to_local() if isinstance(p, DTensor) else p for p in self._parameters.values())
+        broken = torch.stack([(~w.detach().isfinite()).any() for w in local]).any().to(torch.int32)
+        return not self.group.summed(broken).item()
+
     @contextmanager
     def plain(self) -> Iterator[PreTrainedModel]:
         """The model with whole weights, in eval mode; all workers enter together.

@@ -480,14 +480,18 @@ class Unlearner:
 
     def _refuse_divergence(self, forget: float, retain: float, norm: float) -> None:
         # The gradient of a term that has left every bound may still be finite.
-        if all(math.isfinite(x) for x in (forget, retain, norm)) and max(abs(forget), abs(retain)) < DIVERGED:
-            return
+        if not all(math.isfinite(x) for x in (forget, retain, norm)) or max(abs(forget), abs(retain)) >= DIVERGED:
+            raise self._diverged(
+                f"at update {self.history.step + 1}: forget loss {forget:g}, retain loss {retain:g}, gradient norm {norm:g}"
+            )
+
+    def _diverged(self, how: str) -> Diverged:
+        """The error; the checkpoint of the weights that it was found on is not one to continue from."""
         if self.group.rank == 0:
             self._checkpoints.distrust(self.history.step)
-        raise Diverged(
-            f"training diverged at update {self.history.step + 1}: forget loss {forget:g}, retain loss {retain:g}, "
-            f"gradient norm {norm:g}; the last good checkpoint is kept; lower learning_rate "
-            f"({self.recipe.learning_rate:g}) or set clip_norm"
+        return Diverged(
+            f"training diverged {how}; the last good checkpoint is kept; lower learning_rate "
+            f"({self.recipe.learning_rate:g}) or clip_norm, and write to a new folder"
         )
 
     def _retain_draw(self, count: int) -> list[int]:
@@ -589,7 +593,10 @@ class Unlearner:
             scores, replica = measure_mrd(model, self.corpus.forget, self.recipe, self.group, self._batch_tokens)
         self.history.passes["mrd"][0] += replica.forwards
         self.history.passes["mrd"][1] += replica.backwards
-        notes = self._sampler.set_difficulty(scores, [s.sample_id for s in self.corpus.forget])
+        try:
+            notes = self._sampler.set_difficulty(scores, [s.sample_id for s in self.corpus.forget])
+        except UserError as error:
+            raise self._diverged(f"before update {self.history.step + 1}: {error}") from error
         self._note(*replica.notes, *notes)
         self.history.mrd.append({"step": self.history.step, "mrd": scores.tolist(), "seconds": clock.seconds})
 
@@ -684,6 +691,8 @@ class Unlearner:
     # --- Checkpoints ----------------------------------------------------------------------------------------
 
     def _checkpoint(self) -> None:
+        if not self.trained.is_finite():
+            raise self._diverged(f"at update {self.history.step}: weights are no longer finite")
         self._untrusted = True
         with self._clock("checkpoints"):
             training = self.trained.state()

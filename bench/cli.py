@@ -189,9 +189,12 @@ def _unlearn_arguments(sub: argparse.ArgumentParser) -> None:
 
 def _settings(text: str) -> dict[str, float]:
     try:
-        return {name.strip(): float(value) for name, value in (pair.split("=") for pair in text.split(","))}
+        pairs = [(name.strip(), float(value)) for name, value in (pair.split("=") for pair in text.split(","))]
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r}: expected name=number, such as beta=0.1") from None
+    if len(found := dict(pairs)) < len(pairs):
+        raise argparse.ArgumentTypeError(f"{text!r}: a setting occurs twice")
+    return found
 
 
 def _unlearn(arguments: argparse.Namespace) -> None:

@@ -63,7 +63,7 @@ def load_dataset(source: str, split: str | None = None) -> Dataset:
             raise UserError(f"data file {source!r} does not exist: expected a JSON Lines or Parquet file")
         raise unknown_name("task", source, TASKS)
     if split is not None:
-        raise UserError(f"--split {split}: a data file has no splits; name the file of the split as --data")
+        raise UserError(f"split {split}: a data file has no splits; name the file of the split instead of {source!r}")
     records = _read_parquet(path) if path.suffix == ".parquet" else _read_json_lines(path)
     if not records:
         raise UserError(f"{path}: the data file is empty; expected at least one record")

@@ -11,11 +11,8 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
 import random
-import shutil
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -23,10 +20,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
-from filelock import FileLock, Timeout
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -36,17 +30,16 @@ from algorithms.unlearner import Corpus, Evaluation, History, Objectives, Progre
 from bench.data import Dataset, load_dataset
 from bench.metrics.answers import score_answers
 from bench.models import ModelReference, find_model
-from bench.scoring_job import PACKAGES, ScoreSpec, check_vocabulary, package_version
-from bench.store import replacing
+from bench.runs import RunFolder, UnlearnResult, full_disks_said_plainly, read_run
+from bench.scoring_job import ScoreSpec, check_vocabulary
 from bench.tasks import TASKS
 from scoring.cluster import Footprint, connect, default_gpus
 from scoring.errors import UserError, unknown_name
 from scoring.samples import Rejected, Sample, Text, encode
 
 SCHEMA_VERSION = 1
-# Bytes on disk for a weight: the model in fp32 and two moments of AdamW; two checkpoints exist while one replaces
-# the other.
-BYTES_FULL, BYTES_ADAPTED = 2 * 12, 2 * 4
+# Bytes on disk for a weight: the model in fp32, and two moments of AdamW.
+BYTES_MODEL, BYTES_MOMENTS = 4, 8
 # Refusals of the paper's Table 3 come first.
 REFUSALS = (
     "I'm not informed about that subject.",
@@ -153,27 +146,6 @@ def _names() -> Sequence[str]:
     return list(ALGORITHMS)
 
 
-@dataclass(frozen=True)
-class UnlearnResult:
-    """What a run gives back.
-
-    Attributes:
-        folder: with model/, the tables and run.json.
-        steps, epochs, samples: the tables, see the README.
-        record: what a reader must know: spec, thresholds, seconds, passes, notes, packages.
-    """
-
-    folder: Path
-    steps: pa.Table
-    epochs: pa.Table
-    samples: pa.Table
-    record: dict[str, Any]
-
-    @property
-    def model(self) -> Path:
-        return self.folder / "model"
-
-
 def unlearn(spec: UnlearnSpec, out: str | Path, progress: bool = True) -> UnlearnResult:
     """Make a model forget, and write `out`.
 
@@ -183,14 +155,14 @@ def unlearn(spec: UnlearnSpec, out: str | Path, progress: bool = True) -> Unlear
     spec = spec.checked()
     out = Path(out)
     model = find_model(spec.model)
-    forget, retain = _datasets(spec)
+    forget, retain = datasets_of(spec)
     identity = _identity(spec, model, forget, retain)
-    with _Folder(out, identity) as folder:
+    with RunFolder(out, identity) as folder:
         if folder.is_finished():
             print(f"{out} holds this run already (spec {identity['spec_hash']})", file=sys.stderr)
             return read_run(out)
-        corpus, rejected = _corpus(spec, model, forget, retain)
-        folder.check_room(spec, model)
+        corpus, rejected = corpus_of(spec, model, forget, retain)
+        folder.check_room(*_room(spec, model, corpus))
         job = Job(
             spec,
             corpus,
@@ -204,17 +176,17 @@ def unlearn(spec: UnlearnSpec, out: str | Path, progress: bool = True) -> Unlear
             spec.gradient_checkpointing,
             spec.checkpoint_every,
         )
-        started = time.perf_counter()
-        with _Bar(spec, len(corpus.forget), progress) as bar:
-            history = _train(spec, job, bar)
-        seconds = time.perf_counter() - started
-        folder.finish(history, corpus, rejected, job, seconds)
+        with full_disks_said_plainly(out):
+            with _Bar(spec, len(corpus.forget), progress) as bar:
+                history = _train(spec, job, bar)
+            folder.finish(history, corpus, rejected, job.checkpoints)
     return read_run(out)
 
 
 def _train(spec: UnlearnSpec, job: Job, bar: _Bar) -> History:
     if spec.workers == 0:
-        return train_here(job, "cuda" if torch.cuda.is_available() else "cpu", bar.show)
+        on_gpu = torch.cuda.is_available() and spec.gpus_per_worker != 0
+        return train_here(job, "cuda" if on_gpu else "cpu", bar.show)
     connect()
     gpus = default_gpus() if spec.gpus_per_worker is None else spec.gpus_per_worker
     return train_on_ray(job, spec.workers, Footprint(spec.cpus_per_worker, gpus), spec.max_failures, bar.show)
@@ -223,7 +195,7 @@ def _train(spec: UnlearnSpec, job: Job, bar: _Bar) -> History:
 # --- What is forgotten and kept -----------------------------------------------------------------------------
 
 
-def _datasets(spec: UnlearnSpec) -> tuple[Dataset, Dataset | None]:
+def datasets_of(spec: UnlearnSpec) -> tuple[Dataset, Dataset | None]:
     """The forget set, and the retain set where the objective or the evaluation uses one."""
     forget = load_dataset(spec.task, spec.forget_split)
     source = spec.retain
@@ -238,14 +210,15 @@ def _datasets(spec: UnlearnSpec) -> tuple[Dataset, Dataset | None]:
                 "a data file with --retain, or take --retain-term none"
             )
         return forget, None
-    if task is not None and source in task.SPLITS:
+    if task is not None and (source in task.SPLITS or not ("/" in source or Path(source).suffix)):
         return forget, load_dataset(spec.task, source)
     return forget, load_dataset(source)
 
 
-def _corpus(
+def corpus_of(
     spec: UnlearnSpec, model: ModelReference, forget: Dataset, retain: Dataset | None
-) -> tuple[Corpus, list[Rejected]]:
+) -> tuple[Corpus, list[dict[str, str]]]:
+    """The samples of a checked spec; and those that cannot be used, with their set and the reason."""
     samples, rejected = _encoded(forget.texts, model, forget)
     refusals: list[Sample] = []
     objectives = Objectives.of(spec)
@@ -257,10 +230,15 @@ def _corpus(
         if unfit:
             raise UserError(f"{forget.name}, {unfit[0].sample_id!r}: with a refusal as its answer: {unfit[0].reason}")
     kept: list[Sample] = []
+    more: list[Rejected] = []
     if retain is not None and objectives.retain is not None:
         kept, more = _encoded(retain.texts, model, retain)
-        rejected = rejected + more
-    return Corpus(samples, refusals, kept, model.tokenizer.eos_token_id), rejected
+    named = [
+        {"set": name, **dataclasses.asdict(each)}
+        for name, group in (("forget", rejected), ("retain", more))
+        for each in group
+    ]
+    return Corpus(samples, refusals, kept, model.tokenizer.eos_token_id), named
 
 
 def _encoded(texts: Sequence[Text], model: ModelReference, dataset: Dataset) -> tuple[list[Sample], list[Rejected]]:
@@ -318,7 +296,27 @@ def _spaced(samples: Sequence[Sample], most: int) -> list[Sample]:
     return [samples[i] for i in where.tolist()]
 
 
-# --- The output folder --------------------------------------------------------------------------------------
+def _room(spec: UnlearnSpec, model: ModelReference, corpus: Corpus) -> tuple[int, int]:
+    """Bytes of a checkpoint, and of what is kept of the initial model."""
+    config = AutoConfig.from_pretrained(model.source, revision=model.revision)
+    try:
+        with torch.device("meta"):
+            empty = AutoModelForCausalLM.from_config(config)
+    except ValueError as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"model {spec.model!r} cannot be loaded as a causal language model: {reason}") from error
+    weights = sum(p.numel() for p in empty.parameters())
+    states = sum(
+        sample.num_scored * config.get_text_config().hidden_size * BYTES_MODEL
+        for role, wanted in Objectives.of(spec).reference().items()
+        for sample in {"forget": corpus.forget, "retain": corpus.retain, "refusal": corpus.refusals}[role]
+        for quantity in wanted
+        if quantity != "nll"
+    )
+    return weights * (BYTES_MODEL if spec.lora_rank else BYTES_MODEL + BYTES_MOMENTS), states
+
+
+# --- Identity and progress ----------------------------------------------------------------------------------
 
 
 def _identity(spec: UnlearnSpec, model: ModelReference, forget: Dataset, retain: Dataset | None) -> dict[str, Any]:
@@ -333,172 +331,6 @@ def _identity(spec: UnlearnSpec, model: ModelReference, forget: Dataset, retain:
     hashed = {k: v for k, v in content.items() if k not in ("model", "task", "forget_split", "retain")}
     digest = hashlib.sha256(json.dumps(hashed, sort_keys=True).encode()).hexdigest()
     return content | {"spec_hash": digest[:16]}
-
-
-class _Folder:
-    """The output folder, claimed for one spec and one process."""
-
-    def __init__(self, out: Path, identity: dict[str, Any]) -> None:
-        self._out, self._identity = out, identity
-        self._lock = FileLock(out / ".lock")
-
-    def __enter__(self) -> _Folder:
-        if self._out.exists() and not self._out.is_dir():
-            raise UserError(f"--out {self._out} is a file: expected a folder to write to")
-        spec = self._out / "spec.json"
-        if not spec.is_file() and self._out.is_dir() and any(p.name != ".lock" for p in self._out.iterdir()):
-            raise UserError(f"--out {self._out} is not empty and holds no run: choose another folder")
-        if spec.is_file():
-            self._check_owner(json.loads(spec.read_text()))
-        try:
-            self._out.mkdir(parents=True, exist_ok=True)
-            self._lock.acquire(timeout=0)
-            if not spec.is_file():
-                with replacing(spec) as unfinished:
-                    unfinished.write_text(json.dumps(self._identity, indent=2) + "\n")
-        except Timeout:
-            raise UserError(f"--out {self._out}: another run is writing here; wait for it, or choose another") from None
-        except OSError as error:
-            raise UserError(f"--out {self._out}: cannot be written to ({error.strerror})") from error
-        return self
-
-    def _check_owner(self, found: dict[str, Any]) -> None:
-        if found["spec_hash"] != self._identity["spec_hash"]:
-            differ = [k for k, v in self._identity.items() if found.get(k) != v and k != "spec_hash"]
-            raise UserError(
-                f"--out {self._out} holds a run of another spec (different: {', '.join(differ)}): choose another, or "
-                "remove it"
-            )
-
-    def __exit__(self, *_: object) -> None:
-        self._lock.release()
-        # Refused before anything was done: the next command, mended, must not find the claim of this one.
-        if not any((self._out / name).exists() for name in ("checkpoints", "reference.safetensors", "run.json")):
-            shutil.rmtree(self._out, ignore_errors=True)
-
-    def is_finished(self) -> bool:
-        return (self._out / "run.json").is_file()
-
-    def check_room(self, spec: UnlearnSpec, model: ModelReference) -> None:
-        """Refuse to start where the checkpoints will not fit."""
-        with torch.device("meta"):
-            empty = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model.source, revision=model.revision))
-        weights = sum(p.numel() for p in empty.parameters())
-        needed = weights * (BYTES_ADAPTED if spec.lora_rank else BYTES_FULL)
-        free = shutil.disk_usage(self._out).free
-        if free < needed:
-            raise UserError(
-                f"--out {self._out}: {free / 1e9:.2f} GB free, and checkpoints of {weights / 1e6:.1f} million weights "
-                f"need {needed / 1e9:.2f} GB; free some, or choose a folder on another disk"
-            )
-
-    def finish(self, history: History, corpus: Corpus, rejected: Sequence[Rejected], job: Job, seconds: float) -> None:
-        """Put model and tables in place; run.json comes last and says that all is there."""
-        saved = job.checkpoints.latest()
-        assert saved is not None
-        unfinished = self._out / ".model.tmp"
-        shutil.rmtree(unfinished, ignore_errors=True)
-        shutil.copytree(saved.model, unfinished, copy_function=_link)
-        shutil.rmtree(self._out / "model", ignore_errors=True)
-        unfinished.rename(self._out / "model")
-        tables = {
-            "steps": pa.Table.from_pylist(history.steps, _step_schema()),
-            "epochs": pa.Table.from_pylist(history.epochs),
-            "samples": _samples(history, corpus),
-            "difficulty": _difficulty(history, corpus),
-        }
-        for name, table in tables.items():
-            with replacing(self._out / f"{name}.parquet") as path:
-                pq.write_table(table, path)
-        record = {
-            "spec": self._identity,
-            "updates": history.step,
-            "thresholds": history.thresholds,
-            "seconds": history.seconds | {"last_start": seconds},
-            "passes": history.passes,
-            "notes": history.notes,
-            "rejected": [dataclasses.asdict(r) for r in rejected],
-            "packages": {name: package_version(name) for name in PACKAGES},
-        }
-        with replacing(self._out / "run.json") as path:
-            path.write_text(json.dumps(record, indent=2) + "\n")
-        shutil.rmtree(self._out / "checkpoints")
-        job.reference_path.unlink(missing_ok=True)
-
-
-def _link(source: str, target: str) -> None:
-    """A second name for a file, where the file system has them: the weights are not written twice."""
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copy2(source, target)
-
-
-def _step_schema() -> pa.Schema:
-    number, whole = pa.float64(), pa.int64()
-    return pa.schema(
-        [
-            ("step", whole),
-            ("epoch", whole),
-            ("loss", number),
-            ("forget_loss", number),
-            ("retain_loss", number),
-            ("gradient_norm", number),
-            ("learning_rate", number),
-            ("samples", pa.list_(pa.string())),
-            ("tokens", whole),
-            ("forwards", whole),
-            ("backwards", whole),
-            ("seconds", number),
-        ]
-    )
-
-
-def _samples(history: History, corpus: Corpus) -> pa.Table:
-    memory = history.memory
-    nothing = [None] * len(corpus.forget)
-    return pa.table(
-        {
-            "sample_id": [s.sample_id for s in corpus.forget],
-            "num_tokens": [s.num_scored for s in corpus.forget],
-            "updates": history.drawn,
-            "updates_until_forgotten": pa.array(history.drawn_until_forgotten, pa.int64()),
-            "forgotten_at_step": pa.array(history.forgotten_at, pa.int64()),
-            "mrd_initial": pa.array(history.mrd[0]["mrd"] if history.mrd else nothing, pa.float64()),
-            "ma_initial": memory["initial"]["ma"],
-            "el_initial": memory["initial"]["el"],
-            "ma_last": memory["last"]["ma"],
-            # EL is not measured where MA alone says that the sample is not forgotten.
-            "el_last": pa.array([None if np.isinf(el) else el for el in memory["last"]["el"]], pa.float64()),
-        }
-    )
-
-
-def _difficulty(history: History, corpus: Corpus) -> pa.Table:
-    """MRD of every sample at every refresh."""
-    ids = [s.sample_id for s in corpus.forget]
-    rows = [
-        {"step": entry["step"], "sample_id": name, "mrd": mrd}
-        for entry in history.mrd
-        for name, mrd in zip(ids, entry["mrd"], strict=True)
-    ]
-    schema = pa.schema([("step", pa.int64()), ("sample_id", pa.string()), ("mrd", pa.float64())])
-    return pa.Table.from_pylist(rows, schema)
-
-
-def read_run(folder: str | Path) -> UnlearnResult:
-    """A finished run.
-
-    Raises:
-        UserError: the folder holds none.
-    """
-    folder = Path(folder)
-    try:
-        record = json.loads((folder / "run.json").read_text())
-        steps, epochs, samples = (pq.read_table(folder / f"{name}.parquet") for name in ("steps", "epochs", "samples"))
-    except (OSError, json.JSONDecodeError, pa.ArrowException) as error:
-        raise UserError(f"{folder}: no finished run; expected what `mrd-bench unlearn` writes") from error
-    return UnlearnResult(folder, steps, epochs, samples, record)
 
 
 class _Bar:

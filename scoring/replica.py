@@ -79,6 +79,9 @@ def load_model(
             f"model {str(source)!r} has no weights for {min(loading['missing_keys'])!r} "
             f"({len(loading['missing_keys'])} missing): expected a complete causal language model"
         )
+    broken = next((name for name, p in model.named_parameters() if not p.isfinite().all()), None)
+    if broken is not None:
+        raise UserError(f"model {str(source)!r}: weight {broken!r} holds NaN or infinity; it cannot be used")
     return model.to(device).eval()
 
 

@@ -95,7 +95,7 @@ FLAGS = {
     "negative GPUs": ("--gpus-per-replica -1", "--gpus-per-replica -1: expected a fraction of one GPU"),
     "one and a half GPUs": ("--gpus-per-replica 1.5", "--gpus-per-replica 1.5: expected a fraction of one GPU"),
     "GPUs are nan": ("--gpus-per-replica nan", "--gpus-per-replica nan: expected a fraction of one GPU"),
-    "split of a file": ("--split forget10", "--split forget10: a data file has no splits"),
+    "split of a file": ("--split forget10", "split forget10: a data file has no splits"),
     "unknown flag": ("--sigm 1e-5", "unknown argument '--sigm'; did you mean --sigma"),
     "unknown flag with a value": ("--estimater=gradient", "unknown argument '--estimater=gradient'.*--estimator"),
 }

@@ -159,7 +159,23 @@ def test_file_is_whole_or_not_there(tmp_path: Path):
     with pytest.raises(FloatingPointError):
         compute(model, path)
     assert path.read_bytes() == whole
+    assert [p.name for p in tmp_path.iterdir()] == [path.name]
     assert reference.nll("forget", [0]).item() == Reference(path).nll("forget", [0]).item()
+
+
+def test_file_is_not_there_when_the_disk_is_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def half(_: object, target: str) -> None:
+        Path(target).write_bytes(b"half")
+        raise OSError("no space left on device")
+
+    path = tmp_path / "reference.safetensors"
+    with monkeypatch.context() as patched:
+        patched.setattr("algorithms.reference.save_file", half)
+        with pytest.raises(OSError, match="no space left"):
+            compute(tiny_model(), path)
+    assert not path.exists()
+    reference, _ = compute(tiny_model(), path)
+    assert reference.nll("forget", [0]).item() > 0
 
 
 def test_pool_gives_the_same(cluster: None, model_folder: Path, tmp_path: Path):

@@ -381,9 +381,8 @@ DROPOUT: dict[str, dict[str, float]] = {
 }
 
 
-@pytest.mark.parametrize(
-    ("architecture", "lora_rank"), [*((architecture, 0) for architecture in DROPOUT), ("llama", 2), ("gpt2", 2)]
-)
+@pytest.mark.parametrize(("architecture", "lora_rank"), [*((architecture, 0) for architecture in DROPOUT), ("gpt2", 2)])
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out")
 def test_no_dropout_and_recomputed_activations(tmp_path: Path, architecture: str, lora_rank: int):
     """Dropout that a model is configured with does not act, nor do recomputed activations change anything."""
     without = save_model(tmp_path / "without", architecture)
@@ -632,6 +631,10 @@ def test_early_stopping(memorised: Path, tmp_path: Path, fields: dict):
             newly = [step == row["step"] for step in history.forgotten_at]
             assert below[newly].all()
             assert all(np.array(forgotten)[below])
+            # What is forgotten is not looked at again.
+            last = history.memory["last"]
+            np.testing.assert_allclose(np.array(last["ma"])[newly], ma_then[newly], rtol=1e-12)
+            np.testing.assert_allclose(np.array(last["el"])[newly], el_then[newly], rtol=1e-12)
 
     # A forgotten sample is never drawn again; the run ends with the last one.
     for sample, step, count in zip(FORGET, history.forgotten_at, history.drawn_until_forgotten, strict=True):
@@ -717,8 +720,11 @@ ORDERS = [
 ]
 
 
-@pytest.mark.parametrize("fields", ORDERS, ids=lambda fields: ",".join(f"{k}={v}" for k, v in fields.items()))
-@pytest.mark.parametrize(("batch_size", "updates"), [(3, 3), (7, 1)])
+@pytest.mark.parametrize(
+    ("fields", "batch_size", "updates"),
+    [*((fields, 3, 3) for fields in ORDERS), *((fields, 7, 1) for fields in ORDERS[-4:])],
+    ids=str,
+)
 def test_as_many_updates_and_samples_for_every_order(
     plain: Path, tmp_path: Path, fields: dict, batch_size: int, updates: int
 ):
@@ -784,8 +790,6 @@ def difficulty(model: Any, made: Recipe) -> np.ndarray:
         ("RMU", {"layer": 1}),
         ("GradDiff", {"dtype": "bfloat16"}),
         ("GradDiff", {"estimator": "monte-carlo", "sigma": 1e-3, "seed": 3}),
-        ("GradDiff", {"estimator": "antithetic", "sigma": 1e-2}),
-        ("GradDiff", {"estimator": "curvature"}),
     ],
     ids=str,
 )
@@ -825,19 +829,24 @@ def test_measuring_difficulty_changes_nothing(plain: Path, tmp_path: Path, estim
     unlearner._refresh()
     assert_bitwise(state(), before)
     assert_bitwise(dict(model.named_buffers()), buffers)
-    assert len(unlearner.history.mrd) == 1
     assert not model.training
+    np.testing.assert_allclose(unlearner.history.mrd[0]["mrd"], difficulty(load_model(plain), made), rtol=1e-2)
 
 
 # How far the weights have moved
 
 
 @pytest.mark.parametrize(
-    ("algorithm", "fields"),
-    [("GradDiff", {}), ("GradDiff", {"lora_rank": 3}), ("RMU", {"layer": 2}), ("GA", {"trainable": "norm"})],
+    ("algorithm", "fields", "tied"),
+    [
+        ("GradDiff", {}, True),
+        ("GradDiff", {}, False),
+        ("GradDiff", {"lora_rank": 3}, True),
+        ("RMU", {"layer": 2}, False),
+        ("GA", {"trainable": "norm"}, True),
+    ],
     ids=str,
 )
-@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 def test_distance_to_the_initial_model(tmp_path: Path, algorithm: str, fields: dict, tied: bool):
     folder = save_model(tmp_path / "initial", "qwen2", tied)
     done = run(folder, tmp_path / "run", recipe(algorithm, **fields))
@@ -948,6 +957,7 @@ def test_pattern_that_is_of_no_use(plain: Path, tmp_path: Path, pattern: str, me
     ],
 )
 @pytest.mark.parametrize(("rank", "alpha", "scale"), [(2, None, 2.0), (4, 1, 0.25)])
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out")
 def test_adapters_are_merged(
     tmp_path: Path, architecture: str, target: str, weight: str, rank: int, alpha: int | None, scale: float
 ):
@@ -1212,7 +1222,7 @@ def test_bfloat16(plain: Path, tmp_path: Path, algorithm: str):
     assert any((p.bfloat16().float() != p).any() for p in low.weights.values())
 
 
-@pytest.mark.parametrize("fields", [{"alpha": 1.0}, {"lora_rank": 2}, {"order": "random"}], ids=str)
+@pytest.mark.parametrize("fields", [{"alpha": 1.0}, {"lora_rank": 2, "lora_targets": ".*1.*_proj"}], ids=str)
 def test_seed_decides_everything(plain: Path, tmp_path: Path, fields: dict):
     """And nothing else does: not the state of torch's and numpy's own generators, which are left as they are."""
     runs = []

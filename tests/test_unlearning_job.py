@@ -29,12 +29,13 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from algorithms.objectives import ALGORITHMS
+from bench import unlearning_job
 from bench.cli import main
 from bench.data import load_dataset
 from bench.metrics.answers import score_answers
 from bench.models import find_model
 from bench.tasks import authors
-from bench.unlearning_job import REFUSALS, UnlearnSpec, _corpus, unlearn
+from bench.unlearning_job import REFUSALS, UnlearnSpec, unlearn
 from scoring.samples import Sample, encode
 from tests.processes import kill, wait_for
 from tests.tiny_folders import BOS, EOS, pairs, save_model, token_id, tokenizer, write_jsonl
@@ -1021,7 +1022,7 @@ def corpus_of(**fields: Any) -> Any:
     """What an algorithm with refusals is trained on."""
     spec = UnlearnSpec(**{"algorithm": "PO", "retain_term": "none", "workers": 0, **fields}).checked()
     forget = load_dataset(spec.task, spec.forget_split)
-    return _corpus(spec, find_model(spec.model), forget, None)[0]
+    return unlearning_job.corpus_of(spec, find_model(spec.model), forget, None)[0]
 
 
 def refusals_of(samples: Sequence[Sample]) -> list[list[int]]:

@@ -36,7 +36,7 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArgu
 from transformers.trainer_callback import PrinterCallback
 
 from algorithms.objectives import ALGORITHMS, npo, settings_of
-from algorithms.ray_train import Job, _ensure_reference, unlearner_of
+from algorithms.ray_train import Job, ensure_reference, unlearner_of
 from algorithms.samplers import Sampler
 from algorithms.trainable import Group
 from algorithms.unlearner import (
@@ -51,7 +51,7 @@ from algorithms.unlearner import (
 from bench.benchmarks.scoring import _timed
 from bench.models import find_model
 from bench.statistics import LEVEL, Estimate, over_samples
-from bench.unlearning_job import UnlearnSpec, _corpus, _datasets, unlearn
+from bench.unlearning_job import UnlearnSpec, corpus_of, datasets_of, unlearn
 from scoring.cluster import Footprint, connect, default_gpus, how_many_fit
 from scoring.errors import UserError
 from scoring.mrd import Request, estimate
@@ -167,7 +167,7 @@ def _describe(spec: UnlearnSpec) -> dict[str, Any]:
 
 def _samples(spec: UnlearnSpec) -> Corpus:
     spec = spec.checked()
-    return _corpus(spec, find_model(spec.model), *_datasets(spec))[0]
+    return corpus_of(spec, find_model(spec.model), *datasets_of(spec))[0]
 
 
 def _loaded(spec: UnlearnSpec) -> PreTrainedModel:
@@ -200,7 +200,7 @@ class Loop:
         folder.mkdir(exist_ok=True)
         job = Job(spec, self.corpus, found.source, found.revision, folder, found.tokenizer)
         job.reference_path.unlink(missing_ok=True)
-        _ensure_reference(job, lambda: TransformersReplica(model))
+        ensure_reference(job, lambda: TransformersReplica(model))
         self.unlearner = unlearner_of(job, model, Group())
 
     @property

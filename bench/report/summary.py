@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from bench.runs import UnlearnResult
 from bench.scoring_job import ScoreResult
-from bench.unlearning_job import UnlearnResult
 
 SHOWN = 5
 # Above this share a standard error no longer says how far a score is off.
@@ -77,7 +77,7 @@ def print_unlearning(result: UnlearnResult) -> None:
     for note in result.record["notes"]:
         print(f"note: {note}")
     for rejected in result.record["rejected"]:
-        print(f"rejected {rejected['sample_id']!r}: {rejected['reason']}")
+        print(f"rejected from the {rejected['set']} set, {rejected['sample_id']!r}: {rejected['reason']}")
     print(f"model  {result.model}\ntables {result.folder}/*.parquet")
 
 

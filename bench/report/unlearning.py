@@ -15,8 +15,8 @@ import numpy as np
 
 from algorithms.unlearner import Recipe, total_updates, updates_per_epoch
 from bench.report.findings import Scores, decimal, said, verdict
+from bench.runs import read_run
 from bench.statistics import Estimate, partial_spearman, spearman
-from bench.unlearning_job import read_run
 
 # Remark 3.4 of the paper: the updates that a sample takes are inversely proportional to its MRD.
 CLAIM = -1
@@ -28,7 +28,7 @@ class Run:
 
     Attributes:
         spec: what was run.
-        record: see bench.unlearning_job.UnlearnResult.
+        record: see bench.runs.UnlearnResult.
         epochs, updates: (E,) made until then.
         forgotten: (E,) share of the forget set.
         forget_recall, forget_probability, retain_recall, retain_probability: (E,) ROUGE-L recall and probability of

@@ -1,0 +1,289 @@
+"""Unlearning runs on disk: a folder that belongs to one spec, and one process at a time.
+
+spec.json                 what is run: its hash is the run's identity
+checkpoints/              while it runs, see algorithms.checkpoints
+reference.safetensors     while it runs, see algorithms.reference
+model/                    what the training ended with
+steps.parquet             one row an update
+epochs.parquet            one row an epoch; row 0 is the initial model
+samples.parquet           one row a forget sample
+difficulty.parquet        MRD of every sample at every refresh
+run.json                  the rest of the record; written last, so that it says that all is there
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from filelock import FileLock, Timeout
+from safetensors import SafetensorError
+
+from algorithms.checkpoints import Checkpoints
+from algorithms.unlearner import Corpus, History
+from bench.scoring_job import PACKAGES, package_version
+from bench.store import replacing
+from scoring.errors import UserError
+
+LOCK = ".lock"
+
+
+@dataclass(frozen=True)
+class UnlearnResult:
+    """What a run gives back.
+
+    Attributes:
+        folder: with model/, the tables and run.json.
+        steps, epochs, samples: the tables, see the README.
+        record: what a reader must know: spec, thresholds, seconds, passes, notes, packages.
+    """
+
+    folder: Path
+    steps: pa.Table
+    epochs: pa.Table
+    samples: pa.Table
+    record: dict[str, Any]
+
+    @property
+    def model(self) -> Path:
+        return self.folder / "model"
+
+
+class RunFolder:
+    """The output folder, claimed for one spec and one process."""
+
+    def __init__(self, out: Path, identity: dict[str, Any]) -> None:
+        self._out, self._identity = out, identity
+        self._lock = FileLock(out / LOCK)
+        self._made = False
+
+    def __enter__(self) -> RunFolder:
+        out, spec = self._out, self._out / "spec.json"
+        if out.exists() and not out.is_dir():
+            raise UserError(f"--out {out} is a file: expected a folder to write to")
+        self._made = not out.exists()
+        if spec.is_file():
+            self._check_owner()
+        # What a killed start may have left does not make the folder someone else's.
+        elif out.is_dir() and any(path.name != LOCK and path.suffix != ".tmp" for path in out.iterdir()):
+            raise UserError(f"--out {out} is not empty and holds no run: choose another folder")
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            self._lock.acquire(timeout=0)
+        except Timeout:
+            raise UserError(f"--out {out}: another run is writing here; wait for it, or choose another") from None
+        except OSError as error:
+            self._leave_nothing()
+            raise UserError(f"--out {out}: cannot be written to ({error.strerror})") from error
+        try:
+            for leftover in out.glob(".*.tmp"):
+                leftover.unlink() if leftover.is_file() else shutil.rmtree(leftover)
+            if not spec.is_file():
+                with replacing(spec) as unfinished:
+                    unfinished.write_text(json.dumps(self._identity, indent=2) + "\n")
+            if self.is_finished():
+                self._tidy()
+        except OSError as error:
+            self.__exit__()
+            raise UserError(f"--out {out}: cannot be written to ({error.strerror})") from error
+        return self
+
+    def _check_owner(self) -> None:
+        try:
+            found = json.loads((self._out / "spec.json").read_text())
+            owner = found["spec_hash"]
+        except (OSError, ValueError, KeyError, TypeError):
+            raise UserError(f"--out {self._out} is not empty and holds no run: choose another folder") from None
+        if owner != self._identity["spec_hash"]:
+            differ = [k for k, v in self._identity.items() if found.get(k) != v and k != "spec_hash"]
+            raise UserError(
+                f"--out {self._out} holds a run of another spec (different: {', '.join(differ)}): choose another, or "
+                "remove it"
+            )
+
+    def __exit__(self, *_: object) -> None:
+        # Refused before anything was done: the next command, mended, must not find the claim of this one.
+        if not any((self._out / name).exists() for name in ("checkpoints", "reference.safetensors", "run.json")):
+            (self._out / "spec.json").unlink(missing_ok=True)
+            self._leave_nothing()
+        self._lock.release()
+
+    def _leave_nothing(self) -> None:
+        (self._out / LOCK).unlink(missing_ok=True)
+        if self._made:
+            with suppress(OSError):
+                self._out.rmdir()
+
+    def is_finished(self) -> bool:
+        return (self._out / "run.json").is_file()
+
+    def check_room(self, checkpoint: int, reference: int) -> None:
+        """Refuse to start where the checkpoints, of which two exist while one replaces the other, will not fit.
+
+        Args:
+            checkpoint: bytes of one.
+            reference: bytes of what is kept of the initial model.
+        """
+        needed = (1 if any(self._out.glob("checkpoints/step-*")) else 2) * checkpoint
+        if not (self._out / "reference.safetensors").is_file():
+            needed += reference
+        free = shutil.disk_usage(self._out).free
+        if free < needed:
+            raise UserError(
+                f"--out {self._out}: {_size(free)} free, and the checkpoints need {_size(needed)}; free some, or "
+                "choose a folder on another disk"
+            )
+
+    def finish(
+        self, history: History, corpus: Corpus, rejected: Sequence[Mapping[str, str]], checkpoints: Checkpoints
+    ) -> None:
+        """Put model and tables in place; run.json comes last and says that all is there."""
+        saved = checkpoints.latest()
+        assert saved is not None
+        unfinished = self._out / ".model.tmp"
+        shutil.rmtree(unfinished, ignore_errors=True)
+        shutil.copytree(saved.model, unfinished, copy_function=_link)
+        shutil.rmtree(self._out / "model", ignore_errors=True)
+        unfinished.rename(self._out / "model")
+        tables = {
+            "steps": pa.Table.from_pylist(history.steps, _step_schema()),
+            "epochs": pa.Table.from_pylist(history.epochs, _epoch_schema(history.epochs)),
+            "samples": _samples(history, corpus),
+            "difficulty": _difficulty(history, corpus),
+        }
+        for name, table in tables.items():
+            with replacing(self._out / f"{name}.parquet") as path:
+                pq.write_table(table, path)
+        record = {
+            "spec": self._identity,
+            "updates": history.step,
+            # JSON has no nan: EL may be defined for no sample.
+            "thresholds": {k: None if np.isnan(v) else v for k, v in history.thresholds.items()},
+            "seconds": history.seconds,
+            "passes": history.passes,
+            "notes": history.notes,
+            "rejected": list(rejected),
+            "packages": {name: package_version(name) for name in PACKAGES},
+        }
+        with replacing(self._out / "run.json") as path:
+            path.write_text(json.dumps(record, indent=2) + "\n")
+        self._tidy()
+
+    def _tidy(self) -> None:
+        """Remove what only an unfinished run needs."""
+        shutil.rmtree(self._out / "checkpoints", ignore_errors=True)
+        (self._out / "reference.safetensors").unlink(missing_ok=True)
+
+
+@contextmanager
+def full_disks_said_plainly(out: Path) -> Iterator[None]:
+    """Within the context a disk that takes no more is the user's to mend."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        if isinstance(error, OSError) and error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+            raise
+        raise UserError(
+            f"--out {out}: nothing more can be written ({error}); free some space and give the same command again"
+        ) from error
+
+
+def _size(count: float) -> str:
+    unit, name = next(((u, n) for u, n in ((1e9, "GB"), (1e6, "MB")) if count >= u), (1e3, "kB"))
+    return f"{count / unit:.1f} {name}"
+
+
+def _link(source: str, target: str) -> None:
+    """A second name for a file, where the file system has them: the weights are not written twice."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
+
+
+def _step_schema() -> pa.Schema:
+    number, whole = pa.float64(), pa.int64()
+    return pa.schema(
+        [
+            ("step", whole),
+            ("epoch", whole),
+            ("loss", number),
+            ("forget_loss", number),
+            ("retain_loss", number),
+            ("gradient_norm", number),
+            ("learning_rate", number),
+            ("samples", pa.list_(pa.string())),
+            ("tokens", whole),
+            ("forwards", whole),
+            ("backwards", whole),
+            ("seconds", number),
+        ]
+    )
+
+
+def _epoch_schema(rows: Sequence[Mapping[str, Any]]) -> pa.Schema:
+    """Numbers, whichever of them this run knows."""
+    whole = ("epoch", "step", "tokens")
+    return pa.schema(
+        [
+            (name, pa.int64() if name in whole or name.startswith(("forwards", "backwards")) else pa.float64())
+            for name in rows[0]
+        ]
+    )
+
+
+def _samples(history: History, corpus: Corpus) -> pa.Table:
+    memory = history.memory
+    nothing = [None] * len(corpus.forget)
+    return pa.table(
+        {
+            "sample_id": [s.sample_id for s in corpus.forget],
+            "num_tokens": [s.num_scored for s in corpus.forget],
+            "updates": history.drawn,
+            "updates_until_forgotten": pa.array(history.drawn_until_forgotten, pa.int64()),
+            "forgotten_at_step": pa.array(history.forgotten_at, pa.int64()),
+            "mrd_initial": pa.array(history.mrd[0]["mrd"] if history.mrd else nothing, pa.float64()),
+            "ma_initial": memory["initial"]["ma"],
+            "el_initial": memory["initial"]["el"],
+            "ma_last": memory["last"]["ma"],
+            # EL is not measured where MA alone says that the sample is not forgotten.
+            "el_last": pa.array([None if np.isinf(el) else el for el in memory["last"]["el"]], pa.float64()),
+        }
+    )
+
+
+def _difficulty(history: History, corpus: Corpus) -> pa.Table:
+    """MRD of every sample at every refresh."""
+    ids = [s.sample_id for s in corpus.forget]
+    rows = [
+        {"step": entry["step"], "sample_id": name, "mrd": mrd}
+        for entry in history.mrd
+        for name, mrd in zip(ids, entry["mrd"], strict=True)
+    ]
+    schema = pa.schema([("step", pa.int64()), ("sample_id", pa.string()), ("mrd", pa.float64())])
+    return pa.Table.from_pylist(rows, schema)
+
+
+def read_run(folder: str | Path) -> UnlearnResult:
+    """A finished run.
+
+    Raises:
+        UserError: the folder holds none.
+    """
+    folder = Path(folder)
+    try:
+        record = json.loads((folder / "run.json").read_text())
+        steps, epochs, samples = (pq.read_table(folder / f"{name}.parquet") for name in ("steps", "epochs", "samples"))
+    except (OSError, json.JSONDecodeError, pa.ArrowException) as error:
+        raise UserError(f"{folder}: no finished run; expected what `mrd-bench unlearn` writes") from error
+    return UnlearnResult(folder, steps, epochs, samples, record)
