@@ -25,13 +25,14 @@ from algorithms.samplers import ORDERS, Sampler
 from algorithms.stopping import Thresholds, measure_memory
 from algorithms.trainable import Group, Lora, Trainable
 from scoring.errors import UserError, unknown_name
-from scoring.mrd import Request, Until, estimate, estimate_until, reduce_draws
+from scoring.mrd import ESTIMATORS, Request, Until, estimate, estimate_until, reduce_draws
 from scoring.replica import TransformersReplica
 from scoring.samples import Batch, Sample, collate, make_batches
 
 UNITS = ("epochs", "steps")
 DTYPES = ("float32", "bfloat16")
-# Mean NLL of a token, in nats. Even a model that is wholly lost stays orders of magnitude below.
+# How often a term of the loss may outgrow that of the first update (or 1, if that was less). A mean NLL of 10,000 nats
+# a token is far beyond what even a wholly lost model has.
 DIVERGED = 1e4
 REFUSAL = "refusal_"
 # Purposes of random numbers, so that no two share a stream.
@@ -121,7 +122,12 @@ class Recipe:
         ):
             if value not in known:
                 raise unknown_name(name, value, known)
+        if self.estimator not in ESTIMATORS:
+            raise unknown_name("estimator", self.estimator, ESTIMATORS)
+        estimator = ESTIMATORS[self.estimator]
         filled: dict[str, Any] = {
+            "statistic": self.statistic or estimator.statistics[0],
+            "draws": _or(self.draws, estimator.default_draws),
             "retain_term": retain or "none",
             "forget_weight": _or(self.forget_weight, algorithm.forget_weight),
             "retain_weight": _or(self.retain_weight, algorithm.retain_weight),
@@ -278,7 +284,7 @@ class History:
     Attributes:
         step: updates made.
         forgotten_at: for each forget sample the updates after which it was found forgotten, or None.
-        drawn: for each forget sample the updates it took part in.
+        drawn: how often each forget sample was drawn: with replacement an update may draw it twice.
         drawn_until_forgotten: the same when it was found forgotten, or None.
         thresholds: MA and EL, the averages on the initial model.
         memory: MA and EL of each sample at first ("initial") and when last measured: what is forgotten is not measured
@@ -362,6 +368,8 @@ class Unlearner:
     ) -> None:
         self.recipe, self.corpus, self.trained, self.group = recipe, corpus, trained, trained.group
         self._objectives = Objectives.of(recipe)
+        if self._objectives.retain is not None and not corpus.retain:
+            raise ValueError(f"{recipe.algorithm} has a retain term, and the corpus has no sample to retain")
         self._initial, self._reference, self._head = initial, reference, head
         self._checkpoints, self._evaluation = checkpoints, evaluation
         self._observe, self._report = observe, report
@@ -402,7 +410,8 @@ class Unlearner:
             history.step += 1
             self._trust_newest_checkpoint()
             end_of_epoch = history.step % self.updates_per_epoch == 0 or history.step == self.total
-            if _due(history.step, self.recipe.check_every, self.recipe.check_unit, self.updates_per_epoch):
+            due = _due(history.step, self.recipe.check_every, self.recipe.check_unit, self.updates_per_epoch)
+            if due or history.step == self.total:
                 self._check()
             self._show_progress()
             if end_of_epoch or not self._left().any():
@@ -480,9 +489,15 @@ class Unlearner:
 
     def _refuse_divergence(self, forget: float, retain: float, norm: float) -> None:
         # The gradient of a term that has left every bound may still be finite.
-        if not all(math.isfinite(x) for x in (forget, retain, norm)) or max(abs(forget), abs(retain)) >= DIVERGED:
+        first = self.history.steps[0] if self.history.steps else {"forget_loss": forget, "retain_loss": retain}
+        grown = any(
+            abs(term) >= DIVERGED * max(1.0, abs(first[name] or 0.0))
+            for name, term in (("forget_loss", forget), ("retain_loss", retain))
+        )
+        if grown or not all(math.isfinite(x) for x in (forget, retain, norm)):
             raise self._diverged(
-                f"at update {self.history.step + 1}: forget loss {forget:g}, retain loss {retain:g}, gradient norm {norm:g}"
+                f"at update {self.history.step + 1}: forget loss {forget:g}, retain loss {retain:g}, gradient norm "
+                f"{norm:g}"
             )
 
     def _diverged(self, how: str) -> Diverged:

@@ -119,9 +119,9 @@ class RunFolder:
         self._lock.release()
 
     def _leave_nothing(self) -> None:
-        (self._out / LOCK).unlink(missing_ok=True)
-        if self._made:
-            with suppress(OSError):
+        with suppress(OSError):
+            (self._out / LOCK).unlink(missing_ok=True)
+            if self._made:
                 self._out.rmdir()
 
     def is_finished(self) -> bool:

@@ -42,8 +42,12 @@ def token_logprobs(logits: torch.Tensor, targets: torch.Tensor, chunk: int = VOC
     pieces = []
     for start in range(0, logits.shape[-1], chunk):
         gaps = logits[..., start : start + chunk].to(precise) - own
-        columns = torch.arange(start, start + gaps.shape[-1], device=logits.device)
-        pieces.append(torch.logsumexp(gaps.masked_fill(columns == target, -torch.inf), dim=-1))
+        # The token itself is no rival. Its column alone is overwritten, in place: a mask of all columns costs a third of
+        # the time.
+        column = (target - start).clamp(0, gaps.shape[-1] - 1)
+        rival = logits.gather(-1, column + start).to(precise) - own
+        rival = rival.masked_fill(column + start == target, -torch.inf)
+        pieces.append(torch.logsumexp(gaps.scatter_(-1, column, rival), dim=-1))
     log_odds_against = pieces[0] if len(pieces) == 1 else torch.logsumexp(torch.stack(pieces), dim=0)
     return -_softplus(log_odds_against)
 

@@ -290,7 +290,8 @@ def _along_signs(model: PreTrainedModel, batch: Batch, seed: int, draw: int) -> 
 def _summed_by_reverse_mode(model: PreTrainedModel, batch: Batch, seed: int, draw: int) -> float:
     """The sum over tokens of what `_along_signs` gives, by differentiating a gradient."""
     signs = _signs(model, seed, draw)
-    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    # All of them, as forward mode does, also those that are not being trained.
+    parameters = {name: p.detach().requires_grad_() for name, p in model.named_parameters()}
 
     def along(scalar: torch.Tensor, again: bool) -> torch.Tensor:
         gradients = torch.autograd.grad(scalar, list(parameters.values()), create_graph=again, allow_unused=True)
@@ -298,7 +299,9 @@ def _summed_by_reverse_mode(model: PreTrainedModel, batch: Batch, seed: int, dra
         return torch.stack([(g * signs[name]).sum() for g, name in pairs if g is not None]).sum()
 
     with _eager_attention(model), every_row_counts(model):
-        return along(along(scored_logprobs(model, batch).sum(), True), False).item()
+        moved = {f"model.{name}": p for name, p in parameters.items()}
+        logprobs = functional_call(_LogProbs(model), moved, (batch,))
+        return along(along(logprobs.sum(), True), False).item()
 
 
 class _LogProbs(nn.Module):

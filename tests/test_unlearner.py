@@ -1043,40 +1043,60 @@ def test_adapters_on_nothing():
 # Divergence
 
 
-@pytest.mark.parametrize(
-    ("algorithm", "rate"), [("GA", 1e3), ("GradDiff", 1e3), ("NPO", 1e6), ("GA", 1e30), ("RMU", 1e30), ("GA", 1e39)]
-)
-@pytest.mark.parametrize("checkpoint_every", [None, 1])
-def test_divergence(plain: Path, tmp_path: Path, algorithm: str, rate: float, checkpoint_every: int | None):
-    """The message says when, how, and what to do. What is left is the last model with a loss, not the lost one."""
-    seen: list[Progress] = []
-    this = job(plain, tmp_path, recipe(algorithm, learning_rate=rate), checkpoint_every=checkpoint_every)
+def diverged(this: Job, observe: Callable[[Progress], None] = lambda _: None) -> str:
+    """The message, which says what to do, of a run that diverges."""
     with pytest.raises(Diverged) as caught:
-        train_here(this, observe=seen.append)
+        train_here(this, observe=observe)
     message = str(caught.value)
     assert "\n" not in message
-    assert f"diverged at update {len(seen) + 1}:" in message
-    assert re.search(r"forget loss \S+, retain loss \S+, gradient norm \S+;", message)
-    assert re.search(rf"lower learning_rate \({re.escape(f'{rate:g}')}\) or set clip_norm", message)
-    step = 0 if checkpoint_every is None else len(seen) - 1
+    assert f"lower learning_rate ({this.recipe.learning_rate:g})" in message
+    return message
+
+
+def assert_sound(this: Job, step: int) -> None:
+    """There is one checkpoint, of that step, and it loads."""
     assert steps_kept(this.checkpoints) == [step]
     saved = this.checkpoints.latest()
     assert saved is not None
-    left = read(saved.model)
-    assert all(p.isfinite().all() for p in left.values())
+    assert all(p.isfinite().all() for p in read(saved.model).values())
+    assert saved.history()["step"] == step == len(saved.history()["steps"])
     if step == 0:
-        assert_bitwise(left, read(plain))
-    assert saved.history()["steps"] == saved.history()["steps"][:step]
+        assert_bitwise(read(saved.model), read(Path(this.source)))
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "rate"), [("GA", 1e3), ("GradDiff", 1e3), ("NPO", 1e6), ("GA", 1e30), ("RMU", 1e30)]
+)
+@pytest.mark.parametrize("checkpoint_every", [None, 1])
+def test_divergence(plain: Path, tmp_path: Path, algorithm: str, rate: float, checkpoint_every: int | None):
+    """The message says when and how. What is left is the last model with a loss, not the lost one."""
+    seen: list[Progress] = []
+    this = job(plain, tmp_path, recipe(algorithm, learning_rate=rate), checkpoint_every=checkpoint_every)
+    message = diverged(this, seen.append)
+    assert f"diverged at update {len(seen) + 1}:" in message
+    assert re.search(r"forget loss \S+, retain loss \S+, gradient norm \S+;", message)
+    assert_sound(this, 0 if checkpoint_every is None else len(seen) - 1)
+
+
+@pytest.mark.parametrize("fields", [{"max_steps": 1}, {"max_steps": 1, "lora_rank": 1}, {"batch_size": 7}], ids=str)
+def test_lost_weights_are_not_saved(plain: Path, tmp_path: Path, fields: dict):
+    """Nor do they end a run: where no update follows, no loss would show it."""
+    this = job(plain, tmp_path, recipe("GA", learning_rate=1e39, **fields))
+    assert "diverged at update 1: weights are no longer finite" in diverged(this)
+    assert_sound(this, 0)
+
+
+def test_lost_model_that_a_refresh_meets_first(plain: Path, tmp_path: Path):
+    made = recipe("GA", learning_rate=1e30, alpha=1.0, refresh=1, refresh_unit="steps")
+    this = job(plain, tmp_path, made, checkpoint_every=1)
+    assert re.search(r"diverged before update 2: difficulty of \d of 7 samples", diverged(this))
+    assert_sound(this, 0)
 
 
 def test_divergence_is_met_again_by_the_same_command(plain: Path, tmp_path: Path):
     this = job(plain, tmp_path, recipe("GA", learning_rate=1e3))
-    messages = []
-    for _ in range(2):
-        with pytest.raises(Diverged) as caught:
-            train_here(this)
-        messages.append(str(caught.value))
-    assert messages[0] == messages[1]
+    assert diverged(this) == diverged(this)
+    assert_sound(this, 0)
 
 
 # Checkpoints
@@ -1314,6 +1334,8 @@ def test_values_of_the_recipe_come_first():
         "forget_weight": 0.0,
         "retain_weight": 3.0,
         "lora_alpha": 5,
+        "statistic": "abs_mean",
+        "draws": 7,
     }
     assert Recipe(algorithm="CGA", lora_rank=3, **given).resolved() == given
     assert Recipe(algorithm="GradDiff", retain_term="none").resolved()["retain_term"] == "none"
@@ -1348,3 +1370,22 @@ def test_max_steps_are_not_cut_by_the_epochs(plain: Path, tmp_path: Path):
     assert history.step == 17
     assert [row["epoch"] for row in history.epochs] == [0, 1, 2, 3, 4, 5, 6]
     assert [row["step"] for row in history.epochs] == [0, 3, 6, 9, 12, 15, 17]
+
+
+@pytest.mark.parametrize(
+    "fields", [{"trainable": r"layers\.1\."}, {"lora_rank": 2}, {"algorithm": "RMU", "layer": 1}], ids=str
+)
+def test_curvature_where_only_some_weights_are_trained(plain: Path, tmp_path: Path, fields: dict[str, Any]) -> None:
+    made = recipe(**{"algorithm": "GA", "alpha": 1.0, "max_steps": 1, "estimator": "curvature", **fields})
+    done = run(plain, tmp_path, made)
+    np.testing.assert_allclose(done.history.mrd[0]["mrd"], difficulty(load_model(plain), made), rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "settings"), [("NPO", {"beta": 1e-4}), ("IdkDPO", {"beta": 1e-4}), ("RMU", {"c": 1000.0})]
+)
+def test_large_loss_of_a_sound_model_is_no_divergence(
+    plain: Path, tmp_path: Path, algorithm: str, settings: dict[str, float]
+) -> None:
+    made = recipe(algorithm, settings=settings, max_steps=1, layer=1 if algorithm == "RMU" else None)
+    assert run(plain, tmp_path, made).history.step == 1

@@ -372,8 +372,8 @@ def test_record(whole: Whole, learnt: Path) -> None:
     assert record["passes"]["training"] == [48, 48]
     assert record["rejected"] == []
     assert record["packages"]["torch"] == torch.__version__
-    spent = sum(value for name, value in record["seconds"].items() if name != "last_start")
-    assert 0 < spent < record["seconds"]["last_start"]
+    assert record["seconds"].keys() == {"training", "mrd", "checks", "evaluation", "checkpoints"}
+    assert all(value > 0 for value in record["seconds"].values())
 
 
 def test_summary(whole: Whole) -> None:
@@ -576,7 +576,6 @@ def test_what_is_anothers_is_left_alone(
     assert set(inputs.tmp_path.rglob("*")) == names
 
 
-@pytest.mark.xfail(strict=True, reason="to be mended: a traceback")
 @pytest.mark.parametrize("text", ['{"name": "another program"}', "[1]", "no JSON"])
 def test_a_spec_json_of_another_program(inputs: Inputs, capsys: pytest.CaptureFixture[str], text: str) -> None:
     inputs.out.mkdir()
@@ -638,23 +637,15 @@ STARTS: dict[str, tuple[Callable[[Inputs], list[str]], str]] = {
     "no question to refuse": (_plain_text, "'a': a plain text has no question to refuse; PO and IdkDPO need 'prompt'"),
     "nothing to forget": (_all_too_long, "none of 1 samples can be scored; the first, 'a': 73 tokens"),
     "nothing to keep": (_retain_all_empty, "none of 1 samples can be scored; the first, 'a': empty text"),
-}
-
-
-# Not so yet.
-STARTS_TO_MEND: dict[str, tuple[Callable[[Inputs], list[str]], str]] = {
-    # `check_room` builds the model before `load_model` can say what is wrong: a traceback.
     "no causal model": (_no_causal_model, "cannot be loaded as a causal language model"),
-    # Training "diverges", and the checkpoint of the spoilt weights occupies the folder.
     "weights that are not finite": (_nan_weight, "weight 'model.norm.weight' holds NaN or infinity"),
 }
-to_mend = pytest.mark.xfail(strict=True, reason="to be mended")
 
 
 @pytest.mark.parametrize(
     ("spoil", "expected"),
-    [*STARTS.values(), *(pytest.param(*case, marks=to_mend) for case in STARTS_TO_MEND.values())],
-    ids=[*STARTS, *STARTS_TO_MEND],
+    STARTS.values(),
+    ids=STARTS,
 )
 def test_a_first_start_that_is_refused_leaves_nothing(
     inputs: Inputs, capsys: pytest.CaptureFixture[str], spoil: Callable[[Inputs], list[str]], expected: str
@@ -770,7 +761,8 @@ for options, out in (("size=256k", "run"), ("size=16m", "run"), ("size=16m,ro", 
         code = main([*command, "--out", str(Path(folder) / out)])
     left = sorted(str(path.relative_to(folder)) for path in Path(folder).rglob("*"))
     print(json.dumps([code, error.getvalue(), left]))
-    subprocess.run(["umount", folder], check=True)
+    # Lazily: a file of weights that is mapped into memory may not have been let go yet.
+    subprocess.run(["umount", "-l", folder], check=True)
 """
 
 
@@ -796,7 +788,7 @@ def test_disks_that_are_full_or_read_only(inputs: Inputs) -> None:
     code, error, left = small
     assert code == 2
     (line,) = lines_of(error)
-    assert re.search(r"--out .*run: .* free, and checkpoints of .* weights need .*; free some, or choose", line), line
+    assert re.search(r"--out .*run: .* free, and the checkpoints need .*; free some, or choose", line), line
     # Before training started: there was no update to show.
     assert "update" not in error
     assert left == []
@@ -1153,14 +1145,14 @@ def test_samples_that_cannot_be_used_are_named(inputs: Inputs, capsys: pytest.Ca
     command = inputs.command(algorithm="IdkDPO", task=mixed, retain=kept, refusals=refusals)
     assert run(command) == 0
     rejected = json.loads((inputs.out / "run.json").read_text())["rejected"]
-    assert [(r["sample_id"], r["reason"]) for r in rejected] == [
-        ("long", "65 tokens, the model's context holds 64"),
-        ("empty", "empty text"),
-        ("kept-empty", "empty text"),
+    assert [(r["set"], r["sample_id"], r["reason"]) for r in rejected] == [
+        ("forget", "long", "65 tokens, the model's context holds 64"),
+        ("forget", "empty", "empty text"),
+        ("retain", "kept-empty", "empty text"),
     ]
     printed = capsys.readouterr().out
     for r in rejected:
-        assert f"rejected {r['sample_id']!r}: {r['reason']}" in printed
+        assert f"rejected from the {r['set']} set, {r['sample_id']!r}: {r['reason']}" in printed
 
     # All else is as if they had never been there.
     clean = inputs.tmp_path / "clean"
@@ -1193,7 +1185,6 @@ def test_divergence(inputs: Inputs, capsys: pytest.CaptureFixture[str], every: i
     assert checkpoints(inputs.out) == [0]
 
 
-@pytest.mark.xfail(strict=True, reason="to be mended: finishes with weights that are not finite")
 def test_a_last_update_that_spoils_the_weights(inputs: Inputs, capsys: pytest.CaptureFixture[str]) -> None:
     """No update comes after it that would see a loss; what is put in place must be a model all the same."""
     line = refused(capsys, inputs.command(learning_rate=1e38, weight_decay=1e38, max_steps=1))
