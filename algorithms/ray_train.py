@@ -24,6 +24,7 @@ from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from algorithms.checkpoints import Checkpoints
 from algorithms.passes import Head
+from algorithms.recipe import Objectives, Recipe, layer_of, total_updates
 from algorithms.reference import Reference, compute_reference
 from algorithms.trainable import Group
 from algorithms.unlearner import (
@@ -31,13 +32,9 @@ from algorithms.unlearner import (
     Diverged,
     Evaluation,
     History,
-    Objectives,
     Progress,
-    Recipe,
     Unlearner,
-    layer_of,
     retain_order,
-    total_updates,
     trainable_for,
 )
 from scoring.cluster import Footprint, how_many_fit

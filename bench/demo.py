@@ -23,7 +23,7 @@ from ray.exceptions import RayTaskError
 from safetensors import safe_open
 from tqdm import tqdm
 
-from algorithms.unlearner import Objectives
+from algorithms.recipe import Objectives
 from bench import plots
 from bench.data import load_dataset
 from bench.models import ModelReference, find_model

@@ -25,8 +25,9 @@ from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from algorithms.ray_train import Job, train_here, train_on_ray
+from algorithms.recipe import Objectives, Recipe, total_updates
 from algorithms.trainable import STRATEGIES
-from algorithms.unlearner import Corpus, Evaluation, History, Objectives, Progress, Recipe, total_updates
+from algorithms.unlearner import Corpus, Evaluation, History, Progress
 from bench.data import Dataset, load_dataset
 from bench.metrics.answers import score_answers
 from bench.models import ModelReference, find_model

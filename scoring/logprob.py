@@ -42,8 +42,8 @@ def token_logprobs(logits: torch.Tensor, targets: torch.Tensor, chunk: int = VOC
     pieces = []
     for start in range(0, logits.shape[-1], chunk):
         gaps = logits[..., start : start + chunk].to(precise) - own
-        # The token itself is no rival. Its column alone is overwritten, in place: a mask of all columns costs a third of
-        # the time.
+        # The token itself is no rival. Its column alone is overwritten, in place: a mask of all columns would take a
+        # quarter of the time.
         column = (target - start).clamp(0, gaps.shape[-1] - 1)
         rival = logits.gather(-1, column + start).to(precise) - own
         rival = rival.masked_fill(column + start == target, -torch.inf)

@@ -27,6 +27,7 @@ from bench.benchmarks.unlearning import (
     objectives_once,
     padded,
     run_benchmark,
+    set_pace,
     t_interval,
 )
 from bench.cli import main
@@ -104,7 +105,7 @@ def test_everything_is_measured_and_written(cluster, model_folder, data_file, re
     assert len(runs) == len(asked)
     for row in runs:
         assert row["seconds"] == row["training"] + row["mrd"]
-        assert (row["mrd"] > 0) == (row["alpha"] != 0)
+        assert (row["mrd"] > 0, row["refreshes"]) == ((True, 1) if row["alpha"] else (False, 0))
         assert row["updates"] == 6  # one epoch of six updates: all are forgotten at its end, or it is given up
     for row in figures["stopping"]["means"]:
         own = [r for r in runs if (r["algorithm"], r["alpha"]) == (row["algorithm"], row["alpha"])]
@@ -176,6 +177,7 @@ def row(alpha: float, seed: int, updates: int, seconds: float, reached: bool = T
         "tokens": 200 * updates,
         "updates_a_sample": updates / 10,
         "seconds": seconds,
+        "paced_seconds": seconds / 2,
     }
 
 
@@ -186,13 +188,28 @@ def test_changes_are_paired_by_seed():
     # Differences -10, 0, -5: mean -5, s = 5; t_{0.975, 2} = 4.302653.
     half = 4.302653 * 5 / math.sqrt(3)
     assert list(found["updates"]["difference"].values()) == pytest.approx([-5, -5 - half, -5 + half], rel=1e-6)
-    assert found["updates"]["ratio"] == pytest.approx(225 / 240)
+    ratio = np.array([225, 225 - 3 * half, 225 + 3 * half]) / 240
+    assert list(found["updates"]["ratio"].values()) == pytest.approx(ratio, rel=1e-6)
     assert found["tokens"]["difference"]["value"] == pytest.approx(-1000)
     assert (found["pairs"], found["left_out"]) == (3, 0)
     words = in_words(found)
-    assert "updates x 0.94 (-5.0 [-17.4, +7.4]: no difference shown)" in words
-    assert "x 1.55 (+1.10" in words
-    assert words.endswith("the paper has x 0.77 of the time (Table 10): here it takes longer")
+    assert "updates x 0.94 [0.78, 1.09], no difference shown; time with MRD x 1.55 [1.43, 1.67], more" in words
+    assert words.endswith("The paper's time is x 0.77 (Table 10), outside the interval at one pace")
+
+
+def test_pace_by_hand():
+    def run(name: str, tokens: int, training: float, refreshes: int, mrd: float) -> dict[str, Any]:
+        seconds = {"training": training, "mrd": mrd}
+        return {"algorithm": name, "tokens": tokens, "refreshes": refreshes, **seconds}
+
+    # Seconds a token: 0.01, 0.02, 0.06; a refresh: 1, 3.
+    runs = [run("GA", 100, 1.0, 0, 0.0), run("GA", 200, 4.0, 4, 4.0), run("GA", 300, 18.0, 2, 6.0)]
+    other = run("PO", 10, 1.0, 0, 0.0)
+    diverged = {"algorithm": "PO", "diverged": "why"}
+    set_pace([*runs, other, diverged])
+    assert [r["paced_seconds"] for r in runs] == pytest.approx([2.0, 4.0 + 4 * 2, 6.0 + 2 * 2])
+    assert other["paced_seconds"] == pytest.approx(1.0)
+    assert "paced_seconds" not in diverged
 
 
 def test_runs_that_did_not_finish_are_left_out_and_named():

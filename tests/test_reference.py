@@ -14,8 +14,8 @@ import torch
 
 from algorithms.objectives import inputs_of, kl, npo, undial
 from algorithms.passes import Head
+from algorithms.recipe import Objectives, Recipe
 from algorithms.reference import Reference, compute_reference, needs
-from algorithms.unlearner import Objectives, Recipe
 from scoring.cluster import Footprint
 from scoring.errors import UserError
 from scoring.pool import ReplicaPool, ReplicaSpec

@@ -24,6 +24,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from algorithms.checkpoints import Checkpoint, Checkpoints
 from algorithms.objectives import ALGORITHMS
 from algorithms.ray_train import Job, train_here
+from algorithms.recipe import Recipe, total_updates, updates_per_epoch
 from algorithms.stopping import Thresholds
 from algorithms.trainable import Group, Lora, Trainable
 from algorithms.unlearner import (
@@ -33,12 +34,9 @@ from algorithms.unlearner import (
     Evaluation,
     History,
     Progress,
-    Recipe,
     Unlearner,
     retain_order,
-    total_updates,
     trainable_for,
-    updates_per_epoch,
 )
 from scoring.errors import UserError
 from scoring.memorization import extraction_likelihood, memorization_accuracy

@@ -26,6 +26,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 import ray
 import torch
 import torch.nn.functional as F
@@ -37,17 +39,10 @@ from transformers.trainer_callback import PrinterCallback
 
 from algorithms.objectives import ALGORITHMS, npo, settings_of
 from algorithms.ray_train import Job, ensure_reference, unlearner_of
+from algorithms.recipe import Objectives, Recipe, updates_per_epoch
 from algorithms.samplers import Sampler
 from algorithms.trainable import Group
-from algorithms.unlearner import (
-    Corpus,
-    Diverged,
-    Objectives,
-    Recipe,
-    measure_mrd,
-    retain_order,
-    updates_per_epoch,
-)
+from algorithms.unlearner import Corpus, Diverged, measure_mrd, retain_order
 from bench.benchmarks.scoring import _timed
 from bench.models import find_model
 from bench.statistics import LEVEL, Estimate, over_samples
@@ -83,6 +78,7 @@ class Sizes:
         timed_draws: how many are run, the rest is scaled: each costs the same.
         batch_sizes: samples in a batch of monte-carlo.
         batch_size_samples: at most so many samples are scored to compare batch sizes.
+        check_every: updates after which samples are looked at.
         epochs: after which a run that has not forgotten all is given up.
     """
 
@@ -96,6 +92,7 @@ class Sizes:
     timed_draws: int = 4
     batch_sizes: tuple[int, ...] = (8, 16, 32, 64, 128)
     batch_size_samples: int = 256
+    check_every: int = 5
     epochs: int = 30
 
 
@@ -507,7 +504,15 @@ def run_to_the_rule(spec: UnlearnSpec, sizes: Sizes, seeds: int) -> dict[str, An
     footprint = Footprint(1, default_gpus())
     # Runs that are compared stand next to each other, should the machine's load change.
     specs = [
-        dataclasses.replace(spec, algorithm=name, alpha=alpha, seed=seed, epochs=sizes.epochs)
+        dataclasses.replace(
+            spec,
+            algorithm=name,
+            alpha=alpha,
+            seed=seed,
+            epochs=sizes.epochs,
+            check_every=sizes.check_every,
+            check_unit="steps",
+        )
         for seed in range(seeds)
         for name in COMPARED
         for alpha in ALPHAS
@@ -523,15 +528,17 @@ def run_to_the_rule(spec: UnlearnSpec, sizes: Sizes, seeds: int) -> dict[str, An
     rows = [ray.get(run) for run in tqdm(runs, desc="runs", unit="run")]
     for filler in fillers:
         ray.cancel(filler, force=True)
+    set_pace(rows)
 
     print(
-        f"{'':<9}{'alpha':>5}  {'updates':<22}{'updates a sample':<20}{'training + MRD, s':<24}{'MRD, s':>7}"
-        f"{'checks, s':>11}  censored"
+        f"{'':<9}{'alpha':>5}  {'updates':<19}{'updates a sample':<18}{'training + MRD, s':<22}{'at one pace, s':<22}"
+        f"{'MRD, s':>7}{'checks, s':>11}  censored"
     )
     means = [_means(rows, name, alpha) for name in COMPARED for alpha in ALPHAS]
     changes = [change(rows, name, alpha) for name in COMPARED for alpha in ALPHAS if alpha]
     print(
-        f"means over {seeds} seeds, {LEVEL:.0%} t intervals; updates come in rounds, after which samples are looked at"
+        f"means over {seeds} seeds and {LEVEL:.0%} t intervals; samples are looked at every {sizes.check_every} updates; "
+        "at one pace: as if each token and each refresh had taken the median time of the algorithm's runs"
     )
     for each in changes:
         print(in_words(each))
@@ -548,6 +555,7 @@ def run_once(spec: UnlearnSpec) -> dict[str, Any]:
             result = unlearn(spec, Path(folder) / "run", progress=False)
         except Diverged as error:
             return row | {"reached": False, "diverged": str(error)}
+        refreshes = len(pc.unique(pq.read_table(result.folder / "difficulty.parquet")["step"]))
     seconds = {name: result.record["seconds"].get(name, 0.0) for name in ("training", "mrd", "checks")}
     updates = [u for u in result.samples["updates_until_forgotten"].to_pylist() if u is not None]
     return row | {
@@ -555,13 +563,25 @@ def run_once(spec: UnlearnSpec) -> dict[str, Any]:
         "forgotten": len(updates) / result.samples.num_rows,
         "updates": result.record["updates"],
         "tokens": result.epochs["tokens"].to_pylist()[-1],
+        "refreshes": refreshes,
         "updates_a_sample": float(np.median(updates)) if updates else None,
         "seconds": seconds["training"] + seconds["mrd"],
         **seconds,
     }
 
 
-MEASURES = ("updates", "tokens", "updates_a_sample", "seconds")
+def set_pace(rows: Sequence[dict[str, Any]]) -> None:
+    """Give each run "paced_seconds": its tokens and refreshes at the median time that each took over all runs of the
+    algorithm. What else the machine does moves the seconds of a run, but not these."""
+    for name in {row["algorithm"] for row in rows}:
+        own = [row for row in rows if row["algorithm"] == name and "tokens" in row]
+        token = float(np.median([row["training"] / row["tokens"] for row in own] or [0.0]))
+        refresh = float(np.median([row["mrd"] / row["refreshes"] for row in own if row["refreshes"]] or [0.0]))
+        for row in own:
+            row["paced_seconds"] = row["tokens"] * token + row["refreshes"] * refresh
+
+
+MEASURES = ("updates", "tokens", "updates_a_sample", "seconds", "paced_seconds")
 
 
 def _means(rows: Sequence[dict[str, Any]], name: str, alpha: float) -> dict[str, Any]:
@@ -570,17 +590,22 @@ def _means(rows: Sequence[dict[str, Any]], name: str, alpha: float) -> dict[str,
     reached = [row for row in own if row["reached"]]
     found = {key: t_interval([row[key] for row in reached]) for key in (*MEASURES, "mrd", "checks")}
     print(
-        f"{name:<9}{alpha:>5g}  {_interval(found['updates'], '.1f'):<22}"
-        f"{_interval(found['updates_a_sample'], '.1f'):<20}{_interval(found['seconds'], '.2f'):<24}"
-        f"{found['mrd'].value:>7.2f}{found['checks'].value:>11.1f}  {len(own) - len(reached)} of {len(own)}"
+        f"{name:<9}{alpha:>5g}  {_interval(found['updates'], '.1f'):<19}"
+        f"{_interval(found['updates_a_sample'], '.1f'):<18}{_interval(found['seconds'], '.2f'):<22}"
+        f"{_interval(found['paced_seconds'], '.2f'):<22}{found['mrd'].value:>7.2f}{found['checks'].value:>11.1f}  "
+        f"{len(own) - len(reached)} of {len(own)}"
     )
     plain = {key: _plain(value) for key, value in found.items()}
     return {"algorithm": name, "alpha": alpha, "runs": len(own), "censored": len(own) - len(reached), **plain}
 
 
 def change(rows: Sequence[dict[str, Any]], name: str, alpha: float) -> dict[str, Any]:
-    """What alpha changes against uniform draws with the same seed: for each measure the mean of the differences with
-    its interval, and the ratio of the means. Pairs with a run that did not reach the rule are left out, and counted.
+    """What alpha changes against uniform draws with the same seed. Pairs with a run that did not reach the rule are
+    left out, and counted.
+
+    Returns:
+        For each measure "difference", the mean of the differences, and "ratio", that over the mean without MRD and
+        plus 1; both with the interval of the differences.
     """
     own = {(row["alpha"], row["seed"]): row for row in rows if row["algorithm"] == name}
     pairs = [(own[0.0, seed], row) for (a, seed), row in own.items() if a == alpha]
@@ -596,9 +621,14 @@ def change(rows: Sequence[dict[str, Any]], name: str, alpha: float) -> dict[str,
         before, after = (np.array([pair[side][key] for pair in whole], dtype=float) for side in (0, 1))
         found[key] = {
             "difference": _plain(t_interval(after - before)),
-            "ratio": float(after.mean() / before.mean()) if whole else None,
+            "ratio": _plain(_relative(t_interval(after - before), before)),
         }
     return found
+
+
+def _relative(difference: Estimate, before: np.ndarray) -> Estimate:
+    base = float(before.mean()) if len(before) else math.nan
+    return Estimate(*(1 + value / base for value in dataclasses.astuple(difference)))
 
 
 def in_words(found: dict[str, Any]) -> str:
@@ -608,20 +638,23 @@ def in_words(found: dict[str, Any]) -> str:
         text += f" ({found['left_out']} of {found['pairs'] + found['left_out']} pairs left out: not all forgotten)"
     if not found["pairs"]:
         return f"{text}: nothing to compare"
-    parts = []
-    for key, what, form in (("updates", "updates", "+.1f"), ("seconds", "seconds with MRD", "+.2f")):
-        ratio, difference = found[key]["ratio"], Estimate(**_numbers(found[key]["difference"]))
-        shown = {1: "more", -1: "fewer", 0: "no difference shown"}[difference.sign]
-        parts.append(f"{what} x {ratio:.2f} ({_interval(difference, form)}: {shown})")
-    text = f"{text}: {', '.join(parts)}"
+    updates, seconds, paced = (
+        Estimate(**_numbers(found[key]["ratio"])) for key in ("updates", "seconds", "paced_seconds")
+    )
+    text += (
+        f": updates x {_interval(updates, '.2f')}, {_side(updates, 'fewer', 'more')}; time with MRD x "
+        f"{_interval(seconds, '.2f')}, {_side(seconds, 'less', 'more')}; at one pace x {_interval(paced, '.2f')}, "
+        f"{_side(paced, 'less', 'more')}"
+    )
     if (paper := found["paper_time_ratio"]) is not None:
-        agrees = {
-            -1: "less time here too",
-            1: "here it takes longer",
-            0: "neither less nor more time is shown here",
-        }[Estimate(**_numbers(found["seconds"]["difference"])).sign]
-        text += f"; the paper has x {paper:.2f} of the time (Table 10): {agrees}"
+        inside = "inside" if paced.low <= paper <= paced.high else "outside"
+        text += f". The paper's time is x {paper:.2f} (Table 10), {inside} the interval at one pace"
     return text
+
+
+def _side(ratio: Estimate, below: str, above: str) -> str:
+    """On which side of 1 the whole interval lies."""
+    return below if ratio.high < 1 else above if ratio.low > 1 else "no difference shown"
 
 
 # --- Numbers ------------------------------------------------------------------------------------------------

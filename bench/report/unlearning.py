@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from algorithms.unlearner import Recipe, total_updates, updates_per_epoch
+from algorithms.recipe import Recipe, total_updates, updates_per_epoch
 from bench.report.findings import Scores, decimal, said, verdict
 from bench.runs import read_run
 from bench.statistics import Estimate, partial_spearman, spearman
