@@ -48,6 +48,7 @@ TINY = Sizes(
     batch_sizes=(4, 64),
     batch_size_samples=20,
     epochs=1,
+    check_every=6,
 )
 
 

@@ -537,7 +537,7 @@ def run_to_the_rule(spec: UnlearnSpec, sizes: Sizes, seeds: int) -> dict[str, An
     means = [_means(rows, name, alpha) for name in COMPARED for alpha in ALPHAS]
     changes = [change(rows, name, alpha) for name in COMPARED for alpha in ALPHAS if alpha]
     print(
-        f"means over {seeds} seeds and {LEVEL:.0%} t intervals; samples are looked at every {sizes.check_every} updates; "
+        f"means over {seeds} seeds and {LEVEL:.0%} t intervals; looked at every {sizes.check_every} updates; "
         "at one pace: as if each token and each refresh had taken the median time of the algorithm's runs"
     )
     for each in changes:
