@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -592,11 +593,12 @@ def _due(step: int, every: int, unit: str, updates_per_epoch: int) -> bool:
 
 def retain_order(first: int, count: int, size: int, seed: int) -> list[int]:
     """Positions `first` to `first + count - 1` of the endless sequence of random orders of `size` samples."""
-    orders = {
-        turn: np.random.default_rng([seed, RETAIN_ORDER, turn]).permutation(size)
-        for turn in range(first // size, (first + count - 1) // size + 1)
-    }
-    return [int(orders[place // size][place % size]) for place in range(first, first + count)]
+    return [int(_order(place // size, size, seed)[place % size]) for place in range(first, first + count)]
+
+
+@lru_cache(maxsize=4)
+def _order(turn: int, size: int, seed: int) -> np.ndarray:
+    return np.random.default_rng([seed, RETAIN_ORDER, turn]).permutation(size)
 
 
 def measure_mrd(
