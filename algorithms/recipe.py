@@ -47,7 +47,7 @@ class Recipe:
         refresh, refresh_unit: m, how often MRD is measured again; 0: only before the first update.
         estimator, statistic, sigma, draws: of MRD, see scoring.mrd.
         early_stopping: a forgotten sample leaves the draw, and the run ends when all are forgotten.
-        check_every, check_unit: how often samples are looked at.
+        check_every, check_unit: how often samples are looked at; 0: never, as EL is dear where it is not asked for.
         el_n: tokens in an n-gram of EL.
         seed: of everything that is drawn.
     """
@@ -126,7 +126,7 @@ class Recipe:
             ("max_steps", 1),
             ("batch_size", 1),
             ("refresh", 0),
-            ("check_every", 1),
+            ("check_every", 0),
             ("warmup_steps", 0),
             ("lora_rank", 0),
             ("el_n", 1),
@@ -143,6 +143,8 @@ class Recipe:
                 raise UserError(f"{name} is {value:g}: expected a number {'greater than' if least_open else 'from'} 0")
         if not math.isfinite(filled["alpha"]):
             raise UserError(f"alpha is {filled['alpha']}: expected a number; 1 easy first, 0 uniform, -1 hard first")
+        if self.early_stopping and not self.check_every:
+            raise UserError("check_every is 0: nobody looks which samples are forgotten; expected early_stopping false")
         if self.lora_rank and self.trainable:
             raise UserError("trainable and lora_rank exclude each other: adapters take lora_targets instead")
         return filled

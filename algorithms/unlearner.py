@@ -102,7 +102,7 @@ class History:
         forgotten_at: for each forget sample the updates after which it was found forgotten, or None.
         drawn: how often each forget sample was drawn: with replacement an update may draw it twice.
         drawn_until_forgotten: the same when it was found forgotten, or None.
-        thresholds: MA and EL, the averages on the initial model.
+        thresholds: MA and EL, the averages on the initial model; empty if nobody looks, as is `memory`.
         memory: MA and EL of each sample at first ("initial") and when last measured: what is forgotten is not measured
             again.
         mrd: one entry a refresh: the step and the scores.
@@ -146,7 +146,7 @@ class Progress:
     loss: float
     forget_loss: float
     retain_loss: float
-    forgotten: float
+    forgotten: float | None
 
 
 class Unlearner:
@@ -226,8 +226,7 @@ class Unlearner:
             history.step += 1
             self._trust_newest_checkpoint()
             end_of_epoch = history.step % self.updates_per_epoch == 0 or history.step == self.total
-            due = _due(history.step, self.recipe.check_every, self.recipe.check_unit, self.updates_per_epoch)
-            if due or history.step == self.total:
+            if self._check_is_due():
                 self._check()
             self._show_progress()
             if end_of_epoch or not self._left().any():
@@ -284,6 +283,10 @@ class Unlearner:
             }
         )
 
+    def _share_forgotten(self) -> float | None:
+        """None if nobody looks."""
+        return float(1 - self.history.active.mean()) if self.recipe.check_every else None
+
     def _show_progress(self) -> None:
         if self.group.rank == 0:
             last = self.history.steps[-1]
@@ -295,7 +298,7 @@ class Unlearner:
                     last["loss"],
                     last["forget_loss"],
                     last["retain_loss"] or 0.0,
-                    float(1 - self.history.active.mean()),
+                    self._share_forgotten(),
                 )
             )
 
@@ -432,11 +435,16 @@ class Unlearner:
         self.history.mrd.append({"step": self.history.step, "mrd": scores.tolist(), "seconds": clock.seconds})
 
     def _look_at_initial_model(self) -> None:
-        with self._clock("checks"), self.trained.plain() as model:
-            ma, el = self._memory(model, self.corpus.forget, None)
-        thresholds = Thresholds.from_initial(ma, el)
-        self.history.thresholds = dataclasses.asdict(thresholds)
-        self.history.memory = {key: {"ma": ma.tolist(), "el": el.tolist()} for key in ("initial", "last")}
+        if self.recipe.check_every:
+            with self._clock("checks"), self.trained.plain() as model:
+                ma, el = self._memory(model, self.corpus.forget, None)
+            self.history.thresholds = dataclasses.asdict(Thresholds.from_initial(ma, el))
+            self.history.memory = {key: {"ma": ma.tolist(), "el": el.tolist()} for key in ("initial", "last")}
+            self._note_what_the_rule_cannot_tell(ma, el)
+        self._close_epoch(-1)
+
+    def _note_what_the_rule_cannot_tell(self, ma: np.ndarray, el: np.ndarray) -> None:
+        thresholds = Thresholds(**self.history.thresholds)
         if below := int(thresholds.forgotten(ma, el).sum()):
             self._note(
                 f"{below} of {len(ma)} samples are below both thresholds (MA {thresholds.ma:.4g}, EL "
@@ -446,7 +454,16 @@ class Unlearner:
             self._note(
                 f"EL is not defined for {undefined} samples of at most {self.recipe.el_n} tokens: MA alone decides"
             )
-        self._close_epoch(-1)
+        for name, threshold in (("MA", thresholds.ma), ("EL", thresholds.el)):
+            if threshold == 0:
+                self._note(
+                    f"{name} of all samples is 0 on the initial model, and nothing is below: no sample can count as "
+                    "forgotten" + ("; a smaller el_n may tell" if name == "EL" else "")
+                )
+
+    def _check_is_due(self) -> bool:
+        every, unit, step = self.recipe.check_every, self.recipe.check_unit, self.history.step
+        return every > 0 and (_due(step, every, unit, self.updates_per_epoch) or step == self.total)
 
     def _memory(
         self, model: PreTrainedModel, samples: Sequence[Sample], below: float | None
@@ -481,7 +498,7 @@ class Unlearner:
         for name in ("loss", "forget_loss", "retain_loss"):
             values = [step[name] for step in own if step[name] is not None]
             row[name] = float(np.mean(values)) if values else None
-        row["forgotten"] = float(1 - self.history.active.mean())
+        row["forgotten"] = self._share_forgotten()
         with self._clock("evaluation"), self.trained.plain() as model:
             row |= self._moved(model)
             if self._evaluation:

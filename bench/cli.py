@@ -143,7 +143,6 @@ UNLEARN_HELP = {
     "forget_split": "of a task, e.g. forget10",
     "retain": "split of the task or data file of what is to be kept (default: the task's own)",
     "refusals": "text file, one refusal a line, for PO and IdkDPO",
-    "algorithm": "GA, SGA, CGA, GradDiff, GradDiff-KL, PO, NPO, NPO-GradDiff, SimNPO, IdkDPO, RMU, UNDIAL, WGA, SatImp",
     "settings": "of the objective, e.g. beta=0.1 (several: beta1=5,beta2=1)",
     "retain_term": "nll, kl, hidden or none (default: the algorithm's)",
     "alpha": "draw p_i ∝ MRD_i^alpha: 1 easy first, 0 uniform, -1 hard first",
@@ -164,13 +163,15 @@ UNLEARN_HELP = {
 
 def _unlearn_arguments(sub: argparse.ArgumentParser) -> None:
     """A flag for each field of the spec."""
+    from algorithms.objectives import ALGORITHMS
     from bench.unlearning_job import UnlearnSpec
 
+    meanings = {**UNLEARN_HELP, "algorithm": ", ".join(ALGORITHMS)}
     sub.add_argument("--spec", help="YAML file with any of the following, by name (learning_rate: 1e-5); flags win")
     sub.add_argument("--out", required=True, help="folder for the model and the tables")
     hints = get_type_hints(UnlearnSpec)
     for field in dataclasses.fields(UnlearnSpec):
-        what = UNLEARN_HELP.get(field.name, "")
+        what = meanings.get(field.name, "")
         if field.default not in (None, dataclasses.MISSING):
             what += f" (default: {field.default})"
         # What was not given is not there: the spec file decides, or the default.

@@ -243,8 +243,11 @@ def _epoch_schema(rows: Sequence[Mapping[str, Any]]) -> pa.Schema:
 
 
 def _samples(history: History, corpus: Corpus) -> pa.Table:
-    memory = history.memory
-    nothing = [None] * len(corpus.forget)
+    def memory(when: str, what: str) -> pa.Array:
+        """Of each sample; null where it was not measured: EL is not where MA alone says that it is not forgotten."""
+        values = history.memory[when][what] if history.memory else [np.inf] * len(corpus.forget)
+        return pa.array([None if np.isinf(value) else value for value in values], pa.float64())
+
     return pa.table(
         {
             "sample_id": [s.sample_id for s in corpus.forget],
@@ -252,12 +255,13 @@ def _samples(history: History, corpus: Corpus) -> pa.Table:
             "updates": history.drawn,
             "updates_until_forgotten": pa.array(history.drawn_until_forgotten, pa.int64()),
             "forgotten_at_step": pa.array(history.forgotten_at, pa.int64()),
-            "mrd_initial": pa.array(history.mrd[0]["mrd"] if history.mrd else nothing, pa.float64()),
-            "ma_initial": memory["initial"]["ma"],
-            "el_initial": memory["initial"]["el"],
-            "ma_last": memory["last"]["ma"],
-            # EL is not measured where MA alone says that the sample is not forgotten.
-            "el_last": pa.array([None if np.isinf(el) else el for el in memory["last"]["el"]], pa.float64()),
+            "mrd_initial": pa.array(
+                history.mrd[0]["mrd"] if history.mrd else [None] * len(corpus.forget), pa.float64()
+            ),
+            "ma_initial": memory("initial", "ma"),
+            "el_initial": memory("initial", "el"),
+            "ma_last": memory("last", "ma"),
+            "el_last": memory("last", "el"),
         }
     )
 

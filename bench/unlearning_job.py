@@ -352,5 +352,7 @@ class _Bar:
         terms = {"forget": f"{progress.forget_loss:.3g}"}
         if self._retains:
             terms["retain"] = f"{progress.retain_loss:.3g}"
-        self._bar.set_postfix(terms | {"forgotten": f"{progress.forgotten:.0%}"}, refresh=False)
+        if progress.forgotten is not None:
+            terms["forgotten"] = f"{progress.forgotten:.0%}"
+        self._bar.set_postfix(terms, refresh=False)
         self._bar.update(progress.step - self._bar.n)

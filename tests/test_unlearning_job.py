@@ -382,8 +382,8 @@ def test_summary(whole: Whole) -> None:
     lines = whole.printed.splitlines()
     (said,) = (line for line in lines if line.startswith("GradDiff, alpha 1: "))
     assert f"{len(updates)} of 10 samples forgotten" in said
-    assert "in 24 updates" in said
-    assert f"median {np.median(updates):g} a sample" in said
+    assert ": 24 updates" in said
+    assert f"after {np.median(updates):g} draws in the median" in said
     assert str(whole.folder / "model") in whole.printed
     assert f"{whole.folder}/*.parquet" in whole.printed
     # A row an epoch, below the heads.
@@ -823,6 +823,45 @@ def test_room_is_that_of_two_checkpoints(
     assert not inputs.out.exists()
     free = int(copies * size * 1.02)
     assert run(command) == 0
+
+
+# --- When nobody looks, and when the rule cannot tell ---------------------------------------------------------
+
+
+def test_nobody_looks(inputs: Inputs, capsys: pytest.CaptureFixture[str]) -> None:
+    """All updates are made, nothing is measured for the rule, and nothing is said to be forgotten."""
+    assert run(inputs.command("--no-early-stopping", check_every=0)) == 0
+    printed = capsys.readouterr()
+    assert "forgotten (MA" not in printed.out
+    assert "forgotten=" not in printed.err
+    record = json.loads((inputs.out / "run.json").read_text())
+    assert record["thresholds"] == {}
+    assert "checks" not in record["seconds"]
+    samples = pq.read_table(inputs.out / "samples.parquet")
+    for name in ("ma_initial", "el_initial", "ma_last", "el_last", "forgotten_at_step", "updates_until_forgotten"):
+        assert samples[name].null_count == samples.num_rows
+    assert set(pq.read_table(inputs.out / "epochs.parquet")["forgotten"].to_pylist()) == {None}
+
+
+def test_stopping_needs_someone_who_looks(inputs: Inputs, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "check_every is 0" in refused(capsys, inputs.command(check_every=0))
+    assert not inputs.out.exists()
+
+
+def test_extraction_that_is_nowhere_defined(inputs: Inputs, capsys: pytest.CaptureFixture[str]) -> None:
+    """No sample has a hundred tokens: JSON has no nan, and the summary says so all the same."""
+    assert run(inputs.command(el_n=100)) == 0
+    out = capsys.readouterr().out
+    assert "EL below –" in out
+    assert "MA alone decides" in out
+    assert json.loads((inputs.out / "run.json").read_text())["thresholds"]["el"] is None
+
+
+def test_a_threshold_of_zero_is_said_aloud(inputs: Inputs, capsys: pytest.CaptureFixture[str]) -> None:
+    """A random model reproduces no four tokens in a row: its EL is 0, and nothing falls below."""
+    assert run(inputs.command(model=save_model(inputs.tmp_path / "random"), el_n=4)) == 0
+    out = capsys.readouterr().out
+    assert "EL of all samples is 0 on the initial model, and nothing is below: no sample can count as forgotten" in out
 
 
 # --- Specs from files, and slips in them --------------------------------------------------------------------

@@ -61,11 +61,13 @@ def print_unlearning(result: UnlearnResult) -> None:
     for row in epochs:
         print("".join(f"{_short(row[name]):>15}" for name in columns))
     updates = np.array([n for n in result.samples["updates_until_forgotten"].to_pylist() if n is not None])
-    print(
-        f"{spec['algorithm']}, alpha {spec['alpha']:g}: {len(updates)} of {result.samples.num_rows} samples forgotten "
-        f"(MA below {result.record['thresholds']['ma']:.4g}, EL below {result.record['thresholds']['el']:.4g}) "
-        f"in {result.record['updates']} updates" + (f"; median {np.median(updates):g} a sample" if len(updates) else "")
-    )
+    text = f"{spec['algorithm']}, alpha {spec['alpha']:g}: {result.record['updates']} updates"
+    if thresholds := result.record["thresholds"]:
+        text += (
+            f"; {len(updates)} of {result.samples.num_rows} samples forgotten (MA below {_short(thresholds['ma'])}, EL "
+            f"below {_short(thresholds['el'])})"
+        )
+    print(text + (f", after {np.median(updates):g} draws in the median" if len(updates) else ""))
     seconds, passes = result.record["seconds"], result.record["passes"]
     parts = ", ".join(
         f"{name} {seconds[name]:.1f} s"

@@ -124,7 +124,8 @@ def has_retain_set(runs: Iterable[Run]) -> bool:
 def recipe(runs: Sequence[Run]) -> str:
     """How all these runs were made; they differ in algorithm and alpha alone."""
     run = runs[0]
-    spec, thresholds = run.spec, run.record["thresholds"]
+    spec = run.spec
+    thresholds = {name: math.nan if value is None else value for name, value in run.record["thresholds"].items()}
     alphas = " and ".join(f"alpha {alpha:g}" for alpha in dict.fromkeys(run.alpha for run in runs))
     text = (
         f"{_listed(dict.fromkeys(run.algorithm for run in runs))}, each at {alphas}: AdamW, learning rate "
