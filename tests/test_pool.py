@@ -127,7 +127,8 @@ def test_killed_replicas_are_replaced_and_change_nothing(spec: ReplicaSpec, mode
                 for pid in dying:
                     kill(pid)
         assert set(results) == {task.key for task in tasks}
-        assert pool.replaced == len(killed)
+        # The third may still have been loading: then the other can finish before anyone misses it.
+        assert len(killed) - 1 <= pool.replaced <= len(killed)
         assert not set(replicas(os.getpid())) & set(killed)
     for shard, expected in enumerate(in_this_process(model_folder, shards, "monte-carlo")):
         assert_same(join(tasks, results, shard), expected)
