@@ -1034,7 +1034,7 @@ def test_adapters_of_all_linear_layers(plain: Path, tmp_path: Path):
 
 def test_adapters_on_nothing():
     with pytest.raises(UserError, match=r"LoRA: .*lora_targets is a regular expression") as caught:
-        Trainable(tiny_model(), lora=Lora(2, 4, "no_such_layer"))  # type: ignore[arg-type]
+        Trainable(tiny_model(), lora=Lora(2, 4, "no_such_layer"))
     assert "\n" not in str(caught.value)
 
 
