@@ -304,13 +304,18 @@ ALGORITHMS: dict[str, Algorithm] = {
 }
 
 
-def find_algorithm(name: str) -> Algorithm:
-    """The algorithm of that name, in upper or lower case.
+def algorithm_name(name: str) -> str:
+    """An algorithm's name as ALGORITHMS spells it, given in upper or lower case.
 
     Raises:
         UserError: there is none; the message has the nearest name.
     """
-    for known, algorithm in ALGORITHMS.items():
+    for known in ALGORITHMS:
         if known.lower() == name.lower():
-            return algorithm
+            return known
     raise unknown_name("algorithm", name, ALGORITHMS)
+
+
+def find_algorithm(name: str) -> Algorithm:
+    """The algorithm of that name; see `algorithm_name`."""
+    return ALGORITHMS[algorithm_name(name)]

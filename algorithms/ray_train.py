@@ -39,6 +39,7 @@ from algorithms.unlearner import (
 )
 from scoring.cluster import Footprint, how_many_fit
 from scoring.errors import UserError
+from scoring.files import replacing
 from scoring.pool import ReplicaPool, ReplicaSpec
 from scoring.replica import TransformersReplica, load_model
 
@@ -104,7 +105,7 @@ def train_here(
     """
     model = load_model(job.source, "float32", device, job.revision)
     ensure_reference(job, lambda: TransformersReplica(model))
-    return _train(job, model, Group(), observe, report)
+    return unlearner_of(job, model, Group(), observe, report).run()
 
 
 def train_on_ray(
@@ -183,7 +184,8 @@ def _worker(config: dict[str, Any]) -> dict[str, Any]:
     def show(progress: Progress) -> None:
         nonlocal last_written
         if time.monotonic() - last_written > PROGRESS_S or progress.step == progress.total:
-            _write_whole(job.folder / "progress.json", json.dumps(asdict(progress)))
+            with replacing(job.folder / "progress.json") as unfinished:
+                unfinished.write_text(json.dumps(asdict(progress)))
             last_written = time.monotonic()
 
     def report(row: Mapping[str, Any]) -> None:
@@ -193,18 +195,15 @@ def _worker(config: dict[str, Any]) -> dict[str, Any]:
     if mistake.is_file():
         return {"error": mistake.read_text()}
     try:
-        _train(job, load_model(job.source, "float32", device, job.revision), group, show, report)
+        unlearner_of(job, load_model(job.source, "float32", device, job.revision), group, show, report).run()
     except Diverged as error:
         return {"error": str(error)}  # all workers know the sums, and are here
     except UserError as error:
         # The others may be waiting for this one: only an exception ends them. They are started once more, and see this.
-        _write_whole(mistake, str(error))
+        with replacing(mistake) as unfinished:
+            unfinished.write_text(str(error))
         raise
     return {"error": None}
-
-
-def _train(job: Job, model: PreTrainedModel, group: Group, observe: Observe, report: Report) -> History:
-    return unlearner_of(job, model, group, observe, report).run()
 
 
 def unlearner_of(
@@ -242,22 +241,13 @@ def ensure_reference(job: Job, replicas: Callable[[], ReplicaPool | Transformers
     if not wanted or job.reference_path.is_file():
         return
     corpus = job.corpus
-    retained = (
-        {
-            index
-            for step in range(total_updates(len(corpus.forget), job.recipe))
-            for index in retain_order(
-                step * (job.recipe.batch_size or 1), job.recipe.batch_size or 1, len(corpus.retain), job.recipe.seed
-            )
-        }
-        if corpus.retain
-        else set()
-    )
+    # Only those that will be drawn.
+    draws = total_updates(len(corpus.forget), job.recipe) * (job.recipe.batch_size or 1)
+    drawn = set(retain_order(0, draws, len(corpus.retain), job.recipe.seed)) if corpus.retain else set()
     samples = {
         "forget": corpus.forget,
         "refusal": corpus.refusals,
-        # Only those that will be drawn.
-        "retain": [sample for sample in corpus.retain if sample.index in retained],
+        "retain": [sample for sample in corpus.retain if sample.index in drawn],
     }
     layer = layer_of(job.recipe, AutoConfig.from_pretrained(job.source, revision=job.revision))
     made = replicas()
@@ -269,12 +259,6 @@ def ensure_reference(job: Job, replicas: Callable[[], ReplicaPool | Transformers
 
 
 # --- Progress, by way of a file that the first worker writes ------------------------------------------------
-
-
-def _write_whole(path: Path, text: str) -> None:
-    unfinished = path.with_name(f".{path.name}.tmp")
-    unfinished.write_text(text)
-    unfinished.replace(path)
 
 
 @contextmanager

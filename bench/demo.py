@@ -32,11 +32,12 @@ from bench.report.page import page
 from bench.report.summary import print_summary
 from bench.report.unlearning import Run, Unlearning, has_retain_set, predictions, table_lines
 from bench.scoring_job import Resources, ScoreSpec, score
-from bench.store import read_scores, replacing
+from bench.store import read_scores
 from bench.tasks import authors
 from bench.unlearning_job import UnlearnSpec, unlearn
 from scoring.cluster import connect, how_many_fit
 from scoring.errors import UserError
+from scoring.files import replacing
 from scoring.mrd import Request, reduce_draws
 from scoring.pool import ReplicaPool, ReplicaSpec, Task
 from scoring.samples import encode, make_batches

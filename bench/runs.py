@@ -32,8 +32,9 @@ from safetensors import SafetensorError
 from algorithms.checkpoints import Checkpoints
 from algorithms.unlearner import Corpus, History
 from bench.scoring_job import PACKAGES, package_version
-from bench.store import replacing
+from bench.store import differences
 from scoring.errors import UserError
+from scoring.files import replacing
 
 LOCK = ".lock"
 
@@ -105,10 +106,9 @@ class RunFolder:
         except (OSError, ValueError, KeyError, TypeError):
             raise UserError(f"--out {self._out} is not empty and holds no run: choose another folder") from None
         if owner != self._identity["spec_hash"]:
-            differ = [k for k, v in self._identity.items() if found.get(k) != v and k != "spec_hash"]
             raise UserError(
-                f"--out {self._out} holds a run of another spec (different: {', '.join(differ)}): choose another, or "
-                "remove it"
+                f"--out {self._out} holds a run of another spec (different: "
+                f"{differences(found, self._identity)}): choose another, or remove it"
             )
 
     def __exit__(self, *_: object) -> None:

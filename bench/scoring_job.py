@@ -9,8 +9,6 @@ killed run and goes on; the output file appears whole or not at all.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 import sys
 import time
 from collections.abc import Sequence
@@ -28,8 +26,8 @@ from tqdm import tqdm
 
 from bench.data import Dataset, load_dataset
 from bench.models import ModelReference, find_model
-from bench.store import Parts, read_scores, write_scores
-from scoring.cluster import Footprint, connect, default_gpus
+from bench.store import Parts, differences, read_scores, with_spec_hash, write_scores
+from scoring.cluster import Footprint, connect, default_gpus, is_gpu_share
 from scoring.errors import UserError, unknown_name
 from scoring.mrd import ESTIMATORS, STATISTICS, Draws, Request, Until, reduce_draws
 from scoring.pool import ReplicaPool, ReplicaSpec, Task
@@ -139,8 +137,7 @@ class Resources:
         if self.cpus_per_replica < 1:
             raise UserError(f"--cpus-per-replica {self.cpus_per_replica}: expected at least 1")
         gpus = self.gpus_per_replica
-        # Ray shares one GPU in fractions, and gives several whole.
-        if gpus is not None and not (0 <= gpus <= 1 or (gpus > 1 and gpus % 1 == 0)):
+        if gpus is not None and not is_gpu_share(gpus):
             raise UserError(f"--gpus-per-replica {gpus:g}: expected a fraction of one GPU, or a whole number")
         return self
 
@@ -218,10 +215,7 @@ def _identity(spec: ScoreSpec, dataset: Dataset, model: ModelReference) -> dict[
         "data_sha256": dataset.sha256,
         "model_fingerprint": model.fingerprint,
     }
-    # A moved folder or renamed file is still the same run.
-    hashed = {key: value for key, value in content.items() if key not in ("model", "data", "split")}
-    digest = hashlib.sha256(json.dumps(hashed, sort_keys=True).encode()).hexdigest()
-    return content | {"spec_hash": digest[:16]}
+    return with_spec_hash(content, ("model", "data", "split"))
 
 
 def check_vocabulary(
@@ -351,10 +345,9 @@ def _finished(out: Path, identity: dict[str, Any]) -> ScoreResult:
     except UserError:
         raise UserError(f"--out {out} exists and is not a score file: choose another, or --overwrite") from None
     if spec["spec_hash"] != identity["spec_hash"]:
-        differ = [key for key in identity if spec.get(key) != identity[key] and key != "spec_hash"]
         raise UserError(
-            f"--out {out} holds scores of another spec (different: {', '.join(differ)}): choose another file, or "
-            "--overwrite"
+            f"--out {out} holds scores of another spec (different: {differences(spec, identity)}): choose another "
+            "file, or --overwrite"
         )
     print(f"{out} holds these scores already (spec {identity['spec_hash']})", file=sys.stderr)
     return ScoreResult(out, table, [Rejected(**r) for r in record["rejected"]], record, 0.0)

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
-import os
 import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,21 +15,27 @@ import pyarrow.parquet as pq
 from filelock import FileLock, Timeout
 
 from scoring.errors import UserError
+from scoring.files import replacing
 from scoring.mrd import Draws
 from scoring.pool import Facts, Task
 
 SPEC_KEY, FACTS_KEY = b"mrd_bench.spec", b"mrd_bench.facts"
 
 
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A file to write instead of `path`, which takes its place when it is whole, or leaves nothing."""
-    unfinished = path.with_name(f".{os.getpid()}.{path.name}.tmp")
-    try:
-        yield unfinished
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+def with_spec_hash(content: dict[str, Any], named: Sequence[str]) -> dict[str, Any]:
+    """A run's identity: what is run, and the hash of it.
+
+    Args:
+        content: the spec, with the hashes of data and weights.
+        named: keys left out of the hash: a moved folder or renamed file is still the same run.
+    """
+    hashed = {key: value for key, value in content.items() if key not in named}
+    return content | {"spec_hash": hashlib.sha256(json.dumps(hashed, sort_keys=True).encode()).hexdigest()[:16]}
+
+
+def differences(found: dict[str, Any], identity: dict[str, Any]) -> str:
+    """What two identities differ in, for a message."""
+    return ", ".join(key for key in identity if found.get(key) != identity[key] and key != "spec_hash")
 
 
 def write_scores(table: pa.Table, out: Path, identity: dict[str, Any], record: dict[str, Any]) -> None:

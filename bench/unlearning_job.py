@@ -9,8 +9,6 @@ that is finished.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 import random
 import sys
 from collections.abc import Mapping, Sequence
@@ -24,6 +22,7 @@ import torch
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from algorithms.objectives import algorithm_name
 from algorithms.ray_train import Job, train_here, train_on_ray
 from algorithms.recipe import Objectives, Recipe, total_updates
 from algorithms.trainable import STRATEGIES
@@ -32,9 +31,10 @@ from bench.data import Dataset, load_dataset
 from bench.metrics.answers import score_answers
 from bench.models import ModelReference, find_model
 from bench.runs import RunFolder, UnlearnResult, full_disks_said_plainly, read_run
-from bench.scoring_job import ScoreSpec, check_vocabulary
+from bench.scoring_job import Resources, ScoreSpec, check_vocabulary
+from bench.store import with_spec_hash
 from bench.tasks import TASKS
-from scoring.cluster import Footprint, connect, default_gpus
+from scoring.cluster import connect, is_gpu_share
 from scoring.errors import UserError, unknown_name
 from scoring.samples import Rejected, Sample, Text, encode
 
@@ -113,7 +113,7 @@ class UnlearnSpec(Recipe):
             UserError: a value out of range or a combination that does not exist.
         """
         filled = self.resolved()
-        filled["algorithm"] = next(name for name in _names() if name.lower() == self.algorithm.lower())
+        filled["algorithm"] = algorithm_name(self.algorithm)
         mrd = ScoreSpec(
             self.model,
             self.task,
@@ -136,15 +136,9 @@ class UnlearnSpec(Recipe):
             value = getattr(self, name)
             if value is not None and value < least:
                 raise UserError(f"{name} is {value}: expected {least} or more")
-        if (gpus := self.gpus_per_worker) is not None and not (0 <= gpus <= 1 or gpus % 1 == 0):
+        if (gpus := self.gpus_per_worker) is not None and not is_gpu_share(gpus):
             raise UserError(f"gpus_per_worker is {gpus:g}: expected a fraction of one GPU, or a whole number")
         return dataclasses.replace(self, **filled)
-
-
-def _names() -> Sequence[str]:
-    from algorithms.objectives import ALGORITHMS
-
-    return list(ALGORITHMS)
 
 
 def unlearn(spec: UnlearnSpec, out: str | Path, progress: bool = True) -> UnlearnResult:
@@ -189,8 +183,8 @@ def _train(spec: UnlearnSpec, job: Job, bar: _Bar) -> History:
         on_gpu = torch.cuda.is_available() and spec.gpus_per_worker != 0
         return train_here(job, "cuda" if on_gpu else "cpu", bar.show)
     connect()
-    gpus = default_gpus() if spec.gpus_per_worker is None else spec.gpus_per_worker
-    return train_on_ray(job, spec.workers, Footprint(spec.cpus_per_worker, gpus), spec.max_failures, bar.show)
+    footprint = Resources(spec.workers, spec.cpus_per_worker, spec.gpus_per_worker).footprint()
+    return train_on_ray(job, spec.workers, footprint, spec.max_failures, bar.show)
 
 
 # --- What is forgotten and kept -----------------------------------------------------------------------------
@@ -329,9 +323,7 @@ def _identity(spec: UnlearnSpec, model: ModelReference, forget: Dataset, retain:
         "retain_sha256": retain.sha256 if retain else None,
         "refusals": list(_refusals(spec)) if Objectives.of(spec).needs_refusals else None,
     }
-    hashed = {k: v for k, v in content.items() if k not in ("model", "task", "forget_split", "retain")}
-    digest = hashlib.sha256(json.dumps(hashed, sort_keys=True).encode()).hexdigest()
-    return content | {"spec_hash": digest[:16]}
+    return with_spec_hash(content, ("model", "task", "forget_split", "retain"))
 
 
 class _Bar:

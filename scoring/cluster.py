@@ -89,6 +89,11 @@ def default_gpus() -> float:
     return 1.0 if ray.cluster_resources().get("GPU", 0.0) >= 1 else 0.0
 
 
+def is_gpu_share(gpus: float) -> bool:
+    """Whether Ray can give it: it shares one GPU in fractions, and gives several whole."""
+    return 0 <= gpus <= 1 or (gpus > 1 and gpus % 1 == 0)
+
+
 def how_many_fit(footprint: Footprint, what: str = "replica") -> int:
     """Replicas (or workers) that fit on the cluster as it is now, node by node.
 
