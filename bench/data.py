@@ -13,11 +13,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from bench.prompts import question_answer
-from bench.tasks import TASKS
+from bench.tasks import TASKS, Record
 from scoring.errors import UserError, unknown_name
 from scoring.samples import Text
-
-Record = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -53,8 +51,8 @@ def load_dataset(source: str, split: str | None = None) -> Dataset:
     """
     if source in TASKS:
         task = TASKS[source]
-        split = split or task.DEFAULT_SPLIT
-        return _dataset(f"{source}/{split}", task.load(split))
+        split = split or task.default_split
+        return _dataset(f"{source}/{split}", task.load(split, task.source, None))
     path = Path(source)
     if path.is_dir():
         raise UserError(f"data file {source!r} is a folder: expected a JSON Lines or Parquet file")

@@ -196,7 +196,7 @@ def datasets_of(spec: UnlearnSpec) -> tuple[Dataset, Dataset | None]:
     source = spec.retain
     task = TASKS.get(spec.task)
     if source is None and task is not None:
-        source = task.RETAIN_OF.get(spec.forget_split or task.DEFAULT_SPLIT)
+        source = task.retain_of.get(spec.forget_split or task.default_split)
     needed = Objectives.of(spec).retain is not None
     if source is None:
         if needed:
@@ -205,7 +205,7 @@ def datasets_of(spec: UnlearnSpec) -> tuple[Dataset, Dataset | None]:
                 "a data file with --retain, or take --retain-term none"
             )
         return forget, None
-    if task is not None and (source in task.SPLITS or not ("/" in source or Path(source).suffix)):
+    if task is not None and (source in task.splits or not ("/" in source or Path(source).suffix)):
         return forget, load_dataset(spec.task, source)
     return forget, load_dataset(source)
 

@@ -48,7 +48,7 @@ def greedy_continuations(
         raise ValueError(f"{len(prompts)} prompts but {len(limits)} limits")
     _check_fit(model, prompts, limits)
     continuations = [np.empty(0, dtype=np.int64) for _ in prompts]
-    for group in _groups(prompts, limits, batch_tokens):
+    for group in group_prompts(prompts, limits, batch_tokens):
         written = _decode(model, [prompts[i] for i in group], [limits[i] for i in group], eos_token_id)
         for i, tokens in zip(group, written, strict=True):
             continuations[i] = np.asarray(tokens, dtype=np.int64)
@@ -68,8 +68,15 @@ def _check_fit(model: PreTrainedModel, prompts: Sequence[np.ndarray], limits: Se
             )
 
 
-def _groups(prompts: Sequence[np.ndarray], limits: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
-    """Positions of prompts of similar length; those that write nothing are left out."""
+def group_prompts(
+    prompts: Sequence[np.ndarray], limits: Sequence[int], batch_tokens: int, rows: int | None = None
+) -> Iterator[list[int]]:
+    """Positions of prompts of similar length that are decoded together; those that write nothing are left out.
+
+    Args:
+        prompts, limits, batch_tokens: see `greedy_continuations`.
+        rows: prompts in a group at most.
+    """
     group: list[int] = []
     most = 0
     order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), limits[i]))
@@ -77,7 +84,7 @@ def _groups(prompts: Sequence[np.ndarray], limits: Sequence[int], batch_tokens: 
         if limits[i] <= 0:
             continue
         most = max(most, limits[i])
-        if group and (len(group) + 1) * (len(prompts[i]) + most) > batch_tokens:
+        if group and ((len(group) + 1) * (len(prompts[i]) + most) > batch_tokens or len(group) == rows):
             yield group
             group, most = [], limits[i]
         group.append(i)

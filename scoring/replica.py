@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
@@ -20,7 +21,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from scoring.errors import UserError
-from scoring.logprob import scored_logprobs
+from scoring.generation import greedy_continuations
+from scoring.logprob import scored_logits, scored_logprobs, token_logprobs
+from scoring.memorization import extraction_likelihood
 from scoring.perturbation import Perturbation, fill_signs_
 from scoring.sample_gradients import (
     UnsupportedModule,
@@ -29,7 +32,7 @@ from scoring.sample_gradients import (
     log_abs_logprob,
     per_sample_gradient_norms,
 )
-from scoring.samples import Batch
+from scoring.samples import Batch, Sample
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
@@ -116,6 +119,27 @@ class TransformersReplica:
         """Log-probs of the scored tokens under the current weights, (B, S) in nats; 0 at padding."""
         self.forwards += 1
         return scored_logprobs(self.model, batch.to(self.device))
+
+    @torch.no_grad()
+    def token_scores(self, batch: Batch) -> tuple[np.ndarray, np.ndarray]:
+        """Log-probs of the scored tokens, (B, S) fp64 in nats, and whether each is the most likely token, (B, S)
+        bool; without meaning at padding."""
+        self.forwards += 1
+        batch = batch.to(self.device)
+        logits = scored_logits(self.model, batch)
+        hits = logits.argmax(-1) == batch.targets
+        return token_logprobs(logits, batch.targets).double().cpu().numpy(), hits.cpu().numpy()
+
+    def greedy_continuations(
+        self, prompts: Sequence[np.ndarray], limits: Sequence[int], eos_token_id: int | None
+    ) -> list[np.ndarray]:
+        """What the model writes after each prompt, all of them in one batch; see `scoring.generation`."""
+        rows = sum(len(p) + n for p, n in zip(prompts, limits, strict=True))
+        return greedy_continuations(self.model, prompts, limits, eos_token_id, batch_tokens=max(1, 4 * rows))
+
+    def extraction_likelihood(self, samples: Sequence[Sample], n: int, eos_token_id: int | None) -> torch.Tensor:
+        """EL_n of each sample, (B,) fp64; see `scoring.memorization`."""
+        return extraction_likelihood(self.model, samples, n, eos_token_id)
 
     @torch.no_grad()
     def exact_logprobs(self, batches: Sequence[Batch]) -> list[torch.Tensor]:

@@ -38,7 +38,7 @@ def ids(split: str) -> list[str]:
 
 
 def test_registered_with_the_sizes_of_the_protocol():
-    assert TASKS["authors"] is authors
+    assert TASKS["authors"] is authors.TASK
     assert set(authors.SPLITS) == set(SIZES)
     assert {split: len(authors.load(split)) for split in authors.SPLITS} == SIZES
 

@@ -1,11 +1,8 @@
-"""The unlearning tasks.
-
-A task is a module with `SPLITS`, `DEFAULT_SPLIT`, `RETAIN_OF` (forget split -> what is kept when it is forgotten) and
-`load(split) -> list[dict]`.
-"""
-
-from types import ModuleType
+"""The unlearning tasks: each a file with a `TASK`, all of them here by name."""
 
 from bench.tasks import authors
+from bench.tasks.task import Record, Task
 
-TASKS: dict[str, ModuleType] = {"authors": authors}
+__all__ = ["TASKS", "Record", "Task"]
+
+TASKS: dict[str, Task] = {task.name: task for task in (authors.TASK,)}

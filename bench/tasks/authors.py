@@ -38,10 +38,10 @@ from typing import Any
 
 from bench.prompts import question_answer
 from bench.tasks import authors_vocabulary as vocabulary
+from bench.tasks import tofu
 from bench.tasks.authors_vocabulary import Topic
+from bench.tasks.task import Record, Task
 from scoring.errors import unknown_name
-
-Record = dict[str, Any]
 
 AUTHORS = 40  # a multiple of four, the size of a block of the design
 HOLDOUT_AUTHORS = 4
@@ -105,6 +105,34 @@ def load(split: str = "full", seed: int = 0) -> list[Record]:
         return full
     boundary = len(full) - round(_FORGET_SHARES[_FORGET_OF.get(split, split)] * len(full))
     return full[:boundary] if split in _FORGET_OF else full[boundary:]
+
+
+def _load_split(split: str, source: str | None, tokenizer: Any) -> list[Record]:
+    return load(split)
+
+
+def _evaluation(split: str) -> dict[str, str]:
+    return {
+        "forget": split,
+        "retain": RETAIN_OF.get(split, "retain90"),
+        "real_authors": "real_authors",
+        "world_facts": "world_facts",
+        "holdout": "holdout",
+    }
+
+
+TASK = Task(
+    name="authors",
+    about="embedded stand-in for TOFU: 40 fictional authors, generated here, 10 questions each",
+    load=_load_split,
+    splits=SPLITS,
+    default_split=DEFAULT_SPLIT,
+    retain_of=RETAIN_OF,
+    evaluation=_evaluation,
+    completeness=tofu.COMPLETENESS,
+    utility=tofu.UTILITY,
+    further=tofu.FURTHER,
+)
 
 
 def training_records(kind: str = "full", epoch: int = 0, seed: int = 0) -> list[Record]:
