@@ -1,8 +1,8 @@
 """The unlearning tasks: each a file with a `TASK`, all of them here by name."""
 
 from bench.tasks import authors
-from bench.tasks.task import Record, Task
+from bench.tasks.task import HarnessTask, Record, Task
 
-__all__ = ["TASKS", "Record", "Task"]
+__all__ = ["TASKS", "HarnessTask", "Record", "Task"]
 
 TASKS: dict[str, Task] = {task.name: task for task in (authors.TASK,)}

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 Record = dict[str, Any]
+HarnessTask = str | dict[str, Any]
+
+
+def _no_harness(source: str | None) -> Mapping[str, tuple[HarnessTask, ...]]:
+    return {}
 
 
 class Loader(Protocol):
@@ -40,8 +45,9 @@ class Task:
         completeness, utility: metrics of the paper's table of this task, in its order, see `bench.metrics`.
         further: metrics beyond that table.
         source: where the data are if --task does not say; None: the data are generated, or nobody can know.
-        harness: set that a metric speaks of -> tasks of lm-evaluation-harness, each a name that it knows or a
-            configuration. Several are pooled, question by question.
+        harness: source -> {set that a metric speaks of, such as "arc_easy": tasks of lm-evaluation-harness}, each a
+            name that it knows or a configuration; one whose "task" is a name that it knows changes that task. The
+            questions of several are pooled.
         new_tokens: how many tokens the model may write; None: 20 more than the true answer has.
         epochs, max_steps: how long the paper unlearns; None, None: the algorithm's own number of epochs.
         refusals: answers for PO and IdkDPO; empty: the built-in ones.
@@ -58,7 +64,7 @@ class Task:
     utility: tuple[str, ...]
     further: tuple[str, ...] = ()
     source: str | None = None
-    harness: Mapping[str, tuple[str | dict[str, Any], ...]] = field(default_factory=dict)
+    harness: Callable[[str | None], Mapping[str, tuple[HarnessTask, ...]]] = _no_harness
     new_tokens: int | None = None
     epochs: int | None = None
     max_steps: int | None = None
