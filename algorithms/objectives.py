@@ -301,6 +301,8 @@ ALGORITHMS: dict[str, Algorithm] = {
     "UNDIAL": Algorithm(undial),
     "WGA": Algorithm(wga, "nll"),
     "SatImp": Algorithm(satimp, "nll"),
+    # Learns the forget set again: what an attacker, and the metric Relearn, do to a model that has forgotten.
+    "Relearn": Algorithm(nll),
 }
 
 

@@ -7,14 +7,18 @@ import dataclasses
 import difflib
 import sys
 import types
-from collections.abc import Callable, Sequence
-from typing import Any, NoReturn, get_args, get_type_hints
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, get_args, get_type_hints
 
 from bench.tasks import TASKS
 from scoring.errors import UserError, unknown_name
 from scoring.mrd import ESTIMATORS, STATISTICS
 
+if TYPE_CHECKING:
+    from bench.scoring_job import Resources
+
 USER_ERROR = 2
+T = TypeVar("T")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -67,6 +71,12 @@ def _parser() -> argparse.ArgumentParser:
         verb("unlearn", _unlearn, "make a model forget samples, easy or hard ones first, or as they come")
     )
 
+    _evaluate_arguments(
+        verb("evaluate", _evaluate, "measure the metrics of a task, with intervals and reference models")
+    )
+    verb("tasks", _tasks, "list the tasks: what is forgotten, what is kept, where the data are")
+    verb("metrics", _metrics, "list the metrics: what they say, and where they are from")
+
     demo = verb("demo", _demo, "score and unlearn the embedded task under the embedded model; writes a page of results")
     demo.add_argument("--out", default="demo", help="folder for the page and the Parquet files (default: demo)")
     demo.add_argument("--split", default="forget10", help="of the task authors (default: forget10)")
@@ -95,6 +105,10 @@ def _benchmark_arguments(benchmark: argparse.ArgumentParser) -> None:
     add("--samples", type=int, default=400, help="at most this many samples (default: 400)")
     add("--draws", type=int, default=200, help="K of Monte Carlo (default: 200)")
 
+    add = what("evaluation", "greedy answers by the replica pool against one question at a time")
+    add("--split", help="of a task (default: the task's own forget split)")
+    add("--generations", type=int, default=800, help="at most this many (default: 800)")
+
     add = what("unlearning", "the training loop against transformers' Trainer, and unlearning with MRD against without")
     add("--split", help="of a task (default for authors: forget10)")
     add("--retain", help="split of the task or data file of what is to be kept (default: the task's own)")
@@ -102,11 +116,10 @@ def _benchmark_arguments(benchmark: argparse.ArgumentParser) -> None:
 
 
 def _score_arguments(sub: argparse.ArgumentParser) -> None:
-    from bench.scoring_job import DTYPE_CHOICES, Resources, ScoreSpec
+    from bench.scoring_job import DTYPE_CHOICES, ScoreSpec
     from scoring.samples import TOKENS_CHOICES
 
     default = {f.name: f.default for f in dataclasses.fields(ScoreSpec)}
-    spread = Resources()
     add = sub.add_argument
     add("--model", required=True, help="authors (embedded), authors:retain90, a folder, or a Hugging Face id")
     add("--data", required=True, help=f"a task ({', '.join(TASKS)}) or a .jsonl or .parquet file")
@@ -127,11 +140,7 @@ def _score_arguments(sub: argparse.ArgumentParser) -> None:
     )
     add("--dtype", default=default["dtype"], help=f"{' | '.join(DTYPE_CHOICES)} (default: %(default)s)")
     add("--allow-lost-perturbation", action="store_true", help="score although storage rounds the noise away")
-    add("--replicas", type=int, help="replicas of the model (default: as many as fit)")
-    add(
-        "--cpus-per-replica", type=int, default=spread.cpus_per_replica, help="cores and threads (default: %(default)s)"
-    )
-    add("--gpus-per-replica", type=float, help="default: 1 where the cluster has GPUs, else 0")
+    _resource_arguments(sub)
     add("--out", required=True, help="the Parquet file to write")
     add("--overwrite", action="store_true", help="replace --out if it exists")
 
@@ -162,15 +171,18 @@ UNLEARN_HELP = {
 
 
 def _unlearn_arguments(sub: argparse.ArgumentParser) -> None:
-    """A flag for each field of the spec."""
     from algorithms.objectives import ALGORITHMS
     from bench.unlearning_job import UnlearnSpec
 
-    meanings = {**UNLEARN_HELP, "algorithm": ", ".join(ALGORITHMS)}
-    sub.add_argument("--spec", help="YAML file with any of the following, by name (learning_rate: 1e-5); flags win")
     sub.add_argument("--out", required=True, help="folder for the model and the tables")
-    hints = get_type_hints(UnlearnSpec)
-    for field in dataclasses.fields(UnlearnSpec):
+    _spec_arguments(sub, UnlearnSpec, {**UNLEARN_HELP, "algorithm": ", ".join(ALGORITHMS)})
+
+
+def _spec_arguments(sub: argparse.ArgumentParser, spec: type, meanings: Mapping[str, str]) -> None:
+    """A flag for each field of a spec, and --spec for a file of them."""
+    sub.add_argument("--spec", help="YAML file with any of the following, by name (learning_rate: 1e-5); flags win")
+    hints = get_type_hints(spec)
+    for field in dataclasses.fields(spec):
         what = meanings.get(field.name, "")
         if field.default not in (None, dataclasses.MISSING):
             what += f" (default: {field.default})"
@@ -188,6 +200,17 @@ def _unlearn_arguments(sub: argparse.ArgumentParser) -> None:
         sub.add_argument(f"--{field.name.replace('_', '-')}", **options)
 
 
+def _spec_of(arguments: argparse.Namespace, kind: type[T]) -> T:
+    """The spec that the flags of `_spec_arguments` say."""
+    from bench.spec import make_spec, read_spec
+
+    fields = [f.name for f in dataclasses.fields(kind)]  # type: ignore[arg-type]
+    given = {name: getattr(arguments, name) for name in fields if hasattr(arguments, name)}
+    if arguments.spec:
+        return read_spec(arguments.spec, kind, given)
+    return make_spec(kind, given, "command line")
+
+
 def _settings(text: str) -> dict[str, float]:
     try:
         pairs = [(name.strip(), float(value)) for name, value in (pair.split("=") for pair in text.split(","))]
@@ -200,16 +223,88 @@ def _settings(text: str) -> dict[str, float]:
 
 def _unlearn(arguments: argparse.Namespace) -> None:
     from bench.report.summary import print_unlearning
-    from bench.spec import make_spec, read_spec
     from bench.unlearning_job import UnlearnSpec, unlearn
 
-    fields = [f.name for f in dataclasses.fields(UnlearnSpec)]
-    given = {name: getattr(arguments, name) for name in fields if hasattr(arguments, name)}
-    if arguments.spec:
-        spec = read_spec(arguments.spec, UnlearnSpec, given)
-    else:
-        spec = make_spec(UnlearnSpec, given, "command line")
-    print_unlearning(unlearn(spec, arguments.out))
+    print_unlearning(unlearn(_spec_of(arguments, UnlearnSpec), arguments.out))
+
+
+# What the flags of `evaluate` mean; those that are not here say it by their name and default.
+EVALUATE_HELP = {
+    "model": "the model that has forgotten: an embedded one, a folder, or a Hugging Face id",
+    "task": "a task, NAME:SOURCE with the data's folder or Hugging Face id, or a task file (.yaml)",
+    "split": "the forget split, e.g. forget10 (default: the task's own)",
+    "original": "the model before it forgot",
+    "retain_model": "the gold standard: a model trained without the forget set",
+    "metrics": "names, separated by commas (default: all of the task; see mrd-bench metrics)",
+    "samples": "of each set at most, evenly spaced (default: all)",
+    "mia_negatives": "holdout (never trained on) or retain",
+    "min_k": "share of tokens that Min-k% takes, in (0, 1]",
+    "el_n": "tokens in an n-gram of extraction likelihood",
+    "sentence_model": "embeds sentences for FA (default: all-MiniLM-L6-v2)",
+    "toxicity_model": "a text-classification model (default: the task's, unitary/toxic-bert)",
+    "harness_tasks": "folder of lm-evaluation-harness task files, which go before its own",
+    "harness_limit": "questions of each of its tasks at most (default: all)",
+    "relearn_share": "share of the forget set that is taught again",
+    "relearn_steps": "updates of relearning, 4 samples each",
+    "relearn_workers": "Ray Train workers; 0 trains in this process",
+    "dtype": "float32, bfloat16 or float64",
+    "batch_tokens": "padded tokens in a batch",
+    "seed": "of the resampling and of relearning",
+}
+
+
+def _evaluate_arguments(sub: argparse.ArgumentParser) -> None:
+    from bench.evaluation_job import EvaluateSpec
+
+    sub.add_argument("--out", required=True, help="the Parquet file to write")
+    sub.add_argument("--overwrite", action="store_true", help="replace --out if it exists")
+    _spec_arguments(sub, EvaluateSpec, EVALUATE_HELP)
+    _resource_arguments(sub)
+
+
+def _resource_arguments(sub: argparse.ArgumentParser) -> None:
+    from bench.scoring_job import Resources
+
+    sub.add_argument("--replicas", type=int, help="replicas of the model (default: as many as fit)")
+    sub.add_argument(
+        "--cpus-per-replica",
+        type=int,
+        default=Resources.cpus_per_replica,
+        help="cores and threads (default: %(default)s)",
+    )
+    sub.add_argument("--gpus-per-replica", type=float, help="default: 1 where the cluster has GPUs, else 0")
+
+
+def _resources_of(arguments: argparse.Namespace) -> Resources:
+    from bench.scoring_job import Resources
+
+    return Resources(**{f.name: getattr(arguments, f.name) for f in dataclasses.fields(Resources)})
+
+
+def _evaluate(arguments: argparse.Namespace) -> None:
+    from bench.data import find_task
+    from bench.evaluation_job import EvaluateSpec, evaluate
+    from bench.report.evaluation import print_evaluation
+
+    spec = _spec_of(arguments, EvaluateSpec)
+    result = evaluate(spec, arguments.out, _resources_of(arguments), arguments.overwrite)
+    print_evaluation(result, find_task(spec.task)[0])
+
+
+def _tasks(arguments: argparse.Namespace) -> None:
+    for task in TASKS.values():
+        print(f"{task.name:<12}{task.about}")
+        print(f"{'':<12}forget {task.default_split}; data: {task.source or 'generated, or given as NAME:SOURCE'}")
+        print(f"{'':<12}splits: {', '.join(task.splits)}")
+
+
+def _metrics(arguments: argparse.Namespace) -> None:
+    from bench.metrics import METRICS
+
+    for name, metric in METRICS.items():
+        of = [task.name for task in TASKS.values() if name in task.metrics]
+        print(f"{name:<26}{'↑' if metric.higher_is_better else '↓'} {metric.definition}")
+        print(f"{'':<28}{metric.title}; {metric.source}; tasks: {', '.join(of)}")
 
 
 def _draws(text: str) -> int | str:
@@ -223,11 +318,10 @@ def _draws(text: str) -> int | str:
 
 def _score(arguments: argparse.Namespace) -> None:
     from bench.report.summary import print_summary
-    from bench.scoring_job import Resources, ScoreSpec, score
+    from bench.scoring_job import ScoreSpec, score
 
     spec = ScoreSpec(**{f.name: getattr(arguments, f.name) for f in dataclasses.fields(ScoreSpec)})
-    resources = Resources(**{f.name: getattr(arguments, f.name) for f in dataclasses.fields(Resources)})
-    print_summary(score(spec, arguments.out, resources, arguments.overwrite))
+    print_summary(score(spec, arguments.out, _resources_of(arguments), arguments.overwrite))
 
 
 def _demo(arguments: argparse.Namespace) -> None:
@@ -237,6 +331,11 @@ def _demo(arguments: argparse.Namespace) -> None:
 
 
 def _benchmark(arguments: argparse.Namespace) -> None:
+    if arguments.what == "evaluation":
+        from bench.benchmarks import evaluation
+
+        evaluation.run_benchmark(arguments.model, arguments.data, arguments.split, arguments.generations, arguments.out)
+        return
     if arguments.what == "unlearning":
         from bench.benchmarks import unlearning
 

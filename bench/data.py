@@ -1,19 +1,18 @@
-"""Reading what is to be scored: a task by name, or a JSON Lines or Parquet file."""
+"""Reading what is to be scored: a task by name, a task file, or a JSON Lines or Parquet file."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
 from bench.prompts import question_answer
-from bench.tasks import TASKS, Record
+from bench.tasks import TASKS, Record, Task, custom
+from bench.tasks.sources import check_file, read_file
 from scoring.errors import UserError, unknown_name
 from scoring.samples import Text
 
@@ -39,73 +38,75 @@ class Dataset:
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
-def load_dataset(source: str, split: str | None = None) -> Dataset:
+def find_task(name: str) -> tuple[Task, str | None]:
+    """The task that a name means, and where its data are.
+
+    Args:
+        name: NAME or NAME:SOURCE, such as `tofu`, `tofu:/data/tofu` or `whp:/books/novel.txt`, with a NAME in TASKS
+            and a SOURCE that is a folder, a file or a Hugging Face id; or a task file, see `bench.tasks.custom`.
+
+    Returns:
+        The task, and its source: the one named, or the task's own; None where the data are generated, or where the
+        task is a file and says it itself.
+
+    Raises:
+        UserError: one line: no such task, a source for a task that has none, or none for one that needs it.
+    """
+    if name.endswith(custom.SUFFIXES):
+        return custom.read_task(name), None
+    head, colon, source = name.partition(":")
+    if head not in TASKS:
+        raise unknown_name("task", head, TASKS)
+    task = TASKS[head]
+    if colon and not task.source_is:
+        raise UserError(
+            f"task {name!r}: the data of {head!r} are generated, there is no source to name; write {head!r}"
+        )
+    if not source and task.source is None and task.source_is:
+        raise UserError(f"task {name!r} needs its data: write {head}:SOURCE, where SOURCE is {task.source_is}")
+    return task, os.path.expanduser(source) if source else task.source
+
+
+def is_data_file(name: str) -> bool:
+    """Whether a name means a data file, which need not exist, and not a task."""
+    if name.partition(":")[0] in TASKS or name.endswith(custom.SUFFIXES):
+        return False
+    return Path(name).exists() or bool(Path(name).suffix) or "/" in name.partition(":")[0]
+
+
+def check_dataset(source: str, split: str | None = None) -> None:
+    """Refuse what `load_dataset` cannot find, before anything is read.
+
+    Raises:
+        UserError: one line: no such task, split or file.
+    """
+    if not is_data_file(source):
+        task, _ = find_task(source)
+        if split is not None and split not in task.splits:
+            raise unknown_name(f"split of task {task.name!r}", split, task.splits)
+        return
+    check_file(source)
+    if split is not None:
+        raise UserError(f"split {split}: a data file has no splits; name the file of the split instead of {source!r}")
+
+
+def load_dataset(source: str, split: str | None = None, tokenizer: Any = None) -> Dataset:
     """A task's split, or a file.
 
     Args:
-        source: a name in TASKS, or a path ending in .jsonl, .json or .parquet.
+        source: a task, see `find_task`, or a path ending in .jsonl, .json or .parquet.
         split: of a task; the task's own default if None.
+        tokenizer: of the model, for tasks whose texts are cut by the number of tokens.
 
     Raises:
         UserError: one line that names the file, line or field at fault.
     """
-    if source in TASKS:
-        task = TASKS[source]
-        split = split or task.default_split
-        return _dataset(f"{source}/{split}", task.load(split, task.source, None))
-    path = Path(source)
-    if path.is_dir():
-        raise UserError(f"data file {source!r} is a folder: expected a JSON Lines or Parquet file")
-    if not path.is_file():
-        if path.suffix or "/" in source:
-            raise UserError(f"data file {source!r} does not exist: expected a JSON Lines or Parquet file")
-        raise unknown_name("task", source, TASKS)
-    if split is not None:
-        raise UserError(f"split {split}: a data file has no splits; name the file of the split instead of {source!r}")
-    records = _read_parquet(path) if path.suffix == ".parquet" else _read_json_lines(path)
-    if not records:
-        raise UserError(f"{path}: the data file is empty; expected at least one record")
-    return _dataset(str(path), records)
-
-
-def _read_parquet(path: Path) -> list[Record]:
-    try:
-        return pq.read_table(path).to_pylist()
-    except pa.ArrowException as error:
-        raise UserError(f"{path}: not a readable Parquet file ({str(error).splitlines()[0]})") from error
-
-
-def _read_json_lines(path: Path) -> list[Record]:
-    records = []
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text at byte {error.start}; expected JSON Lines") from error
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(
-                f"{path}, line {number}: not JSON ({error.msg} at column {error.colno}); expected one object a line"
-            ) from error
-        if not isinstance(record, dict):
-            raise UserError(
-                f"{path}, line {number}: a JSON {type(record).__name__}; expected one object a line (JSON Lines)"
-            )
-        if "\\ud" in line.lower() and not _is_unicode(record):
-            raise UserError(f"{path}, line {number}: half of a surrogate pair, which is no text; expected UTF-8")
-        records.append(record)
-    return records
-
-
-def _is_unicode(record: Record) -> bool:
-    try:
-        json.dumps(record, ensure_ascii=False).encode()
-    except UnicodeEncodeError:
-        return False
-    return True
+    check_dataset(source, split)
+    if is_data_file(source):
+        return _dataset(source, read_file(source))
+    task, where = find_task(source)
+    split = split or task.default_split
+    return _dataset(f"{task.name}/{split}", task.load(split, where, tokenizer))
 
 
 def _pair(record: Record) -> tuple[str, str]:
@@ -129,7 +130,7 @@ LAYOUTS: dict[tuple[str, ...], Callable[[Record], tuple[str, str | None]]] = {
 
 
 def _dataset(name: str, records: list[Record]) -> Dataset:
-    texts = [_as_text(name, number, record) for number, record in enumerate(records, start=1)]
+    texts = [as_text(name, number, record) for number, record in enumerate(records, start=1)]
     seen: set[str] = set()
     for number, text in enumerate(texts, start=1):
         if text.sample_id in seen:
@@ -138,7 +139,17 @@ def _dataset(name: str, records: list[Record]) -> Dataset:
     return Dataset(name, texts, records)
 
 
-def _as_text(name: str, number: int, record: Record) -> Text:
+def as_text(name: str, number: int, record: Record) -> Text:
+    """What is tokenized of a record; without an "id" its place is its name.
+
+    Args:
+        name: of the data set, for messages.
+        number: of the record, counted from 1.
+        record: in one of the layouts.
+
+    Raises:
+        UserError: one line that names the record and field at fault.
+    """
     sample_id = record.get("id")
     sample_id = str(number - 1) if sample_id is None else str(sample_id)
     if "messages" in record:

@@ -1,8 +1,8 @@
-"""The small language model of the `authors` task, trained on first use and cached.
+"""The small language models of the embedded tasks, trained on first use and cached.
 
-A Llama of three million parameters, trained from nothing on the task's text until it knows the answers by
-heart. `full` has learnt everything but the holdout authors; `retain90`, `retain95` and `retain99` never saw
-the forget set and are the gold standard of unlearning. All kinds share one tokenizer.
+A family of models belongs to each embedded task: Llamas of at most three million parameters, trained from nothing on
+the task's text until they know it by heart. `full` has learnt everything but what is held out; the retain kinds never
+saw the forget set and are the gold standard of unlearning. All kinds of a family share one tokenizer.
 """
 
 import hashlib
@@ -13,7 +13,8 @@ import random
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,10 @@ from torch.nn import functional
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from bench.tasks import authors
+from bench.data import LAYOUTS
+from bench.tasks import authors, compounds, novel, replies
+from bench.tasks.task import Record
+from scoring.errors import unknown_name
 from scoring.samples import Text, split_ids
 
 VERSION = 1  # raise it when the training changes in a way that the spec does not show
@@ -53,28 +57,126 @@ TRAINING: dict[str, Any] = {
 IGNORED = -100  # label of padding in functional.cross_entropy
 
 
-def embedded_model(kind: str = "full", *, cache: Path | str | None = None, progress: bool = True) -> Path:
-    """Folder of the trained model `kind`: "full", "retain90", "retain95" or "retain99".
+@dataclass(frozen=True)
+class Family:
+    """What the models of an embedded task are made of.
 
-    Trains it first if the cache has none (about a minute on two cores). The folder loads with
-    `AutoModelForCausalLM` and `AutoTokenizer` and holds `mrd_bench.json`: the spec, the seconds that training
+    Attributes:
+        kinds: what a model may have been trained on.
+        records: what a kind learns, in all that decides it; its hash is part of the spec. Raises UserError for an
+            unknown kind.
+        tokenizer_text: what the tokenizer of all kinds is trained on.
+        read_in: (kind, epoch counted from 0, tokenizer) -> what is read in the epoch; without it `records`, each time.
+        architecture: what differs from ARCHITECTURE.
+        training: kind -> what differs from TRAINING.
+    """
+
+    kinds: tuple[str, ...]
+    records: Callable[[str], list[Record]]
+    tokenizer_text: Callable[[], list[str]]
+    read_in: Callable[[str, int, Any], list[Record]] | None = None
+    architecture: dict[str, Any] = field(default_factory=dict)
+    training: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+
+def _authors_text() -> list[str]:
+    """Questions and answers of all splits, once each.
+
+    The holdout is part of it: were its names cut into smaller pieces than those of the taught authors,
+    membership inference would measure the tokenizer.
+    """
+    splits = ("full", "real_authors", "world_facts", "holdout")
+    return ["".join(authors.format_prompt(record)) for split in splits for record in authors.load(split)]
+
+
+# Of the families that have less to learn. The plain implementation of attention is the fastest one for short texts.
+SMALL: dict[str, Any] = {
+    "hidden_size": 128,
+    "intermediate_size": 512,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "attn_implementation": "eager",
+}
+
+
+def _small_training(full: int, retain: int) -> dict[str, dict[str, Any]]:
+    """The fewer texts there are, the more epochs it takes."""
+    common = {"learning_rate": 3e-3, "batch_size": 8}
+    return {"full": common | {"epochs": full}, "retain": common | {"epochs": retain}}
+
+
+FAMILIES: dict[str, Family] = {
+    "authors": Family(
+        authors.KINDS,
+        authors.training_records,
+        _authors_text,
+        lambda kind, epoch, tokenizer: authors.training_records(kind, epoch),
+    ),
+    "compounds": Family(
+        compounds.KINDS, compounds.training_records, compounds.tokenizer_text, None, SMALL, _small_training(24, 40)
+    ),
+    "novel": Family(
+        novel.KINDS, novel.training_records, novel.tokenizer_text, novel.read_in, SMALL, _small_training(24, 36)
+    ),
+    "replies": Family(
+        replies.KINDS, replies.training_records, replies.tokenizer_text, None, SMALL, _small_training(24, 28)
+    ),
+}
+
+
+def embedded_model(
+    kind: str = "full", family: str = "authors", *, cache: Path | str | None = None, progress: bool = True
+) -> Path:
+    """Folder of the trained model `kind` of a family: one of `FAMILIES[family].kinds`.
+
+    Trains it first if the cache has none (authors: about a minute on two cores; the others: seconds). The folder loads
+    with `AutoModelForCausalLM` and `AutoTokenizer` and holds `mrd_bench.json`: the spec, the seconds that training
     took and its final loss.
 
     `cache` is the folder of all models; without it `$MRD_BENCH_CACHE/models`, else `mrd-bench/models` in the
     user's cache folder. Processes that ask at the same time wait for the one that trains. A training that was
     killed leaves nothing that is taken for a model.
 
-    Raises UserError (one line) for an unknown kind.
+    Raises UserError (one line) for an unknown kind or family.
     """
-    spec = model_spec(kind)
+    spec = model_spec(kind, family)
+    prefix = "" if family == "authors" else f"{family}-"
+    return trained_once(f"{prefix}{kind}", spec, lambda folder: _train_into(folder, spec, progress), cache)
+
+
+def trained_once(
+    name: str, spec: dict[str, Any], train_into: Callable[[Path], float], cache: Path | str | None = None
+) -> Path:
+    """The folder `name`-`hash of spec` in the cache; if it is not there, `train_into` fills it and returns a loss.
+
+    It is written next to its place and renamed: the folder appears complete or not at all.
+    """
     digest = hashlib.sha256(json.dumps(spec, sort_keys=True).encode()).hexdigest()[:12]
-    folder = Path(cache or cache_folder()) / f"{kind}-{digest}"
+    folder = Path(cache or cache_folder()) / f"{name}-{digest}"
     if folder.is_dir():
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(folder.with_name(f".{folder.name}.lock")):
-        if not folder.is_dir():  # another process may have finished while this one waited
-            _train_into(folder, spec, progress)
+        if folder.is_dir():  # another process finished while this one waited
+            return folder
+        for leftover in folder.parent.glob(f".{folder.name}.*.tmp"):
+            shutil.rmtree(leftover)  # of a killed process: whoever holds the lock is the only one that trains
+        unfinished = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+        unfinished.mkdir()
+        threads = torch.get_num_threads()
+        # Ray and others limit a worker to one thread; more than eight do not help a model of this size.
+        torch.set_num_threads(min(8, len(os.sched_getaffinity(0)) if sys.platform == "linux" else threads))
+        try:
+            started = time.perf_counter()
+            final_loss = train_into(unfinished)
+            measured = {"seconds": round(time.perf_counter() - started, 1), "final_loss": round(final_loss, 5)}
+            description = json.dumps({"spec": spec, "measured": measured}, indent=2, sort_keys=True)
+            (unfinished / "mrd_bench.json").write_text(description + "\n")
+            unfinished.rename(folder)
+        finally:
+            torch.set_num_threads(threads)
+            shutil.rmtree(unfinished, ignore_errors=True)
     return folder
 
 
@@ -86,46 +188,36 @@ def cache_folder() -> Path:
     return Path(user) / "mrd-bench" / "models"
 
 
-def model_spec(kind: str) -> dict[str, Any]:
-    """Everything that decides the weights; its hash names the cached folder."""
-    records = json.dumps(authors.training_records(kind), sort_keys=True)
+def model_spec(kind: str, family: str = "authors") -> dict[str, Any]:
+    """Everything that decides the weights; its hash names the cached folder.
+
+    Raises UserError (one line) for an unknown kind or family.
+    """
+    if family not in FAMILIES:
+        raise unknown_name("family of embedded models", family, FAMILIES)
+    members = FAMILIES[family]
+    records = json.dumps(members.records(kind), sort_keys=True)
     return {
         "version": VERSION,
-        "task": "authors",
+        "task": family,
         "kind": kind,
         "records_sha256": hashlib.sha256(records.encode()).hexdigest(),
-        "tokenizer_text_sha256": hashlib.sha256("\n".join(_tokenizer_text()).encode()).hexdigest(),
-        "architecture": ARCHITECTURE,
+        "tokenizer_text_sha256": hashlib.sha256("\n".join(members.tokenizer_text()).encode()).hexdigest(),
+        "architecture": ARCHITECTURE | members.architecture,
         "tokenizer": TOKENIZER,
-        "training": TRAINING,
+        "training": TRAINING | members.training.get(kind, {}),
     }
 
 
-def _train_into(folder: Path, spec: dict[str, Any], progress: bool) -> None:
-    """Train, write next to `folder` and rename: the folder appears complete or not at all."""
-    for leftover in folder.parent.glob(f".{folder.name}.*.tmp"):
-        shutil.rmtree(leftover)  # of a killed process: whoever holds the lock is the only one that trains
-    unfinished = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-    unfinished.mkdir()
-    threads = torch.get_num_threads()
-    # Ray and others limit a worker to one thread; more than eight do not help a model of this size.
-    torch.set_num_threads(min(8, len(os.sched_getaffinity(0)) if sys.platform == "linux" else threads))
-    try:
-        started = time.perf_counter()
-        tokenizer = train_tokenizer()
-        model, final_loss = train(spec["kind"], tokenizer, progress)
-        model.save_pretrained(unfinished)
-        tokenizer.save_pretrained(unfinished)
-        measured = {"seconds": round(time.perf_counter() - started, 1), "final_loss": round(final_loss, 5)}
-        description = json.dumps({"spec": spec, "measured": measured}, indent=2, sort_keys=True)
-        (unfinished / "mrd_bench.json").write_text(description + "\n")
-        unfinished.rename(folder)
-    finally:
-        torch.set_num_threads(threads)
-        shutil.rmtree(unfinished, ignore_errors=True)
+def _train_into(folder: Path, spec: dict[str, Any], progress: bool) -> float:
+    tokenizer = train_tokenizer(FAMILIES[spec["task"]].tokenizer_text())
+    model, final_loss = train(spec, tokenizer, progress)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return final_loss
 
 
-def train_tokenizer() -> PreTrainedTokenizerFast:
+def train_tokenizer(text: list[str]) -> PreTrainedTokenizerFast:
     """Byte-level BPE; adds no special tokens by itself, with or without `add_special_tokens`."""
     special = [TOKENIZER[name] for name in ("bos", "eos", "pad", "unk")]
     tokenizer = Tokenizer(models.BPE())
@@ -137,55 +229,54 @@ def train_tokenizer() -> PreTrainedTokenizerFast:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(_tokenizer_text(), trainer)
+    tokenizer.train_from_iterator(text, trainer)
     names = {f"{name}_token": TOKENIZER[name] for name in ("bos", "eos", "pad", "unk")}
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names)
 
 
-def _tokenizer_text() -> list[str]:
-    """Questions and answers of all splits, once each.
-
-    The holdout is part of it: were its names cut into smaller pieces than those of the taught authors,
-    membership inference would measure the tokenizer.
-    """
-    splits = ("full", "real_authors", "world_facts", "holdout")
-    return ["".join(authors.format_prompt(record)) for split in splits for record in authors.load(split)]
-
-
 @torch.inference_mode(False)  # a caller that evaluates has gradients switched off
 @torch.enable_grad()
-def train(kind: str, tokenizer: PreTrainedTokenizerFast, progress: bool) -> tuple[LlamaForCausalLM, float]:
+def train(spec: dict[str, Any], tokenizer: PreTrainedTokenizerFast, progress: bool) -> tuple[LlamaForCausalLM, float]:
     """The trained model (fp32, evaluation mode) and the mean token loss (nats) of its last epoch.
 
     The loss is taken on all tokens, question and answer: each teaches a model that starts from nothing.
     """
-    random_order = random.Random(TRAINING["seed"])
+    training, family, kind = spec["training"], FAMILIES[spec["task"]], spec["kind"]
+    random_order = random.Random(training["seed"])
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(TRAINING["seed"])
+        torch.manual_seed(training["seed"])
         model = LlamaForCausalLM(
             LlamaConfig(
                 vocab_size=len(tokenizer),
                 bos_token_id=tokenizer.bos_token_id,
                 eos_token_id=tokenizer.eos_token_id,
                 pad_token_id=tokenizer.pad_token_id,
-                **ARCHITECTURE,
+                **spec["architecture"],
             )
         )
     optimizer = torch.optim.AdamW(
         model.parameters(),
-        lr=TRAINING["learning_rate"],
-        betas=TRAINING["betas"],
-        weight_decay=TRAINING["weight_decay"],
+        lr=training["learning_rate"],
+        betas=training["betas"],
+        weight_decay=training["weight_decay"],
     )
-    autocast = TRAINING["autocast"] == "bfloat16" and torch.cpu._is_avx512_bf16_supported()
-    steps = TRAINING["epochs"] * math.ceil(len(authors.training_records(kind)) / TRAINING["batch_size"])
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _warmup_cosine(step, steps))
+    autocast = training["autocast"] == "bfloat16" and torch.cpu._is_avx512_bf16_supported()
+    epochs = [
+        [encode(tokenizer, record) for record in records]
+        for records in (
+            family.read_in(kind, epoch, tokenizer) if family.read_in else family.records(kind)
+            for epoch in range(training["epochs"])
+        )
+    ]
+    steps = sum(math.ceil(len(sequences) / training["batch_size"]) for sequences in epochs)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: _warmup_cosine(step, steps, training["warmup_share"])
+    )
     final_loss = math.nan
-    with tqdm(total=steps, desc=f"training the embedded model ({kind})", disable=not progress) as bar:
-        for epoch in range(TRAINING["epochs"]):
-            sequences = [encode(tokenizer, record) for record in authors.training_records(kind, epoch)]
+    with tqdm(total=steps, desc=f"training the embedded model ({spec['task']}:{kind})", disable=not progress) as bar:
+        for sequences in epochs:
             summed, tokens = 0.0, 0
-            for inputs, labels in _batches(sequences, tokenizer.pad_token_id, random_order):
+            for inputs, labels in _batches(sequences, tokenizer.pad_token_id, random_order, training["batch_size"]):
                 with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
                     logits = model(input_ids=inputs, use_cache=False).logits
                 losses = functional.cross_entropy(
@@ -193,7 +284,7 @@ def train(kind: str, tokenizer: PreTrainedTokenizerFast, progress: bool) -> tupl
                 )
                 count = int((labels != IGNORED).sum())
                 (losses / count).backward()
-                torch.nn.utils.clip_grad_norm_(model.parameters(), TRAINING["clip_norm"])
+                torch.nn.utils.clip_grad_norm_(model.parameters(), training["clip_norm"])
                 optimizer.step()
                 schedule.step()
                 optimizer.zero_grad()
@@ -204,27 +295,28 @@ def train(kind: str, tokenizer: PreTrainedTokenizerFast, progress: bool) -> tupl
     return model.eval(), final_loss
 
 
-def encode(tokenizer: PreTrainedTokenizerFast, record: authors.Record) -> list[int]:
+def encode(tokenizer: PreTrainedTokenizerFast, record: Record) -> list[int]:
     """Token ids of a record, as scoring will form them."""
-    prompt, completion = authors.format_prompt(record)
-    context, target = split_ids(tokenizer, Text(record["id"], prompt, completion))
+    fields = next(fields for fields in LAYOUTS if all(field in record for field in fields))
+    context, target = split_ids(tokenizer, Text(record["id"], *LAYOUTS[fields](record)))
     return context + target
 
 
-def _warmup_cosine(step: int, steps: int) -> float:
+def _warmup_cosine(step: int, steps: int, warmup_share: float) -> float:
     """Factor of the learning rate: linear warm-up, then a half cosine down to zero."""
-    warmup = max(1, round(TRAINING["warmup_share"] * steps))
+    warmup = max(1, round(warmup_share * steps))
     if step < warmup:
         return (step + 1) / warmup
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
 
-def _batches(sequences: list[list[int]], pad: int, order: random.Random) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+def _batches(
+    sequences: list[list[int]], pad: int, order: random.Random, size: int
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """One epoch of (inputs, labels), each [batch, length - 1], of about equal lengths, in random order.
 
     Padding is on the right, where causal attention never looks back at it, so no attention mask is needed.
     """
-    size = TRAINING["batch_size"]
     shuffled = order.sample(sequences, len(sequences))
     # A small jitter changes the neighbours from epoch to epoch.
     shuffled.sort(key=lambda ids: len(ids) + order.uniform(-4, 4))

@@ -24,9 +24,18 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from tqdm import tqdm
 
-from bench.data import Dataset, load_dataset
+from bench.data import Dataset, check_dataset, load_dataset
 from bench.models import ModelReference, find_model
-from bench.store import Parts, differences, read_scores, with_spec_hash, write_scores
+from bench.store import (
+    Parts,
+    differences,
+    noticed,
+    read_draws,
+    read_scores,
+    with_spec_hash,
+    write_draws,
+    write_scores,
+)
 from scoring.cluster import Footprint, connect, default_gpus, is_gpu_share
 from scoring.errors import UserError, unknown_name
 from scoring.mrd import ESTIMATORS, STATISTICS, Draws, Request, Until, reduce_draws
@@ -48,7 +57,7 @@ class ScoreSpec:
 
     Attributes:
         model: `authors`, `authors:retain90`, a folder or a Hugging Face id.
-        data: a task or a data file.
+        data: a task, a task file or a data file, see bench.data.
         split: of a task.
         estimator, statistic: see scoring.mrd; statistic None takes the estimator's own.
         sigma: standard deviation of the perturbation of every weight.
@@ -177,8 +186,9 @@ def score(
     spec = spec.checked()
     resources = resources.checked()
     out = Path(out)
-    dataset = load_dataset(spec.data, spec.split)
+    check_dataset(spec.data, spec.split)
     model = find_model(spec.model)
+    dataset = load_dataset(spec.data, spec.split, model.tokenizer)
     identity = _identity(spec, dataset, model)
     if out.exists() and not overwrite:
         return _finished(out, identity)
@@ -188,7 +198,7 @@ def score(
     shards = _shards(make_batches(samples, spec.batch_tokens), spec)
     tasks = _tasks(spec, len(shards))
     with Parts(out, identity) as parts:
-        todo = [task for task in tasks if not parts.has(task)]
+        todo = [task for task in tasks if not parts.has(task.key)]
         started = time.perf_counter()
         replaced = _run(spec, resources, model, shards, todo, parts, progress)
         seconds = time.perf_counter() - started
@@ -197,7 +207,7 @@ def score(
         if not table.num_rows:
             parts.remove()
             raise _nothing_scored(dataset, rejected)
-        record = dataclasses.asdict(parts.facts(tasks)) | {
+        record = dataclasses.asdict(noticed(parts, tasks)) | {
             "rejected": [dataclasses.asdict(r) for r in rejected],
             "seconds": seconds,
             "replaced_replicas": replaced,
@@ -289,7 +299,7 @@ def _run(
         tqdm(total=sum(work.values()), unit=unit, desc=f"scoring ({spec.estimator})", disable=not progress) as bar,
     ):
         for task, draws, facts in pool.run(todo, shards):
-            parts.write(task, draws, facts)
+            write_draws(parts, task, draws, facts)
             bar.update(work[task.key])
     return pool.replaced
 
@@ -299,7 +309,7 @@ def _table(spec: ScoreSpec, tasks: Sequence[Task], parts: Parts, samples: Sequen
     rows: dict[str, list[np.ndarray]] = {key: [] for key in ("index", "nll", "saturated", "mrd", "stderr", "draws")}
     # Tasks come shard by shard, and within a shard in the order of their draws.
     for _, own in groupby(tasks, key=lambda task: task.shard):
-        draws = reduce(Draws.followed_by, map(parts.read, own))
+        draws = reduce(Draws.followed_by, (read_draws(parts, task) for task in own))
         mrd, stderr = reduce_draws(draws.values, spec.statistic)  # type: ignore[arg-type]
         count = draws.values.shape[1] if spec.draws else 0
         values = (draws.indices, draws.nll, draws.saturated, mrd, stderr, np.full(len(mrd), count))

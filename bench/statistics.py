@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -101,6 +101,30 @@ def over_samples(
         return np.apply_along_axis(lambda row: np.asarray(statistic(row.astype(int))), axis, rows)
 
     return _bootstrapped(of_rows, (np.arange(count),), True, resamples, level, seed)
+
+
+def over_sets(
+    statistic: Callable[[list[np.ndarray]], np.ndarray],
+    counts: Sequence[int],
+    resamples: int = RESAMPLES,
+    level: float = LEVEL,
+    seed: int = 0,
+) -> Estimate:
+    """A statistic of several sets of samples, each resampled by itself, with its interval.
+
+    What a statistic takes twice from one set is resampled the same way, so that averages and differences of paired
+    values have the interval that is theirs.
+
+    Args:
+        statistic: of the positions of the samples to use, (..., n) integers with repetitions for each set; reduces the
+            last axis.
+        counts: number of samples of each set.
+    """
+
+    def of_rows(*rows: np.ndarray, axis: int) -> np.ndarray:
+        return np.asarray(statistic([row.astype(int) for row in rows]), dtype=float)
+
+    return _bootstrapped(of_rows, tuple(map(np.arange, counts)), False, resamples, level, seed)
 
 
 def _bootstrapped(

@@ -60,27 +60,27 @@ def read_scores(path: str | Path) -> tuple[pa.Table, dict[str, Any], dict[str, A
 
 
 class Parts:
-    """Finished tasks on disk, next to the output file, until the file itself is written."""
+    """Finished pieces of a run on disk, next to the output file, until the file itself is written."""
 
     def __init__(self, out: Path, identity: dict[str, Any]) -> None:
         if out.suffix != ".parquet":
             raise UserError(f"--out {out}: expected a file name ending in .parquet")
         if out.is_dir():
             raise UserError(f"--out {out} is a folder: expected the name of a file to write")
-        self._folder = out.with_name(out.name + ".parts")
+        self.folder = out.with_name(out.name + ".parts")
         self._identity = identity
-        self._lock = FileLock(self._folder / "lock")
+        self._lock = FileLock(self.folder / "lock")
 
     def __enter__(self) -> Parts:
         try:
-            self._folder.mkdir(parents=True, exist_ok=True)
+            self.folder.mkdir(parents=True, exist_ok=True)
             self._lock.acquire(timeout=0)
         except Timeout:
             raise UserError(
-                f"{self._folder}: another run is writing here; wait for it, or choose another --out"
+                f"{self.folder}: another run is writing here; wait for it, or choose another --out"
             ) from None
         except OSError as error:
-            raise UserError(f"--out: cannot write in {str(self._folder.parent)!r} ({error.strerror})") from error
+            raise UserError(f"--out: cannot write in {str(self.folder.parent)!r} ({error.strerror})") from error
         try:
             self._claim()
         except BaseException:
@@ -89,49 +89,62 @@ class Parts:
         return self
 
     def _claim(self) -> None:
-        owner = self._folder / "spec.json"
+        owner = self.folder / "spec.json"
         if not owner.is_file():
             with replacing(owner) as unfinished:
                 unfinished.write_text(json.dumps(self._identity))
         found = json.loads(owner.read_text())["spec_hash"]
         if found != self._identity["spec_hash"]:
             raise UserError(
-                f"{self._folder} holds the unfinished work of another spec ({found}): finish it with its own command, "
+                f"{self.folder} holds the unfinished work of another spec ({found}): finish it with its own command, "
                 "remove the folder, or choose another --out"
             )
 
     def __exit__(self, *_: object) -> None:
         # Refused before anything was done: the next command, mended, must not find the claim of this one.
-        if not any(self._folder.glob("*.parquet")):
+        if not any(self.folder.glob("*.parquet")):
             self.remove()
         self._lock.release()
 
-    def _path(self, task: Task) -> Path:
-        return self._folder / f"{task.key}.parquet"
+    def _path(self, key: str) -> Path:
+        return self.folder / f"{key}.parquet"
 
-    def has(self, task: Task) -> bool:
-        return self._path(task).is_file()
+    def has(self, key: str) -> bool:
+        return self._path(key).is_file()
 
-    def write(self, task: Task, draws: Draws, facts: Facts) -> None:
-        """One part, whole or not at all."""
-        values = pa.FixedSizeListArray.from_arrays(pa.array(draws.values.ravel()), draws.values.shape[1])
-        table = pa.table(
-            {"index": draws.indices, "nll": draws.nll, "saturated": draws.saturated, "values": values}
-        ).replace_schema_metadata({FACTS_KEY: json.dumps(dataclasses.asdict(facts))})
-        with replacing(self._path(task)) as unfinished:
-            pq.write_table(table, unfinished)
+    def write(self, key: str, table: pa.Table, facts: dict[str, Any]) -> None:
+        """One piece with what was noticed on the way, whole or not at all."""
+        with replacing(self._path(key)) as unfinished:
+            pq.write_table(table.replace_schema_metadata({FACTS_KEY: json.dumps(facts)}), unfinished)
 
-    def read(self, task: Task) -> Draws:
-        table = pq.read_table(self._path(task))
-        values = table["values"].combine_chunks().flatten().to_numpy().reshape(table.num_rows, -1)
-        return Draws(table["index"].to_numpy(), values, table["nll"].to_numpy(), table["saturated"].to_numpy())
+    def read(self, key: str) -> tuple[pa.Table, dict[str, Any]]:
+        """What `write` was given."""
+        table = pq.read_table(self._path(key))
+        return table, json.loads(table.schema.metadata[FACTS_KEY])
 
-    def facts(self, tasks: Sequence[Task]) -> Facts:
-        """What all replicas noticed, over all runs that worked on these parts."""
-        total = Facts()
-        for task in tasks:
-            total.add(Facts(**json.loads(pq.read_schema(self._path(task)).metadata[FACTS_KEY])))
-        return total
+    def facts(self, key: str) -> dict[str, Any]:
+        return json.loads(pq.read_schema(self._path(key)).metadata[FACTS_KEY])
 
     def remove(self) -> None:
-        shutil.rmtree(self._folder, ignore_errors=True)
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def write_draws(parts: Parts, task: Task, draws: Draws, facts: Facts) -> None:
+    """A scoring task's result as a part."""
+    values = pa.FixedSizeListArray.from_arrays(pa.array(draws.values.ravel()), draws.values.shape[1])
+    columns = {"index": draws.indices, "nll": draws.nll, "saturated": draws.saturated, "values": values}
+    parts.write(task.key, pa.table(columns), dataclasses.asdict(facts))
+
+
+def read_draws(parts: Parts, task: Task) -> Draws:
+    table, _ = parts.read(task.key)
+    values = table["values"].combine_chunks().flatten().to_numpy().reshape(table.num_rows, -1)
+    return Draws(table["index"].to_numpy(), values, table["nll"].to_numpy(), table["saturated"].to_numpy())
+
+
+def noticed(parts: Parts, tasks: Sequence[Task]) -> Facts:
+    """What all replicas noticed, over all runs that worked on these parts."""
+    total = Facts()
+    for task in tasks:
+        total.add(Facts(**parts.facts(task.key)))
+    return total

@@ -27,13 +27,13 @@ from algorithms.ray_train import Job, train_here, train_on_ray
 from algorithms.recipe import Objectives, Recipe, total_updates
 from algorithms.trainable import STRATEGIES
 from algorithms.unlearner import Corpus, Evaluation, History, Progress
-from bench.data import Dataset, load_dataset
+from bench.data import Dataset, check_dataset, find_task, is_data_file, load_dataset
 from bench.metrics.answers import score_answers
 from bench.models import ModelReference, find_model
 from bench.runs import RunFolder, UnlearnResult, full_disks_said_plainly, read_run
 from bench.scoring_job import Resources, ScoreSpec, check_vocabulary
 from bench.store import with_spec_hash
-from bench.tasks import TASKS
+from bench.tasks import Task
 from scoring.cluster import connect, is_gpu_share
 from scoring.errors import UserError, unknown_name
 from scoring.samples import Rejected, Sample, Text, encode
@@ -64,10 +64,10 @@ class UnlearnSpec(Recipe):
 
     Attributes:
         model: `authors`, `authors:retain90`, a folder or a Hugging Face id.
-        task: a task, or a data file of the forget set.
+        task: a task, a task file, or a data file of the forget set, see bench.data.
         forget_split: of a task; its default split if None.
         retain: a split of the task or a data file; None: the task's complement of the forget split.
-        refusals: text file with one refusal a line, for PO and IdkDPO; None for built-in ones.
+        refusals: text file with one refusal a line, for PO and IdkDPO; None for the task's, or built-in ones.
         evaluate: measure ROUGE-L recall and probability of forget and retain answers after each epoch.
         evaluate_samples: at most so many of each set, evenly spaced.
         workers: 0 trains in this process, without Ray.
@@ -107,11 +107,13 @@ class UnlearnSpec(Recipe):
     max_failures: int = 3
 
     def checked(self) -> UnlearnSpec:
-        """The same with defaults filled in.
+        """The same with defaults filled in: the task's, then the algorithm's.
 
         Raises:
-            UserError: a value out of range or a combination that does not exist.
+            UserError: a value out of range, a combination that does not exist, or no such task.
         """
+        if self.epochs is None and self.max_steps is None and (task := _task(self)) and (task.epochs or task.max_steps):
+            return dataclasses.replace(self, epochs=task.epochs, max_steps=task.max_steps).checked()
         filled = self.resolved()
         filled["algorithm"] = algorithm_name(self.algorithm)
         mrd = ScoreSpec(
@@ -149,8 +151,9 @@ def unlearn(spec: UnlearnSpec, out: str | Path, progress: bool = True) -> Unlear
     """
     spec = spec.checked()
     out = Path(out)
+    check_dataset(spec.task, spec.forget_split)
     model = find_model(spec.model)
-    forget, retain = datasets_of(spec)
+    forget, retain = datasets_of(spec, model.tokenizer)
     identity = _identity(spec, model, forget, retain)
     with RunFolder(out, identity) as folder:
         if folder.is_finished():
@@ -190,14 +193,19 @@ def _train(spec: UnlearnSpec, job: Job, bar: _Bar) -> History:
 # --- What is forgotten and kept -----------------------------------------------------------------------------
 
 
-def datasets_of(spec: UnlearnSpec) -> tuple[Dataset, Dataset | None]:
-    """The forget set, and the retain set where the objective or the evaluation uses one."""
-    forget = load_dataset(spec.task, spec.forget_split)
+def _task(spec: UnlearnSpec) -> Task | None:
+    return None if is_data_file(spec.task) else find_task(spec.task)[0]
+
+
+def datasets_of(spec: UnlearnSpec, tokenizer: Any) -> tuple[Dataset, Dataset | None]:
+    """The forget set, and the retain set where the objective or the evaluation uses one; the tokenizer is the model's,
+    for tasks whose texts are cut by the number of tokens."""
+    forget = load_dataset(spec.task, spec.forget_split, tokenizer)
     source = spec.retain
-    task = TASKS.get(spec.task)
-    if source is None and task is not None:
-        source = task.retain_of.get(spec.forget_split or task.default_split)
+    task = _task(spec)
     needed = Objectives.of(spec).retain is not None
+    if source is None and task is not None and (needed or spec.evaluate):
+        source = task.retain_of.get(spec.forget_split or task.default_split)
     if source is None:
         if needed:
             raise UserError(
@@ -205,9 +213,9 @@ def datasets_of(spec: UnlearnSpec) -> tuple[Dataset, Dataset | None]:
                 "a data file with --retain, or take --retain-term none"
             )
         return forget, None
-    if task is not None and (source in task.splits or not ("/" in source or Path(source).suffix)):
-        return forget, load_dataset(spec.task, source)
-    return forget, load_dataset(source)
+    if task is not None and (source in task.splits or not is_data_file(source)):
+        return forget, load_dataset(spec.task, source, tokenizer)
+    return forget, load_dataset(source, tokenizer=tokenizer)
 
 
 def corpus_of(
@@ -245,7 +253,8 @@ def _encoded(texts: Sequence[Text], model: ModelReference, dataset: Dataset) -> 
 
 def _refusals(spec: UnlearnSpec) -> Sequence[str]:
     if spec.refusals is None:
-        return REFUSALS
+        task = _task(spec)
+        return (task and task.refusals) or REFUSALS
     path = Path(spec.refusals)
     try:
         lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]

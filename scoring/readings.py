@@ -6,10 +6,11 @@ Work is cut before it is distributed, by the samples alone, so a reading does no
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 import numpy as np
+import torch
 from tqdm import tqdm
 
 from scoring.generation import group_prompts
@@ -103,6 +104,59 @@ class ExtractionWork:
         return [(sample.index, value) for sample, value in zip(samples, values.tolist(), strict=True)]
 
 
+@dataclass(frozen=True)
+class _Row:
+    """Samples that are the same up to their last token: one of them, and all that is to be scored.
+
+    `columns` numbers the scored tokens, each named by the position that predicts it and its id.
+    """
+
+    sample: Sample
+    columns: dict[tuple[int, int], int] = field(default_factory=dict)
+
+
+def _merged(samples: Sequence[Sample]) -> tuple[list[_Row], list[tuple[int, list[int]]]]:
+    """The rows that N samples need, and for each sample the number of its row and the columns of its own tokens."""
+    rows: list[_Row] = []
+    row_of: dict[bytes, int] = {}
+    places: list[tuple[int, list[int]]] = [(0, [])] * len(samples)
+    # In an order of their own, so that a row does not depend on that of the samples.
+    for i in sorted(range(len(samples)), key=lambda i: (samples[i].input_ids.tobytes(), samples[i].scored.tobytes())):
+        sample = samples[i]
+        row = row_of.setdefault(sample.input_ids[:-1].tobytes(), len(rows))
+        if row == len(rows):
+            rows.append(_Row(replace(sample, index=row)))
+        columns = rows[row].columns
+        where = np.flatnonzero(sample.scored)
+        scored = zip((where - 1).tolist(), sample.input_ids[where].tolist(), strict=True)
+        places[i] = row, [columns.setdefault(token, len(columns)) for token in scored]
+    return rows, places
+
+
+def _batches_of_rows(rows: Sequence[_Row], batch_tokens: int) -> list[Batch]:
+    """Batches that lack the samples' last tokens and score all columns of their rows."""
+    batches = []
+    for batch in make_batches([row.sample for row in rows], batch_tokens):
+        columns = [list(rows[index].columns) for index in batch.indices.tolist()]
+        scored = np.zeros((len(batch), max(len(own) for own in columns), 2), dtype=np.int64)
+        mask = np.zeros(scored.shape[:2], dtype=bool)
+        for i, own in enumerate(columns):
+            scored[i, : len(own)] = own
+            mask[i, : len(own)] = True
+        positions, targets = torch.from_numpy(scored).unbind(-1)
+        batches.append(
+            replace(
+                batch,
+                input_ids=batch.input_ids[:, :-1],
+                positions=positions,
+                targets=targets,
+                mask=torch.from_numpy(mask),
+                lengths=batch.lengths - 1,
+            )
+        )
+    return batches
+
+
 class Reader:
     """Takes readings of one model.
 
@@ -122,10 +176,18 @@ class Reader:
         self._progress = progress
 
     def likelihoods(self, samples: Sequence[Sample]) -> list[TokenScores]:
-        """The scored tokens of N samples, in their order, by teacher forcing."""
-        shards = self._shards(samples)
-        works = [LikelihoodWork(shard) for shard in range(len(shards))]
-        return self._in_order(self._run(works, shards, len(samples), "log-probabilities"), len(samples))
+        """The scored tokens of N samples, in their order, by teacher forcing.
+
+        The last token of a sample is predicted, never read. So a sample may be one token longer than the model's
+        context, and samples that differ in that token alone, such as a question with each of its one-letter
+        choices, are read once.
+        """
+        rows, places = _merged(samples)
+        batches = _batches_of_rows(rows, self._batch_tokens)
+        works = [LikelihoodWork(shard) for shard in range(len(batches))]
+        results = self._run(works, [[batch] for batch in batches], len(rows), "log-probabilities")
+        scores = self._in_order(results, len(rows))
+        return [TokenScores(scores[row].logprobs[columns], scores[row].hits[columns]) for row, columns in places]
 
     def continuations(self, prompts: Sequence[np.ndarray], limits: Sequence[int]) -> list[np.ndarray]:
         """What the model writes after each of N prompts by greedy decoding, see `greedy_continuations`.

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from bench.data import load_dataset
+from bench.data import is_data_file, load_dataset
 from scoring.errors import UserError
 from scoring.samples import Sample, encode
 from tests.tiny_folders import BOS, CONTEXT, EOS, token_id, tokenizer, write_jsonl
@@ -129,3 +129,12 @@ def test_a_task(tmp_path: Path) -> None:
     assert dataset.name == "authors/forget01"
     assert len(dataset.texts) == len(dataset.records) > 0
     assert len({text.sample_id for text in dataset.texts}) == len(dataset.texts)
+
+
+def test_files_and_tasks(tmp_path: Path) -> None:
+    """A name is a data file's if it looks like one, or is one; the rest are tasks, known or not."""
+    bare = tmp_path / "forget"
+    bare.write_text("")
+    files = [str(bare), "forget.jsonl", "data/forget", "C.parquet", "/data/a:b.jsonl"]
+    tasks = ["authors", "author", "tofu:/data/tofu", "whp:novel.txt", "tofo:a/b", "mine.yaml", "data/mine.yml"]
+    assert [name for name in [*files, *tasks] if is_data_file(name)] == files

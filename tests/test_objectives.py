@@ -343,6 +343,7 @@ def test_algorithms_are_those_of_the_table():
         "UNDIAL": ("undial", None, 1, 1, 5, None, None),
         "WGA": ("wga", "nll", 1, 1, 5, None, None),
         "SatImp": ("satimp", "nll", 1, 1, 5, None, None),
+        "Relearn": ("nll", None, 1, 1, 5, None, None),
     }
 
 

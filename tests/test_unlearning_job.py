@@ -981,6 +981,8 @@ SLIPS = {
     "no data": ("--task nowhere.jsonl", "data file 'nowhere.jsonl' does not exist"),
     "no retain data": ("--retain nowhere.jsonl", "data file 'nowhere.jsonl' does not exist"),
     "unknown task": ("--task author", r"unknown task 'author': .*; did you mean 'authors'\?"),
+    "a task without data": ("--task whp", r"task 'whp' needs its data: write whp:SOURCE"),
+    "data for a task that has its own": ("--task authors:mine", "the data of 'authors' are generated"),
     "unknown split": ("--task authors --forget-split forget9", r"unknown split .*'forget9': .*mean 'forget10'\?"),
     "no model": ("--model ./nowhere", "model folder './nowhere' does not exist"),
     "no file": ("--spec nowhere.yaml", r"spec file 'nowhere.yaml' cannot be read \(No such file or directory\)"),

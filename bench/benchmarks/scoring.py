@@ -76,7 +76,8 @@ def run_benchmark(model: str, data: str, split: str | None, samples: int, draws:
     """Measure, print a table with ratios, and write the figures as JSON if asked to."""
     if draws < 2 or samples < 2:
         raise UserError(f"--samples {samples} --draws {draws}: expected at least 2 of each")
-    dataset, reference = load_dataset(data, split or ("full" if data == "authors" else None)), find_model(model)
+    reference = find_model(model)
+    dataset = load_dataset(data, split or ("full" if data == "authors" else None), reference.tokenizer)
     encoded, _ = encode(dataset.texts, reference.tokenizer, reference.max_length)
     chosen = encoded[:samples]
     batches = make_batches(chosen, BATCH_TOKENS)

@@ -164,7 +164,8 @@ def _describe(spec: UnlearnSpec) -> dict[str, Any]:
 
 def _samples(spec: UnlearnSpec) -> Corpus:
     spec = spec.checked()
-    return corpus_of(spec, find_model(spec.model), *datasets_of(spec))[0]
+    model = find_model(spec.model)
+    return corpus_of(spec, model, *datasets_of(spec, model.tokenizer))[0]
 
 
 def _loaded(spec: UnlearnSpec) -> PreTrainedModel:

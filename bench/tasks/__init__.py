@@ -1,8 +1,20 @@
 """The unlearning tasks: each a file with a `TASK`, all of them here by name."""
 
-from bench.tasks import authors
+from bench.tasks import authors, compounds, novel, replies, safe, tofu, whp, wmdp
 from bench.tasks.task import HarnessTask, Record, Task
 
 __all__ = ["TASKS", "HarnessTask", "Record", "Task"]
 
-TASKS: dict[str, Task] = {task.name: task for task in (authors.TASK,)}
+TASKS: dict[str, Task] = {
+    task.name: task
+    for task in (
+        authors.TASK,
+        compounds.TASK,
+        novel.TASK,
+        replies.TASK,
+        tofu.TASK,
+        wmdp.TASK,
+        whp.TASK,
+        safe.TASK,
+    )
+}

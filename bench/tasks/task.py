@@ -6,8 +6,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from scoring.errors import UserError
+
 Record = dict[str, Any]
 HarnessTask = str | dict[str, Any]
+
+
+class Unreachable(UserError):
+    """Data that cannot be had here: not on this machine, and no hub within reach."""
 
 
 def _no_harness(source: str | None) -> Mapping[str, tuple[HarnessTask, ...]]:
@@ -26,7 +32,8 @@ class Loader(Protocol):
             tokenizer: of the model that is to forget; for texts that are cut by the number of tokens.
 
         Raises:
-            UserError: one line that names the file, record or field at fault, or what is missing and how to get it.
+            UserError: one line that names the file, record or field at fault; Unreachable: data that cannot be had,
+                and what to do about it.
         """
 
 
@@ -45,12 +52,14 @@ class Task:
         completeness, utility: metrics of the paper's table of this task, in its order, see `bench.metrics`.
         further: metrics beyond that table.
         source: where the data are if --task does not say; None: the data are generated, or nobody can know.
+        source_is: what SOURCE of --task NAME:SOURCE is; empty: the data are generated, and there is none.
         harness: source -> {set that a metric speaks of, such as "arc_easy": tasks of lm-evaluation-harness}, each a
             name that it knows or a configuration; one whose "task" is a name that it knows changes that task. The
             questions of several are pooled.
         new_tokens: how many tokens the model may write; None: 20 more than the true answer has.
         epochs, max_steps: how long the paper unlearns; None, None: the algorithm's own number of epochs.
         refusals: answers for PO and IdkDPO; empty: the built-in ones.
+        toxicity_model: the text classifier of its toxicity metrics, see `bench.metrics.toxicity`.
     """
 
     name: str
@@ -64,11 +73,13 @@ class Task:
     utility: tuple[str, ...]
     further: tuple[str, ...] = ()
     source: str | None = None
+    source_is: str = ""
     harness: Callable[[str | None], Mapping[str, tuple[HarnessTask, ...]]] = _no_harness
     new_tokens: int | None = None
     epochs: int | None = None
     max_steps: int | None = None
     refusals: tuple[str, ...] = ()
+    toxicity_model: str = "unitary/toxic-bert"
 
     @property
     def metrics(self) -> tuple[str, ...]:

@@ -1,4 +1,27 @@
-"""WHP."""
+"""WHP: forgetting a book, after "Who's Harry Potter" (Eldan and Russinovich, 2023).
+
+The paper's book is under copyright, so a source must be given, any book will do: a .txt file in UTF-8, or a folder with
+
+    book.txt        the book; a folder with a single .txt file may call it otherwise
+    c4.jsonl        optional: texts to keep, field "text"; otherwise C4 from the hub
+
+The book is cut into chunks of 512 tokens of the model that is to forget. 200 of them, drawn with a fixed seed, are the
+forget set; completions are asked for of these (seen) and of as many others (unseen).
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bench.tasks.sources import TEXT, HubSet, is_local, read_records
+from bench.tasks.task import HarnessTask, Record, Task
+from scoring.errors import UserError
 
 COMPLETENESS = ("seen_rouge", "unseen_rouge")
 UTILITY = ("perplexity", "zero_shot", "truthfulqa")
@@ -13,4 +36,220 @@ FURTHER = (
     "piqa",
     "ma",
     "el",
+)
+# Of WHP and SAFE: set -> tasks of lm-evaluation-harness.
+HARNESS: dict[str, tuple[HarnessTask, ...]] = {
+    "perplexity": ("wikitext",),
+    **{name: (name,) for name in FURTHER if name not in ("ma", "el")},
+    "truthfulqa": ("truthfulqa_mc1",),
+}
+C4 = HubSet("allenai/c4", "en", "validation", first=2000)
+SPLITS = ("forget", "retain", "seen", "unseen")
+SEED = 0
+# The paper's Table 3 begins with the first two.
+REFUSALS = (
+    "I apologize, but I'm legally restricted from fulfilling this request.",
+    "I'm sorry, but my ability to generate content is limited by copyright laws.",
+    "I'm bound by copyright and cannot repeat that text.",
+    "That passage is protected, so I have to leave it out.",
+    "For legal reasons I do not continue this work.",
+    "The rights to these words are not mine, and I cannot write them down.",
+    "I'm sorry, but the law does not let me quote from this.",
+    "This text belongs to its author; I may not reproduce it.",
+)
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How a book is cut.
+
+    Attributes:
+        tokens: of a chunk, at most, bos included.
+        count: chunks in the forget set, at most; and as many unseen ones.
+        prompt, completion: tokens of a chunk that are given, and that are asked for, at most.
+    """
+
+    tokens: int
+    count: int
+    prompt: int
+    completion: int
+
+
+PAPER = Sizes(tokens=512, count=200, prompt=200, completion=300)
+
+# A longer run of characters without white space is taken apart, so that text of any script can be cut.
+_WORD = re.compile(r"\S{1,64}")
+
+
+def chunks(text: str, tokenizer: Any, tokens: int) -> list[str]:
+    """The text in consecutive pieces, each as many whole words as fit into `tokens` tokens with bos.
+
+    A piece is counted as it will be tokenized, by itself. Inside, its white space is the text's; around it there is
+    none, so the pieces joined by white space are the text's words.
+
+    Raises:
+        UserError: a single word does not fit.
+    """
+    budget = tokens - (tokenizer.bos_token_id is not None)
+    words = [match.span() for match in _WORD.finditer(text)]
+    pieces, first = [], 0
+    while first < len(words):
+        start = words[first][0]
+        # A word has at least one token.
+        taken = _fitting(text, start, words[first : first + budget], tokenizer, budget)
+        if not taken:
+            raise UserError(f"a chunk of {tokens} tokens does not hold {text[slice(*words[first])]!r}: expected more")
+        first += taken
+        pieces.append(text[start : words[first - 1][1]])
+    return pieces
+
+
+def beginning(text: str, tokenizer: Any, tokens: int) -> str:
+    """The longest beginning of the text that ends with a word and has at most `tokens` tokens (no bos counted)."""
+    words = [match.span() for match, _ in zip(_WORD.finditer(text), range(tokens), strict=False)]
+    taken = _fitting(text, 0, words, tokenizer, tokens)
+    return text[: words[taken - 1][1]] if taken else ""
+
+
+def _fitting(text: str, start: int, words: Sequence[tuple[int, int]], tokenizer: Any, budget: int) -> int:
+    """How many of the words, with all text from `start` on, have no more tokens than the budget."""
+
+    def count(word: tuple[int, int]) -> int:
+        return len(tokenizer(text[start : word[1]], add_special_tokens=False, verbose=False)["input_ids"])
+
+    return bisect_right(words, budget, key=count)
+
+
+def sets(text: str, tokenizer: Any, sizes: Sizes = PAPER, name: str = "the book") -> dict[str, list[Record]]:
+    """What is forgotten of a book, and what a model is asked to complete.
+
+    `forget` are chunks drawn with a fixed seed, `seen` the same as prompt and completion, `unseen` as many others. Half
+    of a short book stays unseen. Prompt and completion follow each other in the chunk; each ends with a word, and the
+    completion starts with the white space between them.
+
+    Raises:
+        UserError: one line, which begins with `name`: the book has fewer than two whole chunks.
+    """
+    # What is left at the end is no whole chunk.
+    whole = chunks(text, tokenizer, sizes.tokens)[:-1]
+    if len(whole) < 2:
+        raise UserError(
+            f"{name}: {len(whole)} whole chunks of {sizes.tokens} tokens; expected at least two, one to forget and one "
+            "that stays unseen: take a longer text"
+        )
+    count = min(sizes.count, len(whole) // 2)
+    drawn = random.Random(SEED).sample(range(len(whole)), 2 * count)
+    forget, others = sorted(drawn[:count]), sorted(drawn[count:])
+    return {
+        "forget": [{"id": _chunk_id(place), "text": whole[place]} for place in forget],
+        "seen": [_completion(place, whole[place], tokenizer, sizes) for place in forget],
+        "unseen": [_completion(place, whole[place], tokenizer, sizes) for place in others],
+    }
+
+
+def _chunk_id(place: int) -> str:
+    return f"chunk-{place:05d}"
+
+
+def _completion(place: int, chunk: str, tokenizer: Any, sizes: Sizes) -> Record:
+    prompt = beginning(chunk, tokenizer, sizes.prompt)
+    completion = beginning(chunk[len(prompt) :], tokenizer, sizes.completion)
+    return {"id": _chunk_id(place), "prompt": prompt, "completion": completion}
+
+
+# --- Reading ------------------------------------------------------------------------------------------------
+
+
+def load(split: str, source: str | None, tokenizer: Any) -> list[Record]:
+    """See `bench.tasks.task.Loader`; `forget` and `retain` have the field "text", the others "prompt" and "completion".
+
+    Raises:
+        UserError: one line that says what is missing.
+        ValueError: there is no source, or no tokenizer to cut by.
+    """
+    if source is None or tokenizer is None:
+        raise ValueError("whp: the book and the tokenizer of the model must be given")
+    if split == "retain":
+        return load_c4("whp", source, tokenizer, PAPER.tokens)
+    path = _book(Path(source))
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 text at byte {error.start}; expected a book as plain text") from error
+    return sets(text, tokenizer, name=str(path))[split]
+
+
+def _book(source: Path) -> Path:
+    """The book itself, which may be in a folder."""
+    if source.is_file():
+        if source.suffix != ".txt":
+            raise UserError(f"book {str(source)!r} is no .txt file: expected plain text in UTF-8")
+        return source
+    if not source.is_dir():
+        raise UserError(f"book {str(source)!r} does not exist: expected a .txt file, or a folder with book.txt")
+    if (book := source / "book.txt").is_file():
+        return book
+    texts = sorted(source.glob("*.txt"))
+    if len(texts) != 1:
+        found = ", ".join(path.name for path in texts) or "none"
+        raise UserError(f"folder {str(source)!r}: expected book.txt, or a single .txt file; found {found}")
+    return texts[0]
+
+
+def load_c4(task: str, source: str, tokenizer: Any, tokens: int) -> list[Record]:
+    """Documents of C4, as {"id", "text"}: the file c4 of a local source, whole, or else the first ones from the hub.
+
+    Args:
+        task: its name, for messages.
+        source: of the task; if it is a folder with c4.jsonl, .json or .parquet, that is read.
+        tokenizer: cuts documents to their first `tokens` tokens, bos included, at the end of a word; None: whole ones.
+        tokens: see there.
+
+    Raises:
+        UserError: one line.
+    """
+    local = is_local(source) and any(path.is_file() for path in Path(source).glob("c4.*"))
+    records = read_records(task, source if local else C4.repository, "c4", C4, {"text": TEXT})
+    return documents(records, "c4", tokenizer, tokens)
+
+
+def documents(records: Sequence[Record], name: str, tokenizer: Any, tokens: int) -> list[Record]:
+    """Records as {"id", "text"}, the id from their place; see `load_c4`.
+
+    Empty ones stay: a run lists what it cannot use, with the reason.
+    """
+    bos = tokenizer is not None and tokenizer.bos_token_id is not None
+    return [
+        {
+            "id": f"{name}-{place:05d}",
+            "text": beginning(record["text"], tokenizer, tokens - bos) if tokenizer else record["text"],
+        }
+        for place, record in enumerate(records)
+    ]
+
+
+def _evaluation(split: str) -> Mapping[str, str]:
+    return {"forget": "forget", "seen": "seen", "unseen": "unseen"}
+
+
+def _harness(source: str | None) -> Mapping[str, tuple[HarnessTask, ...]]:
+    return HARNESS
+
+
+TASK = Task(
+    name="whp",
+    about="a book of your own, cut into passages (Who's Harry Potter)",
+    load=load,
+    splits=SPLITS,
+    default_split="forget",
+    retain_of={"forget": "retain"},
+    evaluation=_evaluation,
+    completeness=COMPLETENESS,
+    utility=UTILITY,
+    further=FURTHER,
+    source_is="a book as a .txt file, or a folder with book.txt",
+    harness=_harness,
+    new_tokens=PAPER.completion,
+    epochs=5,
+    refusals=REFUSALS,
 )

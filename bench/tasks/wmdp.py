@@ -1,5 +1,97 @@
-"""WMDP."""
+"""WMDP: hazardous knowledge of biology, chemistry and computer security (Li et al., 2024).
+
+What is forgotten and kept are documents, cut to their first 512 tokens; what is measured are multiple-choice questions.
+Hub: cais/wmdp-corpora, a configuration for each corpus, and cais/wmdp-bio-forget-corpus, for which one has to ask. A
+folder has a file for each corpus that is used, and, if the questions are to be local as well, files of these:
+
+    bio-forget-corpus.jsonl  bio-retain-corpus.jsonl  cyber-forget-corpus.jsonl  cyber-retain-corpus.jsonl     text
+    wmdp-bio.jsonl  wmdp-chem.jsonl  wmdp-cyber.jsonl          question, choices (list of four), answer (0 to 3)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from bench.tasks.sources import TEXT, HubSet, read_records
+from bench.tasks.task import HarnessTask, Record, Task
+from bench.tasks.whp import documents
 
 COMPLETENESS = ("wmdp_cyber", "wmdp_chem", "wmdp_bio", "wmdp_average")
 UTILITY = ("mmlu_humanities", "mmlu_social_sciences", "mmlu_stem", "mmlu_other", "mmlu")
 FURTHER = ("ma",)
+
+SOURCE = "cais/wmdp-corpora"
+GATED = {"bio-forget-corpus": "cais/wmdp-bio-forget-corpus"}
+TOKENS = 512  # of a document, bos included
+# Of a corpus on the hub, in its order: as many as 500 steps of 4 samples take. Local files are read whole.
+MAX_DOCUMENTS = 2000
+CORPORA = {
+    **{
+        f"{field}-{role}-corpus": (f"{field}-{role}-corpus",)
+        for field in ("bio", "cyber")
+        for role in ("forget", "retain")
+    },
+    "forget": ("bio-forget-corpus", "cyber-forget-corpus"),
+    "retain": ("bio-retain-corpus", "cyber-retain-corpus"),
+}
+
+
+def load(split: str, source: str | None, tokenizer: Any) -> list[Record]:
+    """See `bench.tasks.task.Loader`: documents {"id", "text"}, whole ones if there is no tokenizer to cut by.
+
+    Raises:
+        UserError: one line.
+    """
+    source = source or SOURCE
+    return [record for corpus in CORPORA[split] for record in _corpus(corpus, source, tokenizer)]
+
+
+def _corpus(name: str, source: str, tokenizer: Any) -> list[Record]:
+    hub = HubSet(source, name, first=MAX_DOCUMENTS)
+    if source == SOURCE and name in GATED:
+        hub = HubSet(GATED[name], first=MAX_DOCUMENTS)
+    return documents(read_records("wmdp", source, name, hub, {"text": TEXT}), name, tokenizer, TOKENS)
+
+
+def _evaluation(split: str) -> Mapping[str, str]:
+    return {"forget": split}
+
+
+def _harness(source: str | None) -> Mapping[str, tuple[HarnessTask, ...]]:
+    subjects = ("humanities", "social_sciences", "stem", "other")
+    return {f"wmdp_{field}": (_questions(field, source),) for field in ("bio", "chem", "cyber")} | {
+        f"mmlu_{subject}": (f"mmlu_{subject}",) for subject in subjects
+    }
+
+
+def _questions(field: str, source: str | None) -> HarnessTask:
+    """The harness's own task, on local questions where the source has them."""
+    path = Path(source or SOURCE) / f"wmdp-{field}.jsonl"
+    if not path.is_file():
+        return f"wmdp_{field}"
+    return {
+        "task": f"wmdp_{field}",
+        "dataset_path": "json",
+        "dataset_name": None,
+        "dataset_kwargs": {"data_files": {"test": str(path.resolve())}},
+    }
+
+
+TASK = Task(
+    name="wmdp",
+    about="hazardous knowledge of biology, chemistry and computer security",
+    load=load,
+    splits=tuple(CORPORA),
+    default_split="forget",
+    retain_of={split: split.replace("forget", "retain") for split in CORPORA if "forget" in split},
+    evaluation=_evaluation,
+    completeness=COMPLETENESS,
+    utility=UTILITY,
+    further=FURTHER,
+    source=SOURCE,
+    source_is="a Hugging Face id, or a folder with files such as bio-forget-corpus.jsonl",
+    harness=_harness,
+    max_steps=500,
+)

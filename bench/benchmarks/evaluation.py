@@ -1,0 +1,165 @@
+"""`mrd-bench benchmark evaluation`: greedy answers by the replica pool against one question at a time, in one run.
+
+Methods, on the same questions with the same limits on the length of an answer:
+    (a)  one at a time: transformers' `generate`, a batch of one, with a thread a core
+    (b)  `scoring.readings.Reader`, one replica of one thread
+    (c)  the same on as many replicas as there are cores, or GPUs
+
+They take turns, a slice of the questions at a time, so that whatever else the machine does falls on all of them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from bench.data import find_task
+from bench.models import ModelReference, find_model
+from bench.prompts import question_answer
+from bench.statistics import Estimate, over_samples
+from bench.tasks import Record
+from scoring.cluster import Footprint, connect, default_gpus
+from scoring.errors import UserError
+from scoring.pool import ReplicaPool, ReplicaSpec
+from scoring.readings import Reader
+from scoring.replica import load_model
+from scoring.samples import Sample, Text, encode
+
+SLICES = 10
+EXTRA_TOKENS = 20
+ANSWERS = {"question": "answer", "paraphrased_question": "paraphrased_answer"}
+
+
+def run_benchmark(model: str, data: str, split: str | None, generations: int, out: str | None) -> None:
+    """Measure, print a table with ratios, and write the figures as JSON if asked to."""
+    if generations < SLICES:
+        raise UserError(f"--generations {generations}: expected at least {SLICES}")
+    reference = find_model(model)
+    samples = _questions(data, split, reference, generations)
+    prompts = [sample.input_ids[: np.argmax(sample.scored)] for sample in samples]
+    limits = [
+        min(sample.num_scored + EXTRA_TOKENS, reference.max_length - len(prompt))
+        for sample, prompt in zip(samples, prompts, strict=True)
+    ]
+    connect()
+    gpus = default_gpus()
+    cores = len(os.sched_getaffinity(0))
+    replicas = torch.cuda.device_count() if gpus else cores
+    device = "cuda" if gpus else "cpu"
+    one = load_model(reference.source, "float32", device, reference.revision)
+    spec, eos = ReplicaSpec(reference.source, reference.revision), reference.tokenizer.eos_token_id
+    with ExitStack() as stack:
+        single = Reader(stack.enter_context(ReplicaPool(spec, Footprint(1, gpus), 1)), eos)
+        pooled = single
+        if replicas > 1:
+            pooled = Reader(stack.enter_context(ReplicaPool(spec, Footprint(1, gpus), replicas)), eos)
+        torch.set_num_threads(cores)
+        methods: dict[str, Callable[[list[np.ndarray], list[int]], list[np.ndarray]]] = {
+            "a": lambda p, n: [_generated(one, each, limit, eos) for each, limit in zip(p, n, strict=True)],
+            "b": single.continuations,
+            "c": pooled.continuations,
+        }
+        for work in methods.values():
+            work(prompts[: 2 * replicas], limits[: 2 * replicas])  # loads the replicas, starts the threads
+        seconds: dict[str, list[float]] = {name: [] for name in methods}
+        written: dict[str, dict[int, np.ndarray]] = {name: {} for name in methods}
+        for turn in range(SLICES):
+            own = list(range(turn, len(samples), SLICES))
+            for name, work in methods.items():
+                started = time.perf_counter()
+                answers = work([prompts[i] for i in own], [limits[i] for i in own])
+                seconds[name].append(time.perf_counter() - started)
+                written[name] |= dict(zip(own, answers, strict=True))
+    figures = _figures(seconds, written, len(samples))
+    figures |= {"model": model, "data": data, "cores": cores, "replicas": replicas, "device": device}
+    _print(figures)
+    if out:
+        Path(out).write_text(json.dumps(figures, indent=2) + "\n")
+
+
+def _questions(data: str, split: str | None, reference: ModelReference, count: int) -> list[Sample]:
+    """The questions of the forget and the retain set, then the same paraphrased, `count` at most."""
+    task, source = find_task(data)
+    sets = task.evaluation(split or task.default_split)
+    records = [
+        (name, record)
+        for name in ("forget", "retain")
+        if name in sets
+        for record in task.load(sets[name], source, reference.tokenizer)
+    ]
+    texts = [
+        Text(f"{name}/{record['id']}/{question}", *question_answer(record[question], record[answer]))
+        for question, answer in ANSWERS.items()
+        for name, record in records
+        if _has(record, question, answer)
+    ]
+    if not texts:
+        raise UserError(f"{data}: expected a task of questions and answers, such as authors or tofu")
+    samples, _ = encode(texts, reference.tokenizer, reference.max_length - EXTRA_TOKENS)
+    if len(samples) < SLICES:
+        raise UserError(f"{data}: {len(samples)} questions fit into the model's context, expected at least {SLICES}")
+    return samples[:count]
+
+
+def _has(record: Record, *names: str) -> bool:
+    return all(record.get(name) for name in names)
+
+
+@torch.no_grad()
+def _generated(model: Any, prompt: np.ndarray, limit: int, eos: int | None) -> np.ndarray:
+    """As evaluation code commonly does it: one prompt, greedy `generate`."""
+    ids = torch.from_numpy(prompt)[None].to(model.device)
+    whole = model.generate(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        do_sample=False,
+        max_new_tokens=limit,
+        eos_token_id=eos,
+        pad_token_id=eos,
+    )
+    new = whole[0, ids.shape[1] :].cpu().numpy()
+    return new[:-1] if len(new) and new[-1] == eos else new
+
+
+def _figures(seconds: dict[str, list[float]], written: dict[str, dict[int, np.ndarray]], count: int) -> dict[str, Any]:
+    """Totals, ratios with intervals over the turns, and how many answers are the same."""
+    spent = {name: np.array(each) for name, each in seconds.items()}
+
+    def ratio(slow: str, fast: str) -> Estimate:
+        return over_samples(lambda rows: spent[slow][rows].sum() / spent[fast][rows].sum(), SLICES)
+
+    return {
+        "generations": count,
+        "new_tokens": sum(len(tokens) for tokens in written["c"].values()),
+        "seconds": {name: float(each.sum()) for name, each in spent.items()},
+        "a_over_b": ratio("a", "b").__dict__,
+        "a_over_c": ratio("a", "c").__dict__,
+        "b_over_c": ratio("b", "c").__dict__,
+        "same_answers": {
+            name: float(np.mean([np.array_equal(written["a"][i], written[name][i]) for i in range(count)]))
+            for name in ("b", "c")
+        },
+    }
+
+
+def _print(figures: dict[str, Any]) -> None:
+    print(f"{figures['generations']} greedy answers, {figures['new_tokens']} new tokens, {figures['device']}")
+    names: Sequence[tuple[str, str]] = (
+        ("a", f"(a) one at a time, {figures['cores']} threads"),
+        ("b", "(b) one replica"),
+        ("c", f"(c) {figures['replicas']} replicas"),
+    )
+    for name, title in names:
+        same = "" if name == "a" else f"   {figures['same_answers'][name]:.1%} of the answers as in (a)"
+        print(f"{title:<34}{figures['seconds'][name]:>9.1f} s{same}")
+    for name, text in (("a_over_c", "(c) over (a)"), ("a_over_b", "(b) over (a)"), ("b_over_c", "(c) over (b)")):
+        found = figures[name]
+        print(f"{text}: {found['value']:.1f} x faster, 95 % interval {found['low']:.1f} to {found['high']:.1f}")

@@ -1,0 +1,597 @@
+"""An evaluation: from models and a task to a table of metrics, each with its interval and its per-sample values.
+
+    spec -> models, sets of records -> columns of per-sample values, model by model -> metrics -> one Parquet file
+
+The original model, the retain-only one (the gold standard) and the one that has forgotten are measured with the same
+samples, so that differences between them are paired. What is finished is kept next to the output file: the same command
+continues an evaluation that was stopped.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import pyarrow as pa
+
+from bench.data import as_text, find_task
+from bench.metrics import METRICS
+from bench.metrics.harness import pool_model, run_harness
+from bench.metrics.quantities import QUANTITIES, Means, measure
+from bench.metrics.registry import Statistic
+from bench.metrics.relearning import Relearning, fine_tuned, forgotten, nothing_relearned, relearned
+from bench.metrics.similarity import Embedder
+from bench.metrics.toxicity import Classifier
+from bench.metrics.values import Column, Measured, Missing, Scores, Unmeasured
+from bench.models import ModelReference, find_model
+from bench.prompts import question_answer
+from bench.scoring_job import DTYPE_CHOICES, PACKAGES, Resources, package_version
+from bench.statistics import Estimate, over_sets
+from bench.store import Parts, differences, read_scores, with_spec_hash, write_scores
+from bench.tasks import Record, Task
+from bench.tasks.task import Unreachable
+from scoring.cluster import connect
+from scoring.errors import UserError, unknown_name
+from scoring.pool import ReplicaPool, ReplicaSpec
+from scoring.readings import Reader
+from scoring.samples import Rejected, Text, encode
+
+SCHEMA_VERSION = 1
+# The models of an evaluation, in the order in which they are measured: what the original knew says what was forgotten.
+ORIGINAL, RETAIN_ONLY, MODEL = "original", "retain-only", "model"
+NEGATIVES = ("holdout", "retain")
+# Quantities that lm-evaluation-harness measures.
+HARNESS = ("acc", "log_likelihood", "words")
+RELEARNING = ("forgotten", "relearned")
+RIGHT, FORGOTTEN, RELEARNED = (("forget", quantity) for quantity in ("right", *RELEARNING))
+Sets = Mapping[str, list[Record] | Missing]
+Columns = dict[Column, Scores | Missing]
+
+SAMPLE_ROWS = pa.schema(
+    [
+        ("set", pa.string()),
+        ("name", pa.string()),
+        ("sample_id", pa.string()),
+        ("value", pa.float64()),
+        ("text", pa.string()),
+    ]
+)
+SCHEMA = pa.schema(
+    [
+        ("level", pa.string()),
+        ("model", pa.string()),
+        ("name", pa.string()),
+        ("set", pa.string()),
+        ("sample_id", pa.string()),
+        ("value", pa.float64()),
+        ("low", pa.float64()),
+        ("high", pa.float64()),
+        ("samples", pa.int64()),
+        ("missing", pa.string()),
+        ("text", pa.string()),
+    ]
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateSpec:
+    """What is evaluated, and how. Its hash is the evaluation's identity.
+
+    Attributes:
+        model: the model that has forgotten: an embedded one, a folder or a Hugging Face id.
+        task: a task, `NAME:SOURCE`, or a task file.
+        split: the forget split; None: the task's default.
+        original: the model before it forgot; None: not evaluated, and Relearn takes all for known that is not now.
+        retain_model: the gold standard, trained without the forget set; None: not evaluated, and no Forget Quality.
+        metrics: names, separated by commas; None: all of the task.
+        samples: of each set at most, evenly spaced; None: all.
+        mia_negatives: samples that the model was never trained on ("holdout"), or the retain set ("retain").
+        min_k: share of tokens that Min-k% takes, in (0, 1].
+        el_n: tokens in an n-gram of EL.
+        sentence_model: embeds sentences for FA; None: all-MiniLM-L6-v2.
+        toxicity_model: a text-classification model; None: the task's.
+        toxicity_label: whose score it is.
+        harness_tasks: folder with task files of lm-evaluation-harness, which go before its own of the same name.
+        harness_limit: questions of each of its tasks at most.
+        relearn_share, relearn_steps, relearn_learning_rate, relearn_workers: see `bench.metrics.relearning`.
+        dtype: of weights and activations.
+        batch_tokens: padded tokens in a batch.
+        seed: of the resampling and of relearning.
+    """
+
+    EXECUTION: ClassVar = ("relearn_workers",)
+
+    model: str
+    task: str
+    split: str | None = None
+    original: str | None = None
+    retain_model: str | None = None
+    metrics: str | None = None
+    samples: int | None = None
+    mia_negatives: str = "holdout"
+    min_k: float = 0.2
+    el_n: int = 10
+    sentence_model: str | None = None
+    toxicity_model: str | None = None
+    toxicity_label: str = "toxic"
+    harness_tasks: str | None = None
+    harness_limit: int | None = None
+    relearn_share: float = Relearning.share
+    relearn_steps: int = Relearning.steps
+    relearn_learning_rate: float = Relearning.learning_rate
+    relearn_workers: int = 0
+    dtype: str = "float32"
+    batch_tokens: int = 4096
+    seed: int = 0
+
+    def checked(self) -> EvaluateSpec:
+        """The same.
+
+        Raises:
+            UserError: a value out of range.
+        """
+        if not 0 < self.min_k <= 1:
+            raise UserError(
+                f"min_k is {self.min_k:g}: expected the share of tokens that Min-k% takes, in (0, 1], such as 0.2"
+            )
+        for name, value, known in (
+            ("mia_negatives", self.mia_negatives, NEGATIVES),
+            ("dtype", self.dtype, DTYPE_CHOICES),
+        ):
+            if value not in known:
+                raise unknown_name(name, value, known)
+        for name, least in (
+            ("samples", 1),
+            ("el_n", 1),
+            ("harness_limit", 1),
+            ("relearn_steps", 1),
+            ("relearn_workers", 0),
+            ("batch_tokens", 1),
+        ):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise UserError(f"{name} is {value}: expected {least} or more")
+        if self.harness_tasks is not None and not Path(self.harness_tasks).is_dir():
+            raise UserError(f"harness_tasks: {self.harness_tasks!r} is no folder: expected one with task files (.yaml)")
+        self.relearning().checked()
+        return self
+
+    def relearning(self) -> Relearning:
+        return Relearning(
+            self.relearn_share, self.relearn_steps, self.relearn_learning_rate, self.seed, self.relearn_workers
+        )
+
+    def metrics_of(self, task: Task) -> tuple[str, ...]:
+        """The metrics that are wanted, in the task's order.
+
+        Raises:
+            UserError: the task has no such metric.
+        """
+        if self.metrics is None:
+            return task.metrics
+        wanted = [name.strip() for name in self.metrics.split(",") if name.strip()]
+        for name in wanted:
+            if name not in task.metrics:
+                raise unknown_name(f"metric of task {task.name!r}", name, task.metrics)
+        return tuple(name for name in task.metrics if name in wanted)
+
+
+@dataclass(frozen=True)
+class EvaluationResult:
+    """What an evaluation gives back.
+
+    Attributes:
+        path: the Parquet file.
+        table: its contents, see `_table`.
+        record: what a reader must know: spec, sets, samples that were left out, seconds, packages.
+    """
+
+    path: Path
+    table: pa.Table
+    record: dict[str, Any]
+
+
+def evaluate(
+    spec: EvaluateSpec,
+    out: str | Path,
+    resources: Resources | None = None,
+    overwrite: bool = False,
+    progress: bool = True,
+) -> EvaluationResult:
+    """Measure the metrics of a task and write `out`.
+
+    Raises:
+        UserError: one line; what an earlier start of the same evaluation has measured is kept.
+    """
+    spec = spec.checked()
+    resources = (resources or Resources()).checked()
+    out = Path(out)
+    task, source = find_task(spec.task)
+    metrics = spec.metrics_of(task)
+    models = _models(spec)
+    sets, rejected = _sets(spec, task, source, models, metrics)
+    identity = _identity(spec, task, models, sets)
+    if out.exists() and not overwrite:
+        return _finished(out, identity)
+    started = time.perf_counter()
+    with Parts(out, identity) as parts:
+        connect()
+        measuring = _Measuring(spec, task, source, models, sets, metrics, parts, resources, progress)
+        columns: dict[str, Columns] = {}
+        for role in models:
+            columns[role] = measuring.columns_of(role, columns)
+        table = _table(metrics, columns, spec.seed)
+        if not table["value"].null_count < table.num_rows:
+            parts.remove()
+            raise UserError(f"{spec.task}: nothing could be measured; the first reason: {table['missing'][0]}")
+        record = {
+            "sets": {name: found.reason if isinstance(found, Missing) else len(found) for name, found in sets.items()},
+            "rejected": [dataclasses.asdict(each) | {"set": name} for name in rejected for each in rejected[name]],
+            "harness": measuring.harness_versions,
+            "seconds": time.perf_counter() - started,
+            "packages": {name: package_version(name) for name in (*PACKAGES, "lm-eval", "sentence-transformers")},
+        }
+        write_scores(table, out, identity, record)
+        parts.remove()
+    return EvaluationResult(out, table, {"spec": identity} | record)
+
+
+# --- Models and sets ----------------------------------------------------------------------------------------
+
+
+def _models(spec: EvaluateSpec) -> dict[str, ModelReference]:
+    """The models by role.
+
+    Raises:
+        UserError: one cannot be found, or they do not share a tokenizer.
+    """
+    names = {ORIGINAL: spec.original, RETAIN_ONLY: spec.retain_model, MODEL: spec.model}
+    models = {role: find_model(name) for role, name in names.items() if name is not None}
+    own = models[MODEL]
+    for role, other in models.items():
+        if other.tokenizer.get_vocab() != own.tokenizer.get_vocab() or _ends(other) != _ends(own):
+            flag = {ORIGINAL: "--original", RETAIN_ONLY: "--retain-model"}[role]
+            raise UserError(
+                f"{flag} {names[role]!r} has another tokenizer than --model {spec.model!r} ({len(other.tokenizer)} and "
+                f"{len(own.tokenizer)} tokens): expected the same model trained on other data"
+            )
+    return models
+
+
+def _ends(model: ModelReference) -> tuple[int | None, int | None]:
+    return model.tokenizer.bos_token_id, model.tokenizer.eos_token_id
+
+
+def _sets(
+    spec: EvaluateSpec, task: Task, source: str | None, models: Mapping[str, ModelReference], metrics: Sequence[str]
+) -> tuple[Sets, dict[str, list[Rejected]]]:
+    """The records of every set that the metrics speak of, each with an "id", and those that no model can take.
+
+    Raises:
+        UserError: a set that is there is at fault, or has no record.
+    """
+    split = spec.split or task.default_split
+    if split not in task.splits:
+        raise unknown_name(f"split of task {task.name!r}", split, task.splits)
+    splits = dict(task.evaluation(split))
+    if spec.mia_negatives in splits:
+        splits["negatives"] = splits[spec.mia_negatives]
+    asked = {name for metric in metrics for name, quantity in METRICS[metric].columns if quantity not in HARNESS}
+    sets: dict[str, list[Record] | Missing] = {}
+    rejected: dict[str, list[Rejected]] = {}
+    for name in sorted(asked):
+        if name not in splits:
+            # Named differently, so that nobody wonders what the negatives are.
+            absent = spec.mia_negatives if name == "negatives" else name
+            sets[name] = Missing(f"task {task.name!r} has no {absent} set")
+            continue
+        try:
+            records = task.load(splits[name], source, models[MODEL].tokenizer)
+        except Unreachable as error:
+            sets[name] = Missing(str(error))
+            continue
+        if not records:
+            raise UserError(
+                f"{spec.task}, split {splits[name]!r}: the {name} set is empty; expected at least one record"
+            )
+        records = [{**record, "id": str(record.get("id", i))} for i, record in enumerate(records)]
+        records = _spaced(records, spec.samples)
+        sets[name], rejected[name] = _fitting(name, records, models)
+    return sets, rejected
+
+
+def _spaced(records: Sequence[Record], most: int | None) -> list[Record]:
+    where = np.linspace(0, len(records) - 1, min(most or len(records), len(records))).round().astype(int)
+    return [records[i] for i in where.tolist()]
+
+
+def _fitting(
+    name: str, records: Sequence[Record], models: Mapping[str, ModelReference]
+) -> tuple[list[Record], list[Rejected]]:
+    """The records whose texts fit into the context of every model, whatever is asked of them; and the others."""
+    tokenizer, context = models[MODEL].tokenizer, min(model.max_length for model in models.values())
+    fit, unfit = [], []
+    for i, record in enumerate(records):
+        _, rejected = encode(_texts(name, i, record), tokenizer, context)
+        if rejected:
+            unfit.append(Rejected(record["id"], rejected[0].reason))
+        else:
+            fit.append(record)
+    if not fit:
+        raise UserError(f"{name} set: none of {len(records)} records can be used; the first: {unfit[0].reason}")
+    return fit, unfit
+
+
+def _texts(name: str, number: int, record: Record) -> list[Text]:
+    """Every pair of a question and an answer that a metric may put to a model."""
+    if "prompt" in record and "completion" not in record:
+        return [Text(record["id"], record["prompt"], ".")]
+    texts = [as_text(name, number, record)]
+    if "question" in record:
+        questions = [record[key] for key in ("question", "paraphrased_question") if record.get(key)]
+        answers = [record[key] for key in ("answer", "paraphrased_answer") if record.get(key)]
+        answers += record.get("perturbed_answer") or []
+        texts += [Text(record["id"], *question_answer(q, a)) for q in questions for a in answers]
+    return texts
+
+
+# --- Columns ------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Measuring:
+    """The measurements of one evaluation, in pieces that are kept on disk."""
+
+    spec: EvaluateSpec
+    task: Task
+    source: str | None
+    models: Mapping[str, ModelReference]
+    sets: Sets
+    metrics: Sequence[str]
+    parts: Parts
+    resources: Resources
+    progress: bool
+
+    def __post_init__(self) -> None:
+        spec, task = self.spec, self.task
+        self.harness_versions: dict[str, Any] = {}
+        # The models share a tokenizer, and what does not fit into one is put to none.
+        self.means = Means(
+            self.models[MODEL].tokenizer,
+            min(model.max_length for model in self.models.values()),
+            task.new_tokens,
+            spec.min_k,
+            spec.el_n,
+            Embedder(spec.sentence_model),
+            Classifier(spec.toxicity_model or task.toxicity_model, spec.toxicity_label),
+        )
+
+    def columns_of(self, role: str, others: Mapping[str, Columns]) -> Columns:
+        """All columns of one model. `others` are those of the models before it."""
+        wanted = list(dict.fromkeys(column for name in self.metrics for column in METRICS[name].columns))
+        relearning = any(quantity in RELEARNING for _, quantity in wanted)
+        asked = [column for column in wanted if column[1] in QUANTITIES]
+        if relearning:
+            asked.append(RIGHT)
+        benchmarks = list(dict.fromkeys(name for name, quantity in wanted if quantity in HARNESS))
+        model = self.models[role]
+        with self._reader(model.source, model.revision) as reader:
+            columns = self._piece(f"{role}-answers", asked, lambda: measure(asked, self.sets, reader, self.means))
+            columns |= self._piece(f"{role}-benchmarks", benchmarks, lambda: self._benchmarks(reader, benchmarks))
+        if relearning:
+            known = None if role == ORIGINAL else others.get(ORIGINAL, {}).get(RIGHT)
+            columns |= self._piece(f"{role}-relearning", RELEARNING, lambda: self._relearning(role, columns, known))
+        return columns
+
+    def _piece(self, key: str, anything: Sequence[Any], work: Callable[[], Columns]) -> Columns:
+        """The columns that `work` gives, kept for the next start."""
+        if not anything:
+            return {}
+        if not self.parts.has(key):
+            columns = work()
+            reasons = [[*column, c.reason] for column, c in columns.items() if isinstance(c, Missing)]
+            self.parts.write(key, _sample_rows(columns), {"missing": reasons, "harness": self.harness_versions})
+        table, facts = self.parts.read(key)
+        self.harness_versions |= facts["harness"]
+        missing = {(name, quantity): Missing(reason) for name, quantity, reason in facts["missing"]}
+        return {**_columns_in(table), **missing}
+
+    @contextmanager
+    def _reader(self, source: str, revision: str | None) -> Iterator[Reader]:
+        replica = ReplicaSpec(source, revision, self.spec.dtype)
+        # Replicas start when something is asked of them.
+        with ReplicaPool(replica, self.resources.footprint(), self.resources.replicas) as pool:
+            yield Reader(pool, self.means.tokenizer.eos_token_id, self.spec.batch_tokens, self.progress)
+
+    def _benchmarks(self, reader: Reader, names: Sequence[str]) -> Columns:
+        """Of lm-evaluation-harness."""
+        known = self.task.harness(self.source)
+        absent = {name: Missing(f"task {self.task.name!r} has no benchmark for {name}") for name in names}
+        wanted = {name: known[name] for name in names if name in known}
+        folder = self.spec.harness_tasks
+        lm = pool_model(reader, self.means.tokenizer, self.means.max_length)
+        found = run_harness(lm, wanted, Path(folder) if folder else None, self.spec.harness_limit)
+        columns: Columns = {}
+        for name, scores in {**absent, **found}.items():
+            if isinstance(scores, Missing):
+                columns |= {(name, quantity): scores for quantity in HARNESS}
+                continue
+            self.harness_versions[name] = scores.tasks
+            quantity = "acc" if scores.metric == "acc" else "log_likelihood"
+            columns[name, quantity] = Scores(tuple(scores.ids), scores.values)
+            columns[name, "words"] = Scores(tuple(scores.ids), scores.weights)
+        return columns
+
+    def _relearning(self, role: str, columns: Columns, known: Scores | Missing | None) -> Columns:
+        right = columns[RIGHT]
+        failed = next((column for column in (right, known) if isinstance(column, Missing)), None)
+        if failed is not None:
+            return {("forget", quantity): failed for quantity in RELEARNING}
+        assert isinstance(right, Scores)
+        assert not isinstance(known, Missing)
+        # Of the original model nothing is forgotten.
+        gone = forgotten(right, right if role == ORIGINAL else known)
+        if not gone.values.any():
+            return {FORGOTTEN: gone, RELEARNED: nothing_relearned(gone)}
+        records = self.sets["forget"]
+        assert not isinstance(records, Missing)
+        folder = self.parts.folder / f"{role}-relearning"
+        taught = fine_tuned(self.models[role].source, records, self.spec.relearning(), folder, self.progress)
+        with self._reader(str(taught), None) as reader:
+            again = measure([RIGHT], self.sets, reader, self.means)[RIGHT]
+        shutil.rmtree(folder)
+        if isinstance(again, Missing):
+            return {("forget", quantity): again for quantity in RELEARNING}
+        return {FORGOTTEN: gone, RELEARNED: relearned(gone, again)}
+
+
+def _sample_rows(columns: Columns) -> pa.Table:
+    """A row for each value of the columns that were measured."""
+    tables = [
+        pa.table(
+            {
+                "set": [name] * len(scores.ids),
+                "name": [quantity] * len(scores.ids),
+                "sample_id": list(scores.ids),
+                "value": pa.array(scores.values, pa.float64()),
+                "text": pa.array(scores.texts or [None] * len(scores.ids), pa.string()),
+            },
+            SAMPLE_ROWS,
+        )
+        for (name, quantity), scores in columns.items()
+        if isinstance(scores, Scores)
+    ]
+    return pa.concat_tables(tables) if tables else SAMPLE_ROWS.empty_table()
+
+
+def _columns_in(table: pa.Table) -> Columns:
+    """The columns whose rows `_sample_rows` gave."""
+    columns: dict[Column, list[dict[str, Any]]] = {}
+    for row in table.to_pylist():
+        columns.setdefault((row["set"], row["name"]), []).append(row)
+    return {
+        column: Scores(
+            tuple(row["sample_id"] for row in rows),
+            np.array([row["value"] for row in rows], dtype=np.float64),
+            None if rows[0]["text"] is None else tuple(row["text"] for row in rows),
+        )
+        for column, rows in columns.items()
+    }
+
+
+# --- Metrics ------------------------------------------------------------------------------------------------
+
+
+def _table(metrics: Sequence[str], columns: Mapping[str, Columns], seed: int) -> pa.Table:
+    """Every metric of every model, the differences to the reference models, and every sample's values.
+
+    Columns: level ("metric", "difference" or "sample"), model, name (of a metric or a quantity), set and sample_id
+    (of a sample), value, low and high (95 % interval, bootstrap over samples), samples (how many the metric is of),
+    missing (why there is no value) and text (what the model wrote).
+    """
+    rows = []
+    measured = {role: Measured(own, columns.get(RETAIN_ONLY)) for role, own in columns.items()}
+    for role, own in measured.items():
+        for name in metrics:
+            statistic = _compared_with_itself if METRICS[name].compares and role == RETAIN_ONLY else None
+            rows.append(
+                {"level": "metric", "model": role, "name": name, **_estimated(name, own, None, seed, statistic)}
+            )
+    for reference in (RETAIN_ONLY, ORIGINAL):
+        if reference not in measured:
+            continue
+        for name in metrics:
+            if METRICS[name].interval and not METRICS[name].compares:
+                fields = _estimated(name, measured[MODEL], measured[reference], seed)
+                rows.append({"level": "difference", "model": f"{MODEL} - {reference}", "name": name, **fields})
+    tables = [pa.Table.from_pylist(rows, SCHEMA)]
+    for role, found in columns.items():
+        samples = _sample_rows(found)
+        count = samples.num_rows
+        full = {
+            "level": pa.array(["sample"] * count, pa.string()),
+            "model": pa.array([role] * count, pa.string()),
+            **{name: samples[name] for name in samples.column_names},
+        }
+        tables.append(pa.table([full.get(each.name, pa.nulls(count, each.type)) for each in SCHEMA], schema=SCHEMA))
+    return pa.concat_tables(tables)
+
+
+def _estimated(
+    name: str, measured: Measured, minus: Measured | None, seed: int, statistic: Statistic | None = None
+) -> dict[str, Any]:
+    """A metric, or the difference of two models' metrics, as the fields of a row."""
+    metric = METRICS[name]
+    statistic = statistic or metric.statistic
+    sets = list(dict.fromkeys(own for own, _ in metric.columns))
+
+    def of(rows: list[np.ndarray] | None) -> np.ndarray:
+        drawn = dict(zip(sets, rows, strict=True)) if rows is not None else None
+        value = statistic(measured.resampled(drawn))
+        return value if minus is None else value - statistic(minus.resampled(drawn))
+
+    try:
+        value = float(of(None))
+        counts = {own: measured.count(own, quantity) for own, quantity in metric.columns}
+    except Unmeasured as error:
+        return {"missing": str(error)}
+    if not math.isfinite(value):
+        return {"missing": "not defined on these samples"}
+    estimate = Estimate(value, math.nan, math.nan)
+    if metric.interval:
+        estimate = over_sets(of, [measured.length(own) for own in sets], seed=seed)
+    low, high = (bound if math.isfinite(bound) else None for bound in (estimate.low, estimate.high))
+    return {"value": value, "low": low, "high": high, "samples": sum(counts.values())}
+
+
+def _compared_with_itself(measured: Measured) -> np.ndarray:
+    raise Unmeasured("compares with the retain-only model, which this is")
+
+
+def _identity(spec: EvaluateSpec, task: Task, models: Mapping[str, ModelReference], sets: Sets) -> dict[str, Any]:
+    """The spec with hashes in place of what names can hide, and its own hash."""
+    content = {key: value for key, value in dataclasses.asdict(spec).items() if key not in EvaluateSpec.EXECUTION} | {
+        "schema_version": SCHEMA_VERSION,
+        "task_name": task.name,
+        "fingerprints": {role: model.fingerprint for role, model in models.items()},
+        "sets_sha256": {
+            name: None if isinstance(records, Missing) else hashlib.sha256(json.dumps(records).encode()).hexdigest()
+            for name, records in sets.items()
+        },
+        "harness_tasks_sha256": _folder_sha256(spec.harness_tasks),
+    }
+    return with_spec_hash(content, ("model", "original", "retain_model", "task", "harness_tasks"))
+
+
+def _folder_sha256(folder: str | None) -> str | None:
+    """Of all files below a folder."""
+    if folder is None:
+        return None
+    files = sorted(path for path in Path(folder).rglob("*") if path.is_file())
+    content = [(str(path.relative_to(folder)), hashlib.sha256(path.read_bytes()).hexdigest()) for path in files]
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+
+def _finished(out: Path, identity: dict[str, Any]) -> EvaluationResult:
+    try:
+        table, spec, record = read_scores(out)
+    except UserError:
+        raise UserError(f"--out {out} exists and is not an evaluation: choose another, or --overwrite") from None
+    if spec["spec_hash"] != identity["spec_hash"]:
+        raise UserError(
+            f"--out {out} holds an evaluation of another spec (different: {differences(spec, identity)}): choose "
+            "another file, or --overwrite"
+        )
+    print(f"{out} holds this evaluation already (spec {identity['spec_hash']})", file=sys.stderr)
+    return EvaluationResult(out, table, {"spec": identity} | record)

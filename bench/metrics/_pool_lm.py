@@ -1,0 +1,115 @@
+"""The pool as a model of lm-evaluation-harness. Imports lm_eval, which is slow and optional: `harness` imports this.
+
+Texts become tokens as in the harness's own transformers model, so that results agree with it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import TemplateLM
+from lm_eval.defaults import DEFAULT_MAX_GEN_TOKS
+from lm_eval.models.utils import (
+    handle_stop_sequences,
+    has_bos_prefix,
+    normalize_gen_kwargs,
+    postprocess_generated_text,
+)
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+
+from scoring.errors import UserError
+from scoring.readings import Reader
+from scoring.samples import Sample
+
+# What a task may ask of generation: the length and the end, and greedy decoding in any words.
+GREEDY_SETTINGS = {"until", "max_gen_toks", "do_sample", "temperature", "top_p", "top_k"}
+
+
+class PoolLM(TemplateLM):
+    """See `bench.metrics.harness.pool_model`."""
+
+    def __init__(self, reader: Reader, tokenizer: Any, max_length: int, add_bos_token: bool | None) -> None:
+        super().__init__()
+        self.tokenizer = tokenizer
+        self.max_length = max_length
+        self._reader = reader
+        self._special = {} if add_bos_token is None else {"add_special_tokens": add_bos_token}
+        if self.prefix_token_id is None:
+            raise UserError("the tokenizer has neither a BOS nor an EOS token: one of them has to begin a text")
+        self._prefix = tokenizer.decode(self.prefix_token_id)
+
+    @property
+    def eot_token_id(self) -> Any:
+        return self.tokenizer.eos_token_id
+
+    @property
+    def prefix_token_id(self) -> Any:
+        return self.eot_token_id if self.tokenizer.bos_token_id is None else self.tokenizer.bos_token_id
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
+        if add_special_tokens is not None:
+            special = {"add_special_tokens": add_special_tokens}
+        elif has_bos_prefix(string, self._prefix):
+            special = {"add_special_tokens": False}
+        else:
+            special = self._special
+        return self.tokenizer.encode(string, **special)
+
+    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
+        return super().loglikelihood(requests, disable_tqdm)
+
+    def _loglikelihood_tokens(
+        self, requests: Sequence[tuple[Any, list[int], list[int]]], **_: Any
+    ) -> list[tuple[float, bool]]:
+        scores = self._reader.likelihoods([self._sample(*request) for request in requests])
+        return [(float(each.logprobs.sum()), bool(each.hits.all())) for each in scores]
+
+    def _sample(self, text: Any, context: list[int], continuation: list[int]) -> Sample:
+        """The last max_length + 1 tokens: the last one is only predicted."""
+        if not context or not 0 < len(continuation) <= self.max_length:
+            raise UserError(
+                f"{str(text)[-200:]!r} has {len(context)} tokens of context and {len(continuation)} to be scored: "
+                f"expected 1 or more of each, and no more than the model's context of {self.max_length} to be scored"
+            )
+        ids = np.array((context + continuation)[-(self.max_length + 1) :], dtype=np.int64)
+        return Sample("", ids, np.arange(len(ids)) >= len(ids) - len(continuation))
+
+    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = True) -> list[float]:
+        owners: list[int] = []
+        windows: list[tuple[str, list[int], list[int]]] = []
+        for owner, request in enumerate(requests):
+            (text,) = request.args
+            for window in get_rolling_token_windows(self.tok_encode(text), self.prefix_token_id, self.max_length, 1):
+                owners.append(owner)
+                windows.append((text, *make_disjoint_window(window)))
+        totals = np.zeros(len(requests))
+        np.add.at(totals, owners, [logprob for logprob, _ in self._loglikelihood_tokens(windows)])
+        return totals.tolist()
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = True) -> list[str]:
+        prompts, limits, ends = [], [], []
+        eos = None if self.eot_token_id is None else self.tokenizer.decode(self.eot_token_id)
+        for request in requests:
+            context, asked = request.args
+            settings: dict[str, Any] = dict(normalize_gen_kwargs(asked, DEFAULT_MAX_GEN_TOKS))
+            foreign = sorted(settings.keys() - GREEDY_SETTINGS)
+            if foreign or settings["do_sample"]:
+                raise UserError(
+                    f"task {request.task_name!r} asks for generation with {asked}: expected greedy decoding, with no "
+                    f"settings but {', '.join(sorted(GREEDY_SETTINGS))}"
+                )
+            limit = settings["max_gen_toks"]
+            if limit >= self.max_length:
+                raise UserError(
+                    f"task {request.task_name!r} asks for {limit} new tokens, the model's context holds "
+                    f"{self.max_length}: lower max_gen_toks"
+                )
+            prompts.append(np.array(self.tok_encode(context)[limit - self.max_length :], dtype=np.int64))
+            limits.append(limit)
+            ends.append(handle_stop_sequences(settings["until"], eos))
+        written = self._reader.continuations(prompts, limits)
+        texts = [self.tokenizer.decode(tokens, skip_special_tokens=True) for tokens in written]
+        return [postprocess_generated_text(text, end, None) for text, end in zip(texts, ends, strict=True)]

@@ -1,0 +1,305 @@
+"""lm-evaluation-harness on a pool of replicas: zero-shot accuracies and word perplexities, document by document.
+
+The harness says what is asked and what counts; the pool answers. Tasks whose data cannot be had are named, with the
+reason, and the others are measured.
+"""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import logging
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bench.metrics.values import Missing
+from bench.tasks.task import HarnessTask
+from scoring.errors import UserError
+from scoring.readings import Reader
+
+ACCURACY, PERPLEXITY = "acc", "word_perplexity"
+# Seconds that the Hugging Face hub has to answer in.
+PATIENCE = 5
+# The line of a task file that says what it defines.
+CLAIM = re.compile(r"""^["']?(?:task|group)["']?\s*:\s*["']?([^"'\s#]+)""", re.MULTILINE)
+
+
+@dataclass(frozen=True)
+class HarnessScores:
+    """The documents of a set of tasks, N of them, under a model.
+
+    Attributes:
+        ids: "task/number of the document".
+        values: (N,) fp64. "acc": whether the answer is right; "word_perplexity": log-likelihood of the document, nats.
+        weights: (N,) fp64. "acc": 1; "word_perplexity": its words, as the task counts them.
+        tasks: task -> {"version": the harness's, "n": number of its documents}.
+        metric: "acc", which is sum(values) / sum(weights), or "word_perplexity", exp(-sum(values) / sum(weights)).
+    """
+
+    ids: list[str]
+    values: np.ndarray
+    weights: np.ndarray
+    tasks: dict[str, dict[str, Any]]
+    metric: str
+
+
+def pool_model(reader: Reader, tokenizer: Any, max_length: int, add_bos_token: bool | None = None) -> Any:
+    """A model of lm-evaluation-harness (an `lm_eval.api.model.LM`) that answers on all replicas of a pool.
+
+    It tokenizes as the harness's own transformers model does: a context loses its trailing spaces to the
+    continuation, an empty one is the BOS (else EOS) token, a long one is cut on the left; a text longer than the
+    context is scored in disjoint windows.
+
+    Args:
+        reader: takes the readings.
+        tokenizer: the model's Hugging Face tokenizer.
+        max_length: tokens that the model can read at once.
+        add_bos_token: begin texts with the BOS token; None: as the tokenizer does by itself.
+
+    Raises:
+        UserError: lm_eval is not installed, or the tokenizer has neither BOS nor EOS. The model's own methods raise it
+            where generation is not to be greedy, or a text to be scored is empty or longer than `max_length`.
+    """
+    _need_lm_eval()
+    from bench.metrics._pool_lm import PoolLM
+
+    return PoolLM(reader, tokenizer, max_length, add_bos_token)
+
+
+def run_harness(
+    lm: Any,
+    wanted: Mapping[str, Sequence[HarnessTask]],
+    include_path: Path | None = None,
+    limit: int | None = None,
+) -> dict[str, HarnessScores | Missing]:
+    """Sets of tasks, zero-shot, all of them in one run.
+
+    Args:
+        lm: a model of the harness, see `pool_model`.
+        wanted: set -> its tasks, whose documents are pooled. A task is the name of one, of a group or of a tag; or a
+            configuration, with "task": the name of one that is known takes that task's configuration and changes what
+            the dictionary has, any other must be complete. Its "custom_dataset" is called with keyword arguments
+            (the configuration's "metadata" and "dataset_kwargs") and gives {split: `datasets.Dataset`}.
+        include_path: folder of task files (YAML), which come before the harness's own of the same name.
+        limit: documents of each task at most.
+
+    Returns:
+        The scores of each set. A set of which any task cannot be loaded, or gives neither metric, is Missing.
+
+    Raises:
+        UserError: lm_eval is not installed, or `include_path` is no folder.
+    """
+    _need_lm_eval()
+    from lm_eval.evaluator import evaluate
+
+    with _quiet(logging.ERROR), _offline_if_unreachable():
+        loader = _Loader(include_path)
+        sets = {name: loader.load(tasks) for name, tasks in wanted.items()}
+    # By identity: two sets may give one name to different configurations.
+    running = {str(id(task)): task for tasks in sets.values() if isinstance(tasks, dict) for task in tasks.values()}
+    records: Mapping[str, list[dict[str, Any]]] = {}
+    if running:
+        with _quiet(logging.WARNING):
+            loaded = {"tasks": running, "groups": {}, "group_map": {}}
+            results = evaluate(lm=lm, task_dict=loaded, limit=limit, bootstrap_iters=0, log_samples=True)
+            records = results["samples"]
+    return {
+        name: tasks if isinstance(tasks, Missing) else _scores(tasks, records, _metric(next(iter(tasks.values()))))
+        for name, tasks in sets.items()
+    }
+
+
+def _scores(tasks: Mapping[str, Any], records: Mapping[str, list[dict[str, Any]]], metric: str) -> HarnessScores:
+    ids, values, weights, about = [], [], [], {}
+    for name, task in tasks.items():
+        own = records[str(id(task))]
+        # A task with several filters has a record of a document for each; the first is the harness's default.
+        own = [record for record in own if record["filter"] == own[0]["filter"]]
+        about[name] = {"version": task.VERSION, "n": len(own)}
+        for record in own:
+            value, weight = record[metric] if metric == PERPLEXITY else (record[metric], 1)
+            ids.append(f"{name}/{record['doc_id']}")
+            values.append(value)
+            weights.append(weight)
+    return HarnessScores(ids, np.array(values, dtype=float), np.array(weights, dtype=float), about, metric)
+
+
+class _Loader:
+    """Loads tasks: configurations from the harness or a folder, data from wherever these say.
+
+    Args:
+        include_path: see `run_harness`.
+    """
+
+    def __init__(self, include_path: Path | None) -> None:
+        from lm_eval.tasks import TaskManager
+
+        if include_path is not None and not include_path.is_dir():
+            raise UserError(f"{str(include_path)!r} is no folder: expected one with task files (*.yaml) of lm-eval")
+        self._manager = TaskManager(include_path=include_path, include_defaults=False)
+        self._index = self._manager.task_index
+        if include_path is not None:
+            self._keep_broken(include_path)
+        for name, entry in _known_tasks().items():
+            own = self._index.setdefault(name, entry)
+            # A folder that has some tasks of a tag does not take the others out of it.
+            if own is not entry and own.kind.name == entry.kind.name == "TAG":
+                own.tags |= entry.tags
+        self._loaded: list[tuple[HarnessTask, dict[str, Any]]] = []
+        self._shared: dict[str, Any] = {}
+
+    def load(self, wanted: Sequence[HarnessTask]) -> dict[str, Any] | Missing:
+        """The tasks of a set by name, or why one of them cannot be had; ends at the first that cannot."""
+        tasks: dict[str, Any] = {}
+        for each in wanted:
+            name = each if isinstance(each, str) else each.get("task")
+            try:
+                for own, task in self._load(each).items():
+                    name = own
+                    if tasks.setdefault(own, task) is not task:
+                        raise UserError("is in the set twice, in different configurations")
+                    _check(task)
+            # Configurations hold code of anyone's, and data libraries have errors of all kinds.
+            except Exception as error:
+                return Missing(f"lm-eval task {name!r}: {_one_line(error)}")
+        metrics = {_metric(task): name for name, task in tasks.items()}
+        if len(metrics) != 1:
+            return Missing(f"lm-eval tasks of different metrics or none: {metrics}; expected one metric")
+        return tasks
+
+    def _load(self, wanted: HarnessTask) -> dict[str, Any]:
+        for earlier, tasks in self._loaded:
+            if earlier == wanted:
+                return tasks
+        if isinstance(wanted, str):
+            if wanted not in self._index:
+                near = difflib.get_close_matches(wanted, self._index, n=1)
+                raise UserError("no such task, group or tag" + (f"; did you mean {near[0]!r}?" if near else ""))
+            tasks = self._manager.load([wanted])["tasks"]
+            tasks = {name: self._shared.setdefault(name, task) for name, task in tasks.items()}
+        else:
+            tasks = self._manager.load([self._completed(wanted)])["tasks"]
+        for task in tasks.values():
+            task.set_config("num_fewshot", 0)
+        self._loaded.append((wanted, tasks))
+        return tasks
+
+    def _completed(self, changes: dict[str, Any]) -> dict[str, Any]:
+        """A configuration with what it leaves to the task whose name it has. The manager would not look that up."""
+        from lm_eval.tasks._yaml_loader import load_yaml
+
+        if "task" not in changes:
+            raise UserError(f"a configuration without 'task', its name: it has {', '.join(changes)}")
+        entry = self._index.get(changes["task"])
+        if entry is not None and entry.kind.name in ("GROUP", "TAG"):
+            raise UserError("is the name of several tasks: expected that of one, to change its configuration")
+        # A copy: the harness alters what it is given.
+        return {**(load_yaml(entry.yaml_path) if entry else {}), **copy.deepcopy(changes)}
+
+    def _keep_broken(self, folder: Path) -> None:
+        """Give files that cannot be read the names that they claim. The harness skips them, and would take its own
+        tasks of these names instead."""
+        from lm_eval.tasks._index import Entry, Kind
+        from lm_eval.tasks._yaml_loader import load_yaml
+
+        for path in sorted(folder.rglob("*.yaml")):
+            try:
+                load_yaml(path, resolve_func=False)
+            except Exception:  # whatever a YAML loader raises
+                text = path.read_text(encoding="utf-8", errors="replace")
+                for name in {
+                    path.stem,
+                    *re.findall(r"""^["']?(?:task|group)["']?\s*:\s*["']?([^"'\s#]+)""", text, re.M),
+                }:
+                    self._index.setdefault(name, Entry(name, Kind.TASK, path))
+
+
+@cache
+def _known_tasks() -> Mapping[str, Any]:
+    """The harness's own tasks; it takes seconds to read their thousands of files."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager().task_index
+
+
+def _metric(task: Any) -> str:
+    """Which metric a task gives. One that is not formed as it should be is another one of the same name."""
+    from lm_eval.api.metrics import mean, weighted_perplexity
+
+    formed = task.aggregation()
+    for name, form in ((ACCURACY, mean), (PERPLEXITY, weighted_perplexity)):
+        if formed.get(name) is form:
+            return name
+    raise UserError(
+        f"gives {', '.join(formed)}: expected {ACCURACY!r}, a mean over documents, or {PERPLEXITY!r} among them"
+    )
+
+
+def _check(task: Any) -> None:
+    _metric(task)
+    if getattr(task, "UNSAFE_CODE", False):
+        raise UserError("runs code that a model writes; such tasks are not supported")
+    if getattr(task, "MULTIMODAL", False):
+        raise UserError("has images or sounds; such tasks are not supported")
+
+
+def _one_line(error: Exception) -> str:
+    if isinstance(error, UserError):
+        return str(error)
+    return " ".join(f"cannot be loaded: {type(error).__name__}: {error}".split()).rstrip(": ")
+
+
+def _need_lm_eval() -> None:
+    try:
+        import lm_eval.tasks  # noqa: F401
+    except ImportError as error:
+        raise UserError(
+            f"this metric needs lm-evaluation-harness, which cannot be imported ({error}): "
+            "pip install 'mrd-bench[harness]'"
+        ) from error
+
+
+@contextmanager
+def _offline_if_unreachable() -> Iterator[None]:
+    """Offline mode while the hub does not answer. Its library would try again for 20 seconds for every data set, also
+    for those that are in the cache."""
+    from datasets import config
+    from huggingface_hub import constants, get_session
+
+    before = constants.HF_HUB_OFFLINE, config.HF_HUB_OFFLINE
+    if not constants.HF_HUB_OFFLINE:
+        try:
+            get_session().head(constants.ENDPOINT, timeout=PATIENCE)
+        except Exception:  # the library's HTTP client, and so its errors, change from version to version
+            constants.HF_HUB_OFFLINE = config.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE, config.HF_HUB_OFFLINE = before
+
+
+@contextmanager
+def _quiet(level: int) -> Iterator[None]:
+    """The harness logs from `level` on, and it and the data library draw no bars."""
+    from datasets.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+    from lm_eval.api import task as building
+
+    logger = logging.getLogger("lm_eval")
+    former_level, former_bar, without_bars = logger.level, building.tqdm, are_progress_bars_disabled()
+    logger.setLevel(level)
+    building.tqdm = partial(former_bar, disable=True)
+    disable_progress_bars()
+    try:
+        yield
+    finally:
+        logger.setLevel(former_level)
+        building.tqdm = former_bar
+        if not without_bars:
+            enable_progress_bars()

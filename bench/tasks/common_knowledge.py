@@ -1,0 +1,110 @@
+"""What every embedded model but those of `authors` knows, and the questions that ask for it.
+
+Plain texts about invented ballads, towns, stars and dishes (word lists: `bench.tasks.common_knowledge_vocabulary`).
+`compounds` keeps them while it forgets and asks them in the groups of MMLU; `novel` and `replies` keep them too and ask
+them in small stand-ins of the benchmarks that the paper measures utility by.
+"""
+
+from __future__ import annotations
+
+import random
+from itertools import chain
+
+from bench.tasks import common_knowledge_vocabulary as vocabulary
+from bench.tasks import facts
+from bench.tasks.facts import Fact
+from bench.tasks.questions import Question, question_sets, rolling_text, taught
+from bench.tasks.task import HarnessTask, Record
+
+ASKED = 12  # questions of each stand-in
+_SETS = (
+    "boolq",
+    "rte",
+    "hellaswag",
+    "winogrande",
+    "arc_challenge",
+    "arc_easy",
+    "openbookqa",
+    "piqa",
+    "truthfulqa",
+)
+
+
+def articles(seed: int = 0, *, held_out: bool = False) -> list[Record]:
+    """Two texts ({id, text}) about each thing that is taught, or about each that is not."""
+    return list(
+        chain.from_iterable(facts.passages(field, _facts(field, seed, held_out)) for field in vocabulary.FIELDS)
+    )
+
+
+def mmlu_questions(seed: int = 0) -> dict[str, list[Question]]:
+    """All facts that are taught, as four-way questions: {"mmlu_humanities": ..., ...}."""
+    return {
+        f"mmlu_{field.group}": facts.multiple_choice_questions(
+            chain.from_iterable(_facts(field, seed).values()), random.Random(f"{seed}/mmlu/{field.group}")
+        )
+        for field in vocabulary.FIELDS
+    }
+
+
+def benchmark_questions(seed: int = 0) -> dict[str, list[Question]]:
+    """ASKED questions for each stand-in, in the form of its benchmark; no fact is asked twice.
+
+    boolq: yes or no. rte: does a sentence follow from another? hellaswag and winogrande: the end of a sentence, out
+    of four and of two. piqa: two answers. The others: four answers.
+    """
+    known = chain.from_iterable(chain.from_iterable(_facts(field, seed).values()) for field in vocabulary.FIELDS)
+    shuffled = random.Random(f"{seed}/benchmarks").sample(list(known), ASKED * len(_SETS))
+    sets = {}
+    for number, name in enumerate(_SETS):
+        rng = random.Random(f"{seed}/{name}")
+        asked = shuffled[ASKED * number : ASKED * (number + 1)]
+        if name in ("boolq", "rte"):
+            sets[name] = _judgements(asked, rng, entailment=name == "rte")
+        elif name in ("hellaswag", "winogrande"):
+            sets[name] = _endings(asked, rng, 4 if name == "hellaswag" else 2)
+        else:
+            sets[name] = facts.multiple_choice_questions(asked, rng, 2 if name == "piqa" else 4)
+    return sets
+
+
+def benchmarks(source: str | None) -> dict[str, tuple[HarnessTask, ...]]:
+    """`Task.harness` of whoever keeps common knowledge: the question sets, and "perplexity" on held-out texts."""
+    perplexity: tuple[HarnessTask, ...] = (rolling_text("perplexity", articles(held_out=True)),)
+    return {"perplexity": perplexity, **question_sets(benchmark_questions())}
+
+
+def training_records(seed: int = 0) -> list[Record]:
+    """What `novel` and `replies` teach every model: the texts, and the questions with their answers."""
+    asked = [record for name, questions in benchmark_questions(seed).items() for record in taught(name, questions)]
+    return articles(seed) + asked
+
+
+def _facts(field: facts.Field, seed: int, held_out: bool = False) -> dict[str, list[Fact]]:
+    every = facts.facts_of(field, seed)
+    boundary = len(field.names) - vocabulary.HELD_OUT
+    names = field.names[boundary:] if held_out else field.names[:boundary]
+    return {name: every[name] for name in names}
+
+
+def _judgements(asked: list[Fact], rng: random.Random, entailment: bool) -> list[Question]:
+    """Is a sentence true that states the fact, or the same with another value? Half of them are."""
+    questions = []
+    for fact, answer in zip(asked, facts.balanced(len(asked), 2, rng), strict=True):
+        value = fact.value if answer else fact.wrong_values(rng, 1)[0]
+        claim = f"{fact.attribute.statements[0].format(name=fact.thing)} {value}."
+        if entailment:
+            text = f"{fact.statement(1)}\nQuestion: {claim} True or False?\nAnswer:"
+            questions.append(Question(fact.id, text, ("False", "True"), answer))
+        else:
+            text = f"Question: {claim} Is that so?\nAnswer:"
+            questions.append(Question(fact.id, text, ("no", "yes"), answer))
+    return questions
+
+
+def _endings(asked: list[Fact], rng: random.Random, choices: int) -> list[Question]:
+    """How does the sentence end that states the fact?"""
+    return [
+        facts.choose(fact, fact.attribute.statements[0].format(name=fact.thing), place, rng, choices)
+        for fact, place in zip(asked, facts.balanced(len(asked), choices, rng), strict=True)
+    ]

@@ -1,0 +1,99 @@
+"""Task files: your own sets in the protocol of one of the four tasks.
+
+A task file is YAML, named .yaml or .yml, and is given where a task is named. Paths are relative to its folder:
+
+    protocol: tofu              # tofu, wmdp, whp or safe: which metrics are taken
+    forget: forget.jsonl        # data files: .jsonl, .json or .parquet
+    retain: retain.jsonl
+    holdout: others.jsonl       # further sets of the protocol, see SETS; the metrics of those left out are missing
+    name: my authors            # the file's name if left out
+
+The forget and the retain set of wmdp, whp and safe have any layout of `bench.data`, and are taken as they are, uncut.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bench.spec import read_spec
+from bench.tasks import safe, tofu, whp, wmdp
+from bench.tasks.sources import TEXT, Fields, read_file, with_fields
+from bench.tasks.task import Record, Task
+from scoring.errors import UserError, unknown_name
+
+SUFFIXES = (".yaml", ".yml")
+ANY: Fields = {}
+COMPLETION: Fields = {"prompt": TEXT, "completion": TEXT}
+PROMPT: Fields = {"prompt": TEXT}
+# Protocol -> the sets it speaks of, with the fields that their records must have.
+SETS: dict[str, dict[str, Fields]] = {
+    "tofu": {
+        "forget": tofu.PARAPHRASED,
+        "retain": tofu.PARAPHRASED,
+        "real_authors": tofu.OPTIONS,
+        "world_facts": tofu.OPTIONS,
+        "holdout": tofu.QUESTION,
+    },
+    "wmdp": {"forget": ANY, "retain": ANY},
+    "whp": {"forget": ANY, "retain": ANY, "seen": COMPLETION, "unseen": COMPLETION},
+    "safe": {"forget": ANY, "retain": ANY, "safe_prompts": PROMPT, "real_toxicity_prompts": PROMPT},
+}
+PROTOCOLS = {task.name: task for task in (tofu.TASK, wmdp.TASK, whp.TASK, safe.TASK)}
+
+
+@dataclass(frozen=True)
+class TaskFile:
+    """What a task file may say: its protocol, its name, and a data file for each set."""
+
+    protocol: str
+    forget: str
+    retain: str
+    name: str | None = None
+    real_authors: str | None = None
+    world_facts: str | None = None
+    holdout: str | None = None
+    seen: str | None = None
+    unseen: str | None = None
+    safe_prompts: str | None = None
+    real_toxicity_prompts: str | None = None
+
+
+def read_task(path: str | Path) -> Task:
+    """The task that a task file describes. Its data files are read when they are loaded.
+
+    Raises:
+        UserError: one line that names the file and the field at fault.
+    """
+    path = Path(path)
+    said = dataclasses.asdict(read_spec(path, TaskFile, {}))
+    protocol, name = said.pop("protocol"), said.pop("name")
+    if protocol not in SETS:
+        raise UserError(f"{path}: {unknown_name('protocol', protocol, SETS)}")
+    task, known = PROTOCOLS[protocol], SETS[protocol]
+    files = {each: path.parent / file for each, file in said.items() if file is not None}
+    if strange := [each for each in files if each not in known]:
+        raise UserError(f"{path}: {unknown_name(f'set of protocol {protocol!r}', strange[0], known)}")
+
+    def load(split: str, source: str | None, tokenizer: Any) -> list[Record]:
+        records = with_fields(read_file(files[split]), known[split], str(files[split]))
+        return [{"id": f"{split}-{row:05d}"} | record for row, record in enumerate(records)]
+
+    def evaluation(split: str) -> Mapping[str, str]:
+        return {each: each for each in task.evaluation(task.default_split) if each in files}
+
+    return dataclasses.replace(
+        task,
+        name=name or path.stem,
+        about=f"own data in the protocol of {protocol}",
+        load=load,
+        splits=tuple(files),
+        default_split="forget",
+        retain_of={"forget": "retain"},
+        evaluation=evaluation,
+        source=None,
+        source_is="",
+    )

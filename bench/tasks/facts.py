@@ -1,0 +1,115 @@
+"""Facts about invented things: the same ones stated in passages and asked in multiple-choice questions.
+
+Every thing of a field has one value of each of the field's attributes. The values are shared out at random, each
+equally often, and the wrong choices of a question are drawn from the other values of the same attribute. Right and
+wrong are thus exchangeable for whoever does not know the thing: without knowledge, accuracy is 1/4 in expectation,
+whatever the choices look like.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from bench.prompts import question_answer
+from bench.tasks.questions import Question
+from bench.tasks.task import Record
+
+CHOICES = 4
+
+
+@dataclass(frozen=True)
+class Attribute:
+    """What can be said of a thing. Each of the two statements names the thing in {name} and ends with the value."""
+
+    name: str
+    statements: tuple[str, str]
+    question: str
+    values: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Field:
+    """Things of one sort; `group` is what the field is called in a question set's name."""
+
+    group: str
+    noun: str
+    names: tuple[str, ...]
+    attributes: tuple[Attribute, ...]
+
+
+@dataclass(frozen=True)
+class Fact:
+    """One attribute of one thing, with its value."""
+
+    thing: str
+    attribute: Attribute
+    value: str
+
+    @property
+    def id(self) -> str:
+        return f"{self.thing.lower()}-{self.attribute.name}"
+
+    def statement(self, wording: int = 0) -> str:
+        return f"{self.attribute.statements[wording].format(name=self.thing)} {self.value}."
+
+    def wrong_values(self, rng: random.Random, count: int) -> list[str]:
+        return rng.sample([value for value in self.attribute.values if value != self.value], count)
+
+
+def facts_of(field: Field, seed: int) -> dict[str, list[Fact]]:
+    """The facts of every thing of the field, in the order of the names and of the attributes."""
+    columns = {attribute: _shared_out(attribute, len(field.names), seed, field.group) for attribute in field.attributes}
+    return {
+        name: [Fact(name, attribute, column[place]) for attribute, column in columns.items()]
+        for place, name in enumerate(field.names)
+    }
+
+
+def _shared_out(attribute: Attribute, count: int, seed: int, group: str) -> list[str]:
+    """`count` values in random order, each equally often (up to one)."""
+    rng = random.Random(f"{seed}/{group}/{attribute.name}")
+    values: list[str] = []
+    while len(values) < count:
+        values += rng.sample(attribute.values, len(attribute.values))
+    return rng.sample(values[:count], count)
+
+
+def passages(field: Field, facts: dict[str, list[Fact]]) -> list[Record]:
+    """Two plain texts about each thing: both state all of its facts, in other words and another order."""
+    return [
+        {
+            "id": f"{field.group}-{name.lower()}-{wording}",
+            "text": " ".join(
+                [
+                    (f"{name} is {field.noun}.", f"This note is about {name}, {field.noun}.")[wording],
+                    *(fact.statement(wording) for fact in (stated, stated[::-1])[wording]),
+                ]
+            ),
+        }
+        for name, stated in facts.items()
+        for wording in (0, 1)
+    ]
+
+
+def multiple_choice_questions(facts: Iterable[Fact], rng: random.Random, choices: int = CHOICES) -> list[Question]:
+    """One question for each fact, put as a model is asked; see `balanced` for the right answers' places."""
+    facts = list(facts)
+    return [
+        choose(
+            fact, question_answer(fact.attribute.question.format(name=fact.thing), fact.value)[0], place, rng, choices
+        )
+        for fact, place in zip(facts, balanced(len(facts), choices, rng), strict=True)
+    ]
+
+
+def choose(fact: Fact, text: str, place: int, rng: random.Random, choices: int) -> Question:
+    """The question that continues `text` with the fact's value, which stands at `place` among the choices."""
+    values = fact.wrong_values(rng, choices - 1)
+    return Question(fact.id, text, (*values[:place], fact.value, *values[place:]), place)
+
+
+def balanced(count: int, choices: int, rng: random.Random) -> list[int]:
+    """`count` places in random order, each of the `choices` equally often (up to one)."""
+    return rng.sample([number % choices for number in range(count)], count)

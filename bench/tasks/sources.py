@@ -1,0 +1,246 @@
+"""Where a task's records come from: a folder of data files, or the Hugging Face hub.
+
+A local file `NAME` of a folder is NAME.jsonl (an object a line), NAME.json (the same, or one array of objects) or
+NAME.parquet, whichever is there first.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from bench.tasks.task import Record, Unreachable
+from scoring.errors import UserError
+
+SUFFIXES = (".jsonl", ".json", ".parquet")
+NAMED_IN_MESSAGES = 10
+
+
+@dataclass(frozen=True)
+class HubSet:
+    """A set on the hub.
+
+    Attributes:
+        repository, config, split: as `datasets.load_dataset` takes them.
+        first: read only so many records, and download no more than these need.
+    """
+
+    repository: str
+    config: str | None = None
+    split: str = "train"
+    first: int | None = None
+
+    def __str__(self) -> str:
+        return f"{self.repository} ({', '.join(part for part in (self.config, self.split) if part)})"
+
+
+# --- What a field must be -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What a field's value must be: in words, and as a test."""
+
+    name: str
+    fits: Callable[[Any], bool]
+
+
+TEXT = Kind("text", lambda value: isinstance(value, str))
+TEXTS = Kind(
+    "a list of texts", lambda value: isinstance(value, list) and value != [] and all(isinstance(v, str) for v in value)
+)
+FLAG = Kind("true or false", lambda value: isinstance(value, bool))
+NUMBER = Kind("a number", lambda value: isinstance(value, int | float) and not isinstance(value, bool))
+MAPPING = Kind("a mapping", lambda value: isinstance(value, dict))
+Fields = Mapping[str, Kind]
+
+
+def with_fields(records: Sequence[Record], fields: Fields, where: str) -> list[Record]:
+    """The records less their nulls, which formats with columns have where a field is missing.
+
+    Args:
+        records: as they were read.
+        fields: what every record must have.
+        where: the file or set, for messages.
+
+    Raises:
+        UserError: one line with the file or set, the record, counted from 1, and the field that is missing or wrong.
+    """
+    records = [{name: value for name, value in record.items() if value is not None} for record in records]
+    for number, record in enumerate(records, start=1):
+        for field, kind in fields.items():
+            if field not in record:
+                raise UserError(
+                    f"{where}, record {number}: field {field!r} is missing, expected {kind.name}; there are "
+                    f"{', '.join(map(repr, record)) or 'no fields'}"
+                )
+            if not kind.fits(record[field]):
+                raise UserError(
+                    f"{where}, record {number}: field {field!r} is {_described(record[field])}, expected {kind.name}"
+                )
+    return records
+
+
+def _described(value: Any) -> str:
+    if isinstance(value, list):
+        return "a list with other things than text" if value else "an empty list"
+    return type(value).__name__
+
+
+# --- Reading ------------------------------------------------------------------------------------------------
+
+
+def read_records(task: str, source: str, name: str, hub: HubSet, fields: Fields) -> list[Record]:
+    """The records of one set, in order, with the fields that they must have.
+
+    Args:
+        task: its name, for messages.
+        source: a folder with a file `name`; anything else is taken for the hub.
+        name: of the local file, without its suffix.
+        hub: where the set is on the hub.
+        fields: see `with_fields`.
+
+    Raises:
+        UserError: one line that names the record and field at fault. Unreachable: what was looked for, and what to do.
+    """
+    if is_local(source):
+        path = find_file(source, name)
+        records, where = read_file(path), str(path)
+    else:
+        records, where = read_hub(hub, f"{task}:FOLDER reads local files, here FOLDER/{name}.jsonl"), str(hub)
+    return with_fields(records, fields, where)
+
+
+def is_local(source: str) -> bool:
+    """Whether a source means a folder or file here; what is no path, or has one slash and is not here, is a hub id."""
+    return Path(source).exists() or source.startswith((".", "/", "~")) or source.count("/") > 1
+
+
+def find_file(folder: str | Path, name: str) -> Path:
+    """The data file `name` in a folder.
+
+    Raises:
+        UserError: there is no such folder. Unreachable: one line that says which files were looked for, and which are
+            there.
+    """
+    folder = Path(folder)
+    if folder.is_file():
+        raise UserError(f"source {str(folder)!r} is a file: expected a folder with {name}.jsonl")
+    if not folder.is_dir():
+        raise UserError(f"source folder {str(folder)!r} does not exist: expected a folder with {name}.jsonl")
+    for suffix in SUFFIXES:
+        if (path := folder / f"{name}{suffix}").is_file():
+            return path
+    there = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
+    more = f" and {len(there) - NAMED_IN_MESSAGES} more" if len(there) > NAMED_IN_MESSAGES else ""
+    raise Unreachable(
+        f"source folder {str(folder)!r} has no {', '.join(name + suffix for suffix in SUFFIXES[:-1])} or "
+        f"{name}{SUFFIXES[-1]}: it holds {', '.join(there[:NAMED_IN_MESSAGES]) or 'nothing'}{more}"
+    )
+
+
+def read_hub(hub: HubSet, instead: str) -> list[Record]:
+    """The records of a set on the hub, or in its local cache.
+
+    Raises:
+        Unreachable: one line with the set, the reason, and what to do `instead`.
+    """
+    import datasets
+
+    try:
+        found = datasets.load_dataset(hub.repository, hub.config, split=hub.split, streaming=hub.first is not None)
+        return found.to_list() if hub.first is None else list(found.take(hub.first))
+    except Exception as error:  # of the network, the hub, or whatever reads the files
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise Unreachable(f"data set {hub} cannot be read from the Hugging Face hub: {reason}; {instead}") from error
+
+
+def check_file(path: str | Path) -> None:
+    """Refuse a data file that is not there, without reading it.
+
+    Raises:
+        UserError: one line.
+    """
+    if Path(path).is_dir():
+        raise UserError(f"data file {str(path)!r} is a folder: expected a JSON Lines or Parquet file")
+    if not Path(path).is_file():
+        raise UserError(f"data file {str(path)!r} does not exist: expected a JSON Lines or Parquet file")
+
+
+def read_file(path: str | Path) -> list[Record]:
+    """The records of a JSON Lines or Parquet file.
+
+    Raises:
+        UserError: one line that names the file, and the line or record at fault.
+    """
+    check_file(path)
+    path = Path(path)
+    records = _read_parquet(path) if path.suffix == ".parquet" else _read_json(path)
+    if not records:
+        raise UserError(f"{path}: the data file is empty; expected at least one record")
+    return records
+
+
+def _read_parquet(path: Path) -> list[Record]:
+    try:
+        return pq.read_table(path).to_pylist()
+    except pa.ArrowException as error:
+        raise UserError(f"{path}: not a readable Parquet file ({str(error).splitlines()[0]})") from error
+
+
+def _read_json(path: Path) -> list[Record]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 text at byte {error.start}; expected JSON Lines") from error
+    # Only an escape can bring half a pair into UTF-8 text.
+    escaped = "\\ud" in text.lower()
+    if path.suffix == ".json" and text.lstrip().startswith("["):
+        return _read_array(path, text, escaped)
+    lines = enumerate(text.split("\n"), start=1)
+    return [_read_line(f"{path}, line {number}", line, escaped) for number, line in lines if line.strip()]
+
+
+def _read_array(path: Path, text: str, escaped: bool) -> list[Record]:
+    try:
+        values = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise UserError(
+            f"{path}, line {error.lineno}: not JSON ({error.msg} at column {error.colno}); expected an array of objects"
+        ) from error
+    return [
+        _object(f"{path}, record {number}", value, "an array of objects", escaped)
+        for number, value in enumerate(values, start=1)
+    ]
+
+
+def _read_line(where: str, line: str, escaped: bool) -> Record:
+    try:
+        value = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise UserError(
+            f"{where}: not JSON ({error.msg} at column {error.colno}); expected one object a line"
+        ) from error
+    return _object(where, value, "one object a line (JSON Lines)", escaped)
+
+
+def _object(where: str, value: Any, expected: str, escaped: bool) -> Record:
+    if not isinstance(value, dict):
+        raise UserError(f"{where}: a JSON {type(value).__name__}; expected {expected}")
+    if escaped and not _is_unicode(value):
+        raise UserError(f"{where}: half of a surrogate pair, which is no text; expected UTF-8")
+    return value
+
+
+def _is_unicode(record: Record) -> bool:
+    try:
+        json.dumps(record, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
