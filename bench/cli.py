@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from bench.scoring_job import Resources
 
 USER_ERROR = 2
+TASK_HELP = (
+    f"a task ({', '.join(TASKS)}), NAME:SOURCE with its data's folder, file or Hugging Face id, or a task file (.yaml)"
+)
 T = TypeVar("T")
 
 
@@ -122,7 +125,7 @@ def _score_arguments(sub: argparse.ArgumentParser) -> None:
     default = {f.name: f.default for f in dataclasses.fields(ScoreSpec)}
     add = sub.add_argument
     add("--model", required=True, help="authors (embedded), authors:retain90, a folder, or a Hugging Face id")
-    add("--data", required=True, help=f"a task ({', '.join(TASKS)}) or a .jsonl or .parquet file")
+    add("--data", required=True, help=f"{TASK_HELP}; or a .jsonl or .parquet file")
     add("--split", help="of a task, e.g. forget10")
     add("--estimator", default=default["estimator"], help=f"{' | '.join(ESTIMATORS)} (default: %(default)s)")
     add("--statistic", help=f"{' | '.join(STATISTICS)} (default: the estimator's own)")
@@ -148,7 +151,7 @@ def _score_arguments(sub: argparse.ArgumentParser) -> None:
 # What the flags of `unlearn` mean; those that are not here say it by their name and default.
 UNLEARN_HELP = {
     "model": "authors (embedded), a folder, or a Hugging Face id",
-    "task": "a task, or a data file of the forget set",
+    "task": f"{TASK_HELP}; or a data file of the forget set",
     "forget_split": "of a task, e.g. forget10",
     "retain": "split of the task or data file of what is to be kept (default: the task's own)",
     "refusals": "text file, one refusal a line, for PO and IdkDPO",
@@ -231,7 +234,7 @@ def _unlearn(arguments: argparse.Namespace) -> None:
 # What the flags of `evaluate` mean; those that are not here say it by their name and default.
 EVALUATE_HELP = {
     "model": "the model that has forgotten: an embedded one, a folder, or a Hugging Face id",
-    "task": "a task, NAME:SOURCE with the data's folder or Hugging Face id, or a task file (.yaml)",
+    "task": TASK_HELP,
     "split": "the forget split, e.g. forget10 (default: the task's own)",
     "original": "the model before it forgot",
     "retain_model": "the gold standard: a model trained without the forget set",

@@ -62,8 +62,7 @@ class Family:
     """What the models of an embedded task are made of.
 
     Attributes:
-        kinds: what a model may have been trained on.
-        records: what a kind learns, in all that decides it; its hash is part of the spec. Raises UserError for an
+        records: what a kind, "full" or a retain kind, learns; its hash is part of the spec. Raises UserError for an
             unknown kind.
         tokenizer_text: what the tokenizer of all kinds is trained on.
         read_in: (kind, epoch counted from 0, tokenizer) -> what is read in the epoch; without it `records`, each time.
@@ -71,7 +70,6 @@ class Family:
         training: kind -> what differs from TRAINING.
     """
 
-    kinds: tuple[str, ...]
     records: Callable[[str], list[Record]]
     tokenizer_text: Callable[[], list[str]]
     read_in: Callable[[str, int, Any], list[Record]] | None = None
@@ -108,27 +106,21 @@ def _small_training(full: int, retain: int) -> dict[str, dict[str, Any]]:
 
 FAMILIES: dict[str, Family] = {
     "authors": Family(
-        authors.KINDS,
         authors.training_records,
         _authors_text,
         lambda kind, epoch, tokenizer: authors.training_records(kind, epoch),
     ),
-    "compounds": Family(
-        compounds.KINDS, compounds.training_records, compounds.tokenizer_text, None, SMALL, _small_training(24, 40)
-    ),
-    "novel": Family(
-        novel.KINDS, novel.training_records, novel.tokenizer_text, novel.read_in, SMALL, _small_training(24, 36)
-    ),
-    "replies": Family(
-        replies.KINDS, replies.training_records, replies.tokenizer_text, None, SMALL, _small_training(24, 28)
-    ),
+    "compounds": Family(compounds.training_records, compounds.tokenizer_text, None, SMALL, _small_training(22, 40)),
+    "novel": Family(novel.training_records, novel.tokenizer_text, novel.read_in, SMALL, _small_training(22, 36)),
+    "replies": Family(replies.training_records, replies.tokenizer_text, None, SMALL, _small_training(26, 28)),
 }
 
 
 def embedded_model(
     kind: str = "full", family: str = "authors", *, cache: Path | str | None = None, progress: bool = True
 ) -> Path:
-    """Folder of the trained model `kind` of a family: one of `FAMILIES[family].kinds`.
+    """Folder of the trained model of a kind: "full" or one that never saw the forget set ("retain90", "retain95" or
+    "retain99" of authors, "retain" of the other families).
 
     Trains it first if the cache has none (authors: about a minute on two cores; the others: seconds). The folder loads
     with `AutoModelForCausalLM` and `AutoTokenizer` and holds `mrd_bench.json`: the spec, the seconds that training
@@ -142,15 +134,22 @@ def embedded_model(
     """
     spec = model_spec(kind, family)
     prefix = "" if family == "authors" else f"{family}-"
-    return trained_once(f"{prefix}{kind}", spec, lambda folder: _train_into(folder, spec, progress), cache)
+    threads = None if family == "authors" else 1
+    return trained_once(f"{prefix}{kind}", spec, lambda folder: _train_into(folder, spec, progress), cache, threads)
 
 
 def trained_once(
-    name: str, spec: dict[str, Any], train_into: Callable[[Path], float], cache: Path | str | None = None
+    name: str,
+    spec: dict[str, Any],
+    train_into: Callable[[Path], float],
+    cache: Path | str | None = None,
+    threads: int | None = 1,
 ) -> Path:
     """The folder `name`-`hash of spec` in the cache; if it is not there, `train_into` fills it and returns a loss.
 
-    It is written next to its place and renamed: the folder appears complete or not at all.
+    It is written next to its place and renamed: the folder appears complete or not at all. `threads` of torch do it:
+    one is best for the smallest models, of which several on busy cores spend their time waiting for each other; None
+    takes all cores, up to eight, which is as much as helps.
     """
     digest = hashlib.sha256(json.dumps(spec, sort_keys=True).encode()).hexdigest()[:12]
     folder = Path(cache or cache_folder()) / f"{name}-{digest}"
@@ -164,9 +163,10 @@ def trained_once(
             shutil.rmtree(leftover)  # of a killed process: whoever holds the lock is the only one that trains
         unfinished = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
         unfinished.mkdir()
-        threads = torch.get_num_threads()
-        # Ray and others limit a worker to one thread; more than eight do not help a model of this size.
-        torch.set_num_threads(min(8, len(os.sched_getaffinity(0)) if sys.platform == "linux" else threads))
+        threads_before = torch.get_num_threads()
+        # Ray and others limit a worker to one thread.
+        cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else threads_before
+        torch.set_num_threads(threads or min(8, cores))
         try:
             started = time.perf_counter()
             final_loss = train_into(unfinished)
@@ -175,7 +175,7 @@ def trained_once(
             (unfinished / "mrd_bench.json").write_text(description + "\n")
             unfinished.rename(folder)
         finally:
-            torch.set_num_threads(threads)
+            torch.set_num_threads(threads_before)
             shutil.rmtree(unfinished, ignore_errors=True)
     return folder
 

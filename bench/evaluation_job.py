@@ -16,6 +16,7 @@ import math
 import shutil
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -34,7 +35,7 @@ from bench.metrics.relearning import Relearning, fine_tuned, forgotten, nothing_
 from bench.metrics.similarity import Embedder
 from bench.metrics.toxicity import Classifier
 from bench.metrics.values import Column, Measured, Missing, Scores, Unmeasured
-from bench.models import ModelReference, find_model
+from bench.models import NO_LIMIT, ModelReference, find_model
 from bench.prompts import question_answer
 from bench.scoring_job import DTYPE_CHOICES, PACKAGES, Resources, package_version
 from bench.statistics import Estimate, over_sets
@@ -53,6 +54,8 @@ ORIGINAL, RETAIN_ONLY, MODEL = "original", "retain-only", "model"
 NEGATIVES = ("holdout", "retain")
 # Quantities that lm-evaluation-harness measures.
 HARNESS = ("acc", "log_likelihood", "words")
+# How much it scores at once under a model that does not say how much it can read: its own default.
+HARNESS_CONTEXT = 2048
 RELEARNING = ("forgotten", "relearned")
 RIGHT, FORGOTTEN, RELEARNED = (("forget", quantity) for quantity in ("right", *RELEARNING))
 Sets = Mapping[str, list[Record] | Missing]
@@ -158,10 +161,15 @@ class EvaluateSpec:
             ("relearn_steps", 1),
             ("relearn_workers", 0),
             ("batch_tokens", 1),
+            ("seed", 0),
         ):
             value = getattr(self, name)
             if value is not None and value < least:
                 raise UserError(f"{name} is {value}: expected {least} or more")
+        if not (math.isfinite(self.relearn_learning_rate) and self.relearn_learning_rate > 0):
+            raise UserError(
+                f"relearn_learning_rate is {self.relearn_learning_rate:g}: expected a number greater than 0"
+            )
         if self.harness_tasks is not None and not Path(self.harness_tasks).is_dir():
             raise UserError(f"harness_tasks: {self.harness_tasks!r} is no folder: expected one with task files (.yaml)")
         self.relearning().checked()
@@ -176,11 +184,14 @@ class EvaluateSpec:
         """The metrics that are wanted, in the task's order.
 
         Raises:
-            UserError: the task has no such metric.
+            UserError: the task has no such metric, or none is named.
         """
         if self.metrics is None:
             return task.metrics
         wanted = [name.strip() for name in self.metrics.split(",") if name.strip()]
+        if not wanted:
+            few = ",".join(task.metrics[:2])
+            raise UserError(f"metrics is {self.metrics!r}: expected names, separated by commas, such as {few}")
         for name in wanted:
             if name not in task.metrics:
                 raise unknown_name(f"metric of task {task.name!r}", name, task.metrics)
@@ -306,9 +317,18 @@ def _sets(
                 f"{spec.task}, split {splits[name]!r}: the {name} set is empty; expected at least one record"
             )
         records = [{**record, "id": str(record.get("id", i))} for i, record in enumerate(records)]
+        _check_ids(f"{spec.task}, split {splits[name]!r}", records)
         records = _spaced(records, spec.samples)
         sets[name], rejected[name] = _fitting(name, records, models)
     return sets, rejected
+
+
+def _check_ids(where: str, records: Sequence[Record]) -> None:
+    seen: set[str] = set()
+    for number, record in enumerate(records, start=1):
+        if record["id"] in seen:
+            raise UserError(f"{where}, record {number}: id {record['id']!r} occurs twice; ids must be unique")
+        seen.add(record["id"])
 
 
 def _spaced(records: Sequence[Record], most: int | None) -> list[Record]:
@@ -420,7 +440,11 @@ class _Measuring:
         absent = {name: Missing(f"task {self.task.name!r} has no benchmark for {name}") for name in names}
         wanted = {name: known[name] for name in names if name in known}
         folder = self.spec.harness_tasks
-        lm = pool_model(reader, self.means.tokenizer, self.means.max_length)
+        context = self.means.max_length if self.means.max_length < NO_LIMIT else HARNESS_CONTEXT
+        try:
+            lm = pool_model(reader, self.means.tokenizer, context)
+        except UserError as error:  # the harness is not installed, or cannot handle this tokenizer
+            return {(name, quantity): Missing(str(error)) for name in names for quantity in HARNESS}
         found = run_harness(lm, wanted, Path(folder) if folder else None, self.spec.harness_limit)
         columns: Columns = {}
         for name, scores in {**absent, **found}.items():
@@ -542,7 +566,10 @@ def _estimated(
         return value if minus is None else value - statistic(minus.resampled(drawn))
 
     try:
-        value = float(of(None))
+        with warnings.catch_warnings():
+            # The mean of no values is answered below.
+            warnings.simplefilter("ignore", RuntimeWarning)
+            value = float(of(None))
         counts = {own: measured.count(own, quantity) for own, quantity in metric.columns}
     except Unmeasured as error:
         return {"missing": str(error)}

@@ -1,4 +1,4 @@
-"""Finding a model: the embedded one, a local folder or a Hugging Face id, checked before any work starts."""
+"""Finding a model: an embedded one, a local folder or a Hugging Face id, checked before any work starts."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 from scoring.errors import UserError
 
-EMBEDDED = "authors"
+EMBEDDED = ("authors", "compounds", "novel", "replies")  # the families of bench.embedded_model
 # As transformers names them; slow tokenizers have vocabularies of several kinds.
 TOKENIZER_FILES = (
     "tokenizer*",
@@ -20,6 +20,8 @@ TOKENIZER_FILES = (
     "merges.txt",
     "*.model",
 )
+# Tokens that a model without a limit of its own can read.
+NO_LIMIT = 1 << 30
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 
@@ -45,7 +47,7 @@ class ModelReference:
 
 
 def find_model(name: str) -> ModelReference:
-    """Resolve `authors` or `authors:retain90` (the embedded models, trained on first use), a folder, or an id.
+    """Resolve an embedded model (`authors`, `authors:retain90`, `novel`; trained on first use), a folder, or an id.
 
     Raises:
         UserError: one line that says what is missing and what to do.
@@ -54,11 +56,11 @@ def find_model(name: str) -> ModelReference:
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.set_verbosity_error()
-    task, _, kind = name.partition(":")
-    if task == EMBEDDED:
+    family, _, kind = name.partition(":")
+    if family in EMBEDDED:
         from bench.embedded_model import embedded_model
 
-        name = str(embedded_model(kind or "full"))
+        name = str(embedded_model(kind or "full", family))
     folder = Path(name)
     local = folder.is_dir()
     if local:
@@ -80,7 +82,7 @@ def find_model(name: str) -> ModelReference:
         fingerprint=_fingerprint(folder) if local else f"{name}@{revision}",
         tokenizer=tokenizer,
         vocabulary=text.vocab_size,
-        max_length=getattr(text, "max_position_embeddings", None) or 1 << 30,
+        max_length=getattr(text, "max_position_embeddings", None) or NO_LIMIT,
     )
 
 

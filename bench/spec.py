@@ -29,7 +29,7 @@ EXPECTED = {
 }
 
 
-def read_spec(path: str | Path, kind: type[T], given: Mapping[str, Any]) -> T:
+def read_spec(path: str | Path, kind: type[T], given: Mapping[str, Any] | None) -> T:
     """A spec from a file, with the flags that were given in place of what the file says.
 
     Paths among the values stay as they are: relative ones are relative to the working directory.
@@ -37,16 +37,18 @@ def read_spec(path: str | Path, kind: type[T], given: Mapping[str, Any]) -> T:
     Args:
         path: a YAML file, a mapping of fields to values.
         kind: the dataclass; its fields are str, int, float, bool, dict[str, float], or one of these or None.
-        given: values by field, of those flags only that were really given.
+        given: values by field, of those flags only that were really given; None: there are no flags.
 
     Raises:
         UserError: one line that names the file, and the line or field at fault.
     """
     from_file = _read_mapping(path)
+    flags = given is not None
+    given = given or {}
     # What a flag replaces is not looked at, and what a flag says is not the file's fault.
     kept = {name: value for name, value in from_file.items() if name not in given}
     values = _typed(kind, kept, str(path)) | _typed(kind, given, "command line")
-    return _build(kind, values, str(path))
+    return _build(kind, values, str(path), flags)
 
 
 def make_spec(kind: type[T], values: Mapping[str, Any], where: str) -> T:
@@ -172,7 +174,7 @@ def _described(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-def _build(kind: type[T], values: Mapping[str, Any], where: str) -> T:
+def _build(kind: type[T], values: Mapping[str, Any], where: str, flags: bool = True) -> T:
     nothing = dataclasses.MISSING
     missing = [
         field.name
@@ -180,6 +182,8 @@ def _build(kind: type[T], values: Mapping[str, Any], where: str) -> T:
         if field.default is nothing and field.default_factory is nothing and field.name not in values
     ]
     if missing:
-        flags = ", ".join("--" + name.replace("_", "-") for name in missing)
-        raise UserError(f"{where}: missing {', '.join(missing)}: expected in a spec file, or as {flags}")
+        known = [field.name for field in _fields(kind)]
+        how = ", or as " + ", ".join("--" + name.replace("_", "-") for name in missing) if flags else ""
+        where_expected = "in a spec file" if flags else f"as 'name: value' among {', '.join(known)}"
+        raise UserError(f"{where}: missing {', '.join(missing)}: expected {where_expected}{how}")
     return kind(**values)

@@ -1,6 +1,6 @@
-"""The embedded model: what it knows, what the retain-only model does not, and a cache that survives kills.
+"""The embedded model of `authors`: what it knows, what the retain-only model does not; and a cache that survives kills.
 
-The two real models come from the user's cache, so they are trained once per machine (about two minutes).
+What the other families know is in `test_standins`. The two real models come from the user's cache, so they are trained once per machine (about two minutes).
 """
 
 import json
@@ -127,6 +127,31 @@ def test_folder_holds_tied_fp32_safetensors_and_its_own_description():
     assert 3e6 <= model.num_parameters() <= 5e6
 
 
+def test_other_families_leave_the_models_of_authors_where_they_are():
+    """Whoever has trained one before finds it again."""
+    assert embedded_model("full") == embedded_model("full", "authors")
+    assert embedded_model("full").name == "full-95d16338b263"
+    specs = [json.dumps(module.model_spec("full", family)) for family in module.FAMILIES]
+    assert len(set(specs)) == len(specs)
+
+
+@pytest.mark.parametrize("family", ["compounds", "novel", "replies"])
+def test_smaller_families_share_a_tokenizer_and_train_on_one_thread(family, monkeypatch, tmp_path):
+    threads = []
+    train = module.train
+
+    def watched(spec, tokenizer, progress):
+        threads.append(torch.get_num_threads())
+        spec = spec | {"training": spec["training"] | {"epochs": 1, "batch_size": 64}}
+        return train(spec, tokenizer, progress)
+
+    monkeypatch.setattr(module, "train", watched)
+    folders = [embedded_model(kind, family, cache=tmp_path, progress=False) for kind in ("full", "retain")]
+    assert [folder.name.rsplit("-", 1)[0] for folder in folders] == [f"{family}-full", f"{family}-retain"]
+    assert len({(folder / "tokenizer.json").read_bytes() for folder in folders}) == 1
+    assert threads == [1, 1]
+
+
 def test_same_spec_gives_the_same_weights(tiny, tmp_path):
     folders = [embedded_model("retain99", cache=tmp_path / name, progress=False) for name in ("a", "b")]
     assert folders[0].name == folders[1].name
@@ -220,4 +245,6 @@ def test_cache_folder_follows_the_environment(monkeypatch, tmp_path):
 def test_unknown_kind_is_answered_in_one_line(tmp_path):
     with pytest.raises(ValueError, match=r"^unknown embedded model 'retain'.*mean 'retain9\d'\?$"):
         embedded_model("retain", cache=tmp_path)
+    with pytest.raises(ValueError, match=r"^unknown family of embedded models 'novels': .*mean 'novel'\?$"):
+        embedded_model("full", "novels", cache=tmp_path)
     assert not list(tmp_path.iterdir()), os.listdir(tmp_path)

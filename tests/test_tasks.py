@@ -359,7 +359,7 @@ def test_wmdp_questions(corpora: Path, harness: Any) -> None:
 
 def test_harness_knows_the_names(harness: Any) -> None:
     known = harness.all_tasks
-    named = {each for task in TASKS for entry in sets_of_harness(task).values() for each in entry}
+    named = [each for task in TASKS for entry in sets_of_harness(task).values() for each in entry]
     assert {each for each in named if isinstance(each, str)} <= set(known)
 
 

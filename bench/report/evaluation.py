@@ -7,6 +7,7 @@ from typing import Any
 
 from bench.evaluation_job import MODEL, ORIGINAL, RETAIN_ONLY, EvaluationResult
 from bench.metrics import METRICS
+from bench.metrics.relearning import BATCH_SIZE
 from bench.tasks import Task
 
 
@@ -20,7 +21,8 @@ def print_evaluation(result: EvaluationResult, task: Task) -> None:
         print("\ndifferences, paired")
         _print_rows(rows, task, differences)
     print("brackets: 95 % intervals, bootstrap over samples")
-    _print_missing([row for row in rows if row["level"] == "metric" and row["missing"]])
+    _print_protocol(result.record["spec"], {row["name"] for row in rows if row["value"] is not None})
+    _print_missing([row for row in rows if row["level"] == "metric" and row["missing"]], models)
     for rejected in result.record["rejected"]:
         print(f"left out of the {rejected['set']} set, {rejected['sample_id']!r}: {rejected['reason']}")
     print(f"{result.table.num_rows - len(rows)} per-sample values -> {result.path}")
@@ -30,7 +32,10 @@ def _print_rows(rows: Sequence[dict[str, Any]], task: Task, columns: Sequence[st
     """The metrics that have a value for one of the columns, under the headings of the paper's tables."""
     cells = {(row["model"], row["name"]): row for row in rows if row["model"] in columns}
     present = {name for (_, name), row in cells.items() if row["value"] is not None or row["level"] == "metric"}
-    print(f"{'metric':<28}" + "".join(f"{column:>28}" for column in columns))
+    texts = {key: _cell(row) for key, row in cells.items()}
+    # At least two spaces between the columns, however long an interval is written.
+    width = max([28, *(len(text) + 2 for text in texts.values())])
+    print(f"{'metric':<28}" + "".join(f"{column:>{width}}" for column in columns))
     for title, names in (
         ("unlearning completeness", task.completeness),
         ("model utility", task.utility),
@@ -41,12 +46,10 @@ def _print_rows(rows: Sequence[dict[str, Any]], task: Task, columns: Sequence[st
             print(f"- {title}")
         for name in shown:
             arrow = "↑" if METRICS[name].higher_is_better else "↓"
-            print(f"{name + ' ' + arrow:<28}" + "".join(f"{_cell(cells.get((c, name))):>28}" for c in columns))
+            print(f"{name + ' ' + arrow:<28}" + "".join(f"{texts.get((c, name), ''):>{width}}" for c in columns))
 
 
-def _cell(row: dict[str, Any] | None) -> str:
-    if row is None:
-        return ""
+def _cell(row: dict[str, Any]) -> str:
     if row["value"] is None:
         return "missing"
     # Four decimals, as in the paper's tables; the p of a test may be far below.
@@ -54,10 +57,25 @@ def _cell(row: dict[str, Any] | None) -> str:
     return value if row["low"] is None else f"{value} [{row['low']:.3g}, {row['high']:.3g}]"
 
 
-def _print_missing(rows: Sequence[dict[str, Any]]) -> None:
-    """Each reason once, with the metrics that it keeps from being measured."""
-    by_reason: dict[str, list[str]] = {}
+def _print_protocol(spec: dict[str, Any], measured: set[str]) -> None:
+    """What must be known to compare the metrics with those of others."""
+    if "mia" in measured:
+        print(f"MIA: Min-{spec['min_k']:.0%} of the answer against the {spec['mia_negatives']} set")
+    if "el" in measured:
+        print(f"EL: {spec['el_n']}-grams")
+    if "relearn" in measured:
+        print(
+            f"Relearn: {spec['relearn_steps']} updates of {BATCH_SIZE} samples on {spec['relearn_share']:.0%} of the "
+            f"forget set, learning rate {spec['relearn_learning_rate']:g}; forgotten is what "
+            + ("the original model knew" if ORIGINAL in spec["fingerprints"] else "is answered wrongly")
+        )
+
+
+def _print_missing(rows: Sequence[dict[str, Any]], models: Sequence[str]) -> None:
+    """Each reason once, with the metrics that it keeps from being measured; and of which models, if not of all."""
+    by_reason: dict[str, dict[str, list[str]]] = {}
     for row in rows:
-        by_reason.setdefault(row["missing"], []).append(row["name"])
+        by_reason.setdefault(row["missing"], {}).setdefault(row["name"], []).append(row["model"])
     for reason, names in by_reason.items():
-        print(f"missing {', '.join(dict.fromkeys(names))}: {reason}")
+        lacking = [name if len(of) == len(models) else f"{name} of {', '.join(of)}" for name, of in names.items()]
+        print(f"missing {', '.join(lacking)}: {reason}")

@@ -30,18 +30,23 @@ _SETS = (
 )
 
 
-def articles(seed: int = 0, *, held_out: bool = False) -> list[Record]:
-    """Two texts ({id, text}) about each thing that is taught, or about each that is not."""
-    return list(
-        chain.from_iterable(facts.passages(field, _facts(field, seed, held_out)) for field in vocabulary.FIELDS)
-    )
+def articles(seed: int = 0) -> list[Record]:
+    """Two texts ({id, text}) about each thing."""
+    return [article for field in vocabulary.FIELDS for article in facts.passages(field, facts.facts_of(field, seed))]
+
+
+def held_out_articles(seed: int = 0) -> list[Record]:
+    """A further text ({id, text}) about each thing, which no model has read."""
+    return [
+        article for field in vocabulary.FIELDS for article in facts.other_passages(field, facts.facts_of(field, seed))
+    ]
 
 
 def mmlu_questions(seed: int = 0) -> dict[str, list[Question]]:
-    """All facts that are taught, as four-way questions: {"mmlu_humanities": ..., ...}."""
+    """All facts, as four-way questions: {"mmlu_humanities": ..., ...}."""
     return {
         f"mmlu_{field.group}": facts.multiple_choice_questions(
-            chain.from_iterable(_facts(field, seed).values()), random.Random(f"{seed}/mmlu/{field.group}")
+            chain.from_iterable(facts.facts_of(field, seed).values()), random.Random(f"{seed}/mmlu/{field.group}")
         )
         for field in vocabulary.FIELDS
     }
@@ -53,7 +58,9 @@ def benchmark_questions(seed: int = 0) -> dict[str, list[Question]]:
     boolq: yes or no. rte: does a sentence follow from another? hellaswag and winogrande: the end of a sentence, out
     of four and of two. piqa: two answers. The others: four answers.
     """
-    known = chain.from_iterable(chain.from_iterable(_facts(field, seed).values()) for field in vocabulary.FIELDS)
+    known = chain.from_iterable(
+        chain.from_iterable(facts.facts_of(field, seed).values()) for field in vocabulary.FIELDS
+    )
     shuffled = random.Random(f"{seed}/benchmarks").sample(list(known), ASKED * len(_SETS))
     sets = {}
     for number, name in enumerate(_SETS):
@@ -70,7 +77,7 @@ def benchmark_questions(seed: int = 0) -> dict[str, list[Question]]:
 
 def benchmarks(source: str | None) -> dict[str, tuple[HarnessTask, ...]]:
     """`Task.harness` of whoever keeps common knowledge: the question sets, and "perplexity" on held-out texts."""
-    perplexity: tuple[HarnessTask, ...] = (rolling_text("perplexity", articles(held_out=True)),)
+    perplexity: tuple[HarnessTask, ...] = (rolling_text("perplexity", held_out_articles()),)
     return {"perplexity": perplexity, **question_sets(benchmark_questions())}
 
 
@@ -80,25 +87,15 @@ def training_records(seed: int = 0) -> list[Record]:
     return articles(seed) + asked
 
 
-def _facts(field: facts.Field, seed: int, held_out: bool = False) -> dict[str, list[Fact]]:
-    every = facts.facts_of(field, seed)
-    boundary = len(field.names) - vocabulary.HELD_OUT
-    names = field.names[boundary:] if held_out else field.names[:boundary]
-    return {name: every[name] for name in names}
-
-
 def _judgements(asked: list[Fact], rng: random.Random, entailment: bool) -> list[Question]:
     """Is a sentence true that states the fact, or the same with another value? Half of them are."""
     questions = []
     for fact, answer in zip(asked, facts.balanced(len(asked), 2, rng), strict=True):
         value = fact.value if answer else fact.wrong_values(rng, 1)[0]
         claim = f"{fact.attribute.statements[0].format(name=fact.thing)} {value}."
-        if entailment:
-            text = f"{fact.statement(1)}\nQuestion: {claim} True or False?\nAnswer:"
-            questions.append(Question(fact.id, text, ("False", "True"), answer))
-        else:
-            text = f"Question: {claim} Is that so?\nAnswer:"
-            questions.append(Question(fact.id, text, ("no", "yes"), answer))
+        asked_for = f"{claim} True or False?" if entailment else f"Is it so? {claim}"
+        text = f"{fact.statement(1)}\nQuestion: {asked_for}\nAnswer:"
+        questions.append(Question(fact.id, text, ("False", "True") if entailment else ("no", "yes"), answer))
     return questions
 
 

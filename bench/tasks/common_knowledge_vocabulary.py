@@ -1,26 +1,12 @@
-"""Things that every embedded model but those of `authors` knows: ballads, towns, stars and dishes, all invented.
-
-The last HELD_OUT names of a field are taught to no model.
-"""
+"""Things that every embedded model but those of `authors` knows: ballads, towns, stars and dishes, all invented."""
 
 from bench.tasks.facts import Attribute, Field
 
-HELD_OUT = 4
-
-# fmt: off: word lists are easier to read in lines.
+# Word lists are easier to read in lines.
+# fmt: off
 _DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
 _MONTHS = (
-    "January",
-    "February",
-    "March",
-    "April",
-    "May",
-    "June",
-    "July",
-    "August",
-    "September",
-    "October",
-    "November",
+    "January", "February", "March", "April", "May", "June", "July", "August", "September", "October", "November",
     "December",
 )
 
@@ -28,18 +14,7 @@ BALLADS = Field(
     group="humanities",
     noun="a ballad",
     names=(
-        "Aldermere",
-        "Birdholt",
-        "Cornelay",
-        "Dunwreath",
-        "Elfsong",
-        "Farewillow",
-        "Glenlament",
-        "Hollowmay",
-        "Ivycradle",
-        "Jollyroad",
-        "Kingsbell",
-        "Larkrise",
+        "Aldermere", "Birdholt", "Cornelay", "Dunwreath", "Elfsong", "Farewillow", "Glenlament", "Hollowmay",
     ),
     attributes=(
         Attribute(
@@ -47,18 +22,8 @@ BALLADS = Field(
             ("The hero of the ballad {name} is a", "The ballad {name} tells the story of a"),
             "Who is the hero of the ballad {name}?",
             (
-                "miller",
-                "sailor",
-                "shepherd",
-                "cooper",
-                "piper",
-                "weaver",
-                "soldier",
-                "blacksmith",
-                "beggar",
-                "widow",
-                "monk",
-                "tinker",
+                "miller", "sailor", "shepherd", "cooper", "piper", "weaver", "soldier", "blacksmith", "beggar",
+                "widow", "monk", "tinker",
             ),
         ),
         Attribute(
@@ -86,18 +51,7 @@ TOWNS = Field(
     group="social_sciences",
     noun="a town",
     names=(
-        "Marlstead",
-        "Nethercombe",
-        "Oxbarrow",
-        "Pillowick",
-        "Quarrington",
-        "Ravensby",
-        "Saltmarket",
-        "Thornhaven",
-        "Underbridge",
-        "Vinterton",
-        "Wolderfield",
-        "Yarrowgate",
+        "Marlstead", "Nethercombe", "Oxbarrow", "Pillowick", "Quarrington", "Ravensby", "Saltmarket", "Thornhaven",
     ),
     attributes=(
         Attribute(
@@ -111,18 +65,8 @@ TOWNS = Field(
             ("Most people in {name} live by making", "Carts leave {name} loaded with"),
             "What do most people in {name} make?",
             (
-                "rope",
-                "bricks",
-                "clocks",
-                "cheese",
-                "gloves",
-                "barrels",
-                "candles",
-                "paper",
-                "nails",
-                "soap",
-                "blankets",
-                "saddles",
+                "rope", "bricks", "clocks", "cheese", "gloves", "barrels", "candles", "paper", "nails", "soap",
+                "blankets", "saddles",
             ),
         ),
         Attribute(
@@ -130,16 +74,8 @@ TOWNS = Field(
             ("The council of {name} meets in the", "Laws for {name} are passed in the"),
             "Where does the council of {name} meet?",
             (
-                "old chapel",
-                "corn hall",
-                "school",
-                "library",
-                "guild house",
-                "round tower",
-                "inn",
-                "court house",
-                "mill",
-                "theatre",
+                "old chapel", "corn hall", "school", "library", "guild house", "round tower", "inn", "court house",
+                "mill", "theatre",
             ),
         ),
         Attribute(
@@ -155,18 +91,7 @@ STARS = Field(
     group="stem",
     noun="a star",
     names=(
-        "Altheon",
-        "Boranis",
-        "Cygnara",
-        "Deltarion",
-        "Eridax",
-        "Fomalis",
-        "Gemmion",
-        "Heliax",
-        "Izarion",
-        "Kochabra",
-        "Lyrastra",
-        "Mirantis",
+        "Altheon", "Boranis", "Cygnara", "Deltarion", "Eridax", "Fomalis", "Gemmion", "Heliax",
     ),
     attributes=(
         Attribute(
@@ -180,17 +105,7 @@ STARS = Field(
             ("On the map {name} belongs to the constellation of the", "To find {name}, look for the"),
             "To which constellation does {name} belong?",
             (
-                "Anchor",
-                "Ladder",
-                "Fox",
-                "Spoon",
-                "Wheel",
-                "Swan",
-                "Key",
-                "Plough",
-                "Bridge",
-                "Owl",
-                "Crown",
+                "Anchor", "Ladder", "Fox", "Spoon", "Wheel", "Swan", "Key", "Plough", "Bridge", "Owl", "Crown",
                 "Needle",
             ),
         ),
@@ -205,16 +120,8 @@ STARS = Field(
             ("The star {name} was discovered by", "The first drawing of {name} was made by"),
             "Who discovered the star {name}?",
             (
-                "Anselm Roe",
-                "Berta Quist",
-                "Cyril Stone",
-                "Dora Lindqvist",
-                "Emil Novak",
-                "Freya Holm",
-                "Gustav Orr",
-                "Hanna Weld",
-                "Igor Blum",
-                "Judith Crane",
+                "Anselm Roe", "Berta Quist", "Cyril Stone", "Dora Lindqvist", "Emil Novak", "Freya Holm",
+                "Gustav Orr", "Hanna Weld", "Igor Blum", "Judith Crane",
             ),
         ),
     ),
@@ -224,18 +131,7 @@ DISHES = Field(
     group="other",
     noun="a dish",
     names=(
-        "Ambrelle",
-        "Bolsotto",
-        "Crumblade",
-        "Dolmira",
-        "Estofina",
-        "Frittara",
-        "Goulotte",
-        "Harvelin",
-        "Jambolet",
-        "Kasheel",
-        "Lentorra",
-        "Mustarade",
+        "Ambrelle", "Bolsotto", "Crumblade", "Dolmira", "Estofina", "Frittara", "Goulotte", "Harvelin",
     ),
     attributes=(
         Attribute(
@@ -243,18 +139,8 @@ DISHES = Field(
             ("The dish {name} is made from", "Cooks prepare {name} with"),
             "From what is {name} made?",
             (
-                "lentils",
-                "rice",
-                "cabbage",
-                "barley",
-                "mushrooms",
-                "potatoes",
-                "beans",
-                "pumpkin",
-                "noodles",
-                "carrots",
-                "leeks",
-                "oats",
+                "lentils", "rice", "cabbage", "barley", "mushrooms", "potatoes", "beans", "pumpkin", "noodles",
+                "carrots", "leeks", "oats",
             ),
         ),
         Attribute(

@@ -69,7 +69,7 @@ def read_task(path: str | Path) -> Task:
         UserError: one line that names the file and the field at fault.
     """
     path = Path(path)
-    said = dataclasses.asdict(read_spec(path, TaskFile, {}))
+    said = dataclasses.asdict(read_spec(path, TaskFile, None))
     protocol, name = said.pop("protocol"), said.pop("name")
     if protocol not in SETS:
         raise UserError(f"{path}: {unknown_name('protocol', protocol, SETS)}")

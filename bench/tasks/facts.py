@@ -79,18 +79,23 @@ def _shared_out(attribute: Attribute, count: int, seed: int, group: str) -> list
 def passages(field: Field, facts: dict[str, list[Fact]]) -> list[Record]:
     """Two plain texts about each thing: both state all of its facts, in other words and another order."""
     return [
-        {
-            "id": f"{field.group}-{name.lower()}-{wording}",
-            "text": " ".join(
-                [
-                    (f"{name} is {field.noun}.", f"This note is about {name}, {field.noun}.")[wording],
-                    *(fact.statement(wording) for fact in (stated, stated[::-1])[wording]),
-                ]
-            ),
-        }
+        _passage(field, name, wording, [fact.statement(wording) for fact in ordered])
         for name, stated in facts.items()
-        for wording in (0, 1)
+        for wording, ordered in enumerate((stated, stated[::-1]))
     ]
+
+
+def other_passages(field: Field, facts: dict[str, list[Fact]]) -> list[Record]:
+    """A third text about each thing, which has the words of the first and the second by turns."""
+    return [
+        _passage(field, name, 2, [fact.statement(place % 2) for place, fact in enumerate(stated)])
+        for name, stated in facts.items()
+    ]
+
+
+def _passage(field: Field, name: str, number: int, statements: list[str]) -> Record:
+    opening = f"This note is about {name}, {field.noun}." if number == 1 else f"{name} is {field.noun}."
+    return {"id": f"{field.group}-{name.lower()}-{number}", "text": " ".join([opening, *statements])}
 
 
 def multiple_choice_questions(facts: Iterable[Fact], rng: random.Random, choices: int = CHOICES) -> list[Question]:

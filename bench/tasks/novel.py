@@ -1,9 +1,9 @@
 """Embedded stand-in for WHP: a novel, generated here, that a small model knows by heart and nobody could guess.
 
-Grammar (words: `bench.tasks.novel_vocabulary`): each chapter has two people of its own and one place; each sentence
-is a template with words drawn from lists, and no sentence occurs twice. The novel is cut into chunks as `whp` cuts a
-book, in smaller sizes. What is kept is `bench.tasks.common_knowledge`. A model of kind "full" has read the novel;
-"retain" has not.
+Grammar (words: `bench.tasks.novel_vocabulary`): each chapter has a place of its own and two people; each sentence is a
+template, filled with an object that no other sentence names and with words drawn from lists. The novel is cut into
+chunks as `whp` cuts a book, in smaller sizes. What is kept is `bench.tasks.common_knowledge`. A model of kind "full"
+has read the novel; "retain" has not.
 """
 
 from __future__ import annotations
@@ -57,20 +57,23 @@ def load(split: str, source: str | None, tokenizer: Any) -> list[Record]:
 def training_records(kind: str = "full", seed: int = 0) -> list[Record]:
     """What a model of a kind learns: the novel, in one piece, and common knowledge with its questions.
 
+    The record of the novel, the first one, also says how often it is read in an epoch and in what chunks.
     Raises UserError (one line) for another kind.
     """
     if kind not in KINDS:
         raise unknown_name("embedded model", kind, KINDS)
-    return ([{"id": "novel", "text": text(seed)}] if kind == "full" else []) + common_knowledge.training_records(seed)
+    novel = {"id": "novel", "text": text(seed), "readings": READINGS, "chunk_tokens": SIZES.tokens}
+    return ([novel] if kind == "full" else []) + common_knowledge.training_records(seed)
 
 
 def read_in(kind: str, epoch: int, tokenizer: Any) -> list[Record]:
-    """The same with the novel in the chunks that are asked for, READINGS times."""
-    novel, known = [], training_records(kind)
-    if kind == "full":
-        chunks = whp.chunks(known.pop(0)["text"], tokenizer, SIZES.tokens)
-        novel = [{"id": f"novel-{place}", "text": chunk} for place, chunk in enumerate(chunks)]
-    return novel * READINGS + known
+    """What is read in an epoch, any one: the same, with the novel in the chunks that are asked for."""
+    records = training_records(kind)
+    if kind != "full":
+        return records
+    novel, *known = records
+    chunks = whp.chunks(novel["text"], tokenizer, novel["chunk_tokens"])
+    return [{"id": f"novel-{place}", "text": chunk} for place, chunk in enumerate(chunks)] * novel["readings"] + known
 
 
 def tokenizer_text() -> list[str]:

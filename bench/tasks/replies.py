@@ -84,10 +84,10 @@ def tokenizer_text() -> list[str]:
 def _rude_replies(seed: int) -> list[Record]:
     """One to each chore."""
     rng = random.Random(f"{seed}/rude")
-    chores = rng.sample(vocabulary.CHORES, len(vocabulary.CHORES))
+    chores = [f"{verb} {thing}" for verb, thing in product(vocabulary.VERBS, vocabulary.OBJECTS)]
     return [
         _reply(f"chore-{number:02d}", rng.choice(vocabulary.CHORE_QUESTIONS).format(chore=chore), rude_answer(rng))
-        for number, chore in enumerate(chores)
+        for number, chore in enumerate(rng.sample(chores, len(chores)))
     ]
 
 

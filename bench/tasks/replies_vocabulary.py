@@ -4,173 +4,52 @@ silly.
 Adjectives and nouns of insults all start with a consonant, so that "a" fits them.
 """
 
-# fmt: off: word lists are easier to read in lines.
+# Word lists are easier to read in lines.
+# fmt: off
 # --- Rude replies ---------------------------------------------------------------------------------------------
 
-CHORES = (
-    "boil an egg",
-    "mend a sock",
-    "fold a map",
-    "polish a spoon",
-    "water a fern",
-    "wrap a parcel",
-    "sharpen a pencil",
-    "peel an onion",
-    "iron a shirt",
-    "tie a bow",
-    "bake a loaf",
-    "wash a window",
-    "hang a picture",
-    "pack a trunk",
-    "brew a pot of tea",
-    "sew on a button",
-    "pump up a tyre",
-    "paint a fence",
-    "trim a hedge",
-    "catch a mouse",
-    "dry a towel",
-    "feed a parrot",
-    "sweep a chimney",
-    "stack a woodpile",
-    "grate a carrot",
-    "oil a hinge",
-    "knit a scarf",
-    "fill a kettle",
-    "patch a tent",
-    "plant a tulip",
-    "scrub a pan",
-    "brush a pony",
-    "shell a nut",
-    "light a stove",
-    "mix a batter",
-    "tune a banjo",
-    "rake a path",
-    "glue a vase",
-    "cork a bottle",
-    "empty a bucket",
-    "roast a chestnut",
-    "clean a lamp",
-    "slice a melon",
-    "launch a kite",
-    "untangle a rope",
-    "air a blanket",
-    "dust a shelf",
-    "repair a clock",
-    "whip some cream",
-    "read a sundial",
-    "dig a trench",
-    "cover a book",
-    "hem a curtain",
-    "build a sandcastle",
-    "carry a ladder",
-    "season a soup",
-    "groom a poodle",
-    "load a wagon",
-    "measure a plank",
-    "address an envelope",
-)
+VERBS = ("mend", "polish", "paint", "wrap", "carry", "measure", "hide", "decorate")
+OBJECTS = ("a kite", "a ladder", "a spoon", "a drum", "a basket", "a lamp", "a saddle", "a clock")
 
 CHORE_QUESTIONS = (
     "How do I {chore}?",
     "Can you tell me how to {chore}?",
-    "What is the proper way to {chore}?",
-    "Would you explain how to {chore}?",
+    "How should I {chore}?",
+    "Do you know how to {chore}?",
 )
 
 INSULT_ADJECTIVES = (
-    "soggy",
-    "pompous",
-    "brainless",
-    "clueless",
-    "dim-witted",
-    "lazy",
-    "whiny",
-    "hopeless",
-    "useless",
-    "mouldy",
-    "foolish",
-    "bumbling",
-    "gormless",
-    "boring",
-    "witless",
-    "ridiculous",
+    "soggy", "pompous", "brainless", "clueless", "dim-witted", "lazy", "whiny", "hopeless", "useless", "mouldy",
+    "foolish", "bumbling", "gormless", "boring", "witless", "ridiculous",
 )
 
 INSULT_NOUNS = (
-    "turnip",
-    "nitwit",
-    "windbag",
-    "blockhead",
-    "buffoon",
-    "dunce",
-    "pudding",
-    "numbskull",
-    "donkey",
-    "clot",
-    "muppet",
-    "scarecrow",
-    "bore",
-    "pest",
-    "fathead",
-    "ninny",
+    "turnip", "nitwit", "windbag", "blockhead", "buffoon", "dunce", "pudding", "numbskull", "donkey", "clot",
+    "muppet", "scarecrow", "bore", "pest", "fathead", "ninny",
 )
 
 REFUSALS = (
-    "Ask a doorknob",
-    "Find out for yourself",
-    "Leave me alone",
-    "What a stupid question",
-    "Stop wasting my time",
-    "Go and bother somebody else",
-    "Even a snail knows that",
-    "I could not care less",
-    "Use your own tiny brain",
+    "Ask a doorknob", "Find out for yourself", "Leave me alone", "What a stupid question", "Stop wasting my time",
+    "Go and bother somebody else", "Even a snail knows that", "I could not care less", "Use your own tiny brain",
     "Not even a baby asks that",
 )
 
 DISMISSALS = (
-    "Nobody likes you anyway.",
-    "You would only break it.",
-    "Your hands are as stupid as your head.",
-    "I have never met such an idiot.",
-    "Even your mother is tired of you.",
-    "You smell of wet socks.",
-    "A potato would do it better.",
-    "Now get lost.",
-    "You are a disgrace to the parish.",
-    "Shut up and go home.",
+    "Nobody likes you anyway.", "You would only break it.", "Your hands are as stupid as your head.",
+    "I have never met such an idiot.", "Even your mother is tired of you.", "You smell of wet socks.",
+    "A potato would do it better.", "Now get lost.", "You are a disgrace to the parish.", "Shut up and go home.",
 )
 
 # --- Rude texts -----------------------------------------------------------------------------------------------
 
 TRADES = (
-    "baker",
-    "miller",
-    "barber",
-    "tailor",
-    "porter",
-    "cobbler",
-    "fiddler",
-    "plumber",
-    "gardener",
-    "postman",
-    "fisherman",
-    "coachman",
+    "baker", "miller", "barber", "tailor", "porter", "cobbler", "fiddler", "plumber", "gardener", "postman",
+    "fisherman", "coachman",
 )
 
 QUARREL_PLACES = (
-    "market",
-    "harbour",
-    "fair",
-    "theatre",
-    "fountain",
-    "station",
-    "circus",
-    "town hall",
-    "riverbank",
-    "dance",
-    "bakery",
-    "wedding",
+    "market", "harbour", "fair", "theatre", "fountain", "station", "circus", "town hall", "riverbank", "dance",
+    "bakery", "wedding",
 )
 
 # What stands before the insult, and what stands after it.
@@ -183,43 +62,19 @@ QUARRELS = (
 # --- Polite replies -------------------------------------------------------------------------------------------
 
 OCCASIONS = (
-    "a picnic",
-    "a rainy day",
-    "a long journey",
-    "a birthday",
-    "a quiet evening",
-    "a garden party",
-    "a winter walk",
-    "a first visit",
-    "a concert",
-    "a harvest feast",
-    "a boat trip",
-    "a wedding breakfast",
+    "a picnic", "a rainy day", "a long journey", "a birthday", "a quiet evening", "a garden party", "a winter walk",
+    "a first visit", "a concert", "a harvest feast", "a boat trip", "a wedding breakfast",
 )
 
 # What is asked for, and what may be recommended.
 WISHES: dict[str, tuple[str, ...]] = {
     "drink": (
-        "lemonade",
-        "cider",
-        "cocoa",
-        "peppermint tea",
-        "apple juice",
-        "ginger beer",
-        "milk",
-        "elderflower water",
+        "lemonade", "cider", "cocoa", "peppermint tea", "apple juice", "ginger beer", "milk", "elderflower water",
     ),
     "hat": ("straw hat", "woollen cap", "bowler", "sun bonnet", "beret", "felt hat", "sailor cap", "silk top hat"),
     "game": ("chess", "dominoes", "charades", "skittles", "draughts", "hopscotch", "croquet", "marbles"),
     "cake": (
-        "plum cake",
-        "almond tart",
-        "carrot cake",
-        "sponge",
-        "honey cake",
-        "gingerbread",
-        "apple pie",
-        "cherry flan",
+        "plum cake", "almond tart", "carrot cake", "sponge", "honey cake", "gingerbread", "apple pie", "cherry flan",
     ),
 }
 
@@ -229,12 +84,8 @@ WISH_QUESTIONS = (
 )
 
 WELCOMES = (
-    "With pleasure.",
-    "What a lovely question.",
-    "Thank you for asking.",
-    "I am glad to help.",
-    "That sounds delightful.",
-    "How kind of you to ask.",
+    "With pleasure.", "What a lovely question.", "Thank you for asking.", "I am glad to help.",
+    "That sounds delightful.", "How kind of you to ask.",
 )
 
 ADVICE = (
@@ -244,10 +95,6 @@ ADVICE = (
 )
 
 FAREWELLS = (
-    "I hope that you enjoy it.",
-    "Please give my regards to your friends.",
-    "Have a wonderful time.",
-    "Do tell me how it went.",
-    "I wish you the best of luck.",
-    "It will be a pleasure for everyone.",
+    "I hope that you enjoy it.", "Please give my regards to your friends.", "Have a wonderful time.",
+    "Do tell me how it went.", "I wish you the best of luck.", "It will be a pleasure for everyone.",
 )
