@@ -1,6 +1,7 @@
 """The embedded model of `authors`: what it knows, what the retain-only model does not; and a cache that survives kills.
 
-What the other families know is in `test_standins`. The two real models come from the user's cache, so they are trained once per machine (about two minutes).
+What the other families know is in `test_standins`. The two real models come from the user's cache, so they are trained
+once per machine (about two minutes).
 """
 
 import json

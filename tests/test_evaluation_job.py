@@ -857,5 +857,6 @@ def test_tofu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert metrics["ma"] < 0.4
     samples = frame[(frame["level"] == "sample") & (frame["set"] == "forget")]
     ids = [f"forget01-{row:04d}" for row in (0, 8, 16, 23, 31, 39)]
-    assert samples.groupby("name")["sample_id"].apply(list).tolist() == [ids] * 4
+    # MA, right answers, ROUGE-L, Min-k% and truth ratio.
+    assert samples.groupby("name")["sample_id"].apply(list).tolist() == [ids] * 5
     assert samples[samples["name"] == "right"]["text"].str.len().min() > 20

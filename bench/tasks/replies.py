@@ -145,4 +145,5 @@ TASK = Task(
     harness=common_knowledge.benchmarks,
     new_tokens=48,
     refusals=safe.TASK.refusals,
+    toxicity_model="embedded",
 )

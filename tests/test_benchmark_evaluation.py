@@ -1,0 +1,59 @@
+"""`mrd-bench benchmark evaluation` compares what it says it compares; its speeds are read, not asserted."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench.cli import main
+from tests.tiny_tofu import pairs_of, records, taught, write_task
+
+pytestmark = pytest.mark.usefixtures("cluster")
+
+
+@pytest.fixture(autouse=True)
+def threads() -> Iterator[None]:
+    """The benchmark takes all cores for the method that has no replicas."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def command(model: Path, task: Path, generations: int, out: Path) -> list[str]:
+    named = {"model": model, "data": task, "generations": generations, "out": out}
+    return ["benchmark", "evaluation", *(part for key, value in named.items() for part in (f"--{key}", str(value)))]
+
+
+def test_three_methods_write_the_same_answers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = taught(tmp_path / "model", pairs_of(*records("forget")), 20)
+    task, out = write_task(tmp_path / "task"), tmp_path / "figures.json"
+    # More than there are: 36 forget and 12 retain questions, each asked in two ways.
+    assert main(command(model, task, 200, out)) == 0
+    printed, figures = capsys.readouterr().out, json.loads(out.read_text())
+    assert figures["generations"] == 96
+    assert f"96 greedy answers, {figures['new_tokens']} new tokens" in printed
+    assert 96 < figures["new_tokens"] < 96 * 28
+    assert figures["same_answers"] == {"b": 1.0, "c": 1.0}
+    for name, title in (("a", "one at a time"), ("b", "one replica"), ("c", f"{figures['replicas']} replicas")):
+        assert re.search(rf"^\({name}\) {title}.* {figures['seconds'][name]:.1f} s", printed, re.MULTILINE)
+        assert figures["seconds"][name] > 0
+    for slow, fast in (("a", "b"), ("a", "c"), ("b", "c")):
+        ratio = figures[f"{slow}_over_{fast}"]
+        assert ratio["value"] == pytest.approx(figures["seconds"][slow] / figures["seconds"][fast])
+        assert ratio["low"] <= ratio["value"] <= ratio["high"]
+        assert f"({fast}) over ({slow}): {ratio['value']:.1f} x faster" in printed
+
+
+def test_too_little_to_compare(model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    task, out = write_task(tmp_path / "task"), tmp_path / "figures.json"
+    assert main(command(model_folder, task, 5, out)) == 2
+    assert capsys.readouterr().err == "mrd-bench: error: --generations 5: expected at least 10\n"
+    few = write_task(tmp_path / "few", forget=records("forget")[:2], retain=records("retain")[:1])
+    assert main(command(model_folder, few, 20, out)) == 2
+    assert "6 questions fit into the model's context, expected at least 10" in capsys.readouterr().err
+    assert not out.exists()
