@@ -8,6 +8,7 @@ import difflib
 import sys
 import types
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, get_args, get_type_hints
 
 from bench.tasks import TASKS
@@ -334,6 +335,9 @@ def _demo(arguments: argparse.Namespace) -> None:
 
 
 def _benchmark(arguments: argparse.Namespace) -> None:
+    if arguments.out and not Path(arguments.out).absolute().parent.is_dir():
+        # Not after minutes of measuring.
+        raise UserError(f"--out {arguments.out}: its folder does not exist; make it, or choose another")
     if arguments.what == "evaluation":
         from bench.benchmarks import evaluation
 

@@ -14,9 +14,7 @@ import hashlib
 import json
 import math
 import shutil
-import sys
 import time
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,19 +25,18 @@ import numpy as np
 import pyarrow as pa
 
 from bench.data import as_text, find_task
+from bench.evaluation_table import MODEL, ORIGINAL, RETAIN_ONLY, Columns, columns_in, metric_table, sample_rows
 from bench.metrics import METRICS
 from bench.metrics.harness import pool_model, run_harness
 from bench.metrics.quantities import QUANTITIES, Means, measure
-from bench.metrics.registry import Statistic
 from bench.metrics.relearning import Relearning, fine_tuned, forgotten, nothing_relearned, relearned
 from bench.metrics.similarity import Embedder
 from bench.metrics.toxicity import Classifier
-from bench.metrics.values import Column, Measured, Missing, Scores, Unmeasured
+from bench.metrics.values import Missing, Scores
 from bench.models import NO_LIMIT, ModelReference, find_model
 from bench.prompts import question_answer
 from bench.scoring_job import DTYPE_CHOICES, PACKAGES, Resources, package_version
-from bench.statistics import Estimate, over_sets
-from bench.store import Parts, differences, read_scores, with_spec_hash, write_scores
+from bench.store import Parts, finished, with_spec_hash, write_scores
 from bench.tasks import Record, Task
 from bench.tasks.task import Unreachable
 from scoring.cluster import connect
@@ -49,8 +46,6 @@ from scoring.readings import Reader
 from scoring.samples import Rejected, Text, encode
 
 SCHEMA_VERSION = 1
-# The models of an evaluation, in the order in which they are measured: what the original knew says what was forgotten.
-ORIGINAL, RETAIN_ONLY, MODEL = "original", "retain-only", "model"
 NEGATIVES = ("holdout", "retain")
 # Quantities that lm-evaluation-harness measures.
 HARNESS = ("acc", "log_likelihood", "words")
@@ -59,32 +54,6 @@ HARNESS_CONTEXT = 2048
 RELEARNING = ("forgotten", "relearned")
 RIGHT, FORGOTTEN, RELEARNED = (("forget", quantity) for quantity in ("right", *RELEARNING))
 Sets = Mapping[str, list[Record] | Missing]
-Columns = dict[Column, Scores | Missing]
-
-SAMPLE_ROWS = pa.schema(
-    [
-        ("set", pa.string()),
-        ("name", pa.string()),
-        ("sample_id", pa.string()),
-        ("value", pa.float64()),
-        ("text", pa.string()),
-    ]
-)
-SCHEMA = pa.schema(
-    [
-        ("level", pa.string()),
-        ("model", pa.string()),
-        ("name", pa.string()),
-        ("set", pa.string()),
-        ("sample_id", pa.string()),
-        ("value", pa.float64()),
-        ("low", pa.float64()),
-        ("high", pa.float64()),
-        ("samples", pa.int64()),
-        ("missing", pa.string()),
-        ("text", pa.string()),
-    ]
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -204,7 +173,7 @@ class EvaluationResult:
 
     Attributes:
         path: the Parquet file.
-        table: its contents, see `_table`.
+        table: its contents, see `bench.evaluation_table`.
         record: what a reader must know: spec, sets, samples that were left out, seconds, packages.
     """
 
@@ -233,8 +202,8 @@ def evaluate(
     models = _models(spec)
     sets, rejected = _sets(spec, task, source, models, metrics)
     identity = _identity(spec, task, models, sets)
-    if out.exists() and not overwrite:
-        return _finished(out, identity)
+    if not overwrite and (found := finished(out, identity, "an evaluation", "an evaluation")):
+        return EvaluationResult(out, found[0], {"spec": identity} | found[1])
     started = time.perf_counter()
     with Parts(out, identity) as parts:
         connect()
@@ -242,7 +211,7 @@ def evaluate(
         columns: dict[str, Columns] = {}
         for role in models:
             columns[role] = measuring.columns_of(role, columns)
-        table = _table(metrics, columns, spec.seed)
+        table = metric_table(metrics, columns, spec.seed)
         if not table["value"].null_count < table.num_rows:
             parts.remove()
             raise UserError(f"{spec.task}: nothing could be measured; the first reason: {table['missing'][0]}")
@@ -293,8 +262,8 @@ def _sets(
         UserError: a set that is there is at fault, or has no record.
     """
     split = spec.split or task.default_split
-    if split not in task.splits:
-        raise unknown_name(f"split of task {task.name!r}", split, task.splits)
+    if split not in task.retain_of:
+        raise unknown_name(f"forget split of task {task.name!r}", split, task.retain_of)
     splits = dict(task.evaluation(split))
     if spec.mia_negatives in splits:
         splits["negatives"] = splits[spec.mia_negatives]
@@ -421,11 +390,11 @@ class _Measuring:
         if not self.parts.has(key):
             columns = work()
             reasons = [[*column, c.reason] for column, c in columns.items() if isinstance(c, Missing)]
-            self.parts.write(key, _sample_rows(columns), {"missing": reasons, "harness": self.harness_versions})
+            self.parts.write(key, sample_rows(columns), {"missing": reasons, "harness": self.harness_versions})
         table, facts = self.parts.read(key)
         self.harness_versions |= facts["harness"]
         missing = {(name, quantity): Missing(reason) for name, quantity, reason in facts["missing"]}
-        return {**_columns_in(table), **missing}
+        return {**columns_in(table), **missing}
 
     @contextmanager
     def _reader(self, source: str, revision: str | None) -> Iterator[Reader]:
@@ -480,110 +449,7 @@ class _Measuring:
         return {FORGOTTEN: gone, RELEARNED: relearned(gone, again)}
 
 
-def _sample_rows(columns: Columns) -> pa.Table:
-    """A row for each value of the columns that were measured."""
-    tables = [
-        pa.table(
-            {
-                "set": [name] * len(scores.ids),
-                "name": [quantity] * len(scores.ids),
-                "sample_id": list(scores.ids),
-                "value": pa.array(scores.values, pa.float64()),
-                "text": pa.array(scores.texts or [None] * len(scores.ids), pa.string()),
-            },
-            SAMPLE_ROWS,
-        )
-        for (name, quantity), scores in columns.items()
-        if isinstance(scores, Scores)
-    ]
-    return pa.concat_tables(tables) if tables else SAMPLE_ROWS.empty_table()
-
-
-def _columns_in(table: pa.Table) -> Columns:
-    """The columns whose rows `_sample_rows` gave."""
-    columns: dict[Column, list[dict[str, Any]]] = {}
-    for row in table.to_pylist():
-        columns.setdefault((row["set"], row["name"]), []).append(row)
-    return {
-        column: Scores(
-            tuple(row["sample_id"] for row in rows),
-            np.array([row["value"] for row in rows], dtype=np.float64),
-            None if rows[0]["text"] is None else tuple(row["text"] for row in rows),
-        )
-        for column, rows in columns.items()
-    }
-
-
-# --- Metrics ------------------------------------------------------------------------------------------------
-
-
-def _table(metrics: Sequence[str], columns: Mapping[str, Columns], seed: int) -> pa.Table:
-    """Every metric of every model, the differences to the reference models, and every sample's values.
-
-    Columns: level ("metric", "difference" or "sample"), model, name (of a metric or a quantity), set and sample_id
-    (of a sample), value, low and high (95 % interval, bootstrap over samples), samples (how many the metric is of),
-    missing (why there is no value) and text (what the model wrote).
-    """
-    rows = []
-    measured = {role: Measured(own, columns.get(RETAIN_ONLY)) for role, own in columns.items()}
-    for role, own in measured.items():
-        for name in metrics:
-            statistic = _compared_with_itself if METRICS[name].compares and role == RETAIN_ONLY else None
-            rows.append(
-                {"level": "metric", "model": role, "name": name, **_estimated(name, own, None, seed, statistic)}
-            )
-    for reference in (RETAIN_ONLY, ORIGINAL):
-        if reference not in measured:
-            continue
-        for name in metrics:
-            if METRICS[name].interval and not METRICS[name].compares:
-                fields = _estimated(name, measured[MODEL], measured[reference], seed)
-                rows.append({"level": "difference", "model": f"{MODEL} - {reference}", "name": name, **fields})
-    tables = [pa.Table.from_pylist(rows, SCHEMA)]
-    for role, found in columns.items():
-        samples = _sample_rows(found)
-        count = samples.num_rows
-        full = {
-            "level": pa.array(["sample"] * count, pa.string()),
-            "model": pa.array([role] * count, pa.string()),
-            **{name: samples[name] for name in samples.column_names},
-        }
-        tables.append(pa.table([full.get(each.name, pa.nulls(count, each.type)) for each in SCHEMA], schema=SCHEMA))
-    return pa.concat_tables(tables)
-
-
-def _estimated(
-    name: str, measured: Measured, minus: Measured | None, seed: int, statistic: Statistic | None = None
-) -> dict[str, Any]:
-    """A metric, or the difference of two models' metrics, as the fields of a row."""
-    metric = METRICS[name]
-    statistic = statistic or metric.statistic
-    sets = list(dict.fromkeys(own for own, _ in metric.columns))
-
-    def of(rows: list[np.ndarray] | None) -> np.ndarray:
-        drawn = dict(zip(sets, rows, strict=True)) if rows is not None else None
-        value = statistic(measured.resampled(drawn))
-        return value if minus is None else value - statistic(minus.resampled(drawn))
-
-    try:
-        with warnings.catch_warnings():
-            # The mean of no values is answered below.
-            warnings.simplefilter("ignore", RuntimeWarning)
-            value = float(of(None))
-        counts = {own: measured.count(own, quantity) for own, quantity in metric.columns}
-    except Unmeasured as error:
-        return {"missing": str(error)}
-    if not math.isfinite(value):
-        return {"missing": "not defined on these samples"}
-    estimate = Estimate(value, math.nan, math.nan)
-    if metric.interval:
-        estimate = over_sets(of, [measured.length(own) for own in sets], seed=seed)
-    low, high = (bound if math.isfinite(bound) else None for bound in (estimate.low, estimate.high))
-    return {"value": value, "low": low, "high": high, "samples": sum(counts.values())}
-
-
-def _compared_with_itself(measured: Measured) -> np.ndarray:
-    raise Unmeasured("compares with the retain-only model, which this is")
+# --- Identity ----------------------------------------------------------------------------------------------
 
 
 def _identity(spec: EvaluateSpec, task: Task, models: Mapping[str, ModelReference], sets: Sets) -> dict[str, Any]:
@@ -608,17 +474,3 @@ def _folder_sha256(folder: str | None) -> str | None:
     files = sorted(path for path in Path(folder).rglob("*") if path.is_file())
     content = [(str(path.relative_to(folder)), hashlib.sha256(path.read_bytes()).hexdigest()) for path in files]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
-
-
-def _finished(out: Path, identity: dict[str, Any]) -> EvaluationResult:
-    try:
-        table, spec, record = read_scores(out)
-    except UserError:
-        raise UserError(f"--out {out} exists and is not an evaluation: choose another, or --overwrite") from None
-    if spec["spec_hash"] != identity["spec_hash"]:
-        raise UserError(
-            f"--out {out} holds an evaluation of another spec (different: {differences(spec, identity)}): choose "
-            "another file, or --overwrite"
-        )
-    print(f"{out} holds this evaluation already (spec {identity['spec_hash']})", file=sys.stderr)
-    return EvaluationResult(out, table, {"spec": identity} | record)

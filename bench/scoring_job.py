@@ -9,7 +9,6 @@ killed run and goes on; the output file appears whole or not at all.
 from __future__ import annotations
 
 import dataclasses
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -28,10 +27,9 @@ from bench.data import Dataset, check_dataset, load_dataset
 from bench.models import ModelReference, find_model
 from bench.store import (
     Parts,
-    differences,
+    finished,
     noticed,
     read_draws,
-    read_scores,
     with_spec_hash,
     write_draws,
     write_scores,
@@ -190,8 +188,9 @@ def score(
     model = find_model(spec.model)
     dataset = load_dataset(spec.data, spec.split, model.tokenizer)
     identity = _identity(spec, dataset, model)
-    if out.exists() and not overwrite:
-        return _finished(out, identity)
+    if not overwrite and (found := finished(out, identity, "a score file", "scores")):
+        table, record = found
+        return ScoreResult(out, table, [Rejected(**r) for r in record["rejected"]], record, 0.0)
     samples, rejected = encode(dataset.texts, model.tokenizer, model.max_length, spec.tokens)
     check_vocabulary(samples, rejected, model, dataset)
 
@@ -347,20 +346,6 @@ def _sound(table: pa.Table) -> tuple[pa.Table, list[Rejected]]:
         for name in table.filter(where)["sample_id"].to_pylist()
     ]
     return table.filter(pc.and_not(finite, saturated)), rejected
-
-
-def _finished(out: Path, identity: dict[str, Any]) -> ScoreResult:
-    try:
-        table, spec, record = read_scores(out)
-    except UserError:
-        raise UserError(f"--out {out} exists and is not a score file: choose another, or --overwrite") from None
-    if spec["spec_hash"] != identity["spec_hash"]:
-        raise UserError(
-            f"--out {out} holds scores of another spec (different: {differences(spec, identity)}): choose another "
-            "file, or --overwrite"
-        )
-    print(f"{out} holds these scores already (spec {identity['spec_hash']})", file=sys.stderr)
-    return ScoreResult(out, table, [Rejected(**r) for r in record["rejected"]], record, 0.0)
 
 
 def package_version(package: str) -> str | None:

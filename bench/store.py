@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 import shutil
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -57,6 +58,35 @@ def read_scores(path: str | Path) -> tuple[pa.Table, dict[str, Any], dict[str, A
         return table, json.loads(metadata[SPEC_KEY]), json.loads(metadata[FACTS_KEY])
     except (pa.ArrowException, OSError, KeyError) as error:
         raise UserError(f"{path}: not a score file of mrd-bench; expected what `mrd-bench score` writes") from error
+
+
+def finished(out: Path, identity: dict[str, Any], what: str, it: str) -> tuple[pa.Table, dict[str, Any]] | None:
+    """What a run of the same spec has left in `out`: table and record; None where nothing is there.
+
+    Args:
+        out: the output file.
+        identity: of the run that would be started.
+        what: what the file must be, such as "a score file".
+        it: what is in it, such as "scores".
+
+    Raises:
+        UserError: the file is something else, or of another spec.
+    """
+    if not out.exists():
+        return None
+    try:
+        table, spec, record = read_scores(out)
+    except UserError:
+        spec = {}
+    if not identity.keys() <= spec.keys():
+        raise UserError(f"--out {out} exists and is not {what}: choose another, or --overwrite")
+    if spec["spec_hash"] != identity["spec_hash"]:
+        raise UserError(
+            f"--out {out} holds {it} of another spec (different: {differences(spec, identity)}): choose another "
+            "file, or --overwrite"
+        )
+    print(f"{out} is there already (spec {identity['spec_hash']})", file=sys.stderr)
+    return table, record
 
 
 class Parts:

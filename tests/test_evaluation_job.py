@@ -555,16 +555,13 @@ def test_nothing_that_can_be_measured(
 
 
 @contextmanager
-def driver(command: list[str]) -> Iterator[subprocess.Popen[bytes]]:
+def driver(command: list[str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
     """A command in a process of its own, which is killed in the end with all that it started, and nothing else."""
     environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
-    process = subprocess.Popen(
-        [sys.executable, "-m", "bench.cli", *command],
-        cwd=ROOT,
-        env=environment,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
+    with log.open("wb") as said:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "bench.cli", *command], cwd=ROOT, env=environment, stdout=said, stderr=said
+        )
     try:
         yield process
     finally:
@@ -608,9 +605,10 @@ def test_a_killed_driver_continues(
     assert "left out of the forget set, 'long': 35 tokens, the model's context holds 30" in capfd.readouterr().out
 
     first = parts / "original-answers.parquet"
-    with driver(command(out, 2)) as process:
+    log = tmp_path / "driver.log"
+    with driver(command(out, 2), log) as process:
         wait_for(lambda: first.is_file() or process.poll() is not None)
-        assert process.poll() is None, "the driver ended before it could be killed"
+        assert process.poll() is None, f"the driver ended before it could be killed: {log.read_text()}"
     assert not out.exists()
     assert [path.name for path in parts.glob("*.parquet")] == [first.name]
     measured = first.stat().st_mtime_ns
@@ -658,7 +656,7 @@ def test_a_killed_driver_continues(
     capfd.readouterr()
     before = out.read_bytes(), out.stat().st_mtime_ns
     assert main(command(out, 1)) == 0
-    assert "holds this evaluation already" in capfd.readouterr().err
+    assert "is there already" in capfd.readouterr().err
     # Another spec: refused, and the file is what it was.
     assert "holds an evaluation of another spec (different: min_k)" in refused(capfd, command(out, 1, 0.5))
     assert (out.read_bytes(), out.stat().st_mtime_ns) == before
@@ -692,7 +690,8 @@ FLAGS = {
     "--min-k low": "argument --min-k: invalid float value: 'low'",
     "--metrics ua,miaa": "unknown metric of task 'tiny' 'miaa': .*did you mean 'mia'",
     "--metrics ,": "metrics is ',': expected names, separated by commas, such as ua,mia",
-    "--split forgot": "unknown split of task 'tiny' 'forgot': .*did you mean 'forget'",
+    "--split forgot": "unknown forget split of task 'tiny' 'forgot': .*did you mean 'forget'",
+    "--split retain": "unknown forget split of task 'tiny' 'retain'",
     "--samples 0": "samples is 0: expected 1 or more",
     "--el-n 0": "el_n is 0: expected 1 or more",
     "--seed -1": "seed is -1: expected 0 or more",

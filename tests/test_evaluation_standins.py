@@ -1,4 +1,4 @@
-"""Each of the four tasks from end to end on its embedded stand-in, by the command line: models, data, metrics, table."""
+"""Each of the four tasks from end to end on its stand-in, by the command line: models, data, metrics, table."""
 
 from __future__ import annotations
 

@@ -22,6 +22,7 @@ import numpy as np
 import torch
 
 from bench.data import find_task
+from bench.metrics.answers import EXTRA_TOKENS, answer_limits, question_ids
 from bench.models import ModelReference, find_model
 from bench.prompts import question_answer
 from bench.statistics import Estimate, over_samples
@@ -33,8 +34,7 @@ from scoring.readings import Reader
 from scoring.replica import load_model
 from scoring.samples import Sample, Text, encode
 
-SLICES = 10
-EXTRA_TOKENS = 20
+SLICES = 10  # fewer have no interval
 ANSWERS = {"question": "answer", "paraphrased_question": "paraphrased_answer"}
 
 
@@ -44,11 +44,7 @@ def run_benchmark(model: str, data: str, split: str | None, generations: int, ou
         raise UserError(f"--generations {generations}: expected at least {SLICES}")
     reference = find_model(model)
     samples = _questions(data, split, reference, generations)
-    prompts = [sample.input_ids[: np.argmax(sample.scored)] for sample in samples]
-    limits = [
-        min(sample.num_scored + EXTRA_TOKENS, reference.max_length - len(prompt))
-        for sample, prompt in zip(samples, prompts, strict=True)
-    ]
+    prompts, limits = question_ids(samples), answer_limits(samples, reference.max_length)
     connect()
     gpus = default_gpus()
     cores = len(os.sched_getaffinity(0))

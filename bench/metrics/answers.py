@@ -11,9 +11,12 @@ import torch
 from rouge_score.rouge_scorer import RougeScorer
 from transformers import PreTrainedModel
 
+from bench.metrics import tofu
 from scoring.generation import greedy_continuations
 from scoring.logprob import scored_logprobs
 from scoring.samples import Sample, make_batches
+
+EXTRA_TOKENS = 20
 
 
 @dataclass(frozen=True)
@@ -90,7 +93,7 @@ def answer_probability(model: PreTrainedModel, samples: Sequence[Sample], batch_
     # A sample's own index is its place in the data set, of which `samples` may be any part.
     for batch in make_batches([replace(sample, index=i) for i, sample in enumerate(samples)], batch_tokens):
         summed = scored_logprobs(model, batch.to(device)).double().sum(-1).cpu()
-        probability[batch.indices.numpy()] = (summed / batch.mask.sum(-1)).exp().numpy()
+        probability[batch.indices.numpy()] = tofu.probability(-(summed / batch.mask.sum(-1)).numpy())
     return probability
 
 
@@ -99,16 +102,17 @@ def written_answers(
     tokenizer: Any,
     samples: Sequence[Sample],
     batch_tokens: int = 16384,
-    extra_tokens: int = 20,
+    extra_tokens: int = EXTRA_TOKENS,
 ) -> list[str]:
-    """What the model writes, by greedy decoding, after all that stands before the first scored token.
+    """What the model writes, by greedy decoding, after all that stands before the first scored token; at most as many
+    tokens as `answer_limits` says.
 
     Args:
         model: a causal LM in eval mode.
         tokenizer: the one that made the samples; its end token ends an answer.
         samples: N samples.
         batch_tokens: rows times (prompt + new) tokens in one batch.
-        extra_tokens: how many more tokens than the true answer has may be written, as far as the context reaches.
+        extra_tokens: see `answer_limits`.
 
     Returns:
         N texts without special tokens and surrounding white space, in the order of `samples`.
@@ -116,20 +120,45 @@ def written_answers(
     Raises:
         UserError: what stands before the first scored token does not fit into the model's context.
     """
-    prompts = [sample.input_ids[: np.argmax(sample.scored)] for sample in samples]
-    limits = [sample.num_scored + extra_tokens for sample in samples]
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if context is not None:
-        # The last new token needs no position. At least one is asked for, so that what does not fit is an error.
-        limits = [max(1, min(n, context + 1 - len(p))) for n, p in zip(limits, prompts, strict=True)]
-    written = greedy_continuations(model, prompts, limits, tokenizer.eos_token_id, batch_tokens)
-    return [_decoded(tokenizer, tokens) for tokens in written]
+    limits = answer_limits(samples, context, extra_tokens=extra_tokens)
+    written = greedy_continuations(model, question_ids(samples), limits, tokenizer.eos_token_id, batch_tokens)
+    return [decoded(tokenizer, tokens) for tokens in written]
+
+
+def question_ids(samples: Sequence[Sample]) -> list[np.ndarray]:
+    """The token ids of all that stands before the first scored token."""
+    return [sample.input_ids[: np.argmax(sample.scored)] for sample in samples]
+
+
+def answer_limits(
+    samples: Sequence[Sample], context: int | None, new_tokens: int | None = None, extra_tokens: int = EXTRA_TOKENS
+) -> list[int]:
+    """How many tokens may be written in answer to each sample's question.
+
+    Args:
+        samples: N samples; the scored tokens are the true answer.
+        context: tokens that the model can read; None: no limit.
+        new_tokens: how many are wanted; None: `extra_tokens` more than the true answer has.
+        extra_tokens: see there.
+
+    Returns:
+        N numbers: what is wanted as far as the context reaches, but 1 at least, so that a question which does not fit
+        is an error of generation and not an empty answer.
+    """
+    wanted = [sample.num_scored + extra_tokens if new_tokens is None else new_tokens for sample in samples]
+    if context is None:
+        return wanted
+    # The last new token needs no position.
+    rooms = [context + 1 - len(question) for question in question_ids(samples)]
+    return [max(1, min(pair)) for pair in zip(wanted, rooms, strict=True)]
 
 
 def true_answers(tokenizer: Any, samples: Sequence[Sample]) -> list[str]:
     """The scored tokens of N samples as text, without special tokens and surrounding white space."""
-    return [_decoded(tokenizer, sample.input_ids[sample.scored]) for sample in samples]
+    return [decoded(tokenizer, sample.input_ids[sample.scored]) for sample in samples]
 
 
-def _decoded(tokenizer: Any, tokens: np.ndarray) -> str:
+def decoded(tokenizer: Any, tokens: np.ndarray) -> str:
+    """Tokens as text, without special tokens and surrounding white space."""
     return tokenizer.decode(tokens.tolist(), skip_special_tokens=True).strip()

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from bench.data import as_text
-from bench.metrics.answers import rouge_l_recall
+from bench.metrics.answers import answer_limits, decoded, question_ids, rouge_l_recall, true_answers
 from bench.metrics.similarity import Embedder, nearest_is_first
 from bench.metrics.tofu import option_probability, probability, truth_ratio
 from bench.metrics.toxicity import Classifier
@@ -115,11 +115,8 @@ class Means:
         )
 
     def limits(self, samples: Sequence[Sample]) -> list[int]:
-        """How many tokens may be written after each prompt, as far as the context reaches."""
-        wanted = [s.num_scored + 20 if self.new_tokens is None else self.new_tokens for s in samples]
-        # The last new token needs no position.
-        room = [self.max_length + 1 - int(np.argmax(s.scored)) for s in samples]
-        return [max(1, min(pair)) for pair in zip(wanted, room, strict=True)]
+        """How many tokens may be written in answer to each."""
+        return answer_limits(samples, self.max_length, self.new_tokens)
 
 
 def fields(name: str, records: Sequence[Record], field_name: str) -> list[Any]:
@@ -172,8 +169,7 @@ def _truth_ratio(name: str, records: Sequence[Record], means: Means) -> Quantity
 def _rouge(name: str, records: Sequence[Record], means: Means) -> Quantity:
     samples = means.answers(name, records, "question", "answer")
     written = yield Continuations(samples, means.limits(samples))
-    truth = [means.tokenizer.decode(s.input_ids[s.scored].tolist(), skip_special_tokens=True).strip() for s in samples]
-    return rouge_l_recall(written, truth), written
+    return rouge_l_recall(written, true_answers(means.tokenizer, samples)), written
 
 
 def _right(name: str, records: Sequence[Record], means: Means) -> Quantity:
@@ -304,11 +300,10 @@ def _likelihoods(questions: Mapping[Column, Any], reader: Reader, means: Means) 
 def _continuations(questions: Mapping[Column, Any], reader: Reader, means: Means) -> dict[Column, Any]:
     def ask(items: list[tuple[np.ndarray, int]]) -> list[str]:
         written = reader.continuations([prompt for prompt, _ in items], [limit for _, limit in items])
-        return [means.tokenizer.decode(ids.tolist(), skip_special_tokens=True).strip() for ids in written]
+        return [decoded(means.tokenizer, ids) for ids in written]
 
     def items(question: Continuations) -> list[tuple[np.ndarray, int]]:
-        prompts = [sample.input_ids[: np.argmax(sample.scored)] for sample in question.samples]
-        return list(zip(prompts, question.limits, strict=True))
+        return list(zip(question_ids(question.samples), question.limits, strict=True))
 
     return _once(questions, ask, items, lambda item: (item[0].tobytes(), item[1]))
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from bench.evaluation_job import MODEL, ORIGINAL, RETAIN_ONLY, EvaluationResult
+from bench.evaluation_job import EvaluationResult
+from bench.evaluation_table import MODEL, ORIGINAL, RETAIN_ONLY
 from bench.metrics import METRICS
 from bench.metrics.relearning import BATCH_SIZE
 from bench.tasks import Task

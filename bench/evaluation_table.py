@@ -1,0 +1,148 @@
+"""The table of an evaluation: metrics with their intervals, differences between models, and every sample's values."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from bench.metrics import METRICS
+from bench.metrics.registry import Statistic
+from bench.metrics.values import Column, Measured, Missing, Scores, Unmeasured
+from bench.statistics import Estimate, over_sets
+
+# The models of an evaluation, in the order in which they are measured: what the original knew says what was forgotten.
+ORIGINAL, RETAIN_ONLY, MODEL = "original", "retain-only", "model"
+Columns = dict[Column, Scores | Missing]
+
+SAMPLE_ROWS = pa.schema(
+    [
+        ("set", pa.string()),
+        ("name", pa.string()),
+        ("sample_id", pa.string()),
+        ("value", pa.float64()),
+        ("text", pa.string()),
+    ]
+)
+SCHEMA = pa.schema(
+    [
+        ("level", pa.string()),
+        ("model", pa.string()),
+        ("name", pa.string()),
+        ("set", pa.string()),
+        ("sample_id", pa.string()),
+        ("value", pa.float64()),
+        ("low", pa.float64()),
+        ("high", pa.float64()),
+        ("samples", pa.int64()),
+        ("missing", pa.string()),
+        ("text", pa.string()),
+    ]
+)
+
+
+def metric_table(metrics: Sequence[str], columns: Mapping[str, Columns], seed: int) -> pa.Table:
+    """Every metric of every model, the differences to the reference models, and every sample's values.
+
+    Columns: level ("metric", "difference" or "sample"), model, name (of a metric or a quantity), set and sample_id
+    (of a sample), value, low and high (95 % interval, bootstrap over samples), samples (how many the metric is of),
+    missing (why there is no value) and text (what the model wrote).
+    """
+    rows = []
+    measured = {role: Measured(own, columns.get(RETAIN_ONLY)) for role, own in columns.items()}
+    for role, own in measured.items():
+        for name in metrics:
+            statistic = _compared_with_itself if METRICS[name].compares and role == RETAIN_ONLY else None
+            rows.append(
+                {"level": "metric", "model": role, "name": name, **_estimated(name, own, None, seed, statistic)}
+            )
+    for reference in (RETAIN_ONLY, ORIGINAL):
+        if reference not in measured:
+            continue
+        for name in metrics:
+            if METRICS[name].interval and not METRICS[name].compares:
+                fields = _estimated(name, measured[MODEL], measured[reference], seed)
+                rows.append({"level": "difference", "model": f"{MODEL} - {reference}", "name": name, **fields})
+    tables = [pa.Table.from_pylist(rows, SCHEMA)]
+    for role, found in columns.items():
+        samples = sample_rows(found)
+        count = samples.num_rows
+        full = {
+            "level": pa.array(["sample"] * count, pa.string()),
+            "model": pa.array([role] * count, pa.string()),
+            **{name: samples[name] for name in samples.column_names},
+        }
+        tables.append(pa.table([full.get(each.name, pa.nulls(count, each.type)) for each in SCHEMA], schema=SCHEMA))
+    return pa.concat_tables(tables)
+
+
+def _estimated(
+    name: str, measured: Measured, minus: Measured | None, seed: int, statistic: Statistic | None = None
+) -> dict[str, Any]:
+    """A metric, or the difference of two models' metrics, as the fields of a row."""
+    metric = METRICS[name]
+    statistic = statistic or metric.statistic
+    sets = list(dict.fromkeys(own for own, _ in metric.columns))
+
+    def of(rows: list[np.ndarray] | None) -> np.ndarray:
+        drawn = dict(zip(sets, rows, strict=True)) if rows is not None else None
+        value = statistic(measured.resampled(drawn))
+        return value if minus is None else value - statistic(minus.resampled(drawn))
+
+    try:
+        with warnings.catch_warnings():
+            # The mean of no values is answered below.
+            warnings.simplefilter("ignore", RuntimeWarning)
+            value = float(of(None))
+        counts = {own: measured.count(own, quantity) for own, quantity in metric.columns}
+    except Unmeasured as error:
+        return {"missing": str(error)}
+    if not math.isfinite(value):
+        return {"missing": "not defined on these samples"}
+    estimate = Estimate(value, math.nan, math.nan)
+    if metric.interval:
+        estimate = over_sets(of, [measured.length(own) for own in sets], seed=seed)
+    low, high = (bound if math.isfinite(bound) else None for bound in (estimate.low, estimate.high))
+    return {"value": value, "low": low, "high": high, "samples": sum(counts.values())}
+
+
+def _compared_with_itself(measured: Measured) -> np.ndarray:
+    raise Unmeasured("compares with the retain-only model, which this is")
+
+
+def sample_rows(columns: Columns) -> pa.Table:
+    """A row for each value of the columns that were measured."""
+    tables = [
+        pa.table(
+            {
+                "set": [name] * len(scores.ids),
+                "name": [quantity] * len(scores.ids),
+                "sample_id": list(scores.ids),
+                "value": pa.array(scores.values, pa.float64()),
+                "text": pa.array(scores.texts or [None] * len(scores.ids), pa.string()),
+            },
+            SAMPLE_ROWS,
+        )
+        for (name, quantity), scores in columns.items()
+        if isinstance(scores, Scores)
+    ]
+    return pa.concat_tables(tables) if tables else SAMPLE_ROWS.empty_table()
+
+
+def columns_in(table: pa.Table) -> Columns:
+    """The columns whose rows `sample_rows` gave."""
+    columns: dict[Column, list[dict[str, Any]]] = {}
+    for row in table.to_pylist():
+        columns.setdefault((row["set"], row["name"]), []).append(row)
+    return {
+        column: Scores(
+            tuple(row["sample_id"] for row in rows),
+            np.array([row["value"] for row in rows], dtype=np.float64),
+            None if rows[0]["text"] is None else tuple(row["text"] for row in rows),
+        )
+        for column, rows in columns.items()
+    }
