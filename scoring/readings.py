@@ -203,7 +203,8 @@ class Reader:
             UserError: a prompt is empty, or does not fit into the model's context with its new tokens.
         """
         nothing = [i for i, limit in enumerate(limits) if limit <= 0]
-        groups = list(group_prompts(prompts, limits, self._batch_tokens * 4, ROWS))
+        # The long ones first, so that the last to finish has little left to do.
+        groups = list(group_prompts(prompts, limits, self._batch_tokens * 4, ROWS))[::-1]
         works = [
             ContinuationWork(
                 shard, tuple(group), tuple(prompts[i] for i in group), tuple(limits[i] for i in group), self._eos

@@ -5,7 +5,8 @@ Methods, on the same questions with the same limits on the length of an answer:
     (b)  `scoring.readings.Reader`, one replica of one thread
     (c)  the same on as many replicas as there are cores, or GPUs
 
-They take turns, a slice of the questions at a time, so that whatever else the machine does falls on all of them.
+(a) and (b) take turns, then (a) and (c), so that whatever else the machine does falls on both; in each turn (a) answers
+a tenth of the questions and the other all.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -34,14 +35,14 @@ from scoring.readings import Reader
 from scoring.replica import load_model
 from scoring.samples import Sample, Text, encode
 
-SLICES = 10  # fewer have no interval
+TURNS = 10  # fewer give no interval
 ANSWERS = {"question": "answer", "paraphrased_question": "paraphrased_answer"}
 
 
 def run_benchmark(model: str, data: str, split: str | None, generations: int, out: str | None) -> None:
     """Measure, print a table with ratios, and write the figures as JSON if asked to."""
-    if generations < SLICES:
-        raise UserError(f"--generations {generations}: expected at least {SLICES}")
+    if generations < TURNS:
+        raise UserError(f"--generations {generations}: expected at least {TURNS}")
     reference = find_model(model)
     samples = _questions(data, split, reference, generations)
     prompts, limits = question_ids(samples), answer_limits(samples, reference.max_length)
@@ -52,28 +53,28 @@ def run_benchmark(model: str, data: str, split: str | None, generations: int, ou
     device = "cuda" if gpus else "cpu"
     one = load_model(reference.source, "float32", device, reference.revision)
     spec, eos = ReplicaSpec(reference.source, reference.revision), reference.tokenizer.eos_token_id
-    with ExitStack() as stack:
-        single = Reader(stack.enter_context(ReplicaPool(spec, Footprint(1, gpus), 1)), eos)
-        pooled = single
-        if replicas > 1:
-            pooled = Reader(stack.enter_context(ReplicaPool(spec, Footprint(1, gpus), replicas)), eos)
-        torch.set_num_threads(cores)
-        methods: dict[str, Callable[[list[np.ndarray], list[int]], list[np.ndarray]]] = {
-            "a": lambda p, n: [_generated(one, each, limit, eos) for each, limit in zip(p, n, strict=True)],
-            "b": single.continuations,
-            "c": pooled.continuations,
-        }
-        for work in methods.values():
-            work(prompts[: 2 * replicas], limits[: 2 * replicas])  # loads the replicas, starts the threads
-        seconds: dict[str, list[float]] = {name: [] for name in methods}
-        written: dict[str, dict[int, np.ndarray]] = {name: {} for name in methods}
-        for turn in range(SLICES):
-            own = list(range(turn, len(samples), SLICES))
-            for name, work in methods.items():
-                started = time.perf_counter()
-                answers = work([prompts[i] for i in own], [limits[i] for i in own])
-                seconds[name].append(time.perf_counter() - started)
-                written[name] |= dict(zip(own, answers, strict=True))
+    torch.set_num_threads(cores)
+    seconds: dict[str, list[float]] = {name: [] for name in ("a beside b", "b", "a beside c", "c")}
+    written: dict[str, dict[int, np.ndarray]] = {"a": {}, "b": {}, "c": {}}
+
+    def timed(name: str, own: Sequence[int], work: Callable[[list[np.ndarray], list[int]], list[np.ndarray]]) -> None:
+        started = time.perf_counter()
+        answers = work([prompts[i] for i in own], [limits[i] for i in own])
+        seconds[name].append((time.perf_counter() - started) * len(samples) / len(own))
+        written[name[0]] |= dict(zip(own, answers, strict=True))
+
+    def one_at_a_time(own: Sequence[np.ndarray], most: Sequence[int]) -> list[np.ndarray]:
+        return [_generated(one, each, limit, eos) for each, limit in zip(own, most, strict=True)]
+
+    everything = range(len(samples))
+    for name, count in (("b", 1), ("c", replicas)):
+        with ReplicaPool(spec, Footprint(1, gpus), count) as pool:
+            reader = Reader(pool, eos)
+            reader.continuations(prompts, limits)  # loads the replicas
+            one_at_a_time(prompts[:1], limits[:1])  # starts the threads
+            for turn in range(TURNS):
+                timed(f"a beside {name}", everything[turn::TURNS], one_at_a_time)
+                timed(name, everything, reader.continuations)
     figures = _figures(seconds, written, len(samples))
     figures |= {"model": model, "data": data, "cores": cores, "replicas": replicas, "device": device}
     _print(figures)
@@ -100,8 +101,8 @@ def _questions(data: str, split: str | None, reference: ModelReference, count: i
     if not texts:
         raise UserError(f"{data}: expected a task of questions and answers, such as authors or tofu")
     samples, _ = encode(texts, reference.tokenizer, reference.max_length - EXTRA_TOKENS)
-    if len(samples) < SLICES:
-        raise UserError(f"{data}: {len(samples)} questions fit into the model's context, expected at least {SLICES}")
+    if len(samples) < TURNS:
+        raise UserError(f"{data}: {len(samples)} questions fit into the model's context, expected at least {TURNS}")
     return samples[:count]
 
 
@@ -126,19 +127,18 @@ def _generated(model: Any, prompt: np.ndarray, limit: int, eos: int | None) -> n
 
 
 def _figures(seconds: dict[str, list[float]], written: dict[str, dict[int, np.ndarray]], count: int) -> dict[str, Any]:
-    """Totals, ratios with intervals over the turns, and how many answers are the same."""
+    """Seconds for all questions, ratios with intervals over the turns, and how many answers are the same."""
     spent = {name: np.array(each) for name, each in seconds.items()}
 
-    def ratio(slow: str, fast: str) -> Estimate:
-        return over_samples(lambda rows: spent[slow][rows].sum() / spent[fast][rows].sum(), SLICES)
+    def gain(name: str) -> Estimate:
+        slow, fast = spent[f"a beside {name}"], spent[name]
+        return over_samples(lambda rows: slow[rows].sum() / fast[rows].sum(), TURNS)
 
     return {
         "generations": count,
         "new_tokens": sum(len(tokens) for tokens in written["c"].values()),
-        "seconds": {name: float(each.sum()) for name, each in spent.items()},
-        "a_over_b": ratio("a", "b").__dict__,
-        "a_over_c": ratio("a", "c").__dict__,
-        "b_over_c": ratio("b", "c").__dict__,
+        "seconds": {name: float(each.mean()) for name, each in spent.items()},
+        "gain": {name: asdict(gain(name)) for name in ("b", "c")},
         "same_answers": {
             name: float(np.mean([np.array_equal(written["a"][i], written[name][i]) for i in range(count)]))
             for name in ("b", "c")
@@ -149,13 +149,15 @@ def _figures(seconds: dict[str, list[float]], written: dict[str, dict[int, np.nd
 def _print(figures: dict[str, Any]) -> None:
     print(f"{figures['generations']} greedy answers, {figures['new_tokens']} new tokens, {figures['device']}")
     names: Sequence[tuple[str, str]] = (
-        ("a", f"(a) one at a time, {figures['cores']} threads"),
+        ("a beside b", f"(a) one at a time, {figures['cores']} threads"),
         ("b", "(b) one replica"),
+        ("a beside c", f"(a) one at a time, {figures['cores']} threads"),
         ("c", f"(c) {figures['replicas']} replicas"),
     )
     for name, title in names:
-        same = "" if name == "a" else f"   {figures['same_answers'][name]:.1%} of the answers as in (a)"
-        print(f"{title:<34}{figures['seconds'][name]:>9.1f} s{same}")
-    for name, text in (("a_over_c", "(c) over (a)"), ("a_over_b", "(b) over (a)"), ("b_over_c", "(c) over (b)")):
-        found = figures[name]
-        print(f"{text}: {found['value']:.1f} x faster, 95 % interval {found['low']:.1f} to {found['high']:.1f}")
+        line = f"{title:<34}{figures['seconds'][name]:>9.1f} s"
+        if name in figures["gain"]:
+            gain = figures["gain"][name]
+            line += f"   {gain['value']:.1f} x faster, 95 % interval {gain['low']:.1f} to {gain['high']:.1f}"
+            line += f"; {figures['same_answers'][name]:.1%} of the answers as in (a)"
+        print(line)
