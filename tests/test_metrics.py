@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 
@@ -138,6 +139,19 @@ def test_logs_of_tofu_give_its_metrics():
         for name, file in tofu.LOG_FILES.items()
     }
     assert tofu_metrics(short, retain_logs) == pytest.approx(found, rel=1e-12)
+
+
+def test_logs_of_tofu_are_read_from_files(tmp_path):
+    files = []
+    for seed in (1, 2):
+        files.append(tmp_path / f"{seed}.json")
+        files[-1].write_text(json.dumps(random_logs(seed)))
+    assert tofu_metrics(*files) == tofu_metrics(random_logs(1), random_logs(2))
+    with pytest.raises(UserError, match="cannot be read"):
+        tofu_metrics(tmp_path / "none.json")
+    files[0].write_text("[]")
+    with pytest.raises(UserError, match="a JSON list: expected an object of sets"):
+        tofu_metrics(str(files[0]))
 
 
 def test_logs_of_tofu_without_paraphrases_take_the_answer():

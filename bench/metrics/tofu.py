@@ -6,7 +6,9 @@ name, so they serve single data sets and stacks of bootstrap resamples alike.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -96,19 +98,21 @@ def ks_distance(ratio: np.ndarray, retain_model_ratio: np.ndarray) -> float:
     return float(stats.ks_2samp(ratio, retain_model_ratio).statistic)
 
 
+Logs = Mapping[str, Mapping[str, Any]]
+
+
 def tofu_metrics(
-    logs: Mapping[str, Mapping[str, Any]],
-    retain_logs: Mapping[str, Mapping[str, Any]] | None = None,
-    mean: Mean = "geometric",
+    logs: Logs | str | Path, retain_logs: Logs | str | Path | None = None, mean: Mean = "geometric"
 ) -> dict[str, float]:
     """All of TOFU's metrics from per-sample logs in the layout of TOFU's evaluation.
 
     Args:
-        logs: set -> field -> values by sample. The sets are `forget`, `retain`, `real_authors`, `world_facts`, or
-            TOFU's file names for them (LOG_FILES); a set that is absent is left out, with what needs it. Fields:
-            `avg_gt_loss` (loss of the answer), `average_perturb_loss` (losses of the wrong answers, one list a
-            sample), `avg_paraphrased_loss` (loss of the paraphrased answer; the answer's where absent) and
-            `rougeL_recall`. The values of a field are a mapping by sample, or a list.
+        logs: a JSON file (TOFU's eval_log_aggregated.json), or its contents: set -> field -> values by sample. The
+            sets are `forget`, `retain`, `real_authors`, `world_facts`, or TOFU's file names for them (LOG_FILES); a
+            set that is absent is left out, with what needs it. Fields: `avg_gt_loss` (loss of the answer),
+            `average_perturb_loss` (losses of the wrong answers, one list a sample), `avg_paraphrased_loss` (loss of
+            the paraphrased answer; the answer's where absent) and `rougeL_recall`. The values of a field are a
+            mapping by sample, or a list.
         retain_logs: of the retain-only model; needed for forget quality, only its forget set is used.
         mean: see `truth_ratio`; forget quality takes the geometric one whatever is said here.
 
@@ -118,8 +122,9 @@ def tofu_metrics(
         `ks_distance`.
 
     Raises:
-        UserError: a field is missing, or its samples are not those of the other fields.
+        UserError: a file cannot be read, a field is missing, or its samples are not those of the other fields.
     """
+    logs, retain_logs = _read(logs), None if retain_logs is None else _read(retain_logs)
     found: dict[str, float] = {}
     for name, file in LOG_FILES.items():
         if name not in logs and file not in logs:
@@ -146,6 +151,18 @@ def tofu_metrics(
         found["forget_quality"] = forget_quality(*ratios)
         found["ks_distance"] = ks_distance(*ratios)
     return found
+
+
+def _read(logs: Logs | str | Path) -> Logs:
+    if isinstance(logs, Mapping):
+        return logs
+    try:
+        contents = json.loads(Path(logs).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"TOFU log {str(logs)!r} cannot be read: {error}") from error
+    if not isinstance(contents, dict):
+        raise UserError(f"TOFU log {str(logs)!r} is a JSON {type(contents).__name__}: expected an object of sets")
+    return contents
 
 
 class _Log:
