@@ -298,7 +298,10 @@ def _evaluate(arguments: argparse.Namespace) -> None:
 def _tasks(arguments: argparse.Namespace) -> None:
     for task in TASKS.values():
         print(f"{task.name:<12}{task.about}")
-        print(f"{'':<12}forget {task.default_split}; data: {task.source or 'generated, or given as NAME:SOURCE'}")
+        data = "generated here"
+        if task.source_is:
+            data = f"{task.source or 'none by itself'}; {task.name}:SOURCE, {task.source_is}"
+        print(f"{'':<12}forget split {task.default_split}; data: {data}")
         print(f"{'':<12}splits: {', '.join(task.splits)}")
 
 

@@ -1309,8 +1309,8 @@ def after(known: Callable[[Path], Known], tmp_path_factory: pytest.TempPathFacto
     return measure
 
 
-# SGA and CGA are GA with one sample an update, drawn in their own ways.
-OBJECTIVES = [name for name in ALGORITHMS if name not in ("SGA", "CGA")]
+# SGA and CGA are GA with one sample an update, drawn in their own ways; Relearn does the opposite of forgetting.
+OBJECTIVES = [name for name in ALGORITHMS if name not in ("SGA", "CGA", "Relearn")]
 
 
 @pytest.mark.parametrize("algorithm", OBJECTIVES)
@@ -1325,3 +1325,9 @@ def test_algorithm(initially: Known, after: Callable[[str], Known], algorithm: s
     if ALGORITHMS[algorithm].retain:
         assert found.retain_recall > ascent.retain_recall + 0.2
         assert found.retain_probability > ascent.retain_probability + 0.2
+
+
+def test_relearning_forgets_nothing(initially: Known, after: Callable[[str], Known]) -> None:
+    found = after("Relearn")
+    assert found.forget_recall >= initially.forget_recall - 0.01
+    assert found.forget_probability >= initially.forget_probability - 0.005
