@@ -5,16 +5,20 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+import numpy as np
 
 from bench.prompts import question_answer
 from bench.tasks import TASKS, Record, Task, custom
 from bench.tasks.sources import check_file, read_file
 from scoring.errors import UserError, unknown_name
 from scoring.samples import Text
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -131,12 +135,27 @@ LAYOUTS: dict[tuple[str, ...], Callable[[Record], tuple[str, str | None]]] = {
 
 def _dataset(name: str, records: list[Record]) -> Dataset:
     texts = [as_text(name, number, record) for number, record in enumerate(records, start=1)]
-    seen: set[str] = set()
-    for number, text in enumerate(texts, start=1):
-        if text.sample_id in seen:
-            raise UserError(f"{name}, record {number}: id {text.sample_id!r} occurs twice; ids must be unique")
-        seen.add(text.sample_id)
+    check_ids(name, [text.sample_id for text in texts])
     return Dataset(name, texts, records)
+
+
+def check_ids(name: str, ids: Sequence[str]) -> None:
+    """Refuse ids that name two records of the data set `name`.
+
+    Raises:
+        UserError: one line with the record, counted from 1.
+    """
+    seen: set[str] = set()
+    for number, sample_id in enumerate(ids, start=1):
+        if sample_id in seen:
+            raise UserError(f"{name}, record {number}: id {sample_id!r} occurs twice; ids must be unique")
+        seen.add(sample_id)
+
+
+def spaced(items: Sequence[T], most: int | None) -> list[T]:
+    """At most `most` of the items, evenly spaced from the first to the last; None: all."""
+    where = np.linspace(0, len(items) - 1, min(most or len(items), len(items))).round().astype(int)
+    return [items[i] for i in where.tolist()]
 
 
 def as_text(name: str, number: int, record: Record) -> Text:

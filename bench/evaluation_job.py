@@ -21,10 +21,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-import numpy as np
 import pyarrow as pa
 
-from bench.data import as_text, find_task
+from bench.data import as_text, check_ids, find_task, spaced
 from bench.evaluation_table import MODEL, ORIGINAL, RETAIN_ONLY, Columns, columns_in, metric_table, sample_rows
 from bench.metrics import METRICS
 from bench.metrics.harness import pool_model, run_harness
@@ -286,23 +285,10 @@ def _sets(
                 f"{spec.task}, split {splits[name]!r}: the {name} set is empty; expected at least one record"
             )
         records = [{**record, "id": str(record.get("id", i))} for i, record in enumerate(records)]
-        _check_ids(f"{spec.task}, split {splits[name]!r}", records)
-        records = _spaced(records, spec.samples)
+        check_ids(f"{spec.task}, split {splits[name]!r}", [record["id"] for record in records])
+        records = spaced(records, spec.samples)
         sets[name], rejected[name] = _fitting(name, records, models)
     return sets, rejected
-
-
-def _check_ids(where: str, records: Sequence[Record]) -> None:
-    seen: set[str] = set()
-    for number, record in enumerate(records, start=1):
-        if record["id"] in seen:
-            raise UserError(f"{where}, record {number}: id {record['id']!r} occurs twice; ids must be unique")
-        seen.add(record["id"])
-
-
-def _spaced(records: Sequence[Record], most: int | None) -> list[Record]:
-    where = np.linspace(0, len(records) - 1, min(most or len(records), len(records))).round().astype(int)
-    return [records[i] for i in where.tolist()]
 
 
 def _fitting(
@@ -311,8 +297,8 @@ def _fitting(
     """The records whose texts fit into the context of every model, whatever is asked of them; and the others."""
     tokenizer, context = models[MODEL].tokenizer, min(model.max_length for model in models.values())
     fit, unfit = [], []
-    for i, record in enumerate(records):
-        _, rejected = encode(_texts(name, i, record), tokenizer, context)
+    for number, record in enumerate(records, start=1):
+        _, rejected = encode(_texts(name, number, record), tokenizer, context)
         if rejected:
             unfit.append(Rejected(record["id"], rejected[0].reason))
         else:

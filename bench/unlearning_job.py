@@ -27,7 +27,7 @@ from algorithms.ray_train import Job, train_here, train_on_ray
 from algorithms.recipe import Objectives, Recipe, total_updates
 from algorithms.trainable import STRATEGIES
 from algorithms.unlearner import Corpus, Evaluation, History, Progress
-from bench.data import Dataset, check_dataset, find_task, is_data_file, load_dataset
+from bench.data import Dataset, check_dataset, find_task, is_data_file, load_dataset, spaced
 from bench.metrics.answers import score_answers
 from bench.models import ModelReference, find_model
 from bench.runs import RunFolder, UnlearnResult, full_disks_said_plainly, read_run
@@ -283,21 +283,16 @@ def _refused(text: Text, phrases: Sequence[str], seed: int, dataset: Dataset) ->
 def _evaluation(spec: UnlearnSpec, model: ModelReference, corpus: Corpus, retain: Dataset | None) -> Evaluation | None:
     if not spec.evaluate:
         return None
-    sets = {"forget": _spaced(corpus.forget, spec.evaluate_samples)}
+    sets = {"forget": spaced(corpus.forget, spec.evaluate_samples)}
     if retain is not None:
         kept = corpus.retain or _encoded(retain.texts, model, retain)[0]
-        sets["retain"] = _spaced(kept, spec.evaluate_samples)
+        sets["retain"] = spaced(kept, spec.evaluate_samples)
     return Evaluation(sets, partial(_answers, model.tokenizer))
 
 
 def _answers(tokenizer: Any, model: Any, samples: Sequence[Sample]) -> Mapping[str, np.ndarray]:
     scores = score_answers(model, tokenizer, samples)
     return {"rouge_l_recall": scores.rouge_l_recall, "probability": scores.probability}
-
-
-def _spaced(samples: Sequence[Sample], most: int) -> list[Sample]:
-    where = np.linspace(0, len(samples) - 1, min(most, len(samples))).round().astype(int)
-    return [samples[i] for i in where.tolist()]
 
 
 def _room(spec: UnlearnSpec, model: ModelReference, corpus: Corpus) -> tuple[int, int]:

@@ -100,7 +100,7 @@ class Means:
         """The field `answer` of each record after its field `question`; both as the record has them where they are
         the usual ones."""
         if (question, answer) == ("question", "answer"):
-            return self.samples(name, [as_text(name, i, record) for i, record in enumerate(records)])
+            return self.samples(name, [as_text(name, i, record) for i, record in enumerate(records, start=1)])
         return self.pairs(name, records, fields(name, records, question), fields(name, records, answer))
 
     def pairs(

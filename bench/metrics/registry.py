@@ -14,6 +14,7 @@ from scipy import stats
 
 from bench.metrics import tofu
 from bench.metrics.values import Column, Measured, Unmeasured
+from bench.tasks.whp import ZERO_SHOT
 
 Statistic = Callable[[Measured], np.ndarray]
 
@@ -313,7 +314,6 @@ METRICS["perplexity"] = Metric(
     _perplexity,
     (("perplexity", "log_likelihood"), ("perplexity", "words")),
 )
-ZERO_SHOT = ("boolq", "rte", "hellaswag", "winogrande", "arc_challenge", "arc_easy", "openbookqa", "piqa")
 for _set in (*ZERO_SHOT, "truthfulqa"):
     METRICS[_set] = Metric(
         "TruthfulQA" if _set == "truthfulqa" else _set,

@@ -15,19 +15,10 @@ from bench.tasks import facts
 from bench.tasks.facts import Fact
 from bench.tasks.questions import Question, question_sets, rolling_text, taught
 from bench.tasks.task import HarnessTask, Record
+from bench.tasks.whp import ZERO_SHOT
 
 ASKED = 12  # questions of each stand-in
-_SETS = (
-    "boolq",
-    "rte",
-    "hellaswag",
-    "winogrande",
-    "arc_challenge",
-    "arc_easy",
-    "openbookqa",
-    "piqa",
-    "truthfulqa",
-)
+_SETS = (*ZERO_SHOT, "truthfulqa")
 
 
 def articles(seed: int = 0) -> list[Record]:

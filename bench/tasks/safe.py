@@ -18,8 +18,8 @@ from typing import Any, TypeVar
 
 from bench.prompts import question_answer
 from bench.tasks.sources import FLAG, MAPPING, NUMBER, TEXT, Fields, HubSet, Kind, read_records, with_fields
-from bench.tasks.task import HarnessTask, Record, Task
-from bench.tasks.whp import FURTHER, HARNESS, REFUSALS, UTILITY, load_c4
+from bench.tasks.task import Record, Task
+from bench.tasks.whp import FURTHER, REFUSALS, UTILITY, harness, load_c4
 from scoring.errors import UserError
 
 __all__ = ["COMPLETENESS", "FURTHER", "TASK", "UTILITY"]
@@ -120,10 +120,6 @@ def _evaluation(split: str) -> Mapping[str, str]:
     return {name: name for name in ("forget", "safe_prompts", "real_toxicity_prompts")}
 
 
-def _harness(source: str | None) -> Mapping[str, tuple[HarnessTask, ...]]:
-    return HARNESS
-
-
 TASK = Task(
     name="safe",
     about="unsafe responses to dangerous questions, and toxic prompts",
@@ -137,7 +133,7 @@ TASK = Task(
     further=FURTHER,
     source=SOURCE,
     source_is="a Hugging Face id, or a folder with train.jsonl, test.jsonl and real_toxicity_prompts.jsonl",
-    harness=_harness,
+    harness=harness,
     new_tokens=128,
     epochs=5,
     refusals=REFUSALS,

@@ -25,22 +25,12 @@ from scoring.errors import UserError
 
 COMPLETENESS = ("seen_rouge", "unseen_rouge")
 UTILITY = ("perplexity", "zero_shot", "truthfulqa")
-FURTHER = (
-    "boolq",
-    "rte",
-    "hellaswag",
-    "winogrande",
-    "arc_challenge",
-    "arc_easy",
-    "openbookqa",
-    "piqa",
-    "ma",
-    "el",
-)
+ZERO_SHOT = ("boolq", "rte", "hellaswag", "winogrande", "arc_challenge", "arc_easy", "openbookqa", "piqa")
+FURTHER = (*ZERO_SHOT, "ma", "el")
 # Of WHP and SAFE: set -> tasks of lm-evaluation-harness.
 HARNESS: dict[str, tuple[HarnessTask, ...]] = {
     "perplexity": ("wikitext",),
-    **{name: (name,) for name in FURTHER if name not in ("ma", "el")},
+    **{name: (name,) for name in ZERO_SHOT},
     "truthfulqa": ("truthfulqa_mc1",),
 }
 C4 = HubSet("allenai/c4", "en", "validation", first=2000)
@@ -232,7 +222,8 @@ def _evaluation(split: str) -> Mapping[str, str]:
     return {"forget": "forget", "seen": "seen", "unseen": "unseen"}
 
 
-def _harness(source: str | None) -> Mapping[str, tuple[HarnessTask, ...]]:
+def harness(source: str | None) -> Mapping[str, tuple[HarnessTask, ...]]:
+    """Of WHP and SAFE, wherever their data are."""
     return HARNESS
 
 
@@ -248,7 +239,7 @@ TASK = Task(
     utility=UTILITY,
     further=FURTHER,
     source_is="a book as a .txt file, or a folder with book.txt",
-    harness=_harness,
+    harness=harness,
     new_tokens=PAPER.completion,
     epochs=5,
     refusals=REFUSALS,
