@@ -90,6 +90,25 @@ class Checkpoints:
             _remove(self.folder / f"step-{step:08d}")
 
 
+class NoCheckpoints(Checkpoints):
+    """Of a run that is too short to be continued: nothing is kept, so that nothing has to be written."""
+
+    def __init__(self) -> None:
+        pass
+
+    def latest(self) -> None:
+        return None
+
+    def save(self, *_: Any) -> None:
+        pass
+
+    def keep_newest(self) -> None:
+        pass
+
+    def distrust(self, step: int) -> None:
+        pass
+
+
 def _remove(folder: Path) -> None:
     """Whole or not at all, for whoever looks at the names."""
     if folder.is_dir():

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from algorithms.checkpoints import Checkpoints
+from algorithms.checkpoints import Checkpoints, NoCheckpoints
 from algorithms.passes import Head
 from algorithms.recipe import Objectives, Recipe, layer_of, total_updates
 from algorithms.reference import Reference, compute_reference
@@ -67,6 +67,7 @@ class Job:
         batch_tokens: padded tokens in a micro-batch.
         gradient_checkpointing: recompute activations in the backward pass.
         checkpoint_every: updates; None for each epoch.
+        keeps_checkpoints: False for a run so short that it is begun anew where it was stopped.
     """
 
     recipe: Recipe
@@ -80,6 +81,7 @@ class Job:
     batch_tokens: int = 4096
     gradient_checkpointing: bool = False
     checkpoint_every: int | None = None
+    keeps_checkpoints: bool = True
 
     @property
     def reference_path(self) -> Path:
@@ -87,6 +89,8 @@ class Job:
 
     @property
     def checkpoints(self) -> Checkpoints:
+        if not self.keeps_checkpoints:
+            return NoCheckpoints()
         return Checkpoints(self.folder / "checkpoints", self.tokenizer)
 
 
@@ -212,10 +216,17 @@ def unlearner_of(
     group: Group,
     observe: Observe = lambda _: None,
     report: Report = lambda _: None,
+    initial: Mapping[str, torch.Tensor] | None = None,
 ) -> Unlearner:
-    """The job on this worker, ready to run. The reference must be there."""
+    """The job on this worker, ready to run. The reference must be there.
+
+    Args:
+        initial: the model's weights by name on the CPU, where somebody holds them already; None makes a copy.
+    """
     objectives = Objectives.of(job.recipe)
-    initial = {name: p.detach().to("cpu", copy=True) for name, p in model.named_parameters()} if not group.rank else {}
+    if initial is None:
+        own = model.named_parameters() if not group.rank else ()
+        initial = {name: p.detach().to("cpu", copy=True) for name, p in own}
     head = Head(model) if "reference_logits" in objectives.inputs else None
     reference = Reference(job.reference_path) if objectives.reference() else None
     trained = trainable_for(job.recipe, model, group, job.gradient_checkpointing)

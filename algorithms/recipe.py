@@ -49,6 +49,8 @@ class Recipe:
         early_stopping: a forgotten sample leaves the draw, and the run ends when all are forgotten.
         check_every, check_unit: how often samples are looked at; 0: never, as EL is dear where it is not asked for.
         el_n: tokens in an n-gram of EL.
+        ma_threshold, el_threshold: what MA and EL of a forgotten sample are below; None: the averages over the forget
+            set on the initial model. For parts of a forget set that are to be held to the same rule.
         seed: of everything that is drawn.
     """
 
@@ -83,6 +85,8 @@ class Recipe:
     check_every: int = 1
     check_unit: str = "epochs"
     el_n: int = 10
+    ma_threshold: float | None = None
+    el_threshold: float | None = None
     seed: int = 0
 
     def resolved(self) -> dict[str, Any]:
@@ -141,6 +145,10 @@ class Recipe:
             least_open = name in ("learning_rate", "clip_norm", "lora_alpha")
             if value is not None and not (math.isfinite(value) and (value > 0 if least_open else value >= 0)):
                 raise UserError(f"{name} is {value:g}: expected a number {'greater than' if least_open else 'from'} 0")
+        for name in ("ma_threshold", "el_threshold"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value <= 1:
+                raise UserError(f"{name} is {value:g}: expected a share in [0, 1]")
         if not math.isfinite(filled["alpha"]):
             raise UserError(f"alpha is {filled['alpha']}: expected a number; 1 easy first, 0 uniform, -1 hard first")
         if self.early_stopping and not self.check_every:

@@ -87,10 +87,12 @@ class Evaluation:
     Attributes:
         sets: name -> samples.
         measure: model, samples -> metric -> (N,). Every sample's value depends on that sample alone.
+        whole: model -> metric -> value, of what is no mean over samples; the first worker measures it. None: nothing.
     """
 
     sets: Mapping[str, Sequence[Sample]]
     measure: Callable[[PreTrainedModel, Sequence[Sample]], Mapping[str, np.ndarray]]
+    whole: Callable[[PreTrainedModel], Mapping[str, float]] | None = None
 
 
 @dataclass
@@ -438,7 +440,10 @@ class Unlearner:
         if self.recipe.check_every:
             with self._clock("checks"), self.trained.plain() as model:
                 ma, el = self._memory(model, self.corpus.forget, None)
-            self.history.thresholds = dataclasses.asdict(Thresholds.from_initial(ma, el))
+            given = {"ma": self.recipe.ma_threshold, "el": self.recipe.el_threshold}
+            self.history.thresholds = dataclasses.asdict(Thresholds.from_initial(ma, el)) | {
+                name: value for name, value in given.items() if value is not None
+            }
             self.history.memory = {key: {"ma": ma.tolist(), "el": el.tolist()} for key in ("initial", "last")}
             self._note_what_the_rule_cannot_tell(ma, el)
         self._close_epoch(-1)
@@ -534,6 +539,8 @@ class Unlearner:
             )
             for key in next(iter(found.values())):
                 row[f"{name}_{key}"] = float(np.mean([found[i][key] for i in sorted(found)]))
+        if evaluation.whole:
+            row |= self.group.gathered({0: dict(evaluation.whole(model))} if self.group.rank == 0 else {})[0]
         return row
 
     # --- Checkpoints ----------------------------------------------------------------------------------------

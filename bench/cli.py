@@ -154,6 +154,7 @@ UNLEARN_HELP = {
     "model": "authors (embedded), a folder, or a Hugging Face id",
     "task": f"{TASK_HELP}; or a data file of the forget set",
     "forget_split": "of a task, e.g. forget10",
+    "selection": "text file of sample ids, one a line: only these are forgotten (default: all)",
     "retain": "split of the task or data file of what is to be kept (default: the task's own)",
     "refusals": "text file, one refusal a line, for PO and IdkDPO",
     "settings": "of the objective, e.g. beta=0.1 (several: beta1=5,beta2=1)",

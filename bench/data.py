@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -40,6 +41,31 @@ class Dataset:
         """Hash of all that scoring sees of the data."""
         content = [[t.sample_id, t.prompt, t.completion, t.messages] for t in self.texts]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+    def chosen(self, ids: Sequence[str], where: str) -> Dataset:
+        """These samples, in this order. One that is named again is there again, as "id#2".
+
+        Args:
+            ids: of samples.
+            where: they are named, for messages.
+
+        Raises:
+            UserError: there is no such sample, or none is named.
+        """
+        if not ids:
+            raise UserError(f"{where} names no sample; expected ids of {self.name}, one a line")
+        place = {text.sample_id: number for number, text in enumerate(self.texts)}
+        times: Counter[str] = Counter()
+        texts, records = [], []
+        for name in ids:
+            if name not in place:
+                raise UserError(f"{where}: {unknown_name(f'sample of {self.name}', name, place)}")
+            times[name] += 1
+            copy = name if times[name] == 1 else f"{name}#{times[name]}"
+            texts.append(replace(self.texts[place[name]], sample_id=copy))
+            records.append({**self.records[place[name]], "id": copy})
+        check_ids(where, [text.sample_id for text in texts])
+        return Dataset(self.name, texts, records)
 
 
 def find_task(name: str) -> tuple[Task, str | None]:

@@ -16,7 +16,7 @@ import math
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -199,14 +199,26 @@ def evaluate(
     task, source = find_task(spec.task)
     metrics = spec.metrics_of(task)
     models = _models(spec)
-    sets, rejected = _sets(spec, task, source, models, metrics)
+    sets, rejected = sets_of(spec, task, source, models, metrics)
     identity = _identity(spec, task, models, sets)
     if not overwrite and (found := finished(out, identity, "an evaluation", "an evaluation")):
         return EvaluationResult(out, found[0], {"spec": identity} | found[1])
     started = time.perf_counter()
     with Parts(out, identity) as parts:
         connect()
-        measuring = _Measuring(spec, task, source, models, sets, metrics, parts, resources, progress)
+        keeping = _Keeping(parts)
+
+        @contextmanager
+        def reader_of(source: str, revision: str | None) -> Iterator[Reader]:
+            # Replicas start when something is asked of them.
+            with ReplicaPool(
+                ReplicaSpec(source, revision, spec.dtype), resources.footprint(), resources.replicas
+            ) as pool:
+                yield Reader(pool, models[MODEL].tokenizer.eos_token_id, spec.batch_tokens, progress)
+
+        measuring = Measuring(
+            spec, task, source, models, sets, metrics, reader_of, keeping.piece, parts.folder, progress
+        )
         columns: dict[str, Columns] = {}
         for role in models:
             columns[role] = measuring.columns_of(role, columns)
@@ -217,7 +229,7 @@ def evaluate(
         record = {
             "sets": {name: found.reason if isinstance(found, Missing) else len(found) for name, found in sets.items()},
             "rejected": [dataclasses.asdict(each) | {"set": name} for name in rejected for each in rejected[name]],
-            "harness": measuring.harness_versions,
+            "harness": keeping.harness_versions,
             "seconds": time.perf_counter() - started,
             "packages": {name: package_version(name) for name in (*PACKAGES, "lm-eval", "sentence-transformers")},
         }
@@ -252,10 +264,18 @@ def _ends(model: ModelReference) -> tuple[int | None, int | None]:
     return model.tokenizer.bos_token_id, model.tokenizer.eos_token_id
 
 
-def _sets(
-    spec: EvaluateSpec, task: Task, source: str | None, models: Mapping[str, ModelReference], metrics: Sequence[str]
+def sets_of(
+    spec: EvaluateSpec,
+    task: Task,
+    source: str | None,
+    models: Mapping[str, ModelReference],
+    metrics: Sequence[str],
+    forget: Sequence[str] | None = None,
 ) -> tuple[Sets, dict[str, list[Rejected]]]:
     """The records of every set that the metrics speak of, each with an "id", and those that no model can take.
+
+    Args:
+        forget: ids of the samples that were forgotten, where they are not the whole forget set.
 
     Raises:
         UserError: a set that is there is at fault, or has no record.
@@ -286,6 +306,9 @@ def _sets(
             )
         records = [{**record, "id": str(record.get("id", i))} for i, record in enumerate(records)]
         check_ids(f"{spec.task}, split {splits[name]!r}", [record["id"] for record in records])
+        if name == "forget" and forget is not None:
+            chosen = set(forget)
+            records = [record for record in records if record["id"] in chosen]
         records = spaced(records, spec.samples)
         sets[name], rejected[name] = _fitting(name, records, models)
     return sets, rejected
@@ -325,8 +348,15 @@ def _texts(name: str, number: int, record: Record) -> list[Text]:
 
 
 @dataclass
-class _Measuring:
-    """The measurements of one evaluation, in pieces that are kept on disk."""
+class Measuring:
+    """The measurements of one evaluation.
+
+    Attributes:
+        models, sets: by role and by name.
+        reader_of: the replicas of a model, by its source and revision.
+        piece: gives the columns that a work gives, or those it gave before: key, what is in them, work. Pieces are few.
+        folder: to work in.
+    """
 
     spec: EvaluateSpec
     task: Task
@@ -334,13 +364,13 @@ class _Measuring:
     models: Mapping[str, ModelReference]
     sets: Sets
     metrics: Sequence[str]
-    parts: Parts
-    resources: Resources
+    reader_of: Callable[[str, str | None], AbstractContextManager[Reader]]
+    piece: Callable[[str, Sequence[Any], Callable[[], tuple[Columns, dict[str, Any]]]], Columns]
+    folder: Path
     progress: bool
 
     def __post_init__(self) -> None:
         spec, task = self.spec, self.task
-        self.harness_versions: dict[str, Any] = {}
         # The models share a tokenizer, and what does not fit into one is put to none.
         self.means = Means(
             self.models[MODEL].tokenizer,
@@ -361,36 +391,18 @@ class _Measuring:
             asked.append(RIGHT)
         benchmarks = list(dict.fromkeys(name for name, quantity in wanted if quantity in HARNESS))
         model = self.models[role]
-        with self._reader(model.source, model.revision) as reader:
-            columns = self._piece(f"{role}-answers", asked, lambda: measure(asked, self.sets, reader, self.means))
-            columns |= self._piece(f"{role}-benchmarks", benchmarks, lambda: self._benchmarks(reader, benchmarks))
+        with self.reader_of(model.source, model.revision) as reader:
+            columns = self.piece(f"{role}-answers", asked, lambda: (measure(asked, self.sets, reader, self.means), {}))
+            columns |= self.piece(f"{role}-benchmarks", benchmarks, lambda: self._benchmarks(reader, benchmarks))
         if relearning:
             known = None if role == ORIGINAL else others.get(ORIGINAL, {}).get(RIGHT)
-            columns |= self._piece(f"{role}-relearning", RELEARNING, lambda: self._relearning(role, columns, known))
+            columns |= self.piece(
+                f"{role}-relearning", RELEARNING, lambda: (self._relearning(role, columns, known), {})
+            )
         return columns
 
-    def _piece(self, key: str, anything: Sequence[Any], work: Callable[[], Columns]) -> Columns:
-        """The columns that `work` gives, kept for the next start."""
-        if not anything:
-            return {}
-        if not self.parts.has(key):
-            columns = work()
-            reasons = [[*column, c.reason] for column, c in columns.items() if isinstance(c, Missing)]
-            self.parts.write(key, sample_rows(columns), {"missing": reasons, "harness": self.harness_versions})
-        table, facts = self.parts.read(key)
-        self.harness_versions |= facts["harness"]
-        missing = {(name, quantity): Missing(reason) for name, quantity, reason in facts["missing"]}
-        return {**columns_in(table), **missing}
-
-    @contextmanager
-    def _reader(self, source: str, revision: str | None) -> Iterator[Reader]:
-        replica = ReplicaSpec(source, revision, self.spec.dtype)
-        # Replicas start when something is asked of them.
-        with ReplicaPool(replica, self.resources.footprint(), self.resources.replicas) as pool:
-            yield Reader(pool, self.means.tokenizer.eos_token_id, self.spec.batch_tokens, self.progress)
-
-    def _benchmarks(self, reader: Reader, names: Sequence[str]) -> Columns:
-        """Of lm-evaluation-harness."""
+    def _benchmarks(self, reader: Reader, names: Sequence[str]) -> tuple[Columns, dict[str, Any]]:
+        """Of lm-evaluation-harness; and the versions of its tasks."""
         known = self.task.harness(self.source)
         absent = {name: Missing(f"task {self.task.name!r} has no benchmark for {name}") for name in names}
         wanted = {name: known[name] for name in names if name in known}
@@ -399,18 +411,19 @@ class _Measuring:
         try:
             lm = pool_model(reader, self.means.tokenizer, context)
         except UserError as error:  # the harness is not installed, or cannot handle this tokenizer
-            return {(name, quantity): Missing(str(error)) for name in names for quantity in HARNESS}
+            return {(name, quantity): Missing(str(error)) for name in names for quantity in HARNESS}, {}
+        versions: dict[str, Any] = {}
         found = run_harness(lm, wanted, Path(folder) if folder else None, self.spec.harness_limit)
         columns: Columns = {}
         for name, scores in {**absent, **found}.items():
             if isinstance(scores, Missing):
                 columns |= {(name, quantity): scores for quantity in HARNESS}
                 continue
-            self.harness_versions[name] = scores.tasks
+            versions[name] = scores.tasks
             quantity = "acc" if scores.metric == "acc" else "log_likelihood"
             columns[name, quantity] = Scores(tuple(scores.ids), scores.values)
             columns[name, "words"] = Scores(tuple(scores.ids), scores.weights)
-        return columns
+        return columns, versions
 
     def _relearning(self, role: str, columns: Columns, known: Scores | Missing | None) -> Columns:
         right = columns[RIGHT]
@@ -425,14 +438,39 @@ class _Measuring:
             return {FORGOTTEN: gone, RELEARNED: nothing_relearned(gone)}
         records = self.sets["forget"]
         assert not isinstance(records, Missing)
-        folder = self.parts.folder / f"{role}-relearning"
+        folder = self.folder / f"{role}-relearning"
         taught = fine_tuned(self.models[role].source, records, self.spec.relearning(), folder, self.progress)
-        with self._reader(str(taught), None) as reader:
+        with self.reader_of(str(taught), None) as reader:
             again = measure([RIGHT], self.sets, reader, self.means)[RIGHT]
         shutil.rmtree(folder)
         if isinstance(again, Missing):
             return {("forget", quantity): again for quantity in RELEARNING}
         return {FORGOTTEN: gone, RELEARNED: relearned(gone, again)}
+
+
+class _Keeping:
+    """Pieces that are kept on disk for the next start.
+
+    Attributes:
+        harness_versions: of the tasks of lm-evaluation-harness that were asked, by benchmark.
+    """
+
+    def __init__(self, parts: Parts) -> None:
+        self._parts = parts
+        self.harness_versions: dict[str, Any] = {}
+
+    def piece(self, key: str, anything: Sequence[Any], work: Callable[[], tuple[Columns, dict[str, Any]]]) -> Columns:
+        """The columns that `work` gives; none if there is nothing in them."""
+        if not anything:
+            return {}
+        if not self._parts.has(key):
+            columns, versions = work()
+            reasons = [[*column, c.reason] for column, c in columns.items() if isinstance(c, Missing)]
+            self._parts.write(key, sample_rows(columns), {"missing": reasons, "harness": versions})
+        table, facts = self._parts.read(key)
+        self.harness_versions |= facts["harness"]
+        missing = {(name, quantity): Missing(reason) for name, quantity, reason in facts["missing"]}
+        return {**columns_in(table), **missing}
 
 
 # --- Identity ----------------------------------------------------------------------------------------------

@@ -110,6 +110,16 @@ def _estimated(
     return {"value": value, "low": low, "high": high, "samples": sum(counts.values())}
 
 
+def metric_value(name: str, measured: Measured) -> float:
+    """A metric without its interval; nan where it cannot be measured on these samples."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)
+            return float(METRICS[name].statistic(measured.resampled(None)))
+    except Unmeasured:
+        return math.nan
+
+
 def _compared_with_itself(measured: Measured) -> np.ndarray:
     raise Unmeasured("compares with the retain-only model, which this is")
 

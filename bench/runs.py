@@ -18,7 +18,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,17 +26,15 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
 from algorithms.checkpoints import Checkpoints
 from algorithms.unlearner import Corpus, History
+from bench.folders import OwnedFolder
 from bench.scoring_job import PACKAGES, package_version
-from bench.store import differences
+from bench.store import size_of
 from scoring.errors import UserError
 from scoring.files import replacing
-
-LOCK = ".lock"
 
 
 @dataclass(frozen=True)
@@ -60,72 +58,14 @@ class UnlearnResult:
         return self.folder / "model"
 
 
-class RunFolder:
-    """The output folder, claimed for one spec and one process."""
+class RunFolder(OwnedFolder):
+    """The folder of one unlearning run."""
 
-    def __init__(self, out: Path, identity: dict[str, Any]) -> None:
-        self._out, self._identity = out, identity
-        self._lock = FileLock(out / LOCK)
-        self._made = False
+    WHAT, BEGUN, RECORD = "run", ("checkpoints", "reference.safetensors"), "run.json"
 
-    def __enter__(self) -> RunFolder:
-        out, spec = self._out, self._out / "spec.json"
-        if out.exists() and not out.is_dir():
-            raise UserError(f"--out {out} is a file: expected a folder to write to")
-        self._made = not out.exists()
-        if spec.is_file():
-            self._check_owner()
-        # What a killed start may have left does not make the folder someone else's.
-        elif out.is_dir() and any(path.name != LOCK and path.suffix != ".tmp" for path in out.iterdir()):
-            raise UserError(f"--out {out} is not empty and holds no run: choose another folder")
-        try:
-            out.mkdir(parents=True, exist_ok=True)
-            self._lock.acquire(timeout=0)
-        except Timeout:
-            raise UserError(f"--out {out}: another run is writing here; wait for it, or choose another") from None
-        except OSError as error:
-            self._leave_nothing()
-            raise UserError(f"--out {out}: cannot be written to ({error.strerror})") from error
-        try:
-            for leftover in out.glob(".*.tmp"):
-                leftover.unlink() if leftover.is_file() else shutil.rmtree(leftover)
-            if not spec.is_file():
-                with replacing(spec) as unfinished:
-                    unfinished.write_text(json.dumps(self._identity, indent=2) + "\n")
-            if self.is_finished():
-                self._tidy()
-        except OSError as error:
-            self.__exit__()
-            raise UserError(f"--out {out}: cannot be written to ({error.strerror})") from error
-        return self
-
-    def _check_owner(self) -> None:
-        try:
-            found = json.loads((self._out / "spec.json").read_text())
-            owner = found["spec_hash"]
-        except (OSError, ValueError, KeyError, TypeError):
-            raise UserError(f"--out {self._out} is not empty and holds no run: choose another folder") from None
-        if owner != self._identity["spec_hash"]:
-            raise UserError(
-                f"--out {self._out} holds a run of another spec (different: "
-                f"{differences(found, self._identity)}): choose another, or remove it"
-            )
-
-    def __exit__(self, *_: object) -> None:
-        # Refused before anything was done: the next command, mended, must not find the claim of this one.
-        if not any((self._out / name).exists() for name in ("checkpoints", "reference.safetensors", "run.json")):
-            (self._out / "spec.json").unlink(missing_ok=True)
-            self._leave_nothing()
-        self._lock.release()
-
-    def _leave_nothing(self) -> None:
-        with suppress(OSError):
-            (self._out / LOCK).unlink(missing_ok=True)
-            if self._made:
-                self._out.rmdir()
-
-    def is_finished(self) -> bool:
-        return (self._out / "run.json").is_file()
+    def tidy(self) -> None:
+        shutil.rmtree(self._out / "checkpoints", ignore_errors=True)
+        (self._out / "reference.safetensors").unlink(missing_ok=True)
 
     def check_room(self, checkpoint: int, reference: int) -> None:
         """Refuse to start where the checkpoints, of which two exist while one replaces the other, will not fit.
@@ -140,7 +80,7 @@ class RunFolder:
         free = shutil.disk_usage(self._out).free
         if free < needed:
             raise UserError(
-                f"--out {self._out}: {_size(free)} free, and the checkpoints need {_size(needed)}; free some, or "
+                f"--out {self._out}: {size_of(free)} free, and the checkpoints need {size_of(needed)}; free some, or "
                 "choose a folder on another disk"
             )
 
@@ -177,12 +117,7 @@ class RunFolder:
         }
         with replacing(self._out / "run.json") as path:
             path.write_text(json.dumps(record, indent=2) + "\n")
-        self._tidy()
-
-    def _tidy(self) -> None:
-        """Remove what only an unfinished run needs."""
-        shutil.rmtree(self._out / "checkpoints", ignore_errors=True)
-        (self._out / "reference.safetensors").unlink(missing_ok=True)
+        self.tidy()
 
 
 @contextmanager
@@ -196,11 +131,6 @@ def full_disks_said_plainly(out: Path) -> Iterator[None]:
         raise UserError(
             f"--out {out}: nothing more can be written ({error}); free some space and give the same command again"
         ) from error
-
-
-def _size(count: float) -> str:
-    unit, name = next(((u, n) for u, n in ((1e9, "GB"), (1e6, "MB")) if count >= u), (1e3, "kB"))
-    return f"{count / unit:.1f} {name}"
 
 
 def _link(source: str, target: str) -> None:

@@ -39,6 +39,12 @@ def differences(found: dict[str, Any], identity: dict[str, Any]) -> str:
     return ", ".join(key for key in identity if found.get(key) != identity[key] and key != "spec_hash")
 
 
+def size_of(count: float) -> str:
+    """A number of bytes, for a message."""
+    unit, name = next(((u, n) for u, n in ((1e9, "GB"), (1e6, "MB")) if count >= u), (1e3, "kB"))
+    return f"{count / unit:.1f} {name}"
+
+
 def write_scores(table: pa.Table, out: Path, identity: dict[str, Any], record: dict[str, Any]) -> None:
     """Write a score file: the rows, the spec with its hash, and what was noticed on the way."""
     metadata = {SPEC_KEY: json.dumps(identity), FACTS_KEY: json.dumps(record)}

@@ -32,6 +32,7 @@ from bench.metrics.answers import score_answers
 from bench.models import ModelReference, find_model
 from bench.runs import RunFolder, UnlearnResult, full_disks_said_plainly, read_run
 from bench.scoring_job import Resources, ScoreSpec, check_vocabulary
+from bench.selections import read_ids
 from bench.store import with_spec_hash
 from bench.tasks import Task
 from scoring.cluster import connect, is_gpu_share
@@ -66,6 +67,7 @@ class UnlearnSpec(Recipe):
         model: `authors`, `authors:retain90`, a folder or a Hugging Face id.
         task: a task, a task file, or a data file of the forget set, see bench.data.
         forget_split: of a task; its default split if None.
+        selection: text file of sample ids, one a line: only these are forgotten; None: all.
         retain: a split of the task or a data file; None: the task's complement of the forget split.
         refusals: text file with one refusal a line, for PO and IdkDPO; None for the task's, or built-in ones.
         evaluate: measure ROUGE-L recall and probability of forget and retain answers after each epoch.
@@ -93,6 +95,7 @@ class UnlearnSpec(Recipe):
     model: str
     task: str
     forget_split: str | None = None
+    selection: str | None = None
     retain: str | None = None
     refusals: str | None = None
     evaluate: bool = True
@@ -154,13 +157,13 @@ def unlearn(spec: UnlearnSpec, out: str | Path, progress: bool = True) -> Unlear
     check_dataset(spec.task, spec.forget_split)
     model = find_model(spec.model)
     forget, retain = datasets_of(spec, model.tokenizer)
-    identity = _identity(spec, model, forget, retain)
+    identity = identity_of(spec, model, forget, retain)
     with RunFolder(out, identity) as folder:
         if folder.is_finished():
             print(f"{out} holds this run already (spec {identity['spec_hash']})", file=sys.stderr)
             return read_run(out)
         corpus, rejected = corpus_of(spec, model, forget, retain)
-        folder.check_room(*_room(spec, model, corpus))
+        folder.check_room(*room_of(spec, model, corpus))
         job = Job(
             spec,
             corpus,
@@ -168,7 +171,7 @@ def unlearn(spec: UnlearnSpec, out: str | Path, progress: bool = True) -> Unlear
             model.revision,
             out,
             model.tokenizer,
-            _evaluation(spec, model, corpus, retain),
+            evaluation_of(spec, model, corpus, retain),
             spec.strategy,
             spec.batch_tokens,
             spec.gradient_checkpointing,
@@ -201,6 +204,8 @@ def datasets_of(spec: UnlearnSpec, tokenizer: Any) -> tuple[Dataset, Dataset | N
     """The forget set, and the retain set where the objective or the evaluation uses one; the tokenizer is the model's,
     for tasks whose texts are cut by the number of tokens."""
     forget = load_dataset(spec.task, spec.forget_split, tokenizer)
+    if spec.selection is not None:
+        forget = forget.chosen(read_ids(spec.selection), f"selection {spec.selection!r}")
     source = spec.retain
     task = _task(spec)
     needed = Objectives.of(spec).retain is not None
@@ -280,7 +285,9 @@ def _refused(text: Text, phrases: Sequence[str], seed: int, dataset: Dataset) ->
     return dataclasses.replace(text, completion=space + phrase)
 
 
-def _evaluation(spec: UnlearnSpec, model: ModelReference, corpus: Corpus, retain: Dataset | None) -> Evaluation | None:
+def evaluation_of(
+    spec: UnlearnSpec, model: ModelReference, corpus: Corpus, retain: Dataset | None
+) -> Evaluation | None:
     if not spec.evaluate:
         return None
     sets = {"forget": spaced(corpus.forget, spec.evaluate_samples)}
@@ -295,7 +302,7 @@ def _answers(tokenizer: Any, model: Any, samples: Sequence[Sample]) -> Mapping[s
     return {"rouge_l_recall": scores.rouge_l_recall, "probability": scores.probability}
 
 
-def _room(spec: UnlearnSpec, model: ModelReference, corpus: Corpus) -> tuple[int, int]:
+def room_of(spec: UnlearnSpec, model: ModelReference, corpus: Corpus) -> tuple[int, int]:
     """Bytes of a checkpoint, and of what is kept of the initial model."""
     config = AutoConfig.from_pretrained(model.source, revision=model.revision)
     try:
@@ -318,7 +325,7 @@ def _room(spec: UnlearnSpec, model: ModelReference, corpus: Corpus) -> tuple[int
 # --- Identity and progress ----------------------------------------------------------------------------------
 
 
-def _identity(spec: UnlearnSpec, model: ModelReference, forget: Dataset, retain: Dataset | None) -> dict[str, Any]:
+def identity_of(spec: UnlearnSpec, model: ModelReference, forget: Dataset, retain: Dataset | None) -> dict[str, Any]:
     """The spec with hashes in place of what names can hide, and its own hash."""
     content = {k: v for k, v in dataclasses.asdict(spec).items() if k not in UnlearnSpec.EXECUTION} | {
         "schema_version": SCHEMA_VERSION,
@@ -327,7 +334,7 @@ def _identity(spec: UnlearnSpec, model: ModelReference, forget: Dataset, retain:
         "retain_sha256": retain.sha256 if retain else None,
         "refusals": list(_refusals(spec)) if Objectives.of(spec).needs_refusals else None,
     }
-    return with_spec_hash(content, ("model", "task", "forget_split", "retain"))
+    return with_spec_hash(content, ("model", "task", "forget_split", "selection", "retain"))
 
 
 class _Bar:

@@ -287,6 +287,19 @@ class ReplicaPool:
         self._idle.append(actor)
 
 
+class LocalPool:
+    """One replica in this process, asked as a ReplicaPool is."""
+
+    def __init__(self, replica: TransformersReplica) -> None:
+        self._replica = replica
+
+    def run(self, tasks: Sequence[AnyWork], shards: Sequence[Sequence[Batch]]) -> Iterator[tuple[AnyWork, Any, Facts]]:
+        """Results in order; what a replica notices stays with it."""
+        kept: dict[int, dict[str, Any]] = {}
+        for task in tasks:
+            yield task, task.do(self._replica, shards[task.shard], kept.setdefault(task.shard, {})), Facts()
+
+
 def _plain(error: RayTaskError) -> BaseException:
     """The exception that the replica raised, without Ray's wrapping where it is the user's to mend."""
     cause = error.cause

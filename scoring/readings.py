@@ -14,7 +14,7 @@ import torch
 from tqdm import tqdm
 
 from scoring.generation import group_prompts
-from scoring.pool import ReplicaPool
+from scoring.pool import LocalPool, ReplicaPool
 from scoring.replica import TransformersReplica
 from scoring.samples import Batch, Sample, make_batches
 
@@ -168,7 +168,7 @@ class Reader:
     """
 
     def __init__(
-        self, pool: ReplicaPool, eos_token_id: int | None, batch_tokens: int = 4096, progress: bool = False
+        self, pool: ReplicaPool | LocalPool, eos_token_id: int | None, batch_tokens: int = 4096, progress: bool = False
     ) -> None:
         self._pool = pool
         self._eos = eos_token_id

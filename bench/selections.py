@@ -1,0 +1,248 @@
+"""Which samples of a forget set are drawn to be forgotten: the choice that papers make without saying so.
+
+Every selection has a name, a seed and a list of sample ids, and each is stored: the ids, one a line, are what
+`mrd-bench unlearn --selection` reads, so a trial of a sweep can be run again by itself.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from bench.data import Dataset
+from scoring.characteristics import Characteristics, characteristics
+from scoring.errors import UserError, unknown_name
+from scoring.files import replacing
+
+ALL = "all"
+THIRDS = ("easy", "medium", "hard")
+KINDS = (ALL, "random", "thirds", "attribute", "composite", "single")
+# Numbers that every text has, by name; a record's own fields go before them.
+MEASURED = tuple(name for name in Characteristics.__dataclass_fields__ if name != "tokens")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SelectionSpec:
+    """Selections of one kind.
+
+    Attributes:
+        kind: "all": the whole forget set; "random": subsets drawn without replacement; "thirds": by MRD, the easy, the
+            medium and the hard third; "attribute": one for each value of a field of the records, or the lower and the
+            upper half of a number; "composite": drawn with replacement; "single": one sample each.
+        size: samples in each; None: as many as there are to be had (of a third, of a value); for "random" and
+            "composite" it must be given.
+        count: how many of each level; for "single", how many samples.
+        by: the attribute: a field of the records, or a characteristic of their texts.
+        seed: of the draws.
+    """
+
+    kind: str
+    size: int | None = None
+    count: int = 1
+    by: str | None = None
+    seed: int = 0
+
+    def checked(self) -> SelectionSpec:
+        """The same.
+
+        Raises:
+            UserError: a value out of range or a combination that does not exist.
+        """
+        if self.kind not in KINDS:
+            raise unknown_name("kind of selection", self.kind, KINDS)
+        for name, value in (("size", self.size), ("count", self.count)):
+            if value is not None and value < 1:
+                raise UserError(f"selections, kind {self.kind}: {name} is {value}: expected 1 or more")
+        if self.seed < 0:
+            raise UserError(f"selections, kind {self.kind}: seed is {self.seed}: expected 0 or more")
+        if self.kind in ("random", "composite") and self.size is None:
+            raise UserError(f"selections, kind {self.kind}: no size: expected the number of samples in each")
+        if self.kind in ("single", ALL) and self.size is not None:
+            raise UserError(f"selections, kind {self.kind}: size is {self.size}: leave it out")
+        if (self.kind == "attribute") != (self.by is not None):
+            raise UserError(
+                f"selections, kind {self.kind}: by is {self.by or 'missing'}: expected the name of an attribute for "
+                "kind attribute, and for no other"
+            )
+        if self.size is None and self.count > 1 and self.kind in ("thirds", "attribute"):
+            raise UserError(
+                f"selections, kind {self.kind}: count is {self.count} without a size: all would be the same"
+            )
+        return self
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Samples that are forgotten together.
+
+    Attributes:
+        name: unique in a sweep.
+        kind, seed: of the draw.
+        level: "easy", "medium", "hard", a value of the attribute, "low" or "high"; "" where there is none.
+        ids: of the samples, in order; a repeated one counts as often as it is there.
+    """
+
+    name: str
+    kind: str
+    level: str
+    seed: int
+    ids: tuple[str, ...]
+
+
+def needs_difficulty(specs: Sequence[SelectionSpec]) -> bool:
+    """Whether MRD decides who is selected."""
+    return any(spec.kind == "thirds" for spec in specs)
+
+
+def select(specs: Sequence[SelectionSpec], dataset: Dataset, mrd: Mapping[str, float]) -> list[Selection]:
+    """The selections of a forget set.
+
+    Args:
+        specs: checked.
+        dataset: the forget set.
+        mrd: by sample id; asked for thirds alone.
+
+    Raises:
+        UserError: more samples are wanted than there are, or no record has the attribute.
+    """
+    found = [selection for spec in specs for selection in _of(spec, dataset, mrd)]
+    names = [selection.name for selection in found]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise UserError(f"selections: {twice!r} occurs twice; give one of them another seed")
+    return found
+
+
+def _of(spec: SelectionSpec, dataset: Dataset, mrd: Mapping[str, float]) -> list[Selection]:
+    ids = [text.sample_id for text in dataset.texts]
+    if spec.kind == ALL:
+        return [Selection(ALL, ALL, "", spec.seed, tuple(ids))]
+    if spec.kind == "single":
+        chosen = _drawn(ids, spec.count, spec, "", 0, dataset.name)
+        return [Selection(f"single-{name}", "single", "", spec.seed, (name,)) for name in chosen]
+    found = []
+    for level, members in _levels(spec, dataset, ids, mrd).items():
+        for number in range(spec.count):
+            drawn = _drawn(members, spec.size, spec, level, number, dataset.name)
+            parts = [spec.kind, *([spec.by] if spec.by else []), *([level] if level else []), str(spec.seed)]
+            name = "-".join(parts) + (f"-{number:03d}" if spec.size is not None else "")
+            found.append(Selection(name, spec.kind, level, spec.seed, tuple(drawn)))
+    return found
+
+
+def _levels(
+    spec: SelectionSpec, dataset: Dataset, ids: Sequence[str], mrd: Mapping[str, float]
+) -> dict[str, list[str]]:
+    """Level -> the samples that it is drawn from."""
+    if spec.kind == "thirds":
+        # The paper: what changes most under noise is forgotten most easily. Samples without a score take no part.
+        ordered = sorted((name for name in ids if name in mrd), key=lambda name: (-mrd[name], name))
+        return {level: list(part) for level, part in zip(THIRDS, np.array_split(ordered, 3), strict=True)}
+    if spec.kind == "attribute":
+        return _by_attribute(str(spec.by), dataset, ids)
+    return {"": list(ids)}
+
+
+def _by_attribute(by: str, dataset: Dataset, ids: Sequence[str]) -> dict[str, list[str]]:
+    fields = list(dict.fromkeys(name for record in dataset.records for name in record))
+    if by in fields:
+        values = [record.get(by) for record in dataset.records]
+    elif by in MEASURED:
+        texts = [f"{text.prompt} {text.completion or ''}" for text in dataset.texts]
+        values = [asdict(each)[by] for each in characteristics(texts, texts)]
+    else:
+        raise UserError(f"selections: {unknown_name(f'attribute of {dataset.name}', by, [*fields, *MEASURED])}")
+    named = {name: value for name, value in zip(ids, values, strict=True) if value is not None and value == value}
+    if all(isinstance(value, int | float) and not isinstance(value, bool) for value in named.values()):
+        middle = float(np.median(list(named.values()))) if named else math.nan
+        return {
+            "low": [name for name, value in named.items() if value < middle],
+            "high": [name for name, value in named.items() if value > middle],
+        }
+    levels: dict[str, list[str]] = {}
+    for name, value in sorted(named.items(), key=lambda item: str(item[1])):
+        levels.setdefault(str(value), []).append(name)
+    if len(levels) > 20:
+        raise UserError(
+            f"selections: attribute {by!r} of {dataset.name} has {len(levels)} values; expected a number, or at most 20"
+        )
+    return levels
+
+
+def _drawn(
+    ids: Sequence[str], size: int | None, spec: SelectionSpec, level: str, number: int, where: str
+) -> Sequence[str]:
+    """Ids drawn by seed, level and number; without replacement they keep the order of the data."""
+    if size is None:
+        return ids
+    replacement = spec.kind == "composite"
+    if not ids or (size > len(ids) and not replacement):
+        of = f"{where}, {level}" if level else where
+        raise UserError(f"selections, kind {spec.kind}: size is {size}: {of} has {len(ids)} samples")
+    rng = np.random.default_rng([spec.seed, KINDS.index(spec.kind), number, *level.encode()])
+    return [ids[i] for i in sorted(rng.choice(len(ids), size, replace=replacement).tolist())]
+
+
+# --- On disk ------------------------------------------------------------------------------------------------
+
+
+def write_selections(selections: Sequence[Selection], mrd: Mapping[str, float], out: Path) -> dict[str, Path]:
+    """Write selections.parquet, one row a sample of a selection, and a file of ids for each; the files by name."""
+    rows = [
+        {
+            "selection": selection.name,
+            "kind": selection.kind,
+            "level": selection.level,
+            "seed": selection.seed,
+            "position": position,
+            "sample_id": name,
+            "mrd": mrd.get(name),
+        }
+        for selection in selections
+        for position, name in enumerate(selection.ids)
+    ]
+    schema = pa.schema(
+        [
+            ("selection", pa.string()),
+            ("kind", pa.string()),
+            ("level", pa.string()),
+            ("seed", pa.int64()),
+            ("position", pa.int64()),
+            ("sample_id", pa.string()),
+            ("mrd", pa.float64()),
+        ]
+    )
+    with replacing(out / "selections.parquet") as unfinished:
+        pq.write_table(pa.Table.from_pylist(rows, schema), unfinished)
+    folder = out.resolve() / "selections"
+    folder.mkdir(exist_ok=True)
+    # Numbered: a value of an attribute may be no name for a file.
+    paths = {selection.name: folder / f"{number:04d}.txt" for number, selection in enumerate(selections)}
+    for selection in selections:
+        with replacing(paths[selection.name]) as unfinished:
+            unfinished.write_text("".join(f"{name}\n" for name in selection.ids), encoding="utf-8")
+    return paths
+
+
+def read_ids(path: str) -> list[str]:
+    """The sample ids of a file, one a line.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    try:
+        lines = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"selection {path!r} cannot be read: {error}; expected sample ids, one a line") from error
+    return [line for line in lines if line]
+
+
+def mean_log_mrd(selection: Selection, mrd: Mapping[str, float]) -> float:
+    """The difficulty of a selection: the mean of log MRD over its samples that have one; nan without any."""
+    values = [math.log(mrd[name]) for name in selection.ids if mrd.get(name, 0.0) > 0]
+    return float(np.mean(values)) if values else math.nan
