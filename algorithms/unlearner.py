@@ -87,11 +87,14 @@ class Evaluation:
     Attributes:
         sets: name -> samples.
         measure: model, samples -> metric -> (N,). Every sample's value depends on that sample alone.
+        every: epochs from one measurement to the next, the initial model's being the first; the last is always made, and
+            0 makes no other.
         whole: model -> metric -> value, of what is no mean over samples; the first worker measures it. None: nothing.
     """
 
     sets: Mapping[str, Sequence[Sample]]
     measure: Callable[[PreTrainedModel, Sequence[Sample]], Mapping[str, np.ndarray]]
+    every: int = 1
     whole: Callable[[PreTrainedModel], Mapping[str, float]] | None = None
 
 
@@ -506,7 +509,7 @@ class Unlearner:
         row["forgotten"] = self._share_forgotten()
         with self._clock("evaluation"), self.trained.plain() as model:
             row |= self._moved(model)
-            if self._evaluation:
+            if self._evaluation and self._evaluation_is_due(self._evaluation.every, epoch + 1):
                 row |= self._evaluate(model, self._evaluation)
         row["tokens"] = sum(step["tokens"] for step in self.history.steps)
         for name in ("training", "mrd"):
@@ -514,6 +517,10 @@ class Unlearner:
         row |= {f"seconds_{name}": self.history.seconds.get(name, 0.0) for name in CLOCKS}
         self.history.epochs.append(row)
         self._report(row)
+
+    def _evaluation_is_due(self, every: int, epoch: int) -> bool:
+        last = self.history.step == self.total or not self._left().any()
+        return last or (every > 0 and epoch % every == 0)
 
     def _moved(self, model: PreTrainedModel) -> dict[str, float | None]:
         """Mean |Δθ| over all weights and ‖Δθ‖, against the initial model."""

@@ -17,6 +17,7 @@ from scoring.mrd import ESTIMATORS, STATISTICS
 
 if TYPE_CHECKING:
     from bench.scoring_job import Resources
+    from bench.sweep_plan import SweepResources
 
 USER_ERROR = 2
 TASK_HELP = (
@@ -77,6 +78,9 @@ def _parser() -> argparse.ArgumentParser:
 
     _evaluate_arguments(
         verb("evaluate", _evaluate, "measure the metrics of a task, with intervals and reference models")
+    )
+    _sweep_arguments(
+        verb("sweep", _sweep, "run the cross of algorithms, sample selections, seeds and settings on Ray Tune")
     )
     verb("tasks", _tasks, "list the tasks: what is forgotten, what is kept, where the data are")
     verb("metrics", _metrics, "list the metrics: what they say, and where they are from")
@@ -171,6 +175,9 @@ UNLEARN_HELP = {
     "workers": "Ray Train workers; 0 trains in this process",
     "strategy": "ddp or fsdp",
     "batch_tokens": "padded tokens in a micro-batch; gradients are accumulated",
+    "evaluate_every": "epochs from one measurement to the next; 0: only at the end",
+    "ma_threshold": "a forgotten sample's MA is below (default: the average on the initial model)",
+    "el_threshold": "a forgotten sample's EL is below (default: the average on the initial model)",
     "checkpoint_every": "updates (default: each epoch)",
 }
 
@@ -238,6 +245,7 @@ EVALUATE_HELP = {
     "model": "the model that has forgotten: an embedded one, a folder, or a Hugging Face id",
     "task": TASK_HELP,
     "split": "the forget split, e.g. forget10 (default: the task's own)",
+    "selection": "text file of the ids of the samples that were forgotten, one a line (default: the whole split)",
     "original": "the model before it forgot",
     "retain_model": "the gold standard: a model trained without the forget set",
     "metrics": "names, separated by commas (default: all of the task; see mrd-bench metrics)",
@@ -265,6 +273,45 @@ def _evaluate_arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--overwrite", action="store_true", help="replace --out if it exists")
     _spec_arguments(sub, EvaluateSpec, EVALUATE_HELP)
     _resource_arguments(sub)
+
+
+def _sweep_arguments(sub: argparse.ArgumentParser) -> None:
+    add = sub.add_argument
+    add("spec", metavar="SPEC.yaml", help="what is swept: base, vary, selections, search; see the README")
+    add("--out", required=True, help="folder for the tables; the same command continues a sweep that was stopped")
+    add("--trials", help="folder of finished trials, shared by sweeps (default: trials, next to --out)")
+    add("--retry-failed", action="store_true", help="try again what ran out of memory, died or met an error")
+    _sweep_resource_arguments(sub)
+
+
+def _sweep_resource_arguments(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--concurrent", type=int, help="trials at once (default: as many as fit)")
+    sub.add_argument("--cpus-per-trial", type=int, default=1, help="cores and threads (default: %(default)s)")
+    sub.add_argument("--gpus-per-trial", type=float, help="default: 1 where the cluster has GPUs, else 0")
+
+
+def _sweep(arguments: argparse.Namespace) -> None:
+    from bench.report.summary import print_sweep
+    from bench.spec import read_spec
+    from bench.sweep_plan import SweepSpec
+    from bench.sweeps import sweep
+
+    spec = read_spec(arguments.spec, SweepSpec, None)
+    print_sweep(
+        sweep(
+            spec,
+            arguments.out,
+            arguments.trials,
+            _sweep_resources_of(arguments),
+            retry_failed=arguments.retry_failed,
+        )
+    )
+
+
+def _sweep_resources_of(arguments: argparse.Namespace) -> SweepResources:
+    from bench.sweep_plan import SweepResources
+
+    return SweepResources(arguments.cpus_per_trial, arguments.gpus_per_trial, arguments.concurrent)
 
 
 def _resource_arguments(sub: argparse.ArgumentParser) -> None:

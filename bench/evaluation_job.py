@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -35,6 +36,7 @@ from bench.metrics.values import Missing, Scores
 from bench.models import NO_LIMIT, ModelReference, find_model
 from bench.prompts import question_answer
 from bench.scoring_job import DTYPE_CHOICES, PACKAGES, Resources, package_version
+from bench.selections import read_ids
 from bench.store import Parts, finished, with_spec_hash, write_scores
 from bench.tasks import Record, Task
 from bench.tasks.task import Unreachable
@@ -63,6 +65,8 @@ class EvaluateSpec:
         model: the model that has forgotten: an embedded one, a folder or a Hugging Face id.
         task: a task, `NAME:SOURCE`, or a task file.
         split: the forget split; None: the task's default.
+        selection: text file of sample ids, one a line: only these were forgotten, and they are the forget set, all of
+            them; None: the whole split.
         original: the model before it forgot; None: not evaluated, and Relearn takes all for known that is not now.
         retain_model: the gold standard, trained without the forget set; None: not evaluated, and no Forget Quality.
         metrics: names, separated by commas; None: all of the task.
@@ -86,6 +90,7 @@ class EvaluateSpec:
     model: str
     task: str
     split: str | None = None
+    selection: str | None = None
     original: str | None = None
     retain_model: str | None = None
     metrics: str | None = None
@@ -220,8 +225,10 @@ def evaluate(
             spec, task, source, models, sets, metrics, reader_of, keeping.piece, parts.folder, progress
         )
         columns: dict[str, Columns] = {}
-        for role in models:
-            columns[role] = measuring.columns_of(role, columns)
+        for role, model in models.items():
+            # A model that is the original is not measured twice.
+            same = next((other for other in columns if models[other].fingerprint == model.fingerprint), None)
+            columns[role] = columns[same] if same else measuring.columns_of(role, columns)
         table = metric_table(metrics, columns, spec.seed)
         if not table["value"].null_count < table.num_rows:
             parts.remove()
@@ -270,12 +277,8 @@ def sets_of(
     source: str | None,
     models: Mapping[str, ModelReference],
     metrics: Sequence[str],
-    forget: Sequence[str] | None = None,
 ) -> tuple[Sets, dict[str, list[Rejected]]]:
     """The records of every set that the metrics speak of, each with an "id", and those that no model can take.
-
-    Args:
-        forget: ids of the samples that were forgotten, where they are not the whole forget set.
 
     Raises:
         UserError: a set that is there is at fault, or has no record.
@@ -306,12 +309,21 @@ def sets_of(
             )
         records = [{**record, "id": str(record.get("id", i))} for i, record in enumerate(records)]
         check_ids(f"{spec.task}, split {splits[name]!r}", [record["id"] for record in records])
-        if name == "forget" and forget is not None:
-            chosen = set(forget)
-            records = [record for record in records if record["id"] in chosen]
-        records = spaced(records, spec.samples)
+        if name == "forget" and spec.selection is not None:
+            records = _selected(records, spec.selection, f"{spec.task}, split {splits[name]!r}")
+        else:
+            records = spaced(records, spec.samples)
         sets[name], rejected[name] = _fitting(name, records, models)
     return sets, rejected
+
+
+def _selected(records: Sequence[Record], selection: str, where: str) -> list[Record]:
+    """Those whose id is in a file, in the order of the data."""
+    known = {record["id"] for record in records}
+    chosen = read_ids(selection)
+    if unknown := next((name for name in chosen if name not in known), None):
+        raise UserError(f"selection {selection!r}: {unknown_name(f'sample of {where}', unknown, known)}")
+    return [record for record in records if record["id"] in set(chosen)]
 
 
 def _fitting(
@@ -378,8 +390,8 @@ class Measuring:
             task.new_tokens,
             spec.min_k,
             spec.el_n,
-            Embedder(spec.sentence_model),
-            Classifier(spec.toxicity_model or task.toxicity_model, spec.toxicity_label),
+            _embedder(spec.sentence_model),
+            _classifier(spec.toxicity_model or task.toxicity_model, spec.toxicity_label),
         )
 
     def columns_of(self, role: str, others: Mapping[str, Columns]) -> Columns:
@@ -448,6 +460,10 @@ class Measuring:
         return {FORGOTTEN: gone, RELEARNED: relearned(gone, again)}
 
 
+# Loaded once in a process: trials of a sweep measure one model after the other.
+_embedder, _classifier = lru_cache(maxsize=1)(Embedder), lru_cache(maxsize=1)(Classifier)
+
+
 class _Keeping:
     """Pieces that are kept on disk for the next start.
 
@@ -488,7 +504,7 @@ def _identity(spec: EvaluateSpec, task: Task, models: Mapping[str, ModelReferenc
         },
         "harness_tasks_sha256": _folder_sha256(spec.harness_tasks),
     }
-    return with_spec_hash(content, ("model", "original", "retain_model", "task", "harness_tasks"))
+    return with_spec_hash(content, ("model", "original", "retain_model", "task", "selection", "harness_tasks"))
 
 
 def _folder_sha256(folder: str | None) -> str | None:

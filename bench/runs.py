@@ -98,7 +98,7 @@ class RunFolder(OwnedFolder):
         tables = {
             "steps": pa.Table.from_pylist(history.steps, _step_schema()),
             "epochs": pa.Table.from_pylist(history.epochs, _epoch_schema(history.epochs)),
-            "samples": _samples(history, corpus),
+            "samples": sample_table(history, corpus),
             "difficulty": _difficulty(history, corpus),
         }
         for name, table in tables.items():
@@ -162,17 +162,20 @@ def _step_schema() -> pa.Schema:
 
 
 def _epoch_schema(rows: Sequence[Mapping[str, Any]]) -> pa.Schema:
-    """Numbers, whichever of them this run knows."""
+    """Numbers, whichever of them this run knows; not every epoch knows all."""
+    names = dict.fromkeys(name for row in rows for name in row)
     whole = ("epoch", "step", "tokens")
     return pa.schema(
         [
             (name, pa.int64() if name in whole or name.startswith(("forwards", "backwards")) else pa.float64())
-            for name in rows[0]
+            for name in names
         ]
     )
 
 
-def _samples(history: History, corpus: Corpus) -> pa.Table:
+def sample_table(history: History, corpus: Corpus) -> pa.Table:
+    """One row a forget sample, see the README."""
+
     def memory(when: str, what: str) -> pa.Array:
         """Of each sample; null where it was not measured: EL is not where MA alone says that it is not forgotten."""
         values = history.memory[when][what] if history.memory else [np.inf] * len(corpus.forget)

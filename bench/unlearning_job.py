@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import random
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -42,6 +42,8 @@ from scoring.samples import Rejected, Sample, Text, encode
 SCHEMA_VERSION = 1
 # Bytes on disk for a weight: the model in fp32, and two moments of AdamW.
 BYTES_MODEL, BYTES_MOMENTS = 4, 8
+# What hashes stand for in a run's identity.
+NAMED = ("model", "task", "forget_split", "selection", "retain")
 # Refusals of the paper's Table 3 come first.
 REFUSALS = (
     "I'm not informed about that subject.",
@@ -71,6 +73,7 @@ class UnlearnSpec(Recipe):
         retain: a split of the task or a data file; None: the task's complement of the forget split.
         refusals: text file with one refusal a line, for PO and IdkDPO; None for the task's, or built-in ones.
         evaluate: measure ROUGE-L recall and probability of forget and retain answers after each epoch.
+        evaluate_every: epochs from one measurement to the next; the last is always made, and 0 makes no other.
         evaluate_samples: at most so many of each set, evenly spaced.
         workers: 0 trains in this process, without Ray.
         strategy: "ddp" (a whole model a worker) or "fsdp" (sharded: FSDP2).
@@ -99,6 +102,7 @@ class UnlearnSpec(Recipe):
     retain: str | None = None
     refusals: str | None = None
     evaluate: bool = True
+    evaluate_every: int = 1
     evaluate_samples: int = 100
     workers: int = 1
     strategy: str = "ddp"
@@ -136,6 +140,7 @@ class UnlearnSpec(Recipe):
             ("batch_tokens", 2),
             ("checkpoint_every", 1),
             ("max_failures", 0),
+            ("evaluate_every", 0),
             ("evaluate_samples", 1),
         ):
             value = getattr(self, name)
@@ -200,10 +205,16 @@ def _task(spec: UnlearnSpec) -> Task | None:
     return None if is_data_file(spec.task) else find_task(spec.task)[0]
 
 
-def datasets_of(spec: UnlearnSpec, tokenizer: Any) -> tuple[Dataset, Dataset | None]:
-    """The forget set, and the retain set where the objective or the evaluation uses one; the tokenizer is the model's,
-    for tasks whose texts are cut by the number of tokens."""
-    forget = load_dataset(spec.task, spec.forget_split, tokenizer)
+def datasets_of(
+    spec: UnlearnSpec, tokenizer: Any, load: Callable[..., Dataset] = load_dataset
+) -> tuple[Dataset, Dataset | None]:
+    """The forget set, and the retain set where the objective or the evaluation uses one.
+
+    Args:
+        tokenizer: of the model, for tasks whose texts are cut by the number of tokens.
+        load: `load_dataset`, or what remembers its results.
+    """
+    forget = load(spec.task, spec.forget_split, tokenizer)
     if spec.selection is not None:
         forget = forget.chosen(read_ids(spec.selection), f"selection {spec.selection!r}")
     source = spec.retain
@@ -219,8 +230,8 @@ def datasets_of(spec: UnlearnSpec, tokenizer: Any) -> tuple[Dataset, Dataset | N
             )
         return forget, None
     if task is not None and (source in task.splits or not is_data_file(source)):
-        return forget, load_dataset(spec.task, source, tokenizer)
-    return forget, load_dataset(source, tokenizer=tokenizer)
+        return forget, load(spec.task, source, tokenizer)
+    return forget, load(source, tokenizer=tokenizer)
 
 
 def corpus_of(
@@ -294,7 +305,7 @@ def evaluation_of(
     if retain is not None:
         kept = corpus.retain or _encoded(retain.texts, model, retain)[0]
         sets["retain"] = spaced(kept, spec.evaluate_samples)
-    return Evaluation(sets, partial(_answers, model.tokenizer))
+    return Evaluation(sets, partial(_answers, model.tokenizer), spec.evaluate_every)
 
 
 def _answers(tokenizer: Any, model: Any, samples: Sequence[Sample]) -> Mapping[str, np.ndarray]:
@@ -334,7 +345,7 @@ def identity_of(spec: UnlearnSpec, model: ModelReference, forget: Dataset, retai
         "retain_sha256": retain.sha256 if retain else None,
         "refusals": list(_refusals(spec)) if Objectives.of(spec).needs_refusals else None,
     }
-    return with_spec_hash(content, ("model", "task", "forget_split", "selection", "retain"))
+    return with_spec_hash(content, NAMED)
 
 
 class _Bar:

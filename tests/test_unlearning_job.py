@@ -455,9 +455,12 @@ IDENTITY = {
     "el_n": "--el-n 3",
     "seed": "--seed 1",
     "evaluate": "--no-evaluate",
+    "evaluate_every": "--evaluate-every 2",
     "evaluate_samples": "--evaluate-samples 3",
+    "ma_threshold": "--ma-threshold 0.5",
+    "el_threshold": "--el-threshold 0.5",
 }
-NAMES = {"model", "task", "forget_split", "retain", "refusals"}
+NAMES = {"model", "task", "forget_split", "selection", "retain", "refusals"}
 
 
 def test_every_field_is_in_one_of_the_lists() -> None:

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
+import pyarrow.compute as pc
 
 from bench.runs import UnlearnResult
 from bench.scoring_job import ScoreResult
+from bench.sweeps import SweepResult
+from bench.trials import FINISHED
 
 SHOWN = 5
 # Above this share a standard error no longer says how far a score is off.
@@ -81,6 +86,34 @@ def print_unlearning(result: UnlearnResult) -> None:
     for rejected in result.record["rejected"]:
         print(f"rejected from the {rejected['set']} set, {rejected['sample_id']!r}: {rejected['reason']}")
     print(f"model  {result.model}\ntables {result.folder}/*.parquet")
+
+
+def print_sweep(result: SweepResult) -> None:
+    """How the trials ended, and what each configuration reached on average over selections and seeds."""
+    trials, record = result.trials, result.record
+    counts = ", ".join(f"{count} {status}" for status, count in record["counts"].items())
+    print(f"{trials.num_rows} trials ({counts}) in {record['seconds']:.0f} s -> {result.folder}")
+    varied = [name for name in record["spec"]["vary"] if name != "seed"]
+    measured = [name for name in ("completeness", "utility", "balance", "updates") if name in trials.column_names]
+    rows = trials.filter(pc.equal(trials["status"], FINISHED)).to_pylist()
+    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault(tuple(row[name] for name in varied), []).append(row)
+    titles = [*varied, "trials", *measured]
+    print("".join(f"{title[:17]:>18}" for title in titles))
+    for values, own in groups.items():
+        cells = [*map(str, values), str(len(own))]
+        for name in measured:
+            found = np.array([row[name] for row in own if row[name] is not None], dtype=float)
+            spread = f" ± {found.std(ddof=1):.2g}" if len(found) > 1 else ""
+            cells.append(f"{found.mean():.4g}{spread}" if len(found) else "–")
+        print("".join(f"{cell[:17]:>18}" for cell in cells))
+    if measured:
+        print("mean ± standard deviation over selections and seeds")
+    for row in trials.to_pylist():
+        if row["status"] != FINISHED:
+            which = ", ".join(f"{name} {row[name]}" for name in varied)
+            print(f"{row['status']}: {row['trial']} ({which}; {row['selection']}, seed {row['seed']}): {row['reason']}")
 
 
 def _short(value: float | None) -> str:
