@@ -89,7 +89,7 @@ class Evaluation:
         measure: model, samples -> metric -> (N,). Every sample's value depends on that sample alone.
         every: epochs from one measurement to the next, the initial model's being the first; the last is always made, and
             0 makes no other.
-        whole: model -> metric -> value, of what is no mean over samples; the first worker measures it. None: nothing.
+        whole: model -> metric -> value, of what is no mean over samples; the first worker measures it. None: none.
     """
 
     sets: Mapping[str, Sequence[Sample]]

@@ -82,6 +82,9 @@ def _parser() -> argparse.ArgumentParser:
     _sweep_arguments(
         verb("sweep", _sweep, "run the cross of algorithms, sample selections, seeds and settings on Ray Tune")
     )
+    _reproduce_arguments(
+        verb("reproduce", _reproduce, "answer the paper's questions: a table, a picture and a paragraph each")
+    )
     verb("tasks", _tasks, "list the tasks: what is forgotten, what is kept, where the data are")
     verb("metrics", _metrics, "list the metrics: what they say, and where they are from")
 
@@ -306,6 +309,27 @@ def _sweep(arguments: argparse.Namespace) -> None:
             retry_failed=arguments.retry_failed,
         )
     )
+
+
+def _reproduce_arguments(sub: argparse.ArgumentParser) -> None:
+    add = sub.add_argument
+    add("name", metavar="NAME", help="an experiment of the paper, such as fig2 or table13; all; or list")
+    add("--preset", default="demo", help="demo (embedded tasks, minutes) or paper (its scale, for a cluster)")
+    add("--spec", help="YAML file in place of the experiment's own, with a section named like the preset")
+    add("--out", help="folder for the answers (default: reproduce-PRESET); the same command continues")
+    _sweep_resource_arguments(sub)
+
+
+def _reproduce(arguments: argparse.Namespace) -> None:
+    from bench.experiments.reproduce import EXPERIMENTS, reproduce
+
+    if arguments.name == "list":
+        for experiment in EXPERIMENTS.values():
+            print(f"{experiment.name:<9}{experiment.title}: {experiment.question}")
+        return
+    out = arguments.out or f"reproduce-{arguments.preset}"
+    reproduce(arguments.name, arguments.preset, out, _sweep_resources_of(arguments), arguments.spec)
+    print(f"\nanswers {out}/README.md")
 
 
 def _sweep_resources_of(arguments: argparse.Namespace) -> SweepResources:

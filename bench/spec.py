@@ -42,7 +42,7 @@ def read_spec(path: str | Path, kind: type[T], given: Mapping[str, Any] | None) 
     Raises:
         UserError: one line that names the file, and the line or field at fault.
     """
-    from_file = _read_mapping(path)
+    from_file = read_mapping(path)
     flags = given is not None
     given = given or {}
     # What a flag replaces is not looked at, and what a flag says is not the file's fault.
@@ -88,7 +88,12 @@ _Loader.add_implicit_resolver(
 )
 
 
-def _read_mapping(path: str | Path) -> dict[Any, Any]:
+def read_mapping(path: str | Path) -> dict[Any, Any]:
+    """A YAML file, as a mapping.
+
+    Raises:
+        UserError: one line that names the file, and the line at fault.
+    """
     try:
         text = Path(path).read_text(encoding="utf-8")
     except OSError as error:

@@ -56,8 +56,8 @@ class SweepSpec:
             "optuna" alone.
         scheduler: "asha" stops trials that are behind after an epoch, by the objective.
         grace_epochs, reduction: of ASHA: epochs before it stops any; one in so many goes on.
-        evaluate: fields of an evaluation, see EvaluateSpec: metrics of the task that are measured at the end; none: only
-            those of the training loop.
+        evaluate: fields of an evaluation, see EvaluateSpec: metrics of the task, measured at the end; none: only those
+            of the training loop.
         each_epoch: measure them after every epoch.
         thresholds: a sample is forgotten when it is below the averages over its "selection", or over the whole "split".
         keep_models: save the model of every trial.

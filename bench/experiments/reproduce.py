@@ -1,0 +1,162 @@
+"""The experiments by name, and running them: one table, one picture and one paragraph each, with the spec that made them.
+
+OUT/NAME/spec.yaml  NAME.parquet  NAME.png  finding.md     the answer; finding.md comes last and says that all is there
+OUT/README.md                                              all findings, in the order of EXPERIMENTS
+OUT/work/NAME, OUT/trials                                  what was measured on the way, for the next start
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import yaml
+from filelock import FileLock, Timeout
+
+from bench import plots
+from bench.experiments.experiment import Answer, Experiment, Setting
+from bench.scoring_job import PACKAGES, package_version
+from bench.spec import read_mapping
+from bench.store import with_spec_hash
+from bench.sweep_plan import SweepResources
+from scoring.errors import UserError, unknown_name
+from scoring.files import replacing
+
+PRESETS = ("demo", "paper")
+SPECS = Path(__file__).parent / "specs"
+ALL = "all"
+SCHEMA_VERSION = 1
+
+EXPERIMENTS: dict[str, Experiment] = {each.name: each for each in ()}
+
+
+def reproduce(
+    name: str,
+    preset: str,
+    out: str | Path,
+    resources: SweepResources | None = None,
+    spec: str | Path | None = None,
+    progress: bool = True,
+) -> list[Path]:
+    """Answer a question of the paper, or all of them; the folders of the answers.
+
+    Args:
+        name: of an experiment, or "all".
+        preset: "demo", on the embedded tasks in minutes, or "paper", at the paper's scale.
+        out: folder; the same call goes on where it was stopped.
+        spec: a file in place of the experiment's own, with a section named like the preset; for one experiment.
+
+    Raises:
+        UserError: no such experiment or preset, a spec at fault, or `out` holds answers of another preset.
+    """
+    if preset not in PRESETS:
+        raise unknown_name("preset", preset, PRESETS)
+    if name != ALL and name not in EXPERIMENTS:
+        raise unknown_name("experiment", name, [*EXPERIMENTS, ALL])
+    if spec is not None and name == ALL:
+        raise UserError("--spec is for one experiment: name it instead of all")
+    out = Path(out)
+    chosen = list(EXPERIMENTS.values()) if name == ALL else [EXPERIMENTS[name]]
+    # All of them first: a mistake in the last one's spec is not found after an hour.
+    settings = [
+        _setting(each, preset, Path(spec) if spec else SPECS / f"{each.name}.yaml", out, resources, progress)
+        for each in chosen
+    ]
+    try:
+        (out / "work").mkdir(parents=True, exist_ok=True)
+        lock = FileLock(out / "work" / ".lock")
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise UserError(f"--out {out}: another run is writing here; wait for it, or choose another") from None
+    except OSError as error:
+        raise UserError(f"--out {out}: cannot be written to ({error.strerror})") from error
+    with lock:
+        folders = [_answered(*each, preset, out) for each in zip(chosen, settings, strict=True)]
+        _write_overview(out, preset)
+    return folders
+
+
+def _setting(
+    experiment: Experiment, preset: str, path: Path, out: Path, resources: SweepResources | None, progress: bool
+) -> Setting:
+    sections = read_mapping(path)
+    if unknown := next((name for name in sections if name not in PRESETS), None):
+        raise UserError(f"{path}: {unknown_name('preset', str(unknown), PRESETS)}")
+    values = sections.get(preset)
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: no section {preset!r}: expected a mapping of what the experiment is given")
+    spread = (resources or SweepResources()).checked()
+    work = out / "work" / experiment.name
+    return Setting(experiment.name, values, f"{path}, {preset}", work, out / "trials", spread, progress)
+
+
+def _answered(experiment: Experiment, setting: Setting, preset: str, out: Path) -> Path:
+    """Run an experiment unless its answer is there; its folder."""
+    folder = out / experiment.name
+    identity = with_spec_hash(
+        {"experiment": experiment.name, "preset": preset, "values": setting.values, "schema_version": SCHEMA_VERSION},
+        (),
+    )
+    record = folder / "record.json"
+    if record.is_file():
+        found = json.loads(record.read_text())
+        if found["spec_hash"] == identity["spec_hash"]:
+            print(f"{experiment.name}: {folder} is there already", flush=True)
+            return folder
+        raise UserError(
+            f"--out {out} holds {experiment.name} by another spec (preset {found['preset']}): choose another folder, or "
+            f"remove {folder}"
+        )
+    print(f"{experiment.name}: {experiment.question}", flush=True)
+    started = time.perf_counter()
+    setting.work.mkdir(parents=True, exist_ok=True)
+    answer = experiment.run(setting)
+    folder.mkdir(parents=True, exist_ok=True)
+    _write(experiment, answer, setting, identity, time.perf_counter() - started, folder)
+    print("\n".join(answer.sentences), flush=True)
+    return folder
+
+
+def _write(
+    experiment: Experiment,
+    answer: Answer,
+    setting: Setting,
+    identity: dict[str, Any],
+    seconds: float,
+    folder: Path,
+) -> None:
+    for name, table in {experiment.name: answer.table, **answer.tables}.items():
+        with replacing(folder / f"{name}.parquet") as unfinished:
+            pq.write_table(table, unfinished)
+    inches = answer.inches or (5.0 * len(answer.panels), 5.0)
+    with replacing(folder / f"{experiment.name}.png") as unfinished:
+        plots.png(answer.panels, unfinished, inches, polar=answer.polar)
+    with replacing(folder / "spec.yaml") as unfinished:
+        unfinished.write_text(yaml.safe_dump({identity["preset"]: setting.values}, sort_keys=False), encoding="utf-8")
+    with replacing(folder / "finding.md") as unfinished:
+        unfinished.write_text(_finding(experiment, answer.sentences), encoding="utf-8")
+    packages = {name: package_version(name) for name in PACKAGES}
+    with replacing(folder / "record.json") as unfinished:
+        unfinished.write_text(json.dumps(identity | {"seconds": seconds, "packages": packages}, indent=2) + "\n")
+
+
+def _finding(experiment: Experiment, sentences: Sequence[str]) -> str:
+    return (
+        f"## {experiment.name}: {experiment.title}\n\n{experiment.question}\n\n*The paper:* {experiment.claim}\n\n"
+        f"![{experiment.title}]({experiment.name}.png)\n\n" + "\n\n".join(sentences) + "\n"
+    )
+
+
+def _write_overview(out: Path, preset: str) -> None:
+    """README.md: every finding that is there."""
+    there = [name for name in EXPERIMENTS if (out / name / "record.json").is_file()]
+    parts = [f"# The paper's figures and tables, preset {preset}\n"]
+    for name in there:
+        text = (out / name / "finding.md").read_text(encoding="utf-8")
+        parts.append(text.replace(f"]({name}.png)", f"]({name}/{name}.png)"))
+    with replacing(out / "README.md") as unfinished:
+        unfinished.write_text("\n".join(parts), encoding="utf-8")
