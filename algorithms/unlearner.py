@@ -87,7 +87,7 @@ class Evaluation:
     Attributes:
         sets: name -> samples.
         measure: model, samples -> metric -> (N,). Every sample's value depends on that sample alone.
-        every: epochs from one measurement to the next, the initial model's being the first; the last is always made, and
+        whole: model -> metric -> value, of what is no mean over samples; the first worker measures it. None: none.
             0 makes no other.
         whole: model -> metric -> value, of what is no mean over samples; the first worker measures it. None: none.
     """

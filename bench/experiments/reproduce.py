@@ -1,8 +1,8 @@
-"""The experiments by name, and running them: one table, one picture and one paragraph each, with the spec that made them.
+"""The experiments by name, and running them: a table, a picture and a paragraph each, with the spec that made them.
 
-OUT/NAME/spec.yaml  NAME.parquet  NAME.png  finding.md     the answer; finding.md comes last and says that all is there
-OUT/README.md                                              all findings, in the order of EXPERIMENTS
-OUT/work/NAME, OUT/trials                                  what was measured on the way, for the next start
+OUT/NAME/spec.yaml  NAME.parquet  NAME.png  finding.md    the answer; record.json comes last: all is there
+OUT/README.md                                             all findings, in the order of EXPERIMENTS
+OUT/work/NAME, OUT/trials                                 what was measured on the way, for the next start
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ SPECS = Path(__file__).parent / "specs"
 ALL = "all"
 SCHEMA_VERSION = 1
 
-EXPERIMENTS: dict[str, Experiment] = {each.name: each for each in ()}
+MODULES: tuple[Any, ...] = ()
+EXPERIMENTS: dict[str, Experiment] = {module.EXPERIMENT.name: module.EXPERIMENT for module in MODULES}
 
 
 def reproduce(
@@ -108,8 +109,8 @@ def _answered(experiment: Experiment, setting: Setting, preset: str, out: Path) 
             print(f"{experiment.name}: {folder} is there already", flush=True)
             return folder
         raise UserError(
-            f"--out {out} holds {experiment.name} by another spec (preset {found['preset']}): choose another folder, or "
-            f"remove {folder}"
+            f"--out {out} holds {experiment.name} by another spec (preset {found['preset']}): choose another folder, "
+            f"or remove {folder}"
         )
     print(f"{experiment.name}: {experiment.question}", flush=True)
     started = time.perf_counter()
