@@ -87,8 +87,8 @@ class Evaluation:
     Attributes:
         sets: name -> samples.
         measure: model, samples -> metric -> (N,). Every sample's value depends on that sample alone.
-        whole: model -> metric -> value, of what is no mean over samples; the first worker measures it. None: none.
-            0 makes no other.
+        every: epochs from one measurement to the next, from the initial model on; the last is always made, and 0 makes
+            no other.
         whole: model -> metric -> value, of what is no mean over samples; the first worker measures it. None: none.
     """
 

@@ -125,6 +125,10 @@ def _benchmark_arguments(benchmark: argparse.ArgumentParser) -> None:
     add("--retain", help="split of the task or data file of what is to be kept (default: the task's own)")
     add("--seeds", type=int, default=5, help="of the runs until all is forgotten; 0 leaves them out (default: 5)")
 
+    add = what("sweep", "what Ray Tune adds to a trial: warm workers against a new one each")
+    add("--split", help="of a task (default: the task's own forget split)")
+    add("--trials", type=int, default=12, help="in each of the sweeps (default: 12)")
+
 
 def _score_arguments(sub: argparse.ArgumentParser) -> None:
     from bench.scoring_job import DTYPE_CHOICES, ScoreSpec
@@ -424,6 +428,11 @@ def _benchmark(arguments: argparse.Namespace) -> None:
         unlearning.run_benchmark(
             arguments.model, arguments.data, arguments.split, arguments.retain, arguments.seeds, arguments.out
         )
+        return
+    if arguments.what == "sweep":
+        from bench.benchmarks import sweep
+
+        sweep.run_benchmark(arguments.model, arguments.data, arguments.split, arguments.trials, arguments.out)
         return
     from bench.benchmarks import scoring
 

@@ -203,7 +203,12 @@ def _run(
 @contextmanager
 def _environment() -> Iterator[None]:
     """What Ray Tune reads from there: results are ours to write, and an interrupt ends the sweep."""
-    own = {"TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1", "TUNE_DISABLE_SIGINT_HANDLER": "1"}
+    own = {
+        "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+        "TUNE_DISABLE_SIGINT_HANDLER": "1",
+        "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # the last report is not of an epoch
+        "RAY_AIR_NEW_OUTPUT": "0",  # the new one is not silent at verbosity 0
+    }
     before = {name: os.environ.get(name) for name in own}
     os.environ.update(own)
     try:
@@ -235,7 +240,9 @@ def _one_trial(config: dict[str, Any], trials: Sequence[Trial], shared: Shared, 
         if objective and row["epoch"]:
             tune.report({"epoch": row["epoch"], objective: row[objective], "row": dict(row)})
 
-    run_trial(trials[config["number"]], shared, report)
+    result = run_trial(trials[config["number"]], shared, report)
+    # Of a trial that reports nothing, Tune speaks on the terminal.
+    tune.report({"status": result["status"]})
 
 
 def _every_selection(config: dict[str, Any], plan: Plan, shared: Shared) -> None:

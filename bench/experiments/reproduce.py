@@ -18,6 +18,7 @@ import yaml
 from filelock import FileLock, Timeout
 
 from bench import plots
+from bench.experiments import fig2
 from bench.experiments.experiment import Answer, Experiment, Setting
 from bench.scoring_job import PACKAGES, package_version
 from bench.spec import read_mapping
@@ -31,7 +32,7 @@ SPECS = Path(__file__).parent / "specs"
 ALL = "all"
 SCHEMA_VERSION = 1
 
-MODULES: tuple[Any, ...] = ()
+MODULES: tuple[Any, ...] = (fig2,)
 EXPERIMENTS: dict[str, Experiment] = {module.EXPERIMENT.name: module.EXPERIMENT for module in MODULES}
 
 

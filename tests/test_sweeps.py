@@ -1,0 +1,576 @@
+"""Sweeps from the command line: what the trials are, what kills, failures and other sweeps do to them."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import ray
+import torch
+import yaml
+
+from bench import sweeps, trials
+from bench.cli import main
+from bench.evaluation_job import EvaluateSpec, evaluate
+from bench.runs import read_run
+from bench.spec import make_spec
+from bench.sweep_plan import Plan, SweepResources, SweepSpec
+from bench.sweeps import SweepResult, read_sweep, sweep
+from bench.trials import Shared, TrialStore, run_trial, shareable_weights
+from bench.unlearning_job import UnlearnSpec, unlearn
+from scoring.errors import UserError
+from tests.processes import descendants, kill, wait_for
+from tests.tiny_folders import pairs, write_jsonl
+from tests.tiny_tofu import pairs_of, records, taught, write_task
+
+ROOT = Path(__file__).resolve().parents[1]
+pytestmark = pytest.mark.usefixtures("cluster")
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """As in a worker, so that sums have the same order."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+class Inputs:
+    """A sound sweep of a tiny model on a data file."""
+
+    def __init__(self, folder: Path, model: Path) -> None:
+        self.folder, self.model, self.trials = folder, model, folder / "trials"
+        (folder / "data").mkdir()
+        self.task = write_jsonl(folder / "data" / "task.jsonl", pairs(12))
+        self.retain = write_jsonl(
+            folder / "data" / "retain.jsonl", [r | {"id": f"kept{r['id']}"} for r in pairs(6, seed=1)]
+        )
+
+    def spec(self, base: Mapping[str, Any] | None = None, **fields: Any) -> dict[str, Any]:
+        own = {
+            "model": str(self.model),
+            "task": str(self.task),
+            "retain": str(self.retain),
+            "epochs": 2,
+            "el_n": 2,
+            "learning_rate": 1e-3,
+            "evaluate_every": 0,
+        }
+        return {
+            "base": own | dict(base or {}),
+            "vary": {"algorithm": ["GA", "NPO"]},
+            "selections": [{"kind": "random", "size": 6, "count": 2}],
+        } | fields
+
+    def file(self, spec: Mapping[str, Any], name: str = "sweep.yaml") -> Path:
+        path = self.folder / name
+        path.write_text(yaml.safe_dump(dict(spec)))
+        return path
+
+    def run(self, spec: Mapping[str, Any], name: str = "out", **more: Any) -> SweepResult:
+        made = make_spec(SweepSpec, spec, "test")
+        return sweep(made, self.folder / name, self.trials, SweepResources(concurrent=2), progress=False, **more)
+
+
+@pytest.fixture
+def inputs(tmp_path: Path, model_folder: Path) -> Inputs:
+    return Inputs(tmp_path, model_folder)
+
+
+def rows_of(result: SweepResult) -> dict[str, dict[str, Any]]:
+    return {row["trial"]: row for row in result.trials.to_pylist()}
+
+
+def timeless(folder: Path) -> dict[str, list[dict[str, Any]]]:
+    """The tables, without what a clock gave."""
+    return {
+        name: [
+            {key: value for key, value in row.items() if "seconds" not in key}
+            for row in pq.read_table(folder / f"{name}.parquet").to_pylist()
+        ]
+        for name in ("trials", "epochs", "samples", "selections")
+    }
+
+
+# --- What a trial is ----------------------------------------------------------------------------------------
+
+
+def test_a_trial_is_the_run_that_its_row_names(inputs: Inputs) -> None:
+    """The same as `mrd-bench unlearn --selection`, to the last digit, also in a worker that has done another trial."""
+    result = inputs.run(inputs.spec({"alpha": 1.0}))
+    names = {path.read_text(): path for path in (inputs.folder / "out" / "selections").glob("*.txt")}
+    table = pq.read_table(inputs.folder / "out" / "selections.parquet").to_pylist()
+    assert result.trials.num_rows == 4
+    for number, row in enumerate(result.trials.to_pylist()):
+        assert row["status"] == "finished"
+        ids = [each["sample_id"] for each in table if each["selection"] == row["selection"]]
+        assert len(set(ids)) == 6 == row["forget_samples"]
+        spec = UnlearnSpec(
+            model=str(inputs.model),
+            task=str(inputs.task),
+            retain=str(inputs.retain),
+            selection=str(names["".join(f"{name}\n" for name in ids)]),
+            algorithm=row["algorithm"],
+            alpha=1.0,
+            epochs=2,
+            el_n=2,
+            learning_rate=1e-3,
+            evaluate_every=0,
+            workers=0,
+        )
+        alone = read_run(unlearn(spec, inputs.folder / f"alone{number}", progress=False).folder)
+        epochs = [each for each in result.epochs.to_pylist() if each["trial"] == row["trial"]]
+        assert len(epochs) == alone.epochs.num_rows
+        for ours, theirs in zip(epochs, alone.epochs.to_pylist(), strict=True):
+            for key, value in theirs.items():
+                if "seconds" not in key:
+                    assert ours[key] == value, key
+        samples = [each for each in result.samples.to_pylist() if each.pop("trial") == row["trial"]]
+        assert samples == alone.samples.to_pylist()
+        last = epochs[-1]
+        assert row["completeness"] == 1 - last["forget_rouge_l_recall"]
+        assert row["utility"] == last["retain_rouge_l_recall"]
+    difficulty = dict(
+        zip(
+            *pq.read_table(inputs.folder / "out" / "difficulty.parquet", columns=["sample_id", "mrd"])
+            .to_pydict()
+            .values(),
+            strict=True,
+        )
+    )
+    for row in result.trials.to_pylist():
+        ids = [each["sample_id"] for each in table if each["selection"] == row["selection"]]
+        assert row["mean_log_mrd"] == pytest.approx(np.mean(np.log([difficulty[name] for name in ids])), rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    "before",
+    [
+        {"algorithm": "RMU"},
+        {"algorithm": "GA", "lora_rank": 2},
+        {"algorithm": "GA", "gradient_checkpointing": True},
+        {"algorithm": "GA", "learning_rate": 1e6, "clip_norm": None},
+    ],
+    ids=["frozen layers", "adapters", "checkpointing", "diverged"],
+)
+def test_a_warm_worker_forgets_what_came_before(inputs: Inputs, before: dict[str, Any]) -> None:
+    spec = make_spec(SweepSpec, inputs.spec({"algorithm": "GA"}, vary={}, selections=[]), "test")
+    plan = Plan(spec, inputs.folder)
+    plan.choose(SweepResources())
+    (selection,) = plan.selections.values()
+    trial = plan.trial({}, selection)
+    weights = {plan.model.source: ray.put(shareable_weights(plan.model))}
+
+    def run(what: trials.Trial, name: str) -> dict[str, Any]:
+        store = TrialStore(inputs.folder / name, inputs.folder / f"{name}-own")
+        result = run_trial(what, Shared(weights, {}, store, inputs.folder / "work"))
+        return {key: value for key, value in result.items() if key not in ("seconds", "clocks", "epochs", "values")} | {
+            "moved": [row["mean_abs_delta"] for row in result.get("epochs", [])]
+        }
+
+    trials._WARM.clear()
+    alone = run(trial, "alone")
+    other = run(plan.trial(before, selection), "other")
+    assert other["status"] == ("diverged" if "learning_rate" in before else "finished")
+    assert run(trial, "after") == alone
+    assert alone["moved"][-1] > 0
+
+
+def test_the_metrics_of_a_trial_are_those_of_its_model(tmp_path: Path) -> None:
+    """Against `evaluate` on the model that the trial ended with, with both reference models; on a selection."""
+    task = write_task(tmp_path / "task")
+    known = [record for name in ("forget", "retain") for record in records(name)]
+    model = taught(tmp_path / "full", pairs_of(*known), 40)
+    retained = taught(tmp_path / "retained", pairs_of(*records("retain")), 40, seed=1)
+    metrics = "ua,mia,rr,relearn,uc_average,retain_rr,forget_quality"
+    spec = {
+        "base": {
+            "model": str(model),
+            "task": str(task),
+            "algorithm": "GA",
+            "epochs": 1,
+            "el_n": 2,
+            "learning_rate": 3e-3,
+            "evaluate": False,
+        },
+        "selections": [{"kind": "random", "size": 20, "count": 2}],
+        "evaluate": {"metrics": metrics, "retain_model": str(retained), "relearn_steps": 3, "samples": 10, "el_n": 2},
+        "keep_models": True,
+    }
+    result = sweep(make_spec(SweepSpec, spec, "test"), tmp_path / "out", None, SweepResources(concurrent=1), False)
+    for number, row in enumerate(result.trials.to_pylist()):
+        assert row["status"] == "finished", row["reason"]
+        again = evaluate(
+            EvaluateSpec(
+                model=str(tmp_path / "trials" / row["trial"]),
+                task=str(task),
+                original=str(model),
+                retain_model=str(retained),
+                selection=str(tmp_path / "out" / "selections" / f"{number:04d}.txt"),
+                metrics=metrics,
+                relearn_steps=3,
+                samples=10,
+                el_n=2,
+            ),
+            tmp_path / f"again{number}.parquet",
+            progress=False,
+        ).table.to_pylist()
+        expected = {r["name"]: r["value"] for r in again if r["level"] == "metric" and r["model"] == "model"}
+        assert expected.keys() == set(metrics.split(","))
+        for name, value in expected.items():
+            assert value is not None, name
+            assert row[name] == pytest.approx(value, rel=1e-9), name
+        of_forget = {r["sample_id"] for r in again if r["level"] == "sample" and r["set"] == "forget"}
+        assert len(of_forget) == 20
+
+
+# --- Configurations -----------------------------------------------------------------------------------------
+
+
+def test_the_cross(inputs: Inputs) -> None:
+    result = inputs.run(
+        inputs.spec(
+            vary={"algorithm": ["GA"], "alpha": [0.0, -1.0], "seed": [0, 3]},
+            selections=[{"kind": "thirds"}, {"kind": "composite", "size": 5}],
+        )
+    )
+    cells = Counter((row["alpha"], row["seed"], row["selection"]) for row in result.trials.to_pylist())
+    thirds = [f"thirds-{level}-0" for level in ("easy", "medium", "hard")]
+    assert cells == Counter((a, s, n) for a in (0.0, -1.0) for s in (0, 3) for n in (*thirds, "composite-0-000"))
+    assert result.record["counts"] == {"finished": 16}
+
+
+def test_random_search_is_decided_by_its_seed(inputs: Inputs) -> None:
+    spec = inputs.spec(
+        vary={"algorithm": ["GA", "NPO"], "learning_rate": {"log_uniform": [1e-5, 1e-3]}, "seed": {"integers": [0, 9]}},
+        search="random",
+        trials=3,
+    )
+    del spec["base"]["learning_rate"]
+    drawn = [(row["algorithm"], row["learning_rate"], row["seed"]) for row in inputs.run(spec).trials.to_pylist()]
+    assert len(drawn) == 6
+    assert len(set(drawn)) == 3  # each on both selections
+    assert all(1e-5 <= rate <= 1e-3 and 0 <= seed <= 9 for _, rate, seed in drawn)
+    again = [(row["algorithm"], row["learning_rate"], row["seed"]) for row in inputs.run(spec, "b").trials.to_pylist()]
+    assert again == drawn
+    other = inputs.run(spec | {"seed": 1}, "c").trials["learning_rate"].to_pylist()
+    assert not {rate for _, rate, _ in drawn} & set(other)
+
+
+def test_optuna_goes_on_with_what_it_knows(inputs: Inputs) -> None:
+    spec = inputs.spec(
+        vary={"algorithm": ["GA", "NPO"], "learning_rate": {"log_uniform": [1e-4, 1e-2]}},
+        search="optuna",
+        trials=4,
+        objective="completeness",
+    )
+    del spec["base"]["learning_rate"]
+    result = inputs.run(spec)
+    tried = json.loads((result.folder / "search.json").read_text())
+    assert len(tried) == 4
+    for each in tried:
+        own = [
+            row["completeness"]
+            for row in result.trials.to_pylist()
+            if all(row[name] == value for name, value in each["values"].items())
+        ]
+        assert len(own) == 2
+        assert each["objective"] == pytest.approx(np.mean(own))
+    # As a driver that was killed in the third configuration leaves it.
+    (result.folder / "search.json").write_text(json.dumps(tried[:2]))
+    (result.folder / "sweep.json").unlink()
+    before = {path: path.stat().st_mtime_ns for path in inputs.trials.glob("*.json")}
+    again = inputs.run(spec)
+    now = json.loads((again.folder / "search.json").read_text())
+    assert now[:2] == tried[:2]
+    assert len(now) == 4
+    assert len({json.dumps(each["values"]) for each in now}) == 4
+    assert all(path.stat().st_mtime_ns == when for path, when in before.items())
+
+
+def test_asha_stops_those_behind_and_their_rows_say_so(inputs: Inputs) -> None:
+    spec = inputs.spec(
+        {"epochs": 8, "evaluate_every": 1, "early_stopping": False, "check_every": 0},
+        vary={"algorithm": ["GA"], "learning_rate": [1e-2, 1e-3, 1e-5, 1e-6, 1e-7, 1e-8]},
+        selections=[],
+        scheduler="asha",
+        objective="completeness",
+        reduction=2,
+    )
+    del spec["base"]["learning_rate"]
+    made = make_spec(SweepSpec, spec, "test")
+    result = sweep(made, inputs.folder / "out", inputs.trials, SweepResources(concurrent=1), progress=False)
+    counts = result.record["counts"]
+    assert counts["finished"] >= 1
+    assert counts["stopped"] >= 2
+    assert sum(counts.values()) == 6
+    for row in result.trials.to_pylist():
+        epochs = [e["epoch"] for e in result.epochs.to_pylist() if e["trial"] == row["trial"]]
+        if row["status"] == "stopped":
+            assert re.fullmatch(rf"behind the others after epoch {epochs[-1]}", row["reason"])
+            assert epochs[-1] < 8
+            assert row["completeness"] is not None
+        else:
+            assert epochs == list(range(9))
+    # It is true of this sweep alone: another one runs it.
+    assert {path.stem for path in inputs.trials.glob("*.json")} == {
+        row["trial"] for row in result.trials.to_pylist() if row["status"] == "finished"
+    }
+
+
+# --- What goes wrong ----------------------------------------------------------------------------------------
+
+
+def test_a_trial_that_diverges_is_a_row_with_its_reason(inputs: Inputs, capsys: pytest.CaptureFixture[str]) -> None:
+    spec = inputs.spec({"algorithm": "GA", "clip_norm": None}, vary={"learning_rate": [1e-3, 1e6]}, selections=[])
+    del spec["base"]["learning_rate"]
+    out = inputs.folder / "out"
+    assert main(["sweep", str(inputs.file(spec)), "--out", str(out), "--concurrent", "1"]) == 0
+    rows = {row["learning_rate"]: row for row in read_sweep(out).trials.to_pylist()}
+    assert rows[1e-3]["status"] == "finished"
+    assert rows[1e6]["status"] == "diverged"
+    assert "training diverged at update" in rows[1e6]["reason"]
+    assert rows[1e6]["completeness"] is None
+    printed = capsys.readouterr().out
+    assert "2 trials (1 finished, 1 diverged)" in printed
+    assert rows[1e6]["reason"] in printed
+
+
+@contextmanager
+def failing(how: BaseException) -> Iterator[None]:
+    """Within the context training meets an accident: none can be arranged for a CPU that is always the same."""
+
+    def accident(*_: Any, **__: Any) -> None:
+        raise how
+
+    kept = trials.unlearner_of
+    trials.unlearner_of = accident  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        trials.unlearner_of = kept
+
+
+@pytest.mark.parametrize(
+    ("how", "status"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), "out of memory"),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried 9 bytes"), "out of memory"),
+        (MemoryError(), "out of memory"),
+        (OSError("Input/output error"), "error"),
+    ],
+)
+def test_accidents_are_rows_that_are_not_shared(inputs: Inputs, how: BaseException, status: str) -> None:
+    spec = make_spec(SweepSpec, inputs.spec({"algorithm": "GA"}, vary={}, selections=[]), "test")
+    plan = Plan(spec, inputs.folder)
+    plan.choose(SweepResources())
+    (trial,) = plan.trials({})
+    store = TrialStore(inputs.trials, inputs.folder / "failed")
+    shared = Shared({plan.model.source: ray.put(shareable_weights(plan.model))}, {}, store, inputs.folder / "work")
+    with failing(how):
+        result = run_trial(trial, shared)
+    assert result["status"] == status
+    assert (str(how) or "MemoryError").splitlines()[0] in result["reason"]
+    assert not inputs.trials.exists()
+    assert store.find(trial.hash) == result
+    store.forget_failures()
+    assert run_trial(trial, shared)["status"] == "finished"
+    assert (inputs.trials / f"{trial.hash}.json").is_file()
+
+
+def workers(driver: int) -> list[int]:
+    """The processes that run the trials of a driver that started its own Ray."""
+    return [pid for pid, command in descendants(driver).items() if "ImplicitFunc" in command or "_one_trial" in command]
+
+
+@contextmanager
+def driver(command: Sequence[str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """The command in a process of its own; ended at last, with all that it started."""
+    with log.open("wb") as stream:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "bench.cli", *command],
+            cwd=ROOT,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            stdout=stream,
+            stderr=subprocess.STDOUT,
+        )
+    try:
+        yield process
+    finally:
+        own = list(descendants(process.pid))
+        for pid in (process.pid, *own):
+            kill(pid)
+        process.wait()
+
+
+def test_a_sweep_killed_three_times_ends_as_if_undisturbed(inputs: Inputs) -> None:
+    """24 trials; the driver and all it started are killed at a random moment, and at last one worker is."""
+    spec = inputs.spec(
+        {"epochs": 3, "evaluate_every": 1},
+        vary={"algorithm": ["GA", "GradDiff", "NPO"], "seed": [0, 1]},
+        selections=[{"kind": "random", "size": 6, "count": 2}, {"kind": "composite", "size": 6, "count": 2}],
+    )
+    undisturbed = inputs.run(spec, "undisturbed")
+    assert undisturbed.record["counts"] == {"finished": 24}
+    shutil.rmtree(inputs.trials)
+    out, kept = inputs.folder / "killed", inputs.folder / "kept"
+    command = ["sweep", str(inputs.file(spec)), "--out", str(out), "--trials", str(kept), "--concurrent", "2"]
+    rng = random.Random(str(inputs.folder))
+    finished: dict[Path, int] = {}
+    for kills in range(3):
+        with driver(command, inputs.folder / "log.txt") as process:
+            # The first trials of each start are waited for, or nothing would ever be finished; then it strikes.
+            enough = len(finished) + 2
+            while len(list(kept.glob("*.json"))) < enough and process.poll() is None:
+                time.sleep(0.02)
+            assert process.poll() is None, (kills, (inputs.folder / "log.txt").read_text()[-2000:])
+            time.sleep(rng.uniform(0, 0.5))
+        # Nothing that an earlier start finished was written again.
+        assert all(path.stat().st_mtime_ns == when for path, when in finished.items())
+        finished = {path: path.stat().st_mtime_ns for path in kept.glob("*.json")}
+        assert not (out / "sweep.json").exists()
+        assert len(finished) < 24, "the sweep ended before it could be killed"
+    with driver(command, inputs.folder / "log.txt") as process:
+        wait_for(lambda: process.poll() is not None or workers(process.pid), 120)
+        if running := workers(process.pid):
+            kill(running[0])
+        assert process.wait(timeout=180) == 0, (inputs.folder / "log.txt").read_text()[-2000:]
+    assert all(path.stat().st_mtime_ns == when for path, when in finished.items())
+    assert timeless(out) == timeless(undisturbed.folder)
+    assert not (out / ".tune").exists()
+    # Once more: nothing is left to do.
+    content = {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()}
+    assert main(command) == 0
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()} == content
+
+
+def test_a_worker_that_always_dies_is_a_row(inputs: Inputs, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model of a size that the worker's process may not hold: the system kills it, as it does those out of memory."""
+    deadly = make_spec(SweepSpec, inputs.spec(vary={"algorithm": ["GA", "NPO"]}, selections=[]), "test")
+    real = sweeps._one_trial
+
+    def dies(config: dict[str, Any], trials: Any, shared: Any, objective: Any) -> None:
+        if trials[config["number"]].spec.algorithm == "NPO":
+            os.kill(os.getpid(), 9)
+        real(config, trials, shared, objective)
+
+    monkeypatch.setattr(sweeps, "_one_trial", dies)
+    out = inputs.folder / "out"
+    result = sweep(deadly, out, inputs.trials, SweepResources(concurrent=1), progress=False)
+    rows = {row["algorithm"]: row for row in result.trials.to_pylist()}
+    assert rows["GA"]["status"] == "finished"
+    assert rows["NPO"]["status"] == "died"
+    assert "its worker died 3 times" in rows["NPO"]["reason"]
+    monkeypatch.undo()
+    # The same command leaves it; asked to, it is tried again.
+    assert rows_of(sweep(deadly, out, inputs.trials, progress=False)) == rows_of(result)
+    again = sweep(deadly, out, inputs.trials, SweepResources(concurrent=1), progress=False, retry_failed=True)
+    assert again.record["counts"] == {"finished": 2}
+
+
+def test_trials_of_another_sweep_are_found_by_their_hash(inputs: Inputs) -> None:
+    first = inputs.run(inputs.spec(), "first")
+    before = {path: path.stat().st_mtime_ns for path in inputs.trials.glob("*.json")}
+    assert len(before) == 4
+    # The same runs, said otherwise: another base, a moved data file, how they are spread.
+    moved = inputs.folder / "data" / "moved.jsonl"
+    shutil.copy(inputs.task, moved)
+    wider = inputs.spec({"task": str(moved), "max_failures": 1}, vary={"algorithm": ["SimNPO", "NPO", "GA"]})
+    second = inputs.run(wider, "second")
+    assert second.trials.num_rows == 6
+    assert all(path.stat().st_mtime_ns == when for path, when in before.items())
+    assert len(list(inputs.trials.glob("*.json"))) == 6
+    shared = rows_of(second)
+    for key, row in rows_of(first).items():
+        assert {k: v for k, v in shared[key].items() if k != "task"} == {k: v for k, v in row.items() if k != "task"}
+    # A setting that changes the outcome is another trial.
+    third = inputs.run(inputs.spec({"sigma": 1e-4}, vary={"algorithm": ["GA"]}), "third")
+    assert not set(rows_of(third)) & set(shared)
+
+
+# --- Refusals -----------------------------------------------------------------------------------------------
+
+REFUSED: list[tuple[dict[str, Any], dict[str, Any], str]] = [
+    ({"sigmma": 1}, {}, "did you mean 'sigma'"),
+    ({}, {"vary": {"algoritm": ["GA"]}}, "vary: unknown field 'algoritm'"),
+    ({}, {"vary": {"algorithm": ["GA", "NPOO"]}}, "'NPOO'"),
+    ({}, {"vary": {"algorithm": ["GA"], "alpha": [0.0, "high"]}}, "alpha"),
+    ({}, {"vary": {"algorithm": ["GA"], "alpha": []}}, "alpha is an empty list"),
+    ({}, {"vary": {"algorithm": ["GA"], "alpha": [0.0, 0.0]}}, "alpha has a value twice"),
+    ({}, {"vary": {"algorithm": ["GA"], "alpha": {"uniform": [0, 1]}}}, "expected a list of values for search grid"),
+    ({}, {"vary": {"algorithm": ["GA"], "alpha": {"normal": [0, 1]}}}, "one of uniform, log_uniform, integers"),
+    ({}, {"vary": {"algorithm": ["GA"], "epochs": [2]}}, "epochs is in base as well"),
+    ({}, {"vary": {"algorithm": ["GA"], "workers": [0]}}, "workers does not change what a trial ends with"),
+    ({"algorithm": "GA", "selection": "a.txt"}, {"vary": {}}, "base: selection is set"),
+    ({}, {"search": "bayes"}, "unknown search 'bayes'"),
+    ({}, {"search": "random"}, "trials is missing"),
+    ({}, {"trials": 3}, "trials is 3"),
+    ({}, {"scheduler": "asha", "objective": "fame"}, "unknown objective"),
+    ({"evaluate": False}, {"scheduler": "asha"}, "objective balance: expected evaluate: true"),
+    ({}, {"selections": [{"kind": "random"}]}, "no size"),
+    ({}, {"selections": [{"kind": "random", "size": 13}]}, "has 12 samples"),
+    ({}, {"selections": [{"kind": "randon", "size": 3}]}, "did you mean 'random'"),
+    ({}, {"selections": [{"kind": "attribute", "by": "colour", "size": 2}]}, "unknown attribute"),
+    ({}, {"selections": [{"kind": "random", "size": 3}] * 2}, "occurs twice"),
+    ({}, {"evaluate": {"metrics": "fa"}}, "has no metrics"),
+    ({}, {"thresholds": "mean"}, "unknown thresholds 'mean'"),
+    ({}, {"concurency": 2}, "unknown field 'concurency'"),
+]
+
+
+@pytest.mark.parametrize(("base", "fields", "said"), REFUSED, ids=[said for *_, said in REFUSED])
+def test_slips_are_refused_before_anything_is_done(
+    inputs: Inputs, capsys: pytest.CaptureFixture[str], base: dict[str, Any], fields: dict[str, Any], said: str
+) -> None:
+    out = inputs.folder / "out"
+    assert main(["sweep", str(inputs.file(inputs.spec(base, **fields))), "--out", str(out)]) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.strip()]
+    assert said in line
+    assert not inputs.trials.exists()
+    assert not (out / "trials.parquet").exists()
+
+
+def test_a_sweep_larger_than_the_disk_is_refused(
+    inputs: Inputs, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = inputs.spec(keep_models=True)
+    path = inputs.file(spec)
+    weights = sum(
+        array.nbytes for array in shareable_weights(Plan(make_spec(SweepSpec, spec, ""), path).model).values()
+    )
+    usage = shutil.disk_usage(inputs.folder)
+    out = inputs.folder / "out"
+    command = ["sweep", str(path), "--out", str(out)]
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=4 * weights))
+    assert main(command) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.strip()]
+    assert re.search(r"free, and 4 trials need .*; free some, choose .*, or leave out keep_models", line)
+    assert not inputs.trials.exists()
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=4 * (weights + sweeps.BYTES_RESULT)))
+    assert main(command) == 0
+    models = list(inputs.trials.glob("*/model.safetensors"))
+    assert len(models) == 4
+    assert sum(model.stat().st_size for model in models) >= 4 * weights
+
+
+def test_a_folder_belongs_to_one_sweep(inputs: Inputs) -> None:
+    inputs.run(inputs.spec())
+    with pytest.raises(UserError, match=r"holds a sweep of another spec \(different: vary\)"):
+        inputs.run(inputs.spec(vary={"algorithm": ["GA"]}))
+    with pytest.raises(UserError, match="no finished sweep"):
+        read_sweep(inputs.trials)
