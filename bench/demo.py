@@ -7,16 +7,14 @@ Every step continues where it was stopped; a second run finds all results and on
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import ray
 import torch
 from ray.exceptions import RayTaskError
@@ -26,6 +24,7 @@ from tqdm import tqdm
 from algorithms.recipe import Objectives
 from bench import plots
 from bench.data import load_dataset
+from bench.draws import Point, measure_draws, scaling_line
 from bench.models import ModelReference, find_model
 from bench.report.findings import Findings, ScalingLine, Scores, attribute_effects, correlations
 from bench.report.page import page
@@ -38,12 +37,9 @@ from bench.unlearning_job import UnlearnSpec, unlearn
 from scoring.cluster import connect, how_many_fit
 from scoring.errors import UserError
 from scoring.files import replacing
-from scoring.mrd import Request, reduce_draws
-from scoring.pool import ReplicaPool, ReplicaSpec, Task
-from scoring.samples import encode, make_batches
+from scoring.samples import encode
 
 MODEL = TASK = "authors"
-SPEC_KEY = b"mrd_bench.scaling"
 # Where each statistic can be measured: below, rounding; above, terms of higher order. bfloat16 is there to show
 # what rounding does to the very sigma that the paper uses (1e-5).
 SMALL, LARGE = (1e-6, 3e-6, 1e-5, 3e-5, 1e-4), (1e-5, 3e-5, 1e-4, 3e-4, 1e-3)
@@ -182,57 +178,13 @@ def scaling_check(
     dataset = load_dataset(TASK, split)
     texts = dataset.texts[:: max(1, len(dataset.texts) // sizes.scaling_samples)]
     samples, _ = encode(texts, model.tokenizer, model.max_length, "answer")
-    names = {sample.index: sample.sample_id for sample in samples}
-    batches = make_batches(samples, ScoreSpec.batch_tokens)
-    made_of = json.dumps([model.fingerprint, dataset.sha256, sizes.scaling_samples, sizes.scaling_draws, SCALING])
-    identity = hashlib.sha256(made_of.encode()).hexdigest().encode()
-    if path.is_file():
-        table = pq.read_table(path)
-        if (table.schema.metadata or {}).get(SPEC_KEY) == identity:
-            return _lines(table)
-
-    connect()
-    footprint = resources.footprint()
-    rows: list[dict[str, object]] = []
-    total = sum(len(sigmas) for *_, sigmas in SCALING)
-    with tqdm(total=total, unit="sigma", desc="scaling with sigma") as bar:
-        for dtype in dict.fromkeys(dtype for _, _, dtype, _ in SCALING):
-            points = [
-                (estimator, statistic, sigma)
-                for estimator, statistic, stored, sigmas in SCALING
-                if stored == dtype
-                for sigma in sigmas
-            ]
-            # One task a point, all on the same batches; the smallest sigma comes first, so that it is the one whose
-            # survival in storage is checked.
-            tasks = [
-                Task(number, Request(estimator, sigma, 0, 0, sizes.scaling_draws))
-                for number, (estimator, _, sigma) in enumerate(points)
-            ]
-            replica = ReplicaSpec(model.source, model.revision, dtype, allow_lost_perturbation=dtype != "float32")
-            with ReplicaPool(replica, footprint, resources.replicas) as pool:
-                for task, draws, _ in pool.run(tasks, [batches] * len(tasks)):
-                    estimator, statistic, sigma = points[task.shard]
-                    mrd, stderr = reduce_draws(draws.values, statistic)  # type: ignore[arg-type]
-                    rows += [
-                        {
-                            "estimator": estimator,
-                            "statistic": statistic,
-                            "dtype": dtype,
-                            "sigma": sigma,
-                            "sample_id": names[index],
-                            "mrd": value,
-                            "mrd_stderr": error,
-                        }
-                        for index, value, error in zip(
-                            draws.indices.tolist(), mrd.tolist(), stderr.tolist(), strict=True
-                        )
-                    ]
-                    bar.update()
-    table = pa.Table.from_pylist(rows).sort_by([("sigma", "ascending"), ("sample_id", "ascending")])
-    with replacing(path) as unfinished:
-        pq.write_table(table.replace_schema_metadata({SPEC_KEY: identity}), unfinished)
-    return _lines(table)
+    points = [
+        Point(estimator, sigma, sizes.scaling_draws, dtype)
+        for estimator, _, dtype, sigmas in SCALING
+        for sigma in sigmas
+    ]
+    drawn = iter(measure_draws(path, model, samples, points, resources))
+    return [scaling_line(list(islice(drawn, len(sigmas))), statistic) for _, statistic, _, sigmas in SCALING]
 
 
 def _unlearning_specs(split: str, sizes: Sizes) -> tuple[list[UnlearnSpec], list[str]]:
@@ -318,16 +270,6 @@ def _updates(folder: Path) -> int:
     """Updates that a run has saved so far."""
     steps = sorted((folder / "checkpoints").glob("step-*"))
     return int(steps[-1].name.removeprefix("step-")) if steps else 0
-
-
-def _lines(table: pa.Table) -> list[ScalingLine]:
-    rows: Sequence[dict] = table.to_pylist()
-    lines = []
-    for estimator, statistic, dtype, sigmas in SCALING:
-        mine = [row for row in rows if (row["statistic"], row["dtype"]) == (statistic, dtype)]
-        scores = np.array([[row["mrd"] for row in mine if row["sigma"] == sigma] for sigma in sigmas])
-        lines.append(ScalingLine(estimator, statistic, dtype, np.array(sigmas), scores))
-    return lines
 
 
 def _describe(model: ModelReference) -> dict[str, str]:

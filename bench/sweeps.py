@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import os
 import shutil
 import time
@@ -211,9 +212,13 @@ def _environment() -> Iterator[None]:
     }
     before = {name: os.environ.get(name) for name in own}
     os.environ.update(own)
+    logger = logging.getLogger("ray.tune")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)  # a trial that died is a row
     try:
         yield
     finally:
+        logger.setLevel(level)
         for name, value in before.items():
             os.environ.pop(name, None) if value is None else os.environ.update({name: value})
 
@@ -434,7 +439,7 @@ def _row(plan: Plan, trial: Trial, result: Result) -> dict[str, Any]:
         "kind": selection.kind,
         "level": selection.level,
         "forget_samples": len(selection.ids),
-        "mean_log_mrd": mean_log_mrd(selection, plan.mrd),
+        "mean_log_mrd": mean_log_mrd(selection, plan.mrd) if plan.mrd else None,
         **spec,
         "updates": result.get("updates"),
         "seconds": result["seconds"],

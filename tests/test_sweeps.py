@@ -27,6 +27,7 @@ from bench import sweeps, trials
 from bench.cli import main
 from bench.evaluation_job import EvaluateSpec, evaluate
 from bench.runs import read_run
+from bench.scoring_job import Resources
 from bench.spec import make_spec
 from bench.sweep_plan import Plan, SweepResources, SweepSpec
 from bench.sweeps import SweepResult, read_sweep, sweep
@@ -208,7 +209,7 @@ def test_the_metrics_of_a_trial_are_those_of_its_model(tmp_path: Path) -> None:
             "learning_rate": 3e-3,
             "evaluate": False,
         },
-        "selections": [{"kind": "random", "size": 20, "count": 2}],
+        "selections": [{"kind": "random", "size": 20}],
         "evaluate": {"metrics": metrics, "retain_model": str(retained), "relearn_steps": 3, "samples": 10, "el_n": 2},
         "keep_models": True,
     }
@@ -228,6 +229,7 @@ def test_the_metrics_of_a_trial_are_those_of_its_model(tmp_path: Path) -> None:
                 el_n=2,
             ),
             tmp_path / f"again{number}.parquet",
+            Resources(replicas=1),
             progress=False,
         ).table.to_pylist()
         expected = {r["name"]: r["value"] for r in again if r["level"] == "metric" and r["model"] == "model"}

@@ -1,0 +1,15 @@
+"""Table 1: MRD-weighted sampling on TOFU, and which way to weight: p ∝ MRD or p ∝ 1/MRD."""
+
+from __future__ import annotations
+
+from bench.experiments.experiment import Experiment
+from bench.experiments.weighted_sampling import run
+
+EXPERIMENT = Experiment(
+    "table1",
+    "weighted sampling, TOFU",
+    "Do algorithms forget more and keep more of the rest when forget samples are drawn by MRD?",
+    "algorithms with MRD-weighted sampling are better in completeness and in utility than without it (Table 1). "
+    "Algorithm 2 draws p ∝ MRD, Appendix B p ∝ 1/MRD.",
+    run,
+)

@@ -1,0 +1,626 @@
+"""Does drawing forget samples by MRD help? What the tables on weighted sampling share.
+
+    trials -> outcomes by algorithm, arm and seed -> means, and differences paired by seed -> table, picture, verdict
+
+An arm is a way of drawing: uniformly, p_i ∝ MRD_i (easy first), p_i ∝ 1 / MRD_i (hard first). Arms that share a seed
+share all else that it decides, so they are compared seed by seed. Intervals are Student's t over seeds; the paper gives
+means of five runs without any.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from textwrap import fill
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator
+from scipy import stats
+
+from bench.data import find_task
+from bench.evaluation_table import ORIGINAL
+from bench.experiments.experiment import Answer, Setting
+from bench.metrics import METRICS
+from bench.plots import BLUE, MUTED, VERMILLION, Draw
+from bench.report.findings import decimal, said
+from bench.statistics import LEVEL, Estimate
+from bench.sweeps import SweepResult, as_table
+from bench.trials import FINISHED
+from scoring.errors import UserError
+
+Row = Mapping[str, Any]
+
+UNIFORM, EASY_FIRST, HARD_FIRST = "uniform", "MRD", "1/MRD"
+ARMS = {0.0: UNIFORM, 1.0: EASY_FIRST, -1.0: HARD_FIRST}
+# Of all algorithms together.
+ALL = "average"
+HOLDS, CONTRADICTED, UNKNOWN = "holds", "is contradicted", "cannot be told"
+# Metrics that sum up one side of a table, and so decide; where a side has none, all of its metrics do.
+AVERAGES = {"uc_average": "UC", "ut_average": "UT", "wmdp_average": "WMDP accuracy", "mmlu": "MMLU accuracy"}
+COLOURS = {UNIFORM: MUTED, EASY_FIRST: BLUE, HARD_FIRST: VERMILLION}
+MARKERS = {UNIFORM: "o", EASY_FIRST: "s", HARD_FIRST: "^"}
+WIDEST = 30  # letters of a label below a panel
+
+
+def method(algorithm: str, arm: str) -> str:
+    """As the paper names it."""
+    if arm == UNIFORM:
+        return algorithm
+    return "CGA" if (algorithm, arm) == ("SGA", EASY_FIRST) else f"{algorithm} + {arm}"
+
+
+def label(metric: str) -> str:
+    """A metric's name with an arrow to what is better."""
+    own = METRICS[metric]
+    return f"{AVERAGES.get(metric, own.title)} {'↑' if own.higher_is_better else '↓'}"
+
+
+def digits(metric: str) -> int:
+    """Of shares 3, of perplexities 2."""
+    return 2 if metric == "perplexity" else 3
+
+
+@dataclass(frozen=True)
+class Columns:
+    """The metrics of a table, in its order.
+
+    Attributes:
+        completeness, utility: its two sides.
+    """
+
+    completeness: tuple[str, ...]
+    utility: tuple[str, ...]
+
+    @classmethod
+    def of(cls, task: str, trials: pa.Table) -> Columns:
+        """Those of the paper's table of a task that were measured.
+
+        Raises:
+            UserError: none was of one of the sides.
+        """
+        own = find_task(task)[0]
+        there = {name for name in trials.column_names if trials[name].null_count < trials.num_rows}
+        found = cls(*(tuple(name for name in side if name in there) for side in (own.completeness, own.utility)))
+        if not (found.completeness and found.utility):
+            wanted = " and one of ".join(", ".join(side) for side in (own.completeness, own.utility))
+            raise UserError(f"the trials lack metrics: expected one of {wanted} under evaluate")
+        return found
+
+    @property
+    def all(self) -> tuple[str, ...]:
+        return (*self.completeness, *self.utility)
+
+    @property
+    def judged(self) -> tuple[str, ...]:
+        """Those that decide."""
+        return tuple(
+            name
+            for side in (self.completeness, self.utility)
+            for name in (tuple(each for each in side if each in AVERAGES) or side)
+        )
+
+    def side(self, metric: str) -> str:
+        return "completeness" if metric in self.completeness else "utility"
+
+
+# --- Trials -------------------------------------------------------------------------------------------------
+
+
+def sweeps(setting: Setting) -> list[SweepResult]:
+    """Of every key of the spec that begins with "sweep", in order: algorithms may need different settings."""
+    return [setting.sweep(key) for key in setting.values if key.startswith("sweep")]
+
+
+def run(setting: Setting) -> Answer:
+    """Tables 1, 5, 6 and 7."""
+    found = sweeps(setting)
+    trials = together([sweep.trials for sweep in found])
+    return answer(trials, Columns.of(trials["task"][0].as_py(), trials), original_of(found[0]))
+
+
+def together(tables: Sequence[pa.Table]) -> pa.Table:
+    """Trials, or their epochs, of several sweeps, which may have different columns; what is in two of them, once."""
+    rows = {(row["trial"], row.get("epoch")): row for table in tables for row in table.to_pylist()}
+    return as_table(list(rows.values()))
+
+
+def original_of(sweep: SweepResult) -> dict[str, float]:
+    """Metric -> value of the model before it forgets, as the sweep measured it for comparison."""
+    table = pq.read_table(sweep.folder / "reference.parquet")
+    rows = table.filter(pc.and_(pc.equal(table["level"], "metric"), pc.equal(table["model"], ORIGINAL))).to_pylist()
+    return {row["name"]: row["value"] for row in rows if row["value"] is not None}
+
+
+def arm_of_alpha(row: Row) -> str:
+    return ARMS.get(row["alpha"], f"MRD^{row['alpha']:g}")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one trial ended with.
+
+    Attributes:
+        algorithm, arm, seed: of the trial.
+        values: metric -> value, where it was measured.
+    """
+
+    algorithm: str
+    arm: str
+    seed: int
+    values: Mapping[str, float]
+
+
+def outcomes(
+    trials: pa.Table, metrics: Sequence[str], arm_of: Callable[[Row], str] = arm_of_alpha
+) -> tuple[list[Outcome], str | None]:
+    """Of the trials that finished; and a sentence about those that did not, None if all did."""
+    rows = trials.to_pylist()
+    done = [row for row in rows if row["status"] == FINISHED]
+    found = [
+        Outcome(
+            row["algorithm"],
+            arm_of(row),
+            row["seed"],
+            {name: row[name] for name in metrics if row.get(name) is not None},
+        )
+        for row in done
+    ]
+    if len(done) == len(rows):
+        return found, None
+    why = sorted({f"{row['algorithm']}: {row['reason'] or row['status']}" for row in rows if row not in done})
+    return found, f"{len(rows) - len(done)} of {len(rows)} trials did not finish and are left out ({'; '.join(why)})."
+
+
+# --- Statistics ---------------------------------------------------------------------------------------------
+
+
+def over_seeds(values: Sequence[float], level: float = LEVEL) -> tuple[Estimate, float]:
+    """The mean of independent runs with its t interval, and the two-sided p of a mean of 0.
+
+    nan where the data do not determine them: for a single value, and for values that do not vary, as shares of few
+    samples may not by chance.
+    """
+    x = np.asarray(values, dtype=float)
+    if not len(x):
+        return Estimate(math.nan, math.nan, math.nan), math.nan
+    value = float(x.mean())
+    error = float(x.std(ddof=1) / math.sqrt(len(x))) if len(x) > 1 else 0.0
+    if error <= 1e-12 * max(1.0, abs(value)):
+        return Estimate(value, math.nan, math.nan), math.nan
+    half = float(stats.t.ppf((1 + level) / 2, len(x) - 1)) * error
+    return Estimate(value, value - half, value + half), float(2 * stats.t.sf(abs(value) / error, len(x) - 1))
+
+
+def holm(p: Sequence[float]) -> list[float]:
+    """p values corrected for their number (Holm 1979). One that is not known stays so, and counts."""
+    values = np.asarray(p, dtype=float)
+    order = np.argsort(values)  # nan last
+    corrected = np.empty_like(values)
+    corrected[order] = np.minimum(np.maximum.accumulate(values[order] * np.arange(len(values), 0, -1)), 1)
+    return corrected.tolist()
+
+
+@dataclass(frozen=True)
+class Contrast:
+    """Two arms of an algorithm, seed by seed.
+
+    Attributes:
+        algorithm: or ALL.
+        arm, against: which are compared.
+        metric: of the difference.
+        difference: arm - against, mean over seeds, with the interval of this difference alone.
+        p: two-sided, of no difference.
+        corrected: the same for the number of comparisons that were made together.
+        pairs: seeds that both arms have.
+    """
+
+    algorithm: str
+    arm: str
+    against: str
+    metric: str
+    difference: Estimate
+    p: float
+    corrected: float
+    pairs: int
+
+    @property
+    def better(self) -> int:
+        """+1 if the arm is better, -1 if it is worse, 0 if that cannot be told after the correction."""
+        if not self.corrected < 1 - LEVEL:
+            return 0
+        return 1 if (self.difference.value > 0) == METRICS[self.metric].higher_is_better else -1
+
+    @property
+    def better_alone(self) -> int:
+        """The same without the correction: what the interval of the difference says."""
+        return self.difference.sign * (1 if METRICS[self.metric].higher_is_better else -1)
+
+    def text(self) -> str:
+        return f"{label(self.metric)} {said(self.difference, digits(self.metric))}"
+
+
+def contrasts(
+    found: Sequence[Outcome], metrics: Sequence[str], arm: str, against: str, average: bool = False
+) -> list[Contrast]:
+    """Every algorithm that has both arms, on every metric; corrected for their number together.
+
+    Args:
+        average: the mean over the algorithms instead, on the seeds that all of them have.
+    """
+    by_algorithm: dict[str, dict[str, dict[int, float]]] = {}
+    for algorithm in dict.fromkeys(outcome.algorithm for outcome in found):
+        own = {metric: _differences(found, algorithm, metric, arm, against) for metric in metrics}
+        if any(own.values()):
+            by_algorithm[algorithm] = own
+    if average and by_algorithm:
+        by_algorithm = {ALL: {metric: _averaged([own[metric] for own in by_algorithm.values()]) for metric in metrics}}
+    cells = [
+        (algorithm, metric, list(own[metric].values())) for algorithm, own in by_algorithm.items() for metric in metrics
+    ]
+    estimates = [over_seeds(values) for *_, values in cells]
+    corrected = holm([p for _, p in estimates])
+    return [
+        Contrast(algorithm, arm, against, metric, estimate, p, holm_p, len(values))
+        for (algorithm, metric, values), (estimate, p), holm_p in zip(cells, estimates, corrected, strict=True)
+    ]
+
+
+def _differences(found: Sequence[Outcome], algorithm: str, metric: str, arm: str, against: str) -> dict[int, float]:
+    """Seed -> arm - against."""
+    values = {
+        which: {
+            outcome.seed: outcome.values[metric]
+            for outcome in found
+            if (outcome.algorithm, outcome.arm) == (algorithm, which) and metric in outcome.values
+        }
+        for which in (arm, against)
+    }
+    return {seed: value - values[against][seed] for seed, value in values[arm].items() if seed in values[against]}
+
+
+def _averaged(differences: Sequence[Mapping[int, float]]) -> dict[int, float]:
+    shared = set.intersection(*(set(own) for own in differences))
+    return {seed: float(np.mean([own[seed] for own in differences])) for seed in sorted(shared)}
+
+
+def verdict(own: Sequence[Contrast], columns: Columns) -> str:
+    """Whether an arm improves both completeness and utility, by the corrected comparisons of one algorithm.
+
+    It holds if each side has a metric that is better and no metric is worse; it is contradicted if one is worse.
+    """
+    if any(contrast.better < 0 for contrast in own):
+        return CONTRADICTED
+    sides = {columns.side(contrast.metric) for contrast in own if contrast.better > 0}
+    return HOLDS if len(sides) == 2 else UNKNOWN
+
+
+def overall(by_algorithm: Mapping[str, str], average: str) -> str:
+    """The verdict on all algorithms: what holds on average must not be contradicted by any of them."""
+    if CONTRADICTED in (average, *by_algorithm.values()):
+        return CONTRADICTED
+    return average
+
+
+# --- Answers ------------------------------------------------------------------------------------------------
+
+
+def answer(trials: pa.Table, columns: Columns, original: Row) -> Answer:
+    """Tables 1, 5, 6 and 7, from trials over algorithms, alphas and seeds.
+
+    Args:
+        original: metric -> value of the model before it forgets.
+    """
+    found, lost = outcomes(trials, columns.all)
+    compared = {
+        arm: (contrasts(found, columns.judged, arm, UNIFORM), contrasts(found, columns.judged, arm, UNIFORM, True))
+        for arm in (EASY_FIRST, HARD_FIRST)
+        if any(outcome.arm == arm for outcome in found)
+    }
+    if EASY_FIRST not in compared or not compared[EASY_FIRST][0]:
+        raise UserError("no algorithm has finished trials with alpha 0 and with alpha 1 and the same seed")
+    sentences = [markdown(found, columns, original)]
+    sentences += [by_algorithm(single, columns) for single, _ in compared.values()]
+    if HARD_FIRST in compared:
+        sentences.append(_direction(found, columns))
+    if lost:
+        sentences.append(lost)
+    sentences.append(claim(*compared[EASY_FIRST], columns, "drawing by MRD improves both completeness and utility"))
+    panels = [dots(found, metric, original, first=not number) for number, metric in enumerate(columns.judged)]
+    if len(columns.judged) == 2:
+        together_ = [contrast for single, average in compared.values() for contrast in (*single, *average)]
+        panels += [gains(together_, metric) for metric in columns.judged]
+    height = 1.6 + 0.36 * len({(outcome.algorithm, outcome.arm) for outcome in found})
+    inches = (1.5 + 3.6 * len(panels), max(4.0, height))
+    return Answer(as_table(rows_of(found, columns, original)), panels, sentences, inches=inches)
+
+
+def rows_of(found: Sequence[Outcome], columns: Columns, original: Row) -> list[dict[str, Any]]:
+    """One row for each method and metric: mean over seeds, and the difference to uniform draws."""
+    differences = {
+        (contrast.algorithm, arm, contrast.metric): contrast
+        for arm in dict.fromkeys(outcome.arm for outcome in found)
+        if arm != UNIFORM
+        # Of each metric by itself: those that decide are corrected together, the others say what they are made of.
+        for metrics in (columns.judged, *((name,) for name in columns.all if name not in columns.judged))
+        for average in (False, True)
+        for contrast in contrasts(found, metrics, arm, UNIFORM, average)
+    }
+    rows = [
+        row_of("Original", None, None, metric, columns, [original[metric]])
+        for metric in columns.all
+        if metric in original
+    ]
+    rows += [
+        row_of(
+            method(algorithm, arm),
+            algorithm,
+            arm,
+            metric,
+            columns,
+            values_of(found, algorithm, arm, metric),
+            differences.get((algorithm, arm, metric)),
+        )
+        for algorithm, arm in methods(found)
+        for metric in columns.all
+    ]
+    return rows + [
+        row_of(f"average of algorithms, {arm}", ALL, arm, metric, columns, [], contrast)
+        for (algorithm, arm, metric), contrast in differences.items()
+        if algorithm == ALL
+    ]
+
+
+def row_of(
+    name: str,
+    algorithm: str | None,
+    arm: str | None,
+    metric: str,
+    columns: Columns,
+    values: Sequence[float],
+    contrast: Contrast | None = None,
+) -> dict[str, Any]:
+    """A method and a metric.
+
+    Args:
+        values: one for each seed.
+        contrast: with the arm that it is compared with.
+    """
+    mean = over_seeds(values)[0]
+    difference = contrast.difference if contrast else Estimate(math.nan, math.nan, math.nan)
+    return {
+        "method": name,
+        "algorithm": algorithm,
+        "arm": arm,
+        "metric": metric,
+        "side": columns.side(metric),
+        "higher_is_better": METRICS[metric].higher_is_better,
+        "seeds": len(values),
+        "mean": mean.value,
+        "mean_low": mean.low,
+        "mean_high": mean.high,
+        "difference": difference.value,
+        "difference_low": difference.low,
+        "difference_high": difference.high,
+        "p": contrast.p if contrast else math.nan,
+        "p_corrected": contrast.corrected if contrast else math.nan,
+    }
+
+
+def methods(found: Sequence[Outcome]) -> list[tuple[str, str]]:
+    """Algorithms and their arms, in the order in which they come, arms of an algorithm together."""
+    algorithms = list(dict.fromkeys(outcome.algorithm for outcome in found))
+    arms = list(dict.fromkeys(outcome.arm for outcome in found))
+    there = {(outcome.algorithm, outcome.arm) for outcome in found}
+    return [(algorithm, arm) for algorithm in algorithms for arm in arms if (algorithm, arm) in there]
+
+
+def values_of(found: Sequence[Outcome], algorithm: str, arm: str, metric: str) -> list[float]:
+    """One for each seed."""
+    return [
+        outcome.values[metric]
+        for outcome in found
+        if (outcome.algorithm, outcome.arm) == (algorithm, arm) and metric in outcome.values
+    ]
+
+
+# --- Words --------------------------------------------------------------------------------------------------
+
+
+def plus_minus(values: Sequence[float], places: int = 3) -> str:
+    """0.812 ± 0.013: the mean and half its interval."""
+    mean = over_seeds(values)[0]
+    half = f" ± {decimal(mean.high - mean.value, places)}" if math.isfinite(mean.high) else ""
+    return decimal(mean.value, places) + half
+
+
+def markdown(found: Sequence[Outcome], columns: Columns, original: Row) -> str:
+    """The paper's table, with intervals."""
+    rows = {
+        method(algorithm, arm): [values_of(found, algorithm, arm, name) for name in columns.all]
+        for algorithm, arm in methods(found)
+    }
+    return markdown_table(rows, columns, original, len({outcome.seed for outcome in found}))
+
+
+def markdown_table(rows: Mapping[str, Sequence[Sequence[float]]], columns: Columns, original: Row, seeds: int) -> str:
+    """A paragraph with a table.
+
+    Args:
+        rows: name -> for each column the values of the seeds.
+    """
+    places = [digits(name) for name in columns.all]
+    cells = {
+        "Original": [decimal(original.get(name, math.nan), n) for name, n in zip(columns.all, places, strict=True)]
+    }
+    cells |= {name: [plus_minus(*each) for each in zip(row, places, strict=True)] for name, row in rows.items()}
+    lines = ["| method | " + " | ".join(map(label, columns.all)) + " |", "|---|" + "---|" * len(columns.all)]
+    lines += [f"| {name} | " + " | ".join(row) + " |" for name, row in cells.items()]
+    return (
+        f"Means over {seeds} seed{'s' if seeds > 1 else ''} ± half the 95 % t interval (none where seeds do not "
+        "differ):\n\n" + "\n".join(lines)
+    )
+
+
+def by_algorithm(single: Sequence[Contrast], columns: Columns) -> str:
+    """Every algorithm's differences and verdict."""
+    parts = []
+    for algorithm, own in grouped(single).items():
+        first = own[0]
+        text = ", ".join(contrast.text() for contrast in own)
+        parts.append(
+            f"{method(algorithm, first.arm)} against {method(algorithm, first.against)}: {text}; "
+            f"{_tells(verdict(own, columns))}"
+        )
+    return (
+        f"Differences paired by seed ({min(c.pairs for c in single)} pairs), each with its own interval, verdicts "
+        f"after Holm's correction for {len(single)} comparisons. " + ". ".join(parts) + "."
+    )
+
+
+def _tells(found: str) -> str:
+    return {
+        HOLDS: "both sides are better",
+        CONTRADICTED: "a side is worse",
+        UNKNOWN: "whether both sides are better cannot be told",
+    }[found]
+
+
+def grouped(single: Sequence[Contrast]) -> dict[str, list[Contrast]]:
+    """By algorithm."""
+    found: dict[str, list[Contrast]] = {}
+    for contrast in single:
+        found.setdefault(contrast.algorithm, []).append(contrast)
+    return found
+
+
+def _direction(found: Sequence[Outcome], columns: Columns) -> str:
+    """p ∝ MRD (Algorithm 2) against p ∝ 1 / MRD (Appendix B)."""
+    own = contrasts(found, columns.judged, EASY_FIRST, HARD_FIRST, average=True)
+    if not own:
+        return "Which of p ∝ MRD and p ∝ 1/MRD is better cannot be told: no algorithm has both."
+    better = [label(c.metric) for c in own if c.better > 0]
+    worse = [label(c.metric) for c in own if c.better < 0]
+    ahead = [
+        f"{which} is ahead on {' and '.join(names)}"
+        for which, names in (("p ∝ MRD (Algorithm 2)", better), ("p ∝ 1/MRD (Appendix B)", worse))
+        if names
+    ]
+    return (
+        f"p ∝ MRD less p ∝ 1/MRD, mean over {_counted(len(_with_both(found)))}: "
+        f"{', '.join(contrast.text() for contrast in own)}: "
+        + (" and ".join(ahead) if ahead else "which of the two is better cannot be told")
+        + "."
+    )
+
+
+def _with_both(found: Sequence[Outcome]) -> set[str]:
+    arms: dict[str, set[str]] = {}
+    for outcome in found:
+        arms.setdefault(outcome.algorithm, set()).add(outcome.arm)
+    return {algorithm for algorithm, own in arms.items() if {EASY_FIRST, HARD_FIRST} <= own}
+
+
+def by_verdict(verdicts: Mapping[str, str]) -> str:
+    """Holds for NPO; cannot be told for PO."""
+    parts = []
+    for which in (HOLDS, CONTRADICTED, UNKNOWN):
+        if names := [name for name, own in verdicts.items() if own == which]:
+            parts.append(f"{which} for {', '.join(names)}")
+    return "; ".join(parts)
+
+
+def claim(single: Sequence[Contrast], average: Sequence[Contrast], columns: Columns, said_by_paper: str) -> str:
+    """Whether what the paper says holds, by the comparisons of single algorithms and of their average."""
+    verdicts = {algorithm: verdict(own, columns) for algorithm, own in grouped(single).items()}
+    on_average = verdict(average, columns)
+    text = ", ".join(contrast.text() for contrast in average)
+    return (
+        f"**The paper's claim, that {said_by_paper}, {overall(verdicts, on_average)} here.** "
+        f"Mean change over {_counted(len(verdicts))} and {average[0].pairs} seeds: {text}; on average the claim "
+        f"{on_average}, and by algorithm it {by_verdict(verdicts)}."
+    )
+
+
+def _counted(algorithms: int) -> str:
+    return f"{algorithms} algorithm{'s' if algorithms > 1 else ''}"
+
+
+# --- Pictures -----------------------------------------------------------------------------------------------
+
+
+def bars(estimates: Sequence[Estimate]) -> np.ndarray:
+    """Lengths of error bars, (2, n); 0 where there is no interval."""
+    arms = np.array([[e.value - e.low for e in estimates], [e.high - e.value for e in estimates]])
+    return np.nan_to_num(np.clip(arms, 0, None))
+
+
+def dots(
+    found: Sequence[Outcome],
+    metric: str,
+    original: Row,
+    first: bool = True,
+    name_of: Callable[[str, str], str] = method,
+) -> Draw:
+    """A metric of all methods, means with 95 % intervals over seeds, every seed as a small dot.
+
+    Args:
+        first: of the panels: the others need no names.
+    """
+
+    def draw(axes: Axes) -> None:
+        order = methods(found)
+        algorithms = list(dict.fromkeys(algorithm for algorithm, _ in order))
+        # A gap between algorithms.
+        place = [-(row + 0.6 * algorithms.index(algorithm)) for row, (algorithm, _) in enumerate(order)]
+        for y, (algorithm, arm) in zip(place, order, strict=True):
+            values = values_of(found, algorithm, arm, metric)
+            mean = over_seeds(values)[0]
+            colour, marker = COLOURS.get(arm, BLUE), MARKERS.get(arm, "o")
+            axes.plot(values, [y] * len(values), ".", color=colour, alpha=0.4, markersize=5)
+            axes.errorbar(mean.value, y, xerr=bars([mean]), fmt=marker, color=colour, markersize=7, capsize=4)
+        if metric in original:
+            axes.axvline(original[metric], color=MUTED, linestyle=":", linewidth=1.2, label="original model")
+            axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), borderaxespad=0.1)
+        axes.set_yticks(place, [name_of(*each) for each in order] if first else [""] * len(order))
+        axes.grid(axis="y", visible=False)
+        axes.set_ylim(min(place) - 0.7, 0.7)
+        axes.xaxis.set_major_locator(MaxNLocator(4))
+        axes.set_xlabel(fill(f"{label(metric)}, 95 % CI", WIDEST))
+
+    return draw
+
+
+def gains(single: Sequence[Contrast], metric: str) -> Draw:
+    """Differences to uniform draws by algorithm, paired by seed, with 95 % intervals; one colour for each arm."""
+
+    def draw(axes: Axes) -> None:
+        own = [contrast for contrast in single if contrast.metric == metric]
+        algorithms = [*dict.fromkeys(c.algorithm for c in own if c.algorithm != ALL), ALL]
+        arms = list(dict.fromkeys(contrast.arm for contrast in own))
+        for number, arm in enumerate(arms):
+            mine = [contrast for contrast in own if contrast.arm == arm]
+            y = [-algorithms.index(c.algorithm) - 0.24 * (number - (len(arms) - 1) / 2) for c in mine]
+            axes.errorbar(
+                [contrast.difference.value for contrast in mine],
+                y,
+                xerr=bars([contrast.difference for contrast in mine]),
+                fmt=MARKERS.get(arm, "o"),
+                color=COLOURS.get(arm, BLUE),
+                capsize=4,
+                label=arm,
+            )
+        axes.axvline(0, color=MUTED, linewidth=1)
+        axes.set_yticks([-float(row) for row in range(len(algorithms))], algorithms)
+        axes.grid(axis="y", visible=False)
+        axes.set_ylim(-len(algorithms) + 0.4, 0.6)
+        axes.xaxis.set_major_locator(MaxNLocator(4))
+        axes.set_xlabel(fill(f"{label(metric)} less uniform, 95 % CI", WIDEST))
+        axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=len(arms), borderaxespad=0.1)
+
+    return draw

@@ -1,0 +1,44 @@
+"""Words for numbers with intervals, and for claims of the form "this number is about that"."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from bench.report.findings import said
+from bench.statistics import Estimate
+
+HOLDS, CONTRADICTED, UNDECIDED = "holds here", "is contradicted here", "cannot be told here"
+
+
+def lies_within(estimate: Estimate, low: float, high: float) -> str:
+    """Whether a number lies between two bounds: HOLDS if its whole interval does, CONTRADICTED if all of it is
+    outside, UNDECIDED otherwise, also where there is no interval."""
+    if low <= estimate.low and estimate.high <= high:
+        return HOLDS
+    if estimate.high < low or estimate.low > high:
+        return CONTRADICTED
+    return UNDECIDED
+
+
+def percent(estimate: Estimate) -> str:
+    """5.0% [95 % CI 4.1 to 6.3]."""
+    return said(Estimate(100 * estimate.value, 100 * estimate.low, 100 * estimate.high), 1).replace(" [", "% [", 1)
+
+
+def significant(estimate: Estimate) -> str:
+    """1.23e+05 [95 % CI 9.8e+04 to 1.5e+05], for numbers of any size."""
+    if not (math.isfinite(estimate.low) and math.isfinite(estimate.high)):
+        return f"{estimate.value:.3g} [too few samples for a CI]"
+    return f"{estimate.value:.3g} [95 % CI {estimate.low:.3g} to {estimate.high:.3g}]"
+
+
+def columns(name: str, estimate: Estimate) -> dict[str, float]:
+    """Of a table: the value under the name, and its interval."""
+    return {name: estimate.value, f"{name}_low": estimate.low, f"{name}_high": estimate.high}
+
+
+def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table of cells."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

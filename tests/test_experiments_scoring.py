@@ -1,0 +1,539 @@
+"""Figure 6 and Tables 8, 11 and 12: answers of known truth are found again, in all three verdicts; and all run."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from scipy import stats
+
+from bench import plots
+from bench.data import Dataset
+from bench.draws import HALF_NORMAL_SPREAD, Point, PointDraws, measure_draws, read_finished, scaling_line
+from bench.experiments import fig6, table8, table11, table12
+from bench.experiments.experiment import Answer, Setting
+from bench.experiments.reproduce import PRESETS, SPECS
+from bench.experiments.words import CONTRADICTED, HOLDS, UNDECIDED, lies_within, markdown, percent, significant
+from bench.models import find_model
+from bench.report.findings import ATTRIBUTES, Scores
+from bench.scoring_job import Resources, ScoreSpec
+from bench.spec import make_spec, read_mapping
+from bench.statistics import Estimate
+from bench.sweep_plan import SweepResources
+from scoring.mrd import Request, estimate
+from scoring.pool import Facts
+from scoring.replica import TransformersReplica, load_model
+from scoring.samples import Text, encode, make_batches
+from tests.tiny_folders import pairs, tokenizer
+from tests.tiny_models import random_samples
+
+VERDICTS = (HOLDS, CONTRADICTED, UNDECIDED)
+
+
+def only(verdict: str, sentence: str) -> bool:
+    """Whether a sentence gives this verdict and no other."""
+    return [each for each in VERDICTS if each in sentence] == [verdict]
+
+
+# --- Words ----------------------------------------------------------------------------------------------------
+
+
+def test_the_interval_decides():
+    assert lies_within(Estimate(1.0, 0.9, 1.1), 0.5, 2.0) == HOLDS
+    assert lies_within(Estimate(1.0, 0.9, 2.1), 0.5, 2.0) == UNDECIDED
+    assert lies_within(Estimate(3.0, 2.1, 4.0), 0.5, 2.0) == CONTRADICTED
+    assert lies_within(Estimate(0.1, 0.0, 0.4), 0.5, 2.0) == CONTRADICTED
+    assert lies_within(Estimate(1.0, math.nan, math.nan), 0.5, 2.0) == UNDECIDED
+
+
+def test_numbers_in_words():
+    assert percent(Estimate(0.05, 0.041, 0.0632)) == "5.0% [95 % CI 4.1 to 6.3]"
+    assert significant(Estimate(123456.0, 98765.0, 150000.0)) == "1.23e+05 [95 % CI 9.88e+04 to 1.5e+05]"
+    assert significant(Estimate(2.0, math.nan, math.nan)) == "2 [too few samples for a CI]"
+    assert markdown(["a", "b"], [["1", "2"]]) == "| a | b |\n| --- | --- |\n| 1 | 2 |"
+
+
+# --- Draws ----------------------------------------------------------------------------------------------------
+
+
+def test_draws_are_those_of_the_estimators_and_measured_once(cluster, tmp_path, model_folder):
+    model = find_model(str(model_folder))
+    texts = [Text(record["id"], record["prompt"], record["completion"]) for record in pairs(6)]
+    samples, _ = encode(texts, model.tokenizer, model.max_length)
+    points = [Point("monte-carlo", 1e-3, 6), Point("monte-carlo", 1e-4, 2), Point("gradient", 1e-4, 7)]
+    path = tmp_path / "draws.parquet"
+
+    def measured(points: list[Point]) -> list[PointDraws]:
+        return measure_draws(path, model, samples, points, Resources(replicas=1), seed=5, progress=False)
+
+    found = measured(points)
+    replica = TransformersReplica(load_model(model_folder))
+    batches = make_batches(samples, ScoreSpec.batch_tokens)
+    for each, draws in zip(found, (6, 2, 1), strict=True):
+        direct = estimate(replica, batches, Request(each.point.estimator, each.point.sigma, 5, 0, draws))
+        # The file's rows are the samples in their order, the estimator's are those of its batches.
+        np.testing.assert_allclose(each.values, direct.values[np.argsort(direct.indices)], rtol=1e-6)
+    assert [each.survival is None for each in found] == [False, False, True]
+    assert found[0].survival == pytest.approx(1, abs=0.05)
+    line = scaling_line([found[1], found[0]], "mean_abs")
+    assert (line.estimator, line.dtype, line.sigmas.tolist()) == ("monte-carlo", "float32", [1e-4, 1e-3])
+    np.testing.assert_allclose(line.scores[1], np.abs(found[0].values).mean(axis=1))
+
+    # Found again; of another measurement, not.
+    written = path.stat().st_mtime_ns
+    again = measured(points)
+    assert path.stat().st_mtime_ns == written
+    assert all(np.array_equal(a.values, b.values) for a, b in zip(found, again, strict=True))
+    assert read_finished(path, {"spec_hash": "another"}) is None
+    path.write_bytes(b"no scores")
+    assert read_finished(path, {"spec_hash": "another"}) is None
+
+
+# --- Figure 6 -------------------------------------------------------------------------------------------------
+
+SENSITIVITY = fig6.Fig6Spec(
+    model="m",
+    task="t",
+    samples=16,
+    sigmas=[1e-6, 1e-5, 1e-4, 1e-3, 1.0],
+    coarse_sigmas=[1e-6, 1e-5, 1e-4, 1e-3],
+    fit={"mean_abs": [1e-6, 1e-4], "abs_mean": [1e-5, 1e-3]},
+    counts=[10, 50, 100, 200, 400],
+    pair_counts=[1, 4, 16],
+    direction_counts=[1, 4],
+)
+
+
+def synthetic(power: float = 1.0, spread: float = 0.0, curvature: float = 1.0, coarse: float = 0.0) -> list[PointDraws]:
+    """Draws whose first-order part grows as sigma to a power (a normal one of that spread over the samples), and the
+    second-order part as its square; in bfloat16 the first one grows as sigma to the power `coarse`."""
+    spec, count = SENSITIVITY, SENSITIVITY.samples
+    rng = np.random.default_rng(0)
+    first, second = rng.uniform(100, 500, count), curvature * rng.uniform(1e3, 1e4, count)
+    powers = rng.normal(power, spread, count)
+    directions = rng.normal(size=(count, max(spec.counts)))
+    wobble = rng.normal(1, 0.05, size=(count, max(spec.counts)))
+    drawn = []
+    for point in spec.points():
+        k, exponent = point.draws, (powers if point.dtype == "float32" else coarse)
+        linear = 1e-5 * first * (point.sigma / 1e-5) ** exponent
+        values = {
+            "monte-carlo": linear[:, None] * directions[:, :k] + (point.sigma**2 * second)[:, None],
+            "antithetic": (point.sigma**2 * second)[:, None] * wobble[:, :k],
+            "curvature": (point.sigma**2 * second)[:, None] * wobble[:, -k:],
+            "gradient": (point.sigma * math.sqrt(2 / math.pi) * first)[:, None],
+        }[point.estimator]
+        drawn.append(PointDraws(point, values, 0.5 if point.estimator in ("monte-carlo", "antithetic") else None))
+    return drawn
+
+
+def read(drawn: list[PointDraws], **changes: float) -> fig6.Found:
+    spec = dataclasses.replace(SENSITIVITY, **changes)
+    return fig6.Found.of(drawn, np.random.default_rng(1).integers(10, 40, spec.samples), spec)
+
+
+def row(table: pa.Table, **wanted: object) -> dict:
+    (found,) = [each for each in table.to_pylist() if all(each[key] == value for key, value in wanted.items())]
+    return found
+
+
+def test_figure_6_finds_what_the_draws_are_made_of():
+    drawn = synthetic()
+    found = fig6.answer(drawn, read(drawn).tokens, SENSITIVITY)
+    exact = {"estimator": "monte-carlo", "statistic": "mean_abs", "dtype": "float32"}
+    assert row(found.table, **exact, sigma=1e-6)["slope"] == pytest.approx(1, abs=0.01)
+    assert row(found.table, **exact | {"dtype": "bfloat16"}, sigma=1e-6)["slope"] == pytest.approx(0, abs=0.01)
+    pair = {"estimator": "antithetic", "statistic": "abs_mean", "dtype": "float32"}
+    assert row(found.table, **pair, sigma=1e-5)["slope"] == pytest.approx(2, abs=0.01)
+    # 400 draws: the standard error of one sample is 3.8 %, of the median of 16 less.
+    assert row(found.table, **exact, sigma=1e-5)["ratio"] == pytest.approx(1, abs=0.04)
+    assert row(found.table, **exact, sigma=1e-5)["rank"] > 0.9
+    by_draws = found.tables["fig6-draws"]
+    counted = row(by_draws, estimator="monte-carlo", statistic="mean_abs", draws=50)
+    # 8 runs of 16 samples: 0.6745 * 0.7555 / sqrt(50) = 7.2 %.
+    assert counted["relative_error"] == pytest.approx(0.6745 * HALF_NORMAL_SPREAD / math.sqrt(50), rel=0.2)
+    assert counted["relative_error_low"] < counted["relative_error"] < counted["relative_error_high"]
+    assert counted["relative_stderr"] == pytest.approx(HALF_NORMAL_SPREAD / math.sqrt(50), rel=0.1)
+    assert counted["error_exponent"] == pytest.approx(-0.5, abs=0.15)
+    naive = row(by_draws, estimator="monte-carlo", statistic="abs_mean", draws=200)
+    assert naive["relative_error"] > 3
+    pairs = row(by_draws, estimator="antithetic", statistic="abs_mean", draws=16)
+    assert pairs["relative_error"] < 0.05
+    of_sigma, of_draws = found.sentences[-2:]
+    assert only(CONTRADICTED, of_sigma)
+    assert only(HOLDS, of_draws.split("; it ")[0])
+
+
+def test_the_error_of_a_reference_against_itself_is_made_up_for():
+    """The mean of 4 of 8 draws is nearer to the mean of all 8 than to the truth, by sqrt(1 - 4/8)."""
+    rng = np.random.default_rng(3)
+    values = rng.normal(1, 0.05, size=(400, 8))
+    drawn = PointDraws(Point("curvature", 1e-5, 8), values)
+    (against_truth,) = fig6.counted(drawn, "abs_mean", np.ones(400), [4])
+    (against_own,) = fig6.counted(drawn, "abs_mean", values.mean(axis=1), [4], own=True)
+    expected = 0.6745 * 0.05 / 2
+    assert against_truth.error.value == pytest.approx(expected, rel=0.1)
+    assert against_own.error.value == pytest.approx(expected, rel=0.1)
+
+
+def test_figure_6_can_say_each_verdict_of_sigma():
+    contradicted = read(synthetic()).claim_sigma()
+    assert "does not depend on sigma is contradicted here" in contradicted
+    assert "nearer to flat than to proportional" in contradicted
+    assert "storage keeps 50%" in contradicted
+    assert only(HOLDS, read(synthetic(power=0.0)).claim_sigma())
+    undecided = read(synthetic(power=0.1, spread=0.1, coarse=1.0)).claim_sigma()
+    assert only(UNDECIDED, undecided)
+    assert "nearer to proportional than to flat" in undecided
+
+
+def test_figure_6_can_say_each_verdict_of_draws():
+    """The relative standard error of 100 half-normal draws is 7.6 %."""
+
+    def claim(tolerance: float) -> str:
+        sentence = read(synthetic(), tolerance=tolerance).claim_draws()
+        of_mean_abs, of_abs_mean = sentence.split("; it ")
+        assert only(CONTRADICTED, of_abs_mean)
+        return of_mean_abs
+
+    assert only(HOLDS, claim(0.1))
+    assert only(CONTRADICTED, claim(0.06))
+    assert only(UNDECIDED, claim(0.0755))
+
+
+def test_figure_6_tells_one_sigma_from_another():
+    near, far = read(synthetic()).either_sigma().split("At sigma 1 ")
+    assert "the closed form is measured" in near
+    # There the second order is ten times the first.
+    assert "something else is measured" in far
+    linear = read(synthetic(curvature=1e-9)).either_sigma()
+    assert linear.count("the closed form is measured") == 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"sigma": 2e-5}, "one of sigmas"),
+        ({"stable": 75}, "one of counts"),
+        ({"fit": {"mean_abs": [1e-6, 1e-4]}}, "fit names mean_abs"),
+        ({"fit": {"mean_abs": [1e-6, 2e-6], "abs_mean": [1e-5, 1e-3]}}, "two sigmas or more"),
+        ({"direction_counts": [8]}, "at most half of directions"),
+        ({"pairs": 1}, "at least 2"),
+    ],
+)
+def test_what_figure_6_needs_is_asked_for(changes, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(SENSITIVITY, **changes).checked()
+
+
+# --- Table 8 --------------------------------------------------------------------------------------------------
+
+TIMING = table8.Table8Spec(model="m", task="t", batch_sizes=[1, 8, 32], repeats=4)
+
+
+def timings(gain: float, noise: float) -> pa.Table:
+    """Monte Carlo takes 100 s with one sample in a batch and 100 / gain with the most, the gradient a fiftieth."""
+    rng = np.random.default_rng(0)
+    rows = []
+    for repeat in range(TIMING.repeats):
+        slow = rng.uniform(1, 3)  # of the machine, in this repeat: must not matter
+        for place, size in enumerate(TIMING.batch_sizes):
+            for estimator, base in (("monte-carlo", 100.0), ("gradient", 2.0)):
+                seconds = base * slow * gain ** (-place / 2) * math.exp(noise * rng.normal())
+                passes = {"forwards": 201.0, "backwards": 0.0} if base > 2 else {"forwards": 1.0, "backwards": 1.0}
+                row = {"repeat": repeat, "estimator": estimator, "batch_size": size, "seconds": seconds, **passes}
+                rows.append(row | {"batch_tokens": 50 * size, "batches": 32 // size, "samples": 32})
+    return pa.Table.from_pylist(rows)
+
+
+def test_few_repeats_have_students_interval():
+    values = np.array([2.0, 4.0, 8.0])
+    found = table8.geometric_mean(values)
+    low, high = stats.t.interval(0.95, 2, loc=math.log(4), scale=math.log(2) / math.sqrt(3))
+    assert (found.value, found.low, found.high) == pytest.approx((4, math.exp(low), math.exp(high)))
+
+
+def test_table_8_can_say_each_verdict():
+    found = table8.answer(timings(gain=4, noise=0.02), TIMING)
+    assert only(HOLDS, found.sentences[-1])
+    assert "times as long as with 32" in found.sentences[-1]
+    assert "from 8 to 32, " in found.sentences[-1]
+    assert only(CONTRADICTED, table8.answer(timings(gain=0.5, noise=0.02), TIMING).sentences[-1])
+    assert only(UNDECIDED, table8.answer(timings(gain=1.05, noise=0.3), TIMING).sentences[-1])
+    # The machine was up to three times as slow in some repeats: ratios are of the same repeat.
+    costs = {size: table8._cost(timings(4, 0.02), "monte-carlo", size) for size in (1, 32)}
+    ratio = table8.ratio(costs[1], costs[32])
+    assert ratio.value == pytest.approx(4, rel=0.05)
+    assert ratio.high / ratio.low < 1.2
+    assert "201 forwards by monte-carlo; 1 forward and 1 backward by gradient" in found.sentences[1]
+    assert found.sentences[2].count("\n") == 1 + len(TIMING.batch_sizes)
+    assert found.table.num_rows == 6
+
+
+def test_the_rest_of_the_draws_is_in_proportion():
+    """3 batches; once 0.5 s, 4 draws 2 s: 200 draws take 0.5 + 50 * 2 s, and 1 + 200 passes."""
+    batches = table8.in_batches(random_samples(5), 2)
+    assert [len(batch) for batch in batches] == [2, 2, 1]
+    lengths = [int(length) for batch in batches for length in batch.lengths]
+    assert lengths == sorted(lengths)
+    work = table8.Timing(1, "monte-carlo", 1e-5, 4, 0)
+    found = table8._row(work, TIMING, batches, 0.5, 2.0, Facts(forwards=3 * (1 + 4)))
+    assert found["seconds"] == pytest.approx(100.5)
+    assert (found["forwards"], found["backwards"], found["batch_size"], found["batches"]) == (201, 0, 8, 3)
+    assert found["batch_tokens"] == max(batch.input_ids.numel() for batch in batches)
+    gradient = table8.Timing(0, "gradient", 1e-5, 4, 0)
+    found = table8._row(gradient, TIMING, batches, 0.7, 0.0, Facts(forwards=3, backwards=3))
+    assert (found["seconds"], found["forwards"], found["backwards"]) == (0.7, 1, 1)
+
+
+@pytest.mark.parametrize("changes", [{"batch_sizes": [8]}, {"batch_sizes": [8, 2]}, {"repeats": 2}, {"timed_draws": 0}])
+def test_what_table_8_needs_is_asked_for(changes):
+    with pytest.raises(ValueError, match="expected"):
+        dataclasses.replace(TIMING, **changes).checked()
+
+
+# --- Table 11 -------------------------------------------------------------------------------------------------
+
+
+def sampled(
+    mrd: Callable[[dict], float], nll: Callable[[float], float] = lambda value: 10.0, made: bool = True
+) -> tuple[Scores, Dataset]:
+    """160 samples in a 2 x 2 x 2 design, whose texts have it too, with an MRD made of their levels and noise."""
+    rng = np.random.default_rng(0)
+    records = []
+    for i in range(160):
+        levels = {"complexity": ("low", "high")[i % 2], "frequency": (1, 4)[i // 2 % 2]}
+        levels["rare_words"] = ("low", "high")[i // 4 % 2]
+        clause = " because it rained, which was bad, although the sun shone" if i % 2 else ""
+        # Told four times in training, or once.
+        subject = f"big red house{i // 4 % 30}" if i // 2 % 2 else f"small blue tower{i}"
+        rare = f" zyx{i} qwv{i}" if i // 4 % 2 else " very often"
+        answer = f"The {subject} stands near{rare}{clause}."
+        records.append({"id": f"s{i}", "question": "Where?", "answer": answer, **levels})
+    values = np.array([mrd(record) for record in records]) + rng.normal(0, 0.3, 160)
+    tokens = rng.integers(20, 40, 160)
+    table = pa.table(
+        {
+            "sample_id": [record["id"] for record in records],
+            "num_tokens": tokens,
+            "nll": np.array([nll(value) for value in values]) * tokens / 30,
+            "mrd": values,
+            "mrd_per_token": values / tokens,
+        }
+    )
+    if not made:
+        records = [{key: record[key] for key in ("id", "question", "answer")} for record in records]
+    texts = [Text(record["id"], record["question"], record["answer"]) for record in records]
+    return Scores(table, {}, {}), Dataset("synthetic", texts, records)
+
+
+def characteristics_found(scores: Scores, dataset: Dataset, size: int = 40) -> Answer:
+    spec = table11.Table11Spec(size=size, corpus=["all"])
+    return table11.answer(scores, dataset, table11.as_trained(dataset), spec)
+
+
+def as_claimed(record: dict) -> float:
+    return 3.0 + (record["complexity"] == "high") - (record["frequency"] == 4) + (record["rare_words"] == "high")
+
+
+def test_table_11_can_say_each_verdict():
+    found = characteristics_found(*sampled(as_claimed, nll=lambda value: 5 * value))
+    rows = found.table.to_pylist()
+    assert {each["verdict"] for each in rows} == {"the claim holds"}
+    made = [each for each in rows if each["source"] == "made"]
+    assert [each["attribute"] for each in made] == [attribute.field for attribute in ATTRIBUTES]
+    assert [(each["low_samples"], each["all_high_samples"]) for each in made] == [(40, 80)] * 3
+    *_, probability, claim = found.sentences
+    assert claim.count("all hold here") == 3
+    # Which side of the paper's contradiction was found.
+    assert probability.startswith("Initial probability (measured).")
+    assert probability.count(": as the text says") == 4
+
+    found = characteristics_found(*sampled(lambda record: 10 - as_claimed(record), nll=lambda value: 50 - 5 * value))
+    made = [each for each in found.table.to_pylist() if each["source"] == "made"]
+    assert {each["verdict"] for each in made} == {"the opposite of the claim"}
+    *_, probability, claim = found.sentences
+    assert claim.count("some are contradicted here") == 3
+    assert probability.count(": as the table shows, against the text") == 4
+
+
+def test_levels_are_measured_where_the_task_made_none():
+    found = characteristics_found(*sampled(lambda record: 3.0, nll=lambda value: 5.0 + value % 0.01, made=False))
+    rows = found.table.to_pylist()
+    assert [(each["attribute"], each["source"]) for each in rows] == [
+        (name, "measured") for name in ("complexity", "frequency", "rare_words", "probability")
+    ]
+    assert {each["verdict"] for each in rows} == {"not separable from no effect"}
+    assert found.sentences[-1].count("not all can be told here") == 3
+
+
+def test_outer_quarters_by_hand():
+    values = {name: float(value) for value, name in enumerate("abcdefghi")} | {"x": math.nan}
+    assert table11.outer_quarters(values) == {"a": False, "b": False, "c": False, "g": True, "h": True, "i": True}
+    assert table11.outer_quarters(dict.fromkeys("abcd", 1.0)) == {}
+    assert table11.outer_quarters({"a": math.nan}) == {}
+
+
+def test_the_draw_of_a_level_is_that_of_the_seed():
+    grouping = table11.Grouping(ATTRIBUTES[0], "made", {f"s{i}": i % 3 == 0 for i in range(60)})
+    few = table11.drawn(grouping, 15, 0)
+    assert few == table11.drawn(grouping, 15, 0)
+    assert few != table11.drawn(grouping, 15, 1)
+    assert all(grouping.high[name] == level for name, level in few.high.items())
+    assert (sum(few.high.values()), len(few.high)) == (15, 30)
+    # There are 20 of one and 40 of the other level.
+    assert len(table11.drawn(grouping, 100, 0).high) == 60
+
+
+# --- Table 12 -------------------------------------------------------------------------------------------------
+
+
+def stability(**changes: object) -> table12.Table12Spec:
+    models = [{"model": "a", "task": "t"}, {"model": "b", "task": "t"}]
+    return dataclasses.replace(table12.Table12Spec(models=models, samples=24, draws=250), **changes)
+
+
+def normal_draws(
+    name: str, parameters: int, tail: float = 0.0, samples: int = 24, draws: int = 250
+) -> table12.Measured:
+    """Draws of a normal distribution; a tail makes |Delta| spread more than half-normally."""
+    rng = np.random.default_rng(parameters % 1000)
+    values = rng.normal(size=(samples, draws)) * np.exp(tail * rng.normal(size=(samples, draws)))
+    return table12.Measured(name, parameters, rng.uniform(1, 5, (samples, 1)) * values)
+
+
+def test_first_count_by_hand():
+    """Of |1|, |3| the mean is 2 and the standard error 1: 0.5; of a constant it is 0."""
+    errors = table12.relative_errors(np.array([[1.0, -3.0, 2.0], [4.0, 4.0, 4.0]]))
+    np.testing.assert_allclose(errors, [[0.5, 0.0], [1 / math.sqrt(3) / 2, 0.0]])
+    rows = np.array([[0, 0], [0, 1], [1, 1]])
+    # Medians after 2 draws: 0.5, 0.25, 0; after 3: 0.289, 0.144, 0.
+    assert table12.first_count(errors, rows, 0.3).tolist() == [3, 2, 2]
+    assert table12.first_count(errors, rows, 0.2).tolist()[1:] == [3, 2]
+    assert np.isnan(table12.first_count(errors, rows, 0.2)[0])
+
+
+def test_half_normal_draws_are_stable_where_the_theory_says():
+    spec = stability()
+    assert spec.expected == pytest.approx((math.pi / 2 - 1) / 0.01)
+    found = table12.stable(normal_draws("a", 10**6), spec.tolerance)
+    assert found.count.value == pytest.approx(spec.expected, rel=0.12)
+    assert found.count.low <= found.count.value <= found.count.high
+    assert found.spread.value == pytest.approx(HALF_NORMAL_SPREAD, rel=0.05)
+
+
+def test_table_12_can_say_each_verdict():
+    sizes = [10**5 + 1, 10**6 + 2, 10**7 + 3]
+
+    def claim(tails: list[float], samples: int = 24) -> str:
+        models = [normal_draws(str(n), size, tail, samples) for size, tail, n in zip(sizes, tails, "abc", strict=True)]
+        found = table12.answer(models, stability())
+        assert found.table.num_rows == 3
+        assert found.sentences[1].count("\n") == 1 + 3 + len(table12.PAPER)
+        return found.sentences[-1]
+
+    assert only(HOLDS, claim([0, 0, 0]))
+    assert only(CONTRADICTED, claim([0, 0.4, 0.7]))
+    assert only(UNDECIDED, claim([0, 0, 0], samples=6))
+
+
+def test_a_model_that_is_never_stable_is_said_to_be():
+    models = [normal_draws("a", 10**6, draws=120), normal_draws("b", 10**7, tail=1.5, draws=120)]
+    found = table12.answer(models, stability(draws=120))
+    assert "1 are not stable after 120" in found.sentences[0]
+    assert "more than were drawn" in found.sentences[1]
+    assert only(UNDECIDED, found.sentences[-1])
+
+
+def test_random_models_are_made_once_and_counted(tmp_path, model_folder):
+    like = find_model(str(model_folder))
+    spec = table12.ModelSpec(model="m", task="t", hidden_size=32, layers=1)
+    folder = table12.random_model(tmp_path / "one", like, spec, seed=0)
+    made = (folder / "model.safetensors").read_bytes()
+    assert table12.random_model(tmp_path / "one", like, spec, seed=1) == folder
+    assert (folder / "model.safetensors").read_bytes() == made
+    other = table12.random_model(tmp_path / "two", like, spec, seed=1)
+    assert (other / "model.safetensors").read_bytes() != made
+    assert not list(tmp_path.glob(".*"))
+    loaded = load_model(folder)
+    assert table12.count_parameters(find_model(str(folder))) == sum(p.numel() for p in loaded.parameters())
+    assert len(find_model(str(folder)).tokenizer) == len(tokenizer())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"models": [{"model": "a", "task": "t"}]}, "two or more"),
+        ({"models": [{"model": "a", "task": "t", "hidden_size": 64}, {"model": "b", "task": "t"}]}, "entry 1"),
+        ({"models": [{"model": "a", "task": "t", "hidden": 64}, {"model": "b", "task": "t"}]}, "hidden_size"),
+        ({"draws": 60}, "expected 114 or more"),
+    ],
+)
+def test_what_table_12_needs_is_asked_for(changes, message):
+    with pytest.raises(ValueError, match=message):
+        stability(**changes).checked()
+
+
+# --- Specs and the whole --------------------------------------------------------------------------------------
+
+KINDS = {
+    "fig6": {"sensitivity": fig6.Fig6Spec},
+    "table8": {"timing": table8.Table8Spec},
+    "table11": {"score": ScoreSpec, "groups": table11.Table11Spec},
+    "table12": {"stability": table12.Table12Spec},
+}
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("name", KINDS)
+def test_specs_are_read_and_checked(name, preset):
+    values = read_mapping(SPECS / f"{name}.yaml")[preset]
+    assert values.keys() == KINDS[name].keys()
+    for key, kind in KINDS[name].items():
+        make_spec(kind, values[key], f"{name}: {key}").checked()
+
+
+def tiny(name: str, model: str, data: str) -> dict:
+    of = {"model": model, "task": data}
+    return {
+        "fig6": {
+            "sensitivity": of
+            | {"samples": 10, "sigmas": [1e-5, 1e-4, 1e-3, 1.0], "coarse_sigmas": [1e-5, 1e-4, 1e-3]}
+            | {"fit": {"mean_abs": [1e-5, 1e-4], "abs_mean": [1e-4, 1e-3]}, "draws": 2, "pairs": 2, "directions": 2}
+            | {"counts": [2, 4], "pair_counts": [1, 2], "direction_counts": [1], "stable": 4, "fewer": 2, "more": 4}
+        },
+        "table8": {"timing": of | {"samples": 4, "batch_sizes": [1, 4], "draws": 3, "timed_draws": 2}},
+        "table11": {
+            "score": {"model": model, "data": "authors", "split": "forget10", "estimator": "gradient"},
+            "groups": {"size": 15, "corpus": ["forget10"]},
+        },
+        "table12": {
+            "stability": {"samples": 10, "draws": 16, "tolerance": 0.3}
+            | {"models": [of, of | {"hidden_size": 32, "layers": 1}]}
+        },
+    }[name]
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_the_whole_on_a_tiny_model(name, cluster, tmp_path: Path, model_folder, data_file):
+    experiment = importlib.import_module(f"bench.experiments.{name}").EXPERIMENT
+    assert experiment.name == name
+    work = tmp_path / "work"
+    work.mkdir()
+    values = tiny(name, str(model_folder), str(data_file))
+    setting = Setting(name, values, "tiny", work, tmp_path / "trials", SweepResources(concurrent=1), progress=False)
+    found = experiment.run(setting)
+    assert found.table.num_rows
+    plots.png(found.panels, tmp_path / "picture.png", found.inches)
+    assert not any("nan" in sentence.split() for sentence in found.sentences)
+    written = {path: path.stat().st_mtime_ns for path in work.rglob("*") if path.is_file()}
+    assert any(path.suffix == ".parquet" for path in written)
+    again = experiment.run(setting)
+    assert again.sentences == found.sentences
+    assert {path: path.stat().st_mtime_ns for path in work.rglob("*") if path.is_file()} == written
