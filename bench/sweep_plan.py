@@ -23,7 +23,7 @@ from bench.evaluation_job import EvaluateSpec, EvaluationResult, evaluate
 from bench.evaluation_table import MODEL, ORIGINAL, RETAIN_ONLY, Columns, columns_in
 from bench.models import ModelReference, find_model
 from bench.scoring_job import Resources, ScoreSpec, score
-from bench.selections import Selection, SelectionSpec, select, write_selections
+from bench.selections import Selection, SelectionSpec, needs_difficulty, select, write_selections
 from bench.spec import make_spec
 from bench.store import with_spec_hash
 from bench.trials import Trial, make_trial
@@ -259,6 +259,8 @@ class Plan:
     def choose(self, resources: SweepResources) -> None:
         """Draw the selections, by MRD where they are by MRD; measure what all trials are compared with."""
         specs = self.spec.selection_specs()
+        if not needs_difficulty(specs):
+            select(specs, self.dataset, {})  # what cannot be drawn is said before anything is measured
         if self.spec.selections:
             # Also where it does not decide who is selected: the difficulty of every selection is part of the result.
             found = score(

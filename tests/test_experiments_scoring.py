@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,7 +15,7 @@ import pytest
 from scipy import stats
 
 from bench import plots
-from bench.data import Dataset
+from bench.data import Dataset, load_dataset, spaced
 from bench.draws import HALF_NORMAL_SPREAD, Point, PointDraws, measure_draws, read_finished, scaling_line
 from bench.experiments import fig6, table8, table11, table12
 from bench.experiments.experiment import Answer, Setting
@@ -26,11 +27,11 @@ from bench.scoring_job import Resources, ScoreSpec
 from bench.spec import make_spec, read_mapping
 from bench.statistics import Estimate
 from bench.sweep_plan import SweepResources
-from scoring.mrd import Request, estimate
+from scoring.mrd import ESTIMATORS, Request, estimate
 from scoring.pool import Facts
 from scoring.replica import TransformersReplica, load_model
 from scoring.samples import Text, encode, make_batches
-from tests.tiny_folders import pairs, tokenizer
+from tests.tiny_folders import tokenizer
 from tests.tiny_models import random_samples
 
 VERDICTS = (HOLDS, CONTRADICTED, UNDECIDED)
@@ -57,42 +58,6 @@ def test_numbers_in_words():
     assert significant(Estimate(123456.0, 98765.0, 150000.0)) == "1.23e+05 [95 % CI 9.88e+04 to 1.5e+05]"
     assert significant(Estimate(2.0, math.nan, math.nan)) == "2 [too few samples for a CI]"
     assert markdown(["a", "b"], [["1", "2"]]) == "| a | b |\n| --- | --- |\n| 1 | 2 |"
-
-
-# --- Draws ----------------------------------------------------------------------------------------------------
-
-
-def test_draws_are_those_of_the_estimators_and_measured_once(cluster, tmp_path, model_folder):
-    model = find_model(str(model_folder))
-    texts = [Text(record["id"], record["prompt"], record["completion"]) for record in pairs(6)]
-    samples, _ = encode(texts, model.tokenizer, model.max_length)
-    points = [Point("monte-carlo", 1e-3, 6), Point("monte-carlo", 1e-4, 2), Point("gradient", 1e-4, 7)]
-    path = tmp_path / "draws.parquet"
-
-    def measured(points: list[Point]) -> list[PointDraws]:
-        return measure_draws(path, model, samples, points, Resources(replicas=1), seed=5, progress=False)
-
-    found = measured(points)
-    replica = TransformersReplica(load_model(model_folder))
-    batches = make_batches(samples, ScoreSpec.batch_tokens)
-    for each, draws in zip(found, (6, 2, 1), strict=True):
-        direct = estimate(replica, batches, Request(each.point.estimator, each.point.sigma, 5, 0, draws))
-        # The file's rows are the samples in their order, the estimator's are those of its batches.
-        np.testing.assert_allclose(each.values, direct.values[np.argsort(direct.indices)], rtol=1e-6)
-    assert [each.survival is None for each in found] == [False, False, True]
-    assert found[0].survival == pytest.approx(1, abs=0.05)
-    line = scaling_line([found[1], found[0]], "mean_abs")
-    assert (line.estimator, line.dtype, line.sigmas.tolist()) == ("monte-carlo", "float32", [1e-4, 1e-3])
-    np.testing.assert_allclose(line.scores[1], np.abs(found[0].values).mean(axis=1))
-
-    # Found again; of another measurement, not.
-    written = path.stat().st_mtime_ns
-    again = measured(points)
-    assert path.stat().st_mtime_ns == written
-    assert all(np.array_equal(a.values, b.values) for a, b in zip(found, again, strict=True))
-    assert read_finished(path, {"spec_hash": "another"}) is None
-    path.write_bytes(b"no scores")
-    assert read_finished(path, {"spec_hash": "another"}) is None
 
 
 # --- Figure 6 -------------------------------------------------------------------------------------------------
@@ -520,20 +485,63 @@ def tiny(name: str, model: str, data: str) -> dict:
     }[name]
 
 
-@pytest.mark.parametrize("name", KINDS)
-def test_the_whole_on_a_tiny_model(name, cluster, tmp_path: Path, model_folder, data_file):
+def begin(name: str, work: Path, model: Path, data: Path) -> Answer:
+    """Run an experiment on the tiny model, and draw its picture."""
     experiment = importlib.import_module(f"bench.experiments.{name}").EXPERIMENT
     assert experiment.name == name
-    work = tmp_path / "work"
-    work.mkdir()
-    values = tiny(name, str(model_folder), str(data_file))
-    setting = Setting(name, values, "tiny", work, tmp_path / "trials", SweepResources(concurrent=1), progress=False)
-    found = experiment.run(setting)
+    values = tiny(name, str(model), str(data))
+    trials = work / "trials"
+    found = experiment.run(Setting(name, values, "tiny", work, trials, SweepResources(concurrent=1), progress=False))
     assert found.table.num_rows
-    plots.png(found.panels, tmp_path / "picture.png", found.inches)
-    assert not any("nan" in sentence.split() for sentence in found.sentences)
-    written = {path: path.stat().st_mtime_ns for path in work.rglob("*") if path.is_file()}
-    assert any(path.suffix == ".parquet" for path in written)
-    again = experiment.run(setting)
-    assert again.sentences == found.sentences
-    assert {path: path.stat().st_mtime_ns for path in work.rglob("*") if path.is_file()} == written
+    plots.png(found.panels, work / "picture.png", found.inches)
+    assert not any(re.search(r"\bnan\b", sentence) for sentence in found.sentences)
+    return found
+
+
+def measured(work: Path) -> dict[Path, int]:
+    return {path: path.stat().st_mtime_ns for path in work.glob("*.parquet")}
+
+
+def test_figure_6_on_a_tiny_model(cluster, tmp_path, model_folder, data_file):
+    rows = begin("fig6", tmp_path, model_folder, data_file).table.to_pylist()
+    assert {each["estimator"] for each in rows} == set(ESTIMATORS)
+    drawn = [each for each in rows if each["estimator"] == "monte-carlo"]
+    survival = {(each["dtype"], each["sigma"]): each["perturbation_survival"] for each in drawn}
+    assert survival["float32", 1e-5] == pytest.approx(1, abs=0.05)
+    assert survival["bfloat16", 1e-5] < 0.9
+    # What draws nothing is of no other sigma than its own.
+    assert [each["draws"] for each in rows if each["estimator"] == "gradient"] == [1, 1]
+
+
+@pytest.mark.parametrize("name", ["table8", "table11"])
+def test_tables_on_a_tiny_model_are_measured_once(name, cluster, tmp_path, model_folder, data_file):
+    found = begin(name, tmp_path, model_folder, data_file)
+    written = measured(tmp_path)
+    assert written
+    assert begin(name, tmp_path, model_folder, data_file).sentences == found.sentences
+    assert measured(tmp_path) == written
+
+
+def test_table_12_on_tiny_models_and_the_draws_behind_it(cluster, tmp_path, model_folder, data_file):
+    table = begin("table12", tmp_path, model_folder, data_file).table
+    assert table["model"].to_pylist() == [str(model_folder), "random 1 x 32"]
+    written = measured(tmp_path)
+    path = next(path for path in written if "random" not in path.name)
+    model = find_model(str(model_folder))
+    texts = spaced(load_dataset(str(data_file)).texts, 10)
+    samples, _ = encode(texts, model.tokenizer, model.max_length)
+    (drawn,) = measure_draws(path, model, samples, [Point("monte-carlo", 1e-5, 16)], Resources(), progress=False)
+    assert measured(tmp_path) == written  # read
+    # The file's rows are the samples in their order, the estimator's are those of its batches.
+    batches = make_batches(samples, ScoreSpec.batch_tokens)
+    direct = estimate(TransformersReplica(load_model(model_folder)), batches, Request("monte-carlo", 1e-5, 0, 0, 16))
+    np.testing.assert_allclose(drawn.values, direct.values[np.argsort(direct.indices)], rtol=1e-5)
+    assert drawn.survival == pytest.approx(1, abs=0.05)
+    line = scaling_line([drawn, dataclasses.replace(drawn, point=Point("monte-carlo", 1e-4, 16))], "mean_abs")
+    assert (line.estimator, line.dtype, line.sigmas.tolist()) == ("monte-carlo", "float32", [1e-5, 1e-4])
+    np.testing.assert_allclose(line.scores, [np.abs(drawn.values).mean(axis=1)] * 2)
+    # Of another measurement, or no such file: to be measured.
+    assert read_finished(path, {"spec_hash": "another"}) is None
+    path.write_bytes(b"no scores")
+    assert read_finished(path, {"spec_hash": "another"}) is None
+    assert read_finished(tmp_path / "none.parquet", {"spec_hash": "another"}) is None

@@ -16,7 +16,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from matplotlib.axes import Axes
-from matplotlib.ticker import MaxNLocator
 from scipy import stats
 from transformers import PreTrainedModel
 
@@ -371,10 +370,13 @@ def _length(found: Sequence[Ordering]) -> str:
 
 
 def _others(found: Sequence[Ordering]) -> list[str]:
-    parts = [f"{each.metric.title} by {said(each.mrd_ahead)}" for each in found if each.mrd_ahead]
+    parts = [f"{each.metric.title} {said(each.mrd_ahead)}" for each in found if each.mrd_ahead]
     if not parts:
         return []
-    return [f"MRD's rank correlation is above the size of the others', whichever way they order: {', '.join(parts)}."]
+    return [
+        "MRD's rank correlation less the size of the other metric's, whichever way round that one orders: "
+        f"{', '.join(parts)}."
+    ]
 
 
 def _claim(found: Sequence[Ordering]) -> str:
@@ -391,9 +393,14 @@ def _claim(found: Sequence[Ordering]) -> str:
 
 
 def _is_behind(each: Ordering) -> str:
-    """Whether a metric orders the groups less well than MRD does."""
+    """Whether a metric orders the groups less well than MRD does.
+
+    That it does not is only said of one that orders them at all: the size of a correlation is above 0 by chance alone.
+    """
     sign = each.mrd_ahead.sign if each.mrd_ahead else 0
-    return {+1: HOLDS, 0: UNKNOWN, -1: CONTRADICTED}[sign]
+    if sign < 0:
+        return CONTRADICTED if each.correlation.sign else UNKNOWN
+    return HOLDS if sign > 0 else UNKNOWN
 
 
 # --- Pictures -----------------------------------------------------------------------------------------------
@@ -418,8 +425,9 @@ def _rank_lines(hard: np.ndarray, found: Sequence[Ordering]) -> Draw:
                 alpha=1.0 if ours else 0.75,
                 label=each.metric.title,
             )
-        for axis in (axes.xaxis, axes.yaxis):
-            axis.set_major_locator(MaxNLocator(integer=True))
+        ticks = np.unique(np.linspace(1, len(order), 6).round())
+        axes.set_xticks(ticks)
+        axes.set_yticks(ticks)
         axes.set_ylim(0, 1.22 * len(order))
         axes.set_xlabel("groups, easiest to hardest to forget")
         axes.set_ylabel("rank by the metric (high: hard)")

@@ -19,7 +19,7 @@ from matplotlib.axes import Axes
 from bench.experiments.experiment import Setting
 from bench.experiments.weighted_sampling import Row, bars, holm, over_seeds
 from bench.models import find_model
-from bench.plots import BLUE, GREEN, MUTED, ORANGE, VERMILLION, Draw
+from bench.plots import BLUE, GREEN, INK, MUTED, ORANGE, VERMILLION, Draw
 from bench.report.findings import decimal, interval
 from bench.spec import make_spec
 from bench.statistics import LEVEL, Estimate
@@ -194,8 +194,10 @@ COLOURS = (MUTED, BLUE, VERMILLION, ORANGE, GREEN)
 MARKERS = "os^Dv"
 
 
-def ratio_dots(groups: Mapping[str, Sequence[Ratio]], title: str, log: bool = False) -> Draw:
-    """Ratios by name, with 95 % intervals; a colour for each group."""
+def ratio_dots(
+    groups: Mapping[str, Sequence[Ratio]], title: str, log: bool = False, paper: Mapping[str, float] | None = None
+) -> Draw:
+    """Ratios by name, with 95 % intervals; a colour for each group. `paper` has its own ratios."""
 
     def draw(axes: Axes) -> None:
         names = list(dict.fromkeys(ratio.name for own in groups.values() for ratio in own))
@@ -212,14 +214,19 @@ def ratio_dots(groups: Mapping[str, Sequence[Ratio]], title: str, log: bool = Fa
                 linestyle="none",
                 label=group,
             )
+        if paper:
+            known_names = [name for name in names if name in paper]
+            y = [-names.index(name) for name in known_names]
+            axes.plot([paper[name] for name in known_names], y, "x", color=INK, label="paper")
         axes.axvline(1, color=MUTED, linewidth=1)
         if log:
             axes.set_xscale("log")
+            axes.xaxis.set_major_formatter("{x:g}")
         axes.set_yticks([-float(row) for row in range(len(names))], names)
         axes.grid(axis="y", visible=False)
         axes.set_ylim(-len(names) + 0.4, 0.6)
         axes.set_xlabel(title)
-        axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=1 if len(groups) > 2 else 2, borderaxespad=0.1)
+        axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), borderaxespad=0.1)
 
     return draw
 

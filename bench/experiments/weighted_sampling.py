@@ -242,7 +242,10 @@ class Contrast:
         return self.difference.sign * (1 if METRICS[self.metric].higher_is_better else -1)
 
     def text(self) -> str:
-        return f"{label(self.metric)} {said(self.difference, digits(self.metric))}"
+        places = digits(self.metric)
+        if self.pairs > 1 and math.isfinite(self.difference.value) and not math.isfinite(self.difference.low):
+            return f"{label(self.metric)} {decimal(self.difference.value, places)} [the same in every seed]"
+        return f"{label(self.metric)} {said(self.difference, places)}"
 
 
 def contrasts(
@@ -333,8 +336,8 @@ def answer(trials: pa.Table, columns: Columns, original: Row) -> Answer:
     sentences.append(claim(*compared[EASY_FIRST], columns, "drawing by MRD improves both completeness and utility"))
     panels = [dots(found, metric, original, first=not number) for number, metric in enumerate(columns.judged)]
     if len(columns.judged) == 2:
-        together_ = [contrast for single, average in compared.values() for contrast in (*single, *average)]
-        panels += [gains(together_, metric) for metric in columns.judged]
+        shown = [contrast for single, average in compared.values() for contrast in (*single, *average)]
+        panels += [gains(shown, metric) for metric in columns.judged]
     height = 1.6 + 0.36 * len({(outcome.algorithm, outcome.arm) for outcome in found})
     inches = (1.5 + 3.6 * len(panels), max(4.0, height))
     return Answer(as_table(rows_of(found, columns, original)), panels, sentences, inches=inches)
