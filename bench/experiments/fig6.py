@@ -550,7 +550,7 @@ def _legend_below(axes: Axes, title: str) -> None:
 
 EXPERIMENT = Experiment(
     name="fig6",
-    title="Sensitivity of MRD to sigma and K",
+    title="sensitivity of MRD to sigma and K",
     question="How much does MRD depend on the size of the perturbation, and from how many draws is it stable?",
     claim="MRD is not sensitive to sigma, it fluctuates around 0.64; and it is stable from K = 100 on.",
     run=run,

@@ -326,7 +326,7 @@ def _row(each: Compared) -> dict[str, Any]:
 
 EXPERIMENT = Experiment(
     name="table11",
-    title="Characteristics that influence MRD",
+    title="characteristics that influence MRD",
     question="What makes the MRD of a sample high or low, and does it still once length is set aside?",
     claim="MRD is high for samples of high complexity, low frequency, low initial probability and with rare words.",
     run=run,

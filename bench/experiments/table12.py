@@ -366,7 +366,7 @@ def _errors(models: Sequence[Measured], spec: Table12Spec) -> Draw:
 
 EXPERIMENT = Experiment(
     name="table12",
-    title="Stable K by model size",
+    title="stable K by model size",
     question="From how many draws is MRD stable, and does that depend on the size of the model?",
     claim="Stable K is 50 to 80 for Qwen3 models of 4B to 32B; the size of the model hardly matters.",
     run=run,

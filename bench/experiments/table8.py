@@ -358,7 +358,7 @@ def _finish(axes: Axes, sizes: Sequence[int]) -> None:
 
 EXPERIMENT = Experiment(
     name="table8",
-    title="Time of MRD by batch size",
+    title="time of MRD by batch size",
     question="How long does scoring a forget set take, and what do larger batches save?",
     claim="The time of MRD falls as the batch grows: from 3m30s with 8 samples in a batch to 1m23s with 128.",
     run=run,
