@@ -1,7 +1,7 @@
 """The experiments by name, and running them: a table, a picture and a paragraph each, with the spec that made them.
 
 OUT/NAME/spec.yaml  NAME.parquet  NAME.png  finding.md    the answer; record.json comes last: all is there
-OUT/README.md                                             all findings, figures first               
+OUT/README.md                                             all findings, figures first
 OUT/work/NAME, OUT/trials                                 what was measured on the way, for the next start
 """
 

@@ -95,7 +95,7 @@ class Table12Spec:
         if not 0 < self.tolerance < 1:
             raise UserError(f"tolerance is {self.tolerance:g}: expected a number between 0 and 1")
         if self.draws < 2 * self.expected:
-            raise UserError(f"draws is {self.draws}: expected {2 * self.expected:.0f} or more for this tolerance")
+            raise UserError(f"draws is {self.draws}: expected {2 * self.expected} or more for this tolerance")
         return self
 
     def model_specs(self) -> list[ModelSpec]:
@@ -109,9 +109,9 @@ class Table12Spec:
         return specs
 
     @property
-    def expected(self) -> float:
+    def expected(self) -> int:
         """K of half-normal draws."""
-        return (HALF_NORMAL_SPREAD / self.tolerance) ** 2
+        return math.ceil((HALF_NORMAL_SPREAD / self.tolerance) ** 2)
 
 
 @dataclass(frozen=True)
@@ -197,7 +197,8 @@ class Stable:
 
     Attributes:
         measured: the model.
-        count: the first K whose relative standard error, median over samples, is at most the tolerance; nan: none.
+        count: the K from which on the relative standard error, median over samples, stays at or below the tolerance;
+            nan: none.
         spread: sd / mean of |Delta_k|, median over samples.
     """
 
@@ -222,14 +223,17 @@ def relative_errors(values: np.ndarray) -> np.ndarray:
     return np.stack([stderr / mrd for mrd, stderr in pairs])
 
 
-def first_count(errors: np.ndarray, rows: np.ndarray, tolerance: float) -> np.ndarray:
-    """The first K at which the median over the samples `rows`, (..., n), is at most the tolerance; nan: none is."""
+def stable_count(errors: np.ndarray, rows: np.ndarray, tolerance: float) -> np.ndarray:
+    """The K from which on the median over the samples `rows`, (..., n), stays at or below the tolerance; nan: none.
+
+    The first that passes would not do: after two or three draws some samples look exact by chance.
+    """
     flat = rows.reshape(-1, rows.shape[-1])
-    counts = np.full(len(flat), np.nan)
+    counts = np.full(len(flat), 2.0)  # the first row is of two draws
     for place, chosen in enumerate(flat):
-        passed = np.flatnonzero(np.median(errors[:, chosen], axis=1) <= tolerance)
-        if len(passed):
-            counts[place] = passed[0] + 2  # the first row is of two draws
+        above = np.flatnonzero(np.median(errors[:, chosen], axis=1) > tolerance)
+        if len(above):
+            counts[place] = above[-1] + 3 if above[-1] + 1 < len(errors) else np.nan
     return counts.reshape(rows.shape[:-1])
 
 
@@ -239,7 +243,7 @@ def stable(measured: Measured, tolerance: float) -> Stable:
     after = relative_errors(measured.values)
     return Stable(
         measured,
-        over_sets(lambda rows: first_count(after, rows[0], tolerance), [size]),
+        over_sets(lambda rows: stable_count(after, rows[0], tolerance), [size]),
         over_sets(lambda rows: np.median(spread[rows[0]], axis=-1), [size]),
     )
 
@@ -254,7 +258,7 @@ def by_size(models: Sequence[Measured], tolerance: float) -> Estimate:
     size -= size.mean()
 
     def factor(rows: list[np.ndarray]) -> np.ndarray:
-        counts = np.stack([first_count(after, chosen, tolerance) for after, chosen in zip(errors, rows, strict=True)])
+        counts = np.stack([stable_count(after, chosen, tolerance) for after, chosen in zip(errors, rows, strict=True)])
         return np.exp(np.tensordot(size, np.log(counts), 1) / (size @ size))
 
     return over_sets(factor, [len(each.values) for each in models])
@@ -267,8 +271,8 @@ def _summary(found: Sequence[Stable], spec: Table12Spec) -> str:
     between = f"{min(known):.0f} to {max(known):.0f}" if known else "no K up to the last"
     return (
         f"**Stable from K = {between}**, {len(found)} models of {millions(found[0])} to {millions(found[-1])} "
-        f"parameters{never}: there the relative standard error of MRD by Monte Carlo, median of samples, passes "
-        f"{spec.tolerance:.0%}."
+        f"parameters{never}: from there on the relative standard error of MRD by Monte Carlo, median of samples, stays "
+        f"below {spec.tolerance:.0%}."
     )
 
 
@@ -280,7 +284,7 @@ def _theory(found: Sequence[Stable], spec: Table12Spec) -> str:
     follows = " That the model does not matter then says something of the statistic, and nothing of models."
     return (
         f"If draws are linear in the perturbation |Delta| is half-normal under any model, its relative spread is "
-        f"{HALF_NORMAL_SPREAD:.4f}, and K = ({HALF_NORMAL_SPREAD:.4f} / tolerance)² = {spec.expected:.0f}. That lies "
+        f"{HALF_NORMAL_SPREAD:.4f}, and K = ({HALF_NORMAL_SPREAD:.4f} / tolerance)² = {spec.expected}. That lies "
         f"in the interval of K of {len(agree)} of {len(found)} models, and the spread in that of {len(half_normal)}. "
         f"The paper's K of {min(papers)} to {max(papers)} are what tolerances of {min(implied):.1%} to "
         f"{max(implied):.1%} give; it names none.{follows if len(agree) == len(found) else ''}"
@@ -334,11 +338,11 @@ def _counts(found: Sequence[Stable], spec: Table12Spec) -> Draw:
         )
         axes.plot([each.count.value for each in found], mine, "o", color=BLUE, markersize=8, label="here, 95 % CI")
         axes.plot([count for _, count in PAPER.values()], paper, "D", color=VERMILLION, label="the paper")
-        axes.axvline(spec.expected, color=INK, linestyle="--", label=f"half-normal: {spec.expected:.0f}")
+        axes.axvline(spec.expected, color=INK, linestyle="--", label=f"half-normal: {spec.expected}")
         axes.set_yticks(place, [*names, *(f"the paper, {name}" for name in PAPER)])
         axes.set_xlim(left=0)
         axes.grid(axis="y", visible=False)
-        axes.set_xlabel(f"K at which the relative standard error is {spec.tolerance:.0%}")
+        axes.set_xlabel(f"K from which on the relative standard error is below {spec.tolerance:.0%}")
         axes.legend(loc="lower center", bbox_to_anchor=(0.4, 1.0), ncols=3, columnspacing=1)
 
     return draw
