@@ -398,16 +398,17 @@ def test_half_normal_draws_are_stable_where_the_theory_says():
 def test_table_12_can_say_each_verdict():
     sizes = [10**5 + 1, 10**6 + 2, 10**7 + 3]
 
-    def claim(tails: list[float], samples: int = 24) -> str:
+    def claim(tails: list[float], samples: int = 24, half_normal: bool = True) -> str:
         models = [normal_draws(str(n), size, tail, samples) for size, tail, n in zip(sizes, tails, "abc", strict=True)]
         found = table12.answer(models, stability())
         assert found.table.num_rows == 3
         assert found.sentences[1].count("\n") == 1 + 3 + len(table12.PAPER)
+        assert ("nothing of models" in found.sentences[2]) == half_normal
         return found.sentences[-1]
 
     assert only(HOLDS, claim([0, 0, 0]))
-    assert only(CONTRADICTED, claim([0, 0.4, 0.7]))
-    assert only(UNDECIDED, claim([0, 0, 0], samples=6))
+    assert only(CONTRADICTED, claim([0, 0.4, 0.7], half_normal=False))
+    assert only(UNDECIDED, claim([0, 0, 0], samples=6, half_normal=False))
 
 
 def test_a_model_that_is_never_stable_is_said_to_be():

@@ -343,7 +343,7 @@ def test_whether_two_epochs_are_best(means: Sequence[float], expected: str, matt
     assert f"that m = 2 is best, {expected} here" in answer.sentences[-1]
     assert ("UC ↑: p = 0.000, m matters" in answer.sentences[1]) == matters
     # Passes that measured MRD, in those of one measurement.
-    assert "m = 2, MRD measured 3 times" in answer.sentences[0]
+    assert "m = 2 (3 × MRD)" in answer.sentences[0]
     (units,) = [each for each in answer.sentences if each.startswith("Steps instead of epochs")]
     assert "measures MRD 13 times instead of 3" in units
     drawn(answer, tmp_path)

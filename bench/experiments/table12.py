@@ -20,6 +20,7 @@ import pyarrow as pa
 import torch
 from matplotlib.axes import Axes
 from matplotlib.ticker import NullFormatter
+from scipy import stats
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from bench.data import load_dataset, spaced
@@ -31,7 +32,7 @@ from bench.plots import BLUE, INK, MUTED, VERMILLION, Draw
 from bench.report.findings import said
 from bench.scoring_job import Resources
 from bench.spec import make_spec
-from bench.statistics import Estimate, over_sets
+from bench.statistics import LEVEL, Estimate, over_sets
 from scoring.errors import UserError
 from scoring.mrd import reduce_draws
 from scoring.samples import encode
@@ -281,13 +282,19 @@ def _theory(found: Sequence[Stable], spec: Table12Spec) -> str:
     half_normal = [each for each in found if each.spread.low <= HALF_NORMAL_SPREAD <= each.spread.high]
     papers = [count for _, count in PAPER.values()]
     implied = [HALF_NORMAL_SPREAD / math.sqrt(count) for count in papers]
-    follows = " That the model does not matter then says something of the statistic, and nothing of models."
+    by_chance = stats.binom.ppf(LEVEL, len(found), 1 - LEVEL)
+    follows = ""
+    if len(found) - min(len(agree), len(half_normal)) <= by_chance:
+        follows = (
+            " No more intervals miss it than do by chance: that the model does not matter says something of the "
+            "statistic, and nothing of models."
+        )
     return (
         f"If draws are linear in the perturbation |Delta| is half-normal under any model, its relative spread is "
         f"{HALF_NORMAL_SPREAD:.4f}, and K = ({HALF_NORMAL_SPREAD:.4f} / tolerance)² = {spec.expected}. That lies "
         f"in the interval of K of {len(agree)} of {len(found)} models, and the spread in that of {len(half_normal)}. "
         f"The paper's K of {min(papers)} to {max(papers)} are what tolerances of {min(implied):.1%} to "
-        f"{max(implied):.1%} give; it names none.{follows if len(agree) == len(found) else ''}"
+        f"{max(implied):.1%} give; it names none.{follows}"
     )
 
 

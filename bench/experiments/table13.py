@@ -53,7 +53,7 @@ def answer(trials: pa.Table, columns: Columns, original: Mapping[str, Any]) -> A
     compared = _against_best(found, arms, columns.judged)
     measured = measurements(trials)
     rows = {
-        f"{name(algorithm, arm)}{f', MRD measured {measured[arm]:g} times' if arm in measured else ''}": [
+        f"{name(algorithm, arm)}{f' ({measured[arm]:g} × MRD)' if arm in measured else ''}": [
             sampling.values_of(found, algorithm, arm, metric) for metric in columns.all
         ]
         for algorithm, arm in sampling.methods(found)
