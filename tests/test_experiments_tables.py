@@ -225,6 +225,13 @@ def test_the_direction(hard: float, expected: str) -> None:
     assert len(answer.panels) == 4
 
 
+def test_the_papers_changes_are_compared() -> None:
+    answer = sampling.answer(as_table(sampled({"NPO": (0.03, 0.2)})), TOFU, ORIGINAL)
+    (sentence,) = [each for each in answer.sentences if "over the paper's algorithms" in each]
+    assert "UC ↑ 0.032, inside the interval" in sentence
+    assert "UT ↑ 0.027, outside the interval" in sentence
+
+
 def test_trials_that_did_not_finish_are_named() -> None:
     rows = sampled({"NPO": (0.2, 0.2)})
     rows[3] |= {"status": "diverged", "reason": "loss is nan", "uc_average": None, "ut_average": None}

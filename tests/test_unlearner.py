@@ -47,6 +47,11 @@ from tests.tiny_folders import EOS, save_model, tokenizer
 from tests.tiny_models import ARCHITECTURES, VOCABULARY, config, random_samples, tiny_model
 
 BATCH = 3
+# Of weights that change by up to 1e-3: AdamW divides by a gradient's size, and so enlarges what machines round
+# differently. A wrong gradient is off by 1e-4 and more.
+ROUNDING = 5e-6
+# A KL near 0 is the difference of fp32 log-probabilities of size 5.
+KL_ROUNDING = 2e-7
 
 
 def refused(sample: Sample) -> Sample:
@@ -318,7 +323,7 @@ def test_same_as_plain_training(model_folder: Path, plain: Path, tmp_path: Path,
     trained = [p for name, p in model.named_parameters() if algorithm != "RMU" or ".layers.0." in name]
     trace = plain_training(model, done.draws, made, parameters=trained)
     after = {name: p.detach() for name, p in model.named_parameters()}
-    assert largest_difference(done.weights, after) <= 1e-6
+    assert largest_difference(done.weights, after) <= ROUNDING
     assert largest_difference(before, after) >= 5e-4
 
     rows = done.history.steps
@@ -330,7 +335,7 @@ def test_same_as_plain_training(model_folder: Path, plain: Path, tmp_path: Path,
     if made.retain_term == "none":
         assert [row["retain_loss"] for row in rows] == [None] * 6
     else:
-        np.testing.assert_allclose([row["retain_loss"] for row in rows], trace.retain, rtol=1e-4, atol=1e-8)
+        np.testing.assert_allclose([row["retain_loss"] for row in rows], trace.retain, rtol=1e-4, atol=KL_ROUNDING)
     weighed = made.forget_weight * np.array(trace.forget) + made.retain_weight * np.array(trace.retain)
     np.testing.assert_allclose([row["loss"] for row in rows], weighed, rtol=1e-4)
     assert made.clip_norm is None or max(trace.norm) > made.clip_norm, "nothing is clipped"
@@ -368,7 +373,7 @@ def test_micro_batches_do_not_matter(model_folder: Path, tmp_path: Path, algorit
     assert small.passes["training"][0] == 6 * BATCH * (1 if ALGORITHMS[algorithm].retain is None else 2)
     assert large.passes["training"][0] == 6 * 2
     assert runs[0].draws == runs[1].draws
-    assert largest_difference(runs[0].weights, runs[1].weights) <= 1e-6
+    assert largest_difference(runs[0].weights, runs[1].weights) <= ROUNDING
 
 
 DROPOUT: dict[str, dict[str, float]] = {
@@ -394,7 +399,7 @@ def test_no_dropout_and_recomputed_activations(tmp_path: Path, architecture: str
     recomputed = run(configured, tmp_path / "c", made, gradient_checkpointing=True)
     assert_bitwise(plainly.weights, reference.weights)
     for done in (plainly, recomputed):
-        assert largest_difference(done.weights, reference.weights) <= 1e-6
+        assert largest_difference(done.weights, reference.weights) <= ROUNDING
         assert done.draws == reference.draws
         np.testing.assert_allclose(done.history.mrd[0]["mrd"], reference.history.mrd[0]["mrd"], rtol=1e-6)
         assert done.history.memory == reference.history.memory

@@ -146,9 +146,10 @@ def answer(trials: pa.Table, samples: pa.Table) -> Answer:
         sentences.append(f"{lost} of {trials.num_rows} trials are left out: they, or another seed, did not finish.")
     sentences.append(_claim(found))
     rows = [row for each in found for row in _rows(each)]
+    largest = max(float(each.means.max()) for each in found)
     return Answer(
         as_table(rows),
-        [_polar(each, COLOURS[number % len(COLOURS)]) for number, each in enumerate(found)],
+        [_polar(each, COLOURS[number % len(COLOURS)], largest) for number, each in enumerate(found)],
         sentences,
         polar=True,
         tables={"fig4-spread": as_table([_summary(each) for each in found])},
@@ -301,13 +302,12 @@ def _summary(each: Spread) -> dict[str, Any]:
     }
 
 
-def _polar(each: Spread, colour: str) -> Draw:
-    """A point for each composite, its distance from the centre the mean |Δθ|; the line is the mean of all."""
+def _polar(each: Spread, colour: str, largest: float) -> Draw:
+    """A point for each composite, its distance from the centre the mean |Δθ|; all panels reach to the largest."""
 
     def draw(axes: Axes) -> None:
-        means = each.means
-        power = math.floor(math.log10(means.max()))
-        radius = means / 10.0**power
+        power = math.floor(math.log10(largest))
+        radius = each.means / 10.0**power
         angle = np.linspace(0, 2 * np.pi, len(radius), endpoint=False)
         for forgotten in (True, False):
             shown = each.forgotten == forgotten
@@ -323,8 +323,8 @@ def _polar(each: Spread, colour: str) -> Draw:
         circle = np.linspace(0, 2 * np.pi, 200)
         axes.plot(circle, np.full_like(circle, radius.mean()), color=INK, linewidth=1, linestyle="--")
         axes.set_xticklabels([])
-        axes.set_ylim(0, 1.1 * radius.max())
-        axes.set_title(f"{each.algorithm}: mean |Δθ| in $10^{{{power}}}$", loc="center")
+        axes.set_ylim(0, 1.1 * largest / 10.0**power)
+        axes.set_title(f"{each.algorithm}\nmean |Δθ| in $10^{{{power}}}$, dashed: their mean", loc="center")
 
     return draw
 

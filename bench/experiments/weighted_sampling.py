@@ -28,7 +28,7 @@ from bench.evaluation_table import ORIGINAL
 from bench.experiments.experiment import Answer, Setting
 from bench.metrics import METRICS
 from bench.plots import BLUE, MUTED, VERMILLION, Draw
-from bench.report.findings import decimal, said
+from bench.report.findings import decimal, interval, said
 from bench.statistics import LEVEL, Estimate
 from bench.sweeps import SweepResult, as_table
 from bench.trials import FINISHED
@@ -43,6 +43,8 @@ ALL = "average"
 HOLDS, CONTRADICTED, UNKNOWN = "holds", "is contradicted", "cannot be told"
 # Metrics that sum up one side of a table, and so decide; where a side has none, all of its metrics do.
 AVERAGES = {"uc_average": "UC", "ut_average": "UT", "wmdp_average": "WMDP accuracy", "mmlu": "MMLU accuracy"}
+# What MRD changes in the paper's Tables 1 and 5, mean over its algorithms; averages of Table 5 by its parts.
+PAPER_CHANGE = {"uc_average": 0.032, "ut_average": 0.027, "wmdp_average": -0.017, "mmlu": 0.011}
 COLOURS = {UNIFORM: MUTED, EASY_FIRST: BLUE, HARD_FIRST: VERMILLION}
 MARKERS = {UNIFORM: "o", EASY_FIRST: "s", HARD_FIRST: "^"}
 WIDEST = 30  # letters of a label below a panel
@@ -331,6 +333,7 @@ def answer(trials: pa.Table, columns: Columns, original: Row) -> Answer:
     sentences += [by_algorithm(single, columns) for single, _ in compared.values()]
     if HARD_FIRST in compared:
         sentences.append(_direction(found, columns))
+    sentences += _as_large_as_the_papers(compared[EASY_FIRST][1])
     if lost:
         sentences.append(lost)
     sentences.append(claim(*compared[EASY_FIRST], columns, "drawing by MRD improves both completeness and utility"))
@@ -527,6 +530,19 @@ def _with_both(found: Sequence[Outcome]) -> set[str]:
     for outcome in found:
         arms.setdefault(outcome.algorithm, set()).add(outcome.arm)
     return {algorithm for algorithm, own in arms.items() if {EASY_FIRST, HARD_FIRST} <= own}
+
+
+def _as_large_as_the_papers(average: Sequence[Contrast]) -> list[str]:
+    """Whether the intervals leave room for the changes that the paper has; nothing where it gives no average."""
+    parts = []
+    for contrast in average:
+        paper, own = PAPER_CHANGE.get(contrast.metric), contrast.difference
+        if paper is not None and math.isfinite(own.low):
+            where = "inside" if own.low <= paper <= own.high else "outside"
+            parts.append(
+                f"{label(contrast.metric)} {decimal(paper, 3)}, {where} the interval here ({interval(own, 3)})"
+            )
+    return [f"Mean change over the paper's algorithms, for comparison: {'; '.join(parts)}."] if parts else []
 
 
 def by_verdict(verdicts: Mapping[str, str]) -> str:
