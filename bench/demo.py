@@ -30,8 +30,8 @@ from bench.report.findings import Findings, ScalingLine, Scores, attribute_effec
 from bench.report.page import page
 from bench.report.summary import print_summary
 from bench.report.unlearning import Run, Unlearning, has_retain_set, predictions, table_lines
+from bench.score_file import read_scores
 from bench.scoring_job import Resources, ScoreSpec, score
-from bench.store import read_scores
 from bench.tasks import authors
 from bench.unlearning_job import UnlearnSpec, unlearn
 from scoring.cluster import connect, how_many_fit
@@ -144,7 +144,7 @@ def run_demo(
         plots.attributes(findings.effects, f"By attribute, {whole.table.num_rows} samples"),
     ]
     with replacing(out / "difficulty.png") as unfinished:
-        plots.png(panels, unfinished)
+        plots.picture(panels, unfinished)
     panels = [plots.recall_by_epoch(runs, "forget", f"Forgetting {split}")]
     if has_retain_set(runs):
         panels += [
@@ -152,7 +152,7 @@ def run_demo(
             plots.trade_off(runs, "One against the other"),
         ]
     with replacing(out / "forgetting.png") as unfinished:
-        plots.png(panels, unfinished, (5.0 * len(panels), 5.0))
+        plots.picture(panels, unfinished, (5.0 * len(panels), 5.0))
     print()
     print_summary(results["monte-carlo"])
     print("\n" + "\n".join(table_lines(runs)))

@@ -24,8 +24,8 @@ from tqdm import tqdm
 
 from bench.models import ModelReference
 from bench.report.findings import ScalingLine
+from bench.score_file import Parts, read_draws, read_scores, with_spec_hash, write_draws, write_scores
 from bench.scoring_job import Resources, ScoreSpec
-from bench.store import Parts, read_draws, read_scores, with_spec_hash, write_draws, write_scores
 from scoring.cluster import connect
 from scoring.errors import UserError
 from scoring.mrd import ESTIMATORS, Draws, Request, Statistic, reduce_draws

@@ -34,10 +34,11 @@ from bench.metrics.similarity import Embedder
 from bench.metrics.toxicity import Classifier
 from bench.metrics.values import Missing, Scores
 from bench.models import NO_LIMIT, ModelReference, find_model
+from bench.origin import origin
 from bench.prompts import question_answer
-from bench.scoring_job import DTYPE_CHOICES, PACKAGES, Resources, package_version
+from bench.score_file import Parts, finished, with_spec_hash, write_scores
+from bench.scoring_job import DTYPE_CHOICES, Resources
 from bench.selections import read_ids
-from bench.store import Parts, finished, with_spec_hash, write_scores
 from bench.tasks import Record, Task
 from bench.tasks.task import Unreachable
 from scoring.cluster import connect
@@ -238,7 +239,7 @@ def evaluate(
             "rejected": [dataclasses.asdict(each) | {"set": name} for name in rejected for each in rejected[name]],
             "harness": keeping.harness_versions,
             "seconds": time.perf_counter() - started,
-            "packages": {name: package_version(name) for name in (*PACKAGES, "lm-eval", "sentence-transformers")},
+            **origin("lm-eval", "sentence-transformers"),
         }
         write_scores(table, out, identity, record)
         parts.remove()

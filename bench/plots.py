@@ -100,23 +100,29 @@ def svg(draw: Draw, name: str, alt: str, inches: tuple[float, float] = INCHES) -
     return text.replace("<svg", f'<svg role="img" aria-label="{escape(alt)}"', 1).strip()
 
 
-def png(
+def picture(
     draws: Sequence[Draw],
     path: Path,
     inches: tuple[float, float] = (15.0, 5.0),
     dpi: int = 100,
     polar: bool = False,
 ) -> None:
-    """A picture of panels side by side, on white; `polar` ones have a centre and angles."""
+    """A file of panels side by side, on white; `polar` ones have a centre and angles.
+
+    Args:
+        path: its name ends in .png or .svg, also with ".tmp" behind it.
+    """
+    form = path.name.removesuffix(".tmp").rsplit(".", 1)[-1]
     with mpl.rc_context(STYLE | {"font.size": 12, "axes.titlesize": 14, "legend.fontsize": 11}):
         figure = Figure(figsize=inches, layout=ConstrainedLayoutEngine(wspace=0.04), facecolor="white")
-        FigureCanvasAgg(figure)
+        (FigureCanvasSVG if form == "svg" else FigureCanvasAgg)(figure)
         for axes, draw in zip(
             np.atleast_1d(figure.subplots(1, len(draws), subplot_kw={"polar": polar})), draws, strict=True
         ):
             draw(axes)
-        # The version of matplotlib in the file would make the same picture differ.
-        figure.savefig(path, format="png", dpi=dpi, metadata={"Software": None})
+        # The version of matplotlib and the date in the file would make the same picture differ.
+        metadata = {"Date": None, "Creator": None} if form == "svg" else {"Software": None}
+        figure.savefig(path, format=form, dpi=dpi, metadata=metadata)
 
 
 def difficulty(scores: Scores, title: str = "") -> Draw:

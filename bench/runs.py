@@ -31,8 +31,8 @@ from safetensors import SafetensorError
 from algorithms.checkpoints import Checkpoints
 from algorithms.unlearner import Corpus, History
 from bench.folders import OwnedFolder
-from bench.scoring_job import PACKAGES, package_version
-from bench.store import size_of
+from bench.origin import origin
+from bench.score_file import size_of
 from scoring.errors import UserError
 from scoring.files import replacing
 
@@ -113,7 +113,7 @@ class RunFolder(OwnedFolder):
             "passes": history.passes,
             "notes": history.notes,
             "rejected": list(rejected),
-            "packages": {name: package_version(name) for name in PACKAGES},
+            **origin(),
         }
         with replacing(self._out / "run.json") as path:
             path.write_text(json.dumps(record, indent=2) + "\n")

@@ -13,7 +13,6 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import reduce
-from importlib.metadata import PackageNotFoundError, version
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,8 @@ from tqdm import tqdm
 
 from bench.data import Dataset, check_dataset, load_dataset
 from bench.models import ModelReference, find_model
-from bench.store import (
+from bench.origin import origin
+from bench.score_file import (
     Parts,
     finished,
     noticed,
@@ -42,7 +42,6 @@ from scoring.samples import TOKENS_CHOICES, Batch, Rejected, Sample, encode, mak
 
 SCHEMA_VERSION = 1
 DTYPE_CHOICES = ("float32", "bfloat16", "float64")
-PACKAGES = ("mrd-bench", "torch", "transformers", "ray", "numpy", "pyarrow")
 # Draws in one task: enough to share the noise and the base log-probs, few enough to share the work.
 DRAWS_PER_TASK = 10
 # Batches in one task: estimators that perturb pay for the noise once a task, the others need no such sharing.
@@ -210,7 +209,7 @@ def score(
             "rejected": [dataclasses.asdict(r) for r in rejected],
             "seconds": seconds,
             "replaced_replicas": replaced,
-            "packages": {name: package_version(name) for name in PACKAGES},
+            **origin(),
         }
         write_scores(table, out, identity, record)
         parts.remove()
@@ -346,12 +345,3 @@ def _sound(table: pa.Table) -> tuple[pa.Table, list[Rejected]]:
         for name in table.filter(where)["sample_id"].to_pylist()
     ]
     return table.filter(pc.and_not(finite, saturated)), rejected
-
-
-def package_version(package: str) -> str | None:
-    """Installed version of a package."""
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        # Under `ray job submit --working-dir` the project itself is not installed.
-        return None

@@ -83,6 +83,15 @@ def hedges_g(x: np.ndarray, y: np.ndarray, resamples: int = RESAMPLES, level: fl
     return _bootstrapped(_hedges_g, (x, y), False, resamples, level, seed)
 
 
+def holm(p: Sequence[float] | np.ndarray) -> np.ndarray:
+    """p values, (N,), corrected for their number (Holm 1979). One that is nan stays so, and counts."""
+    values = np.asarray(p, dtype=float)
+    order = np.argsort(values)  # nan last
+    corrected = np.empty_like(values)
+    corrected[order] = np.minimum(np.maximum.accumulate(values[order] * np.arange(len(values), 0, -1)), 1)
+    return corrected
+
+
 def over_samples(
     statistic: Callable[[np.ndarray], float],
     count: int,

@@ -1,186 +1,322 @@
-"""Scores on disk: Parquet files that say what made them, written whole or not at all."""
+"""The result store: runs, scores and per-sample values that people share, as plain Parquet.
+
+    STORE/runs/task=T/experiment=E/KEY.parquet       one row a run
+    STORE/samples/task=T/experiment=E/KEY.parquet    one row a forget sample of a run
+    STORE/scores/task=T/experiment=E/KEY.parquet     one row a sample and model: its MRD, and what it says
+
+STORE is a folder or a URI that pyarrow opens (s3://, gs://, file://). A file is written once, whole, and never changed.
+KEY is the hash of what is in it, so any number of writers need no lock, and writing the same again changes nothing. A
+table has the same columns in every file; pandas, DuckDB and polars read `STORE/runs` as one partitioned table.
+"""
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
-import json
-import shutil
-import sys
-from collections.abc import Sequence
+import os
+import re
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from urllib.parse import unquote
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from filelock import FileLock, Timeout
+from pyarrow import fs
 
 from scoring.errors import UserError
 from scoring.files import replacing
-from scoring.mrd import Draws
-from scoring.pool import Facts, Task
 
-SPEC_KEY, FACTS_KEY = b"mrd_bench.spec", b"mrd_bench.facts"
+# Of the tables' columns. A file says which it has; what older versions wrote is brought up to date when it is read.
+SCHEMA_VERSION = 1
+VERSION_KEY, TABLE_KEY = b"mrd_bench.store_version", b"mrd_bench.store_table"
+READERS = 16  # files at once: from an object store most of the time is waiting
+
+_ORIGIN = [
+    ("model", pa.string()),
+    ("model_fingerprint", pa.string()),
+    ("data_sha256", pa.string()),
+    ("spec", pa.string()),  # JSON, with its hash
+    ("packages", pa.string()),  # JSON, name -> version
+    ("hardware", pa.string()),
+    ("git_commit", pa.string()),
+]
+SCHEMAS: dict[str, pa.Schema] = {
+    "runs": pa.schema(
+        [
+            ("run", pa.string()),  # its spec's hash
+            ("status", pa.string()),
+            ("reason", pa.string()),
+            ("algorithm", pa.string()),
+            ("split", pa.string()),
+            ("selection", pa.string()),
+            ("kind", pa.string()),
+            ("level", pa.string()),
+            ("forget_samples", pa.int64()),
+            ("mean_log_mrd", pa.float64()),
+            ("seed", pa.int64()),
+            ("updates", pa.int64()),
+            ("seconds", pa.float64()),
+            ("metrics", pa.map_(pa.string(), pa.float64())),
+            *_ORIGIN,
+        ]
+    ),
+    "samples": pa.schema(
+        [
+            ("run", pa.string()),
+            ("sample_id", pa.string()),
+            ("num_tokens", pa.int64()),
+            ("updates", pa.int64()),
+            ("updates_until_forgotten", pa.int64()),
+            ("forgotten_at_step", pa.int64()),
+            ("mrd_initial", pa.float64()),
+            ("ma_initial", pa.float64()),
+            ("el_initial", pa.float64()),
+            ("ma_last", pa.float64()),
+            ("el_last", pa.float64()),
+        ]
+    ),
+    "scores": pa.schema(
+        [
+            ("scores", pa.string()),  # their spec's hash
+            ("split", pa.string()),
+            ("estimator", pa.string()),
+            ("statistic", pa.string()),
+            ("sigma", pa.float64()),
+            ("seed", pa.int64()),
+            ("sample_id", pa.string()),
+            ("num_tokens", pa.int64()),
+            ("tokens_saturated", pa.int64()),
+            ("nll", pa.float64()),
+            ("mrd", pa.float64()),
+            ("mrd_stderr", pa.float64()),
+            ("mrd_per_token", pa.float64()),
+            ("draws", pa.int64()),
+            ("prompt", pa.string()),
+            ("completion", pa.string()),
+            *_ORIGIN,
+        ]
+    ),
+}
+PARTITIONS = ("task", "experiment")
+# What brings a table of a version to the next one, by the version that it starts from.
+Migration = Callable[[str, pa.Table], pa.Table]
+MIGRATIONS: dict[int, Migration] = {}
 
 
-def with_spec_hash(content: dict[str, Any], named: Sequence[str]) -> dict[str, Any]:
-    """A run's identity: what is run, and the hash of it.
+@dataclass(frozen=True)
+class Skipped:
+    """A file that was not read, and why."""
+
+    path: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Results:
+    """What stores hold.
+
+    Attributes:
+        runs, samples, scores: with the columns of SCHEMAS, and task, experiment, store.
+        skipped: what lies there and could not be read.
+    """
+
+    runs: pa.Table
+    samples: pa.Table
+    scores: pa.Table
+    skipped: tuple[Skipped, ...]
+
+
+class Store:
+    """A store at a folder or URI.
 
     Args:
-        content: the spec, with the hashes of data and weights.
-        named: keys left out of the hash: a moved folder or renamed file is still the same run.
-    """
-    hashed = {key: value for key, value in content.items() if key not in named}
-    return content | {"spec_hash": hashlib.sha256(json.dumps(hashed, sort_keys=True).encode()).hexdigest()[:16]}
-
-
-def differences(found: dict[str, Any], identity: dict[str, Any]) -> str:
-    """What two identities differ in, for a message."""
-    return ", ".join(key for key in identity if found.get(key) != identity[key] and key != "spec_hash")
-
-
-def size_of(count: float) -> str:
-    """A number of bytes, for a message."""
-    unit, name = next(((u, n) for u, n in ((1e9, "GB"), (1e6, "MB")) if count >= u), (1e3, "kB"))
-    return f"{count / unit:.1f} {name}"
-
-
-def write_scores(table: pa.Table, out: Path, identity: dict[str, Any], record: dict[str, Any]) -> None:
-    """Write a score file: the rows, the spec with its hash, and what was noticed on the way."""
-    metadata = {SPEC_KEY: json.dumps(identity), FACTS_KEY: json.dumps(record)}
-    with replacing(out) as unfinished:
-        pq.write_table(table.replace_schema_metadata(metadata), unfinished)
-
-
-def read_scores(path: str | Path) -> tuple[pa.Table, dict[str, Any], dict[str, Any]]:
-    """A score file: its table, the spec that made it, and what was noticed on the way.
+        root: need not exist until something is written.
 
     Raises:
-        UserError: not a file that `score` wrote.
+        UserError: no URI that can be opened.
     """
-    try:
-        table = pq.read_table(path)
-        metadata = table.schema.metadata or {}
-        return table, json.loads(metadata[SPEC_KEY]), json.loads(metadata[FACTS_KEY])
-    except (pa.ArrowException, OSError, KeyError) as error:
-        raise UserError(f"{path}: not a score file of mrd-bench; expected what `mrd-bench score` writes") from error
 
-
-def finished(out: Path, identity: dict[str, Any], what: str, it: str) -> tuple[pa.Table, dict[str, Any]] | None:
-    """What a run of the same spec has left in `out`: table and record; None where nothing is there.
-
-    Args:
-        out: the output file.
-        identity: of the run that would be started.
-        what: what the file must be, such as "a score file".
-        it: what is in it, such as "scores".
-
-    Raises:
-        UserError: the file is something else, or of another spec.
-    """
-    if not out.exists():
-        return None
-    try:
-        table, spec, record = read_scores(out)
-    except UserError:
-        spec = {}
-    if not identity.keys() <= spec.keys():
-        raise UserError(f"--out {out} exists and is not {what}: choose another, or --overwrite")
-    if spec["spec_hash"] != identity["spec_hash"]:
-        raise UserError(
-            f"--out {out} holds {it} of another spec (different: {differences(spec, identity)}): choose another "
-            "file, or --overwrite"
-        )
-    print(f"{out} is there already (spec {identity['spec_hash']})", file=sys.stderr)
-    return table, record
-
-
-class Parts:
-    """Finished pieces of a run on disk, next to the output file, until the file itself is written."""
-
-    def __init__(self, out: Path, identity: dict[str, Any]) -> None:
-        if out.suffix != ".parquet":
-            raise UserError(f"--out {out}: expected a file name ending in .parquet")
-        if out.is_dir():
-            raise UserError(f"--out {out} is a folder: expected the name of a file to write")
-        self.folder = out.with_name(out.name + ".parts")
-        self._identity = identity
-        self._lock = FileLock(self.folder / "lock")
-
-    def __enter__(self) -> Parts:
+    def __init__(self, root: str | Path) -> None:
+        self.root = str(root).rstrip("/") or "/"
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self._lock.acquire(timeout=0)
-        except Timeout:
+            if re.match(r"[a-z][a-z0-9+.-]+://", self.root):
+                self._fs, self._path = fs.FileSystem.from_uri(self.root)
+            else:
+                self._fs, self._path = fs.LocalFileSystem(), os.path.abspath(self.root)
+        except (pa.ArrowException, OSError, ValueError) as error:
             raise UserError(
-                f"{self.folder}: another run is writing here; wait for it, or choose another --out"
-            ) from None
-        except OSError as error:
-            raise UserError(f"--out: cannot write in {str(self.folder.parent)!r} ({error.strerror})") from error
-        try:
-            self._claim()
-        except BaseException:
-            self._lock.release()
-            raise
-        return self
+                f"store {self.root!r} cannot be opened: {_first_line(error)}; expected a folder or a URI such as "
+                "s3://bucket/folder"
+            ) from error
 
-    def _claim(self) -> None:
-        owner = self.folder / "spec.json"
-        if not owner.is_file():
-            with replacing(owner) as unfinished:
-                unfinished.write_text(json.dumps(self._identity))
-        found = json.loads(owner.read_text())["spec_hash"]
-        if found != self._identity["spec_hash"]:
+    def write(self, name: str, table: pa.Table, task: str, experiment: str) -> str:
+        """Write rows of the table `name` as one file; its path. Rows of one call are there together or not at all.
+
+        Raises:
+            UserError: the store cannot be written to, or the experiment's name cannot be a folder's.
+        """
+        table = _cast(table, SCHEMAS[name]).combine_chunks()
+        key = hashlib.sha256(name.encode() + _stream(table)).hexdigest()[:24]
+        labelled = table.replace_schema_metadata({VERSION_KEY: str(SCHEMA_VERSION), TABLE_KEY: name})
+        sink = pa.BufferOutputStream()
+        pq.write_table(labelled, sink, compression="zstd", write_page_checksum=True)
+        folder = "/".join([self._path, name, *_partition(task, experiment)])
+        path = f"{folder}/{key}.parquet"
+        try:
+            self._fs.create_dir(folder, recursive=True)
+            if isinstance(self._fs, fs.LocalFileSystem):
+                with replacing(Path(path)) as unfinished:
+                    unfinished.write_bytes(sink.getvalue())
+            else:
+                # An object appears when all of it has been sent; in one piece, so that nothing can fail between two.
+                with self._fs.open_output_stream(path) as stream:
+                    stream.write(sink.getvalue())
+        except (pa.ArrowException, OSError) as error:
+            raise UserError(f"store {self.root!r} cannot be written to: {_first_line(error)}") from error
+        return path
+
+    def read(
+        self, task: str | None = None, experiment: str | None = None, tables: Sequence[str] = tuple(SCHEMAS)
+    ) -> Results:
+        """All rows, of one task or experiment if they are named; other tables than `tables` stay empty.
+
+        Raises:
+            UserError: there is no store.
+        """
+        whole: dict[str, pa.Table] = {
+            name: _labelled(schema.empty_table(), ("", ""), "") for name, schema in SCHEMAS.items()
+        }
+        skipped: list[Skipped] = []
+        for name in tables:
+            paths = self._files(name)
+            wanted = [path for path in paths if _is_wanted(path[len(self._path) + 1 :], task, experiment)]
+            with ThreadPoolExecutor(READERS) as threads:
+                read = list(threads.map(lambda path, name=name: self._read(name, path), wanted))
+            skipped += [each for each in read if isinstance(each, Skipped)]
+            parts: defaultdict[tuple[str, str], list[pa.Table]] = defaultdict(list)
+            for each in read:
+                if not isinstance(each, Skipped):
+                    parts[each[0]].append(each[1])
+            whole[name] = _joined(
+                [whole[name], *(_labelled(pa.concat_tables(own), where, self.root) for where, own in parts.items())]
+            )
+        return Results(whole["runs"], whole["samples"], whole["scores"], tuple(skipped))
+
+    def _files(self, name: str) -> list[str]:
+        try:
+            info = self._fs.get_file_info(f"{self._path}/{name}")
+            if info.type == fs.FileType.NotFound:
+                self._check_is_store()
+                return []
+            selector = fs.FileSelector(f"{self._path}/{name}", recursive=True)
+            files = [each.path for each in self._fs.get_file_info(selector) if each.type == fs.FileType.File]
+        except (pa.ArrowException, OSError) as error:
+            raise UserError(f"store {self.root!r} cannot be read: {_first_line(error)}") from error
+        # Hidden ones are someone's unfinished work.
+        return sorted(path for path in files if not path.rsplit("/", 1)[-1].startswith("."))
+
+    def _check_is_store(self) -> None:
+        infos = self._fs.get_file_info([f"{self._path}/{name}" for name in SCHEMAS])
+        if all(info.type == fs.FileType.NotFound for info in infos):
             raise UserError(
-                f"{self.folder} holds the unfinished work of another spec ({found}): finish it with its own command, "
-                "remove the folder, or choose another --out"
+                f"{self.root}: no results; expected a store that `mrd-bench results add`, or `mrd-bench sweep` with "
+                "--results, has written to"
             )
 
-    def __exit__(self, *_: object) -> None:
-        # Refused before anything was done: the next command, mended, must not find the claim of this one.
-        if not any(self.folder.glob("*.parquet")):
-            self.remove()
-        self._lock.release()
-
-    def _path(self, key: str) -> Path:
-        return self.folder / f"{key}.parquet"
-
-    def has(self, key: str) -> bool:
-        return self._path(key).is_file()
-
-    def write(self, key: str, table: pa.Table, facts: dict[str, Any]) -> None:
-        """One piece with what was noticed on the way, whole or not at all."""
-        with replacing(self._path(key)) as unfinished:
-            pq.write_table(table.replace_schema_metadata({FACTS_KEY: json.dumps(facts)}), unfinished)
-
-    def read(self, key: str) -> tuple[pa.Table, dict[str, Any]]:
-        """What `write` was given."""
-        table = pq.read_table(self._path(key))
-        return table, json.loads(table.schema.metadata[FACTS_KEY])
-
-    def facts(self, key: str) -> dict[str, Any]:
-        return json.loads(pq.read_schema(self._path(key)).metadata[FACTS_KEY])
-
-    def remove(self) -> None:
-        shutil.rmtree(self.folder, ignore_errors=True)
-
-
-def write_draws(parts: Parts, task: Task, draws: Draws, facts: Facts) -> None:
-    """A scoring task's result as a part."""
-    values = pa.FixedSizeListArray.from_arrays(pa.array(draws.values.ravel()), draws.values.shape[1])
-    columns = {"index": draws.indices, "nll": draws.nll, "saturated": draws.saturated, "values": values}
-    parts.write(task.key, pa.table(columns), dataclasses.asdict(facts))
+    def _read(self, name: str, path: str) -> tuple[tuple[str, str], pa.Table] | Skipped:
+        """Partition and rows of a file."""
+        relative = path[len(self._path) + 1 :]
+        shown = f"{self.root}/{relative}"
+        partition = _partition_of(relative)
+        if not path.endswith(".parquet") or partition is None:
+            return Skipped(shown, f"not where {name} of mrd-bench lie ({name}/task=T/experiment=E/KEY.parquet)")
+        try:
+            with (
+                self._fs.open_input_file(path) as source,
+                pq.ParquetFile(source, page_checksum_verification=True) as file,
+            ):
+                metadata = file.schema_arrow.metadata or {}
+                if metadata.get(TABLE_KEY) != name.encode():
+                    return Skipped(shown, f"a Parquet file, but none of {name} of mrd-bench")
+                version = int(metadata[VERSION_KEY])
+                if version > SCHEMA_VERSION:
+                    return Skipped(
+                        shown, f"schema {version} of a newer mrd-bench; this one reads up to {SCHEMA_VERSION}: upgrade"
+                    )
+                # ParquetFile.read hands out what could be decoded before an error only as an error: all or nothing.
+                table = file.read()
+            for each in range(version, SCHEMA_VERSION):
+                table = MIGRATIONS[each](name, table)
+            table = _cast(table, SCHEMAS[name])
+        except (pa.ArrowException, OSError, ValueError, KeyError) as error:
+            return Skipped(shown, f"damaged: {_first_line(error)}")
+        return partition, table
 
 
-def read_draws(parts: Parts, task: Task) -> Draws:
-    table, _ = parts.read(task.key)
-    values = table["values"].combine_chunks().flatten().to_numpy().reshape(table.num_rows, -1)
-    return Draws(table["index"].to_numpy(), values, table["nll"].to_numpy(), table["saturated"].to_numpy())
+def merge(results: Sequence[Results]) -> Results:
+    """What several stores hold."""
+    runs, samples, scores = (_joined([getattr(each, name) for each in results]) for name in SCHEMAS)
+    return Results(runs, samples, scores, tuple(skipped for each in results for skipped in each.skipped))
 
 
-def noticed(parts: Parts, tasks: Sequence[Task]) -> Facts:
-    """What all replicas noticed, over all runs that worked on these parts."""
-    total = Facts()
-    for task in tasks:
-        total.add(Facts(**parts.facts(task.key)))
-    return total
+def read_stores(roots: Sequence[str | Path], task: str | None = None, experiment: str | None = None) -> Results:
+    """What is in stores together.
+
+    Raises:
+        UserError: one of them is no store.
+    """
+    return merge([Store(root).read(task, experiment) for root in roots])
+
+
+def _partition(task: str, experiment: str) -> list[str]:
+    for what, value in zip(PARTITIONS, (task, experiment), strict=True):
+        if not re.fullmatch(r"[\w.-]+", value):
+            raise UserError(f"{what} {value!r}: expected letters, digits, - _ and . alone, as it names a folder")
+    return [f"{name}={value}" for name, value in zip(PARTITIONS, (task, experiment), strict=True)]
+
+
+def _partition_of(relative: str) -> tuple[str, str] | None:
+    """Task and experiment of a file of a store, by its path in there."""
+    found = re.fullmatch(r"\w+/task=([^/]+)/experiment=([^/]+)/[^/]+", relative)
+    return (unquote(found[1]), unquote(found[2])) if found else None
+
+
+def _is_wanted(relative: str, task: str | None, experiment: str | None) -> bool:
+    found = _partition_of(relative)
+    wanted = (task, experiment)
+    return found is None or all(w in (None, f) for w, f in zip(wanted, found, strict=True))
+
+
+def _cast(table: pa.Table, schema: pa.Schema) -> pa.Table:
+    """The table with exactly these columns; one that it lacks is null."""
+    if table.schema.equals(schema):
+        return table
+    columns = [
+        table[each.name].cast(each.type) if each.name in table.column_names else pa.nulls(table.num_rows, each.type)
+        for each in schema
+    ]
+    return pa.table(columns, schema=schema)
+
+
+def _labelled(table: pa.Table, partition: tuple[str, str], store: str) -> pa.Table:
+    """With where the rows lie, as columns."""
+    for column, value in (*zip(PARTITIONS, partition, strict=True), ("store", store)):
+        table = table.append_column(column, pa.repeat(value, table.num_rows).dictionary_encode())
+    return table
+
+
+def _joined(parts: Sequence[pa.Table]) -> pa.Table:
+    return pa.concat_tables(parts).unify_dictionaries()
+
+
+def _stream(table: pa.Table) -> bytes:
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, table.schema) as stream:
+        stream.write_table(table)
+    return sink.getvalue().to_pybytes()
+
+
+def _first_line(error: BaseException) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -22,10 +22,10 @@ from bench.data import Dataset, find_task, is_data_file, load_dataset
 from bench.evaluation_job import EvaluateSpec, EvaluationResult, evaluate
 from bench.evaluation_table import MODEL, ORIGINAL, RETAIN_ONLY, Columns, columns_in
 from bench.models import ModelReference, find_model
+from bench.score_file import with_spec_hash
 from bench.scoring_job import Resources, ScoreSpec, score
 from bench.selections import Selection, SelectionSpec, needs_difficulty, select, write_selections
 from bench.spec import make_spec
-from bench.store import with_spec_hash
 from bench.trials import Trial, make_trial
 from bench.unlearning_job import UnlearnSpec, datasets_of
 from scoring.cluster import Footprint

@@ -31,10 +31,10 @@ from tqdm import tqdm
 
 from bench.folders import OwnedFolder
 from bench.models import find_model
+from bench.origin import origin
 from bench.runs import full_disks_said_plainly
-from bench.scoring_job import PACKAGES, package_version
+from bench.score_file import size_of
 from bench.selections import mean_log_mrd
-from bench.store import size_of
 from bench.sweep_plan import Plan, SweepResources, SweepSpec, configurations
 from bench.trials import DIED, STOPPED, Result, Shared, Trial, TrialStore, run_trial, shareable_weights
 from bench.unlearning_job import UnlearnSpec, corpus_of, datasets_of, room_of
@@ -409,7 +409,7 @@ def _write(plan: Plan, wanted: Sequence[Trial], store: TrialStore, seconds: floa
         "model": plan.base.model,
         "counts": Counter(result["status"] for _, result in results),
         "seconds": seconds,
-        "packages": {name: package_version(name) for name in PACKAGES},
+        **origin(),
     }
     with replacing(plan.out / "sweep.json") as unfinished:
         unfinished.write_text(json.dumps(record, indent=2) + "\n")
@@ -443,7 +443,19 @@ def _row(plan: Plan, trial: Trial, result: Result) -> dict[str, Any]:
         **spec,
         "updates": result.get("updates"),
         "seconds": result["seconds"],
+        **_origin(trial, result),
         **{name: value for name, value in result.get("values", {}).items() if name not in spec},
+    }
+
+
+def _origin(trial: Trial, result: Result) -> dict[str, str | None]:
+    """What the row is of and from, see `bench.origin`; a trial that an earlier version ran does not say."""
+    found = result.get("origin", {})
+    return {
+        "identity": json.dumps(trial.identity, sort_keys=True),
+        "packages": json.dumps(found["packages"]) if "packages" in found else None,
+        "hardware": found.get("hardware"),
+        "git_commit": found.get("git_commit"),
     }
 
 

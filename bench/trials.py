@@ -35,9 +35,10 @@ from bench.evaluation_job import EvaluateSpec, Measuring, sets_of
 from bench.evaluation_table import MODEL, ORIGINAL, RETAIN_ONLY, Columns, metric_value
 from bench.metrics.values import Measured, Missing, Scores
 from bench.models import ModelReference, find_model
+from bench.origin import origin
 from bench.runs import sample_table
+from bench.score_file import with_spec_hash
 from bench.scoring_job import Resources
-from bench.store import with_spec_hash
 from bench.unlearning_job import NAMED, UnlearnSpec, corpus_of, datasets_of, evaluation_of, identity_of
 from scoring.files import replacing
 from scoring.pool import LocalPool
@@ -190,7 +191,7 @@ def run_trial(trial: Trial, shared: Shared, report: Report = lambda _: None) -> 
         _WARM.clear()
         if shared.device == "cuda":
             torch.cuda.empty_cache()
-    result = {"spec": trial.identity, **result, "seconds": time.perf_counter() - started}
+    result = {"spec": trial.identity, **result, "seconds": time.perf_counter() - started, "origin": origin()}
     shared.store.write(trial.hash, _jsonable(result))
     return _jsonable(result)
 

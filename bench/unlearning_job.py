@@ -31,9 +31,9 @@ from bench.data import Dataset, check_dataset, find_task, is_data_file, load_dat
 from bench.metrics.answers import score_answers
 from bench.models import ModelReference, find_model
 from bench.runs import RunFolder, UnlearnResult, full_disks_said_plainly, read_run
+from bench.score_file import with_spec_hash
 from bench.scoring_job import Resources, ScoreSpec, check_vocabulary
 from bench.selections import read_ids
-from bench.store import with_spec_hash
 from bench.tasks import Task
 from scoring.cluster import connect, is_gpu_share
 from scoring.errors import UserError, unknown_name

@@ -580,8 +580,8 @@ def test_the_picture_has_three_panels_and_is_reproducible(tmp_path):
     data = findings(by_level("complexity", "high"))
     panels = [plots.difficulty(data.monte_carlo), plots.scaling(data.scaling), plots.attributes(data.effects)]
     first, second = tmp_path / "a.png", tmp_path / "b.png"
-    plots.png(panels, first)
-    plots.png(panels, second)
+    plots.picture(panels, first)
+    plots.picture(panels, second)
     content = first.read_bytes()
     assert content == second.read_bytes()
     assert content[:8] == b"\x89PNG\r\n\x1a\n"

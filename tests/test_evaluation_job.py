@@ -31,8 +31,8 @@ from bench.data import find_task
 from bench.evaluation_job import EvaluateSpec, EvaluationResult, evaluate
 from bench.metrics import METRICS
 from bench.report.evaluation import print_evaluation
+from bench.score_file import Parts, read_scores
 from bench.scoring_job import Resources
-from bench.store import Parts, read_scores
 from bench.tasks import TASKS, tofu
 from scoring.memorization import extraction_likelihood
 from scoring.samples import Sample

@@ -82,7 +82,9 @@ def claim(answer: Answer) -> str:
 
 def drawn(answer: Answer, path: Path) -> None:
     """The picture can be made."""
-    plots.png(answer.panels, path / "picture.png", answer.inches or (5.0 * len(answer.panels), 5.0), polar=answer.polar)
+    plots.picture(
+        answer.panels, path / "picture.png", answer.inches or (5.0 * len(answer.panels), 5.0), polar=answer.polar
+    )
     assert (path / "picture.png").stat().st_size > 10_000
 
 

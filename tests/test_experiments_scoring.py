@@ -503,7 +503,7 @@ def begin(name: str, work: Path, model: Path, data: Path) -> Answer:
     trials = work / "trials"
     found = experiment.run(Setting(name, values, "tiny", work, trials, SweepResources(concurrent=1), progress=False))
     assert found.table.num_rows
-    plots.png(found.panels, work / "picture.png", found.inches)
+    plots.picture(found.panels, work / "picture.png", found.inches)
     assert not any(re.search(r"\bnan\b", sentence) for sentence in found.sentences)
     return found
 

@@ -30,6 +30,7 @@ from bench.experiments.weighted_sampling import (
     Outcome,
 )
 from bench.spec import make_spec, read_mapping
+from bench.statistics import holm
 from bench.sweep_plan import SweepResources, SweepSpec
 from bench.sweeps import as_table
 from bench.unlearning_job import UnlearnSpec, unlearn
@@ -69,7 +70,7 @@ def sampled(
 
 def drawn(answer: Answer, folder: Path) -> None:
     """The picture can be drawn."""
-    plots.png(answer.panels, folder / "picture.png", answer.inches or (5, 5))
+    plots.picture(answer.panels, folder / "picture.png", answer.inches or (5, 5))
     assert (folder / "picture.png").stat().st_size > 5000
 
 
@@ -93,11 +94,11 @@ def test_intervals_over_seeds() -> None:
 
 def test_holm() -> None:
     # Ordered .01, .03, .04, unknown: .01 x 4, .03 x 3, max(.09, .04 x 2).
-    corrected = sampling.holm([0.04, math.nan, 0.01, 0.03])
+    corrected = holm([0.04, math.nan, 0.01, 0.03])
     assert corrected[0] == pytest.approx(0.09)
     assert math.isnan(corrected[1])
     assert corrected[2:] == pytest.approx([0.04, 0.09])
-    assert sampling.holm([0.6, 0.7]) == pytest.approx([1, 1])
+    assert holm([0.6, 0.7]) == pytest.approx([1, 1])
 
 
 def test_contrasts_are_paired_by_seed() -> None:

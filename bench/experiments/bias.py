@@ -21,7 +21,7 @@ import numpy as np
 from scipy import optimize, special, stats
 from scipy.stats import qmc
 
-from bench.statistics import LEVEL, Estimate
+from bench.statistics import LEVEL, Estimate, holm
 from scoring.errors import UserError
 
 FEWEST_SELECTIONS = 3  # fewer leave the differences between algorithms with one degree of freedom or none
@@ -504,7 +504,7 @@ def adjusted_scores(
         middle,
         slope,
         tuple(
-            AdjustedScore(name, int((row == k).sum()), _t_interval(y[row == k], level), scores[k])
+            AdjustedScore(name, int((row == k).sum()), t_interval(y[row == k], level), scores[k])
             for k, name in enumerate(names)
         ),
         tuple(AdjustedDifference(names[i], names[j], d) for (i, j), d in zip(index, differences, strict=True)),
@@ -525,9 +525,7 @@ def separable(table: ScoreTable, level: float = LEVEL) -> Ranking:
     a = len(table.algorithms)
     standard_error = pairs.deviation / math.sqrt(len(table.selections))
     p = 2 * stats.t.sf(_ratio(pairs.mean, standard_error), len(table.selections) - 1)
-    order = np.argsort(p)
-    corrected = np.empty_like(p)
-    corrected[order] = np.minimum(np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1)), 1)
+    corrected = holm(p)
     apart = corrected < 1 - level
 
     best, worst = np.full(a, 1), np.full(a, a)
@@ -584,7 +582,7 @@ class _Pairs:
         )
 
     def interval(self, k: int, level: float) -> Estimate:
-        return _t_interval(self.values[:, k], level)
+        return t_interval(self.values[:, k], level)
 
     def factor(self) -> np.ndarray:
         """(q, pairs): a standard normal (q,) vector times it has the covariance of the differences."""
@@ -708,7 +706,7 @@ def _needed(pairs: _Pairs, probability: float, level: float) -> Estimate:
     apart = _ratio(pairs.mean, pairs.deviation)
     noise = pairs.factor() / np.where(pairs.deviation > 0, pairs.deviation, 1)
     root = math.sqrt(len(pairs.values))
-    low, high = _noncentrality(apart * root, len(pairs.values) - 1, level) / root
+    low, high = noncentrality(apart * root, len(pairs.values) - 1, level) / root
     high = np.where((pairs.deviation == 0) & (pairs.mean == 0), 0.0, high)  # the same algorithm twice
     return Estimate(*(_smallest(d, noise, probability) for d in (apart, high, low)))
 
@@ -735,7 +733,7 @@ def _normals(dimensions: int) -> np.ndarray:
     return qmc.MultivariateNormalQMC(np.zeros(dimensions), rng=np.random.default_rng(0)).random(POINTS)
 
 
-def _noncentrality(observed: np.ndarray, df: int, level: float) -> np.ndarray:
+def noncentrality(observed: np.ndarray, df: int, level: float) -> np.ndarray:
     """(2, n) limits of the noncentrality λ of observed t: P(t' >= t | low) = P(t' <= t | high) = (1 - level) / 2.
 
     P(t' <= t) = E Φ(t sqrt(χ² / df) - λ), the mean over the quantiles of χ². Right to 3 digits for any t; scipy's
@@ -785,7 +783,7 @@ def _jackknifed(
     return found
 
 
-def _t_interval(x: np.ndarray, level: float) -> Estimate:
+def t_interval(x: np.ndarray, level: float = LEVEL) -> Estimate:
     """The mean of (n,) and its t interval; nan ends for one value."""
     value = float(x.mean())
     if len(x) < 2:

@@ -14,6 +14,7 @@ from matplotlib.axes import Axes
 
 from bench.experiments import bias
 from bench.experiments.experiment import Answer, Experiment, Setting
+from bench.experiments.words import counted, shared
 from bench.plots import BLUE, GREEN, MUTED, ORANGE, VERMILLION, Draw
 from bench.report.findings import said
 from bench.statistics import Estimate
@@ -125,34 +126,20 @@ def _share(each: Measure) -> Estimate:
     return each.shares.within_algorithm if known else each.shares.within_algorithm_common
 
 
-def _percent(estimate: Estimate) -> str:
-    if not math.isfinite(estimate.value):
-        return "not determined"
-    around = f"{estimate.low:.0%} to {estimate.high:.0%}" if math.isfinite(estimate.low) else "too few selections"
-    return f"{estimate.value:.0%} [95 % CI {around}]"
-
-
-def _count(estimate: Estimate) -> str:
-    def whole(value: float) -> str:
-        return "no number" if math.isinf(value) else f"{value:.0f}"
-
-    return f"{whole(estimate.value)} [95 % CI {whole(estimate.low)} to {whole(estimate.high)}]"
-
-
 def _headline(each: Measure, spec: Fig2Spec) -> str:
     table = each.table
     seeds = f"{table.seeds} seeds" if table.seeds > 1 else "one seed"
     bound = "" if math.isfinite(each.shares.within_algorithm.value) else "at least "
     return (
-        f"**{bound.capitalize()}{_percent(_share(each))} of the variance of an algorithm's {each.name} is due to which "
+        f"**{bound.capitalize()}{shared(_share(each))} of the variance of an algorithm's {each.name} is due to which "
         f"samples were drawn**, the rest to the seed; on {len(table.selections)} selections with {seeds} each. "
         f"For the ranking of {', '.join(table.algorithms)} to be right with a probability of {spec.probability:.0%}, a "
-        f"paper needs {_count(each.needed)} selections; it usually reports one."
+        f"paper needs {counted(each.needed)} selections; it usually reports one."
     )
 
 
 def _variance(each: Measure) -> str:
-    parts = ", ".join(f"{name} {_percent(share)}" for name, share in each.shares.parts.items())
+    parts = ", ".join(f"{name} {shared(share)}" for name, share in each.shares.parts.items())
     return f"Shares of the variance of {each.name}: {parts}."
 
 
@@ -162,7 +149,7 @@ def _rankings(each: Measure, spec: Fig2Spec) -> str:
         by_seeds = "" if reversal.by_seeds is None else f" (seed noise alone: {reversal.by_seeds:.0%})"
         reversals.append(
             f"{reversal.worse} is ahead of {reversal.better}, the better on average by {said(reversal.difference)}, on "
-            f"{_percent(reversal.rate)} of the selections{by_seeds}"
+            f"{shared(reversal.rate)} of the selections{by_seeds}"
         )
     ranks = ", ".join(f"{rank.algorithm} {rank.text}" for rank in each.ranking.ranks)
     apart = [f"{p.better} and {p.worse}" for p in each.ranking.pairs if not p.separable]
@@ -179,14 +166,12 @@ def _claim(each: Measure) -> str:
     varies = share.low > 0
     reversed_surely = [r for r in each.reversals if r.rate.low > (r.by_seeds or 0.0) and r.difference.sign > 0]
     if varies:
-        first = (
-            f"results depend on the samples that were drawn: the claim holds here ({_percent(share)} of the variance"
-        )
+        first = f"results depend on the samples that were drawn: the claim holds here ({shared(share)} of the variance"
         first += f", {'most' if share.low > MOST else 'perhaps most' if share.high > MOST else 'the smaller part'})"
     else:
-        first = f"whether results depend on the samples that were drawn cannot be told here ({_percent(share)})"
+        first = f"whether results depend on the samples that were drawn cannot be told here ({shared(share)})"
     if reversed_surely:
-        pairs = "; ".join(f"{r.worse} ahead of {r.better} on {_percent(r.rate)}" for r in reversed_surely)
+        pairs = "; ".join(f"{r.worse} ahead of {r.better} on {shared(r.rate)}" for r in reversed_surely)
         second = (
             f"rankings reverse on some selections more often than the seed alone explains: the claim holds ({pairs})"
         )

@@ -1,6 +1,6 @@
 """The experiments by name, and running them: a table, a picture and a paragraph each, with the spec that made them.
 
-OUT/NAME/spec.yaml  NAME.parquet  NAME.png  finding.md    the answer; record.json comes last: all is there
+OUT/NAME/spec.yaml  NAME.parquet  NAME.png, .svg  finding.md  the answer; record.json comes last: all is there
 OUT/README.md                                             all findings, figures first
 OUT/work/NAME, OUT/trials                                 what was measured on the way, for the next start
 """
@@ -20,9 +20,9 @@ from filelock import FileLock, Timeout
 
 from bench import plots
 from bench.experiments.experiment import Answer, Experiment, Setting
-from bench.scoring_job import PACKAGES, package_version
+from bench.origin import origin
+from bench.score_file import with_spec_hash
 from bench.spec import read_mapping
-from bench.store import with_spec_hash
 from bench.sweep_plan import SweepResources
 from scoring.errors import UserError, unknown_name
 from scoring.files import replacing
@@ -150,15 +150,15 @@ def _write(
         with replacing(folder / f"{name}.parquet") as unfinished:
             pq.write_table(table, unfinished)
     inches = answer.inches or (5.0 * len(answer.panels), 5.0)
-    with replacing(folder / f"{experiment.name}.png") as unfinished:
-        plots.png(answer.panels, unfinished, inches, polar=answer.polar)
+    for suffix in ("png", "svg"):
+        with replacing(folder / f"{experiment.name}.{suffix}") as unfinished:
+            plots.picture(answer.panels, unfinished, inches, polar=answer.polar)
     with replacing(folder / "spec.yaml") as unfinished:
         unfinished.write_text(yaml.safe_dump({identity["preset"]: setting.values}, sort_keys=False), encoding="utf-8")
     with replacing(folder / "finding.md") as unfinished:
         unfinished.write_text(_finding(experiment, answer.sentences), encoding="utf-8")
-    packages = {name: package_version(name) for name in PACKAGES}
     with replacing(folder / "record.json") as unfinished:
-        unfinished.write_text(json.dumps(identity | {"seconds": seconds, "packages": packages}, indent=2) + "\n")
+        unfinished.write_text(json.dumps(identity | {"seconds": seconds} | origin(), indent=2) + "\n")
 
 
 def _finding(experiment: Experiment, sentences: Sequence[str]) -> str:

@@ -14,7 +14,7 @@ from bench.experiments import weighted_sampling as sampling
 from bench.experiments.experiment import Answer, Experiment, Setting
 from bench.experiments.weighted_sampling import CONTRADICTED, HOLDS, UNKNOWN, Columns, Contrast, Outcome, Row, label
 from bench.report.findings import decimal
-from bench.statistics import LEVEL
+from bench.statistics import LEVEL, holm
 from bench.sweeps import as_table
 from scoring.errors import UserError
 
@@ -49,7 +49,7 @@ def answer(trials: pa.Table, columns: Columns, original: Mapping[str, Any]) -> A
         raise UserError(f"trials with {', '.join(arms)}: expected {BEST} and one of {', '.join(OTHERS)} to compare")
     epochs = [arm for arm in arms if not arm.endswith(STEPS)]
     matters = {metric: _matters(found, epochs, metric) for metric in columns.judged}
-    corrected = dict(zip(matters, sampling.holm(list(matters.values())), strict=True))
+    corrected = dict(zip(matters, holm(list(matters.values())), strict=True))
     compared = _against_best(found, arms, columns.judged)
     measured = measurements(trials)
     rows = {
@@ -116,7 +116,7 @@ def _matters(found: Sequence[Outcome], arms: Sequence[str], metric: str) -> floa
 def _against_best(found: Sequence[Outcome], arms: Sequence[str], metrics: Sequence[str]) -> list[Contrast]:
     """Every other m less BEST; corrected for all of them together."""
     own = [contrast for arm in arms if arm != BEST for contrast in sampling.contrasts(found, metrics, arm, BEST)]
-    corrected = sampling.holm([contrast.p for contrast in own])
+    corrected = holm([contrast.p for contrast in own])
     return [
         Contrast(c.algorithm, c.arm, c.against, c.metric, c.difference, c.p, p, c.pairs)
         for c, p in zip(own, corrected, strict=True)

@@ -21,9 +21,9 @@ from bench.experiments.experiment import Answer, Experiment, Setting
 from bench.experiments.words import columns, lies_within, markdown, significant
 from bench.models import find_model
 from bench.plots import BLUE, GREEN, MUTED, Draw
+from bench.score_file import Parts, with_spec_hash, write_scores
 from bench.scoring_job import DRAWS_PER_TASK, Resources
 from bench.statistics import LEVEL, Estimate
-from bench.store import Parts, with_spec_hash, write_scores
 from scoring.cluster import connect
 from scoring.errors import UserError
 from scoring.mrd import Request, base_logprobs, estimate

@@ -29,7 +29,7 @@ from bench.experiments.experiment import Answer, Setting
 from bench.metrics import METRICS
 from bench.plots import BLUE, MUTED, VERMILLION, Draw
 from bench.report.findings import decimal, interval, said
-from bench.statistics import LEVEL, Estimate
+from bench.statistics import LEVEL, Estimate, holm
 from bench.sweeps import SweepResult, as_table
 from bench.trials import FINISHED
 from scoring.errors import UserError
@@ -197,15 +197,6 @@ def over_seeds(values: Sequence[float], level: float = LEVEL) -> tuple[Estimate,
         return Estimate(value, math.nan, math.nan), math.nan
     half = float(stats.t.ppf((1 + level) / 2, len(x) - 1)) * error
     return Estimate(value, value - half, value + half), float(2 * stats.t.sf(abs(value) / error, len(x) - 1))
-
-
-def holm(p: Sequence[float]) -> list[float]:
-    """p values corrected for their number (Holm 1979). One that is not known stays so, and counts."""
-    values = np.asarray(p, dtype=float)
-    order = np.argsort(values)  # nan last
-    corrected = np.empty_like(values)
-    corrected[order] = np.minimum(np.maximum.accumulate(values[order] * np.arange(len(values), 0, -1)), 1)
-    return corrected.tolist()
 
 
 @dataclass(frozen=True)

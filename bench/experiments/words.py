@@ -42,3 +42,20 @@ def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A table of cells."""
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def shared(estimate: Estimate) -> str:
+    """A share: 45% [95 % CI 15% to 68%]."""
+    if not math.isfinite(estimate.value):
+        return "not determined"
+    around = f"{estimate.low:.0%} to {estimate.high:.0%}" if math.isfinite(estimate.low) else "too few selections"
+    return f"{estimate.value:.0%} [95 % CI {around}]"
+
+
+def counted(estimate: Estimate) -> str:
+    """A whole number: 2 [95 % CI 1 to 13]; inf is none."""
+
+    def whole(value: float) -> str:
+        return "no number" if math.isinf(value) else f"{value:.0f}"
+
+    return f"{whole(estimate.value)} [95 % CI {whole(estimate.low)} to {whole(estimate.high)}]"

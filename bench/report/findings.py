@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from bench.score_file import read_scores
 from bench.statistics import Estimate, hedges_g, mean, mean_difference, over_samples, partial_spearman, spearman
-from bench.store import read_scores
 from scoring.characteristics import characteristics
 from scoring.mrd import scaling_slope
 
