@@ -15,9 +15,9 @@ from bench.data import Dataset, find_task, is_data_file, load_dataset
 from bench.metrics import METRICS
 from bench.runs import read_run
 from bench.score_file import read_scores
-from bench.store import SCHEMAS, Store
+from bench.store import FINISHED, SCHEMAS, Store
 from bench.sweeps import read_sweep
-from bench.trials import FINISHED, derived
+from bench.trials import derived
 from scoring.errors import UserError
 
 # What the training loop measures by itself, of the columns of its last epoch.
@@ -83,7 +83,7 @@ def _sweep(folder: Path) -> Collected:
             **{name: row[name] for name in ("packages", "hardware", "git_commit", "model")},
             "run": row["trial"],
             "metrics": _metrics(row) if row["status"] == FINISHED else [],
-            **_identified(json.loads(row["identity"])),
+            **_identified(json.loads(row["identity"]), row["selection"]),
         }
         for row in rows
     ]
@@ -100,12 +100,13 @@ def _run(folder: Path) -> Collected:
     done = read_run(folder)
     spec, last = done.record["spec"], done.epochs.to_pylist()[-1]
     ids = done.samples["sample_id"].to_pylist()
+    # The file of ids has a name of its own on every machine; the samples are what is the same.
+    selection = f"of {len(ids)}, {spec['forget_sha256'][:8]}" if spec["selection"] else "all"
     run = {
         "run": spec["spec_hash"],
         "status": FINISHED,
         "algorithm": spec["algorithm"],
-        # The file of ids has a name of its own on every machine; the samples are what is the same.
-        "selection": f"of {len(ids)}, {spec['forget_sha256'][:8]}" if spec["selection"] else "all",
+        "selection": selection,
         "kind": "given" if spec["selection"] else "all",
         "level": "",
         "forget_samples": len(ids),
@@ -117,7 +118,7 @@ def _run(folder: Path) -> Collected:
         "packages": json.dumps(done.record["packages"]),
         "hardware": done.record.get("hardware"),
         "git_commit": done.record.get("git_commit"),
-        **_identified(spec),
+        **_identified(spec, selection),
     }
     samples = done.samples.append_column("run", pa.repeat(spec["spec_hash"], len(ids)))
     return Collected(_task(spec["task"]), [run], samples, [])
@@ -163,12 +164,12 @@ def _texts(dataset: Dataset) -> dict[str, dict[str, str]]:
     return found
 
 
-def _identified(identity: Mapping[str, Any]) -> dict[str, Any]:
+def _identified(identity: Mapping[str, Any], selection: str) -> dict[str, Any]:
     return {
         "split": identity["forget_split"],
         "model_fingerprint": identity["model_fingerprint"],
         "data_sha256": identity["forget_sha256"],
-        "spec": json.dumps(identity, sort_keys=True),
+        "spec": json.dumps({**identity, "selection": selection}, sort_keys=True),
     }
 
 

@@ -14,8 +14,7 @@ import numpy as np
 from bench.experiments import bias
 from bench.leaderboard import ASIDE, SETTING, shown
 from bench.statistics import LEVEL, Estimate
-from bench.store import Results
-from bench.trials import FINISHED
+from bench.store import FINISHED, Results
 from scoring.errors import UserError, unknown_name
 
 FEWEST_SELECTIONS = bias.FEWEST_SELECTIONS

@@ -17,13 +17,11 @@ from itertools import combinations
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.compute as pc
 
 from bench.metrics import METRICS
 from bench.standings import Drawn, Shown, Standing, standings
-from bench.store import Results
-from bench.trials import FINISHED
+from bench.store import FINISHED, Results
 from scoring.errors import UserError
 
 # Fields of a run's spec in which the runs of a board are alike: the model, the data and how it is measured.
@@ -229,6 +227,11 @@ def _short(value: Any) -> str:
     return text if len(text) <= 24 else f"{text[:16]}…"
 
 
+def _brief(value: Any) -> Any:
+    """A list, such as that of refusals, by its first words."""
+    return _short(value[0]) if isinstance(value, list) and value else value
+
+
 def _key(value: Any) -> str:
     return json.dumps(value, sort_keys=True)
 
@@ -240,19 +243,25 @@ class _Details:
     """Samples of runs, and texts, as they are looked up."""
 
     def __init__(self, results: Results) -> None:
-        samples = results.samples.combine_chunks()
-        order = pc.sort_indices(samples["run"])  # stable
-        self._samples = samples.take(order)
-        names = self._samples["run"].to_numpy(zero_copy_only=False)
+        samples = results.samples.select(["run", "sample_id", "updates_until_forgotten"]).combine_chunks()
+        samples = samples.take(pc.sort_indices(samples["run"]))  # stable
+        self._ids = samples["sample_id"].to_pylist()
+        self._until = samples["updates_until_forgotten"].to_pylist()
+        names = samples["run"].to_numpy(zero_copy_only=False)
         starts = np.flatnonzero(np.r_[True, names[1:] != names[:-1]]) if len(names) else np.array([], int)
         ends = np.r_[starts[1:], len(names)]
-        self._place = {names[start]: (int(start), int(end)) for start, end in zip(starts, ends, strict=True)}
+        self._place = {names[start]: slice(int(start), int(end)) for start, end in zip(starts, ends, strict=True)}
         self.scores = results.scores
 
-    def of_run(self, run: str) -> pa.Table:
-        """Its samples; the same run of two experiments has them twice."""
-        start, end = self._place.get(run, (0, 0))
-        return self._samples.slice(start, end - start)
+    def ids(self, run: str) -> tuple[str, ...]:
+        """Its samples, once each: a run of two experiments has them twice."""
+        return tuple(dict.fromkeys(self._ids[self._place.get(run, slice(0))]))
+
+    def until_forgotten(self, run: str) -> dict[str, int]:
+        """Updates, of its samples that were forgotten."""
+        place = self._place.get(run, slice(0))
+        both = zip(self._ids[place], self._until[place], strict=True)
+        return {name: updates for name, updates in both if updates is not None}
 
     def texts(self, model: str, ids: set[str]) -> dict[str, Text]:
         """Of these samples, where a score file has them under this model."""
@@ -279,7 +288,6 @@ def _board(
     origins: dict[tuple[tuple[str, str], ...], int] = {}
     runs = []
     for row, name, selection in zip(rows, names, drawn, strict=True):
-        samples = details.of_run(row["run"]).filter(pc.field("updates_until_forgotten").is_valid())
         origin = tuple(_origin(row).items())
         runs.append(
             Run(
@@ -292,7 +300,7 @@ def _board(
                 row["metrics"],
                 row["updates"],
                 row["seconds"],
-                dict(zip(*(samples[c].to_pylist() for c in ("sample_id", "updates_until_forgotten")), strict=True)),
+                details.until_forgotten(row["run"]),
                 origins.setdefault(origin, len(origins)),
             )
         )
@@ -340,7 +348,7 @@ def _entries(rows: Sequence[Mapping[str, Any]]) -> tuple[dict[str, dict[str, Any
         names[key] = ", ".join([spec["algorithm"], *(f"{name} {_short(spec.get(name))}" for name in differing)])
     if len(set(names.values())) < len(names):  # shortened to the same
         names = {key: f"{name} ({n})" for n, (key, name) in enumerate(names.items(), 1)}
-    found = {names[key]: {name: spec.get(name) for name in varying} for key, spec in distinct.items()}
+    found = {names[key]: {name: _brief(spec.get(name)) for name in varying} for key, spec in distinct.items()}
     return found, [names[key] for key in keys]
 
 
@@ -357,7 +365,7 @@ def _selections(rows: Sequence[Mapping[str, Any]], details: _Details) -> tuple[d
         name = f"{row['selection']} ({row['data_sha256'][:8]})" if several else row["selection"]
         names.append(name)
         if name not in found or not found[name].ids:
-            ids = tuple(dict.fromkeys(details.of_run(row["run"])["sample_id"].to_pylist()))
+            ids = details.ids(row["run"])
             found[name] = Drawn(name, row["level"] or "", row["mean_log_mrd"], ids)
     return found, names
 

@@ -103,7 +103,7 @@ def standings(
     if table:
         ranking = bias.separable(table)
         ranks = {rank.algorithm: (number, rank) for number, rank in enumerate(ranking.ranks, 1)}
-        groups = _groups([rank.algorithm for rank in ranking.ranks], ranking.pairs)
+        groups = groups_of([rank.algorithm for rank in ranking.ranks], ranking.pairs)
         sentences += _told(metric.title, table, ranking)
     found = []
     for entry in entries:
@@ -208,7 +208,7 @@ def _told(title: str, table: bias.ScoreTable, ranking: bias.Ranking) -> list[str
     ]
 
 
-def _groups(order: Sequence[str], pairs: Sequence[bias.SeparablePair]) -> dict[str, str]:
+def groups_of(order: Sequence[str], pairs: Sequence[bias.SeparablePair]) -> dict[str, str]:
     """Letters by entry, best first: two share one if and only if they are not separable.
 
     A letter is a largest set of entries of which no two are separable: the maximal cliques (Bron & Kerbosch 1973).

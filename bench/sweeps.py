@@ -35,8 +35,9 @@ from bench.origin import origin
 from bench.runs import full_disks_said_plainly
 from bench.score_file import size_of
 from bench.selections import mean_log_mrd
+from bench.store import DIED, STOPPED
 from bench.sweep_plan import Plan, SweepResources, SweepSpec, configurations
-from bench.trials import DIED, STOPPED, Result, Shared, Trial, TrialStore, run_trial, shareable_weights
+from bench.trials import Result, Shared, Trial, TrialStore, run_trial, shareable_weights
 from bench.unlearning_job import UnlearnSpec, corpus_of, datasets_of, room_of
 from scoring.cluster import connect, how_many_fit
 from scoring.errors import UserError
@@ -452,7 +453,8 @@ def _origin(trial: Trial, result: Result) -> dict[str, str | None]:
     """What the row is of and from, see `bench.origin`; a trial that an earlier version ran does not say."""
     found = result.get("origin", {})
     return {
-        "identity": json.dumps(trial.identity, sort_keys=True),
+        # Where the ids lie is this machine's own affair; the hash of the samples is in there.
+        "identity": json.dumps({**trial.identity, "selection": trial.selection}, sort_keys=True),
         "packages": json.dumps(found["packages"]) if "packages" in found else None,
         "hardware": found.get("hardware"),
         "git_commit": found.get("git_commit"),

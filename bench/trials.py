@@ -39,20 +39,13 @@ from bench.origin import origin
 from bench.runs import sample_table
 from bench.score_file import with_spec_hash
 from bench.scoring_job import Resources
+from bench.store import DIVERGED, ERROR, FINISHED, OUT_OF_MEMORY
 from bench.unlearning_job import NAMED, UnlearnSpec, corpus_of, datasets_of, evaluation_of, identity_of
 from scoring.files import replacing
 from scoring.pool import LocalPool
 from scoring.readings import Reader
 from scoring.replica import TransformersReplica, load_model
 
-FINISHED, DIVERGED, OUT_OF_MEMORY, ERROR, DIED, STOPPED = (
-    "finished",
-    "diverged",
-    "out of memory",
-    "error",
-    "died",
-    "stopped",
-)
 # What is true of the trial wherever it runs, and so is shared between sweeps.
 LASTING = (FINISHED, DIVERGED)
 Result = dict[str, Any]

@@ -18,8 +18,8 @@ from bench.experiments.words import counted, shared
 from bench.plots import BLUE, GREEN, MUTED, ORANGE, VERMILLION, Draw
 from bench.report.findings import said
 from bench.statistics import Estimate
+from bench.store import FINISHED
 from bench.sweeps import as_table
-from bench.trials import FINISHED
 from scoring.errors import UserError
 
 COLOURS, MARKERS = (BLUE, VERMILLION, GREEN, ORANGE), ("o", "s", "^", "D")

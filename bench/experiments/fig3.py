@@ -29,9 +29,9 @@ from bench.report.findings import said
 from bench.score_file import read_scores, with_spec_hash, write_scores
 from bench.scoring_job import Resources
 from bench.statistics import Estimate, over_sets, partial_spearman, spearman
+from bench.store import FINISHED
 from bench.sweep_plan import SweepSpec
 from bench.sweeps import as_table
-from bench.trials import FINISHED
 from scoring.cluster import connect
 from scoring.errors import UserError
 from scoring.pool import ReplicaPool, ReplicaSpec

@@ -23,8 +23,8 @@ from bench.experiments.fig5 import COLOURS, CONTRADICTED, HOLDS, UNKNOWN, estima
 from bench.plots import INK, Draw
 from bench.report.findings import said
 from bench.statistics import FEWEST, LEVEL, Estimate, over_sets, partial_spearman, spearman
+from bench.store import FINISHED
 from bench.sweeps import as_table
-from bench.trials import FINISHED
 from scoring.errors import UserError
 
 # Composites whose standard deviation is under a tenth of their mean are not "vastly different".

@@ -23,8 +23,8 @@ from bench.experiments.experiment import Answer, Experiment, Setting
 from bench.plots import BLUE, GREEN, ORANGE, VERMILLION, Draw
 from bench.report.findings import decimal, interval, said
 from bench.statistics import Estimate, partial_spearman, spearman
+from bench.store import FINISHED
 from bench.sweeps import as_table
-from bench.trials import FINISHED
 from scoring.errors import UserError
 
 TASKS = ("tofu", "wmdp")  # sweeps that a preset may describe: of these tasks, or of their stand-ins

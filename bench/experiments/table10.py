@@ -31,8 +31,8 @@ from bench.experiments.weighted_sampling import (
     together,
 )
 from bench.statistics import Estimate
+from bench.store import FINISHED
 from bench.sweeps import as_table
-from bench.trials import FINISHED
 from scoring.errors import UserError
 
 PAPER_DRAWS = 200

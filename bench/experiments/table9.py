@@ -16,8 +16,8 @@ from bench.experiments.timing import COST, SECONDS, ForgetSet, Ratio, Spent
 from bench.experiments.weighted_sampling import CONTRADICTED, HOLDS, UNKNOWN, over_seeds, plus_minus, together
 from bench.plots import BLUE, VERMILLION, Draw
 from bench.statistics import Estimate
+from bench.store import FINISHED
 from bench.sweeps import as_table
-from bench.trials import FINISHED
 from scoring.errors import UserError
 
 # Seconds of the paper, in its order, which is the claim.

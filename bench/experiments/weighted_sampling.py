@@ -30,8 +30,8 @@ from bench.metrics import METRICS
 from bench.plots import BLUE, MUTED, VERMILLION, Draw
 from bench.report.findings import decimal, interval, said
 from bench.statistics import LEVEL, Estimate, holm
+from bench.store import FINISHED
 from bench.sweeps import SweepResult, as_table
-from bench.trials import FINISHED
 from scoring.errors import UserError
 
 Row = Mapping[str, Any]

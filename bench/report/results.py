@@ -14,8 +14,7 @@ import pyarrow as pa
 from bench.compare import Comparison, Side
 from bench.leaderboard import Board, shown
 from bench.report.findings import decimal, interval
-from bench.store import PARTITIONS, Results, Skipped
-from bench.trials import FINISHED
+from bench.store import FINISHED, PARTITIONS, Results, Skipped
 from scoring.errors import UserError, unknown_name
 
 FORMATS = ("csv", "json", "latex")
@@ -176,7 +175,11 @@ def comparison_lines(found: Comparison, first: Side, second: Side) -> list[str]:
     for each in found.metrics:
         arrow = "↑" if shown(each.metric).higher_is_better else "↓"
         over = f"{each.units} {each.unit}s"
-        difference = f"{decimal(each.difference.value, 4)} [{interval(each.difference, 4)}]"
+        low, middle, high = (
+            f"{value:.3g}".replace("-", "\N{MINUS SIGN}")
+            for value in (each.difference.low, each.difference.value, each.difference.high)
+        )
+        difference = f"{middle} [{low} to {high}]"
         effect = f"{decimal(each.effect.value)} [{interval(each.effect)}]"
         lines.append(
             f"{each.metric + ' ' + arrow:<26}{each.pairs:>6}{over:>16}{each.first:>10.4g}{each.second:>10.4g}"

@@ -9,8 +9,8 @@ import pyarrow.compute as pc
 
 from bench.runs import UnlearnResult
 from bench.scoring_job import ScoreResult
+from bench.store import FINISHED
 from bench.sweeps import SweepResult
-from bench.trials import FINISHED
 
 SHOWN = 5
 # Above this share a standard error no longer says how far a score is off.
