@@ -97,7 +97,7 @@ def test_settings_must_be_named_where_there_are_several(tmp_path: Path) -> None:
     rows = grid(TWO) + grid({"A": TWO["B"]}, learning_rate=3e-4)
     root = write_runs(tmp_path, rows)
     with pytest.raises(
-        UserError, match=r"A has runs of 2 settings, which differ in learning_rate; name one, such as A,"
+        UserError, match=r"2 settings, which differ in learning_rate; name one, such as A,learning_rate="
     ):
         between(root, "A", "B")
     (found,) = between(root, "A,learning_rate=1e-4", "A,learning_rate=0.0003").metrics
@@ -147,7 +147,7 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "B less A, paired by selection and seed"
     assert lines[2].split()[:5] == ["completeness", "↑", "6", "3", "selections"]
-    assert "−0.167 [−0.31 to −0.0233]" in lines[2]
+    assert "−0.167 [−0.31 to −0.0232]" in lines[2]
     assert main(["compare", root, root, "--metric", "completeness"]) == 0
     assert "0 [0 to 0]" in capsys.readouterr().out
     assert main(["compare", "A", "C", "--results", root]) == 2

@@ -744,7 +744,7 @@ def noncentrality(observed: np.ndarray, df: int, level: float) -> np.ndarray:
     def limit(t: float, tail: float) -> float:
         if math.isinf(t):
             return t
-        ends = t * roots[0] - 9, t * roots[-1] + 9
+        ends = min(t * roots[0], t * roots[-1]) - 9, max(t * roots[0], t * roots[-1]) + 9
         return float(
             optimize.brentq(lambda noncentrality: special.ndtr(t * roots - noncentrality).mean() - tail, *ends)
         )
