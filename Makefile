@@ -3,13 +3,20 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo test lint format setup clean
+.PHONY: demo test browser lint format setup clean
 
 demo: $(READY)
 	$(BIN)/mrd-bench demo
 
-test: $(READY) lint
+test: $(READY) lint browser
 	$(BIN)/python -m pytest
+
+# Of the leaderboard's page, which is tested in a browser; without one those tests are skipped.
+CHROMIUM := apt-get install -y --no-install-recommends chromium chromium-driver
+ROOT := $(if $(filter 0,$(shell id -u)),,sudo -n)
+browser:
+	@command -v chromium >/dev/null && command -v chromedriver >/dev/null || $(ROOT) $(CHROMIUM) || \
+	  echo "No chromium and chromedriver, and they could not be installed: the tests in a browser will be skipped."
 
 lint: $(READY)
 	$(BIN)/ruff check .

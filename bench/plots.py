@@ -228,7 +228,7 @@ def attributes(effects: Sequence[Effect], title: str = "") -> Draw:
                 axes.errorbar(
                     x,
                     centre.value,
-                    _arms([centre]),
+                    arms([centre]),
                     fmt=marker,
                     color=INK,
                     markerfacecolor=colour,
@@ -264,7 +264,7 @@ def forest(effects: Sequence[Effect], others: Sequence[Correlation]) -> Draw:
             axes.errorbar(
                 [estimate.value for estimate in found],
                 place + up,
-                xerr=_arms(found),
+                xerr=arms(found),
                 fmt=marker,
                 color=colour,
                 capsize=3,
@@ -379,7 +379,7 @@ def _row_above(axes: Axes, handles: Sequence[Line2D], height: float) -> Legend:
     )
 
 
-def _arms(estimates: Sequence[Estimate]) -> np.ndarray:
+def arms(estimates: Sequence[Estimate]) -> np.ndarray:
     """Lengths of error bars, (2, n); 0 where there is no interval."""
     arms = np.array([[e.value - e.low for e in estimates], [e.high - e.value for e in estimates]])
     return np.nan_to_num(np.clip(arms, 0, None))

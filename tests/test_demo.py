@@ -250,10 +250,9 @@ def test_figures_are_xml_with_a_description_and_take_the_themes_colours(document
 
 
 def test_both_themes_define_every_colour(document):
-    light, dark = document.split("prefers-color-scheme: dark", 1)
     for name in plots.CSS_NAMES.values():
-        assert f"{name}: #" in light
-        assert f"{name}: #" in dark
+        light, dark = re.findall(rf"{name}: light-dark\((#\w{{6}}), (#\w{{6}})\)", document)[0]
+        assert light != dark
 
 
 def test_the_same_findings_give_the_same_page(document):

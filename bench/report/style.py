@@ -1,18 +1,19 @@
-"""The style sheet of pages: light and dark by the reader's preference, readable from a phone's width up."""
+"""The style sheet of pages: light and dark by the reader's preference, readable from a phone's width up.
+
+A page that lets its reader choose sets data-theme to "light" or "dark" on the root element.
+"""
 
 # The colours' names are those of bench.plots.CSS_NAMES; on dark ground they are lighter, of the same hue.
 STYLE_SHEET = """
 :root {
   color-scheme: light dark;
-  --paper: #ffffff; --raised: #f5f6f8; --ink: #1b1d21; --muted: #5c6068; --grid: #d9dbe0;
-  --blue: #0072b2; --orange: #e69f00; --green: #009e73; --vermillion: #d55e00;
+  --paper: light-dark(#ffffff, #15171b); --raised: light-dark(#f5f6f8, #1f2228);
+  --ink: light-dark(#1b1d21, #e6e8ec); --muted: light-dark(#5c6068, #a4a9b3); --grid: light-dark(#d9dbe0, #363a42);
+  --blue: light-dark(#0072b2, #56b4e9); --orange: light-dark(#e69f00, #f0b429);
+  --green: light-dark(#009e73, #2fc49a); --vermillion: light-dark(#d55e00, #ff8a4c);
 }
-@media (prefers-color-scheme: dark) {
-  :root {
-    --paper: #15171b; --raised: #1f2228; --ink: #e6e8ec; --muted: #a4a9b3; --grid: #363a42;
-    --blue: #56b4e9; --orange: #f0b429; --green: #2fc49a; --vermillion: #ff8a4c;
-  }
-}
+:root[data-theme="light"] { color-scheme: light; }
+:root[data-theme="dark"] { color-scheme: dark; }
 * { box-sizing: border-box; }
 body {
   margin: 0 auto; padding: 1rem clamp(1rem, 4vw, 2.5rem) 4rem; max-width: 60rem;

@@ -1,0 +1,317 @@
+"use strict";
+// The page is a view of what its address says behind the #: board, metric, entry and run. Links change that, and
+// the view follows, so that going back works and every view can be linked to. Texts are only ever set as text.
+
+const BOARDS = JSON.parse(document.getElementById("data").textContent);
+const FIRST_ROWS = 200;
+const MINUS = "\u2212", DASH = "\u2013";
+
+// --- Small pieces ---------------------------------------------------------------------------------------------
+
+function make(tag, fields = {}, ...children) {
+  const node = Object.assign(document.createElement(tag), fields);
+  node.append(...children.filter((child) => child !== null));
+  return node;
+}
+
+function number(value, digits = 3) {
+  if (value === null || value === undefined) return DASH;
+  const small = value !== 0 && Math.abs(value) < 10 ** -digits;
+  return (small ? value.toExponential(2) : value.toFixed(digits)).replaceAll("-", MINUS);
+}
+
+const whole = (value) => (value === null || value === undefined ? DASH : String(value).replace("-", MINUS));
+
+function withInterval(estimate) {
+  if (!estimate) return DASH;
+  const [value, low, high] = estimate;
+  return low === null ? number(value) : `${number(value)} [${number(low)} to ${number(high)}]`;
+}
+
+function address(fields) {
+  const given = Object.entries(fields).filter(([, value]) => value !== null && value !== undefined);
+  return "#" + new URLSearchParams(given).toString();
+}
+
+const link = (text, fields) => make("a", { href: address(fields), textContent: text });
+
+// --- Tables that can be sorted --------------------------------------------------------------------------------
+
+// A column has a title, a value to sort by, what a cell shows (the value, by default), and whether it is of words.
+function sortable(caption, columns, rows, { by = null, descending = false, limit = Infinity } = {}) {
+  const state = { by, descending, limit };
+  const head = make("tr"), body = make("tbody"), more = make("button", { type: "button", className: "more" });
+  const buttons = columns.map((column, place) => {
+    const button = make("button", { type: "button", textContent: column.title });
+    if (column.about) button.title = column.about;
+    button.addEventListener("click", () => {
+      state.descending = state.by === place ? !state.descending : Boolean(column.downFirst);
+      state.by = place;
+      fill();
+    });
+    head.append(make("th", { scope: "col" }, button));
+    return button;
+  });
+  more.addEventListener("click", () => {
+    state.limit = Infinity;
+    fill();
+  });
+
+  function fill() {
+    const ordered = state.by === null ? rows : sorted(rows, columns[state.by].value, state.descending);
+    body.replaceChildren(...ordered.slice(0, state.limit).map((row) => {
+      const cells = columns.map((column) => {
+        const shown = column.cell ? column.cell(row) : column.value(row);
+        return make("td", { className: column.words ? "words" : "" }, shown === null || shown === undefined ? DASH : shown);
+      });
+      return make("tr", {}, ...cells);
+    }));
+    buttons.forEach((button, place) => {
+      const direction = state.by === place ? (state.descending ? "descending" : "ascending") : "none";
+      button.parentElement.setAttribute("aria-sort", direction);
+    });
+    more.hidden = rows.length <= state.limit;
+    more.textContent = `Show all ${rows.length}`;
+  }
+
+  function replace(others) {
+    rows = others;
+    fill();
+  }
+
+  const table = make("table", { className: "numbers" }, make("caption", { textContent: caption }), make("thead", {}, head), body);
+  const scroll = make("div", { className: "scroll", tabIndex: 0 }, table);
+  scroll.setAttribute("role", "region");
+  scroll.setAttribute("aria-label", caption);
+  fill();
+  return { node: make("div", {}, scroll, more), replace };
+}
+
+// Rows without a value come last, whichever way round; equal ones stay as they were.
+function sorted(rows, value, descending) {
+  const absent = (found) => found === null || found === undefined;
+  return [...rows].sort((one, other) => {
+    const [a, b] = [value(one), value(other)];
+    if (absent(a) || absent(b)) return absent(a) - absent(b);
+    const order = typeof a === "string" ? a.localeCompare(b, "en", { numeric: true }) : a - b;
+    return descending ? -order : order;
+  });
+}
+
+// --- The standings of a board ---------------------------------------------------------------------------------
+
+function standingRow(board, row) {
+  const [entry, rank, best, worst, value, adjusted, adjustedRank, groups, runs, selections, seeds] = row;
+  const [name, fields] = board.entries[entry];
+  return { name, fields, rank, best, worst, value, adjusted, adjustedRank, groups, runs, selections, seeds };
+}
+
+function rankText(row) {
+  if (row.rank === null) return "not compared";
+  return row.best === null || row.best === row.worst ? `${row.rank}` : `${row.rank} (${row.best}${DASH}${row.worst})`;
+}
+
+function adjustedRankCell(row) {
+  if (row.adjustedRank === null) return DASH;
+  const moved = row.rank === null ? 0 : row.rank - row.adjustedRank;
+  if (!moved) return `${row.adjustedRank}`;
+  const places = Math.abs(moved) === 1 ? "1 place" : `${Math.abs(moved)} places`;
+  const mark = make("span", { className: "moved", textContent: ` ${moved > 0 ? "▲" : "▼"} ${Math.abs(moved)}` });
+  mark.title = `${places} ${moved > 0 ? "better" : "worse"} at equal difficulty`;
+  mark.setAttribute("aria-label", mark.title);
+  mark.setAttribute("role", "img");
+  return make("span", {}, `${row.adjustedRank}`, mark);
+}
+
+function standingColumns(title, where) {
+  return [
+    { title: "rank", value: (row) => row.rank, cell: rankText, about: "as measured, with the ranks it can have" },
+    { title: "entry", value: (row) => row.name, cell: (row) => link(row.name, { ...where, entry: row.name }), words: true },
+    { title, value: (row) => row.value[0], cell: (row) => withInterval(row.value), downFirst: true },
+    {
+      title: "at equal difficulty",
+      value: (row) => (row.adjusted ? row.adjusted[0] : null),
+      cell: (row) => withInterval(row.adjusted),
+      downFirst: true,
+    },
+    { title: "rank there", value: (row) => row.adjustedRank, cell: adjustedRankCell },
+    { title: "not separable", value: (row) => row.groups || null, about: "entries that share a letter" },
+    { title: "runs", value: (row) => row.runs, downFirst: true },
+    { title: "selections", value: (row) => row.selections, downFirst: true },
+    { title: "seeds", value: (row) => row.seeds, downFirst: true },
+  ];
+}
+
+function showBoard(section, number, board, metric) {
+  const place = section.querySelector(".place");
+  if (!place) return;
+  const choice = section.querySelector(".metric"), filter = section.querySelector(".filter");
+  const count = section.querySelector(".count");
+  section.querySelector(".controls").hidden = false;
+  if (!choice.options.length) {
+    choice.append(...board.metrics.map(([name, title, , up]) => make("option", { value: name, textContent: `${title} ${up ? "↑" : "↓"}` })));
+    choice.addEventListener("change", () => {
+      location.hash = address({ board: number, metric: choice.value });
+    });
+  }
+  choice.value = board.metrics[metric][0];
+  choice.title = board.metrics[metric][2];
+  const rows = board.standings[metric].map((row) => standingRow(board, row));
+  const where = { board: number, metric: board.metrics[metric][0] };
+  const table = sortable("Standings", standingColumns(board.metrics[metric][1], where), rows, { by: 0 });
+  place.replaceChildren(table.node);
+  section.querySelector(".sentences").replaceChildren(...board.sentences[metric].map((text) => make("p", { textContent: text })));
+
+  function narrow() {
+    const words = filter.value.toLowerCase().split(/\s+/).filter(Boolean);
+    const text = (row) => [row.name, ...Object.entries(row.fields).flat()].join(" ").toLowerCase();
+    const kept = rows.filter((row) => words.every((word) => text(row).includes(word)));
+    table.replace(kept);
+    count.value = `${kept.length} of ${rows.length} entries`;
+  }
+  filter.oninput = narrow;
+  narrow();
+}
+
+// --- From an entry to its runs, from a run to its samples -----------------------------------------------------
+
+function runRow(board, row) {
+  const [hash, entry, selection, seed, status, reason, values, updates, seconds, until, origin] = row;
+  const [name, level, difficulty, samples] = board.selections[selection];
+  return {
+    hash, entry: board.entries[entry][0], selection: name, level, difficulty, samples, seed, status, reason, values,
+    updates, seconds, until, origin,
+  };
+}
+
+function statusCell(row) {
+  if (row.status === "finished") return "finished";
+  return make("span", { className: "failed", textContent: `✗ ${row.status}: ${row.reason || "no reason given"}` });
+}
+
+function showEntry(detail, where, board, metric, name) {
+  const rows = board.runs.map((row) => runRow(board, row)).filter((row) => row.entry === name);
+  const shown = board.metrics.map((found, place) => [found, place]).sort(([, a], [, b]) => (b === metric) - (a === metric));
+  const columns = [
+    { title: "run", value: (row) => row.hash, cell: (row) => link(row.hash, { ...where, entry: name, run: row.hash }), words: true },
+    { title: "selection", value: (row) => row.selection, words: true },
+    { title: "mean log MRD", value: (row) => row.difficulty, cell: (row) => number(row.difficulty), about: "of the selection; low is hard to forget" },
+    { title: "seed", value: (row) => row.seed },
+    { title: "status", value: (row) => row.status, cell: statusCell, words: true },
+    ...shown.map(([[, title], place]) => ({
+      title, value: (row) => row.values[place], cell: (row) => number(row.values[place]), downFirst: true,
+    })),
+    { title: "updates", value: (row) => row.updates, cell: (row) => whole(row.updates), downFirst: true },
+    { title: "seconds", value: (row) => row.seconds, cell: (row) => number(row.seconds, 1), downFirst: true },
+  ];
+  const settings = Object.entries((board.entries.find(([each]) => each === name) || [name, {}])[1]);
+  const about = make("dl", {}, ...settings.flatMap(([key, value]) => [make("dt", { textContent: key }), make("dd", { textContent: value })]));
+  open(detail, name, [
+    link(`Back to ${board.name}`, where), about,
+    rows.length ? sortable(`${rows.length} runs`, columns, rows, { by: 1, limit: FIRST_ROWS }).node : make("p", { textContent: "There is no such entry." }),
+  ]);
+}
+
+function showRun(detail, where, board, name) {
+  const found = board.runs.find((row) => row[0] === name);
+  if (!found) {
+    open(detail, `Run ${name}`, [link(`Back to ${board.name}`, where), make("p", { textContent: "There is no such run." })]);
+    return;
+  }
+  const run = runRow(board, found);
+  const facts = [
+    ["entry", run.entry], ["selection", run.level ? `${run.selection} (${run.level})` : run.selection], ["seed", whole(run.seed)],
+    ["status", run.status], ...(run.reason ? [["reason", run.reason]] : []), ["spec", run.hash],
+    ...board.metrics.map(([, title], place) => [title, number(run.values[place], 4)]),
+    ["updates", whole(run.updates)], ["seconds", number(run.seconds, 1)], ...board.origins[run.origin],
+  ];
+  const samples = run.samples.map((place, position) => {
+    const [id, prompt, completion, mrd, tokens] = board.samples[place];
+    return { id, prompt, completion, mrd, tokens, until: run.until ? run.until[position] : null };
+  });
+  const columns = [
+    { title: "sample", value: (row) => row.id, words: true },
+    { title: "MRD", value: (row) => row.mrd, cell: (row) => number(row.mrd, 5), about: "low is hard to forget" },
+    { title: "tokens", value: (row) => row.tokens, cell: (row) => whole(row.tokens), downFirst: true },
+    { title: "updates until forgotten", value: (row) => row.until, cell: (row) => whole(row.until), downFirst: true },
+    {
+      title: "text", value: (row) => row.completion, words: true,
+      cell: (row) => (row.completion === null ? "not stored" : make("div", {},
+        make("p", { className: "question", textContent: row.prompt }), make("p", { className: "completion", textContent: row.completion }))),
+    },
+  ];
+  const table = sortable(`${samples.length} samples, hardest first`, columns, samples, { by: 1, limit: FIRST_ROWS }).node;
+  table.querySelector("table").classList.add("texts");
+  open(detail, `Run ${name}`, [
+    link(`Back to the runs of ${run.entry}`, { ...where, entry: run.entry }),
+    make("dl", {}, ...facts.flatMap(([key, value]) => [make("dt", { textContent: key }), make("dd", { textContent: value })])),
+    table,
+  ]);
+}
+
+function open(detail, title, children) {
+  detail.replaceChildren(make("h2", { tabIndex: -1, textContent: title }), ...children);
+}
+
+// --- The view ------------------------------------------------------------------------------------------------
+
+let before = null;
+
+function show() {
+  const asked = new URLSearchParams(location.hash.slice(1));
+  const detail = document.getElementById("detail"), sections = [...document.querySelectorAll("section.board")];
+  const number = Math.min(Math.max(Number.parseInt(asked.get("board") || "0", 10) || 0, 0), BOARDS.length - 1);
+  const board = BOARDS[number];
+  if (!board) return;
+  const metric = Math.max(board.metrics.findIndex(([name]) => name === asked.get("metric")), 0);
+  const where = { board: number, metric: board.metrics.length ? board.metrics[metric][0] : null };
+  const inDetail = asked.has("entry") || asked.has("run");
+  sections.forEach((section, place) => {
+    section.hidden = inDetail || place !== number;
+  });
+  detail.hidden = !inDetail;
+  document.querySelectorAll("#boards a").forEach((each, place) => {
+    each.setAttribute("aria-current", String(place === number));
+  });
+  if (asked.has("run")) showRun(detail, where, board, asked.get("run"));
+  else if (asked.has("entry")) showEntry(detail, where, board, metric, asked.get("entry"));
+  else showBoard(sections[number], number, board, metric);
+  // Not on opening the page, nor when only the metric has changed: the reader is where they were.
+  const view = `${number} ${asked.get("entry")} ${asked.get("run")}`;
+  if (before !== null && before !== view) {
+    const heading = (inDetail ? detail : sections[number]).querySelector("h2");
+    heading.focus();
+    heading.scrollIntoView();
+  }
+  before = view;
+}
+
+function chooseTheme() {
+  const button = document.getElementById("theme"), themes = ["auto", "light", "dark"];
+  let now = "auto";
+  try {
+    now = localStorage.getItem("theme") || "auto";
+  } catch {
+    // A page from a file may have no storage: it follows the system then.
+  }
+  const apply = () => {
+    if (now === "auto") delete document.documentElement.dataset.theme;
+    else document.documentElement.dataset.theme = now;
+    button.textContent = `Theme: ${now}`;
+  };
+  button.addEventListener("click", () => {
+    now = themes[(themes.indexOf(now) + 1) % themes.length];
+    try {
+      localStorage.setItem("theme", now);
+    } catch {
+      // It holds until the page is closed.
+    }
+    apply();
+  });
+  button.hidden = false;
+  apply();
+}
+
+chooseTheme();
+window.addEventListener("hashchange", show);
+show();
