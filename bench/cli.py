@@ -140,6 +140,12 @@ def _benchmark_arguments(benchmark: argparse.ArgumentParser) -> None:
     add("--split", help="of a task (default: the task's own forget split)")
     add("--trials", type=int, default=12, help="in each of the sweeps (default: 12)")
 
+    about = "building a leaderboard of many runs, and opening it"
+    sub = which.add_parser("leaderboard", help=about, description=about, allow_abbrev=False)
+    sub.set_defaults(run=_benchmark, parser=sub)
+    sub.add_argument("--runs", type=int, default=10_000, help="made ones, in the store (default: 10000)")
+    sub.add_argument("--out", help="also write the figures to this JSON file")
+
 
 def _score_arguments(sub: argparse.ArgumentParser) -> None:
     from bench.scoring_job import DTYPE_CHOICES, ScoreSpec
@@ -581,6 +587,11 @@ def _benchmark(arguments: argparse.Namespace) -> None:
         unlearning.run_benchmark(
             arguments.model, arguments.data, arguments.split, arguments.retain, arguments.seeds, arguments.out
         )
+        return
+    if arguments.what == "leaderboard":
+        from bench.benchmarks import leaderboard
+
+        leaderboard.run_benchmark(arguments.runs, arguments.out)
         return
     if arguments.what == "sweep":
         from bench.benchmarks import sweep

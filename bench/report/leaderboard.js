@@ -193,7 +193,7 @@ function showEntry(detail, where, board, metric, name) {
   const rows = board.runs.map((row) => runRow(board, row)).filter((row) => row.entry === name);
   const shown = board.metrics.map((found, place) => [found, place]).sort(([, a], [, b]) => (b === metric) - (a === metric));
   const columns = [
-    { title: "run", value: (row) => row.hash, cell: (row) => link(row.hash, { ...where, entry: name, run: row.hash }), words: true },
+    { title: "run", value: (row) => row.hash, cell: (row) => link(row.hash, { ...where, entry: name, run: row.hash }) },
     { title: "selection", value: (row) => row.selection, words: true },
     { title: "mean log MRD", value: (row) => row.difficulty, cell: (row) => number(row.difficulty), about: "of the selection; low is hard to forget" },
     { title: "seed", value: (row) => row.seed },

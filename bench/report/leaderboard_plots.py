@@ -55,7 +55,7 @@ def front(board: Board) -> list[Mark]:
     as_good = (points[:, None] >= points[None]).all(axis=2)
     better = (points[:, None] > points[None]).any(axis=2)
     beaten = (as_good & better).any(axis=0)
-    kept = [mark for mark, is_beaten in zip(every, beaten.tolist(), strict=True) if not is_beaten]
+    kept = [every[row] for row in np.flatnonzero(~np.asarray(beaten))]
     return sorted(kept, key=lambda mark: signs[0] * mark.completeness.value)
 
 
@@ -145,7 +145,9 @@ def _shown_marks(board: Board) -> list[Mark]:
 def _margin_labels(axes: Axes, shown: Sequence[Mark], best: Sequence[Mark]) -> None:
     """Names to the right of the axes, at the height of their marks where they fit, with a line to each."""
     size = float(mpl.rcParams["font.size"]) * 0.9
-    height = axes.get_figure(root=True).get_size_inches()[1] - 1.1  # without what is above and below the axes
+    figure = axes.get_figure(root=True)
+    assert figure is not None
+    height = figure.get_size_inches()[1] - 1.1  # without what is above and below the axes
     line = 1.3 * size / 72 / height
     low, high = axes.get_ylim()
     ordered = sorted(shown, key=lambda mark: (mark.utility.value - low) / (high - low))
