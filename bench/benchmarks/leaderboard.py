@@ -1,8 +1,8 @@
 """`mrd-bench benchmark leaderboard`: building and opening a leaderboard of many runs.
 
-Two stores hold the same made runs: one as sweeps leave it, a file for all of an algorithm's runs, and one as single runs
-leave it, a file a run. Reading is timed from both in turn; the whole command is timed as a user calls it, with the start
-of Python. Opening is the browser's own time until the page is loaded, where Chromium and selenium are installed.
+Two stores hold the same made runs: one as sweeps leave it, a file for many runs, and one as single runs leave it, a
+file each. Reading is timed from both in turn; the whole command is timed as a user calls it, with the start of Python.
+Opening is the browser's own time until the page is loaded, where Chromium and selenium are installed.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -44,17 +45,8 @@ def run_benchmark(runs: int, out: str | None) -> None:
         building: list[float] = []
         for _ in range(TURNS):
             for kind, root in stores.items():
-                reading[kind].append(_seconds(lambda root=root: Store(root).read()))
-            command = [
-                sys.executable,
-                "-m",
-                "bench.cli",
-                "leaderboard",
-                str(stores["sweeps"]),
-                "--out",
-                f"{name}/board",
-            ]
-            building.append(_seconds(lambda command=command: subprocess.run(command, check=True, capture_output=True)))
+                reading[kind].append(_seconds(Store(root).read))
+            building.append(_seconds(partial(_build, stores["sweeps"], folder / "board")))
         page = folder / "board" / "index.html"
         figures: dict[str, Any] = {
             "runs": runs,
@@ -74,6 +66,11 @@ def run_benchmark(runs: int, out: str | None) -> None:
     print(f"opening the page ({figures['page_megabytes']:.1f} MB)              {how}")
     if out:
         Path(out).write_text(json.dumps(figures, indent=2) + "\n")
+
+
+def _build(store: Path, out: Path) -> None:
+    command = [sys.executable, "-m", "bench.cli", "leaderboard", str(store), "--out", str(out)]
+    subprocess.run(command, check=True, capture_output=True)
 
 
 def _seconds(work: Callable[[], Any]) -> float:
