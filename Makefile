@@ -11,11 +11,12 @@ demo: $(READY)
 test: $(READY) lint browser
 	$(BIN)/python -m pytest
 
-# Of the leaderboard's page, which is tested in a browser; without one those tests are skipped.
-CHROMIUM := apt-get install -y --no-install-recommends chromium chromium-driver
+# The leaderboard's page is tested in a browser; without one those tests are skipped.
 ROOT := $(if $(filter 0,$(shell id -u)),,sudo -n)
 browser:
-	@command -v chromium >/dev/null && command -v chromedriver >/dev/null || $(ROOT) $(CHROMIUM) || \
+	@command -v chromium >/dev/null && command -v chromedriver >/dev/null || \
+	  { $(ROOT) apt-get update -qq && \
+	    $(ROOT) apt-get install -qq -y --no-install-recommends chromium chromium-driver >/dev/null; } || \
 	  echo "No chromium and chromedriver, and they could not be installed: the tests in a browser will be skipped."
 
 lint: $(READY)

@@ -57,12 +57,14 @@ def test_an_answer_is_a_table_a_picture_and_a_paragraph(counted: list[str], tmp_
         "count.parquet",
         "count-more.parquet",
         "count.png",
+        "count.svg",
         "finding.md",
         "record.json",
         "spec.yaml",
     }
     assert pq.read_table(folder / "count.parquet").to_pydict() == {"length": [5]}
     assert (folder / "count.png").read_bytes().startswith(b"\x89PNG")
+    assert "<svg" in (folder / "count.svg").read_text()
     assert read_mapping(folder / "spec.yaml") == {"demo": {"word": "three"}}
     text = (folder / "finding.md").read_text()
     for part in ("How many letters?", "*The paper:* there are some.", "(count.png)", "It has **letters**.", "holds."):
