@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, get_args, get_type_hin
 
 from bench.tasks import TASKS
 from scoring.errors import UserError, unknown_name
-from scoring.mrd import ESTIMATORS, STATISTICS
 
 if TYPE_CHECKING:
     from bench.scoring_job import Resources
@@ -49,7 +48,8 @@ class _Parser(argparse.ArgumentParser):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a verb; the exit code: 0 done, 2 the input must be mended, 130 interrupted."""
-    arguments = _parser().parse_args(argv)
+    argv = sys.argv[1:] if argv is None else argv
+    arguments = _parser(next(iter(argv), None)).parse_args(argv)
     try:
         arguments.run(arguments)
     except UserError as error:
@@ -61,53 +61,73 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(asked: str | None) -> argparse.ArgumentParser:
+    """The parser, with the flags of the verb that is asked for: those of all would load all that any of them needs."""
     parser = _Parser(prog="mrd-bench", description="How hard is each sample to unlearn? Measured on Ray.")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB", parser_class=_Parser)
 
-    def verb(name: str, run: Callable[[argparse.Namespace], None], what: str) -> argparse.ArgumentParser:
+    def verb(
+        name: str,
+        what: str,
+        run: Callable[[argparse.Namespace], None] | None = None,
+        arguments: Callable[[argparse.ArgumentParser], None] | None = None,
+    ) -> None:
         sub = verbs.add_parser(name, help=what, description=what, allow_abbrev=False)
         sub.set_defaults(run=run, parser=sub)
-        return sub
+        if arguments and name == asked:
+            arguments(sub)
 
-    _score_arguments(verb("score", _score, "score the Memory Removal Difficulty of every sample of a data set"))
+    verb("score", "score the Memory Removal Difficulty of every sample of a data set", _score, _score_arguments)
+    verb(
+        "unlearn", "make a model forget samples, easy or hard ones first, or as they come", _unlearn, _unlearn_arguments
+    )
+    verb(
+        "evaluate",
+        "measure the metrics of a task, with intervals and reference models",
+        _evaluate,
+        _evaluate_arguments,
+    )
+    verb(
+        "sweep",
+        "run the cross of algorithms, sample selections, seeds and settings on Ray Tune",
+        _sweep,
+        _sweep_arguments,
+    )
+    verb(
+        "reproduce",
+        "answer the paper's questions: a table, a picture and a paragraph each",
+        _reproduce,
+        _reproduce_arguments,
+    )
+    verb("results", "put results into a store, list, show and export them", None, _results_arguments)
+    verb(
+        "leaderboard",
+        "rank what stores hold, raw and at equal difficulty, on one page",
+        _leaderboard,
+        _leaderboard_arguments,
+    )
+    verb(
+        "compare",
+        "the paired difference of two algorithms, or two stores, at equal selections and seeds",
+        _compare,
+        _compare_arguments,
+    )
+    verb("tasks", "list the tasks: what is forgotten, what is kept, where the data are", _tasks)
+    verb("metrics", "list the metrics: what they say, and where they are from", _metrics)
+    verb(
+        "demo",
+        "score and unlearn the embedded task under the embedded model; writes a page of results",
+        _demo,
+        _demo_arguments,
+    )
+    verb("benchmark", "measure speed, side by side in one run", None, _benchmark_arguments)
+    return parser
 
-    _unlearn_arguments(
-        verb("unlearn", _unlearn, "make a model forget samples, easy or hard ones first, or as they come")
-    )
 
-    _evaluate_arguments(
-        verb("evaluate", _evaluate, "measure the metrics of a task, with intervals and reference models")
-    )
-    _sweep_arguments(
-        verb("sweep", _sweep, "run the cross of algorithms, sample selections, seeds and settings on Ray Tune")
-    )
-    _reproduce_arguments(
-        verb("reproduce", _reproduce, "answer the paper's questions: a table, a picture and a paragraph each")
-    )
-    _results_arguments(
-        verbs.add_parser("results", help="put results into a store, list, show and export them", allow_abbrev=False)
-    )
-    _leaderboard_arguments(
-        verb("leaderboard", _leaderboard, "rank what stores hold, raw and at equal difficulty, on one page")
-    )
-    _compare_arguments(
-        verb(
-            "compare", _compare, "the paired difference of two algorithms, or two stores, at equal selections and seeds"
-        )
-    )
-    verb("tasks", _tasks, "list the tasks: what is forgotten, what is kept, where the data are")
-    verb("metrics", _metrics, "list the metrics: what they say, and where they are from")
-
-    demo = verb("demo", _demo, "score and unlearn the embedded task under the embedded model; writes a page of results")
+def _demo_arguments(demo: argparse.ArgumentParser) -> None:
     demo.add_argument("--out", default="demo", help="folder for the page and the Parquet files (default: demo)")
     demo.add_argument("--split", default="forget10", help="of the task authors (default: forget10)")
     demo.add_argument("--overwrite", action="store_true", help="replace what an earlier demo left in --out")
-
-    _benchmark_arguments(
-        verbs.add_parser("benchmark", help="measure speed, side by side in one run", allow_abbrev=False)
-    )
-    return parser
 
 
 def _benchmark_arguments(benchmark: argparse.ArgumentParser) -> None:
@@ -149,6 +169,7 @@ def _benchmark_arguments(benchmark: argparse.ArgumentParser) -> None:
 
 def _score_arguments(sub: argparse.ArgumentParser) -> None:
     from bench.scoring_job import DTYPE_CHOICES, ScoreSpec
+    from scoring.mrd import ESTIMATORS, STATISTICS
     from scoring.samples import TOKENS_CHOICES
 
     default = {f.name: f.default for f in dataclasses.fields(ScoreSpec)}

@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Sequence
 from html import escape
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import matplotlib as mpl
 import numpy as np
@@ -25,9 +25,11 @@ from matplotlib.legend import Legend
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
-from bench.report.findings import Correlation, Effect, ScalingLine, Scores
-from bench.report.unlearning import Run
 from bench.statistics import Estimate
+
+if TYPE_CHECKING:  # what is drawn; a leaderboard is drawn without loading what trains models
+    from bench.report.findings import Correlation, Effect, ScalingLine, Scores
+    from bench.report.unlearning import Run
 
 Draw = Callable[[Axes], None]
 

@@ -11,9 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from bench.experiments import bias
-from bench.experiments.words import counted, shared
-from bench.report.findings import said
 from bench.statistics import Estimate
+from bench.words import counted, said, shared
 from scoring.errors import UserError
 
 UNKNOWN = Estimate(math.nan, math.nan, math.nan)

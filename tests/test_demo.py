@@ -20,11 +20,12 @@ from scipy import stats
 from bench import plots
 from bench.demo import Sizes, _unlearning_specs, run_demo, unlearn_side_by_side
 from bench.report import findings as findings_module
-from bench.report.findings import Findings, ScalingLine, Scores, attribute_effects, correlations, decimal, inflation
+from bench.report.findings import Findings, ScalingLine, Scores, attribute_effects, correlations, inflation
 from bench.report.page import page as whole_page
 from bench.report.unlearning import Run, Unlearning, kept, predictions, recipe, saved, table_lines
 from bench.scoring_job import Resources
 from bench.statistics import Estimate
+from bench.words import decimal
 from scoring.errors import UserError
 
 SVG = "{http://www.w3.org/2000/svg}"

@@ -20,13 +20,13 @@ from bench.draws import HALF_NORMAL_SPREAD, Point, PointDraws, measure_draws, re
 from bench.experiments import fig6, table8, table11, table12
 from bench.experiments.experiment import Answer, Setting
 from bench.experiments.reproduce import PRESETS, SPECS
-from bench.experiments.words import CONTRADICTED, HOLDS, UNDECIDED, lies_within, markdown, percent, significant
 from bench.models import find_model
 from bench.report.findings import ATTRIBUTES, Scores
 from bench.scoring_job import Resources, ScoreSpec
 from bench.spec import make_spec, read_mapping
 from bench.statistics import Estimate
 from bench.sweep_plan import SweepResources
+from bench.words import CONTRADICTED, HOLDS, UNDECIDED, lies_within, markdown, percent, significant
 from scoring.mrd import ESTIMATORS, Request, estimate
 from scoring.pool import Facts
 from scoring.replica import TransformersReplica, load_model

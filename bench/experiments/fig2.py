@@ -14,12 +14,11 @@ from matplotlib.axes import Axes
 
 from bench.experiments import bias
 from bench.experiments.experiment import Answer, Experiment, Setting
-from bench.experiments.words import counted, shared
 from bench.plots import BLUE, GREEN, MUTED, ORANGE, VERMILLION, Draw
-from bench.report.findings import said
 from bench.statistics import Estimate
 from bench.store import FINISHED
 from bench.sweeps import as_table
+from bench.words import counted, said, shared
 from scoring.errors import UserError
 
 COLOURS, MARKERS = (BLUE, VERMILLION, GREEN, ORANGE), ("o", "s", "^", "D")

@@ -25,13 +25,13 @@ from bench.experiments.experiment import Answer, Experiment, Setting
 from bench.experiments.fig5 import CONTRADICTED, HOLDS, UNKNOWN, estimated, ruled, ruling
 from bench.models import ModelReference, find_model
 from bench.plots import BLUE, GREEN, INK, MUTED, ORANGE, VERMILLION, Draw
-from bench.report.findings import said
 from bench.score_file import read_scores, with_spec_hash, write_scores
 from bench.scoring_job import Resources
 from bench.statistics import Estimate, over_sets, partial_spearman, spearman
 from bench.store import FINISHED
 from bench.sweep_plan import SweepSpec
 from bench.sweeps import as_table
+from bench.words import said
 from scoring.cluster import connect
 from scoring.errors import UserError
 from scoring.pool import ReplicaPool, ReplicaSpec

@@ -21,10 +21,10 @@ from matplotlib.ticker import FixedFormatter, FixedLocator, MaxNLocator, NullFor
 from algorithms.stopping import Thresholds
 from bench.experiments.experiment import Answer, Experiment, Setting
 from bench.plots import BLUE, GREEN, ORANGE, VERMILLION, Draw
-from bench.report.findings import decimal, interval, said
 from bench.statistics import Estimate, partial_spearman, spearman
 from bench.store import FINISHED
 from bench.sweeps import as_table
+from bench.words import decimal, interval, said
 from scoring.errors import UserError
 
 TASKS = ("tofu", "wmdp")  # sweeps that a preset may describe: of these tasks, or of their stand-ins

@@ -38,11 +38,11 @@ from bench.experiments.fig5 import (
 )
 from bench.models import ModelReference, find_model
 from bench.plots import INK, Draw
-from bench.report.findings import decimal, interval, said
 from bench.statistics import mean, partial_spearman, spearman
 from bench.sweep_plan import SweepSpec
 from bench.sweeps import as_table
 from bench.tasks.task import Record
+from bench.words import decimal, interval, said
 from scoring.errors import UserError
 from scoring.files import replacing
 from scoring.samples import Text, encode

@@ -18,21 +18,11 @@ import pyarrow as pa
 from bench import plots
 from bench.data import LAYOUTS, Dataset, load_dataset
 from bench.experiments.experiment import Answer, Experiment, Setting
-from bench.experiments.words import columns, markdown, significant
 from bench.models import find_model
-from bench.report.findings import (
-    ATTRIBUTES,
-    Attribute,
-    Effect,
-    Record,
-    Scores,
-    attribute_effects,
-    decimal,
-    said,
-    verdict,
-)
+from bench.report.findings import ATTRIBUTES, Attribute, Effect, Record, Scores, attribute_effects
 from bench.scoring_job import Resources, ScoreSpec, score
 from bench.statistics import Estimate
+from bench.words import columns, decimal, markdown, said, significant, verdict
 from scoring.characteristics import characteristics
 from scoring.errors import UserError
 

@@ -26,13 +26,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaFor
 from bench.data import load_dataset, spaced
 from bench.draws import HALF_NORMAL_SPREAD, Point, measure_draws
 from bench.experiments.experiment import Answer, Experiment, Setting
-from bench.experiments.words import columns, lies_within, markdown
 from bench.models import ModelReference, find_model
 from bench.plots import BLUE, INK, MUTED, VERMILLION, Draw
-from bench.report.findings import said
 from bench.scoring_job import Resources
 from bench.spec import make_spec
 from bench.statistics import LEVEL, Estimate, over_sets
+from bench.words import columns, lies_within, markdown, said
 from scoring.errors import UserError
 from scoring.mrd import reduce_draws
 from scoring.samples import encode

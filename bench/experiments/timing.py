@@ -20,11 +20,11 @@ from bench.experiments.experiment import Setting
 from bench.experiments.weighted_sampling import Row, bars, over_seeds
 from bench.models import find_model
 from bench.plots import BLUE, GREEN, INK, MUTED, ORANGE, VERMILLION, Draw
-from bench.report.findings import decimal, interval
 from bench.spec import make_spec
 from bench.statistics import LEVEL, Estimate, holm
 from bench.sweeps import SweepResult
 from bench.unlearning_job import UnlearnSpec, corpus_of, datasets_of
+from bench.words import decimal, interval
 from scoring.samples import make_batches
 
 BACKWARD = 2  # forwards that a backward costs

@@ -28,10 +28,10 @@ from bench.evaluation_table import ORIGINAL
 from bench.experiments.experiment import Answer, Setting
 from bench.metrics import METRICS
 from bench.plots import BLUE, MUTED, VERMILLION, Draw
-from bench.report.findings import decimal, interval, said
 from bench.statistics import LEVEL, Estimate, holm
 from bench.store import FINISHED
 from bench.sweeps import SweepResult, as_table
+from bench.words import decimal, interval, said
 from scoring.errors import UserError
 
 Row = Mapping[str, Any]

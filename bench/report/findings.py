@@ -16,6 +16,7 @@ import pyarrow as pa
 
 from bench.score_file import read_scores
 from bench.statistics import Estimate, hedges_g, mean, mean_difference, over_samples, partial_spearman, spearman
+from bench.words import said, verdict
 from scoring.characteristics import characteristics
 from scoring.mrd import scaling_slope
 
@@ -326,36 +327,3 @@ class Findings:
     effects: Sequence[Effect]
     correlations: Sequence[Correlation]
     model: Mapping[str, str]
-
-
-# --- Words --------------------------------------------------------------------------------------------------
-
-
-def decimal(value: float, digits: int = 2) -> str:
-    """A number with a true minus sign; a dash where it is not known."""
-    if not math.isfinite(value):
-        return "–"
-    text = f"{value:.{digits}f}"
-    return text.replace("-", "\N{MINUS SIGN}") if float(text) else text.removeprefix("-")
-
-
-def interval(estimate: Estimate, digits: int = 2) -> str:
-    """0.30 to 0.53; a dash where it is not known."""
-    if not (math.isfinite(estimate.low) and math.isfinite(estimate.high)):
-        return "–"
-    return f"{decimal(estimate.low, digits)} to {decimal(estimate.high, digits)}"
-
-
-def said(estimate: Estimate, digits: int = 2) -> str:
-    """0.42 [95 % CI 0.30 to 0.53]."""
-    if not math.isfinite(estimate.value):
-        return "not determined"
-    around = interval(estimate, digits)
-    return f"{decimal(estimate.value, digits)} [{'too few samples for a CI' if around == '–' else f'95 % CI {around}'}]"
-
-
-def verdict(estimate: Estimate, claim: int) -> str:
-    """Whether the paper's sign is found."""
-    if estimate.sign == 0:
-        return "not separable from no effect"
-    return "the claim holds" if estimate.sign == claim else "the opposite of the claim"

@@ -7,11 +7,11 @@ from pathlib import Path
 
 from bench import plots
 from bench.leaderboard import Board
-from bench.report.findings import decimal, interval
 from bench.report.leaderboard_page import page
 from bench.report.leaderboard_plots import pareto, strips
 from bench.report.results import standings_latex
 from bench.standings import Standing
+from bench.words import decimal, interval
 from scoring.errors import UserError
 from scoring.files import replacing
 

@@ -17,7 +17,6 @@ from typing import Any
 
 from bench import plots
 from bench.leaderboard import Board, Run
-from bench.report.findings import decimal, interval
 from bench.report.leaderboard_plots import (
     marks,
     pareto,
@@ -32,6 +31,7 @@ from bench.report.leaderboard_plots import (
 from bench.report.style import STYLE_SHEET
 from bench.standings import Standing
 from bench.statistics import Estimate
+from bench.words import decimal, interval
 
 HERE = Path(__file__).parent
 # What would end the script element that the JSON is in, begin another, or end a line of it.

@@ -14,8 +14,8 @@ from matplotlib.axes import Axes
 
 from bench.leaderboard import Board, Standing
 from bench.plots import BLUE, GREEN, INK, MUTED, ORANGE, VERMILLION, Draw, arms
-from bench.report.findings import decimal
 from bench.statistics import Estimate
+from bench.words import decimal
 
 MOST = 30  # entries in a figure
 WIDTH = 6.4  # inches

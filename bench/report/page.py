@@ -10,22 +10,11 @@ from typing import Literal
 import numpy as np
 
 from bench import plots
-from bench.report.findings import (
-    LENGTH,
-    PROBABILITY,
-    Correlation,
-    Effect,
-    Findings,
-    Scores,
-    agreement,
-    decimal,
-    inflation,
-    interval,
-    said,
-)
+from bench.report.findings import LENGTH, PROBABILITY, Correlation, Effect, Findings, Scores, agreement, inflation
 from bench.report.style import STYLE_SHEET
 from bench.report.unlearning import Run, Unlearning, has_retain_set, kept, percent, recipe, saved
 from bench.statistics import Estimate, spearman
+from bench.words import decimal, interval, said
 
 SHOWN = 5
 RUN_INCHES = (5.0, 3.9)  # two rows of a legend above the axes

@@ -13,8 +13,8 @@ import pyarrow as pa
 
 from bench.compare import Comparison, Side
 from bench.leaderboard import Board, shown
-from bench.report.findings import decimal, interval
 from bench.store import FINISHED, PARTITIONS, Results, Skipped
+from bench.words import decimal, interval
 from scoring.errors import UserError, unknown_name
 
 FORMATS = ("csv", "json", "latex")

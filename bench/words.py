@@ -5,10 +5,39 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from bench.report.findings import said
 from bench.statistics import Estimate
 
 HOLDS, CONTRADICTED, UNDECIDED = "holds here", "is contradicted here", "cannot be told here"
+
+
+def decimal(value: float, digits: int = 2) -> str:
+    """A number with a true minus sign; a dash where it is not known."""
+    if not math.isfinite(value):
+        return "–"
+    text = f"{value:.{digits}f}"
+    return text.replace("-", "\N{MINUS SIGN}") if float(text) else text.removeprefix("-")
+
+
+def interval(estimate: Estimate, digits: int = 2) -> str:
+    """0.30 to 0.53; a dash where it is not known."""
+    if not (math.isfinite(estimate.low) and math.isfinite(estimate.high)):
+        return "–"
+    return f"{decimal(estimate.low, digits)} to {decimal(estimate.high, digits)}"
+
+
+def said(estimate: Estimate, digits: int = 2) -> str:
+    """0.42 [95 % CI 0.30 to 0.53]."""
+    if not math.isfinite(estimate.value):
+        return "not determined"
+    around = interval(estimate, digits)
+    return f"{decimal(estimate.value, digits)} [{'too few samples for a CI' if around == '–' else f'95 % CI {around}'}]"
+
+
+def verdict(estimate: Estimate, claim: int) -> str:
+    """Whether the paper's sign is found."""
+    if estimate.sign == 0:
+        return "not separable from no effect"
+    return "the claim holds" if estimate.sign == claim else "the opposite of the claim"
 
 
 def lies_within(estimate: Estimate, low: float, high: float) -> str:
