@@ -7,11 +7,10 @@ from pathlib import Path
 
 from bench import plots
 from bench.leaderboard import Board
-from bench.report.leaderboard_page import page
+from bench.report.leaderboard_page import cells, columns, page
 from bench.report.leaderboard_plots import pareto, strips
 from bench.report.results import standings_latex
-from bench.standings import Standing
-from bench.words import decimal, interval
+from bench.words import markdown
 from scoring.errors import UserError
 from scoring.files import replacing
 
@@ -31,7 +30,7 @@ def write_leaderboard(boards: Sequence[Board], notes: Sequence[str], out: str | 
             if first:
                 with replacing(out / f"board-{number}.tex") as unfinished:
                     unfinished.write_text(standings_latex(board, first), encoding="utf-8")
-        for name, text in (("README.md", markdown(boards, notes)), ("index.html", page(boards, notes))):
+        for name, text in (("README.md", overview(boards, notes)), ("index.html", page(boards, notes))):
             with replacing(out / name) as unfinished:
                 unfinished.write_text(text, encoding="utf-8")
     except OSError as error:
@@ -48,7 +47,7 @@ def _draw(board: Board, path: Path) -> None:
                 plots.picture(panels, unfinished, inches)
 
 
-def markdown(boards: Sequence[Board], notes: Sequence[str]) -> str:
+def overview(boards: Sequence[Board], notes: Sequence[str]) -> str:
     """The standings of every board by its first metrics, with what must be known of them."""
     parts = ["# Leaderboard\n", "The page with all metrics, runs and samples is `index.html`: open it in a browser.\n"]
     for number, board in enumerate(boards):
@@ -67,21 +66,4 @@ def markdown(boards: Sequence[Board], notes: Sequence[str]) -> str:
 
 def _table(board: Board, metric: str) -> str:
     title = board.metrics[metric].title
-    head = ["rank", "entry", title, "at equal difficulty", "rank there", "not separable", "runs"]
-    lines = [head, ["---"] * len(head), *(_row(each) for each in board.standings[metric])]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
-
-
-def _row(each: Standing) -> list[str]:
-    rank = "–" if each.rank is None else str(each.rank)
-    if each.best is not None and each.best != each.worst:
-        rank += f" ({each.best}–{each.worst})"
-    return [
-        rank,
-        each.entry,
-        f"{decimal(each.value.value, 3)} [{interval(each.value, 3)}]",
-        f"{decimal(each.adjusted.value, 3)} [{interval(each.adjusted, 3)}]" if each.adjusted else "–",
-        "–" if each.adjusted_rank is None else str(each.adjusted_rank),
-        each.groups or "–",
-        str(each.runs),
-    ]
+    return markdown(columns(title), [cells(each) for each in board.standings[metric]]) + "\n"

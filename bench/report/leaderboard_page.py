@@ -108,19 +108,24 @@ def _figures(board: Board, number: int) -> str:
 
 def _static(board: Board, metric: str) -> str:
     """The standings, as the script shows them too."""
-    head = ["rank", "entry", board.metrics[metric].title, "at equal difficulty", "rank there", "not separable", "runs"]
     rows = "".join(
-        "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in _cells(each)) + "</tr>"
+        "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in cells(each)) + "</tr>"
         for each in board.standings[metric]
     )
-    heads = "".join(f'<th scope="col">{escape(title)}</th>' for title in head)
+    heads = "".join(f'<th scope="col">{escape(title)}</th>' for title in columns(board.metrics[metric].title))
     return (
         '<div class="scroll" tabindex="0" role="region" aria-label="Standings"><table class="numbers">'
         f"<thead><tr>{heads}</tr></thead><tbody>{rows}</tbody></table></div>"
     )
 
 
-def _cells(each: Standing) -> list[str]:
+def columns(title: str) -> list[str]:
+    """Of the standings by a metric of this title."""
+    return ["rank", "entry", title, "at equal difficulty", "rank there", "not separable", "runs"]
+
+
+def cells(each: Standing) -> list[str]:
+    """A row of them."""
     rank = "not compared" if each.rank is None else str(each.rank)
     if each.best is not None and each.best != each.worst:
         rank += f" ({each.best}–{each.worst})"
