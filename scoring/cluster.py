@@ -5,13 +5,17 @@ from __future__ import annotations
 import logging
 import os
 import threading
+from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib.metadata import version
 
 import ray
 
 from scoring.errors import UserError
 
 JOIN_TIMEOUT_S = 60.0
+# On which numbers depend; that Ray and Python are the same everywhere Ray sees to itself.
+PACKAGES = ("torch", "transformers", "numpy")
 
 
 def connect(num_cpus: int | None = None) -> None:
@@ -82,6 +86,27 @@ class Footprint:
 
     def ray_options(self) -> dict[str, float]:
         return {"num_cpus": self.cpus, "num_gpus": self.gpus}
+
+
+def versions() -> dict[str, str]:
+    """Of the packages that numbers depend on, in this process; "+cpu" and the like left out, as a head may lack GPUs."""
+    return {name: version(name).partition("+")[0] for name in PACKAGES}
+
+
+def check_versions(of_driver: Mapping[str, str]) -> None:
+    """Refuse to work on a node whose packages are others than the driver's.
+
+    Raises:
+        UserError: one line that names node, package and both versions.
+    """
+    here = versions()
+    different = [name for name in here if here[name] != of_driver[name]]
+    if different:
+        found = ", ".join(f"{name} {here[name]} (the driver has {of_driver[name]})" for name in different)
+        raise UserError(
+            f"node {ray.util.get_node_ip_address()} has {found}: install the same versions on all nodes, as "
+            "constraints.txt pins them"
+        )
 
 
 def default_gpus() -> float:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
@@ -18,7 +18,7 @@ import ray
 import torch
 from ray.exceptions import NodeDiedError, ObjectLostError, OutOfMemoryError, RayActorError, RayError, RayTaskError
 
-from scoring.cluster import Footprint, how_many_fit
+from scoring.cluster import Footprint, check_versions, how_many_fit, versions
 from scoring.errors import UserError
 from scoring.mrd import ESTIMATORS, Draws, Request, Until, base_logprobs, estimate, estimate_until
 from scoring.samples import Batch
@@ -136,10 +136,15 @@ class ReplicaActor:
         self._group: tuple[int, int] | None = None
         self._kept: dict[str, Any] = {}
 
-    def load(self, spec: ReplicaSpec) -> int:
-        """Load the model; the process id, for those who watch. Not in __init__, so that errors arrive typed."""
+    def load(self, spec: ReplicaSpec, of_driver: Mapping[str, str]) -> int:
+        """Load the model; the process id, for those who watch. Not in __init__, so that errors arrive typed.
+
+        Args:
+            of_driver: versions of its packages.
+        """
         from scoring.replica import TransformersReplica, load_model
 
+        check_versions(of_driver)
         model = load_model(spec.source, spec.dtype, self._device, spec.revision)
         self._replica = TransformersReplica(model, spec.allow_lost_perturbation)
         return os.getpid()
@@ -264,7 +269,7 @@ class ReplicaPool:
         device = "cuda" if self._footprint.gpus else "cpu"
         options = self._footprint.ray_options()
         actor: Any = ray.remote(ReplicaActor).options(**options).remote(self._footprint.cpus, device)
-        self._loading[actor.load.remote(self._spec)] = actor
+        self._loading[actor.load.remote(self._spec, versions())] = actor
 
     def _replace(self) -> None:
         self.replaced += 1

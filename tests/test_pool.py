@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from scoring.cluster import Footprint, how_many_fit
+from scoring.cluster import Footprint, how_many_fit, versions
 from scoring.errors import UserError
 from scoring.mrd import ESTIMATORS, Draws, Request, estimate
 from scoring.pool import ReplicaPool, ReplicaSpec, Task
@@ -173,6 +173,19 @@ def test_a_replica_that_refuses_raises_its_own_error_and_leaves_the_pool_usable(
     assert np.isfinite(draws.values).all()
     assert facts.gradient_error is not None
     wait_for(lambda: not replicas(os.getpid()))
+
+
+def test_a_node_with_other_packages_is_refused(spec: ReplicaSpec, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The replica's process has the true ones. A build for CPUs is the same version as one for GPUs."""
+    own = versions()
+    assert own["torch"] == torch.__version__.partition("+")[0]
+    monkeypatch.setattr("scoring.pool.versions", lambda: own | {"torch": "1.0.0"})
+    with (
+        ReplicaPool(spec, ONE_CORE, 1) as pool,
+        pytest.raises(UserError, match=rf"^node \S+ has torch {own['torch']} \(the driver has 1.0.0\): install") as e,
+    ):
+        list(pool.run([Task(0, Request("gradient", SIGMA, SEED))], groups()[:1]))
+    assert "\n" not in str(e.value)
 
 
 # In a process of its own: the tests' own Ray has one node.
