@@ -89,7 +89,7 @@ class Footprint:
 
 
 def versions() -> dict[str, str]:
-    """Of the packages that numbers depend on, in this process; "+cpu" and the like left out, as a head may lack GPUs."""
+    """Of the packages that numbers depend on, here; without "+cpu" and the like, as a head may lack GPUs."""
     return {name: version(name).partition("+")[0] for name in PACKAGES}
 
 
