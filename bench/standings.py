@@ -98,32 +98,29 @@ def standings(
     adjusted_order = sorted(adjusted, key=lambda entry: -adjusted[entry].value)
     table, left_out = _table(measured)
     sentences = [left_out] if left_out else []
-    compared = tuple(table.algorithms) if table else ()
-    if table:
-        ranking = bias.separable(table)
-        ranks = {rank.algorithm: (number, rank) for number, rank in enumerate(ranking.ranks, 1)}
-        groups = groups_of([rank.algorithm for rank in ranking.ranks], ranking.pairs)
-        sentences += _told(metric.title, table, ranking)
     found = []
     for entry in entries:
-        place = table.algorithms.index(entry) if table and entry in compared else None
-        raw = _mean(table.means[place]) if table and place is not None else _mean(_by_selection(own[entry]))
+        each = own[entry]
         found.append(
             Standing(
                 entry,
-                len(own[entry]),
-                len(table.selections) if table and place is not None else len({s for s, _ in own[entry]}),
-                table.seeds if table and place is not None else _fewest_seeds(own[entry]),
-                _turned(raw, sign),
-                ranks[entry][0] if table and place is not None else None,
-                ranks[entry][1].best if table and place is not None else None,
-                ranks[entry][1].worst if table and place is not None else None,
-                groups[entry] if table and place is not None else "",
-                _turned(adjusted[entry], sign) if entry in adjusted else None,
-                adjusted_order.index(entry) + 1 if entry in adjusted else None,
+                runs=len(each),
+                selections=len({selection for selection, _ in each}),
+                seeds=_fewest_seeds(each),
+                value=_turned(_mean(_by_selection(each)), sign),
+                rank=None,
+                best=None,
+                worst=None,
+                groups="",
+                adjusted=_turned(adjusted[entry], sign) if entry in adjusted else None,
+                adjusted_rank=adjusted_order.index(entry) + 1 if entry in adjusted else None,
             )
         )
-    if not table:
+    if table:
+        ranking = bias.separable(table)
+        sentences += _told(metric.title, table, ranking)
+        found = _compared(found, table, ranking, sign)
+    else:
         found = _by_value(found, sign)
     if slope is not None:
         sentences.append(
@@ -134,6 +131,28 @@ def standings(
         sentences.append(why_not)
     found.sort(key=lambda each: (each.rank is None, each.rank or 0))
     return tuple(found), tuple(sentences)
+
+
+def _compared(found: Sequence[Standing], table: bias.ScoreTable, ranking: bias.Ranking, sign: float) -> list[Standing]:
+    """With what the balanced table says of those that are in it."""
+    places = {rank.algorithm: (number, rank) for number, rank in enumerate(ranking.ranks, 1)}
+    groups = groups_of(list(places), ranking.pairs)
+    means = dict(zip(table.algorithms, table.means, strict=True))
+    return [
+        dataclasses.replace(
+            each,
+            selections=len(table.selections),
+            seeds=table.seeds,
+            value=_turned(_mean(means[each.entry]), sign),
+            rank=places[each.entry][0],
+            best=places[each.entry][1].best,
+            worst=places[each.entry][1].worst,
+            groups=groups[each.entry],
+        )
+        if each.entry in places
+        else each
+        for each in found
+    ]
 
 
 def _table(measured: Sequence[tuple[str, str, float]]) -> tuple[bias.ScoreTable | None, str]:
@@ -161,6 +180,8 @@ def _table(measured: Sequence[tuple[str, str, float]]) -> tuple[bias.ScoreTable 
         if out := [entry for entry in entries if entry not in kept]:
             parts.append(f"{', '.join(out)}: not compared, on too few selections")
         return table, ". ".join(parts) + "." if parts else ""
+    if len(entries) < 2:
+        return None, "There is one entry, and none to compare it with."
     return None, "Ranks have no intervals: entries do not share three selections with the same number of seeds."
 
 
@@ -194,14 +215,14 @@ def _adjusted(
 
 def _told(title: str, table: bias.ScoreTable, ranking: bias.Ranking) -> list[str]:
     shares = bias.variance_shares(table)
-    share, bound = shares.within_algorithm, ""
+    share, bound, rest = shares.within_algorithm, "", ", the rest to the seed"
     if not math.isfinite(share.value):
-        share, bound = shares.within_algorithm_common, "at least "
+        share, bound, rest = shares.within_algorithm_common, "at least ", ""
     seeds = f"{table.seeds} seeds" if table.seeds > 1 else "one seed"
     apart = sum(pair.separable for pair in ranking.pairs)
     return [
-        f"Of the variance of one entry's {title}, {bound}{shared(share)} is due to which samples were drawn, the rest "
-        f"to the seed ({len(table.selections)} selections, {seeds} each).",
+        f"Of the variance of one entry's {title}, {bound}{shared(share)} is due to which samples were drawn{rest} "
+        f"({len(table.selections)} selections, {seeds} each).",
         f"For this ranking to be right with a probability of 95 %, {counted(bias.selections_needed(table))} selections "
         f"are needed; {apart} of {len(ranking.pairs)} pairs of entries can be told apart on these.",
     ]
