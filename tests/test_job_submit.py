@@ -113,7 +113,7 @@ def test_unlearn(head: Head, model_folder: Path, data_file: Path, tmp_path: Path
 
 def test_sweep_and_leaderboard(head: Head, model_folder: Path, data_file: Path, tmp_path: Path) -> None:
     spec = {
-        "base": {"model": str(model_folder), "task": str(data_file), "epochs": 1, "el_n": 2, "check_every": 0},
+        "base": {"model": str(model_folder), "task": str(data_file), "epochs": 1, "el_n": 2},
         "vary": {"algorithm": ["GA", "NPO"]},
         "selections": [{"kind": "random", "size": 6, "count": 3}],
     }
