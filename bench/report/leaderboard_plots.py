@@ -54,8 +54,8 @@ def front(board: Board) -> list[Mark]:
     points = np.array([[sign * e.value for sign, e in zip(signs, _both(m), strict=True)] for m in every]).reshape(-1, 2)
     as_good = (points[:, None] >= points[None]).all(axis=2)
     better = (points[:, None] > points[None]).any(axis=2)
-    beaten = (as_good & better).any(axis=0)
-    kept = [every[row] for row in np.flatnonzero(~np.asarray(beaten))]
+    beaten = np.any(as_good & better, axis=0).tolist()
+    kept = [mark for mark, is_beaten in zip(every, beaten, strict=True) if not is_beaten]
     return sorted(kept, key=lambda mark: signs[0] * mark.completeness.value)
 
 
@@ -100,7 +100,7 @@ def pareto(board: Board, title: str = "") -> Draw:
         axes.set_xlabel(_axis_title(board, board.trade_off[0]))
         axes.set_ylabel(_axis_title(board, board.trade_off[1]))
         axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, columnspacing=1, handletextpad=0.3)
-        axes.set_title(title, pad=24)
+        axes.set_title(title, pad=30)
 
     return draw
 
@@ -145,9 +145,8 @@ def _shown_marks(board: Board) -> list[Mark]:
 def _margin_labels(axes: Axes, shown: Sequence[Mark], best: Sequence[Mark]) -> None:
     """Names to the right of the axes, at the height of their marks where they fit, with a line to each."""
     size = float(mpl.rcParams["font.size"]) * 0.9
-    figure = axes.get_figure(root=True)
-    assert figure is not None
-    height = figure.get_size_inches()[1] - 1.1  # without what is above and below the axes
+    assert axes.figure is not None
+    height = axes.figure.bbox.height / axes.figure.dpi - 1.1  # inches, without what is above and below the axes
     line = 1.3 * size / 72 / height
     low, high = axes.get_ylim()
     ordered = sorted(shown, key=lambda mark: (mark.utility.value - low) / (high - low))
@@ -163,7 +162,15 @@ def _margin_labels(axes: Axes, shown: Sequence[Mark], best: Sequence[Mark]) -> N
             fontsize=size,
             fontweight="bold" if mark in best else "normal",
             linespacing=1.1,
-            arrowprops={"arrowstyle": "-", "color": MUTED, "linewidth": 0.5, "shrinkA": 1, "shrinkB": 4},
+            arrowprops={
+                "arrowstyle": "-",
+                "relpos": (0, 0.5),
+                "linestyle": ":",
+                "color": MUTED,
+                "linewidth": 0.7,
+                "shrinkA": 1,
+                "shrinkB": 4,
+            },
         )
 
 
@@ -196,16 +203,17 @@ def by_selection(board: Board, metric: str) -> dict[str, dict[str, float]]:
 
 
 def strips(board: Board, metric: str, title: str = "") -> Draw:
-    """For each entry, the best on top: its value on every selection, marked by level, and their mean."""
+    """The value of each entry on every selection, marked by level, and the mean with its interval; best on top."""
 
     def draw(axes: Axes) -> None:
         shown = _shown_standings(board, metric)
         values = by_selection(board, metric)
         levels = _levels(board)
+        step = 0.18 if len(levels) < 3 else 0.36 / (len(levels) - 1)  # between levels, in rows
         for place, level in enumerate(levels):
             colour, marker = LEVEL_STYLES[place % len(LEVEL_STYLES)] if len(levels) > 1 else (BLUE, "o")
             points = [
-                (value, row + 0.18 * (place - (len(levels) - 1) / 2))
+                (value, row + step * (place - (len(levels) - 1) / 2))
                 for row, standing in enumerate(shown)
                 for selection, value in values.get(standing.entry, {}).items()
                 if board.selections[selection].level == level
@@ -228,7 +236,7 @@ def strips(board: Board, metric: str, title: str = "") -> Draw:
         axes.grid(axis="y", visible=False)
         axes.set_xlabel(_axis_title(board, metric))
         axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=4, columnspacing=1, handletextpad=0.2)
-        axes.set_title(title, pad=24)
+        axes.set_title(title, pad=30)
 
     return draw
 
