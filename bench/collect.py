@@ -83,13 +83,13 @@ def _sweep(folder: Path) -> Collected:
             **{name: row[name] for name in ("packages", "hardware", "git_commit", "model")},
             "run": row["trial"],
             "metrics": _metrics(row) if row["status"] == FINISHED else [],
-            **_identified(json.loads(row["identity"]), row["selection"]),
+            **_identified(json.loads(row["identity"])),
         }
         for row in rows
     ]
     scores: list[dict[str, Any]] = []
     if (folder / "difficulty.parquet").is_file():
-        scores = _score_rows(folder / "difficulty.parquet")
+        scores = _score_rows(*read_scores(folder / "difficulty.parquet"))
     samples = swept.samples
     if samples.num_rows:
         samples = samples.rename_columns(["run" if name == "trial" else name for name in samples.column_names])
@@ -118,22 +118,21 @@ def _run(folder: Path) -> Collected:
         "packages": json.dumps(done.record["packages"]),
         "hardware": done.record.get("hardware"),
         "git_commit": done.record.get("git_commit"),
-        **_identified(spec, selection),
+        **_identified({**spec, "selection": selection}),
     }
     samples = done.samples.append_column("run", pa.repeat(spec["spec_hash"], len(ids)))
     return Collected(_task(spec["task"]), [run], samples, [])
 
 
 def _scores(path: Path) -> Collected:
-    _, spec, _ = read_scores(path)
+    table, spec, record = read_scores(path)
     if "estimator" not in spec:
         raise UserError(f"{path}: what `mrd-bench evaluate` writes is no score file; expected one of `mrd-bench score`")
-    return Collected(_task(spec["data"]), [], SCHEMAS["samples"].empty_table(), _score_rows(path))
+    return Collected(_task(spec["data"]), [], SCHEMAS["samples"].empty_table(), _score_rows(table, spec, record))
 
 
-def _score_rows(path: Path) -> list[dict[str, Any]]:
+def _score_rows(table: pa.Table, spec: Mapping[str, Any], record: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Scores with the texts, where the data are at hand and still the same."""
-    table, spec, record = read_scores(path)
     texts = {}
     try:
         dataset = load_dataset(spec["data"], spec["split"])
@@ -164,12 +163,12 @@ def _texts(dataset: Dataset) -> dict[str, dict[str, str]]:
     return found
 
 
-def _identified(identity: Mapping[str, Any], selection: str) -> dict[str, Any]:
+def _identified(identity: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "split": identity["forget_split"],
         "model_fingerprint": identity["model_fingerprint"],
         "data_sha256": identity["forget_sha256"],
-        "spec": json.dumps({**identity, "selection": selection}, sort_keys=True),
+        "spec": json.dumps(identity, sort_keys=True),
     }
 
 

@@ -12,12 +12,10 @@ from typing import Any
 import numpy as np
 
 from bench.experiments import bias
-from bench.leaderboard import ASIDE, SETTING, shown
+from bench.leaderboard import entry_of, setting_of, shown
 from bench.statistics import LEVEL, Estimate
 from bench.store import FINISHED, Results
 from scoring.errors import UserError, unknown_name
-
-FEWEST_SELECTIONS = bias.FEWEST_SELECTIONS
 
 
 @dataclass(frozen=True)
@@ -141,7 +139,7 @@ def _paired(name: str, shared: Sequence[Any], first: Side, second: Side) -> Pair
         groups[key[:4], key[5:]].append((first.runs[key][name], second.runs[key][name]))
     unit = "selection"
     values = np.array([np.mean(own, axis=0) for own in groups.values()])
-    if len(values) < FEWEST_SELECTIONS:
+    if len(values) < bias.FEWEST_SELECTIONS:
         unit, values = "run", np.array([pair for own in groups.values() for pair in own])
     difference = values[:, 1] - values[:, 0]
     sign = 1.0 if shown(name).higher_is_better else -1.0
@@ -178,12 +176,11 @@ def _rows(results: Results) -> list[dict[str, Any]]:
 
 
 def _where(row: Mapping[str, Any]) -> tuple[str, str, str]:
-    setting = {name: row["identity"].get(name) for name in SETTING}
-    return row["task"], row["experiment"], json.dumps(setting, sort_keys=True)
+    return row["task"], row["experiment"], json.dumps(setting_of(row["identity"]), sort_keys=True)
 
 
 def _entry(identity: Mapping[str, Any]) -> str:
-    return json.dumps({k: v for k, v in identity.items() if k not in (*SETTING, *ASIDE)}, sort_keys=True)
+    return json.dumps(entry_of(identity), sort_keys=True)
 
 
 def _field(text: str, where: str) -> tuple[str, str]:

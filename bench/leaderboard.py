@@ -37,7 +37,7 @@ SETTING = (
     "evaluation",
 )
 # Those that are neither that nor of the algorithm: names of what has a hash, and what results are averaged over.
-ASIDE = ("model", "task", "selection", "forget_sha256", "seed", "schema_version", "spec_hash")
+_ASIDE = ("model", "task", "selection", "forget_sha256", "seed", "schema_version", "spec_hash")
 SAME = 1e-6  # relative; the same run on another machine differs by rounding
 
 
@@ -147,7 +147,7 @@ def boards(
     for row in rows:
         row["metrics"] = dict(row["metrics"] or ())
         row["identity"] = json.loads(row["spec"])
-        row["setting"] = {name: row["identity"].get(name) for name in SETTING}
+        row["setting"] = setting_of(row["identity"])
     rows, contradicted = _once(rows)
     groups: dict[tuple[str, str], dict[str, list[dict[str, Any]]]] = {}
     for row in rows:
@@ -163,6 +163,16 @@ def boards(
         for own in settings.values()
     ]
     return found, [*conflicts, *(f"{each.path}: {each.reason}" for each in results.skipped)]
+
+
+def setting_of(identity: Mapping[str, Any]) -> dict[str, Any]:
+    """What runs must have in common to be compared."""
+    return {name: identity.get(name) for name in SETTING}
+
+
+def entry_of(identity: Mapping[str, Any]) -> dict[str, Any]:
+    """The algorithm with its settings."""
+    return {name: value for name, value in identity.items() if name not in (*SETTING, *_ASIDE)}
 
 
 def _once(rows: Sequence[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[str]]:
@@ -331,7 +341,7 @@ def _board(
 
 def _entries(rows: Sequence[Mapping[str, Any]]) -> tuple[dict[str, dict[str, Any]], list[str]]:
     """Entries with the fields in which they differ, by name; and the name of each row's."""
-    specs = [{k: v for k, v in row["identity"].items() if k not in (*SETTING, *ASIDE)} for row in rows]
+    specs = [entry_of(row["identity"]) for row in rows]
     keys = [_key(spec) for spec in specs]
     distinct = dict(zip(keys, specs, strict=True))
     varying = [

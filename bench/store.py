@@ -25,7 +25,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow import fs
 
-from scoring.errors import UserError
+from scoring.errors import UserError, first_line
 from scoring.files import replacing
 
 # What became of a run.
@@ -148,15 +148,18 @@ class Store:
     """
 
     def __init__(self, root: str | Path) -> None:
-        self.root = str(root).rstrip("/") or "/"
+        given = str(root).rstrip("/") or "/"
+        uri = re.match(r"([a-z][a-z0-9+.-]+://)(?:[^/@]*@)?([^?]*)", given)
+        # Shown, and part of what is published: a URI's key and options are not.
+        self.root = "".join(uri.groups()) if uri else given
         try:
-            if re.match(r"[a-z][a-z0-9+.-]+://", self.root):
-                self._fs, self._path = fs.FileSystem.from_uri(self.root)
+            if uri:
+                self._fs, self._path = fs.FileSystem.from_uri(given)
             else:
-                self._fs, self._path = fs.LocalFileSystem(), os.path.abspath(self.root)
+                self._fs, self._path = fs.LocalFileSystem(), os.path.abspath(given)
         except (pa.ArrowException, OSError, ValueError) as error:
             raise UserError(
-                f"store {self.root!r} cannot be opened: {_first_line(error)}; expected a folder or a URI such as "
+                f"store {self.root!r} cannot be opened: {first_line(error)}; expected a folder or a URI such as "
                 "s3://bucket/folder"
             ) from error
 
@@ -183,13 +186,11 @@ class Store:
                 with self._fs.open_output_stream(path) as stream:
                     stream.write(sink.getvalue())
         except (pa.ArrowException, OSError) as error:
-            raise UserError(f"store {self.root!r} cannot be written to: {_first_line(error)}") from error
+            raise UserError(f"store {self.root!r} cannot be written to: {first_line(error)}") from error
         return path
 
-    def read(
-        self, task: str | None = None, experiment: str | None = None, tables: Sequence[str] = tuple(SCHEMAS)
-    ) -> Results:
-        """All rows, of one task or experiment if they are named; other tables than `tables` stay empty.
+    def read(self, task: str | None = None, experiment: str | None = None) -> Results:
+        """All rows, of one task or experiment if they are named.
 
         Raises:
             UserError: there is no store.
@@ -198,7 +199,7 @@ class Store:
             name: _labelled(schema.empty_table(), ("", ""), "") for name, schema in SCHEMAS.items()
         }
         skipped: list[Skipped] = []
-        for name in tables:
+        for name in SCHEMAS:
             paths = self._files(name)
             wanted = [path for path in paths if _is_wanted(path[len(self._path) + 1 :], task, experiment)]
             with ThreadPoolExecutor(READERS) as threads:
@@ -222,7 +223,7 @@ class Store:
             selector = fs.FileSelector(f"{self._path}/{name}", recursive=True)
             files = [each.path for each in self._fs.get_file_info(selector) if each.type == fs.FileType.File]
         except (pa.ArrowException, OSError) as error:
-            raise UserError(f"store {self.root!r} cannot be read: {_first_line(error)}") from error
+            raise UserError(f"store {self.root!r} cannot be read: {first_line(error)}") from error
         # Hidden ones are someone's unfinished work.
         return sorted(path for path in files if not path.rsplit("/", 1)[-1].startswith("."))
 
@@ -260,7 +261,7 @@ class Store:
                 table = MIGRATIONS[each](name, table)
             table = _cast(table, SCHEMAS[name])
         except (pa.ArrowException, OSError, ValueError, KeyError) as error:
-            return Skipped(shown, f"damaged: {_first_line(error)}")
+            return Skipped(shown, f"damaged: {first_line(error)}")
         return partition, table
 
 
@@ -325,7 +326,3 @@ def _stream(table: pa.Table) -> bytes:
     with pa.ipc.new_stream(sink, table.schema) as stream:
         stream.write_table(table)
     return sink.getvalue().to_pybytes()
-
-
-def _first_line(error: BaseException) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -41,6 +41,7 @@ from bench.score_file import with_spec_hash
 from bench.scoring_job import Resources
 from bench.store import DIVERGED, ERROR, FINISHED, OUT_OF_MEMORY
 from bench.unlearning_job import NAMED, UnlearnSpec, corpus_of, datasets_of, evaluation_of, identity_of
+from scoring.errors import first_line
 from scoring.files import replacing
 from scoring.pool import LocalPool
 from scoring.readings import Reader
@@ -174,10 +175,10 @@ def run_trial(trial: Trial, shared: Shared, report: Report = lambda _: None) -> 
     except Diverged as error:
         result = {"status": DIVERGED, "reason": str(error)}
     except (torch.OutOfMemoryError, MemoryError) as error:
-        result = {"status": OUT_OF_MEMORY, "reason": f"{_line(error)}; lower batch_tokens, or give a trial more"}
+        result = {"status": OUT_OF_MEMORY, "reason": f"{first_line(error)}; lower batch_tokens, or give a trial more"}
     except Exception as error:
         # One trial's failure is a row of the sweep, not its end.
-        text = _line(error)
+        text = first_line(error)
         lacking = "not enough memory" in text or "can't allocate memory" in text
         result = {"status": OUT_OF_MEMORY if lacking else ERROR, "reason": text}
     if result["status"] not in LASTING:
@@ -187,10 +188,6 @@ def run_trial(trial: Trial, shared: Shared, report: Report = lambda _: None) -> 
     result = {"spec": trial.identity, **result, "seconds": time.perf_counter() - started, "origin": origin()}
     shared.store.write(trial.hash, _jsonable(result))
     return _jsonable(result)
-
-
-def _line(error: BaseException) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def _jsonable(value: Any) -> Any:

@@ -33,6 +33,11 @@ def said(estimate: Estimate, digits: int = 2) -> str:
     return f"{decimal(estimate.value, digits)} [{'too few samples for a CI' if around == '–' else f'95 % CI {around}'}]"
 
 
+def three_digits(value: float) -> str:
+    """Three significant digits, and a true minus sign."""
+    return f"{value:.3g}".replace("-", "\N{MINUS SIGN}")
+
+
 def verdict(estimate: Estimate, claim: int) -> str:
     """Whether the paper's sign is found."""
     if estimate.sign == 0:

@@ -11,7 +11,7 @@ from importlib.metadata import version
 
 import ray
 
-from scoring.errors import UserError
+from scoring.errors import UserError, first_line
 
 JOIN_TIMEOUT_S = 60.0
 # On which numbers depend; that Ray and Python are the same everywhere Ray sees to itself.
@@ -47,7 +47,7 @@ def connect(num_cpus: int | None = None) -> None:
             logging_level=logging.ERROR,
         )
     except Exception as error:
-        raise UserError(f"a local Ray cluster could not be started: {_first_line(error)}") from error
+        raise UserError(f"a local Ray cluster could not be started: {first_line(error)}") from error
 
 
 def _join(address: str) -> None:
@@ -70,11 +70,7 @@ def _join(address: str) -> None:
             "RAY_ADDRESS to run locally"
         )
     if failure:
-        raise UserError(f"{where} cannot be joined: {_first_line(failure[0])}; unset RAY_ADDRESS to run locally")
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"{where} cannot be joined: {first_line(failure[0])}; unset RAY_ADDRESS to run locally")
 
 
 @dataclass(frozen=True)

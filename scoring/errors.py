@@ -17,3 +17,8 @@ def unknown_name(kind: str, name: str, known: Iterable[str]) -> UserError:
     near = difflib.get_close_matches(name.lower(), by_lower, n=1, cutoff=0.4)
     hint = f"; did you mean {by_lower[near[0]]!r}?" if near else ""
     return UserError(f"unknown {kind} {name!r}: expected one of {', '.join(known)}{hint}")
+
+
+def first_line(error: BaseException) -> str:
+    """Of what it says; its type where it says nothing."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

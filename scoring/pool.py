@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import ray
 import torch
-from ray.exceptions import NodeDiedError, ObjectLostError, OutOfMemoryError, RayActorError, RayError, RayTaskError
+from ray.exceptions import NodeDiedError, ObjectLostError, OutOfMemoryError, RayActorError, RayTaskError
 
 from scoring.cluster import Footprint, check_versions, how_many_fit, versions
-from scoring.errors import UserError
+from scoring.errors import UserError, first_line
 from scoring.mrd import ESTIMATORS, Draws, Request, Until, base_logprobs, estimate, estimate_until
 from scoring.samples import Batch
 
@@ -235,7 +235,7 @@ class ReplicaPool:
                     if attempts[task.key] >= MAX_ATTEMPTS:
                         raise UserError(
                             f"{MAX_ATTEMPTS} replicas died on the same {len(shards[task.shard])} batch(es), out of "
-                            f"memory? Lower --batch-tokens. Last: {_reason(error)}"
+                            f"memory? Lower --batch-tokens. Last: {first_line(error)}"
                         ) from None
                     waiting.appendleft(task)
                     continue
@@ -285,7 +285,7 @@ class ReplicaPool:
             # A lost node takes all that were loading on it along: that is one attempt, not several.
             self._deaths_in_a_row += 1
             if self._deaths_in_a_row >= MAX_ATTEMPTS * (len(self._loading) + 1):
-                raise UserError(f"replicas die while loading the model: {_reason(error)}") from None
+                raise UserError(f"replicas die while loading the model: {first_line(error)}") from None
             self._replace()
             return
         self._deaths_in_a_row = 0
@@ -313,8 +313,3 @@ def _plain(error: RayTaskError) -> BaseException:
     if isinstance(cause, torch.OutOfMemoryError):
         return UserError("a replica ran out of GPU memory: lower --batch-tokens, or use more GPUs")
     return error
-
-
-def _reason(error: RayError) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__

@@ -143,6 +143,8 @@ def test_an_object_store(bucket: str) -> None:
     again = Store(f"{root}/one?{query}")
     assert names(again.read(task="authors")) == ["a", "b"]
     assert again.read().skipped == ()
+    # Its name goes on a page that is published: without key and options.
+    assert set(again.read().runs["store"].to_pylist()) == {"s3://results/team/one"}
 
 
 def test_a_file_uri(tmp_path: Path) -> None:

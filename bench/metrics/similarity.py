@@ -13,6 +13,7 @@ import numpy as np
 from transformers.utils.logging import disable_progress_bar
 
 from bench.metrics.values import Unmeasured
+from scoring.errors import first_line
 
 MODEL = "sentence-transformers/all-MiniLM-L6-v2"
 # A package that carries the weights of MODEL, for machines that reach no hub.
@@ -88,8 +89,3 @@ def nearest_is_first(embedder: Embedder, texts: Sequence[str], candidates: Seque
         first, *rest = (float(vector @ next(others)) for _ in group)
         nearer.append(all(first > other for other in rest))
     return np.array(nearer, dtype=bool)
-
-
-def first_line(error: Exception) -> str:
-    """Of what it says; its type where it says nothing."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -10,9 +10,8 @@ from typing import Any
 import numpy as np
 from transformers.utils.logging import disable_progress_bar
 
-from bench.metrics.similarity import first_line
 from bench.metrics.values import Unmeasured
-from scoring.errors import unknown_name
+from scoring.errors import first_line, unknown_name
 
 EMBEDDED = "embedded"
 

@@ -15,7 +15,7 @@ from matplotlib.axes import Axes
 from bench.leaderboard import Board, Standing
 from bench.plots import BLUE, GREEN, INK, MUTED, ORANGE, VERMILLION, Draw, arms
 from bench.statistics import Estimate
-from bench.words import decimal
+from bench.words import decimal, three_digits
 
 MOST = 30  # entries in a figure
 WIDTH = 6.4  # inches
@@ -258,8 +258,9 @@ def strips_caption(board: Board, metric: str) -> str:
         wide, gap = max(of_first) - min(of_first), abs(first.value.value - second.value.value)
         times = f", {wide / gap:.1f} times its lead of" if gap > 0 else ", while there is no lead:"
         caption += (
-            f" From selection to selection {first.entry} ranges over {_short(wide)} ({_short(min(of_first))} to "
-            f"{_short(max(of_first))}){times} {_short(gap)} over {second.entry}."
+            f" From selection to selection {first.entry} ranges over {three_digits(wide)} ("
+            f"{three_digits(min(of_first))} to {three_digits(max(of_first))}){times} {three_digits(gap)} over "
+            f"{second.entry}."
         )
     shown = {standing.entry for standing in _shown_standings(board, metric)}
     rest = board.standings[metric]
@@ -272,7 +273,7 @@ def strips_caption(board: Board, metric: str) -> str:
 
 
 def strips_alt(board: Board, metric: str) -> str:
-    means = "; ".join(f"{s.entry} {_short(s.value.value)}" for s in _shown_standings(board, metric))
+    means = "; ".join(f"{s.entry} {three_digits(s.value.value)}" for s in _shown_standings(board, metric))
     return f"{board.metrics[metric].title} of each entry on each selection. Means: {means}."
 
 
@@ -325,11 +326,6 @@ def _label(name: str) -> str:
 def _plain(text: str) -> str:
     """Matplotlib takes what stands between dollars for mathematics."""
     return text.replace("$", r"\$")
-
-
-def _short(value: float) -> str:
-    """Three significant digits, and a true minus sign."""
-    return f"{value:.3g}".replace("-", "\N{MINUS SIGN}")
 
 
 def _left_out(names: Sequence[str]) -> str:

@@ -14,7 +14,7 @@ import pyarrow as pa
 from bench.compare import Comparison, Side
 from bench.leaderboard import Board, shown
 from bench.store import FINISHED, PARTITIONS, Results, Skipped
-from bench.words import decimal, interval
+from bench.words import decimal, interval, three_digits
 from scoring.errors import UserError, unknown_name
 
 FORMATS = ("csv", "json", "latex")
@@ -68,7 +68,8 @@ def run_lines(results: Results, run: str) -> list[str]:
     lines += ["spec", *(f"  {name:<30}{json.dumps(value)}" for name, value in spec.items())]
     samples = [each for each in results.samples.to_pylist() if each["run"] == row["run"]]
     seen: set[str] = set()
-    scores = {each["sample_id"]: each["mrd"] for each in results.scores.to_pylist()}
+    of_model = [each for each in results.scores.to_pylist() if each["model_fingerprint"] == row["model_fingerprint"]]
+    scores = {each["sample_id"]: each["mrd"] for each in of_model}
     lines.append(f"{'sample':<30}{'tokens':>8}{'MRD':>12}{'updates':>9}{'until forgotten':>17}")
     for each in samples:
         if each["sample_id"] not in seen:  # once, also of a run that two experiments have
@@ -175,10 +176,7 @@ def comparison_lines(found: Comparison, first: Side, second: Side) -> list[str]:
     for each in found.metrics:
         arrow = "↑" if shown(each.metric).higher_is_better else "↓"
         over = f"{each.units} {each.unit}s"
-        low, middle, high = (
-            f"{value:.3g}".replace("-", "\N{MINUS SIGN}")
-            for value in (each.difference.low, each.difference.value, each.difference.high)
-        )
+        low, middle, high = map(three_digits, (each.difference.low, each.difference.value, each.difference.high))
         difference = f"{middle} [{low} to {high}]"
         effect = f"{decimal(each.effect.value)} [{interval(each.effect)}]"
         lines.append(
