@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
-import threading
+import subprocess
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -51,26 +52,27 @@ def connect(num_cpus: int | None = None) -> None:
 
 
 def _join(address: str) -> None:
-    """Join a running cluster; one that hangs is left behind in a thread, since it cannot be interrupted."""
-    failure: list[Exception] = []
+    """Join a running cluster.
 
-    def start() -> None:
-        try:
-            ray.init(logging_level=logging.ERROR)
-        except Exception as error:
-            failure.append(error)
-
-    thread = threading.Thread(target=start, daemon=True)
-    thread.start()
-    thread.join(JOIN_TIMEOUT_S)
+    Whether it answers is asked in a process of its own: an attempt that hangs in Ray cannot be taken back, and a
+    process that leaves one behind in a thread may crash when it ends.
+    """
     where = f"the Ray cluster at RAY_ADDRESS={address}"
-    if thread.is_alive():
+    ask = [sys.executable, "-m", "ray.scripts.scripts", "health-check", "--address", address]
+    try:
+        asked = subprocess.run(ask, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=JOIN_TIMEOUT_S)
+        answers, why = asked.returncode == 0, (asked.stderr.strip().splitlines() or [""])[-1]
+    except subprocess.TimeoutExpired:
+        answers, why = False, f"nothing within {JOIN_TIMEOUT_S:.0f} s"
+    if not answers:
         raise UserError(
-            f"{where} did not answer within {JOIN_TIMEOUT_S:.0f} s: check that its head is running, or unset "
-            "RAY_ADDRESS to run locally"
+            f"{where} did not answer ({why or 'not healthy'}): check that its head is running, or unset RAY_ADDRESS "
+            "to run locally"
         )
-    if failure:
-        raise UserError(f"{where} cannot be joined: {first_line(failure[0])}; unset RAY_ADDRESS to run locally")
+    try:
+        ray.init(logging_level=logging.ERROR)
+    except Exception as error:
+        raise UserError(f"{where} cannot be joined: {first_line(error)}; unset RAY_ADDRESS to run locally") from error
 
 
 @dataclass(frozen=True)

@@ -325,7 +325,7 @@ def test_a_cluster_that_does_not_answer(inputs: Inputs) -> None:
     assert done.stdout == ""
     assert "Traceback" not in done.stderr
     (line,) = (line for line in done.stderr.splitlines() if line.startswith("mrd-bench"))
-    assert "RAY_ADDRESS=127.0.0.1:1 did not answer within 3 s" in line
+    assert "RAY_ADDRESS=127.0.0.1:1 did not answer (nothing within 3 s)" in line
     assert "unset RAY_ADDRESS to run locally" in line
     assert list(inputs.tmp_path.iterdir()) == []
     assert not [command for command in descendants(os.getpid()).values() if str(inputs.out) in command]
