@@ -25,8 +25,11 @@ from scoring.samples import Sample
 VOCABULARY = 97
 
 
-def config(architecture: str, tied: bool) -> PreTrainedConfig:
-    """A 2-layer configuration; grouped-query attention, biases and sliding windows where the family has them."""
+def config(architecture: str, tied: bool, head_dim: int = 8) -> PreTrainedConfig:
+    """A 2-layer configuration; grouped-query attention, biases and sliding windows where the family has them.
+
+    `head_dim` is that of 4 heads (vLLM's attention on a CPU wants 32 or more).
+    """
     common = {
         "vocab_size": VOCABULARY,
         "pad_token_id": 0,
@@ -34,9 +37,9 @@ def config(architecture: str, tied: bool) -> PreTrainedConfig:
         "eos_token_id": 2,
         "tie_word_embeddings": tied,
     }
-    size = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    size = {"hidden_size": 4 * head_dim, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
     grouped = {**size, "num_key_value_heads": 2}
-    gemma = {**grouped, "head_dim": 8}
+    gemma = {**grouped, "head_dim": head_dim}
     match architecture:
         case "llama":
             return LlamaConfig(**grouped, **common)
@@ -45,18 +48,18 @@ def config(architecture: str, tied: bool) -> PreTrainedConfig:
         case "qwen2":
             return Qwen2Config(**grouped, **common)
         case "qwen3":
-            return Qwen3Config(**grouped, head_dim=8, **common)
+            return Qwen3Config(**grouped, head_dim=head_dim, **common)
         case "mistral":
             return MistralConfig(**grouped, sliding_window=5, **common)
         case "phi3":
             return Phi3Config(**grouped, **common)
         case "gpt2":
-            return GPT2Config(n_embd=32, n_layer=2, n_head=4, n_positions=64, **common)
+            return GPT2Config(n_embd=4 * head_dim, n_layer=2, n_head=4, n_positions=64, **common)
         case "gpt-neox":
             return GPTNeoXConfig(**size, **common)
         case "opt":
             return OPTConfig(
-                hidden_size=32,
+                hidden_size=4 * head_dim,
                 ffn_dim=48,
                 num_hidden_layers=2,
                 num_attention_heads=4,
@@ -67,9 +70,9 @@ def config(architecture: str, tied: bool) -> PreTrainedConfig:
         case "gemma":
             return GemmaConfig(**gemma, **common)
         case "gemma2":
-            return Gemma2Config(**gemma, query_pre_attn_scalar=8, **common)
+            return Gemma2Config(**gemma, query_pre_attn_scalar=head_dim, **common)
         case "gemma3":
-            return Gemma3TextConfig(**gemma, query_pre_attn_scalar=8, **common)
+            return Gemma3TextConfig(**gemma, query_pre_attn_scalar=head_dim, **common)
     raise KeyError(architecture)
 
 
@@ -89,11 +92,11 @@ ARCHITECTURES = (
 )
 
 
-def tiny_model(architecture: str = "llama", tied: bool = True, seed: int = 0) -> torch.nn.Module:
+def tiny_model(architecture: str = "llama", tied: bool = True, seed: int = 0, head_dim: int = 8) -> torch.nn.Module:
     """A random fp32 model; norms and biases are moved off their initial ones and zeros, so that every
     parameter matters."""
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(config(architecture, tied), attn_implementation="sdpa").eval()
+    model = AutoModelForCausalLM.from_config(config(architecture, tied, head_dim), attn_implementation="sdpa").eval()
     with torch.no_grad():
         for p in model.parameters():
             p.add_(torch.randn_like(p), alpha=0.3 if p.dim() == 1 else 0.1)
