@@ -46,7 +46,7 @@ def greedy_continuations(
     limits = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else list(max_new_tokens)
     if len(limits) != len(prompts):
         raise ValueError(f"{len(prompts)} prompts but {len(limits)} limits")
-    _check_fit(model, prompts, limits)
+    check_fit(getattr(model.config.get_text_config(), "max_position_embeddings", None), prompts, limits)
     continuations = [np.empty(0, dtype=np.int64) for _ in prompts]
     for group in group_prompts(prompts, limits, batch_tokens):
         written = _decode(model, [prompts[i] for i in group], [limits[i] for i in group], eos_token_id)
@@ -55,8 +55,12 @@ def greedy_continuations(
     return continuations
 
 
-def _check_fit(model: PreTrainedModel, prompts: Sequence[np.ndarray], limits: Sequence[int]) -> None:
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+def check_fit(context: int | None, prompts: Sequence[np.ndarray], limits: Sequence[int]) -> None:
+    """Refuse prompts that are empty, or do not fit into a context of so many tokens with what is to be written.
+
+    Raises:
+        UserError: see above.
+    """
     for i, (prompt, limit) in enumerate(zip(prompts, limits, strict=True)):
         if len(prompt) == 0:
             raise UserError(f"prompt {i} is empty: expected at least one token, begin it with the BOS token")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Literal
 
@@ -124,19 +124,43 @@ def extraction_likelihood(
     Raises:
         UserError: n below 1, or an unknown denominator.
     """
+    right = _predicted(model, samples, batch_tokens)
+
+    def write(prompts: Sequence[np.ndarray], limits: Sequence[int]) -> list[np.ndarray]:
+        return greedy_continuations(model, prompts, limits, eos_token_id, batch_tokens)
+
+    return extraction_likelihood_by(right, write, samples, n, eos_token_id, denominator, scored_only)
+
+
+def extraction_likelihood_by(
+    right: Sequence[np.ndarray],
+    write: Callable[[Sequence[np.ndarray], Sequence[int]], list[np.ndarray]],
+    samples: Sequence[Sample],
+    n: int = 10,
+    eos_token_id: int | None = None,
+    denominator: Denominator = "generated",
+    scored_only: bool = False,
+) -> torch.Tensor:
+    """EL_n for a model that is asked from outside; see `extraction_likelihood`.
+
+    Args:
+        right: for each sample whether the model's most likely token is the true one, for every token but the first,
+            (T-1,) bool.
+        write: greedy continuations of prompts up to limits, without the end token.
+    """
     _check_ngrams(n, denominator)
     # The shortest prefix of each sample, and where the continuation of each longer one leaves the text.
     firsts = [int(np.argmax(s.scored)) if scored_only else 1 for s in samples]
     departures = [
-        _departures(sample, predicted)[first - 1 : max(0, sample.length - n)]
-        for sample, predicted, first in zip(samples, _predictions(model, samples, batch_tokens), firsts, strict=True)
+        _departures(sample, hits)[first - 1 : max(0, sample.length - n)]
+        for sample, hits, first in zip(samples, right, firsts, strict=True)
     ]
     starts = [
         (row, int(at)) for row, sample in enumerate(samples) for at in np.unique(departures[row]) if at < sample.length
     ]
     prompts = [samples[row].input_ids[:at] for row, at in starts]
     limits = [samples[row].length - at for row, at in starts]
-    written = greedy_continuations(model, prompts, limits, eos_token_id, batch_tokens)
+    written = write(prompts, limits)
     # A continuation below its limit has ended itself: the end token is its last.
     own_words = {
         start: tokens if eos_token_id is None or len(tokens) == limit else np.append(tokens, eos_token_id)
@@ -155,9 +179,9 @@ def extraction_likelihood(
     return torch.tensor(scores, dtype=torch.float64)
 
 
-def _departures(sample: Sample, predicted: np.ndarray) -> np.ndarray:
+def _departures(sample: Sample, right: np.ndarray) -> np.ndarray:
     """For prefixes of 1 to T-1 tokens, the first token from there on that is predicted wrongly; T if none."""
-    wrong = np.where(predicted != sample.input_ids[1:], np.arange(1, sample.length), sample.length)
+    wrong = np.where(right, sample.length, np.arange(1, sample.length))
     return np.minimum.accumulate(wrong[::-1])[::-1]
 
 
@@ -167,22 +191,28 @@ def _through_end(tokens: np.ndarray, eos_token_id: int | None) -> np.ndarray:
     return tokens[: ends[0] + 1] if ends else tokens
 
 
-@torch.no_grad()
-def _predictions(model: PreTrainedModel, samples: Sequence[Sample], batch_tokens: int) -> list[np.ndarray]:
-    """The model's argmax for every token but the first, (T-1,) for each sample."""
-    device = next(model.parameters()).device
+def with_all_scored(samples: Sequence[Sample]) -> list[Sample]:
+    """The same with every token but the first scored, numbered by their places in the list."""
     whole = []
     for i, sample in enumerate(samples):
         scored = np.ones(sample.length, dtype=bool)
         scored[0] = False
         whole.append(replace(sample, scored=scored, index=i))
-    predicted: list[np.ndarray] = [np.empty(0, dtype=np.int64)] * len(samples)
+    return whole
+
+
+@torch.no_grad()
+def _predicted(model: PreTrainedModel, samples: Sequence[Sample], batch_tokens: int) -> list[np.ndarray]:
+    """Whether the model's argmax is the true token, for every token but the first, (T-1,) for each sample."""
+    device = next(model.parameters()).device
+    right: list[np.ndarray] = [np.empty(0, dtype=bool)] * len(samples)
     # Smaller batches than for decoding: logits are formed at every position, not only at the last.
-    for batch in make_batches(whole, max(1, batch_tokens // 8)):
-        tokens = scored_logits(model, batch.to(device)).argmax(-1).cpu().numpy()
+    for batch in make_batches(with_all_scored(samples), max(1, batch_tokens // 8)):
+        batch = batch.to(device)
+        hits = (scored_logits(model, batch).argmax(-1) == batch.targets).cpu().numpy()
         for row, i in enumerate(batch.indices.tolist()):
-            predicted[i] = tokens[row, : samples[i].length - 1]
-    return predicted
+            right[i] = hits[row, : samples[i].length - 1]
+    return right
 
 
 def min_k_percent(logprobs: torch.Tensor, mask: torch.Tensor, k: float = 0.2) -> torch.Tensor:

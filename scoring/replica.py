@@ -49,6 +49,33 @@ class LostPerturbation(UserError):
     """The weights' storage format does not hold the perturbation."""
 
 
+def check_survival(survival: float, sigma: float, dtype: torch.dtype, weights: int, allowed: bool) -> list[str]:
+    """Refuse to score where storage rounds the perturbation away; where that is allowed, the note that says so.
+
+    Args:
+        survival: std(stored(theta + delta) - theta) / sigma.
+        sigma: standard deviation of the perturbation.
+        dtype: of the weights.
+        weights: their number.
+        allowed: score nevertheless.
+
+    Raises:
+        LostPerturbation: the survival is not 1, and that is not allowed.
+    """
+    if abs(survival - 1) <= SURVIVAL_TOLERANCE + 4 / math.sqrt(2 * weights):
+        return []
+    message = (
+        f"the perturbation does not survive {str(dtype).removeprefix('torch.')} storage: measured "
+        f"std(stored(theta+delta)-theta)/sigma = {survival:.3g} at sigma={sigma:g}, "
+        f"expected 1 ± {SURVIVAL_TOLERANCE}"
+    )
+    if not allowed:
+        raise LostPerturbation(
+            f"{message}; use --dtype float32, or --estimator gradient or curvature, which differentiate"
+        )
+    return [message]
+
+
 def load_model(
     source: str | Path, dtype: str = "float32", device: str = "cpu", revision: str | None = None
 ) -> PreTrainedModel:
@@ -166,18 +193,11 @@ class TransformersReplica:
         assert self._perturbation is not None
         survival = self._perturbation.survival(sigma)
         weights = sum(p.numel() for p in self.model.parameters())
-        if abs(survival - 1) > SURVIVAL_TOLERANCE + 4 / math.sqrt(2 * weights):
-            message = (
-                f"the perturbation does not survive {str(self.dtype).removeprefix('torch.')} storage: measured "
-                f"std(stored(theta+delta)-theta)/sigma = {survival:.3g} at sigma={sigma:g}, "
-                f"expected 1 ± {SURVIVAL_TOLERANCE}"
-            )
-            if not self._allow_lost:
-                self.restore()
-                raise LostPerturbation(
-                    f"{message}; use --dtype float32, or --estimator gradient or curvature, which differentiate"
-                )
-            self.notes.append(message)
+        try:
+            self.notes += check_survival(survival, sigma, self.dtype, weights, self._allow_lost)
+        except LostPerturbation:
+            self.restore()
+            raise
         self._survivals[sigma] = survival
 
     @torch.no_grad()

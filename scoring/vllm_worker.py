@@ -12,9 +12,7 @@ number would come out silently are here, each with its check:
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -38,11 +36,11 @@ class WorkerExtension:
     _base_prints: dict[str, int]
 
     def keep_base(self, files: dict[str, str]) -> list[str]:
-        """Learn where the base weights lie, and read log-probs by way of logits from now on.
+        """Load the base weights, and read log-probs by way of logits from now on.
 
         Args:
-            files: the safetensors file of each parameter of the Hugging Face model. They are mapped, not copied: all
-                replicas of a node share one copy.
+            files: the safetensors file of each parameter of the Hugging Face model. They stay mapped and are not
+                copied: all replicas of a node share them.
 
         Returns:
             Parameters of the engine that are empty: none, unless it has packed its weights away.
@@ -100,7 +98,7 @@ class WorkerExtension:
     def _prints(self) -> dict[str, int]:
         """A fingerprint of the bits of each parameter of the engine."""
         model = self.model_runner.model
-        return {name: torch.hash_tensor(p.detach()).view(torch.int64).item() for name, p in model.named_parameters()}
+        return {name: int(torch.hash_tensor(p.detach()).view(torch.int64)) for name, p in model.named_parameters()}
 
 
 def gather_logprobs(logits: torch.Tensor, count: int, targets: torch.Tensor) -> LogprobsTensors:
