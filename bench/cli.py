@@ -524,6 +524,7 @@ def _sweep_resources_of(arguments: argparse.Namespace) -> SweepResources:
 
 def _resource_arguments(sub: argparse.ArgumentParser) -> None:
     from bench.scoring_job import Resources
+    from scoring.pool import ENGINES
 
     sub.add_argument("--replicas", type=int, help="replicas of the model (default: as many as fit)")
     sub.add_argument(
@@ -533,6 +534,10 @@ def _resource_arguments(sub: argparse.ArgumentParser) -> None:
         help="cores and threads (default: %(default)s)",
     )
     sub.add_argument("--gpus-per-replica", type=float, help="default: 1 where the cluster has GPUs, else 0")
+    sub.add_argument(
+        "--engine", default=Resources.engine, help=f"of a replica: {' | '.join(ENGINES)} (default: %(default)s)"
+    )
+    sub.add_argument("--tensor-parallel", type=int, help="processes, or GPUs, that share a vLLM replica")
 
 
 def _resources_of(arguments: argparse.Namespace) -> Resources:

