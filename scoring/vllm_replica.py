@@ -128,7 +128,10 @@ class VllmReplica:
 
     def _check_against_transformers(self) -> None:
         probe = self._base.probe
-        here = self.logprobs(probe.batch)
+        try:
+            here = self.logprobs(probe.batch)
+        except Exception as failure:  # what has no kernel shows at the first request
+            raise _cannot_run(self._base.source, failure) from failure
         mask = probe.batch.mask
         error = ((here - probe.logprobs).abs() / probe.logprobs.abs().clamp_min(1))[mask].max().item()
         if not error <= LOGPROB_TOLERANCE[self.dtype]:
@@ -353,6 +356,7 @@ class _Probe:
         if replica.dtype == torch.float32:
             replica.perturb(PROBE_SIGMA, 0, 0)
             self.change = replica.logprobs(self.batch).cpu() - self.logprobs
+            replica.restore()
 
 
 class _Base:
@@ -442,4 +446,8 @@ def _start(base: _Base, dtype: Any, device: str, tensor_parallel: int, gpu_share
             **room,
         )
     except Exception as error:  # of many kinds: vLLM checks models, memory and kernels as it goes
-        raise UserError(f"vLLM cannot run {base.source!r}: {first_line(error)}; use --engine transformers") from error
+        raise _cannot_run(base.source, error) from error
+
+
+def _cannot_run(source: str, error: Exception) -> UserError:
+    return UserError(f"vLLM cannot run {source!r}: {first_line(error)}; use --engine transformers")

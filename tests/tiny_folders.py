@@ -41,10 +41,12 @@ def tokenizer(chat: bool = False, extra: Iterable[str] = ()) -> PreTrainedTokeni
     return fast
 
 
-def save_model(folder: Path, architecture: str = "llama", tied: bool = True, seed: int = 0, chat: bool = False) -> Path:
+def save_model(
+    folder: Path, architecture: str = "llama", tied: bool = True, seed: int = 0, chat: bool = False, head_dim: int = 8
+) -> Path:
     """A tiny model and its tokenizer. Weights are numbers that bfloat16 holds exactly, so that reading them in
     bfloat16 changes the arithmetic only."""
-    model: Any = tiny_model(architecture, tied, seed)
+    model: Any = tiny_model(architecture, tied, seed, head_dim)
     model.config.max_position_embeddings = CONTEXT
     with torch.no_grad():
         for p in model.parameters():
