@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from array import array
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -15,7 +16,7 @@ import numpy as np
 
 from bench.prompts import question_answer
 from bench.tasks import TASKS, Record, Task, custom
-from bench.tasks.sources import check_file, read_file
+from bench.tasks.sources import check_file, iterate_file, read_file
 from scoring.errors import UserError, unknown_name
 from scoring.samples import Text
 
@@ -39,8 +40,7 @@ class Dataset:
     @property
     def sha256(self) -> str:
         """Hash of all that scoring sees of the data."""
-        content = [[t.sample_id, t.prompt, t.completion, t.messages] for t in self.texts]
-        return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+        return _sha256(self.texts)
 
     def chosen(self, ids: Sequence[str], where: str) -> Dataset:
         """These samples, in this order. One that is named again is there again, as "id#2".
@@ -66,6 +66,56 @@ class Dataset:
             records.append({**self.records[place[name]], "id": copy})
         check_ids(where, [text.sample_id for text in texts])
         return Dataset(self.name, texts, records)
+
+
+def _sha256(texts: Iterable[Text]) -> str:
+    # The hash of one JSON array, whose items come one at a time.
+    digest, before = hashlib.sha256(b"["), ""
+    for text in texts:
+        digest.update((before + json.dumps([text.sample_id, text.prompt, text.completion, text.messages])).encode())
+        before = ", "
+    digest.update(b"]")
+    return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class Texts:
+    """The texts of a data set, read anew whenever they are asked for: it need not fit into memory.
+
+    Attributes:
+        name: the task and split, or the file's name.
+        read: gives them in order.
+    """
+
+    name: str
+    read: Callable[[], Iterator[Text]]
+
+    def __iter__(self) -> Iterator[Text]:
+        return self.read()
+
+    def checked_sha256(self) -> str:
+        """See `Dataset.sha256`; all texts are read and checked on the way.
+
+        Raises:
+            UserError: one line that names the record and field at fault, or an id that occurs twice.
+        """
+        digests = array("Q")
+
+        def noted() -> Iterator[Text]:
+            for text in self:
+                # Eight bytes of each id, not the id.
+                name = hashlib.blake2b(text.sample_id.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+                digests.append(int.from_bytes(name, "little"))
+                yield text
+
+        found = _sha256(noted())
+        values, counts = np.unique(np.array(digests), return_counts=True)
+        if (counts > 1).any():
+            # Few, and told apart by what they really are.
+            doubtful = np.isin(np.array(digests), values[counts > 1])
+            places = np.flatnonzero(doubtful)
+            check_ids(self.name, [text.sample_id for text, also in zip(self, doubtful, strict=True) if also], places)
+        return found
 
 
 def find_task(name: str) -> tuple[Task, str | None]:
@@ -139,6 +189,21 @@ def load_dataset(source: str, split: str | None = None, tokenizer: Any = None) -
     return _dataset(f"{task.name}/{split}", task.load(split, where, tokenizer))
 
 
+def open_texts(source: str, split: str | None = None, tokenizer: Any = None) -> Texts:
+    """The same for those who need the texts alone, one at a time. A file is not in memory as a whole.
+
+    Raises:
+        UserError: no such task, split or file. What is wrong with a file's records shows when they are read.
+    """
+    check_dataset(source, split)
+    if is_data_file(source):
+        return Texts(
+            source, lambda: (as_text(source, number, record) for number, record in enumerate(iterate_file(source), 1))
+        )
+    dataset = load_dataset(source, split, tokenizer)
+    return Texts(dataset.name, lambda: iter(dataset.texts))
+
+
 def _pair(record: Record) -> tuple[str, str]:
     return record["prompt"], record["completion"]
 
@@ -165,16 +230,19 @@ def _dataset(name: str, records: list[Record]) -> Dataset:
     return Dataset(name, texts, records)
 
 
-def check_ids(name: str, ids: Sequence[str]) -> None:
+def check_ids(name: str, ids: Sequence[str], places: Sequence[int] | np.ndarray | None = None) -> None:
     """Refuse ids that name two records of the data set `name`.
+
+    Args:
+        places: of the ids' records, counted from 0; None: they are all records.
 
     Raises:
         UserError: one line with the record, counted from 1.
     """
     seen: set[str] = set()
-    for number, sample_id in enumerate(ids, start=1):
+    for place, sample_id in zip(range(len(ids)) if places is None else places, ids, strict=True):
         if sample_id in seen:
-            raise UserError(f"{name}, record {number}: id {sample_id!r} occurs twice; ids must be unique")
+            raise UserError(f"{name}, record {place + 1}: id {sample_id!r} occurs twice; ids must be unique")
         seen.add(sample_id)
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from itertools import groupby
@@ -22,7 +22,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from tqdm import tqdm
 
-from bench.data import Dataset, check_dataset, load_dataset
+from bench.data import Dataset, Texts, check_dataset, open_texts
 from bench.models import ModelReference, find_model
 from bench.origin import origin
 from bench.score_file import (
@@ -38,7 +38,8 @@ from scoring.cluster import Footprint, connect, default_gpus, is_gpu_share
 from scoring.errors import UserError, unknown_name
 from scoring.mrd import ESTIMATORS, STATISTICS, Draws, Request, Until, reduce_draws
 from scoring.pool import ENGINES, ReplicaPool, ReplicaSpec, Task
-from scoring.samples import TOKENS_CHOICES, Batch, Rejected, Sample, encode, make_batches
+from scoring.sample_file import Batches, SampleFile
+from scoring.samples import TOKENS_CHOICES, Rejected, Sample, encoded
 
 SCHEMA_VERSION = 1
 DTYPE_CHOICES = ("float32", "bfloat16", "float64")
@@ -219,15 +220,16 @@ def score(
     out = Path(out)
     check_dataset(spec.data, spec.split)
     model = find_model(spec.model)
-    dataset = load_dataset(spec.data, spec.split, model.tokenizer)
-    identity = _identity(spec, dataset, model)
+    texts = open_texts(spec.data, spec.split, model.tokenizer)
+    identity = _identity(spec, texts, model)
     if not overwrite and (found := finished(out, identity, "a score file", "scores")):
         table, record = found
         return ScoreResult(out, table, [Rejected(**r) for r in record["rejected"]], record, 0.0)
-    samples, rejected = encode(dataset.texts, model.tokenizer, model.max_length, spec.tokens)
-    check_vocabulary(samples, rejected, model, dataset)
+    rejected: list[Rejected] = []
+    samples = SampleFile(_samples(texts, spec, model, rejected))
+    _check_tokens(len(samples), samples.largest_token, rejected, model, texts.name)
 
-    shards = _shards(make_batches(samples, spec.batch_tokens), spec)
+    shards = _shards(samples.batches(spec.batch_tokens), spec)
     tasks = _tasks(spec, len(shards))
     with Parts(out, identity) as parts:
         todo = [task for task in tasks if not parts.has(task.key)]
@@ -238,7 +240,7 @@ def score(
         rejected += unsound
         if not table.num_rows:
             parts.remove()
-            raise _nothing_scored(dataset, rejected)
+            raise _nothing_scored(texts.name, rejected)
         record = dataclasses.asdict(noticed(parts, tasks)) | {
             "rejected": [dataclasses.asdict(r) for r in rejected],
             "seconds": seconds,
@@ -275,14 +277,23 @@ def check_dtype(dtype: str) -> None:
         raise UserError("--dtype float64: vLLM computes in float32 or bfloat16; use --engine transformers")
 
 
-def _identity(spec: ScoreSpec, dataset: Dataset, model: ModelReference) -> dict[str, Any]:
+def _identity(spec: ScoreSpec, texts: Texts, model: ModelReference) -> dict[str, Any]:
     """The spec with hashes in place of what names can hide, and its own hash."""
     content = dataclasses.asdict(spec) | {
         "schema_version": SCHEMA_VERSION,
-        "data_sha256": dataset.sha256,
+        "data_sha256": texts.checked_sha256(),
         "model_fingerprint": model.fingerprint,
     }
     return with_spec_hash(content, ("model", "data", "split"))
+
+
+def _samples(texts: Texts, spec: ScoreSpec, model: ModelReference, rejected: list[Rejected]) -> Iterator[Sample]:
+    """The samples that can be scored; the others are added to `rejected`."""
+    for each in encoded(texts, model.tokenizer, model.max_length, spec.tokens):
+        if isinstance(each, Sample):
+            yield each
+        else:
+            rejected.append(each)
 
 
 def check_vocabulary(
@@ -293,9 +304,13 @@ def check_vocabulary(
     Raises:
         UserError: there is no sample, or one has a token that the model does not know.
     """
-    if not samples:
-        raise _nothing_scored(dataset, rejected)
-    largest = max(int(sample.input_ids.max()) for sample in samples)
+    largest = max((int(sample.input_ids.max()) for sample in samples), default=-1)
+    _check_tokens(len(samples), largest, rejected, model, dataset.name)
+
+
+def _check_tokens(count: int, largest: int, rejected: Sequence[Rejected], model: ModelReference, name: str) -> None:
+    if not count:
+        raise _nothing_scored(name, rejected)
     if largest >= model.vocabulary:
         raise UserError(
             f"vocabulary mismatch: the tokenizer of {model.source!r} gives token id {largest}, the model embeds "
@@ -303,16 +318,16 @@ def check_vocabulary(
         )
 
 
-def _nothing_scored(dataset: Dataset, rejected: Sequence[Rejected]) -> UserError:
+def _nothing_scored(name: str, rejected: Sequence[Rejected]) -> UserError:
     first = rejected[0]
     return UserError(
-        f"{dataset.name}: none of {len(rejected)} samples can be scored; the first, {first.sample_id!r}: {first.reason}"
+        f"{name}: none of {len(rejected)} samples can be scored; the first, {first.sample_id!r}: {first.reason}"
     )
 
 
-def _shards(batches: Sequence[Batch], spec: ScoreSpec) -> list[list[Batch]]:
+def _shards(batches: Batches, spec: ScoreSpec) -> list[Batches]:
     size = BATCHES_PER_TASK[ESTIMATORS[spec.estimator].perturbs]
-    return [list(batches[i : i + size]) for i in range(0, len(batches), size)]
+    return [batches[i : i + size] for i in range(0, len(batches), size)]
 
 
 def _tasks(spec: ScoreSpec, shards: int) -> list[Task]:
@@ -334,7 +349,7 @@ def _run(
     spec: ScoreSpec,
     resources: Resources,
     model: ModelReference,
-    shards: Sequence[Sequence[Batch]],
+    shards: Sequence[Batches],
     todo: Sequence[Task],
     parts: Parts,
     progress: bool,
@@ -346,7 +361,7 @@ def _run(
     replica = resources.replica(model.source, model.revision, spec.dtype, spec.allow_lost_perturbation)
     # Work in sample-draws, so that the bar moves with the work whatever the shards' sizes.
     work = {
-        task.key: sum(len(batch) for batch in shards[task.shard])
+        task.key: shards[task.shard].num_samples
         * (1 if task.until else task.request.last_draw - task.request.first_draw)
         for task in todo
     }
@@ -361,7 +376,7 @@ def _run(
     return pool.replaced
 
 
-def _table(spec: ScoreSpec, tasks: Sequence[Task], parts: Parts, samples: Sequence[Sample]) -> pa.Table:
+def _table(spec: ScoreSpec, tasks: Sequence[Task], parts: Parts, samples: SampleFile) -> pa.Table:
     """Reduce the parts to one row a sample, in input order."""
     rows: dict[str, list[np.ndarray]] = {key: [] for key in ("index", "nll", "saturated", "mrd", "stderr", "draws")}
     # Tasks come shard by shard, and within a shard in the order of their draws.
@@ -375,16 +390,15 @@ def _table(spec: ScoreSpec, tasks: Sequence[Task], parts: Parts, samples: Sequen
     column = {key: np.concatenate(value) for key, value in rows.items()}
     order = np.argsort(column["index"])
     column = {key: value[order] for key, value in column.items()}
-    scored = np.array([sample.num_scored for sample in samples])
     return pa.table(
         {
-            "sample_id": [sample.sample_id for sample in samples],
-            "num_tokens": scored,
+            "sample_id": samples.sample_ids,
+            "num_tokens": samples.num_scored,
             "tokens_saturated": column["saturated"],
             "nll": column["nll"],
             "mrd": column["mrd"],
             "mrd_stderr": column["stderr"],
-            "mrd_per_token": column["mrd"] / scored,
+            "mrd_per_token": column["mrd"] / samples.num_scored,
             "draws": column["draws"],
         }
     )

@@ -6,8 +6,10 @@ but the first of a plain text (the first has no context to be predicted from).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import hashlib
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -108,6 +110,18 @@ def encode(
     """
     samples: list[Sample] = []
     rejected: list[Rejected] = []
+    for each in encoded(texts, tokenizer, max_length, tokens):
+        if isinstance(each, Sample):
+            samples.append(each)
+        else:
+            rejected.append(each)
+    return samples, rejected
+
+
+def encoded(
+    texts: Iterable[Text], tokenizer: Any, max_length: int, tokens: str = "answer"
+) -> Iterator[Sample | Rejected]:
+    """The same, one at a time."""
     for index, text in enumerate(texts):
         context, target = split_ids(tokenizer, text)
         ids = np.asarray(context + target, dtype=np.int64)
@@ -118,14 +132,13 @@ def encode(
             scored[max(1, len(context)) :] = True
         empty = not (text.completion if text.completion is not None else text.prompt) and text.messages is None
         if empty:
-            rejected.append(Rejected(text.sample_id, "empty text"))
+            yield Rejected(text.sample_id, "empty text")
         elif len(ids) > max_length:
-            rejected.append(Rejected(text.sample_id, f"{len(ids)} tokens, the model's context holds {max_length}"))
+            yield Rejected(text.sample_id, f"{len(ids)} tokens, the model's context holds {max_length}")
         elif not scored.any():
-            rejected.append(Rejected(text.sample_id, "no scored token"))
+            yield Rejected(text.sample_id, "no scored token")
         else:
-            samples.append(Sample(text.sample_id, ids, scored, index))
-    return samples, rejected
+            yield Sample(text.sample_id, ids, scored, index)
 
 
 @dataclass(frozen=True)
@@ -210,13 +223,28 @@ def make_batches(samples: Sequence[Sample], batch_tokens: int) -> list[Batch]:
     replicas will share the work: that is what makes scores independent of both, to the bit. A sample longer than
     `batch_tokens` gets a batch of its own.
     """
-    batches: list[Batch] = []
-    group: list[Sample] = []
-    for sample in sorted(samples, key=lambda s: (s.length, s.num_scored, s.input_ids.tobytes(), s.index)):
-        if group and (len(group) + 1) * sample.length > batch_tokens:
-            batches.append(collate(group))
-            group = []
-        group.append(sample)
-    if group:
-        batches.append(collate(group))
-    return batches
+    groups = group_samples(
+        np.array([sample.length for sample in samples], dtype=np.int64),
+        np.array([sample.num_scored for sample in samples], dtype=np.int64),
+        np.array([token_digest(sample.input_ids) for sample in samples], dtype=np.uint64),
+        np.array([sample.index for sample in samples], dtype=np.int64),
+        batch_tokens,
+    )
+    return [collate([samples[i] for i in group.tolist()]) for group in groups]
+
+
+def token_digest(input_ids: np.ndarray) -> int:
+    """Eight bytes that tell samples of equal length apart, whatever their names and places."""
+    return int.from_bytes(hashlib.blake2b(input_ids.astype(np.int64).tobytes(), digest_size=8).digest(), "little")
+
+
+def group_samples(
+    lengths: np.ndarray, num_scored: np.ndarray, digests: np.ndarray, indices: np.ndarray, batch_tokens: int
+) -> list[np.ndarray]:
+    """Which of N samples make a batch; see `make_batches`. All arrays are (N,), `digests` by `token_digest`."""
+    order = np.lexsort((indices, digests, num_scored, lengths))
+    starts: list[int] = []
+    for place, length in enumerate(lengths[order].tolist()):
+        if not starts or (place + 1 - starts[-1]) * length > batch_tokens:
+            starts.append(place)
+    return [order[first:last] for first, last in pairwise([*starts, len(order)])]

@@ -7,7 +7,7 @@ NAME.parquet, whichever is there first.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -179,32 +179,57 @@ def read_file(path: str | Path) -> list[Record]:
     Raises:
         UserError: one line that names the file, and the line or record at fault.
     """
+    return list(iterate_file(path))
+
+
+def iterate_file(path: str | Path) -> Iterator[Record]:
+    """The same, one at a time: of JSON Lines and Parquet no more is in memory than is being read.
+
+    Raises:
+        UserError: see `read_file`; what goes before the record at fault has been given by then.
+    """
     check_file(path)
     path = Path(path)
-    records = _read_parquet(path) if path.suffix == ".parquet" else _read_json(path)
-    if not records:
+    empty = True
+    for record in _read_parquet(path) if path.suffix == ".parquet" else _read_json(path):
+        empty = False
+        yield record
+    if empty:
         raise UserError(f"{path}: the data file is empty; expected at least one record")
-    return records
 
 
-def _read_parquet(path: Path) -> list[Record]:
+def _read_parquet(path: Path) -> Iterator[Record]:
     try:
-        return pq.read_table(path).to_pylist()
+        with pq.ParquetFile(path) as file:
+            for batch in file.iter_batches(batch_size=1024):
+                yield from batch.to_pylist()
     except pa.ArrowException as error:
         raise UserError(f"{path}: not a readable Parquet file ({str(error).splitlines()[0]})") from error
 
 
-def _read_json(path: Path) -> list[Record]:
+def _read_json(path: Path) -> Iterator[Record]:
+    if path.suffix == ".json" and (text := _decoded(path, path.read_bytes())).lstrip().startswith("["):
+        yield from _read_array(path, text, _is_escaped(text))
+        return
+    read = 0
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            text = _decoded(path, line, read)
+            read += len(line)
+            if text.strip():
+                yield _read_line(f"{path}, line {number}", text, _is_escaped(text))
+
+
+def _decoded(path: Path, content: bytes, before: int = 0) -> str:
     try:
-        text = path.read_text(encoding="utf-8")
+        return content.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text at byte {error.start}; expected JSON Lines") from error
-    # Only an escape can bring half a pair into UTF-8 text.
-    escaped = "\\ud" in text.lower()
-    if path.suffix == ".json" and text.lstrip().startswith("["):
-        return _read_array(path, text, escaped)
-    lines = enumerate(text.split("\n"), start=1)
-    return [_read_line(f"{path}, line {number}", line, escaped) for number, line in lines if line.strip()]
+        raise UserError(f"{path}: not UTF-8 text at byte {before + error.start}; expected JSON Lines") from error
+
+
+def _is_escaped(text: str) -> bool:
+    """Whether it may hold half of a surrogate pair: only an escape can bring one into UTF-8 text."""
+    return "\\ud" in text.lower()
 
 
 def _read_array(path: Path, text: str, escaped: bool) -> list[Record]:

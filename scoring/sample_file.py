@@ -1,0 +1,87 @@
+"""Tokenized samples on disk: what is scored may be larger than memory."""
+
+from __future__ import annotations
+
+import tempfile
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
+
+import numpy as np
+import pyarrow as pa
+
+from scoring.samples import Batch, Sample, collate, group_samples, token_digest
+
+
+class SampleFile:
+    """Samples in a file without a name, that is gone with the process; in memory is a fixed few bytes of each.
+
+    Args:
+        samples: in data-set order; read once.
+    """
+
+    def __init__(self, samples: Iterable[Sample]) -> None:
+        self._file = tempfile.TemporaryFile(prefix="mrd-bench-samples-")  # noqa: SIM115 (as long as this lives)
+        ends, scored, digests, indices, names = array("q", [0]), array("q"), array("Q"), array("q"), array("q", [0])
+        self.largest_token = -1
+        self._names = bytearray()
+        for sample in samples:
+            # One number a token. Ids are at least 0: those of tokens that are not scored become negative.
+            tokens = np.where(sample.scored, sample.input_ids, ~sample.input_ids).astype(np.int32)
+            self._file.write(tokens.tobytes())
+            self._names += sample.sample_id.encode("utf-8")
+            ends.append(ends[-1] + len(tokens))
+            scored.append(sample.num_scored)
+            digests.append(token_digest(sample.input_ids))
+            indices.append(sample.index)
+            names.append(len(self._names))
+            self.largest_token = max(self.largest_token, int(sample.input_ids.max()))
+        self._file.flush()
+        self._ends, self._name_ends = np.array(ends), np.array(names)
+        self._digests, self._indices = np.array(digests), np.array(indices)
+        self.num_scored = np.array(scored)
+
+    def __len__(self) -> int:
+        return len(self.num_scored)
+
+    def __getitem__(self, row: int) -> Sample:
+        first, last = int(self._ends[row]), int(self._ends[row + 1])
+        self._file.seek(4 * first)
+        tokens = np.frombuffer(self._file.read(4 * (last - first)), np.int32).astype(np.int64)
+        scored = tokens >= 0
+        name = self._names[self._name_ends[row] : self._name_ends[row + 1]].decode("utf-8")
+        return Sample(name, np.where(scored, tokens, ~tokens), scored, int(self._indices[row]))
+
+    @property
+    def sample_ids(self) -> pa.Array:
+        """Names, (N,) text, in data-set order."""
+        return pa.LargeStringArray.from_buffers(
+            len(self), pa.py_buffer(self._name_ends), pa.py_buffer(self._names)
+        ).cast(pa.string())
+
+    def batches(self, batch_tokens: int) -> Batches:
+        """The batches that `make_batches` makes of the samples, each read when it is asked for."""
+        groups = group_samples(np.diff(self._ends), self.num_scored, self._digests, self._indices, batch_tokens)
+        return Batches(self, groups)
+
+
+class Batches(Sequence[Batch]):
+    """Batches of a `SampleFile`."""
+
+    def __init__(self, file: SampleFile, groups: list[np.ndarray]) -> None:
+        self._file, self._groups = file, groups
+
+    def __len__(self) -> int:
+        return len(self._groups)
+
+    def __getitem__(self, number):  # type: ignore[no-untyped-def,override]
+        if isinstance(number, slice):
+            return Batches(self._file, self._groups[number])
+        return collate([self._file[row] for row in self._groups[number].tolist()])
+
+    def __iter__(self) -> Iterator[Batch]:
+        return (self[number] for number in range(len(self)))
+
+    @property
+    def num_samples(self) -> int:
+        """Of all batches together; nothing is read."""
+        return sum(len(group) for group in self._groups)
