@@ -160,6 +160,10 @@ def _benchmark_arguments(benchmark: argparse.ArgumentParser) -> None:
     add("--split", help="of a task (default: the task's own forget split)")
     add("--trials", type=int, default=12, help="in each of the sweeps (default: 12)")
 
+    add = what("cluster", "scaling over replicas, what scheduling adds, and the driver's memory as data sets grow")
+    add("--split", help="of a task")
+    add("--sizes", type=_sizes, default="1000,10000,100000", help="samples of the data sets (default: %(default)s)")
+
     about = "building a leaderboard of many runs, and opening it"
     sub = which.add_parser("leaderboard", help=about, description=about, allow_abbrev=False)
     sub.set_defaults(run=_benchmark, parser=sub)
@@ -584,6 +588,13 @@ def _draws(text: str) -> int | str:
         raise argparse.ArgumentTypeError(f"{text!r} is neither a whole number nor auto") from None
 
 
+def _sizes(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of whole numbers with commas between them") from None
+
+
 def _score(arguments: argparse.Namespace) -> None:
     from bench.report.summary import print_summary
     from bench.scoring_job import ScoreSpec, score
@@ -623,6 +634,11 @@ def _benchmark(arguments: argparse.Namespace) -> None:
         from bench.benchmarks import sweep
 
         sweep.run_benchmark(arguments.model, arguments.data, arguments.split, arguments.trials, arguments.out)
+        return
+    if arguments.what == "cluster":
+        from bench.benchmarks import cluster
+
+        cluster.run_benchmark(arguments.model, arguments.data, arguments.split, arguments.sizes, arguments.out)
         return
     from bench.benchmarks import scoring
 

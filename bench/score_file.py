@@ -21,6 +21,8 @@ from scoring.mrd import Draws
 from scoring.pool import Facts, Task
 
 SPEC_KEY, FACTS_KEY = b"mrd_bench.spec", b"mrd_bench.facts"
+# Rows that are encoded at a time: what a file needs to be written does not grow with it.
+ROW_GROUP = 16384
 
 
 def with_spec_hash(content: dict[str, Any], named: Sequence[str]) -> dict[str, Any]:
@@ -49,7 +51,7 @@ def write_scores(table: pa.Table, out: Path, identity: dict[str, Any], record: d
     """Write a score file: the rows, the spec with its hash, and what was noticed on the way."""
     metadata = {SPEC_KEY: json.dumps(identity), FACTS_KEY: json.dumps(record)}
     with replacing(out) as unfinished:
-        pq.write_table(table.replace_schema_metadata(metadata), unfinished)
+        pq.write_table(table.replace_schema_metadata(metadata), unfinished, row_group_size=ROW_GROUP)
 
 
 def read_scores(path: str | Path) -> tuple[pa.Table, dict[str, Any], dict[str, Any]]:

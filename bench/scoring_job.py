@@ -378,18 +378,17 @@ def _run(
 
 def _table(spec: ScoreSpec, tasks: Sequence[Task], parts: Parts, samples: SampleFile) -> pa.Table:
     """Reduce the parts to one row a sample, in input order."""
-    rows: dict[str, list[np.ndarray]] = {key: [] for key in ("index", "nll", "saturated", "mrd", "stderr", "draws")}
+    count = len(samples)
+    floats = {key: np.empty(count) for key in ("nll", "mrd", "stderr")}
+    column = floats | {key: np.empty(count, dtype=np.int64) for key in ("saturated", "draws")}
     # Tasks come shard by shard, and within a shard in the order of their draws.
     for _, own in groupby(tasks, key=lambda task: task.shard):
         draws = reduce(Draws.followed_by, (read_draws(parts, task) for task in own))
         mrd, stderr = reduce_draws(draws.values, spec.statistic)  # type: ignore[arg-type]
-        count = draws.values.shape[1] if spec.draws else 0
-        values = (draws.indices, draws.nll, draws.saturated, mrd, stderr, np.full(len(mrd), count))
-        for key, value in zip(rows, values, strict=True):
-            rows[key].append(value)
-    column = {key: np.concatenate(value) for key, value in rows.items()}
-    order = np.argsort(column["index"])
-    column = {key: value[order] for key, value in column.items()}
+        rows = samples.rows_of(draws.indices)
+        values = (draws.nll, mrd, stderr, draws.saturated, draws.values.shape[1] if spec.draws else 0)
+        for key, value in zip(column, values, strict=True):
+            column[key][rows] = value
     return pa.table(
         {
             "sample_id": samples.sample_ids,
@@ -417,4 +416,4 @@ def _sound(table: pa.Table) -> tuple[pa.Table, list[Rejected]]:
         for reason, where in reasons.items()
         for name in table.filter(where)["sample_id"].to_pylist()
     ]
-    return table.filter(pc.and_not(finite, saturated)), rejected
+    return table.filter(pc.and_not(finite, saturated)) if rejected else table, rejected

@@ -58,6 +58,10 @@ class SampleFile:
             len(self), pa.py_buffer(self._name_ends), pa.py_buffer(self._names)
         ).cast(pa.string())
 
+    def rows_of(self, indices: np.ndarray) -> np.ndarray:
+        """Where samples stand in this file, by their positions in the data set; both (N,)."""
+        return np.searchsorted(self._indices, indices)
+
     def batches(self, batch_tokens: int) -> Batches:
         """The batches that `make_batches` makes of the samples, each read when it is asked for."""
         groups = group_samples(np.diff(self._ends), self.num_scored, self._digests, self._indices, batch_tokens)
