@@ -4,8 +4,6 @@ gives the same numbers to the last bit."""
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,7 +23,6 @@ from tests.tiny_models import random_samples
 
 pytestmark = pytest.mark.usefixtures("cluster")
 
-ROOT = Path(__file__).resolve().parents[1]
 SIGMA, SEED, DRAWS = 1e-3, 7, 6
 ONE_CORE = Footprint(cpus=1)
 
@@ -186,65 +183,6 @@ def test_a_node_with_other_packages_is_refused(spec: ReplicaSpec, monkeypatch: p
     ):
         list(pool.run([Task(0, Request("gradient", SIGMA, SEED))], groups()[:1]))
     assert "\n" not in str(e.value)
-
-
-# In a process of its own: the tests' own Ray has one node.
-MANY_NODES = """
-import sys
-from ray.cluster_utils import Cluster
-import ray
-from scoring.cluster import Footprint, connect, how_many_fit
-from scoring.errors import UserError
-from scoring.pool import ReplicaPool, ReplicaSpec
-from tests.test_pool import assert_same, cut, groups, in_this_process, join
-import os, torch
-
-torch.set_num_threads(1)
-# A lost node is noticed by the health check, by default after half a minute.
-quick = {"health_check_initial_delay_ms": 0, "health_check_period_ms": 500, "health_check_failure_threshold": 6}
-cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "_system_config": quick})
-try:
-    node = cluster.add_node(num_cpus=3)
-    cluster.wait_for_nodes()
-    os.environ["RAY_ADDRESS"] = cluster.address
-    connect()
-    shards = groups()
-    tasks = cut("monte-carlo", 0, len(shards), 1)
-    results = {}
-    with ReplicaPool(ReplicaSpec(sys.argv[1]), Footprint(cpus=1), 2) as pool:
-        for task, draws, _ in pool.run(tasks, shards):
-            results[task.key] = draws
-            if len(results) == 3:
-                cluster.remove_node(node, allow_graceful=False)
-                for _ in range(2):
-                    cluster.add_node(num_cpus=1)
-    for shard, expected in enumerate(in_this_process(sys.argv[1], shards, "monte-carlo")):
-        assert_same(join(tasks, results, shard), expected)
-    assert pool.replaced >= 1
-    # Two cores are there, on two nodes: no room for a replica of two.
-    assert how_many_fit(Footprint(cpus=1)) == 2
-    try:
-        how_many_fit(Footprint(cpus=2))
-    except UserError as error:
-        assert "fits on no node" in str(error)
-    else:
-        raise AssertionError("a replica spans two nodes")
-finally:
-    ray.shutdown()
-    cluster.shutdown()
-"""
-
-
-def test_a_node_that_is_lost_changes_nothing(model_folder: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", MANY_NODES, str(model_folder)],
-        cwd=ROOT,
-        env={key: value for key, value in os.environ.items() if not key.startswith("RAY_")},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr
 
 
 def test_how_many_fit_counts_whole_replicas() -> None:

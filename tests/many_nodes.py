@@ -1,0 +1,175 @@
+"""Programs that work on a cluster of several nodes, some of which are lost on the way; `test_many_nodes` runs each in a
+process of its own, since a process is on one cluster at a time. Usage: python -m tests.many_nodes NAME MODEL FOLDER."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+import torch
+from ray.cluster_utils import Cluster
+
+from bench.spec import make_spec
+from bench.sweep_plan import SweepResources, SweepSpec
+from bench.sweeps import SweepResult, sweep
+from bench.unlearning_job import UnlearnSpec, unlearn
+from scoring.cluster import Footprint, connect, how_many_fit
+from scoring.errors import UserError
+from scoring.pool import ReplicaPool, ReplicaSpec
+from tests.processes import wait_for
+from tests.test_pool import assert_same, cut, groups, in_this_process, join
+from tests.test_ray_train import TOLERANCE, assert_close
+from tests.test_sweeps import Inputs, timeless
+from tests.tiny_folders import pairs, write_jsonl
+
+# A lost node is noticed by the health check, by default after half a minute.
+QUICK = {"health_check_initial_delay_ms": 0, "health_check_period_ms": 500, "health_check_failure_threshold": 6}
+
+
+@contextmanager
+def nodes(*cpus: int) -> Iterator[tuple[Cluster, list[Any]]]:
+    """This process on a cluster of a head without cores and nodes with so many."""
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "_system_config": QUICK})
+    try:
+        added = [cluster.add_node(num_cpus=count) for count in cpus]
+        cluster.wait_for_nodes()
+        os.environ["RAY_ADDRESS"] = cluster.address
+        connect()
+        yield cluster, added
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
+
+
+def meanwhile(work: Callable[[], Any], reached: Callable[[], bool], action: Callable[[], None]) -> Any:
+    """What `work` gives; as soon as something is reached, the action, here: only a main thread may start nodes."""
+    with ThreadPoolExecutor(1) as thread:
+        result = thread.submit(work)
+        wait_for(lambda: reached() or result.done(), 120)
+        assert not result.done(), result.result()
+        action()
+        return result.result()
+
+
+class Where:
+    """A work that says where it was done, and takes its time."""
+
+    def __init__(self, shard: int) -> None:
+        self.shard = shard
+        self.key = str(shard)
+
+    def do(self, replica: Any, batches: Sequence[Any], kept: dict[str, Any]) -> str:
+        time.sleep(0.3)
+        return ray.get_runtime_context().get_node_id()
+
+
+def scoring(model: Path, folder: Path) -> None:
+    """Replicas on one node, which is lost; two nodes join in its place."""
+    with nodes(3) as (cluster, (node,)):
+        shards = groups()
+        tasks = cut("monte-carlo", 0, len(shards), 1)
+        results = {}
+        with ReplicaPool(ReplicaSpec(str(model)), Footprint(cpus=1), 2) as pool:
+            for task, draws, _ in pool.run(tasks, shards):
+                results[task.key] = draws
+                if len(results) == 3:
+                    cluster.remove_node(node, allow_graceful=False)
+                    for _ in range(2):
+                        cluster.add_node(num_cpus=1)
+        for shard, expected in enumerate(in_this_process(model, shards, "monte-carlo")):
+            assert_same(join(tasks, results, shard), expected)
+        assert pool.replaced >= 1
+        # Two cores are there, on two nodes: no room for a replica of two.
+        assert how_many_fit(Footprint(cpus=1)) == 2
+        with pytest.raises(UserError, match="fits on no node"):
+            how_many_fit(Footprint(cpus=2))
+
+
+def joining(model: Path, folder: Path) -> None:
+    """Three replicas are wanted, one fits. Nodes that join, one of them after another has been lost, are given work."""
+    with nodes(1) as (cluster, (first,)):
+        seen: list[str] = []
+        works = [Where(number) for number in range(60)]
+        with ReplicaPool(ReplicaSpec(str(model)), Footprint(cpus=1), 3) as pool:
+            for _, node, _ in pool.run(works, [[] for _ in works]):
+                seen.append(node)
+                if len(seen) == 3:
+                    assert len(set(seen)) == 1
+                    second = cluster.add_node(num_cpus=1)
+                if len(seen) == 25:
+                    assert set(seen) == {first.node_id, second.node_id}
+                    cluster.remove_node(first, allow_graceful=False)
+                    third = cluster.add_node(num_cpus=1)
+        assert len(seen) == len(works)
+        assert set(seen) == {first.node_id, second.node_id, third.node_id}
+
+
+def unlearning(model: Path, folder: Path) -> None:
+    """Two workers on two nodes of one core; one is lost, and another joins in its place."""
+    spec = UnlearnSpec(
+        model=str(model),
+        task=str(write_jsonl(folder / "forget.jsonl", pairs(12))),
+        retain=str(write_jsonl(folder / "retain.jsonl", pairs(6, seed=1))),
+        algorithm="NPO-GradDiff",
+        epochs=4,
+        batch_size=3,
+        learning_rate=1e-4,
+        el_n=2,
+        checkpoint_every=1,
+        evaluate_samples=5,
+        workers=0,
+    )
+    torch.set_num_threads(1)
+    alone = unlearn(spec, folder / "alone", progress=False)
+    with nodes(1, 1) as (cluster, (_, second)):
+
+        def replace() -> None:
+            cluster.remove_node(second, allow_graceful=False)
+            cluster.add_node(num_cpus=1)
+
+        run = folder / "run"
+
+        def half_way() -> bool:
+            return any(int(path.name.removeprefix("step-")) >= 5 for path in run.glob("checkpoints/step-*"))
+
+        two = dataclasses.replace(spec, workers=2)
+        found = meanwhile(lambda: unlearn(two, run, progress=False), half_way, replace)
+    assert_close(found, alone, TOLERANCE)
+
+
+def sweeping(model: Path, folder: Path) -> None:
+    """Trials on two nodes; one is lost while it works, and nothing joins in its place."""
+    for name in ("there", "here"):
+        (folder / name).mkdir()
+    inputs = Inputs(folder / "there", model)
+    fields = inputs.spec(vary={"algorithm": ["GA", "NPO"], "seed": [0, 1, 2]})
+    spec = make_spec(SweepSpec, fields, "test")
+
+    def swept(place: str) -> SweepResult:
+        return sweep(
+            spec, folder / place / "out", folder / place / "trials", SweepResources(concurrent=2), progress=False
+        )
+
+    with nodes(1, 1) as (cluster, (_, second)):
+
+        def some() -> bool:
+            return len(list((folder / "there" / "trials").glob("*.json"))) >= 2
+
+        disturbed = meanwhile(lambda: swept("there"), some, lambda: cluster.remove_node(second, allow_graceful=False))
+        undisturbed = swept("here")
+    assert disturbed.record["counts"] == undisturbed.record["counts"] == {"finished": 12}
+    assert timeless(disturbed.folder) == timeless(undisturbed.folder)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    {each.__name__: each for each in (scoring, joining, unlearning, sweeping)}[sys.argv[1]](*map(Path, sys.argv[2:]))
