@@ -37,7 +37,7 @@ from algorithms.unlearner import (
     retain_order,
     trainable_for,
 )
-from scoring.cluster import Footprint, how_many_fit
+from scoring.cluster import Footprint, check_versions, how_many_fit, versions
 from scoring.errors import UserError
 from scoring.files import replacing
 from scoring.pool import ReplicaPool, ReplicaSpec
@@ -140,7 +140,7 @@ def train_on_ray(
     storage = job.folder.resolve() / ".ray"
     trainer = TorchTrainer(
         _worker,  # type: ignore[arg-type]
-        train_loop_config={"job": job, "threads": footprint.cpus},
+        train_loop_config={"job": job, "threads": footprint.cpus, "of_driver": versions()},
         torch_config=TorchConfig(backend="nccl" if footprint.gpus else "gloo"),
         scaling_config=ScalingConfig(
             num_workers=workers,
@@ -199,6 +199,7 @@ def _worker(config: dict[str, Any]) -> dict[str, Any]:
     if mistake.is_file():
         return {"error": mistake.read_text()}
     try:
+        check_versions(config["of_driver"])
         unlearner_of(job, load_model(job.source, "float32", device, job.revision), group, show, report).run()
     except Diverged as error:
         return {"error": str(error)}  # all workers know the sums, and are here

@@ -17,7 +17,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,7 @@ from bench.score_file import with_spec_hash
 from bench.scoring_job import Resources
 from bench.store import DIVERGED, ERROR, FINISHED, OUT_OF_MEMORY
 from bench.unlearning_job import NAMED, UnlearnSpec, corpus_of, datasets_of, evaluation_of, identity_of
+from scoring.cluster import check_versions, versions
 from scoring.errors import first_line
 from scoring.files import replacing
 from scoring.pool import LocalPool
@@ -145,6 +146,7 @@ class Shared:
         threads: of a trial.
         device: "cpu" or "cuda".
         keep_models: save what a trial ended with, in the store.
+        of_driver: versions of its packages.
     """
 
     weights: Mapping[str, ray.ObjectRef]
@@ -154,6 +156,7 @@ class Shared:
     threads: int = 1
     device: str = "cpu"
     keep_models: bool = False
+    of_driver: Mapping[str, str] = field(default_factory=versions)
 
 
 Report = Callable[[Mapping[str, Any]], None]
@@ -171,6 +174,7 @@ def run_trial(trial: Trial, shared: Shared, report: Report = lambda _: None) -> 
     started = time.perf_counter()
     result: Result
     try:
+        check_versions(shared.of_driver)
         result = {"status": FINISHED, "reason": None, **_run(trial, shared, report)}
     except Diverged as error:
         result = {"status": DIVERGED, "reason": str(error)}

@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 from bench.unlearning_job import UnlearnResult, UnlearnSpec, unlearn
+from scoring.cluster import versions
 from scoring.errors import UserError
 from tests.processes import descendants, kill, wait_for
 from tests.tiny_folders import pairs, write_jsonl
@@ -131,6 +132,18 @@ def test_a_users_mistake_is_not_tried_again(spec: UnlearnSpec, tmp_path: Path) -
     with pytest.raises(UserError, match=r"diverged at update \d+.*lower learning_rate"):
         unlearn(absurd, tmp_path / "run", progress=False)
     assert list((tmp_path / "run" / "checkpoints").glob("step-*"))
+
+
+@pytest.mark.usefixtures("cluster")
+def test_a_node_with_other_packages_is_refused(
+    spec: UnlearnSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The worker's process has the true ones."""
+    own = versions()
+    monkeypatch.setattr("algorithms.ray_train.versions", lambda: own | {"numpy": "1.0.0"})
+    with pytest.raises(UserError, match=rf"^node \S+ has numpy {own['numpy']} \(the driver has 1.0.0\): install") as e:
+        unlearn(dataclasses.replace(spec, workers=1, algorithm="GA"), tmp_path / "run", progress=False)
+    assert "\n" not in str(e.value)
 
 
 @pytest.mark.usefixtures("cluster")

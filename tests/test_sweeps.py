@@ -13,6 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from bench.sweep_plan import Plan, SweepResources, SweepSpec
 from bench.sweeps import SweepResult, read_sweep, sweep
 from bench.trials import Shared, TrialStore, run_trial, shareable_weights
 from bench.unlearning_job import UnlearnSpec, unlearn
+from scoring.cluster import versions
 from scoring.errors import UserError
 from tests.processes import descendants, kill, wait_for
 from tests.tiny_folders import pairs, write_jsonl
@@ -459,6 +461,21 @@ def test_a_sweep_killed_three_times_ends_as_if_undisturbed(inputs: Inputs) -> No
     content = {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()}
     assert main(command) == 0
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()} == content
+
+
+def test_trials_on_a_node_with_other_packages_are_rows_that_say_so(
+    inputs: Inputs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The workers' processes have the true ones."""
+    own = versions()
+    with monkeypatch.context() as patched:
+        patched.setattr("bench.sweeps.Shared", partial(sweeps.Shared, of_driver=own | {"torch": "1.0.0"}))
+        rows = inputs.run(inputs.spec(vary={"algorithm": ["GA"]}, selections=[])).trials.to_pylist()
+    assert [row["status"] for row in rows] == ["error"]
+    assert re.match(rf"node \S+ has torch {own['torch']} \(the driver has 1\.0\.0\): install", rows[0]["reason"])
+    # Nobody else is told so, and with the right ones they are tried again.
+    result = inputs.run(inputs.spec(vary={"algorithm": ["GA"]}, selections=[]), retry_failed=True)
+    assert result.record["counts"] == {"finished": 1}
 
 
 def test_a_worker_that_always_dies_is_a_row(inputs: Inputs, monkeypatch: pytest.MonkeyPatch) -> None:
