@@ -164,6 +164,11 @@ def _benchmark_arguments(benchmark: argparse.ArgumentParser) -> None:
     add("--split", help="of a task")
     add("--sizes", type=_sizes, default="1000,10000,100000", help="samples of the data sets (default: %(default)s)")
 
+    about = "the constants of `mrd-bench plan` on this machine, and its sums against runs"
+    sub = which.add_parser("plan", help=about, description=about, allow_abbrev=False)
+    sub.set_defaults(run=_benchmark, parser=sub)
+    sub.add_argument("--out", help="also write constants and checks to this JSON file, which plan --profile takes")
+
     about = "building a leaderboard of many runs, and opening it"
     sub = which.add_parser("leaderboard", help=about, description=about, allow_abbrev=False)
     sub.set_defaults(run=_benchmark, parser=sub)
@@ -634,6 +639,11 @@ def _benchmark(arguments: argparse.Namespace) -> None:
         from bench.benchmarks import sweep
 
         sweep.run_benchmark(arguments.model, arguments.data, arguments.split, arguments.trials, arguments.out)
+        return
+    if arguments.what == "plan":
+        from bench.benchmarks import plan
+
+        plan.run_benchmark(arguments.out)
         return
     if arguments.what == "cluster":
         from bench.benchmarks import cluster

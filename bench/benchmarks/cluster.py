@@ -139,10 +139,10 @@ def _small_model(tokenizer: Any, folder: Path) -> Path:
 
 
 def _texts(count: int) -> list[Text]:
-    return [Text(str(i), *pair) for i, pair in enumerate(_pairs(count))]
+    return [Text(str(i), *pair) for i, pair in enumerate(pairs_of(count))]
 
 
-def _pairs(count: int) -> list[tuple[str, str]]:
+def pairs_of(count: int) -> list[tuple[str, str]]:
     """Questions and answers, no two of them alike."""
     rng = random.Random(0)
     words = ["who", "wrote", "a", "book", "about", "the", "sea", "and", "in", "which", "year", "was", "it", "read"]
@@ -154,7 +154,7 @@ def _pairs(count: int) -> list[tuple[str, str]]:
 def _data_file(folder: Path, count: int) -> Path:
     path = folder / f"{count}.jsonl"
     with path.open("w") as file:
-        for prompt, completion in _pairs(count):
+        for prompt, completion in pairs_of(count):
             file.write(json.dumps({"prompt": prompt, "completion": completion}) + "\n")
     return path
 
