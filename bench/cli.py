@@ -120,6 +120,7 @@ def _parser(asked: str | None) -> argparse.ArgumentParser:
         _demo,
         _demo_arguments,
     )
+    verb("plan", "say what a job will take: hours, memory, cost, and what limits it", _plan, _plan_arguments)
     verb("benchmark", "measure speed, side by side in one run", None, _benchmark_arguments)
     return parser
 
@@ -128,6 +129,52 @@ def _demo_arguments(demo: argparse.ArgumentParser) -> None:
     demo.add_argument("--out", default="demo", help="folder for the page and the Parquet files (default: demo)")
     demo.add_argument("--split", default="forget10", help="of the task authors (default: forget10)")
     demo.add_argument("--overwrite", action="store_true", help="replace what an earlier demo left in --out")
+
+
+def _plan_arguments(sub: argparse.ArgumentParser) -> None:
+    from bench.plan import Job, profiles
+    from scoring.mrd import ESTIMATORS
+
+    default = {f.name: f.default for f in dataclasses.fields(Job)}
+    add = sub.add_argument
+    add("--model-params", type=float, required=True, help="weights of the model, such as 7e9")
+    add("--samples", type=float, required=True, help="to be scored, or to be forgotten, such as 1e6")
+    add("--tokens", type=float, default=100, help="of a sample, on average (default: %(default)g)")
+    add("--scored", type=float, help="those of them that are scored (default: half)")
+    add("--estimator", default="gradient", help=f"{' | '.join(ESTIMATORS)} | none (default: %(default)s)")
+    add("--draws", type=int, help="K (default: the estimator's own)")
+    add("--epochs", type=float, default=0, help="also unlearn for so many (default: 0)")
+    add("--retained", type=float, default=default["retained"], help="retain samples for each forgotten (default: 1)")
+    add("--batch-size", type=int, default=default["batch_size"], help="samples an update (default: %(default)s)")
+    add("--batch-tokens", type=int, default=default["batch_tokens"], help="tokens a batch (default: %(default)s)")
+    add("--dtype", default=default["dtype"], help="of the weights (default: %(default)s)")
+    add("--gpus", type=int, default=1, help="devices in all; cores, with a profile of a CPU (default: 1)")
+    add(
+        "--profile",
+        default="h100",
+        help=f"{' | '.join(profiles())}, or what `benchmark plan --out FILE` wrote (default: %(default)s)",
+    )
+    add("--price", type=float, help="of a device and hour, in any currency")
+
+
+def _plan(arguments: argparse.Namespace) -> None:
+    from bench.plan import Job, Shape, find_profile, plan, print_plan
+
+    profile = find_profile(arguments.profile)
+    job = Job(
+        Shape.of_size(max(arguments.model_params, 1.0)),
+        arguments.samples,
+        arguments.tokens,
+        arguments.tokens / 2 if arguments.scored is None else arguments.scored,
+        None if arguments.estimator == "none" else arguments.estimator,
+        arguments.draws,
+        arguments.epochs,
+        arguments.retained,
+        arguments.batch_tokens,
+        arguments.batch_size,
+        arguments.dtype,
+    )
+    print_plan(job, plan(job, profile, arguments.gpus), profile, arguments.price)
 
 
 def _benchmark_arguments(benchmark: argparse.ArgumentParser) -> None:

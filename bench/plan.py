@@ -1,7 +1,7 @@
 """`mrd-bench plan`: how long a job will take, what memory it needs and what it will cost, before anything is started.
 
     seconds = start + work / replicas
-    work    = calls x layers x overhead + operations x seconds each
+    work    = calls x layers x overhead + activations x seconds each + operations x seconds each
               + weights written x seconds each + tasks x scheduling
 
 The operations are counted from the model's shape, as below; the constants are measured, on a machine of the kind that
@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from importlib import resources as packaged
 from pathlib import Path
 from typing import Any
@@ -53,6 +53,10 @@ class Shape:
         hidden = (-2 * vocabulary + math.sqrt(4 * vocabulary**2 + 48 * layers * params)) / (24 * layers)
         return cls(params, layers, max(1, round(hidden)), vocabulary)
 
+    def widths(self, tokens: float, scored: float) -> float:
+        """Activations of so many tokens: one for each unit of width in all layers, and logits."""
+        return tokens * self.hidden * self.layers + scored * self.vocabulary
+
     def forward_flops(self, tokens: float, scored: float, length: float) -> float:
         """Of so many tokens in samples of a length, of which so many are scored: only these reach the head."""
         table = self.vocabulary * self.hidden
@@ -66,13 +70,19 @@ class Cost:
 
     Attributes:
         layer: seconds for each layer, whatever goes through it.
+        width: seconds for each activation (token and unit of width, in every layer).
         flop: seconds for each operation of the forward pass; further passes are in it.
         activation: bytes for each token and unit of width, at their most; in `gradient` and `training` of every layer.
+        logit: bytes for each logit.
+        copies: of the weights that are held meanwhile, the weights themselves included.
     """
 
     layer: float
+    width: float
     flop: float
     activation: float
+    logit: float
+    copies: float
 
 
 @dataclass(frozen=True)
@@ -196,6 +206,7 @@ class Calls:
 
     Attributes:
         count: calls by kind.
+        widths: activations that they compute, by kind.
         flops: operations of the forward pass that they hold, by kind.
         written: weights that perturbations write.
         updated: weights that the optimizer moves.
@@ -203,20 +214,26 @@ class Calls:
     """
 
     count: dict[str, float] = field(default_factory=dict)
+    widths: dict[str, float] = field(default_factory=dict)
     flops: dict[str, float] = field(default_factory=dict)
     written: float = 0
     updated: float = 0
     tasks: float = 0
 
-    def add(self, kind: str, count: float, flops: float) -> None:
-        self.count[kind] = self.count.get(kind, 0) + count
-        self.flops[kind] = self.flops.get(kind, 0) + flops
+    def add(self, kind: str, job: Job, times: float, count: float) -> None:
+        """So many calls, that put all samples through the model so many times."""
+        tokens, scored = times * job.samples * job.tokens, times * job.samples * job.scored
+        for sums, value in (
+            (self.count, count),
+            (self.widths, job.shape.widths(tokens, scored)),
+            (self.flops, job.shape.forward_flops(tokens, scored, job.tokens)),
+        ):
+            sums[kind] = sums.get(kind, 0) + value
 
 
 def calls_of(job: Job) -> Calls:
     """Of scoring and of unlearning."""
     calls, shape = Calls(), job.shape
-    flops = shape.forward_flops(job.samples * job.tokens, job.samples * job.scored, job.tokens)
     if job.estimator is not None:
         batches = math.ceil(job.samples / max(1, job.batch_tokens // job.tokens))
         draws = job.draws or 0
@@ -225,19 +242,20 @@ def calls_of(job: Job) -> Calls:
         calls.tasks = shards * max(1, math.ceil(draws / DRAWS_PER_TASK))
         # What is unperturbed is formed once for each replica that works on a shard; here, once.
         forwards = {"monte-carlo": draws + 1, "antithetic": 2 * draws + 1, "gradient": 0, "curvature": 1}[job.estimator]
-        calls.add("forward", batches * forwards, flops * forwards)
+        if forwards:
+            calls.add("forward", job, forwards, batches * forwards)
         if job.estimator == "antithetic":
             # The unperturbed in fp64, at twice the cost, and once more to see how it is rounded.
-            calls.add("forward", batches * 2, flops * 2)
+            calls.add("forward", job, 2, batches * 2)
         elif job.estimator == "gradient":
-            calls.add("gradient", batches, flops)
+            calls.add("gradient", job, 1, batches)
         elif job.estimator == "curvature":
-            calls.add("curvature", batches * draws, flops * draws)
+            calls.add("curvature", job, draws, batches * draws)
         writes = {"monte-carlo": 1, "antithetic": 2}.get(job.estimator, 0)
         calls.written = shape.params * shards * (draws * writes)
     if job.epochs:
         updates = math.ceil(job.samples / job.batch_size) * job.epochs
-        calls.add("training", updates * (1 + (job.retained > 0)), flops * job.epochs * (1 + job.retained))
+        calls.add("training", job, job.epochs * (1 + job.retained), updates * (1 + (job.retained > 0)))
         calls.updated = shape.params * updates
     return calls
 
@@ -268,23 +286,33 @@ class Plan:
 def memory_of(job: Job, profile: Profile) -> float:
     """Bytes that a replica holds at the most."""
     weights = job.shape.params * BYTES[job.dtype]
-    held = 0.0
+    most = 0.0
     if job.estimator is not None:
-        perturbs = ESTIMATORS[job.estimator].perturbs
         kind = job.estimator if job.estimator in KINDS else "forward"
-        # The base beside what is perturbed; `antithetic` begins with a copy in fp64.
-        copies = weights * (2 if perturbs else 1) + (8 * job.shape.params if job.estimator == "antithetic" else 0)
-        held = copies + _activations(job, profile, kind)
+        active = activations(job, profile, kind)
+        most = weights * profile.costs[kind].copies + active
+        if ESTIMATORS[job.estimator].perturbs:
+            most += weights  # the base
+        if job.estimator == "antithetic":
+            # It begins with a copy in fp64, and what that computes.
+            most = max(most, weights + 8 * job.shape.params + 2 * active)
     if job.epochs:
         # In fp32: weights, gradients and the two moments of AdamW.
-        held = max(held, 16 * job.shape.params + _activations(job, profile, "training"))
-    return held
+        most = max(most, 16 * job.shape.params + activations(job, profile, "training"))
+    return most
 
 
-def _activations(job: Job, profile: Profile, kind: str) -> float:
-    deep = job.shape.layers if kind in ("gradient", "training") else 1
-    scored = job.scored / job.tokens * job.shape.vocabulary
-    return profile.costs[kind].activation * job.batch_tokens * (job.shape.hidden * deep + scored)
+def activations(job: Job, profile: Profile, kind: str) -> float:
+    """Bytes of what a call computes, at their most."""
+    tokens = min(job.batch_tokens, job.samples * job.tokens)
+    units, logits = held(job.shape, kind, tokens, tokens * job.scored / job.tokens)
+    return profile.costs[kind].activation * units + profile.costs[kind].logit * logits
+
+
+def held(shape: Shape, kind: str, tokens: float, scored: float) -> tuple[float, float]:
+    """What of a call is there at once: units of width, of one layer where no backward pass needs the others; logits."""
+    layers = shape.layers if kind in ("gradient", "training") else 1
+    return tokens * shape.hidden * layers, scored * shape.vocabulary
 
 
 def plan(job: Job, profile: Profile, devices: int) -> Plan:
@@ -307,6 +335,7 @@ def plan(job: Job, profile: Profile, devices: int) -> Plan:
     calls = calls_of(job)
     parts = {
         f"{kind} passes": job.shape.layers * calls.count[kind] * profile.costs[kind].layer
+        + calls.widths[kind] * profile.costs[kind].width
         + calls.flops[kind] * profile.costs[kind].flop
         for kind in KINDS
         if calls.count.get(kind)
@@ -357,7 +386,3 @@ def _duration(seconds: float) -> str:
     if seconds < 120:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
-
-
-def as_json(profile: Profile) -> dict[str, Any]:
-    return asdict(profile)

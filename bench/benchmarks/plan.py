@@ -27,11 +27,11 @@ from bench.benchmarks.memory import TensorMemory
 from bench.data import load_dataset
 from bench.models import find_model
 from bench.origin import hardware
-from bench.plan import KINDS, Cost, Job, Profile, Shape, plan
+from bench.plan import KINDS, Cost, Job, Profile, Shape, held, memory_of, plan
 from bench.scoring_job import DRAWS_PER_TASK, Resources, ScoreSpec, score
 from bench.unlearning_job import UnlearnSpec, unlearn
 from scoring.cluster import Footprint, connect
-from scoring.mrd import Request
+from scoring.mrd import Request, estimate
 from scoring.pool import ReplicaPool, ReplicaSpec, Task
 from scoring.replica import TransformersReplica, load_model
 from scoring.samples import Sample, encode, make_batches
@@ -40,7 +40,7 @@ SIGMA = 1e-5
 # Width, layers; heads are of 32.
 FITTED = ((64, 2), (160, 6), (384, 4))
 CHECKED = {"small": (96, 4), "large": (288, 5)}
-TOKENS, SCORED, BATCH_TOKENS = 24, 10, 2048
+TOKENS, SCORED, BATCH_TOKENS = 24, 10, 4096
 REPEATS = 5
 STARTS = 3
 UPDATES = 12
@@ -65,11 +65,14 @@ class Check:
     Attributes:
         what: was run.
         planned, measured: seconds.
+        planned_bytes, measured_bytes: that tensors take in a replica, at their most; None where it is not measured.
     """
 
     what: str
     planned: float
     measured: float
+    planned_bytes: float | None = None
+    measured_bytes: float | None = None
 
 
 def run_benchmark(out: str | None) -> None:
@@ -83,17 +86,23 @@ def run_benchmark(out: str | None) -> None:
         profile = measure(folder, tokenizer)
         print(f"{profile.hardware}, one thread a replica")
         for kind, cost in profile.costs.items():
-            print(f"{kind:<10} {1e-9 / cost.flop:8.1f} GFLOP/s of a forward pass, {1e3 * cost.layer:.3f} ms a layer")
+            print(
+                f"{kind:<10} {1e9 * cost.flop:8.4f} ns an operation of a forward pass, {1e9 * cost.width:.2f} ns an "
+                f"activation, {1e3 * cost.layer:.2f} ms a layer"
+            )
         print(f"{'noise':<10} {1e9 * profile.noise:8.2f} ns a weight; updates {1e9 * profile.update:.2f} ns a weight")
         print(
             f"{'start':<10} {profile.start:8.1f} s; a task waits {1e3 * profile.task:.1f} ms; a replica beside another "
             f"keeps {profile.sharing:.0%} of its speed"
         )
         checks = [_check(profile, folder, tokenizer, *run) for run in RUNS]
-    print(f"{'run':<62}{'planned':>10}{'measured':>10}{'ratio':>8}")
+    print(f"{'run':<66}{'planned':>10}{'measured':>10}{'ratio':>8}")
     for check in checks:
         ratio = check.planned / check.measured
-        print(f"{check.what:<62}{check.planned:>8.1f} s{check.measured:>8.1f} s{ratio:>8.2f}")
+        print(f"{check.what:<66}{check.planned:>8.1f} s{check.measured:>8.1f} s{ratio:>8.2f}")
+        if check.planned_bytes is not None and check.measured_bytes is not None:
+            sizes = (check.planned_bytes / 1e6, check.measured_bytes / 1e6)
+            print(f"{'  memory of a replica':<66}{sizes[0]:>7.0f} MB{sizes[1]:>7.0f} MB{sizes[0] / sizes[1]:>8.2f}")
     if out:
         figures = {"profile": asdict(profile), "checks": [asdict(check) for check in checks]}
         Path(out).write_text(json.dumps(figures, indent=2) + "\n")
@@ -103,35 +112,36 @@ def measure(folder: Path, tokenizer: Any) -> Profile:
     """The constants of this machine, of replicas of one thread."""
     rng = np.random.default_rng(0)
     models = {cut: _model(folder, tokenizer, *cut) for cut in FITTED}
-    times: dict[str, list[tuple[float, float, float]]] = {kind: [] for kind in KINDS[:3]}
-    activation = {}
+    times: dict[str, list[tuple[float, ...]]] = {kind: [] for kind in KINDS[:3]}
+    sizes: dict[str, list[tuple[float, ...]]] = {kind: [] for kind in times}
     for cut, path in models.items():
         replica = TransformersReplica(load_model(path))
         shape = shape_of(replica.model)
-        whole = _batch(rng, shape.vocabulary, BATCH_TOKENS)
-        few = _batch(rng, shape.vocabulary, BATCH_TOKENS // 8)
-        calls: dict[str, tuple[Any, Callable[[], object]]] = {
-            "forward": (whole, partial(replica.logprobs, whole)),
-            "gradient": (whole, partial(replica.log_abs_gradient_norms, whole)),
-            "curvature": (few, partial(replica.second_derivatives, few, 0, 0)),
+        calls: dict[str, tuple[int, Callable[[Any], object]]] = {
+            "forward": (BATCH_TOKENS, replica.logprobs),
+            "gradient": (BATCH_TOKENS, replica.log_abs_gradient_norms),
+            "curvature": (BATCH_TOKENS // 4, partial(replica.second_derivatives, seed=0, draw=0)),
         }
-        for kind, (batch, call) in calls.items():
-            flops = shape.forward_flops(len(batch) * TOKENS, len(batch) * SCORED, TOKENS)
-            times[kind].append((shape.layers, flops, _best(call)))
-            if cut == FITTED[-1]:
-                deep = shape.layers if kind == "gradient" else 1
-                units = len(batch) * (TOKENS * shape.hidden * deep + SCORED * shape.vocabulary)
-                activation[kind] = _peak(call) / units
+        for kind, (most, call) in calls.items():
+            # Of two lengths, or what grows with the batch could not be told from what grows with the model.
+            for tokens in (most, most // 8):
+                batch = _batch(rng, shape.vocabulary, tokens)
+                through = len(batch) * TOKENS, len(batch) * SCORED
+                peak = _peak(replica, partial(call, batch))
+                sizes[kind].append((*held(shape, kind, *through), 4 * shape.params, peak))
+                work = shape.widths(*through), shape.forward_flops(*through, TOKENS)
+                times[kind].append((shape.layers, *work, _median_seconds(partial(call, batch))))
         if cut == FITTED[-1]:
             replica.perturb(SIGMA, 0, 0)
-            moved = _best(partial(replica.perturb, SIGMA, 0, 1))
-            noise = (moved + _best(replica.restore) / DRAWS_PER_TASK) / shape.params
+            moved = _median_seconds(partial(replica.perturb, SIGMA, 0, 1))
+            noise = (moved + _median_seconds(replica.restore) / DRAWS_PER_TASK) / shape.params
     fitted = {kind: _fit(np.array(rows)) for kind, rows in times.items()}
     training, update = _training(folder, models)
     start, load = _starting(models)
-    costs = {kind: Cost(layer, flop, activation[kind]) for kind, (layer, flop) in fitted.items()}
+    memory = {kind: _fit(np.array(rows)) for kind, rows in sizes.items()}
+    costs = {kind: Cost(*fitted[kind], *memory[kind]) for kind in fitted}
     # A forward pass that keeps what the backward one needs holds what `gradient` does.
-    costs["training"] = Cost(*training, activation["gradient"])
+    costs["training"] = Cost(*training, *memory["gradient"])
     return Profile(
         name="here",
         hardware=hardware(),
@@ -177,8 +187,8 @@ def _batch(rng: np.random.Generator, vocabulary: int, tokens: int) -> Any:
     return batch
 
 
-def _best(call: Callable[[], object]) -> float:
-    """Seconds, of several: what else the machine does only adds to them."""
+def _median_seconds(call: Callable[[], object]) -> float:
+    """Of a call that is no longer the first."""
     call()
     seconds = []
     for _ in range(REPEATS):
@@ -188,14 +198,15 @@ def _best(call: Callable[[], object]) -> float:
     return float(np.median(seconds))
 
 
-def _peak(call: Callable[[], object]) -> float:
-    """Bytes of the tensors that a call makes, at their most."""
+def _peak(replica: TransformersReplica, call: Callable[[], object]) -> float:
+    """Bytes of the weights and of the tensors that a call makes, at their most."""
     with TensorMemory() as memory:
+        memory.count(*replica.model.parameters())
         call()
     return float(memory.peak)
 
 
-def _fit(rows: np.ndarray) -> tuple[float, ...]:
+def _fit(rows: np.ndarray) -> Any:
     """Coefficients, none below 0, of the columns but the last that give the last, (n, c + 1) -> c: by relative errors,
     so that small models count as much as large ones."""
     scale = np.linalg.norm(rows[:, :-1] / rows[:, -1:], axis=0)
@@ -203,8 +214,8 @@ def _fit(rows: np.ndarray) -> tuple[float, ...]:
     return tuple(float(value) for value in solved / scale)
 
 
-def _training(folder: Path, models: dict[tuple[int, int], Path]) -> tuple[tuple[float, float], float]:
-    """Seconds a layer and call, and for each operation; and for each weight and update."""
+def _training(folder: Path, models: dict[tuple[int, int], Path]) -> tuple[tuple[float, ...], float]:
+    """Seconds a layer and call, for each activation and operation; and for each weight and update."""
     rows = []
     for path in models.values():
         shape = shape_of(load_model(path))
@@ -215,10 +226,11 @@ def _training(folder: Path, models: dict[tuple[int, int], Path]) -> tuple[tuple[
                 folder / f"trained-{path.name}-{algorithm}-{batch_size}",
                 progress=False,
             )
-            flops = calls * shape.forward_flops(batch_size * tokens, batch_size * scored, tokens)
-            rows.append((calls * shape.layers, flops, shape.params, run.record["seconds"]["training"] / UPDATES))
-    layer, flop, update = _fit(np.array(rows))
-    return (layer, flop), update
+            through = calls * batch_size * tokens, calls * batch_size * scored
+            work = shape.widths(*through), shape.forward_flops(*through, tokens)
+            rows.append((calls * shape.layers, *work, shape.params, run.record["seconds"]["training"] / UPDATES))
+    *call, update = _fit(np.array(rows))
+    return tuple(call), update
 
 
 def _unlearning(model: Path, data: Path, algorithm: str, batch_size: int = 4, **fields: Any) -> UnlearnSpec:
@@ -319,12 +331,14 @@ def _check(
     model, data = _model(folder, tokenizer, *CHECKED[size]), _data(folder, count)
     shape = shape_of(load_model(model))
     tokens, scored, _ = _sizes(model, folder, count)
+    sizes: tuple[float, float] | tuple[()] = ()
     if "estimator" in asked:
         spec = ScoreSpec(str(model), str(data), **asked)
         job = Job(shape, count, tokens, scored, batch_tokens=spec.batch_tokens, **asked)
         out = folder / f"{size}-{asked['estimator']}.parquet"
         measured = score(spec, out, Resources(replicas=replicas), progress=False).seconds
         planned = plan(job, profile, replicas).seconds
+        sizes = memory_of(job.checked(), profile), _replica_bytes(model, data, asked["estimator"], spec.batch_tokens)
         what = f"{asked['estimator']}, {count} samples" + (f", {asked['draws']} draws" if "draws" in asked else "")
     else:
         retained = float(asked["algorithm"] == "GradDiff")
@@ -337,4 +351,15 @@ def _check(
         # In this process: nothing is started.
         planned = found.seconds - found.parts["start"]
         what = f"{asked['algorithm']}, {count} samples, {asked['epochs']} epochs"
-    return Check(f"{what}, {shape.params / 1e6:.2f} M weights, {replicas} replica(s)", planned, measured)
+    return Check(f"{what}, {shape.params / 1e6:.2f} M weights, {replicas} replica(s)", planned, measured, *sizes)
+
+
+def _replica_bytes(model: Path, data: Path, estimator: str, batch_tokens: int) -> float:
+    """What the tensors of a replica take while it scores the largest batch, at their most."""
+    samples, _ = encode(load_dataset(str(data)).texts, find_model(str(model)).tokenizer, 256)
+    largest = max(make_batches(samples, batch_tokens), key=lambda batch: batch.input_ids.numel())
+    replica = TransformersReplica(load_model(model))
+    with TensorMemory() as memory:
+        memory.count(*replica.model.parameters())
+        estimate(replica, [largest], Request(estimator, SIGMA, 0, 0, 1))
+    return float(memory.peak)

@@ -1,0 +1,209 @@
+"""Plans: sums by hand with round constants, and what is refused. How far they are from runs, `benchmark plan` says."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from bench.benchmarks import plan as benchmark
+from bench.cli import main
+from bench.plan import Cost, Job, Profile, Shape, calls_of, find_profile, memory_of, plan, profiles
+from scoring.errors import UserError
+
+SHAPE = Shape(params=1e6, layers=2, hidden=100, vocabulary=1000)
+# A forward pass at 1 GFLOP/s and 1 ms a layer; the others 2, 10 and 3 times as dear.
+PROFILE = Profile(
+    name="round",
+    hardware="a round machine",
+    measured=True,
+    costs={
+        "forward": Cost(1e-3, 1e-7, 1e-9, 8.0, 4.0, 1.0),
+        "gradient": Cost(2e-3, 2e-7, 2e-9, 20.0, 4.0, 2.0),
+        "curvature": Cost(10e-3, 10e-7, 10e-9, 16.0, 4.0, 4.0),
+        "training": Cost(3e-3, 3e-7, 3e-9, 20.0, 4.0, 2.0),
+    },
+    noise=1e-9,
+    update=2e-9,
+    start=5.0,
+    load=1e-6,
+    task=0.01,
+    sharing=0.5,
+    memory=1e9,
+)
+# 100 samples of 40 tokens: 4,000 tokens, 10 batches of 10.
+JOB = Job(SHAPE, samples=100, tokens=40, scored=10, batch_tokens=400)
+# 2 (1e6 - 2e5) weights of the layers and 4 * 40 * 100 * 2 of attention for each token; 2 * 1e5 for each that is scored.
+FLOPS = 4000 * (2 * 8e5 + 32_000) + 1000 * 2e5
+# 100 units in 2 layers, and logits of the scored.
+WIDTHS = 4000 * 200 + 1000 * 1000
+# Of all samples, at the forward pass's price.
+PASS = 1e-7 * WIDTHS + 1e-9 * FLOPS
+
+
+def seconds_of(job: Job, devices: int = 1, profile: Profile = PROFILE) -> dict[str, float]:
+    return plan(job, profile, devices).parts
+
+
+def test_forward_flops_are_those_that_torch_counts() -> None:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=500,
+            hidden_size=64,
+            intermediate_size=171,
+            num_hidden_layers=3,
+            num_attention_heads=2,
+            attn_implementation="eager",
+        )
+    )
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(input_ids=torch.zeros(5, 30, dtype=torch.long), use_cache=False)
+    shape = benchmark.shape_of(model)
+    assert shape.forward_flops(150, 150, 30) == pytest.approx(counter.get_total_flops(), rel=0.02)
+
+
+def test_a_shape_of_a_size() -> None:
+    for params, layers, hidden in ((1e9, 16, 2048), (7e9, 32, 4096), (70e9, 80, 8192)):
+        shape = Shape.of_size(params)
+        assert shape.layers == pytest.approx(layers, rel=0.3)
+        assert shape.hidden == pytest.approx(hidden, rel=0.3)
+        assert 12 * shape.layers * shape.hidden**2 + 2 * shape.vocabulary * shape.hidden == pytest.approx(
+            params, rel=0.02
+        )
+
+
+def test_gradient_by_hand() -> None:
+    assert seconds_of(JOB) == {
+        "gradient passes": pytest.approx(10 * 2 * 2e-3 + 2 * PASS),
+        # A task for each batch.
+        "scheduling": pytest.approx(10 * 0.01),
+        # 4e6 bytes of weights.
+        "start": pytest.approx(5 + 4.0),
+    }
+
+
+def test_monte_carlo_by_hand() -> None:
+    """10 batches are one shard; 20 draws are two tasks. Every draw writes all weights once."""
+    parts = seconds_of(dataclasses.replace(JOB, estimator="monte-carlo", draws=20))
+    assert parts["forward passes"] == pytest.approx(21 * (10 * 2 * 1e-3 + PASS))
+    assert parts["noise"] == pytest.approx(20 * 1e6 * 1e-9)
+    assert parts["scheduling"] == pytest.approx(2 * 0.01)
+    assert calls_of(dataclasses.replace(JOB, estimator="monte-carlo").checked()).count["forward"] == 2010
+
+
+def test_the_other_estimators_by_hand() -> None:
+    parts = seconds_of(dataclasses.replace(JOB, estimator="antithetic", draws=5))
+    assert parts["forward passes"] == pytest.approx((2 * 5 + 1 + 2) * (10 * 2 * 1e-3 + PASS))
+    assert parts["noise"] == pytest.approx(2 * 5 * 1e6 * 1e-9)
+    parts = seconds_of(dataclasses.replace(JOB, estimator="curvature"))
+    assert parts["curvature passes"] == pytest.approx(8 * (10 * 2 * 10e-3 + 10 * PASS))
+
+
+def test_unlearning_by_hand() -> None:
+    """100 samples, 4 an update, for 3 epochs: 75 updates, each of two calls."""
+    parts = seconds_of(dataclasses.replace(JOB, estimator=None, epochs=3, retained=1))
+    assert parts["training passes"] == pytest.approx(150 * 2 * 3e-3 + 2 * 3 * 3 * PASS)
+    assert parts["updates"] == pytest.approx(75 * 1e6 * 2e-9)
+    assert "scheduling" not in parts
+
+
+def test_replicas_share_the_work() -> None:
+    """Two keep half of their speed each here; of ten tasks three replicas do four, three and three."""
+    alone, two, three = (seconds_of(JOB, devices) for devices in (1, 2, 3))
+    assert two["gradient passes"] == pytest.approx(alone["gradient passes"])
+    assert three["gradient passes"] == pytest.approx(alone["gradient passes"] / (3 * 0.5 * (10 / 3 / 4)))
+    assert alone["start"] == two["start"] == three["start"]
+
+
+def test_memory_by_hand() -> None:
+    # 400 tokens in 2 layers of 100, and 1,000 logits of each of the 100 that are scored.
+    active = 20 * 400 * 100 * 2 + 4 * 100 * 1000
+    assert memory_of(JOB.checked(), PROFILE) == pytest.approx(2 * 4e6 + active)
+    drawn = dataclasses.replace(JOB, estimator="monte-carlo").checked()
+    shallow = 8 * 400 * 100 + 4 * 100 * 1000
+    assert memory_of(drawn, PROFILE) == pytest.approx(4e6 + 4e6 + shallow)
+    pairs = dataclasses.replace(JOB, estimator="antithetic").checked()
+    assert memory_of(pairs, PROFILE) == pytest.approx(4e6 + 8e6 + 2 * shallow)
+    taught = dataclasses.replace(JOB, estimator=None, epochs=1).checked()
+    assert memory_of(taught, PROFILE) == pytest.approx(16e6 + active)
+
+
+def test_a_model_larger_than_a_device_takes_several() -> None:
+    small = dataclasses.replace(PROFILE, memory=5e6)
+    found = plan(JOB, small, 8)
+    assert found.memory == pytest.approx(8e6 + 20 * 400 * 200 + 4 * 100 * 1000)
+    # 10 MB, of which a device has 4.5.
+    assert (found.devices, found.replicas) == (3, 2)
+    with pytest.raises(UserError, match=r"a replica needs .* which is 3 of a round machine; there are 2"):
+        plan(JOB, small, 2)
+
+
+def test_costs_are_found_again() -> None:
+    rows = np.array(
+        [(layers, flops, 2e-3 * layers + 3e-10 * flops) for layers, flops in ((2, 1e6), (6, 1e8), (4, 1e9))]
+    )
+    assert benchmark._fit(rows) == pytest.approx((2e-3, 3e-10))
+
+
+def test_profiles(tmp_path: Path) -> None:
+    known = profiles()
+    assert known["cpu-core"].measured
+    assert not known["h100"].measured
+    kept = tmp_path / "here.json"
+    kept.write_text(json.dumps({"profile": dataclasses.asdict(PROFILE)}))
+    assert find_profile(str(kept)) == PROFILE
+
+
+def test_the_checks_that_are_kept_are_within_30_percent() -> None:
+    """Of the committed run of the benchmark: seconds, and bytes."""
+    figures = json.loads((Path(__file__).parents[1] / "results" / "benchmark" / "plan-2-cores.json").read_text())
+    seconds = [check["planned"] / check["measured"] for check in figures["checks"]]
+    sizes = [c["planned_bytes"] / c["measured_bytes"] for c in figures["checks"] if c["measured_bytes"]]
+    assert len(seconds) >= 6
+    assert all(0.7 <= ratio <= 1.3 for ratio in [*seconds, *sizes])
+    # The profile that comes along is the one that was measured then.
+    kept = Profile.read(figures["profile"])
+    for kind, cost in profiles()["cpu-core"].costs.items():
+        assert dataclasses.astuple(cost) == pytest.approx(dataclasses.astuple(kept.costs[kind]), rel=1e-3)
+
+
+def test_on_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    command = "plan --model-params 7e9 --samples 1e6 --estimator monte-carlo --gpus 16 --price 3"
+    assert main(command.split()) == 0
+    said = capsys.readouterr().out
+    assert "1,000,000 samples of 100 tokens, a model of 7 G weights: monte-carlo with 200 draws" in said
+    assert "limit   forward passes: see --estimator gradient" in said
+    assert "at 3 an hour and device" in said
+    assert "h100 is from its data sheet and was not measured" in said
+    assert main(["plan", "--model-params", "1e6", "--samples", "100", "--profile", "cpu-core", "--gpus", "2"]) == 0
+    assert "was not measured" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--samples 0", "--samples 0: expected 1 or more"),
+        ("--samples 1e4 --scored 200", "--scored 200: expected 1 to --tokens, 100"),
+        ("--samples 1e4 --estimator gradiant", "unknown estimator 'gradiant': expected one of"),
+        ("--samples 1e4 --profile h10", "unknown profile 'h10': expected one of"),
+        ("--samples 1e4 --profile none.json", "profile 'none.json' cannot be read"),
+        ("--samples 1e4 --gpus 0", "--gpus 0: expected 1 or more"),
+        ("--samples 1e4 --model-params 5", "--model-params 5: expected a number of weights"),
+        ("--samples 1e4 --model-params 7e11 --gpus 4", "a replica needs"),
+        ("--samples 1e4 --dtype float8", "unknown dtype 'float8'"),
+        ("--samples 1e4 --epochs -1", "expected 0 or more"),
+    ],
+)
+def test_refused(capsys: pytest.CaptureFixture[str], flags: str, message: str) -> None:
+    given = flags if "--model-params" in flags else f"--model-params 1e9 {flags}"
+    assert main(["plan", *given.split()]) == 2
+    line = capsys.readouterr().err
+    assert message in line
+    assert line.count("\n") == 1
