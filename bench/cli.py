@@ -209,7 +209,17 @@ def _benchmark_arguments(benchmark: argparse.ArgumentParser) -> None:
 
     add = what("cluster", "scaling over replicas, what scheduling adds, and the driver's memory as data sets grow")
     add("--split", help="of a task")
-    add("--sizes", type=_sizes, default="1000,10000,100000", help="samples of the data sets (default: %(default)s)")
+    add("--sizes", type=_sizes, default="1000,100000", help="samples of the data sets (default: %(default)s)")
+
+    about = "how much of a card's arithmetic MRD reaches, on a random Llama"
+    sub = which.add_parser("gpu", help=about, description=about, allow_abbrev=False)
+    sub.set_defaults(run=_benchmark, parser=sub)
+    sub.add_argument("--model-params", type=float, default=1e9, help="weights (default: %(default)g)")
+    sub.add_argument("--samples", type=int, default=400, help="(default: %(default)s)")
+    sub.add_argument("--tokens", type=int, default=128, help="of a sample (default: %(default)s)")
+    sub.add_argument("--draws", type=int, default=200, help="K of Monte Carlo (default: %(default)s)")
+    sub.add_argument("--batch-tokens", type=int, default=8192, help="tokens a batch (default: %(default)s)")
+    sub.add_argument("--out", help="also write the figures to this JSON file")
 
     about = "the constants of `mrd-bench plan` on this machine, and its sums against runs"
     sub = which.add_parser("plan", help=about, description=about, allow_abbrev=False)
@@ -686,6 +696,18 @@ def _benchmark(arguments: argparse.Namespace) -> None:
         from bench.benchmarks import sweep
 
         sweep.run_benchmark(arguments.model, arguments.data, arguments.split, arguments.trials, arguments.out)
+        return
+    if arguments.what == "gpu":
+        from bench.benchmarks import gpu
+
+        gpu.run_benchmark(
+            arguments.model_params,
+            arguments.samples,
+            arguments.tokens,
+            arguments.draws,
+            arguments.batch_tokens,
+            arguments.out,
+        )
         return
     if arguments.what == "plan":
         from bench.benchmarks import plan

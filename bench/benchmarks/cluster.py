@@ -10,6 +10,7 @@ memory      the largest memory of the driver of `mrd-bench score` while it score
 from __future__ import annotations
 
 import json
+import math
 import random
 import subprocess
 import sys
@@ -23,11 +24,12 @@ from typing import Any
 import numpy as np
 import psutil
 import torch
+from scipy import stats
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from bench.data import load_dataset
 from bench.models import find_model
-from bench.statistics import Estimate, mean, over_samples
+from bench.statistics import LEVEL, Estimate
 from scoring.cluster import Footprint, connect
 from scoring.errors import UserError
 from scoring.mrd import Request
@@ -38,9 +40,9 @@ from scoring.samples import Batch, Text, encode, make_batches
 SIGMA = 1e-5
 BATCH_TOKENS = 2048
 TURNS = 7
-DRAWS, DRAWS_PER_TASK = 16, 2
+DRAWS, DRAWS_PER_TASK = 8, 2
 QUEUED_SAMPLES = 4000
-SIZES = (1_000, 10_000, 100_000)
+
 POLL_S = 0.05
 
 
@@ -57,10 +59,11 @@ def run_benchmark(model: str, data: str, split: str | None, sizes: Sequence[int]
     # One core more than replicas are measured on: the pools live side by side, and only one works at a time.
     connect(num_cpus=3)
     figures: dict[str, Any] = {"model": model, "samples": len(encoded), "turns": TURNS}
-    figures |= _scaling(ReplicaSpec(reference.source, reference.revision), make_batches(encoded, BATCH_TOKENS))
+    scaling = _scaling(ReplicaSpec(reference.source, reference.revision), make_batches(encoded, BATCH_TOKENS))
     with tempfile.TemporaryDirectory(prefix="mrd-bench-") as folder:
         small = _small_model(reference.tokenizer, Path(folder) / "model")
-        figures |= _scheduling(small, reference.tokenizer)
+        scheduling = _scheduling(small, reference.tokenizer)
+        figures |= {"scaling_seconds": scaling, "scheduling_seconds": scheduling, **_summed_up(scaling, scheduling)}
         figures["driver_megabytes"] = {
             size: _driver_megabytes(small, _data_file(Path(folder), size), Path(folder)) for size in sorted(sizes)
         }
@@ -69,8 +72,8 @@ def run_benchmark(model: str, data: str, split: str | None, sizes: Sequence[int]
         Path(out).write_text(json.dumps(figures, indent=2) + "\n")
 
 
-def _scaling(spec: ReplicaSpec, batches: Sequence[Batch]) -> dict[str, Any]:
-    """Seconds of each turn on one and on two replicas, and the efficiency of the second."""
+def _scaling(spec: ReplicaSpec, batches: Sequence[Batch]) -> dict[int, list[float]]:
+    """Seconds of each turn on one and on two replicas."""
     step = DRAWS_PER_TASK
     tasks = [Task(0, Request("monte-carlo", SIGMA, 0, first, first + step)) for first in range(0, DRAWS, step)]
     seconds: dict[int, list[float]] = {1: [], 2: []}
@@ -82,10 +85,10 @@ def _scaling(spec: ReplicaSpec, batches: Sequence[Batch]) -> dict[str, Any]:
         for turn in range(TURNS):
             for replicas in (1, 2) if turn % 2 else (2, 1):
                 seconds[replicas].append(_drain(pools[replicas], tasks, [batches]))
-    return {"scaling_seconds": seconds, "efficiency": asdict(_paired(seconds[1], [2 * s for s in seconds[2]]))}
+    return seconds
 
 
-def _scheduling(model: Path, tokenizer: Any) -> dict[str, Any]:
+def _scheduling(model: Path, tokenizer: Any) -> dict[str, list[float]]:
     """Seconds for every 1,000 samples in this process and behind the queue, a task for each batch."""
     samples, _ = encode(_texts(QUEUED_SAMPLES), tokenizer, 256)
     shards = [[batch] for batch in make_batches(samples, BATCH_TOKENS)]
@@ -101,8 +104,7 @@ def _scheduling(model: Path, tokenizer: Any) -> dict[str, Any]:
         for turn in range(TURNS):
             for key in sorted(pools, reverse=bool(turn % 2)):
                 seconds[key].append(_drain(pools[key], tasks, shards) / len(samples) * 1000)
-    added = np.array(seconds["queued"]) - np.array(seconds["alone"])
-    return {"scheduling_seconds": seconds, "tasks": len(tasks), "overhead": asdict(mean(added))}
+    return seconds
 
 
 def _drain(pool: ReplicaPool | LocalPool, tasks: Sequence[Task], shards: Sequence[Sequence[Batch]]) -> float:
@@ -112,10 +114,19 @@ def _drain(pool: ReplicaPool | LocalPool, tasks: Sequence[Task], shards: Sequenc
     return time.perf_counter() - started
 
 
-def _paired(numerator: Sequence[float], denominator: Sequence[float]) -> Estimate:
-    """The ratio of two means, over turns that were measured one after the other."""
-    top, bottom = np.array(numerator), np.array(denominator)
-    return over_samples(lambda rows: top[rows].mean() / bottom[rows].mean(), len(top))
+def _summed_up(seconds: dict[int, list[float]], per_thousand: dict[str, list[float]]) -> dict[str, Any]:
+    """Efficiency of the second replica, and what the queue adds to 1,000 samples: over turns, each with itself."""
+    one, two = np.log(seconds[1]), np.log(seconds[2])
+    ratio = _over_turns(one - two - math.log(2))
+    added = np.array(per_thousand["queued"]) - np.array(per_thousand["alone"])
+    efficiency = Estimate(*(math.exp(value) for value in (ratio.value, ratio.low, ratio.high)))
+    return {"efficiency": asdict(efficiency), "overhead": asdict(_over_turns(added))}
+
+
+def _over_turns(values: np.ndarray) -> Estimate:
+    """The mean and its t interval: turns are too few to be resampled."""
+    half = stats.t.ppf((1 + LEVEL) / 2, len(values) - 1) * values.std(ddof=1) / math.sqrt(len(values))
+    return Estimate(float(values.mean()), float(values.mean() - half), float(values.mean() + half))
 
 
 # --- Memory -------------------------------------------------------------------------------------------------
