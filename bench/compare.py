@@ -13,7 +13,7 @@ import numpy as np
 
 from bench.experiments import bias
 from bench.leaderboard import entry_of, setting_of, shown
-from bench.statistics import LEVEL, Estimate
+from bench.statistics import LEVEL, Estimate, t_interval
 from bench.store import FINISHED, Results
 from scoring.errors import UserError, unknown_name
 
@@ -144,9 +144,7 @@ def _paired(name: str, shared: Sequence[Any], first: Side, second: Side) -> Pair
     difference = values[:, 1] - values[:, 0]
     sign = 1.0 if shown(name).higher_is_better else -1.0
     one, two = (float(mean) for mean in values.mean(axis=0))
-    return Paired(
-        name, len(keys), len(values), unit, one, two, bias.t_interval(difference), paired_g(sign * difference)
-    )
+    return Paired(name, len(keys), len(values), unit, one, two, t_interval(difference), paired_g(sign * difference))
 
 
 def paired_g(differences: np.ndarray, level: float = LEVEL) -> Estimate:

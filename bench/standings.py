@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from bench.experiments import bias
-from bench.statistics import Estimate
+from bench.statistics import Estimate, t_interval
 from bench.words import counted, said, shared
 from scoring.errors import UserError
 
@@ -272,7 +272,7 @@ def _fewest_seeds(own: Sequence[tuple[str, float]]) -> int:
 
 
 def _mean(values: np.ndarray) -> Estimate:
-    return bias.t_interval(values) if len(values) else UNKNOWN
+    return t_interval(values) if len(values) else UNKNOWN
 
 
 def _turned(estimate: Estimate, sign: float) -> Estimate:

@@ -83,6 +83,22 @@ def hedges_g(x: np.ndarray, y: np.ndarray, resamples: int = RESAMPLES, level: fl
     return _bootstrapped(_hedges_g, (x, y), False, resamples, level, seed)
 
 
+def t_interval(x: np.ndarray, level: float = LEVEL) -> Estimate:
+    """The mean of (n,) and its t interval; nan ends for one value."""
+    value = float(x.mean())
+    if len(x) < 2:
+        return Estimate(value, math.nan, math.nan)
+    half = float(stats.t.ppf((1 + level) / 2, len(x) - 1) * x.std(ddof=1) / math.sqrt(len(x)))
+    return Estimate(value, value - half, value + half)
+
+
+def geometric_mean(values: np.ndarray) -> Estimate:
+    """Of positive numbers from few repeats, with Student's interval of their logarithms."""
+    logs = np.log(values)
+    arm = stats.t.ppf((1 + LEVEL) / 2, len(logs) - 1) * logs.std(ddof=1) / np.sqrt(len(logs))
+    return Estimate(*np.exp([logs.mean(), logs.mean() - arm, logs.mean() + arm]).tolist())
+
+
 def holm(p: Sequence[float] | np.ndarray) -> np.ndarray:
     """p values, (N,), corrected for their number (Holm 1979). One that is nan stays so, and counts."""
     values = np.asarray(p, dtype=float)

@@ -10,7 +10,6 @@ memory      the largest memory of the driver of `mrd-bench score` while it score
 from __future__ import annotations
 
 import json
-import math
 import random
 import subprocess
 import sys
@@ -24,12 +23,11 @@ from typing import Any
 import numpy as np
 import psutil
 import torch
-from scipy import stats
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from bench.data import load_dataset
 from bench.models import find_model
-from bench.statistics import LEVEL, Estimate
+from bench.statistics import geometric_mean, t_interval
 from scoring.cluster import Footprint, connect
 from scoring.errors import UserError
 from scoring.mrd import Request
@@ -116,17 +114,9 @@ def _drain(pool: ReplicaPool | LocalPool, tasks: Sequence[Task], shards: Sequenc
 
 def _summed_up(seconds: dict[int, list[float]], per_thousand: dict[str, list[float]]) -> dict[str, Any]:
     """Efficiency of the second replica, and what the queue adds to 1,000 samples: over turns, each with itself."""
-    one, two = np.log(seconds[1]), np.log(seconds[2])
-    ratio = _over_turns(one - two - math.log(2))
+    efficiency = geometric_mean(np.array(seconds[1]) / np.array(seconds[2]) / 2)
     added = np.array(per_thousand["queued"]) - np.array(per_thousand["alone"])
-    efficiency = Estimate(*(math.exp(value) for value in (ratio.value, ratio.low, ratio.high)))
-    return {"efficiency": asdict(efficiency), "overhead": asdict(_over_turns(added))}
-
-
-def _over_turns(values: np.ndarray) -> Estimate:
-    """The mean and its t interval: turns are too few to be resampled."""
-    half = stats.t.ppf((1 + LEVEL) / 2, len(values) - 1) * values.std(ddof=1) / math.sqrt(len(values))
-    return Estimate(float(values.mean()), float(values.mean() - half), float(values.mean() + half))
+    return {"efficiency": asdict(efficiency), "overhead": asdict(t_interval(added))}
 
 
 # --- Memory -------------------------------------------------------------------------------------------------

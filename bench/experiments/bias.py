@@ -21,7 +21,7 @@ import numpy as np
 from scipy import optimize, special, stats
 from scipy.stats import qmc
 
-from bench.statistics import LEVEL, Estimate, holm
+from bench.statistics import LEVEL, Estimate, holm, t_interval
 from scoring.errors import UserError
 
 FEWEST_SELECTIONS = 3  # fewer leave the differences between algorithms with one degree of freedom or none
@@ -781,15 +781,6 @@ def _jackknifed(
         half = float(stats.t.ppf((1 + level) / 2, df) * math.sqrt(variance[k]))
         found.append(Estimate(value, value - half, value + half))
     return found
-
-
-def t_interval(x: np.ndarray, level: float = LEVEL) -> Estimate:
-    """The mean of (n,) and its t interval; nan ends for one value."""
-    value = float(x.mean())
-    if len(x) < 2:
-        return Estimate(value, math.nan, math.nan)
-    half = float(stats.t.ppf((1 + level) / 2, len(x) - 1) * x.std(ddof=1) / math.sqrt(len(x)))
-    return Estimate(value, value - half, value + half)
 
 
 def _ratio(x: np.ndarray, y: np.ndarray) -> np.ndarray:

@@ -12,7 +12,6 @@ import numpy as np
 import pyarrow as pa
 from matplotlib.axes import Axes
 from matplotlib.ticker import NullFormatter, ScalarFormatter
-from scipy import stats
 from tqdm import tqdm
 
 from bench.data import load_dataset, spaced
@@ -22,7 +21,7 @@ from bench.models import find_model
 from bench.plots import BLUE, GREEN, MUTED, Draw
 from bench.score_file import Parts, with_spec_hash, write_scores
 from bench.scoring_job import DRAWS_PER_TASK, Resources
-from bench.statistics import LEVEL, Estimate
+from bench.statistics import Estimate, geometric_mean
 from bench.words import columns, lies_within, markdown, significant
 from scoring.cluster import connect
 from scoring.errors import UserError
@@ -220,13 +219,6 @@ def _cost(timings: pa.Table, estimator: str, size: int) -> Cost:
     rows = [row for row in timings.to_pylist() if (row["estimator"], row["batch_size"]) == (estimator, size)]
     rows.sort(key=lambda row: row["repeat"])
     return Cost(estimator, size, np.array([row["seconds"] for row in rows]), rows[0])
-
-
-def geometric_mean(values: np.ndarray) -> Estimate:
-    """Of positive numbers from few repeats, with Student's interval of their logarithms."""
-    logs = np.log(values)
-    arm = stats.t.ppf((1 + LEVEL) / 2, len(logs) - 1) * logs.std(ddof=1) / np.sqrt(len(logs))
-    return Estimate(*np.exp([logs.mean(), logs.mean() - arm, logs.mean() + arm]).tolist())
 
 
 def ratio(over: Cost, under: Cost) -> Estimate:
