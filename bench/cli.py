@@ -211,6 +211,10 @@ def _benchmark_arguments(benchmark: argparse.ArgumentParser) -> None:
     add("--split", help="of a task")
     add("--sizes", type=_sizes, default="1000,100000", help="samples of the data sets (default: %(default)s)")
 
+    add = what("engines", "a replica of vLLM against one of transformers: log-probs, draws of MRD, answers")
+    add("--split", help="of a task")
+    add("--samples", type=int, default=200, help="at most this many samples (default: 200)")
+
     about = "how much of a card's arithmetic MRD reaches, on a random Llama"
     sub = which.add_parser("gpu", help=about, description=about, allow_abbrev=False)
     sub.set_defaults(run=_benchmark, parser=sub)
@@ -696,6 +700,11 @@ def _benchmark(arguments: argparse.Namespace) -> None:
         from bench.benchmarks import sweep
 
         sweep.run_benchmark(arguments.model, arguments.data, arguments.split, arguments.trials, arguments.out)
+        return
+    if arguments.what == "engines":
+        from bench.benchmarks import engines
+
+        engines.run_benchmark(arguments.model, arguments.data, arguments.split, arguments.samples, arguments.out)
         return
     if arguments.what == "gpu":
         from bench.benchmarks import gpu

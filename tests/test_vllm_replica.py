@@ -505,6 +505,22 @@ def test_evaluate(tmp_path: Path) -> None:
     assert (changed["model"] != changed["original"]).any()
 
 
+def test_the_benchmark_of_engines(
+    folders: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from bench.benchmarks import engines
+
+    monkeypatch.setattr(engines, "TURNS", 2)
+    data, out = write_jsonl(tmp_path / "data.jsonl", pairs(10)), tmp_path / "figures.json"
+    assert main(f"benchmark engines --model {folders()} --data {data} --out {out}".split()) == 0
+    figures = json.loads(out.read_text())
+    assert set(figures["gain"]) == {"log-probs", "draw", "answers"}
+    assert figures["largest_difference_of_logprobs"] <= 2e-5
+    assert figures["median_difference_of_mrd"] <= 1e-3
+    assert figures["same_answers"] == 1
+    assert "vLLM is" in capsys.readouterr().out
+
+
 def test_replicas_of_a_pool_exchange_their_model(folders: Callable[..., Path]) -> None:
     """The weights, where the shape is the same; the engine, where it is not."""
     first, second, other = folders("llama", True), folders("llama", True, 1), folders("gpt2", False)
