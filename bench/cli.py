@@ -250,7 +250,7 @@ def _score_arguments(sub: argparse.ArgumentParser) -> None:
     add("--estimator", default=default["estimator"], help=f"{' | '.join(ESTIMATORS)} (default: %(default)s)")
     add("--statistic", help=f"{' | '.join(STATISTICS)} (default: the estimator's own)")
     add("--sigma", type=float, default=default["sigma"], help="std of the perturbation (default: %(default)g)")
-    add("--draws", type=_draws, help="K, or auto (default: the estimator's own, 200 for monte-carlo)")
+    add("--draws", type=_number_or_auto, help="K, or auto (default: the estimator's own, 200 for monte-carlo)")
     add("--tolerance", type=float, default=default["tolerance"], help="of --draws auto (default: %(default)g)")
     add("--seed", type=int, default=default["seed"])
     add(
@@ -259,7 +259,10 @@ def _score_arguments(sub: argparse.ArgumentParser) -> None:
         help=f"scored tokens: {' | '.join(TOKENS_CHOICES)} (default: %(default)s)",
     )
     add(
-        "--batch-tokens", type=int, default=default["batch_tokens"], help="padded tokens a batch (default: %(default)s)"
+        "--batch-tokens",
+        type=_number_or_auto,
+        default=default["batch_tokens"],
+        help="padded tokens a batch, or auto: what fits into memory (default: %(default)s)",
     )
     add("--dtype", default=default["dtype"], help=f"{' | '.join(DTYPE_CHOICES)} (default: %(default)s)")
     add("--allow-lost-perturbation", action="store_true", help="score although storage rounds the noise away")
@@ -319,7 +322,7 @@ def _spec_arguments(sub: argparse.ArgumentParser, spec: type, meanings: Mapping[
         if bool in kinds:
             options["action"] = argparse.BooleanOptionalAction
         elif field.name == "draws":
-            options["type"] = _draws
+            options["type"] = _number_or_auto
         elif field.name == "settings":
             options["type"] = _settings
         else:
@@ -645,7 +648,7 @@ def _metrics(arguments: argparse.Namespace) -> None:
         print(f"{'':<28}{metric.title}; {metric.source}; tasks: {', '.join(of)}")
 
 
-def _draws(text: str) -> int | str:
+def _number_or_auto(text: str) -> int | str:
     if text == "auto":
         return text
     try:

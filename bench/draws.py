@@ -25,7 +25,7 @@ from tqdm import tqdm
 from bench.models import ModelReference
 from bench.report.findings import ScalingLine
 from bench.score_file import Parts, read_draws, read_scores, with_spec_hash, write_draws, write_scores
-from bench.scoring_job import Resources, ScoreSpec
+from bench.scoring_job import BATCH_TOKENS, Resources
 from scoring.cluster import connect
 from scoring.errors import UserError
 from scoring.mrd import ESTIMATORS, Draws, Request, Statistic, reduce_draws
@@ -106,7 +106,7 @@ def measure_draws(
     identity = _identity(model, samples, points, seed)
     if (found := read_finished(path, identity)) is not None:
         return [_of_point(found, number, point) for number, point in enumerate(points)]
-    batches = make_batches(samples, ScoreSpec.batch_tokens)
+    batches = make_batches(samples, BATCH_TOKENS)
     tasks = [task for number, point in enumerate(points) for task in _tasks(number, point, seed)]
     with Parts(path, identity) as parts:
         todo = [task for task in tasks if not parts.has(task.key)]

@@ -34,8 +34,10 @@ from bench.score_file import (
     write_draws,
     write_scores,
 )
-from scoring.cluster import Footprint, connect, default_gpus, is_gpu_share
+from scoring.batch_size import FitWork
+from scoring.cluster import Footprint, connect, default_gpus, how_many_fit, is_gpu_share
 from scoring.errors import UserError, unknown_name
+from scoring.files import replacing
 from scoring.mrd import ESTIMATORS, STATISTICS, Draws, Request, Until, reduce_draws
 from scoring.pool import ENGINES, ReplicaPool, ReplicaSpec, Task
 from scoring.sample_file import Batches, SampleFile
@@ -43,6 +45,7 @@ from scoring.samples import TOKENS_CHOICES, Rejected, Sample, encoded
 
 SCHEMA_VERSION = 1
 DTYPE_CHOICES = ("float32", "bfloat16", "float64")
+BATCH_TOKENS = 4096
 # Draws in one task: enough to share the noise and the base log-probs, few enough to share the work.
 DRAWS_PER_TASK = 10
 # Batches in one task: estimators that perturb pay for the noise once a task, the others need no such sharing.
@@ -63,7 +66,7 @@ class ScoreSpec:
         tolerance: of the median relative standard error, for draws "auto".
         seed: addresses the noise.
         tokens: "answer" (those the unlearning loss sees) or "all".
-        batch_tokens: padded tokens in a batch.
+        batch_tokens: padded tokens in a batch, or "auto": as many as fit into a replica's memory.
         dtype: of weights and activations.
         allow_lost_perturbation: score although storage rounds the perturbation away; the file says so.
     """
@@ -78,7 +81,7 @@ class ScoreSpec:
     tolerance: float = 0.05
     seed: int = 0
     tokens: str = "answer"
-    batch_tokens: int = 4096
+    batch_tokens: int | str = BATCH_TOKENS
     dtype: str = "float32"
     allow_lost_perturbation: bool = False
 
@@ -108,8 +111,8 @@ class ScoreSpec:
             raise UserError(f"--sigma {self.sigma:g}: expected a number greater than 0 (the paper uses 1e-5)")
         if not 0 < self.tolerance < 1:
             raise UserError(f"--tolerance {self.tolerance:g}: expected a number between 0 and 1")
-        if self.batch_tokens < 1:
-            raise UserError(f"--batch-tokens {self.batch_tokens}: expected at least 1")
+        if self.batch_tokens != "auto" and not (isinstance(self.batch_tokens, int) and self.batch_tokens >= 1):
+            raise UserError(f"--batch-tokens {self.batch_tokens}: expected at least 1, or auto")
         draws = estimator.default_draws if self.draws is None or not estimator.default_draws else self.draws
         if draws != "auto" and estimator.default_draws:
             if not isinstance(draws, int):
@@ -229,9 +232,10 @@ def score(
     samples = SampleFile(_samples(texts, spec, model, rejected))
     _check_tokens(len(samples), samples.largest_token, rejected, model, texts.name)
 
-    shards = _shards(samples.batches(spec.batch_tokens), spec)
-    tasks = _tasks(spec, len(shards))
     with Parts(out, identity) as parts:
+        batch_tokens = _batch_tokens(spec, resources, model, samples, parts)
+        shards = _shards(samples.batches(batch_tokens), spec)
+        tasks = _tasks(spec, len(shards))
         todo = [task for task in tasks if not parts.has(task.key)]
         started = time.perf_counter()
         replaced = _run(spec, resources, model, shards, todo, parts, progress)
@@ -246,6 +250,7 @@ def score(
             "seconds": seconds,
             "replaced_replicas": replaced,
             "engine": resources.engine,
+            "batch_tokens": batch_tokens,
             **origin(*resources.packages()),
         }
         write_scores(table, out, identity, record)
@@ -323,6 +328,26 @@ def _nothing_scored(name: str, rejected: Sequence[Rejected]) -> UserError:
     return UserError(
         f"{name}: none of {len(rejected)} samples can be scored; the first, {first.sample_id!r}: {first.reason}"
     )
+
+
+def _batch_tokens(
+    spec: ScoreSpec, resources: Resources, model: ModelReference, samples: SampleFile, parts: Parts
+) -> int:
+    """Tokens in a batch; once found, they stay for those who continue this run: its parts are of such batches."""
+    if isinstance(spec.batch_tokens, int):
+        return spec.batch_tokens
+    found = parts.folder / "batch_tokens"
+    if not found.is_file():
+        connect()
+        replica = resources.replica(model.source, model.revision, spec.dtype, spec.allow_lost_perturbation)
+        footprint = resources.footprint()
+        sharing = 1 if footprint.gpus else min(resources.replicas or 1000, how_many_fit(footprint))
+        work = FitWork(spec.estimator, samples.longest, sharing)
+        with ReplicaPool(replica, footprint, 1) as pool:
+            ((_, tokens, _),) = list(pool.run([work], [[]]))
+        with replacing(found) as unfinished:
+            unfinished.write_text(str(tokens))
+    return int(found.read_text())
 
 
 def _shards(batches: Batches, spec: ScoreSpec) -> list[Batches]:

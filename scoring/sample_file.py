@@ -52,6 +52,11 @@ class SampleFile:
         return Sample(name, np.where(scored, tokens, ~tokens), scored, int(self._indices[row]))
 
     @property
+    def longest(self) -> int:
+        """Tokens of the longest sample; 0 if there is none."""
+        return int(np.diff(self._ends).max(initial=0))
+
+    @property
     def sample_ids(self) -> pa.Array:
         """Names, (N,) text, in data-set order."""
         return pa.LargeStringArray.from_buffers(

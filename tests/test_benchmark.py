@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from bench.benchmarks.memory import TensorMemory
 from bench.benchmarks.scoring import algorithm_1
 from bench.cli import main
 from scoring.logprob import scored_logprobs
+from scoring.memory import TensorMemory
 from scoring.mrd import Request, estimate
 from scoring.replica import TransformersReplica
 from scoring.samples import collate, make_batches

@@ -23,14 +23,15 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging as transformers_logging
 
 from bench.benchmarks.cluster import pairs_of
-from bench.benchmarks.memory import TensorMemory
 from bench.data import load_dataset
 from bench.models import find_model
 from bench.origin import hardware
 from bench.plan import KINDS, Cost, Job, Profile, Shape, held, memory_of, plan
+from bench.scoring_job import BATCH_TOKENS as BATCH
 from bench.scoring_job import DRAWS_PER_TASK, Resources, ScoreSpec, score
 from bench.unlearning_job import UnlearnSpec, unlearn
 from scoring.cluster import Footprint, connect
+from scoring.memory import TensorMemory
 from scoring.mrd import Request, estimate
 from scoring.pool import ReplicaPool, ReplicaSpec, Task
 from scoring.replica import TransformersReplica, load_model
@@ -334,11 +335,11 @@ def _check(
     sizes: tuple[float, float] | tuple[()] = ()
     if "estimator" in asked:
         spec = ScoreSpec(str(model), str(data), **asked)
-        job = Job(shape, count, tokens, scored, batch_tokens=spec.batch_tokens, **asked)
+        job = Job(shape, count, tokens, scored, batch_tokens=BATCH, **asked)
         out = folder / f"{size}-{asked['estimator']}.parquet"
         measured = score(spec, out, Resources(replicas=replicas), progress=False).seconds
         planned = plan(job, profile, replicas).seconds
-        sizes = memory_of(job.checked(), profile), _replica_bytes(model, data, asked["estimator"], spec.batch_tokens)
+        sizes = memory_of(job.checked(), profile), _replica_bytes(model, data, asked["estimator"], BATCH)
         what = f"{asked['estimator']}, {count} samples" + (f", {asked['draws']} draws" if "draws" in asked else "")
     else:
         retained = float(asked["algorithm"] == "GradDiff")

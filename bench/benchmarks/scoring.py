@@ -28,12 +28,12 @@ import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench.benchmarks.memory import TensorMemory
 from bench.data import load_dataset
 from bench.models import ModelReference, find_model
 from scoring.cluster import Footprint, connect
 from scoring.errors import UserError
 from scoring.logprob import scored_logprobs
+from scoring.memory import TensorMemory
 from scoring.mrd import Draws, Request, estimate, reduce_draws, relative_change
 from scoring.pool import ReplicaPool, ReplicaSpec, Task
 from scoring.replica import TransformersReplica, load_model

@@ -1,0 +1,93 @@
+"""Batches that fill a memory: predicted from small ones, against what large ones really take."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from bench.cli import main
+from bench.score_file import FACTS_KEY
+from scoring.batch_size import LEAST, MOST, USABLE, FitWork, fitting_tokens, free_bytes, peak_bytes
+from scoring.mrd import Request, estimate
+from scoring.replica import TransformersReplica
+from scoring.samples import Sample, collate
+from tests.tiny_models import VOCABULARY, tiny_model
+
+LENGTH = 32
+
+
+def peak_of(replica: TransformersReplica, estimator: str, tokens: int) -> float:
+    rng = np.random.default_rng(1)
+    rows = [rng.integers(0, VOCABULARY, LENGTH) for _ in range(tokens // LENGTH)]
+    batch = collate([Sample(str(i), row, np.arange(LENGTH) > 0, i) for i, row in enumerate(rows)])
+    return peak_bytes(lambda: estimate(replica, [batch], Request(estimator, 1e-5, 0, 0, 1)), replica.device)
+
+
+@pytest.mark.parametrize("estimator", ["gradient", "monte-carlo", "antithetic", "curvature"])
+def test_what_is_found_fits_and_twice_as_much_would_not(estimator: str) -> None:
+    replica = TransformersReplica(tiny_model())  # type: ignore[arg-type]
+    free = peak_of(replica, estimator, 3000) / USABLE
+    tokens = fitting_tokens(replica, estimator, LENGTH, free)
+    # 3,000 fit, so the power of two below does.
+    assert tokens == 2048
+    assert peak_of(replica, estimator, tokens) <= USABLE * free
+    assert peak_of(replica, estimator, 2 * tokens) > USABLE * free
+
+
+def test_the_ends() -> None:
+    replica = TransformersReplica(tiny_model())  # type: ignore[arg-type]
+    assert fitting_tokens(replica, "gradient", LENGTH, 1.0) == LEAST
+    assert fitting_tokens(replica, "gradient", LENGTH, 1e15) == MOST
+    assert free_bytes(torch.device("cpu")) > 1e8
+    # An engine that cuts its own batches.
+    assert FitWork("monte-carlo", LENGTH).do(object(), [], {}) == 4096
+
+
+def test_score(cluster: None, model_folder: Path, data_file: Path, tmp_path: Path) -> None:
+    """The same scores, and the file says how large its batches were."""
+    tables = {}
+    for size in ("auto", "4096"):
+        out = tmp_path / f"{size}.parquet"
+        command = f"score --model {model_folder} --data {data_file} --estimator gradient --replicas 1 --out {out}"
+        assert main([*command.split(), "--batch-tokens", size]) == 0
+        tables[size] = pq.read_table(out)
+    tokens = json.loads(tables["auto"].schema.metadata[FACTS_KEY])["batch_tokens"]
+    assert LEAST <= tokens <= MOST
+    assert tokens & (tokens - 1) == 0
+    assert json.loads(tables["4096"].schema.metadata[FACTS_KEY])["batch_tokens"] == 4096
+    np.testing.assert_allclose(tables["auto"]["mrd"].to_numpy(), tables["4096"]["mrd"].to_numpy(), rtol=1e-5)
+
+
+def test_a_run_that_is_continued_keeps_its_batches(
+    cluster: None, model_folder: Path, data_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What an earlier start found is not found again: the memory may be another's by now."""
+    out = tmp_path / "scores.parquet"
+    command = f"score --model {model_folder} --data {data_file} --estimator gradient --replicas 1 --out {out}".split()
+
+    def stopped(*_: object, **__: object) -> None:
+        # After the first part, as a kill would.
+        (tmp_path / "scores.parquet.parts" / "kept.parquet").touch()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("bench.scoring_job._run", stopped)
+        assert main([*command, "--batch-tokens", "auto"]) == 130
+    (tmp_path / "scores.parquet.parts" / "kept.parquet").unlink()
+    (tmp_path / "scores.parquet.parts" / "batch_tokens").write_text("512")
+    assert main([*command, "--batch-tokens", "auto"]) == 0
+    assert json.loads(pq.read_table(out).schema.metadata[FACTS_KEY])["batch_tokens"] == 512
+
+
+def test_refused(model_folder: Path, data_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = f"score --model {model_folder} --data {data_file} --out {tmp_path / 'x.parquet'} --batch-tokens".split()
+    assert main([*command, "0"]) == 2
+    assert "--batch-tokens 0: expected at least 1, or auto" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        main([*command, "many"])
+    assert "'many' is neither a whole number nor auto" in capsys.readouterr().err
