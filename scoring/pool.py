@@ -66,7 +66,12 @@ class Work(Protocol):
         """Its name, unique within a run."""
 
     def do(self, replica: TransformersReplica, batches: Sequence[Batch], kept: dict[str, Any]) -> Any:
-        """Do it. `kept` is what earlier works on the same group have left in this replica, and is to be added to."""
+        """Do it.
+
+        Args:
+            replica: of transformers, or a `VllmReplica`, which has the same methods but those that differentiate.
+            kept: what earlier works on the same group have left in this replica; to be added to.
+        """
 
 
 AnyWork = TypeVar("AnyWork", bound=Work)

@@ -201,24 +201,29 @@ class _Recorder:
         self._check_rows(name, module, tensor)
         return tensor
 
+    def _add(self, squared: torch.Tensor) -> None:
+        """(B,), from the device of a layer: a replica of several GPUs has its layers on all of them."""
+        self._total += squared.to(self._total.device)
+
     def _add_linear(self, module: nn.Module, inputs: torch.Tensor, grads: torch.Tensor) -> None:
         inputs, grads = _precise(inputs.flatten(1, -2)), _precise(grads.flatten(1, -2))
-        self._total += _outer_product_norms(inputs, grads)
+        self._add(_outer_product_norms(inputs, grads))
         if module.bias is not None:
-            self._total += grads.sum(1).double().square().sum(-1)
+            self._add(grads.sum(1).double().square().sum(-1))
         if self._tied and module is self._head:
-            ids = self._batch.input_ids.unsqueeze(1).expand(-1, grads.shape[1], -1)
+            ids = self._batch.input_ids.to(grads.device).unsqueeze(1).expand(-1, grads.shape[1], -1)
             self._tied_head = (grads.gather(-1, ids), inputs)
 
     def _add_embedding(self, module: nn.Embedding, ids: torch.Tensor, scale: torch.Tensor, grads: torch.Tensor) -> None:
         grads = _precise(grads) * scale
         # Rows of the table used by the same sample several times add up before they are squared.
         same = ids.unsqueeze(1).eq(ids.unsqueeze(2)).to(grads.dtype)
-        self._total += (torch.bmm(grads, grads.mT) * same).double().sum((1, 2))
+        self._add((torch.bmm(grads, grads.mT) * same).double().sum((1, 2)))
         if self._tied and module is self._embedding:
             assert self._tied_head is not None
             gathered, hidden = self._tied_head
-            self._total += 2 * (gathered * torch.bmm(hidden, grads.mT)).double().sum((1, 2))
+            hidden, gathered = hidden.to(grads.device), gathered.to(grads.device)
+            self._add(2 * (gathered * torch.bmm(hidden, grads.mT)).double().sum((1, 2)))
             self._tied_head = None
 
     def _add_generic(self, module: nn.Module, inputs: tuple[torch.Tensor, ...], grads: torch.Tensor) -> None:
@@ -233,7 +238,7 @@ class _Recorder:
         with _hooks_off(module):
             result = vmap(gradient)(tuple(_precise(x) for x in inputs), _precise(grads))
         for g in result.values():
-            self._total += g.flatten(1).double().square().sum(-1)
+            self._add(g.flatten(1).double().square().sum(-1))
 
 
 @contextmanager
