@@ -7,6 +7,7 @@ exchanged, since an engine that moves only some of its weights still gives plaus
 
 from __future__ import annotations
 
+import gc
 import math
 import os
 import tempfile
@@ -108,7 +109,9 @@ class VllmReplica:
             UserError: the model cannot be loaded.
             OtherShape: it is of another shape. In both cases the replica is as it was.
         """
-        base = _Base(source, revision, str(self.dtype).removeprefix("torch."), self._load_device)
+        # Beside the engine a GPU has no room for another model; and noise of a CPU is not that of the engine's.
+        on_gpu = self._load_device != "cpu"
+        base = _Base(source, revision, str(self.dtype).removeprefix("torch."), "cpu", perturbed=not on_gpu)
         if base.shapes != self._base.shapes:
             names = sorted(set(base.shapes.items()) ^ set(self._base.shapes.items()))
             raise OtherShape(f"model {str(source)!r} is of another shape than the replica's: {names[0][0]!r} differs")
@@ -343,9 +346,9 @@ def _prompts(batch: Batch) -> tuple[list[list[int]], list[int], list[int], list[
 
 class _Probe:
     """What transformers says of a few sequences of random tokens: log-probs (B, S), and how a perturbation changes
-    them (None where the weights would not hold it)."""
+    them (None where that is not asked, or the weights would not hold it)."""
 
-    def __init__(self, model: PreTrainedModel, tokens: int) -> None:
+    def __init__(self, model: PreTrainedModel, tokens: int, perturbed: bool) -> None:
         rng = np.random.default_rng(0)
         ids = rng.integers(0, model.config.get_text_config().vocab_size, (PROBE_SEQUENCES, max(2, tokens)))
         scored = np.arange(ids.shape[1]) > 0
@@ -353,7 +356,7 @@ class _Probe:
         replica = TransformersReplica(model)
         self.logprobs = replica.logprobs(self.batch).float().cpu()
         self.change: torch.Tensor | None = None
-        if replica.dtype == torch.float32:
+        if perturbed and replica.dtype == torch.float32:
             replica.perturb(PROBE_SIGMA, 0, 0)
             self.change = replica.logprobs(self.batch).cpu() - self.logprobs
             replica.restore()
@@ -371,7 +374,9 @@ class _Base:
         probe: see `_Probe`.
     """
 
-    def __init__(self, source: str | Path, revision: str | None, dtype: str, device: str) -> None:
+    def __init__(
+        self, source: str | Path, revision: str | None, dtype: str, device: str, perturbed: bool = True
+    ) -> None:
         self.source, self.revision = str(source), revision
         # Here for the check alone: it is gone before the engine takes its memory.
         model = load_model(source, dtype, device, revision)
@@ -383,7 +388,7 @@ class _Base:
         width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         # Keys and values of one token.
         self.cache_bytes = 2 * config.num_hidden_layers * heads * width * DTYPES[dtype].itemsize
-        self.probe = _Probe(model, min(PROBE_TOKENS, self.context))
+        self.probe = _Probe(model, min(PROBE_TOKENS, self.context), perturbed)
         self.folder = Path(source) if Path(source).is_dir() else Path(snapshot_download(self.source, revision=revision))
         files = _files_of(self.folder, self.shapes)
         if files is None:
@@ -393,6 +398,10 @@ class _Base:
             save_file({name: p.detach().cpu().contiguous() for name, p in model.named_parameters()}, path)
             files = dict.fromkeys(self.shapes, str(path))
         self.files = files
+        del model
+        if device != "cpu":
+            gc.collect()
+            torch.cuda.empty_cache()
 
 
 def _files_of(folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, str] | None:
