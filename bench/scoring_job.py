@@ -38,7 +38,7 @@ from scoring.batch_size import FitWork
 from scoring.cluster import Footprint, connect, default_gpus, how_many_fit, is_gpu_share
 from scoring.errors import UserError, unknown_name
 from scoring.files import replacing
-from scoring.mrd import ESTIMATORS, STATISTICS, Draws, Request, Until, reduce_draws
+from scoring.mrd import ESTIMATORS, STATISTICS, Draws, Request, Until, no_gradients, reduce_draws
 from scoring.pool import ENGINES, ReplicaPool, ReplicaSpec, Task
 from scoring.sample_file import Batches, SampleFile
 from scoring.samples import TOKENS_CHOICES, Rejected, Sample, encoded
@@ -265,10 +265,7 @@ def check_engine(spec: ScoreSpec) -> None:
         UserError: an estimator that differentiates, or a dtype that vLLM has not.
     """
     if not ESTIMATORS[spec.estimator].perturbs:
-        raise UserError(
-            f"--estimator {spec.estimator} differentiates, which vLLM does not: use --engine transformers, or "
-            "--estimator monte-carlo or antithetic"
-        )
+        raise no_gradients(spec.estimator)
     check_dtype(spec.dtype)
 
 

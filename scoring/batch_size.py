@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import psutil
@@ -12,8 +12,10 @@ import torch
 
 from scoring.memory import TensorMemory
 from scoring.mrd import Request, estimate
-from scoring.replica import TransformersReplica
 from scoring.samples import Batch, Sample, collate
+
+if TYPE_CHECKING:
+    from scoring.replica import TransformersReplica
 
 # Tokens of the first of two measurements, and what is never left: smaller batches are slow, larger ones gain nothing.
 FIRST, LEAST, MOST = 512, 256, 65536
@@ -41,6 +43,9 @@ class FitWork:
 
     def do(self, replica: Any, batches: Sequence[Batch], kept: dict[str, Any]) -> int:
         """Tokens, padding counted. An engine that cuts batches itself, as vLLM's does, takes any."""
+        # Here, as in the pool: who only asks for a work need not load the models' code.
+        from scoring.replica import TransformersReplica
+
         if not isinstance(replica, TransformersReplica):
             return LEAST * 16
         return fitting_tokens(replica, self.estimator, self.length, free_bytes(replica.device) / self.shared)

@@ -124,18 +124,26 @@ def extraction_likelihood(
     Raises:
         UserError: n below 1, or an unknown denominator.
     """
-    right = _predicted(model, samples, batch_tokens)
+    device = next(model.parameters()).device
+
+    @torch.no_grad()
+    def hits(batch: Batch) -> np.ndarray:
+        batch = batch.to(device)
+        return (scored_logits(model, batch).argmax(-1) == batch.targets).cpu().numpy()
 
     def write(prompts: Sequence[np.ndarray], limits: Sequence[int]) -> list[np.ndarray]:
         return greedy_continuations(model, prompts, limits, eos_token_id, batch_tokens)
 
-    return extraction_likelihood_by(right, write, samples, n, eos_token_id, denominator, scored_only)
+    # Smaller batches than for decoding: logits are formed at every position, not only at the last.
+    most = max(1, batch_tokens // 8)
+    return extraction_likelihood_by(hits, write, samples, most, n, eos_token_id, denominator, scored_only)
 
 
 def extraction_likelihood_by(
-    right: Sequence[np.ndarray],
+    hits: Callable[[Batch], np.ndarray],
     write: Callable[[Sequence[np.ndarray], Sequence[int]], list[np.ndarray]],
     samples: Sequence[Sample],
+    batch_tokens: int,
     n: int = 10,
     eos_token_id: int | None = None,
     denominator: Denominator = "generated",
@@ -144,16 +152,16 @@ def extraction_likelihood_by(
     """EL_n for a model that is asked from outside; see `extraction_likelihood`.
 
     Args:
-        right: for each sample whether the model's most likely token is the true one, for every token but the first,
-            (T-1,) bool.
+        hits: whether the model's most likely tokens are the scored ones of a batch, (B, S) bool.
         write: greedy continuations of prompts up to limits, without the end token.
+        batch_tokens: padded tokens in such a batch.
     """
     _check_ngrams(n, denominator)
     # The shortest prefix of each sample, and where the continuation of each longer one leaves the text.
     firsts = [int(np.argmax(s.scored)) if scored_only else 1 for s in samples]
     departures = [
-        _departures(sample, hits)[first - 1 : max(0, sample.length - n)]
-        for sample, hits, first in zip(samples, right, firsts, strict=True)
+        _departures(sample, right)[first - 1 : max(0, sample.length - n)]
+        for sample, right, first in zip(samples, _predicted(hits, samples, batch_tokens), firsts, strict=True)
     ]
     starts = [
         (row, int(at)) for row, sample in enumerate(samples) for at in np.unique(departures[row]) if at < sample.length
@@ -191,27 +199,17 @@ def _through_end(tokens: np.ndarray, eos_token_id: int | None) -> np.ndarray:
     return tokens[: ends[0] + 1] if ends else tokens
 
 
-def with_all_scored(samples: Sequence[Sample]) -> list[Sample]:
-    """The same with every token but the first scored, numbered by their places in the list."""
+def _predicted(hits: Callable[[Batch], np.ndarray], samples: Sequence[Sample], batch_tokens: int) -> list[np.ndarray]:
+    """Whether the model's argmax is the true token, for every token but the first, (T-1,) for each sample."""
     whole = []
     for i, sample in enumerate(samples):
         scored = np.ones(sample.length, dtype=bool)
         scored[0] = False
         whole.append(replace(sample, scored=scored, index=i))
-    return whole
-
-
-@torch.no_grad()
-def _predicted(model: PreTrainedModel, samples: Sequence[Sample], batch_tokens: int) -> list[np.ndarray]:
-    """Whether the model's argmax is the true token, for every token but the first, (T-1,) for each sample."""
-    device = next(model.parameters()).device
     right: list[np.ndarray] = [np.empty(0, dtype=bool)] * len(samples)
-    # Smaller batches than for decoding: logits are formed at every position, not only at the last.
-    for batch in make_batches(with_all_scored(samples), max(1, batch_tokens // 8)):
-        batch = batch.to(device)
-        hits = (scored_logits(model, batch).argmax(-1) == batch.targets).cpu().numpy()
-        for row, i in enumerate(batch.indices.tolist()):
-            right[i] = hits[row, : samples[i].length - 1]
+    for batch in make_batches(whole, batch_tokens):
+        for i, row in zip(batch.indices.tolist(), hits(batch), strict=True):
+            right[i] = row[: samples[i].length - 1]
     return right
 
 

@@ -26,6 +26,7 @@ from typing import Literal, Protocol
 import numpy as np
 import torch
 
+from scoring.errors import UserError
 from scoring.samples import Batch
 
 Statistic = Literal["mean_abs", "abs_mean"]
@@ -53,6 +54,14 @@ ESTIMATORS: dict[str, Estimator] = {
     "curvature": Estimator(("abs_mean",), 8, False),
 }
 STATISTICS: tuple[Statistic, ...] = ("mean_abs", "abs_mean")
+
+
+def no_gradients(estimator: str) -> UserError:
+    """What to say where vLLM is asked to differentiate."""
+    return UserError(
+        f"--estimator {estimator} differentiates, which vLLM does not: use --engine transformers, or --estimator "
+        "monte-carlo or antithetic"
+    )
 
 
 class Perturbable(Protocol):

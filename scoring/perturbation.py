@@ -30,6 +30,13 @@ def fill_signs_(tensor: torch.Tensor, seed: int, draw: int, name: str) -> torch.
     return tensor.bernoulli_(0.5, generator=generator).mul_(2).sub_(1)
 
 
+def squared_distance(moved: torch.Tensor, kept: torch.Tensor) -> float:
+    """Sum of (moved - kept)^2 in fp64. In pieces: an fp64 copy of a whole embedding matrix would be the largest thing
+    in memory."""
+    pairs = zip(moved.flatten().split(1 << 20), kept.flatten().split(1 << 20), strict=True)
+    return sum((one.double() - other.double()).square_().sum().item() for one, other in pairs)
+
+
 class Perturbation:
     """Moves a model's weights to theta + delta_k and back.
 
@@ -69,8 +76,6 @@ class Perturbation:
         """std(stored(theta + delta) - theta) / sigma over all weights: 1 if the noise survived storage."""
         total, count = 0.0, 0
         for name, live in self._live.items():
-            # In pieces: an fp64 copy of a whole embedding matrix would be the largest thing in memory.
-            pairs = zip(live.flatten().split(1 << 20), self._base[name].flatten().split(1 << 20), strict=True)
-            total += sum((moved.double() - kept.double()).square_().sum().item() for moved, kept in pairs)
+            total += squared_distance(live, self._base[name])
             count += live.numel()
         return math.sqrt(total / count) / sigma

@@ -25,9 +25,10 @@ from transformers import PreTrainedModel
 from scoring.errors import UserError, first_line
 from scoring.generation import check_fit
 from scoring.logprob import scored_logprobs
-from scoring.memorization import extraction_likelihood_by, with_all_scored
+from scoring.memorization import extraction_likelihood_by
+from scoring.mrd import no_gradients
 from scoring.replica import DTYPES, TransformersReplica, check_survival, load_model
-from scoring.samples import Batch, Sample, collate, make_batches
+from scoring.samples import Batch, Sample, collate
 
 # Tokens in one step of the engine, and the longest sequence that it makes room for.
 STEP_TOKENS = 4096
@@ -93,7 +94,6 @@ class VllmReplica:
         self.rounding_share: float | None = None
         self.notes: list[str] = []
         self.dtype = DTYPES[dtype]
-        self.device = torch.device("cpu")
         self._load_device = "auto" if device == "cuda" and tensor_parallel > 1 else device
         self._allow_lost = allow_lost_perturbation
         self._survivals: dict[float, float] = {}
@@ -212,16 +212,14 @@ class VllmReplica:
 
     def extraction_likelihood(self, samples: Sequence[Sample], n: int, eos_token_id: int | None) -> torch.Tensor:
         """EL_n of each sample, (B,) fp64; see `scoring.memorization`."""
-        right: list[np.ndarray] = [np.empty(0, dtype=bool)] * len(samples)
-        for batch in make_batches(with_all_scored(samples), STEP_TOKENS):
-            hits = self.token_scores(batch)[1]
-            for row, i in enumerate(batch.indices.tolist()):
-                right[i] = hits[row, : samples[i].length - 1]
+
+        def hits(batch: Batch) -> np.ndarray:
+            return self.token_scores(batch)[1]
 
         def write(prompts: Sequence[np.ndarray], limits: Sequence[int]) -> list[np.ndarray]:
             return self.greedy_continuations(prompts, limits, eos_token_id)
 
-        return extraction_likelihood_by(right, write, samples, n, eos_token_id)
+        return extraction_likelihood_by(hits, write, samples, STEP_TOKENS, n, eos_token_id)
 
     @torch.no_grad()
     def exact_logprobs(self, batches: Sequence[Batch]) -> list[torch.Tensor]:
@@ -294,14 +292,6 @@ class VllmReplica:
         answers = self._engine.collective_rpc(method, args=arguments)
         self._engine.reset_prefix_cache()
         return answers
-
-
-def no_gradients(estimator: str) -> UserError:
-    """What to say where a vLLM replica is asked to differentiate."""
-    return UserError(
-        f"--estimator {estimator} differentiates, which vLLM does not: use --engine transformers, or --estimator "
-        "monte-carlo or antithetic"
-    )
 
 
 def _prompts(batch: Batch) -> tuple[list[list[int]], list[int], list[int], list[int]]:

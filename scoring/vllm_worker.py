@@ -21,7 +21,7 @@ from safetensors import safe_open
 from vllm.v1.outputs import LogprobsTensors
 
 from scoring.logprob import token_logprobs
-from scoring.perturbation import fill_gaussian_
+from scoring.perturbation import fill_gaussian_, squared_distance
 
 # The CPU backend would pack linear weights for oneDNN and leave empty parameters, that no loader can write to.
 vllm._custom_ops._supports_onednn = False
@@ -68,7 +68,7 @@ class WorkerExtension:
             for name, base in self._bases():
                 live = fill_gaussian_(torch.empty_like(base), sigma, seed, draw, name).add_(base)
                 if measure:
-                    squares += (live.double() - base.double()).square_().sum().item()
+                    squares += squared_distance(live, base)
                     count += live.numel()
                 # See scoring.perturbation.Perturbation.mirror.
                 yield name, live if sign > 0 else live.neg_().add_(base, alpha=2)
