@@ -40,7 +40,6 @@ BATCH_TOKENS = 2048
 TURNS = 7
 DRAWS, DRAWS_PER_TASK = 8, 2
 QUEUED_SAMPLES = 4000
-
 POLL_S = 0.05
 
 
@@ -63,7 +62,7 @@ def run_benchmark(model: str, data: str, split: str | None, sizes: Sequence[int]
         scheduling = _scheduling(small, reference.tokenizer)
         figures |= {"scaling_seconds": scaling, "scheduling_seconds": scheduling, **_summed_up(scaling, scheduling)}
         figures["driver_megabytes"] = {
-            size: _driver_megabytes(small, _data_file(Path(folder), size), Path(folder)) for size in sorted(sizes)
+            size: _driver_megabytes(small, data_file(Path(folder), size), Path(folder)) for size in sorted(sizes)
         }
     _print(figures)
     if out:
@@ -152,7 +151,7 @@ def pairs_of(count: int) -> list[tuple[str, str]]:
     ]
 
 
-def _data_file(folder: Path, count: int) -> Path:
+def data_file(folder: Path, count: int) -> Path:
     path = folder / f"{count}.jsonl"
     with path.open("w") as file:
         for prompt, completion in pairs_of(count):

@@ -14,6 +14,7 @@ import json
 import time
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -61,9 +62,9 @@ def run_benchmark(model: str, data: str, split: str | None, samples: int, out: s
         for engine, pool in pools.items():
             reader = Reader(pool, reference.tokenizer.eos_token_id, BATCH_TOKENS)
             works[engine] = {
-                "log-probs": lambda r=reader: r.likelihoods(chosen),  # type: ignore[misc]
-                "draw": lambda p=pool: _draws(p, shards),  # type: ignore[misc]
-                "answers": lambda r=reader: r.continuations(prompts, [NEW_TOKENS] * len(prompts)),  # type: ignore[misc]
+                "log-probs": partial(reader.likelihoods, chosen),
+                "draw": partial(_draws, pool, shards),
+                "answers": partial(reader.continuations, prompts, [NEW_TOKENS] * len(prompts)),
             }
             # Loads the replica, and forms what is unperturbed.
             found[engine] = {name: work() for name, work in works[engine].items()}

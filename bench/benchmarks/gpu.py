@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from bench.benchmarks.plan import shape_of
 from bench.origin import origin
 from bench.plan import Shape
 from scoring.errors import UserError
@@ -43,12 +44,7 @@ def run_benchmark(params: float, samples: int, tokens: int, draws: int, batch_to
     device = "cuda" if torch.cuda.is_available() else "cpu"
     card = torch.cuda.get_device_name() if device == "cuda" else "CPU"
     model = _model(params)
-    shape = Shape(
-        sum(p.numel() for p in model.parameters()),
-        len(model.model.layers),
-        model.config.hidden_size,
-        _vocabulary(model),
-    )
+    shape = shape_of(model)
     batches = make_batches(_samples(samples, tokens, shape.vocabulary), batch_tokens)
     scored = sum(int(batch.mask.sum()) for batch in batches)
     flops = shape.forward_flops(samples * tokens, scored, tokens)
@@ -91,10 +87,6 @@ def _model(params: float) -> Any:
             num_attention_heads=width // 64,
         )
     )
-
-
-def _vocabulary(model: Any) -> int:
-    return int(model.config.vocab_size)
 
 
 def _samples(count: int, tokens: int, vocabulary: int) -> list[Sample]:

@@ -22,7 +22,7 @@ from scipy.optimize import nnls
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging as transformers_logging
 
-from bench.benchmarks.cluster import pairs_of
+from bench.benchmarks.cluster import data_file
 from bench.data import load_dataset
 from bench.models import find_model
 from bench.origin import hardware
@@ -223,7 +223,7 @@ def _training(folder: Path, models: dict[tuple[int, int], Path]) -> tuple[tuple[
         tokens, scored, _ = _sizes(path, folder, 60)
         for algorithm, batch_size, calls in (("GA", 2, 1), ("GA", 8, 1), ("GradDiff", 4, 2)):
             run = unlearn(
-                _unlearning(path, _data(folder, 60), algorithm, batch_size, max_steps=UPDATES),
+                _unlearning(path, data_file(folder, 60), algorithm, batch_size, max_steps=UPDATES),
                 folder / f"trained-{path.name}-{algorithm}-{batch_size}",
                 progress=False,
             )
@@ -295,7 +295,7 @@ def _waiting(model: Path) -> float:
 
 
 def _sharing(model: Path, tokenizer: Any) -> float:
-    samples, _ = encode(load_dataset(str(_data(model.parent, 200))).texts, tokenizer, 256)
+    samples, _ = encode(load_dataset(str(data_file(model.parent, 200))).texts, tokenizer, 256)
     batches = make_batches(samples, BATCH_TOKENS)
     tasks = [Task(0, Request("monte-carlo", SIGMA, 0, first, first + 2)) for first in range(0, 24, 2)]
     seconds = {}
@@ -310,17 +310,9 @@ def _sharing(model: Path, tokenizer: Any) -> float:
     return min(1.0, seconds[1] / seconds[2] / 2)
 
 
-def _data(folder: Path, count: int) -> Path:
-    path = folder / f"pairs-{count}.jsonl"
-    if not path.exists():
-        lines = [json.dumps({"prompt": prompt, "completion": answer}) for prompt, answer in pairs_of(count)]
-        path.write_text("\n".join(lines) + "\n")
-    return path
-
-
 def _sizes(model: Path, folder: Path, count: int) -> tuple[float, float, int]:
     """Tokens and scored tokens of a sample, on average; and how many samples there are."""
-    samples, _ = encode(load_dataset(str(_data(folder, count))).texts, find_model(str(model)).tokenizer, 256)
+    samples, _ = encode(load_dataset(str(data_file(folder, count))).texts, find_model(str(model)).tokenizer, 256)
     lengths: Sequence[tuple[int, int]] = [(sample.length, sample.num_scored) for sample in samples]
     tokens, scored = np.mean(lengths, axis=0)
     return float(tokens), float(scored), len(samples)
@@ -329,7 +321,7 @@ def _sizes(model: Path, folder: Path, count: int) -> tuple[float, float, int]:
 def _check(
     profile: Profile, folder: Path, tokenizer: Any, size: str, asked: dict[str, Any], count: int, replicas: int
 ) -> Check:
-    model, data = _model(folder, tokenizer, *CHECKED[size]), _data(folder, count)
+    model, data = _model(folder, tokenizer, *CHECKED[size]), data_file(folder, count)
     shape = shape_of(load_model(model))
     tokens, scored, _ = _sizes(model, folder, count)
     sizes: tuple[float, float] | tuple[()] = ()
