@@ -38,7 +38,7 @@ from algorithms.unlearner import (
     trainable_for,
 )
 from scoring.cluster import Footprint, check_versions, how_many_fit, versions
-from scoring.errors import UserError
+from scoring.errors import UserError, first_line
 from scoring.files import replacing
 from scoring.pool import ReplicaPool, ReplicaSpec
 from scoring.replica import TransformersReplica, load_model
@@ -48,7 +48,7 @@ POLL_S = "0.1"
 # Time that workers have to start when the cluster said there is room; Ray itself would wait for ever.
 START_TIMEOUT_S = "300"
 PROGRESS_S = 0.3
-# Where a worker leaves what the user has to mend.
+# Where a worker leaves an error that would come again on every start.
 MISTAKE = ".mistake.txt"
 
 
@@ -60,7 +60,7 @@ class Job:
         recipe: resolved.
         corpus: the samples.
         source, revision: the initial model, see scoring.replica.load_model.
-        folder: of the run: checkpoints, reference and progress are kept there.
+        folder: of the run, an absolute path: checkpoints, reference and progress are kept there.
         tokenizer: is saved with the model.
         evaluation: measured after each epoch; None measures nothing.
         strategy: "ddp" or "fsdp", for more than one worker.
@@ -137,7 +137,7 @@ def train_on_ray(
     os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = POLL_S
     os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = START_TIMEOUT_S
     # Ray Train's own record. A name of its own each time: what there is to continue is in the checkpoints.
-    storage = job.folder.resolve() / ".ray"
+    storage = job.folder / ".ray"
     trainer = TorchTrainer(
         _worker,  # type: ignore[arg-type]
         train_loop_config={"job": job, "threads": footprint.cpus, "of_driver": versions()},
@@ -172,7 +172,7 @@ def train_on_ray(
 
 
 def _worker(config: dict[str, Any]) -> dict[str, Any]:
-    """What each worker does. A user's mistake ends as a value: what is raised, Ray Train tries again."""
+    """What each worker does. An error that would come again ends as a value: what is raised, Ray Train tries again."""
     import ray.train
     import ray.train.torch
 
@@ -203,12 +203,31 @@ def _worker(config: dict[str, Any]) -> dict[str, Any]:
         unlearner_of(job, load_model(job.source, "float32", device, job.revision), group, show, report).run()
     except Diverged as error:
         return {"error": str(error)}  # all workers know the sums, and are here
-    except UserError as error:
-        # The others may be waiting for this one: only an exception ends them. They are started once more, and see this.
-        with replacing(mistake) as unfinished:
-            unfinished.write_text(str(error))
-        raise
+    except Exception as error:
+        if _lost_contact(error) and not mistake.is_file():
+            raise  # another worker has died: Ray Train starts the group again
+        if not mistake.is_file():
+            with replacing(mistake) as unfinished:
+                unfinished.write_text(_cause_of(error))
+        if torch.distributed.is_initialized():
+            if torch.distributed.get_backend() == "nccl":
+                raise  # the others wait on their GPUs, and only Ray Train can end them: started again, they see it
+            # The others may be waiting for this one: it leaves, and they see why.
+            torch.distributed.destroy_process_group()
+        return {"error": mistake.read_text()}
     return {"error": None}
+
+
+def _lost_contact(error: Exception) -> bool:
+    """Whether a collective operation failed, and not this worker's own work. Gloo raises bare RuntimeErrors."""
+    named = any(name in str(error) for name in ("gloo", "NCCL", "Connection closed by peer"))
+    return isinstance(error, torch.distributed.DistError) or (isinstance(error, RuntimeError) and named)
+
+
+def _cause_of(error: Exception) -> str:
+    if isinstance(error, UserError):
+        return str(error)
+    return f"training failed in a worker: {type(error).__name__}: {first_line(error)}"
 
 
 def unlearner_of(

@@ -154,6 +154,19 @@ def is_data_file(name: str) -> bool:
     return Path(name).exists() or bool(Path(name).suffix) or "/" in name.partition(":")[0]
 
 
+def absolute_source(name: str) -> str:
+    """The same data set, named in a way that is right in every process: files and folders by their absolute paths.
+
+    Args:
+        name: as `load_dataset` takes it. What does not exist keeps the name that it was given.
+    """
+    if is_data_file(name) or name.endswith(custom.SUFFIXES):
+        return str(Path(name).absolute()) if Path(name).exists() else name
+    head, colon, source = name.partition(":")
+    folder = Path(source).expanduser()
+    return f"{head}:{folder.absolute()}" if colon and source and folder.exists() else name
+
+
 def check_dataset(source: str, split: str | None = None) -> None:
     """Refuse what `load_dataset` cannot find, before anything is read.
 

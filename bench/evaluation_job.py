@@ -24,7 +24,7 @@ from typing import Any, ClassVar
 
 import pyarrow as pa
 
-from bench.data import as_text, check_ids, find_task, spaced
+from bench.data import absolute_source, as_text, check_ids, find_task, spaced
 from bench.evaluation_table import MODEL, ORIGINAL, RETAIN_ONLY, Columns, columns_in, metric_table, sample_rows
 from bench.metrics import METRICS
 from bench.metrics.harness import pool_model, run_harness
@@ -33,7 +33,7 @@ from bench.metrics.relearning import Relearning, fine_tuned, forgotten, nothing_
 from bench.metrics.similarity import Embedder
 from bench.metrics.toxicity import Classifier
 from bench.metrics.values import Missing, Scores
-from bench.models import NO_LIMIT, ModelReference, find_model
+from bench.models import NO_LIMIT, ModelReference, absolute_model, find_model
 from bench.origin import origin
 from bench.prompts import question_answer
 from bench.score_file import Parts, finished, with_spec_hash, write_scores
@@ -113,7 +113,7 @@ class EvaluateSpec:
     seed: int = 0
 
     def checked(self) -> EvaluateSpec:
-        """The same.
+        """The same with absolute paths.
 
         Raises:
             UserError: a value out of range.
@@ -147,7 +147,18 @@ class EvaluateSpec:
         if self.harness_tasks is not None and not Path(self.harness_tasks).is_dir():
             raise UserError(f"harness_tasks: {self.harness_tasks!r} is no folder: expected one with task files (.yaml)")
         self.relearning().checked()
-        return self
+        return dataclasses.replace(self, **self._places())
+
+    def _places(self) -> dict[str, str]:
+        """The fields that name files and folders, named so that they are right in every process."""
+        named = {"task": absolute_source(self.task)}
+        for name in ("model", "original", "retain_model", "sentence_model", "toxicity_model"):
+            if (model := getattr(self, name)) is not None:
+                named[name] = absolute_model(model)
+        for name in ("selection", "harness_tasks"):
+            if (path := getattr(self, name)) is not None:
+                named[name] = str(Path(path).absolute())
+        return named
 
     def relearning(self) -> Relearning:
         return Relearning(
@@ -203,7 +214,7 @@ def evaluate(
     resources = (resources or Resources()).checked()
     if resources.engine == "vllm":
         check_dtype(spec.dtype)
-    out = Path(out)
+    out = Path(out).absolute()
     task, source = find_task(spec.task)
     metrics = spec.metrics_of(task)
     models = _models(spec)
@@ -518,12 +529,20 @@ def _identity(spec: EvaluateSpec, task: Task, models: Mapping[str, ModelReferenc
             name: None if isinstance(records, Missing) else hashlib.sha256(json.dumps(records).encode()).hexdigest()
             for name, records in sets.items()
         },
-        "harness_tasks_sha256": _folder_sha256(spec.harness_tasks),
+        "harness_tasks_sha256": folder_sha256(spec.harness_tasks),
+        **classifiers(spec),
     }
     return with_spec_hash(content, ("model", "original", "retain_model", "task", "selection", "harness_tasks"))
 
 
-def _folder_sha256(folder: str | None) -> str | None:
+def classifiers(spec: EvaluateSpec) -> dict[str, str]:
+    """The models that judge answers, where they are folders, by what is in them."""
+    named = {"sentence_model": spec.sentence_model, "toxicity_model": spec.toxicity_model}
+    hashes = {name: folder_sha256(folder) for name, folder in named.items() if folder and Path(folder).is_dir()}
+    return {name: content for name, content in hashes.items() if content is not None}
+
+
+def folder_sha256(folder: str | None) -> str | None:
     """Of all files below a folder."""
     if folder is None:
         return None

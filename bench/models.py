@@ -86,6 +86,12 @@ def find_model(name: str) -> ModelReference:
     )
 
 
+def absolute_model(name: str) -> str:
+    """The same model, named in a way that is right in every process: a folder by its absolute path."""
+    known = name.partition(":")[0] in EMBEDDED
+    return name if known or not Path(name).is_dir() else str(Path(name).absolute())
+
+
 def _check_folder(folder: Path) -> None:
     if not (folder / "config.json").is_file():
         raise UserError(f"model folder {str(folder)!r} has no config.json: expected a saved transformers model")

@@ -22,8 +22,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from tqdm import tqdm
 
-from bench.data import Dataset, Texts, check_dataset, open_texts
-from bench.models import ModelReference, find_model
+from bench.data import Dataset, Texts, absolute_source, check_dataset, open_texts
+from bench.models import ModelReference, absolute_model, find_model
 from bench.origin import origin
 from bench.score_file import (
     Parts,
@@ -86,7 +86,7 @@ class ScoreSpec:
     allow_lost_perturbation: bool = False
 
     def checked(self) -> ScoreSpec:
-        """The same with defaults filled in.
+        """The same with defaults filled in, and absolute paths.
 
         Raises:
             UserError: a value out of range or a combination that does not exist.
@@ -119,7 +119,8 @@ class ScoreSpec:
                 raise UserError(f"--draws {draws}: expected a whole number of at least 2, or auto")
             if draws < 2:
                 raise UserError(f"--draws {draws}: expected at least 2, so that a standard error exists")
-        return dataclasses.replace(self, statistic=statistic, draws=draws)
+        places = {"model": absolute_model(self.model), "data": absolute_source(self.data)}
+        return dataclasses.replace(self, **places, statistic=statistic, draws=draws)
 
 
 @dataclass(frozen=True)
@@ -220,7 +221,7 @@ def score(
     resources = resources.checked()
     if resources.engine == "vllm":
         check_engine(spec)
-    out = Path(out)
+    out = Path(out).absolute()
     check_dataset(spec.data, spec.split)
     model = find_model(spec.model)
     texts = open_texts(spec.data, spec.split, model.tokenizer)

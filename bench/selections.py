@@ -219,7 +219,7 @@ def write_selections(selections: Sequence[Selection], mrd: Mapping[str, float], 
     )
     with replacing(out / "selections.parquet") as unfinished:
         pq.write_table(pa.Table.from_pylist(rows, schema), unfinished)
-    folder = out.resolve() / "selections"
+    folder = out / "selections"
     folder.mkdir(exist_ok=True)
     # Numbered: a value of an attribute may be no name for a file.
     paths = {selection.name: folder / f"{number:04d}.txt" for number, selection in enumerate(selections)}

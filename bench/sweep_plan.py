@@ -27,7 +27,7 @@ from bench.scoring_job import Resources, ScoreSpec, score
 from bench.selections import Selection, SelectionSpec, needs_difficulty, select, write_selections
 from bench.spec import make_spec
 from bench.trials import Trial, make_trial
-from bench.unlearning_job import UnlearnSpec, datasets_of
+from bench.unlearning_job import UnlearnSpec, datasets_of, with_absolute_paths
 from scoring.cluster import Footprint
 from scoring.errors import UserError, unknown_name
 from scoring.files import replacing
@@ -194,7 +194,7 @@ class Plan:
     """
 
     def __init__(self, spec: SweepSpec, out: Path) -> None:
-        self.spec, self.out = spec, out
+        self.spec, self.out = _with_absolute_paths(spec), out
         # A configuration of the first values, so that what is wrong in base or vary is said before anything is done.
         first = self.unlearn_spec({name: _first(values) for name, values in spec.vary.items()})
         for fixed in ("model", "task", "forget_split"):
@@ -326,6 +326,19 @@ class Plan:
     def trials(self, values: Mapping[str, Any]) -> list[Trial]:
         """A configuration on every selection."""
         return [self.trial(values, selection) for selection in self.selections.values()]
+
+
+def _with_absolute_paths(spec: SweepSpec) -> SweepSpec:
+    """The same sweep with what its trials are to find wherever they run. Not its identity: the same files elsewhere are
+    the same sweep."""
+    base = with_absolute_paths(spec.base)
+    vary = {
+        name: [with_absolute_paths({**base, name: value})[name] for value in values]
+        if isinstance(values, list)
+        else values
+        for name, values in spec.vary.items()
+    }
+    return dataclasses.replace(spec, base=base, vary=vary)
 
 
 def _columns(result: EvaluationResult) -> dict[str, Columns]:

@@ -100,9 +100,9 @@ def sweep(
     Raises:
         UserError: one line; what an earlier start has finished is kept.
     """
-    spec, resources, out = spec.checked(), (resources or SweepResources()).checked(), Path(out)
+    spec, resources, out = spec.checked(), (resources or SweepResources()).checked(), Path(out).absolute()
     plan = Plan(spec, out)
-    store = TrialStore(Path(trials) if trials else out.absolute().parent / "trials", out / "failed")
+    store = TrialStore(Path(trials).absolute() if trials else out.parent / "trials", out / "failed")
     with _SweepFolder(out, plan.identity) as folder, full_disks_said_plainly(out):
         if retry_failed and store.own.is_dir():
             store.forget_failures()
@@ -165,8 +165,8 @@ def _run(
         # Put once; Ray keeps one copy a node, and its processes read it where it is.
         {model.source: ray.put(shareable_weights(model)) for model in models},
         plan.references,
-        TrialStore(store.shared.absolute(), store.own.absolute()),
-        plan.out.absolute() / ".work",
+        store,
+        plan.out / ".work",
         footprint.cpus,
         "cuda" if footprint.gpus else "cpu",
         plan.spec.keep_models,
@@ -182,13 +182,14 @@ def _run(
         work = tune.with_parameters(_every_selection, plan=plan, shared=shared)
         space = {name: _domain(values) for name, values in plan.spec.vary.items()}
         how = {"search_alg": search.algorithm(), "num_samples": search.left, "metric": OBJECTIVE, "mode": "max"}
-    # Trials with workers of their own take next to nothing here, and what they take there is theirs to ask for.
-    asks = {"cpu": 0.01} if own_workers else {"cpu": footprint.cpus, "gpu": footprint.gpus}
-    storage = plan.out.absolute() / ".tune"
+    # A trial with workers of its own takes no core here, where its workers may need them all; Tune wants it to take
+    # something.
+    asks = [{"memory": 1.0}] if own_workers else [{"CPU": footprint.cpus, "GPU": footprint.gpus}]
+    storage = plan.out / ".tune"
     shutil.rmtree(storage, ignore_errors=True)
     with _environment(), watch:
         tune.Tuner(
-            tune.with_resources(work, asks),
+            tune.with_resources(work, tune.PlacementGroupFactory(asks)),
             param_space=space,
             tune_config=tune.TuneConfig(max_concurrent_trials=at_once, reuse_actors=resources.reuse, **how),
             run_config=tune.RunConfig(

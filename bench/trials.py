@@ -31,7 +31,7 @@ from algorithms.ray_train import Job, ensure_reference, train_on_ray, unlearner_
 from algorithms.trainable import Group
 from algorithms.unlearner import Diverged, History
 from bench.data import Dataset, find_task, load_dataset
-from bench.evaluation_job import EvaluateSpec, Measuring, sets_of
+from bench.evaluation_job import EvaluateSpec, Measuring, classifiers, folder_sha256, sets_of
 from bench.evaluation_table import MODEL, ORIGINAL, RETAIN_ONLY, Columns, metric_value
 from bench.metrics.values import Measured, Missing, Scores
 from bench.models import ModelReference, find_model
@@ -95,6 +95,7 @@ def make_trial(
     if evaluation is not None:
         # Which model is measured is the trial's own business; where the seed is not one of the metrics', nothing is.
         asked = {key: value for key, value in dataclasses.asdict(evaluation).items() if key not in _NOT_ASKED}
+        asked |= {"harness_tasks": folder_sha256(evaluation.harness_tasks), **classifiers(evaluation)}
         identity |= {"evaluation": asked | {"each_epoch": each_epoch, "references": list(references)}}
     return Trial(spec, selection, evaluation, each_epoch, with_spec_hash(identity, NAMED))
 

@@ -27,9 +27,9 @@ from algorithms.ray_train import Job, train_here, train_on_ray
 from algorithms.recipe import Objectives, Recipe, total_updates
 from algorithms.trainable import STRATEGIES
 from algorithms.unlearner import Corpus, Evaluation, History, Progress
-from bench.data import Dataset, check_dataset, find_task, is_data_file, load_dataset, spaced
+from bench.data import Dataset, absolute_source, check_dataset, find_task, is_data_file, load_dataset, spaced
 from bench.metrics.answers import score_answers
-from bench.models import ModelReference, find_model
+from bench.models import ModelReference, absolute_model, find_model
 from bench.runs import RunFolder, UnlearnResult, full_disks_said_plainly, read_run
 from bench.score_file import with_spec_hash
 from bench.scoring_job import Resources, ScoreSpec, check_vocabulary
@@ -114,7 +114,7 @@ class UnlearnSpec(Recipe):
     max_failures: int = 3
 
     def checked(self) -> UnlearnSpec:
-        """The same with defaults filled in: the task's, then the algorithm's.
+        """The same with defaults filled in (the task's, then the algorithm's) and absolute paths.
 
         Raises:
             UserError: a value out of range, a combination that does not exist, or no such task.
@@ -148,7 +148,24 @@ class UnlearnSpec(Recipe):
                 raise UserError(f"{name} is {value}: expected {least} or more")
         if (gpus := self.gpus_per_worker) is not None and not is_gpu_share(gpus):
             raise UserError(f"gpus_per_worker is {gpus:g}: expected a fraction of one GPU, or a whole number")
-        return dataclasses.replace(self, **filled)
+        return UnlearnSpec(**with_absolute_paths(vars(self) | filled))
+
+
+def with_absolute_paths(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields of an UnlearnSpec; those that name files and folders are right in every process, whatever folder it works
+    in."""
+    located = dict(fields)
+    for name in ("selection", "refusals"):
+        if isinstance(path := fields.get(name), str):
+            located[name] = str(Path(path).absolute())
+    if isinstance(model := fields.get("model"), str):
+        located["model"] = absolute_model(model)
+    if isinstance(source := fields.get("task"), str):
+        located["task"] = absolute_source(source)
+        task = None if is_data_file(source) else find_task(source)[0]
+        if isinstance(retain := fields.get("retain"), str) and not _is_split(retain, task):
+            located["retain"] = absolute_source(retain)
+    return located
 
 
 def unlearn(spec: UnlearnSpec, out: str | Path, progress: bool = True) -> UnlearnResult:
@@ -158,7 +175,7 @@ def unlearn(spec: UnlearnSpec, out: str | Path, progress: bool = True) -> Unlear
         UserError: one line; what an earlier start of the same run has reached is kept.
     """
     spec = spec.checked()
-    out = Path(out)
+    out = Path(out).absolute()
     check_dataset(spec.task, spec.forget_split)
     model = find_model(spec.model)
     forget, retain = datasets_of(spec, model.tokenizer)
@@ -205,6 +222,11 @@ def _task(spec: UnlearnSpec) -> Task | None:
     return None if is_data_file(spec.task) else find_task(spec.task)[0]
 
 
+def _is_split(retain: str, task: Task | None) -> bool:
+    """Whether a retain set is a split of the task, and not a data file."""
+    return task is not None and (retain in task.splits or not is_data_file(retain))
+
+
 def datasets_of(
     spec: UnlearnSpec, tokenizer: Any, load: Callable[..., Dataset] = load_dataset
 ) -> tuple[Dataset, Dataset | None]:
@@ -229,7 +251,7 @@ def datasets_of(
                 "a data file with --retain, or take --retain-term none"
             )
         return forget, None
-    if task is not None and (source in task.splits or not is_data_file(source)):
+    if _is_split(source, task):
         return forget, load(spec.task, source, tokenizer)
     return forget, load(source, tokenizer=tokenizer)
 

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
+from typing import Any
 
 import ray
 
@@ -86,8 +87,9 @@ class Footprint:
         """Where a model of this footprint goes, as `scoring.replica.load_model` takes it."""
         return "cpu" if not self.gpus else "cuda" if self.gpus <= 1 else "auto"
 
-    def ray_options(self) -> dict[str, float]:
-        return {"num_cpus": self.cpus, "num_gpus": self.gpus}
+    def ray_options(self) -> dict[str, Any]:
+        """For `.options()` of an actor or task: a place of its own, also where a trial of a sweep asks for it."""
+        return {"num_cpus": self.cpus, "num_gpus": self.gpus, "scheduling_strategy": "DEFAULT"}
 
 
 def versions() -> dict[str, str]:

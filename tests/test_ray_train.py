@@ -15,8 +15,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from bench.unlearning_job import UnlearnResult, UnlearnSpec, unlearn
-from scoring.cluster import versions
+from algorithms.ray_train import Job, train_on_ray
+from bench.models import find_model
+from bench.sweep_plan import SweepSpec
+from bench.sweeps import sweep
+from bench.unlearning_job import UnlearnResult, UnlearnSpec, corpus_of, datasets_of, unlearn
+from scoring.cluster import Footprint, versions
 from scoring.errors import UserError
 from tests.processes import descendants, kill, wait_for
 from tests.tiny_folders import pairs, write_jsonl
@@ -105,9 +109,19 @@ def train_workers() -> list[int]:
 @pytest.mark.usefixtures("cluster")
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_workers_and_kills_change_nothing(
-    spec: UnlearnSpec, alone: UnlearnResult, tmp_path: Path, strategy: str
+    spec: UnlearnSpec, alone: UnlearnResult, tmp_path: Path, strategy: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    two = dataclasses.replace(spec, workers=2, strategy=strategy)
+    """Paths are relative to this process's working folder, which is not the workers'."""
+    monkeypatch.chdir(tmp_path)
+    assert spec.retain is not None
+    two = dataclasses.replace(
+        spec,
+        model=os.path.relpath(spec.model),
+        task=os.path.relpath(spec.task),
+        retain=os.path.relpath(spec.retain),
+        workers=2,
+        strategy=strategy,
+    )
     killed: list[int] = []
 
     def kill_one() -> None:
@@ -115,7 +129,7 @@ def test_workers_and_kills_change_nothing(
         kill(killed[0])
 
     killer = after_checkpoint(tmp_path / "killed", 5, kill_one)
-    disturbed = unlearn(two, tmp_path / "killed", progress=False)
+    disturbed = unlearn(two, "killed", progress=False)
     killer.join()
     assert killed
     assert killed[0] not in train_workers()
@@ -127,11 +141,48 @@ def test_workers_and_kills_change_nothing(
 
 
 @pytest.mark.usefixtures("cluster")
+def test_a_sweep_whose_trials_have_workers(
+    spec: UnlearnSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same trial, by two workers and in the trial's own process. Paths are relative to this process's folder."""
+    monkeypatch.chdir(tmp_path)
+    base = {
+        "model": os.path.relpath(spec.model),
+        "task": os.path.relpath(spec.task),
+        "retain": os.path.relpath(spec.retain or ""),
+        "algorithm": "NPO-GradDiff",
+        "max_steps": 3,
+        "check_every": 0,
+        "early_stopping": False,
+    }
+    by_two, by_one = (
+        sweep(SweepSpec(base=base | {"workers": count}), f"sweep{count}", f"trials{count}", progress=False).trials
+        for count in (2, 0)
+    )
+    assert by_two["reason"].to_pylist() == [None]
+    assert by_two["trial"] == by_one["trial"]
+    for name in ("loss", "delta_norm", "retain_probability"):
+        assert by_two[name].to_pylist() == pytest.approx(by_one[name].to_pylist(), rel=1e-4)
+
+
+@pytest.mark.usefixtures("cluster")
 def test_a_users_mistake_is_not_tried_again(spec: UnlearnSpec, tmp_path: Path) -> None:
     absurd = dataclasses.replace(spec, workers=1, learning_rate=1e6)
     with pytest.raises(UserError, match=r"diverged at update \d+.*lower learning_rate"):
         unlearn(absurd, tmp_path / "run", progress=False)
     assert list((tmp_path / "run" / "checkpoints").glob("step-*"))
+
+
+@pytest.mark.usefixtures("cluster")
+def test_an_error_that_would_come_again_ends_all_workers(spec: UnlearnSpec, tmp_path: Path) -> None:
+    """The first worker fails alone, as it saves, while the other waits for it. No second start is needed to say so."""
+    model, checked = find_model(spec.model), spec.checked()
+    forget, retain = datasets_of(checked, model.tokenizer)
+    corpus, _ = corpus_of(checked, model, forget, retain)
+    job = Job(checked, corpus, model.source, None, tmp_path, model.tokenizer)
+    (tmp_path / "checkpoints").write_text("a file where a folder is wanted")
+    with pytest.raises(UserError, match=r"^training failed in a worker: \w+Error: .*checkpoints"):
+        train_on_ray(job, 2, Footprint(), max_failures=0)
 
 
 @pytest.mark.usefixtures("cluster")
