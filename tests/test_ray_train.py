@@ -141,9 +141,7 @@ def test_workers_and_kills_change_nothing(
 
 
 @pytest.mark.usefixtures("cluster")
-def test_a_sweep_whose_trials_have_workers(
-    spec: UnlearnSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_sweep_whose_trials_have_workers(spec: UnlearnSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same trial, by two workers and in the trial's own process. Paths are relative to this process's folder."""
     monkeypatch.chdir(tmp_path)
     base = {
