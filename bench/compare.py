@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from bench.experiments import bias
 from bench.leaderboard import entry_of, setting_of, shown
-from bench.statistics import LEVEL, Estimate, t_interval
+from bench.stats import selection_bias as bias
+from bench.stats.estimates import LEVEL, Estimate, t_interval
 from bench.store import FINISHED, Results
 from scoring.errors import UserError, unknown_name
 

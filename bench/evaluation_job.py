@@ -149,9 +149,9 @@ class EvaluateSpec:
         self.relearning().checked()
         return dataclasses.replace(self, **self._places())
 
-    def _places(self) -> dict[str, str]:
+    def _places(self) -> dict[str, Any]:
         """The fields that name files and folders, named so that they are right in every process."""
-        named = {"task": absolute_source(self.task)}
+        named: dict[str, Any] = {"task": absolute_source(self.task)}
         for name in ("model", "original", "retain_model", "sentence_model", "toxicity_model"):
             if (model := getattr(self, name)) is not None:
                 named[name] = absolute_model(model)

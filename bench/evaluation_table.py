@@ -13,7 +13,7 @@ import pyarrow as pa
 from bench.metrics import METRICS
 from bench.metrics.registry import Statistic
 from bench.metrics.values import Column, Measured, Missing, Scores, Unmeasured
-from bench.statistics import Estimate, over_sets
+from bench.stats.estimates import Estimate, over_sets
 
 # The models of an evaluation, in the order in which they are measured: what the original knew says what was forgotten.
 ORIGINAL, RETAIN_ONLY, MODEL = "original", "retain-only", "model"

@@ -25,7 +25,7 @@ from matplotlib.legend import Legend
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
-from bench.statistics import Estimate
+from bench.stats.estimates import Estimate
 
 if TYPE_CHECKING:  # what is drawn; a leaderboard is drawn without loading what trains models
     from bench.report.findings import Correlation, Effect, ScalingLine, Scores

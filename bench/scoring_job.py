@@ -119,7 +119,7 @@ class ScoreSpec:
                 raise UserError(f"--draws {draws}: expected a whole number of at least 2, or auto")
             if draws < 2:
                 raise UserError(f"--draws {draws}: expected at least 2, so that a standard error exists")
-        places = {"model": absolute_model(self.model), "data": absolute_source(self.data)}
+        places: dict[str, Any] = {"model": absolute_model(self.model), "data": absolute_source(self.data)}
         return dataclasses.replace(self, **places, statistic=statistic, draws=draws)
 
 

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from bench.experiments import bias
-from bench.statistics import Estimate, t_interval
+from bench.stats import selection_bias as bias
+from bench.stats.estimates import Estimate, t_interval
 from bench.words import counted, said, shared
 from scoring.errors import UserError
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from bench.statistics import Estimate
+from bench.stats.estimates import Estimate
 
 HOLDS, CONTRADICTED, UNDECIDED = "holds here", "is contradicted here", "cannot be told here"
 

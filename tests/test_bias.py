@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from bench.experiments.bias import (
+from bench.stats.estimates import Estimate
+from bench.stats.selection_bias import (
     ScoreTable,
     adjusted_scores,
     kendalls_w,
@@ -24,7 +25,6 @@ from bench.experiments.bias import (
     variance_shares,
     wilson,
 )
-from bench.statistics import Estimate
 from scoring.errors import UserError
 
 SIMULATIONS = 500

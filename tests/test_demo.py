@@ -24,7 +24,7 @@ from bench.report.findings import Findings, ScalingLine, Scores, attribute_effec
 from bench.report.page import page as whole_page
 from bench.report.unlearning import Run, Unlearning, kept, predictions, recipe, saved, table_lines
 from bench.scoring_job import Resources
-from bench.statistics import Estimate
+from bench.stats.estimates import Estimate
 from bench.words import decimal
 from scoring.errors import UserError
 

@@ -20,7 +20,7 @@ from bench.experiments.fig5 import CONTRADICTED, HOLDS, UNKNOWN, Run, ruled, rul
 from bench.experiments.reproduce import PRESETS, SPECS
 from bench.models import find_model
 from bench.spec import make_spec, read_mapping
-from bench.statistics import Estimate
+from bench.stats.estimates import Estimate
 from bench.sweep_plan import SweepResources, SweepSpec
 from bench.sweeps import as_table
 from bench.unlearning_job import UnlearnSpec

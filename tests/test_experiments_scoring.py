@@ -24,7 +24,7 @@ from bench.models import find_model
 from bench.report.findings import ATTRIBUTES, Scores
 from bench.scoring_job import Resources, ScoreSpec
 from bench.spec import make_spec, read_mapping
-from bench.statistics import Estimate
+from bench.stats.estimates import Estimate
 from bench.sweep_plan import SweepResources
 from bench.words import CONTRADICTED, HOLDS, UNDECIDED, lies_within, markdown, percent, significant
 from scoring.mrd import ESTIMATORS, Request, estimate

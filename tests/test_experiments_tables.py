@@ -30,7 +30,7 @@ from bench.experiments.weighted_sampling import (
     Outcome,
 )
 from bench.spec import make_spec, read_mapping
-from bench.statistics import holm
+from bench.stats.estimates import holm
 from bench.sweep_plan import SweepResources, SweepSpec
 from bench.sweeps import as_table
 from bench.unlearning_job import UnlearnSpec, unlearn

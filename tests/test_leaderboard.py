@@ -12,10 +12,10 @@ import pytest
 from scipy import stats
 
 from bench.cli import main
-from bench.experiments.bias import SeparablePair
 from bench.leaderboard import Board, boards
 from bench.standings import Standing, groups_of
-from bench.statistics import Estimate
+from bench.stats.estimates import Estimate
+from bench.stats.selection_bias import SeparablePair
 from bench.store import read_stores
 from scoring.errors import UserError
 from tests.made_runs import grid, made_run, write_runs

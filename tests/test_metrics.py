@@ -16,7 +16,7 @@ from bench.metrics.registry import ZERO_SHOT
 from bench.metrics.similarity import Embedder, nearest_is_first
 from bench.metrics.toxicity import Classifier
 from bench.metrics.values import Column, Measured, Missing, Scores, Unmeasured
-from bench.statistics import over_sets
+from bench.stats.estimates import over_sets
 from bench.tasks import TASKS
 from scoring.errors import UserError
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from bench.statistics import Estimate, hedges_g, mean, mean_difference, over_samples, partial_spearman, spearman
+from bench.stats.estimates import Estimate, hedges_g, mean, mean_difference, over_samples, partial_spearman, spearman
 
 
 def correlated(rng: np.random.Generator, count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

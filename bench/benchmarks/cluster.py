@@ -27,7 +27,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from bench.data import load_dataset
 from bench.models import find_model
-from bench.statistics import geometric_mean, t_interval
+from bench.stats.estimates import geometric_mean, t_interval
 from scoring.cluster import Footprint, connect
 from scoring.errors import UserError
 from scoring.mrd import Request

@@ -24,7 +24,7 @@ from bench.data import load_dataset
 from bench.models import find_model
 from bench.origin import origin
 from bench.scoring_job import Resources
-from bench.statistics import geometric_mean
+from bench.stats.estimates import geometric_mean
 from scoring.cluster import Footprint, connect, default_gpus
 from scoring.errors import UserError
 from scoring.mrd import Request

@@ -26,7 +26,7 @@ from bench.data import find_task
 from bench.metrics.answers import EXTRA_TOKENS, answer_limits, question_ids
 from bench.models import ModelReference, find_model
 from bench.prompts import question_answer
-from bench.statistics import Estimate, over_samples
+from bench.stats.estimates import Estimate, over_samples
 from bench.tasks import Record
 from scoring.cluster import Footprint, connect, default_gpus
 from scoring.errors import UserError

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from bench.statistics import Estimate, over_sets
+from bench.stats.estimates import Estimate, over_sets
 from bench.sweep_plan import SweepResources, SweepSpec
 from bench.sweeps import sweep
 from scoring.cluster import connect

@@ -45,7 +45,7 @@ from algorithms.trainable import Group
 from algorithms.unlearner import Corpus, Diverged, measure_mrd, retain_order
 from bench.benchmarks.scoring import _timed
 from bench.models import find_model
-from bench.statistics import LEVEL, Estimate, over_samples
+from bench.stats.estimates import LEVEL, Estimate, over_samples
 from bench.unlearning_job import UnlearnSpec, corpus_of, datasets_of, unlearn
 from scoring.cluster import Footprint, connect, default_gpus, how_many_fit
 from scoring.errors import UserError

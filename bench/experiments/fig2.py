@@ -12,10 +12,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from matplotlib.axes import Axes
 
-from bench.experiments import bias
 from bench.experiments.experiment import Answer, Experiment, Setting
 from bench.plots import BLUE, GREEN, MUTED, ORANGE, VERMILLION, Draw
-from bench.statistics import Estimate
+from bench.stats import selection_bias as bias
+from bench.stats.estimates import Estimate
 from bench.store import FINISHED
 from bench.sweeps import as_table
 from bench.words import counted, said, shared

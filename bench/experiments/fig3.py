@@ -27,7 +27,7 @@ from bench.models import ModelReference, find_model
 from bench.plots import BLUE, GREEN, INK, MUTED, ORANGE, VERMILLION, Draw
 from bench.score_file import read_scores, with_spec_hash, write_scores
 from bench.scoring_job import Resources
-from bench.statistics import Estimate, over_sets, partial_spearman, spearman
+from bench.stats.estimates import Estimate, over_sets, partial_spearman, spearman
 from bench.store import FINISHED
 from bench.sweep_plan import SweepSpec
 from bench.sweeps import as_table

@@ -21,7 +21,7 @@ from matplotlib.axes import Axes
 from bench.experiments.experiment import Answer, Experiment, Setting
 from bench.experiments.fig5 import COLOURS, CONTRADICTED, HOLDS, UNKNOWN, estimated, ruled, ruling
 from bench.plots import INK, Draw
-from bench.statistics import FEWEST, LEVEL, Estimate, over_sets, partial_spearman, spearman
+from bench.stats.estimates import FEWEST, LEVEL, Estimate, over_sets, partial_spearman, spearman
 from bench.store import FINISHED
 from bench.sweeps import as_table
 from bench.words import said

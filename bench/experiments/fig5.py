@@ -21,7 +21,7 @@ from matplotlib.ticker import FixedFormatter, FixedLocator, MaxNLocator, NullFor
 from algorithms.stopping import Thresholds
 from bench.experiments.experiment import Answer, Experiment, Setting
 from bench.plots import BLUE, GREEN, ORANGE, VERMILLION, Draw
-from bench.statistics import Estimate, partial_spearman, spearman
+from bench.stats.estimates import Estimate, partial_spearman, spearman
 from bench.store import FINISHED
 from bench.sweeps import as_table
 from bench.words import decimal, interval, said

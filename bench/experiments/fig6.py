@@ -23,7 +23,7 @@ from bench.models import find_model
 from bench.plots import BLUE, GREEN, GRID, INK, MUTED, ORANGE, VERMILLION, Draw
 from bench.report.findings import EXPECTED_SLOPE, SLOPE_TOLERANCE, ScalingLine, inflation
 from bench.scoring_job import Resources
-from bench.statistics import Estimate, over_sets, spearman
+from bench.stats.estimates import Estimate, over_sets, spearman
 from bench.words import CONTRADICTED, HOLDS, columns, decimal, interval, lies_within, percent, said, significant
 from scoring.errors import UserError
 from scoring.mrd import Statistic, reduce_draws

@@ -38,7 +38,7 @@ from bench.experiments.fig5 import (
 )
 from bench.models import ModelReference, find_model
 from bench.plots import INK, Draw
-from bench.statistics import mean, partial_spearman, spearman
+from bench.stats.estimates import mean, partial_spearman, spearman
 from bench.sweep_plan import SweepSpec
 from bench.sweeps import as_table
 from bench.tasks.task import Record

@@ -25,12 +25,11 @@ from bench.experiments.weighted_sampling import (
     UNKNOWN,
     Row,
     by_verdict,
-    over_seeds,
     overall,
     plus_minus,
     together,
 )
-from bench.statistics import Estimate
+from bench.stats.estimates import Estimate, over_seeds
 from bench.store import FINISHED
 from bench.sweeps import as_table
 from scoring.errors import UserError

@@ -21,7 +21,7 @@ from bench.experiments.experiment import Answer, Experiment, Setting
 from bench.models import find_model
 from bench.report.findings import ATTRIBUTES, Attribute, Effect, Record, Scores, attribute_effects
 from bench.scoring_job import Resources, ScoreSpec, score
-from bench.statistics import Estimate
+from bench.stats.estimates import Estimate
 from bench.words import columns, decimal, markdown, said, significant, verdict
 from scoring.characteristics import characteristics
 from scoring.errors import UserError

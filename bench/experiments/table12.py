@@ -30,7 +30,7 @@ from bench.models import ModelReference, find_model
 from bench.plots import BLUE, INK, MUTED, VERMILLION, Draw
 from bench.scoring_job import Resources
 from bench.spec import make_spec
-from bench.statistics import LEVEL, Estimate, over_sets
+from bench.stats.estimates import LEVEL, Estimate, over_sets
 from bench.words import columns, lies_within, markdown, said
 from scoring.errors import UserError
 from scoring.mrd import reduce_draws

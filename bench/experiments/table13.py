@@ -13,7 +13,7 @@ from scipy import stats
 from bench.experiments import weighted_sampling as sampling
 from bench.experiments.experiment import Answer, Experiment, Setting
 from bench.experiments.weighted_sampling import CONTRADICTED, HOLDS, UNKNOWN, Columns, Contrast, Outcome, Row, label
-from bench.statistics import LEVEL, holm
+from bench.stats.estimates import LEVEL, holm
 from bench.sweeps import as_table
 from bench.words import decimal
 from scoring.errors import UserError

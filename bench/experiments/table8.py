@@ -21,7 +21,7 @@ from bench.models import find_model
 from bench.plots import BLUE, GREEN, MUTED, Draw
 from bench.score_file import Parts, with_spec_hash, write_scores
 from bench.scoring_job import DRAWS_PER_TASK, Resources
-from bench.statistics import Estimate, geometric_mean
+from bench.stats.estimates import Estimate, geometric_mean
 from bench.words import columns, lies_within, markdown, significant
 from scoring.cluster import connect
 from scoring.errors import UserError

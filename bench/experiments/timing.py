@@ -17,11 +17,11 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from bench.experiments.experiment import Setting
-from bench.experiments.weighted_sampling import Row, bars, over_seeds
+from bench.experiments.weighted_sampling import Row, bars
 from bench.models import find_model
 from bench.plots import BLUE, GREEN, INK, MUTED, ORANGE, VERMILLION, Draw
 from bench.spec import make_spec
-from bench.statistics import LEVEL, Estimate, holm
+from bench.stats.estimates import LEVEL, Estimate, holm, over_seeds
 from bench.sweeps import SweepResult
 from bench.unlearning_job import UnlearnSpec, corpus_of, datasets_of
 from bench.words import decimal, interval

@@ -21,14 +21,13 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
-from scipy import stats
 
 from bench.data import find_task
 from bench.evaluation_table import ORIGINAL
 from bench.experiments.experiment import Answer, Setting
 from bench.metrics import METRICS
 from bench.plots import BLUE, MUTED, VERMILLION, Draw
-from bench.statistics import LEVEL, Estimate, holm
+from bench.stats.estimates import LEVEL, Estimate, holm, over_seeds
 from bench.store import FINISHED
 from bench.sweeps import SweepResult, as_table
 from bench.words import decimal, interval, said
@@ -180,23 +179,6 @@ def outcomes(
 
 
 # --- Statistics ---------------------------------------------------------------------------------------------
-
-
-def over_seeds(values: Sequence[float], level: float = LEVEL) -> tuple[Estimate, float]:
-    """The mean of independent runs with its t interval, and the two-sided p of a mean of 0.
-
-    nan where the data do not determine them: for a single value, and for values that do not vary, as shares of few
-    samples may not by chance.
-    """
-    x = np.asarray(values, dtype=float)
-    if not len(x):
-        return Estimate(math.nan, math.nan, math.nan), math.nan
-    value = float(x.mean())
-    error = float(x.std(ddof=1) / math.sqrt(len(x))) if len(x) > 1 else 0.0
-    if error <= 1e-12 * max(1.0, abs(value)):
-        return Estimate(value, math.nan, math.nan), math.nan
-    half = float(stats.t.ppf((1 + level) / 2, len(x) - 1)) * error
-    return Estimate(value, value - half, value + half), float(2 * stats.t.sf(abs(value) / error, len(x) - 1))
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 
 from bench.score_file import read_scores
-from bench.statistics import Estimate, hedges_g, mean, mean_difference, over_samples, partial_spearman, spearman
+from bench.stats.estimates import Estimate, hedges_g, mean, mean_difference, over_samples, partial_spearman, spearman
 from bench.words import said, verdict
 from scoring.characteristics import characteristics
 from scoring.mrd import scaling_slope

@@ -30,7 +30,7 @@ from bench.report.leaderboard_plots import (
 )
 from bench.report.style import STYLE_SHEET
 from bench.standings import Standing
-from bench.statistics import Estimate
+from bench.stats.estimates import Estimate
 from bench.words import decimal, interval
 
 HERE = Path(__file__).parent

@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 
 from bench.leaderboard import Board, Standing
 from bench.plots import BLUE, GREEN, INK, MUTED, ORANGE, VERMILLION, Draw, arms
-from bench.statistics import Estimate
+from bench.stats.estimates import Estimate
 from bench.words import decimal, three_digits
 
 MOST = 30  # entries in a figure

@@ -13,7 +13,7 @@ from bench import plots
 from bench.report.findings import LENGTH, PROBABILITY, Correlation, Effect, Findings, Scores, agreement, inflation
 from bench.report.style import STYLE_SHEET
 from bench.report.unlearning import Run, Unlearning, has_retain_set, kept, percent, recipe, saved
-from bench.statistics import Estimate, spearman
+from bench.stats.estimates import Estimate, spearman
 from bench.words import decimal, interval, said
 
 SHOWN = 5

@@ -16,7 +16,7 @@ import numpy as np
 from algorithms.recipe import Recipe, total_updates, updates_per_epoch
 from bench.report.findings import Scores
 from bench.runs import read_run
-from bench.statistics import Estimate, partial_spearman, spearman
+from bench.stats.estimates import Estimate, partial_spearman, spearman
 from bench.words import decimal, said, verdict
 
 # Remark 3.4 of the paper: the updates that a sample takes are inversely proportional to its MRD.

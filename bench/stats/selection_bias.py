@@ -21,7 +21,7 @@ import numpy as np
 from scipy import optimize, special, stats
 from scipy.stats import qmc
 
-from bench.statistics import LEVEL, Estimate, holm, t_interval
+from bench.stats.estimates import LEVEL, Estimate, holm, t_interval
 from scoring.errors import UserError
 
 FEWEST_SELECTIONS = 3  # fewer leave the differences between algorithms with one degree of freedom or none

@@ -240,3 +240,20 @@ def _hedges_g(x: np.ndarray, y: np.ndarray, axis: int) -> np.ndarray:
     pooled = ((n - 1) * x.var(axis=axis, ddof=1) + (m - 1) * y.var(axis=axis, ddof=1)) / (n + m - 2)
     correction = 1 - 3 / (4 * (n + m) - 9)
     return correction * _mean_difference(x, y, axis) / np.sqrt(pooled)
+
+
+def over_seeds(values: Sequence[float], level: float = LEVEL) -> tuple[Estimate, float]:
+    """The mean of independent runs with its t interval, and the two-sided p of a mean of 0.
+
+    nan where the data do not determine them: for a single value, and for values that do not vary, as shares of few
+    samples may not by chance.
+    """
+    x = np.asarray(values, dtype=float)
+    if not len(x):
+        return Estimate(math.nan, math.nan, math.nan), math.nan
+    value = float(x.mean())
+    error = float(x.std(ddof=1) / math.sqrt(len(x))) if len(x) > 1 else 0.0
+    if error <= 1e-12 * max(1.0, abs(value)):
+        return Estimate(value, math.nan, math.nan), math.nan
+    half = float(stats.t.ppf((1 + level) / 2, len(x) - 1)) * error
+    return Estimate(value, value - half, value + half), float(2 * stats.t.sf(abs(value) / error, len(x) - 1))
