@@ -332,7 +332,7 @@ def _spec_arguments(sub: argparse.ArgumentParser, spec: type, meanings: Mapping[
 
 def _spec_of(arguments: argparse.Namespace, kind: type[T]) -> T:
     """The spec that the flags of `_spec_arguments` say."""
-    from bench.spec import make_spec, read_spec
+    from bench.files.spec import make_spec, read_spec
 
     fields = [f.name for f in dataclasses.fields(kind)]  # type: ignore[arg-type]
     given = {name: getattr(arguments, name) for name in fields if hasattr(arguments, name)}
@@ -411,8 +411,8 @@ def _sweep_resource_arguments(sub: argparse.ArgumentParser) -> None:
 
 
 def _sweep(arguments: argparse.Namespace) -> None:
+    from bench.files.spec import read_spec
     from bench.report.summary import print_sweep
-    from bench.spec import read_spec
     from bench.sweep_plan import SweepSpec
     from bench.sweeps import sweep
 

@@ -11,10 +11,11 @@ from typing import Any
 
 import numpy as np
 
+from bench.files.status import FINISHED
 from bench.leaderboard import entry_of, setting_of, shown
 from bench.stats import selection_bias as bias
 from bench.stats.estimates import LEVEL, Estimate, t_interval
-from bench.store import FINISHED, Results
+from bench.store import Results
 from scoring.errors import UserError, unknown_name
 
 

@@ -22,15 +22,16 @@ from safetensors import safe_open
 from tqdm import tqdm
 
 from algorithms.recipe import Objectives
-from bench import plots
 from bench.data import load_dataset
 from bench.draws import Point, measure_draws, scaling_line
+from bench.files.score_file import Scores, read_scores
 from bench.models import ModelReference, find_model
-from bench.report.findings import Findings, ScalingLine, Scores, attribute_effects, correlations
+from bench.report import figures
+from bench.report.attributes import attribute_effects, by_attribute, correlations
+from bench.report.findings import Findings, ScalingLine
 from bench.report.page import page
 from bench.report.summary import print_summary
 from bench.report.unlearning import Run, Unlearning, has_retain_set, predictions, table_lines
-from bench.score_file import read_scores
 from bench.scoring_job import Resources, ScoreSpec, score
 from bench.tasks import authors
 from bench.unlearning_job import UnlearnSpec, unlearn
@@ -139,20 +140,20 @@ def run_demo(
     with replacing(out / "index.html") as unfinished:
         unfinished.write_text(page(findings, unlearning), encoding="utf-8")
     panels = [
-        plots.difficulty(findings.monte_carlo, f"Difficulty of {len(records)} samples, 95 % CI"),
-        plots.scaling(findings.scaling, "Does MRD follow sigma?"),
-        plots.attributes(findings.effects, f"By attribute, {whole.table.num_rows} samples"),
+        figures.difficulty(findings.monte_carlo, f"Difficulty of {len(records)} samples, 95 % CI"),
+        figures.scaling(findings.scaling, "Does MRD follow sigma?"),
+        by_attribute(findings.effects, f"By attribute, {whole.table.num_rows} samples"),
     ]
     with replacing(out / "difficulty.png") as unfinished:
-        plots.picture(panels, unfinished)
-    panels = [plots.recall_by_epoch(runs, "forget", f"Forgetting {split}")]
+        figures.picture(panels, unfinished)
+    panels = [figures.recall_by_epoch(runs, "forget", f"Forgetting {split}")]
     if has_retain_set(runs):
         panels += [
-            plots.recall_by_epoch(runs, "retain", "Keeping the rest"),
-            plots.trade_off(runs, "One against the other"),
+            figures.recall_by_epoch(runs, "retain", "Keeping the rest"),
+            figures.trade_off(runs, "One against the other"),
         ]
     with replacing(out / "forgetting.png") as unfinished:
-        plots.picture(panels, unfinished, (5.0 * len(panels), 5.0))
+        figures.picture(panels, unfinished, (5.0 * len(panels), 5.0))
     print()
     print_summary(results["monte-carlo"])
     print("\n" + "\n".join(table_lines(runs)))

@@ -22,9 +22,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from tqdm import tqdm
 
+from bench.files.identity import with_spec_hash
+from bench.files.parts import Parts, read_draws, write_draws
+from bench.files.score_file import read_scores, write_scores
 from bench.models import ModelReference
 from bench.report.findings import ScalingLine
-from bench.score_file import Parts, read_draws, read_scores, with_spec_hash, write_draws, write_scores
 from bench.scoring_job import BATCH_TOKENS, Resources
 from scoring.cluster import connect
 from scoring.errors import UserError

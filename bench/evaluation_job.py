@@ -26,6 +26,10 @@ import pyarrow as pa
 
 from bench.data import absolute_source, as_text, check_ids, find_task, spaced
 from bench.evaluation_table import MODEL, ORIGINAL, RETAIN_ONLY, Columns, columns_in, metric_table, sample_rows
+from bench.files.identity import with_spec_hash
+from bench.files.origin import origin
+from bench.files.parts import Parts, finished
+from bench.files.score_file import write_scores
 from bench.metrics import METRICS
 from bench.metrics.harness import pool_model, run_harness
 from bench.metrics.quantities import QUANTITIES, Means, measure
@@ -34,9 +38,7 @@ from bench.metrics.similarity import Embedder
 from bench.metrics.toxicity import Classifier
 from bench.metrics.values import Missing, Scores
 from bench.models import NO_LIMIT, ModelReference, absolute_model, find_model
-from bench.origin import origin
 from bench.prompts import question_answer
-from bench.score_file import Parts, finished, with_spec_hash, write_scores
 from bench.scoring_job import DTYPE_CHOICES, Resources, check_dtype
 from bench.selections import read_ids
 from bench.tasks import Record, Task

@@ -19,9 +19,10 @@ from typing import Any
 import numpy as np
 import pyarrow.compute as pc
 
+from bench.files.status import FINISHED
 from bench.metrics import METRICS
 from bench.standings import Drawn, Shown, Standing, standings
-from bench.store import FINISHED, Results
+from bench.store import Results
 from scoring.errors import UserError
 
 # Fields of a run's spec in which the runs of a board are alike: the model, the data and how it is measured.

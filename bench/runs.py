@@ -30,9 +30,9 @@ from safetensors import SafetensorError
 
 from algorithms.checkpoints import Checkpoints
 from algorithms.unlearner import Corpus, History
-from bench.folders import OwnedFolder
-from bench.origin import origin
-from bench.score_file import size_of
+from bench.files.folders import OwnedFolder
+from bench.files.origin import origin
+from bench.report.words import size_of
 from scoring.errors import UserError
 from scoring.files import replacing
 

@@ -23,17 +23,11 @@ import pyarrow.compute as pc
 from tqdm import tqdm
 
 from bench.data import Dataset, Texts, absolute_source, check_dataset, open_texts
+from bench.files.identity import with_spec_hash
+from bench.files.origin import origin
+from bench.files.parts import Parts, finished, noticed, read_draws, write_draws
+from bench.files.score_file import write_scores
 from bench.models import ModelReference, absolute_model, find_model
-from bench.origin import origin
-from bench.score_file import (
-    Parts,
-    finished,
-    noticed,
-    read_draws,
-    with_spec_hash,
-    write_draws,
-    write_scores,
-)
 from scoring.batch_size import FitWork
 from scoring.cluster import Footprint, connect, default_gpus, how_many_fit, is_gpu_share
 from scoring.errors import UserError, unknown_name

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from bench.report.words import counted, said, shared
 from bench.stats import selection_bias as bias
 from bench.stats.estimates import Estimate, t_interval
-from bench.words import counted, said, shared
 from scoring.errors import UserError
 
 UNKNOWN = Estimate(math.nan, math.nan, math.nan)

@@ -28,15 +28,6 @@ from pyarrow import fs
 from scoring.errors import UserError, first_line
 from scoring.files import replacing
 
-# What became of a run.
-FINISHED, DIVERGED, OUT_OF_MEMORY, ERROR, DIED, STOPPED = (
-    "finished",
-    "diverged",
-    "out of memory",
-    "error",
-    "died",
-    "stopped",
-)
 # Of the tables' columns. A file says which it has; what older versions wrote is brought up to date when it is read.
 SCHEMA_VERSION = 1
 VERSION_KEY, TABLE_KEY = b"mrd_bench.store_version", b"mrd_bench.store_table"

@@ -29,13 +29,13 @@ from ray import tune
 from ray.tune.schedulers import ASHAScheduler
 from tqdm import tqdm
 
-from bench.folders import OwnedFolder
+from bench.files.folders import OwnedFolder
+from bench.files.origin import origin
+from bench.files.status import DIED, STOPPED
 from bench.models import find_model
-from bench.origin import origin
+from bench.report.words import size_of
 from bench.runs import full_disks_said_plainly
-from bench.score_file import size_of
 from bench.selections import mean_log_mrd
-from bench.store import DIED, STOPPED
 from bench.sweep_plan import Plan, SweepResources, SweepSpec, configurations
 from bench.trials import Result, Shared, Trial, TrialStore, run_trial, shareable_weights
 from bench.unlearning_job import UnlearnSpec, corpus_of, datasets_of, room_of
@@ -451,7 +451,7 @@ def _row(plan: Plan, trial: Trial, result: Result) -> dict[str, Any]:
 
 
 def _origin(trial: Trial, result: Result) -> dict[str, str | None]:
-    """What the row is of and from, see `bench.origin`; a trial that an earlier version ran does not say."""
+    """What the row is of and from, see `bench.files.origin`; a trial that an earlier version ran does not say."""
     found = result.get("origin", {})
     return {
         # Where the ids lie is this machine's own affair; the hash of the samples is in there.

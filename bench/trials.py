@@ -33,13 +33,13 @@ from algorithms.unlearner import Diverged, History
 from bench.data import Dataset, find_task, load_dataset
 from bench.evaluation_job import EvaluateSpec, Measuring, classifiers, folder_sha256, sets_of
 from bench.evaluation_table import MODEL, ORIGINAL, RETAIN_ONLY, Columns, metric_value
+from bench.files.identity import with_spec_hash
+from bench.files.origin import origin
+from bench.files.status import DIVERGED, ERROR, FINISHED, OUT_OF_MEMORY
 from bench.metrics.values import Measured, Missing, Scores
 from bench.models import ModelReference, find_model
-from bench.origin import origin
 from bench.runs import sample_table
-from bench.score_file import with_spec_hash
 from bench.scoring_job import Resources
-from bench.store import DIVERGED, ERROR, FINISHED, OUT_OF_MEMORY
 from bench.unlearning_job import NAMED, UnlearnSpec, corpus_of, datasets_of, evaluation_of, identity_of
 from scoring.cluster import check_versions, versions
 from scoring.errors import first_line

@@ -28,10 +28,10 @@ from algorithms.recipe import Objectives, Recipe, total_updates
 from algorithms.trainable import STRATEGIES
 from algorithms.unlearner import Corpus, Evaluation, History, Progress
 from bench.data import Dataset, absolute_source, check_dataset, find_task, is_data_file, load_dataset, spaced
+from bench.files.identity import with_spec_hash
 from bench.metrics.answers import score_answers
 from bench.models import ModelReference, absolute_model, find_model
 from bench.runs import RunFolder, UnlearnResult, full_disks_said_plainly, read_run
-from bench.score_file import with_spec_hash
 from bench.scoring_job import Resources, ScoreSpec, check_vocabulary
 from bench.selections import read_ids
 from bench.tasks import Task

@@ -18,7 +18,7 @@ import ray
 import torch
 from ray.cluster_utils import Cluster
 
-from bench.spec import make_spec
+from bench.files.spec import make_spec
 from bench.sweep_plan import SweepResources, SweepSpec
 from bench.sweeps import SweepResult, sweep
 from bench.unlearning_job import UnlearnSpec, unlearn

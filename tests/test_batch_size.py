@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from bench.cli import main
-from bench.score_file import FACTS_KEY
+from bench.files.score_file import FACTS_KEY
 from scoring.batch_size import LEAST, MOST, USABLE, FitWork, fitting_tokens, free_bytes, peak_bytes
 from scoring.mrd import Request, estimate
 from scoring.replica import TransformersReplica

@@ -333,7 +333,7 @@ def test_a_cluster_that_does_not_answer(inputs: Inputs) -> None:
 
 @pytest.mark.usefixtures("cluster")
 def test_samples_that_cannot_be_scored_are_named(inputs: Inputs, capsys: pytest.CaptureFixture[str]) -> None:
-    from bench.score_file import read_scores
+    from bench.files.score_file import read_scores
 
     good = pairs(5)
     bad = [

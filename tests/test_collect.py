@@ -12,8 +12,8 @@ import pytest
 import yaml
 
 from bench.cli import main
+from bench.files.origin import git_commit, hardware, origin, package_version
 from bench.leaderboard import boards
-from bench.origin import git_commit, hardware, origin, package_version
 from bench.store import Results, read_stores
 from tests.tiny_folders import pairs, write_jsonl
 

@@ -17,15 +17,17 @@ import pytest
 from matplotlib.figure import Figure
 from scipy import stats
 
-from bench import plots
 from bench.demo import Sizes, _unlearning_specs, run_demo, unlearn_side_by_side
+from bench.files.score_file import Scores
+from bench.report import figures
 from bench.report import findings as findings_module
-from bench.report.findings import Findings, ScalingLine, Scores, attribute_effects, correlations, inflation
+from bench.report.attributes import attribute_effects, by_attribute, correlations
+from bench.report.findings import Findings, ScalingLine, inflation
 from bench.report.page import page as whole_page
 from bench.report.unlearning import Run, Unlearning, kept, predictions, recipe, saved, table_lines
+from bench.report.words import decimal
 from bench.scoring_job import Resources
 from bench.stats.estimates import Estimate
-from bench.words import decimal
 from scoring.errors import UserError
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -242,16 +244,16 @@ def test_figures_are_xml_with_a_description_and_take_the_themes_colours(document
         assert len(root.get("aria-label") or "") > 20
         assert root.get("viewBox")
         assert root.get("width") is None
-        for colour in plots.CSS_NAMES:
+        for colour in figures.CSS_NAMES:
             assert colour not in figure
         used = set(re.findall(r"var\((--[a-z]+)\)", figure))
-        assert used <= set(plots.CSS_NAMES.values())
+        assert used <= set(figures.CSS_NAMES.values())
         # Anything with a colour of its own would vanish on one of the two grounds.
         assert set(re.findall(r"#[0-9a-f]{6}\b", figure)) == set()
 
 
 def test_both_themes_define_every_colour(document):
-    for name in plots.CSS_NAMES.values():
+    for name in figures.CSS_NAMES.values():
         light, dark = re.findall(rf"{name}: light-dark\((#\w{{6}}), (#\w{{6}})\)", document)[0]
         assert light != dark
 
@@ -421,7 +423,7 @@ def test_a_folder_without_a_run_is_named(tmp_path):
         Run.read(tmp_path)
 
 
-def drawn(draw: plots.Draw) -> list[tuple[list[float], float]]:
+def drawn(draw: figures.Draw) -> list[tuple[list[float], float]]:
     """Where each line of a figure goes along x, and the size of its marks."""
     axes = Figure().subplots()
     draw(axes)
@@ -431,12 +433,12 @@ def drawn(draw: plots.Draw) -> list[tuple[list[float], float]]:
 def test_a_line_ends_where_its_run_did_and_is_marked_there():
     early = run("GA", 0.0, (1.0, 0.5, 0.1), (1.0, 0.9, 0.7), epochs=3)
     late = run("GA", 1.0, (1.0, 0.8, 0.6, 0.4), (1.0, 0.9, 0.9, 0.8), epochs=3)
-    ring = plots.RING["markersize"]
+    ring = figures.RING["markersize"]
     for which in ("forget", "retain"):
-        lines = drawn(plots.recall_by_epoch([early, late], which))
+        lines = drawn(figures.recall_by_epoch([early, late], which))
         assert [x for x, size in lines if size != ring] == [[0, 1, 2], [0, 1, 2, 3]]
         assert [x for x, size in lines if size == ring] == [[2]]
-    lines = drawn(plots.trade_off([early, late]))
+    lines = drawn(figures.trade_off([early, late]))
     assert [x for x, size in lines if size == ring] == [[0.1]]
     assert [x for x, size in lines if size != ring] == [[1.0, 0.5, 0.1], [1.0, 0.8, 0.6, 0.4]]
 
@@ -578,10 +580,10 @@ def test_a_split_without_a_retain_set_leaves_out_what_needs_one():
 
 def test_the_picture_has_three_panels_and_is_reproducible(tmp_path):
     data = findings(by_level("complexity", "high"))
-    panels = [plots.difficulty(data.monte_carlo), plots.scaling(data.scaling), plots.attributes(data.effects)]
+    panels = [figures.difficulty(data.monte_carlo), figures.scaling(data.scaling), by_attribute(data.effects)]
     first, second = tmp_path / "a.png", tmp_path / "b.png"
-    plots.picture(panels, first)
-    plots.picture(panels, second)
+    figures.picture(panels, first)
+    figures.picture(panels, second)
     content = first.read_bytes()
     assert content == second.read_bytes()
     assert content[:8] == b"\x89PNG\r\n\x1a\n"

@@ -29,9 +29,10 @@ from transformers import AutoModelForCausalLM
 from bench.cli import main
 from bench.data import find_task
 from bench.evaluation_job import EvaluateSpec, EvaluationResult, evaluate
+from bench.files.parts import Parts
+from bench.files.score_file import read_scores
 from bench.metrics import METRICS
 from bench.report.evaluation import print_evaluation
-from bench.score_file import Parts, read_scores
 from bench.scoring_job import Resources
 from bench.tasks import TASKS, tofu
 from scoring.memorization import extraction_likelihood

@@ -12,14 +12,14 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from bench import plots
 from bench.data import load_dataset
 from bench.experiments import fig3, fig4, fig5, fig7
 from bench.experiments.experiment import Answer, Setting
 from bench.experiments.fig5 import CONTRADICTED, HOLDS, UNKNOWN, Run, ruled, ruling
 from bench.experiments.reproduce import PRESETS, SPECS
+from bench.files.spec import make_spec, read_mapping
 from bench.models import find_model
-from bench.spec import make_spec, read_mapping
+from bench.report import figures
 from bench.stats.estimates import Estimate
 from bench.sweep_plan import SweepResources, SweepSpec
 from bench.sweeps import as_table
@@ -82,7 +82,7 @@ def claim(answer: Answer) -> str:
 
 def drawn(answer: Answer, path: Path) -> None:
     """The picture can be made."""
-    plots.picture(
+    figures.picture(
         answer.panels, path / "picture.png", answer.inches or (5.0 * len(answer.panels), 5.0), polar=answer.polar
     )
     assert (path / "picture.png").stat().st_size > 10_000

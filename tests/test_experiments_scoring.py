@@ -14,19 +14,20 @@ import pyarrow as pa
 import pytest
 from scipy import stats
 
-from bench import plots
 from bench.data import Dataset, load_dataset, spaced
 from bench.draws import HALF_NORMAL_SPREAD, Point, PointDraws, measure_draws, read_finished, scaling_line
 from bench.experiments import fig6, table8, table11, table12
 from bench.experiments.experiment import Answer, Setting
 from bench.experiments.reproduce import PRESETS, SPECS
+from bench.files.score_file import Scores
+from bench.files.spec import make_spec, read_mapping
 from bench.models import find_model
-from bench.report.findings import ATTRIBUTES, Scores
+from bench.report import figures
+from bench.report.attributes import ATTRIBUTES
+from bench.report.words import CONTRADICTED, HOLDS, UNDECIDED, lies_within, markdown, percent, significant
 from bench.scoring_job import Resources, ScoreSpec
-from bench.spec import make_spec, read_mapping
 from bench.stats.estimates import Estimate
 from bench.sweep_plan import SweepResources
-from bench.words import CONTRADICTED, HOLDS, UNDECIDED, lies_within, markdown, percent, significant
 from scoring.mrd import ESTIMATORS, Request, estimate
 from scoring.pool import Facts
 from scoring.replica import TransformersReplica, load_model
@@ -503,7 +504,7 @@ def begin(name: str, work: Path, model: Path, data: Path) -> Answer:
     trials = work / "trials"
     found = experiment.run(Setting(name, values, "tiny", work, trials, SweepResources(concurrent=1), progress=False))
     assert found.table.num_rows
-    plots.picture(found.panels, work / "picture.png", found.inches)
+    figures.picture(found.panels, work / "picture.png", found.inches)
     assert not any(re.search(r"\bnan\b", sentence) for sentence in found.sentences)
     return found
 

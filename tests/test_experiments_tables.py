@@ -12,7 +12,6 @@ import pyarrow as pa
 import pytest
 from scipy import stats
 
-from bench import plots
 from bench.data import find_task
 from bench.experiments import table1, table4, table5, table6, table7, table9, table10, table13, timing
 from bench.experiments import weighted_sampling as sampling
@@ -29,7 +28,8 @@ from bench.experiments.weighted_sampling import (
     Columns,
     Outcome,
 )
-from bench.spec import make_spec, read_mapping
+from bench.files.spec import make_spec, read_mapping
+from bench.report import figures
 from bench.stats.estimates import holm
 from bench.sweep_plan import SweepResources, SweepSpec
 from bench.sweeps import as_table
@@ -70,7 +70,7 @@ def sampled(
 
 def drawn(answer: Answer, folder: Path) -> None:
     """The picture can be drawn."""
-    plots.picture(answer.panels, folder / "picture.png", answer.inches or (5, 5))
+    figures.picture(answer.panels, folder / "picture.png", answer.inches or (5, 5))
     assert (folder / "picture.png").stat().st_size > 5000
 
 

@@ -16,7 +16,7 @@ from bench.cli import main
 from bench.experiments import fig2, reproduce
 from bench.experiments.experiment import Answer, Experiment, Setting
 from bench.experiments.fig2 import Fig2Spec, answer
-from bench.spec import make_spec, read_mapping
+from bench.files.spec import make_spec, read_mapping
 from bench.sweep_plan import SweepSpec
 from scoring.errors import UserError
 

@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM, GPTNeoXForCausalLM
 
 from bench import scoring_job
 from bench.cli import main
-from bench.score_file import FACTS_KEY, SPEC_KEY, read_scores
+from bench.files.score_file import FACTS_KEY, SPEC_KEY, read_scores
 from bench.scoring_job import Resources, ScoreResult, ScoreSpec, score
 from scoring.errors import UserError
 from scoring.mrd import ESTIMATORS, Request, estimate, reduce_draws

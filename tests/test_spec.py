@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from bench.spec import make_spec, read_spec
+from bench.files.spec import make_spec, read_spec
 from scoring.errors import UserError
 
 

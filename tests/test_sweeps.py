@@ -27,9 +27,9 @@ import yaml
 from bench import sweeps, trials
 from bench.cli import main
 from bench.evaluation_job import EvaluateSpec, evaluate
+from bench.files.spec import make_spec
 from bench.runs import read_run
 from bench.scoring_job import Resources
-from bench.spec import make_spec
 from bench.sweep_plan import Plan, SweepResources, SweepSpec
 from bench.sweeps import SweepResult, read_sweep, sweep
 from bench.trials import Shared, TrialStore, run_trial, shareable_weights

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 
 from bench.cli import main
 from bench.evaluation_job import EvaluateSpec, evaluate
-from bench.score_file import FACTS_KEY
+from bench.files.score_file import FACTS_KEY
 from bench.scoring_job import Resources
 from bench.unlearning_job import UnlearnSpec, unlearn
 from scoring.cluster import Footprint

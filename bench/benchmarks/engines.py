@@ -21,8 +21,8 @@ from typing import Any
 import numpy as np
 
 from bench.data import load_dataset
+from bench.files.origin import origin
 from bench.models import find_model
-from bench.origin import origin
 from bench.scoring_job import Resources
 from bench.stats.estimates import geometric_mean
 from scoring.cluster import Footprint, connect, default_gpus

@@ -20,7 +20,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from bench.benchmarks.plan import shape_of
-from bench.origin import origin
+from bench.files.origin import origin
 from bench.plan import Shape
 from scoring.errors import UserError
 from scoring.mrd import Request, estimate

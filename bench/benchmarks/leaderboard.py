@@ -24,7 +24,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from bench.store import FINISHED, SCHEMAS, Store
+from bench.files.status import FINISHED
+from bench.store import SCHEMAS, Store
 from scoring.errors import UserError
 
 TURNS = 3

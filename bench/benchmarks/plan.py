@@ -24,8 +24,8 @@ from transformers.utils import logging as transformers_logging
 
 from bench.benchmarks.cluster import data_file
 from bench.data import load_dataset
+from bench.files.origin import hardware
 from bench.models import find_model
-from bench.origin import hardware
 from bench.plan import KINDS, Cost, Job, Profile, Shape, held, memory_of, plan
 from bench.scoring_job import BATCH_TOKENS as BATCH
 from bench.scoring_job import DRAWS_PER_TASK, Resources, ScoreSpec, score

@@ -9,8 +9,8 @@ from typing import Any, TypeVar
 
 import pyarrow as pa
 
-from bench.plots import Draw
-from bench.spec import make_spec
+from bench.files.spec import make_spec
+from bench.report.figures import Draw
 from bench.sweep_plan import SweepResources, SweepSpec
 from bench.sweeps import SweepResult, sweep
 

@@ -23,15 +23,16 @@ from bench.data import load_dataset
 from bench.embedded_model import FAMILIES, model_spec, train, train_tokenizer, trained_once
 from bench.experiments.experiment import Answer, Experiment, Setting
 from bench.experiments.fig5 import CONTRADICTED, HOLDS, UNKNOWN, estimated, ruled, ruling
+from bench.files.identity import with_spec_hash
+from bench.files.score_file import read_scores, write_scores
+from bench.files.status import FINISHED
 from bench.models import ModelReference, find_model
-from bench.plots import BLUE, GREEN, INK, MUTED, ORANGE, VERMILLION, Draw
-from bench.score_file import read_scores, with_spec_hash, write_scores
+from bench.report.figures import BLUE, GREEN, INK, MUTED, ORANGE, VERMILLION, Draw
+from bench.report.words import said
 from bench.scoring_job import Resources
 from bench.stats.estimates import Estimate, over_sets, partial_spearman, spearman
-from bench.store import FINISHED
 from bench.sweep_plan import SweepSpec
 from bench.sweeps import as_table
-from bench.words import said
 from scoring.cluster import connect
 from scoring.errors import UserError
 from scoring.pool import ReplicaPool, ReplicaSpec

@@ -20,11 +20,11 @@ from matplotlib.axes import Axes
 
 from bench.experiments.experiment import Answer, Experiment, Setting
 from bench.experiments.fig5 import COLOURS, CONTRADICTED, HOLDS, UNKNOWN, estimated, ruled, ruling
-from bench.plots import INK, Draw
+from bench.files.status import FINISHED
+from bench.report.figures import INK, Draw
+from bench.report.words import said
 from bench.stats.estimates import FEWEST, LEVEL, Estimate, over_sets, partial_spearman, spearman
-from bench.store import FINISHED
 from bench.sweeps import as_table
-from bench.words import said
 from scoring.errors import UserError
 
 # Composites whose standard deviation is under a tenth of their mean are not "vastly different".

@@ -20,11 +20,11 @@ from matplotlib.ticker import FixedFormatter, FixedLocator, MaxNLocator, NullFor
 
 from algorithms.stopping import Thresholds
 from bench.experiments.experiment import Answer, Experiment, Setting
-from bench.plots import BLUE, GREEN, ORANGE, VERMILLION, Draw
+from bench.files.status import FINISHED
+from bench.report.figures import BLUE, GREEN, ORANGE, VERMILLION, Draw
+from bench.report.words import decimal, interval, said
 from bench.stats.estimates import Estimate, partial_spearman, spearman
-from bench.store import FINISHED
 from bench.sweeps import as_table
-from bench.words import decimal, interval, said
 from scoring.errors import UserError
 
 TASKS = ("tofu", "wmdp")  # sweeps that a preset may describe: of these tasks, or of their stand-ins

@@ -20,11 +20,11 @@ from bench.data import load_dataset, spaced
 from bench.draws import EXACT, HALF_NORMAL_SPREAD, Point, PointDraws, measure_draws, scaling_line
 from bench.experiments.experiment import Answer, Experiment, Setting
 from bench.models import find_model
-from bench.plots import BLUE, GREEN, GRID, INK, MUTED, ORANGE, VERMILLION, Draw
+from bench.report.figures import BLUE, GREEN, GRID, INK, MUTED, ORANGE, VERMILLION, Draw
 from bench.report.findings import EXPECTED_SLOPE, SLOPE_TOLERANCE, ScalingLine, inflation
+from bench.report.words import CONTRADICTED, HOLDS, columns, decimal, interval, lies_within, percent, said, significant
 from bench.scoring_job import Resources
 from bench.stats.estimates import Estimate, over_sets, spearman
-from bench.words import CONTRADICTED, HOLDS, columns, decimal, interval, lies_within, percent, said, significant
 from scoring.errors import UserError
 from scoring.mrd import Statistic, reduce_draws
 from scoring.samples import encode

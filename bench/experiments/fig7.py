@@ -37,12 +37,12 @@ from bench.experiments.fig5 import (
     unusable,
 )
 from bench.models import ModelReference, find_model
-from bench.plots import INK, Draw
+from bench.report.figures import INK, Draw
+from bench.report.words import decimal, interval, said
 from bench.stats.estimates import mean, partial_spearman, spearman
 from bench.sweep_plan import SweepSpec
 from bench.sweeps import as_table
 from bench.tasks.task import Record
-from bench.words import decimal, interval, said
 from scoring.errors import UserError
 from scoring.files import replacing
 from scoring.samples import Text, encode

@@ -18,11 +18,11 @@ import pyarrow.parquet as pq
 import yaml
 from filelock import FileLock, Timeout
 
-from bench import plots
 from bench.experiments.experiment import Answer, Experiment, Setting
-from bench.origin import origin
-from bench.score_file import with_spec_hash
-from bench.spec import read_mapping
+from bench.files.identity import with_spec_hash
+from bench.files.origin import origin
+from bench.files.spec import read_mapping
+from bench.report import figures
 from bench.sweep_plan import SweepResources
 from scoring.errors import UserError, unknown_name
 from scoring.files import replacing
@@ -152,7 +152,7 @@ def _write(
     inches = answer.inches or (5.0 * len(answer.panels), 5.0)
     for suffix in ("png", "svg"):
         with replacing(folder / f"{experiment.name}.{suffix}") as unfinished:
-            plots.picture(answer.panels, unfinished, inches, polar=answer.polar)
+            figures.picture(answer.panels, unfinished, inches, polar=answer.polar)
     with replacing(folder / "spec.yaml") as unfinished:
         unfinished.write_text(yaml.safe_dump({identity["preset"]: setting.values}, sort_keys=False), encoding="utf-8")
     with replacing(folder / "finding.md") as unfinished:

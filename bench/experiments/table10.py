@@ -29,8 +29,8 @@ from bench.experiments.weighted_sampling import (
     plus_minus,
     together,
 )
+from bench.files.status import FINISHED
 from bench.stats.estimates import Estimate, over_seeds
-from bench.store import FINISHED
 from bench.sweeps import as_table
 from scoring.errors import UserError
 

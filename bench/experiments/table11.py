@@ -15,14 +15,14 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from bench import plots
 from bench.data import LAYOUTS, Dataset, load_dataset
 from bench.experiments.experiment import Answer, Experiment, Setting
+from bench.files.score_file import Scores
 from bench.models import find_model
-from bench.report.findings import ATTRIBUTES, Attribute, Effect, Record, Scores, attribute_effects
+from bench.report.attributes import ATTRIBUTES, Attribute, Effect, Record, attribute_effects, by_attribute, forest
+from bench.report.words import columns, decimal, markdown, said, significant, verdict
 from bench.scoring_job import Resources, ScoreSpec, score
 from bench.stats.estimates import Estimate
-from bench.words import columns, decimal, markdown, said, significant, verdict
 from scoring.characteristics import characteristics
 from scoring.errors import UserError
 
@@ -145,8 +145,8 @@ def answer(scores: Scores, dataset: Dataset, corpus: Sequence[str], spec: Table1
         _claim(compared, spec),
     ]
     panels = [
-        plots.attributes([_titled(each, "\n") for each in compared], f"MRD, {spec.size} of each level"),
-        plots.forest([_titled(each, " ") for each in compared], []),
+        by_attribute([_titled(each, "\n") for each in compared], f"MRD, {spec.size} of each level"),
+        forest([_titled(each, " ") for each in compared], []),
     ]
     table = pa.Table.from_pylist([_row(each) for each in compared])
     return Answer(table, panels, sentences, inches=(20.0, 6.0))

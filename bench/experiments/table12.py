@@ -26,12 +26,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaFor
 from bench.data import load_dataset, spaced
 from bench.draws import HALF_NORMAL_SPREAD, Point, measure_draws
 from bench.experiments.experiment import Answer, Experiment, Setting
+from bench.files.spec import make_spec
 from bench.models import ModelReference, find_model
-from bench.plots import BLUE, INK, MUTED, VERMILLION, Draw
+from bench.report.figures import BLUE, INK, MUTED, VERMILLION, Draw
+from bench.report.words import columns, lies_within, markdown, said
 from bench.scoring_job import Resources
-from bench.spec import make_spec
 from bench.stats.estimates import LEVEL, Estimate, over_sets
-from bench.words import columns, lies_within, markdown, said
 from scoring.errors import UserError
 from scoring.mrd import reduce_draws
 from scoring.samples import encode

@@ -13,9 +13,9 @@ from scipy import stats
 from bench.experiments import weighted_sampling as sampling
 from bench.experiments.experiment import Answer, Experiment, Setting
 from bench.experiments.weighted_sampling import CONTRADICTED, HOLDS, UNKNOWN, Columns, Contrast, Outcome, Row, label
+from bench.report.words import decimal
 from bench.stats.estimates import LEVEL, holm
 from bench.sweeps import as_table
-from bench.words import decimal
 from scoring.errors import UserError
 
 BEST = "m = 2"  # the paper's

@@ -14,7 +14,7 @@ from matplotlib.ticker import MaxNLocator
 from bench.experiments import weighted_sampling as sampling
 from bench.experiments.experiment import Answer, Experiment, Setting
 from bench.experiments.weighted_sampling import EASY_FIRST, UNIFORM, Columns, Outcome, label, method
-from bench.plots import BLUE, GREEN, MUTED, ORANGE, VERMILLION, Draw
+from bench.report.figures import BLUE, GREEN, MUTED, ORANGE, VERMILLION, Draw
 from bench.stats.estimates import Estimate, over_seeds
 from bench.sweeps import as_table
 from scoring.errors import UserError

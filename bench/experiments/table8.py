@@ -17,12 +17,14 @@ from tqdm import tqdm
 from bench.data import load_dataset, spaced
 from bench.draws import read_finished
 from bench.experiments.experiment import Answer, Experiment, Setting
+from bench.files.identity import with_spec_hash
+from bench.files.parts import Parts
+from bench.files.score_file import write_scores
 from bench.models import find_model
-from bench.plots import BLUE, GREEN, MUTED, Draw
-from bench.score_file import Parts, with_spec_hash, write_scores
+from bench.report.figures import BLUE, GREEN, MUTED, Draw
+from bench.report.words import columns, lies_within, markdown, significant
 from bench.scoring_job import DRAWS_PER_TASK, Resources
 from bench.stats.estimates import Estimate, geometric_mean
-from bench.words import columns, lies_within, markdown, significant
 from scoring.cluster import connect
 from scoring.errors import UserError
 from scoring.mrd import Request, base_logprobs, estimate

@@ -14,9 +14,9 @@ from bench.experiments import timing
 from bench.experiments.experiment import Answer, Experiment, Setting
 from bench.experiments.timing import COST, SECONDS, ForgetSet, Ratio, Spent
 from bench.experiments.weighted_sampling import CONTRADICTED, HOLDS, UNKNOWN, plus_minus, together
-from bench.plots import BLUE, VERMILLION, Draw
+from bench.files.status import FINISHED
+from bench.report.figures import BLUE, VERMILLION, Draw
 from bench.stats.estimates import Estimate, over_seeds
-from bench.store import FINISHED
 from bench.sweeps import as_table
 from scoring.errors import UserError
 

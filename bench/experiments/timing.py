@@ -18,13 +18,13 @@ from matplotlib.axes import Axes
 
 from bench.experiments.experiment import Setting
 from bench.experiments.weighted_sampling import Row, bars
+from bench.files.spec import make_spec
 from bench.models import find_model
-from bench.plots import BLUE, GREEN, INK, MUTED, ORANGE, VERMILLION, Draw
-from bench.spec import make_spec
+from bench.report.figures import BLUE, GREEN, INK, MUTED, ORANGE, VERMILLION, Draw
+from bench.report.words import decimal, interval
 from bench.stats.estimates import LEVEL, Estimate, holm, over_seeds
 from bench.sweeps import SweepResult
 from bench.unlearning_job import UnlearnSpec, corpus_of, datasets_of
-from bench.words import decimal, interval
 from scoring.samples import make_batches
 
 BACKWARD = 2  # forwards that a backward costs

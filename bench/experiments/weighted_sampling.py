@@ -25,12 +25,12 @@ from matplotlib.ticker import MaxNLocator
 from bench.data import find_task
 from bench.evaluation_table import ORIGINAL
 from bench.experiments.experiment import Answer, Setting
+from bench.files.status import FINISHED
 from bench.metrics import METRICS
-from bench.plots import BLUE, MUTED, VERMILLION, Draw
+from bench.report.figures import BLUE, MUTED, VERMILLION, Draw
+from bench.report.words import decimal, interval, said
 from bench.stats.estimates import LEVEL, Estimate, holm, over_seeds
-from bench.store import FINISHED
 from bench.sweeps import SweepResult, as_table
-from bench.words import decimal, interval, said
 from scoring.errors import UserError
 
 Row = Mapping[str, Any]

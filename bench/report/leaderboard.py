@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from bench import plots
 from bench.leaderboard import Board
+from bench.report import figures
 from bench.report.leaderboard_page import cells, columns, page
 from bench.report.leaderboard_plots import pareto, strips
 from bench.report.results import standings_latex
-from bench.words import markdown
+from bench.report.words import markdown
 from scoring.errors import UserError
 from scoring.files import replacing
 
@@ -44,7 +44,7 @@ def _draw(board: Board, path: Path) -> None:
         inches = (5.5 * len(panels), max(4.0, 1.5 + 0.4 * len(board.entries)))
         for suffix in (".png", ".svg"):
             with replacing(path.with_suffix(suffix)) as unfinished:
-                plots.picture(panels, unfinished, inches)
+                figures.picture(panels, unfinished, inches)
 
 
 def overview(boards: Sequence[Board], notes: Sequence[str]) -> str:

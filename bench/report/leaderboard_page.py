@@ -15,8 +15,8 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from bench import plots
 from bench.leaderboard import Board, Run
+from bench.report import figures
 from bench.report.leaderboard_plots import (
     marks,
     pareto,
@@ -29,9 +29,9 @@ from bench.report.leaderboard_plots import (
     strips_inches,
 )
 from bench.report.style import STYLE_SHEET
+from bench.report.words import decimal, interval
 from bench.standings import Standing
 from bench.stats.estimates import Estimate
-from bench.words import decimal, interval
 
 HERE = Path(__file__).parent
 # What would end the script element that the JSON is in, begin another, or end a line of it.
@@ -97,11 +97,11 @@ def _board(board: Board, number: int) -> str:
 def _figures(board: Board, number: int) -> str:
     found = ""
     if board.trade_off and marks(board):
-        drawn = plots.svg(pareto(board), f"b{number}p", pareto_alt(board), pareto_inches(board))
+        drawn = figures.svg(pareto(board), f"b{number}p", pareto_alt(board), pareto_inches(board))
         found += f"<figure>{drawn}<figcaption>{escape(pareto_caption(board))}</figcaption></figure>"
     for n, metric in enumerate(board.trade_off or tuple(board.metrics)[:1]):
         size, alt = strips_inches(board, metric), strips_alt(board, metric)
-        drawn = plots.svg(strips(board, metric), f"b{number}s{n}", alt, size)
+        drawn = figures.svg(strips(board, metric), f"b{number}s{n}", alt, size)
         found += f"<figure>{drawn}<figcaption>{escape(strips_caption(board, metric))}</figcaption></figure>"
     return f'<div class="figures">{found}</div>'
 

@@ -13,9 +13,9 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from bench.leaderboard import Board, Standing
-from bench.plots import BLUE, GREEN, INK, MUTED, ORANGE, VERMILLION, Draw, arms
+from bench.report.figures import BLUE, GREEN, INK, MUTED, ORANGE, VERMILLION, Draw, arms
+from bench.report.words import decimal, three_digits
 from bench.stats.estimates import Estimate
-from bench.words import decimal, three_digits
 
 MOST = 30  # entries in a figure
 WIDTH = 6.4  # inches

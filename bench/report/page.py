@@ -9,12 +9,14 @@ from typing import Literal
 
 import numpy as np
 
-from bench import plots
-from bench.report.findings import LENGTH, PROBABILITY, Correlation, Effect, Findings, Scores, agreement, inflation
+from bench.files.score_file import Scores
+from bench.report import figures
+from bench.report.attributes import LENGTH, PROBABILITY, Correlation, Effect, by_attribute, forest
+from bench.report.findings import Findings, agreement, inflation
 from bench.report.style import STYLE_SHEET
 from bench.report.unlearning import Run, Unlearning, has_retain_set, kept, percent, recipe, saved
+from bench.report.words import decimal, interval, said
 from bench.stats.estimates import Estimate, spearman
-from bench.words import decimal, interval, said
 
 SHOWN = 5
 RUN_INCHES = (5.0, 3.9)  # two rows of a legend above the axes
@@ -115,7 +117,7 @@ def _distribution(findings: Findings) -> str:
     )
     alt = f"MRD of {len(mrd)} samples in ascending order, from {_number(mrd.min())} to {_number(mrd.max())}."
     caption = "Every sample in order of MRD, with the 95 % interval of the Monte Carlo error."
-    return _paragraph(sentence) + _figure(plots.svg(plots.difficulty(scores), "distribution", alt), caption)
+    return _paragraph(sentence) + _figure(figures.svg(figures.difficulty(scores), "distribution", alt), caption)
 
 
 def _samples(findings: Findings) -> str:
@@ -161,7 +163,7 @@ def _estimators(findings: Findings) -> str:
         f"{said(pairs[2].rank)}."
     )
     alt = f"Scatter of MRD by monte-carlo against gradient; Spearman {said(exact.rank)}."
-    drawn = plots.svg(plots.estimators(findings.monte_carlo, findings.gradient), "estimators", alt)
+    drawn = figures.svg(figures.estimators(findings.monte_carlo, findings.gradient), "estimators", alt)
     caption = "Algorithm 1 of the paper against its limit for small sigma, which one backward pass gives."
     return _paragraph(sentence) + _figure(drawn, caption) + table
 
@@ -193,7 +195,7 @@ def _scaling(findings: Findings) -> str:
     return (
         _list(sentences)
         + (_paragraph(rounding) if rounding else "")
-        + _figure(plots.svg(plots.scaling(lines), "scaling", alt), caption)
+        + _figure(figures.svg(figures.scaling(lines), "scaling", alt), caption)
         + _table("Slope of log MRD against log sigma", head, rows)
     )
 
@@ -226,16 +228,18 @@ def _attributes(findings: Findings) -> str:
     content = _paragraph(intro) + _list(sentences)
     if effects:
         content += _figure(
-            plots.svg(plots.attributes(effects), "attributes", _effects_alt(effects)),
+            figures.svg(by_attribute(effects), "attributes", _effects_alt(effects)),
             "MRD at the low and the high level of each attribute; large marks are means with 95 % intervals.",
         )
-    forest = plots.svg(
-        plots.forest(effects, [probability]),
+    correlations = figures.svg(
+        forest(effects, [probability]),
         "forest",
         "Rank correlations with MRD. " + " ".join(sentences),
         (5.0, 3.6),
     )
-    content += _figure(forest, "Rank correlation of MRD with each attribute, as it is and with length partialled out.")
+    content += _figure(
+        correlations, "Rank correlation of MRD with each attribute, as it is and with length partialled out."
+    )
     return content + _table("By attribute", head, rows)
 
 
@@ -276,18 +280,18 @@ def _unlearning(unlearning: Unlearning) -> str:
     if skipped := unlearning.skipped_sentence():
         content += _paragraph(skipped)
     content += _figure(
-        plots.svg(plots.recall_by_epoch(runs, "forget"), "forgetting", _recalls(runs, "forget"), RUN_INCHES),
+        figures.svg(figures.recall_by_epoch(runs, "forget"), "forgetting", _recalls(runs, "forget"), RUN_INCHES),
         f"What is left of the forget set after each epoch: ROUGE-L recall of greedy answers, at most {evaluated} "
         "samples. A ring: all samples were forgotten and the run ended.",
     )
     if has_retain_set(runs):
         content += _figure(
-            plots.svg(plots.recall_by_epoch(runs, "retain"), "keeping", _recalls(runs, "retain"), RUN_INCHES),
+            figures.svg(figures.recall_by_epoch(runs, "retain"), "keeping", _recalls(runs, "retain"), RUN_INCHES),
             f"What is left of the retain set, at most {evaluated} samples evenly spaced over it.",
         )
         content += _figure(
-            plots.svg(
-                plots.trade_off(runs),
+            figures.svg(
+                figures.trade_off(runs),
                 "trade-off",
                 f"Paths from the upper left. {_recalls(runs, 'forget')} {_recalls(runs, 'retain')}",
                 RUN_INCHES,

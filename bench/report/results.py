@@ -12,9 +12,10 @@ from typing import Any
 import pyarrow as pa
 
 from bench.compare import Comparison, Side
+from bench.files.status import FINISHED
 from bench.leaderboard import Board, shown
-from bench.store import FINISHED, PARTITIONS, Results, Skipped
-from bench.words import decimal, interval, three_digits
+from bench.report.words import decimal, interval, three_digits
+from bench.store import PARTITIONS, Results, Skipped
 from scoring.errors import UserError, unknown_name
 
 FORMATS = ("csv", "json", "latex")

@@ -3,7 +3,7 @@
 A page that lets its reader choose sets data-theme to "light" or "dark" on the root element.
 """
 
-# The colours' names are those of bench.plots.CSS_NAMES; on dark ground they are lighter, of the same hue.
+# The colours' names are those of bench.report.figures.CSS_NAMES; on dark ground they are lighter, of the same hue.
 STYLE_SHEET = """
 :root {
   color-scheme: light dark;

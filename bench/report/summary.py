@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 import pyarrow.compute as pc
 
+from bench.files.status import FINISHED
 from bench.runs import UnlearnResult
 from bench.scoring_job import ScoreResult
-from bench.store import FINISHED
 from bench.sweeps import SweepResult
 
 SHOWN = 5

@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 
 from algorithms.recipe import Recipe, total_updates, updates_per_epoch
-from bench.report.findings import Scores
+from bench.files.score_file import Scores
+from bench.report.words import decimal, said, verdict
 from bench.runs import read_run
 from bench.stats.estimates import Estimate, partial_spearman, spearman
-from bench.words import decimal, said, verdict
 
 # Remark 3.4 of the paper: the updates that a sample takes are inversely proportional to its MRD.
 CLAIM = -1

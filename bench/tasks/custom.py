@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench.spec import read_spec
+from bench.files.spec import read_spec
 from bench.tasks import safe, tofu, whp, wmdp
 from bench.tasks.sources import TEXT, Fields, read_file, with_fields
 from bench.tasks.task import Record, Task

@@ -59,7 +59,7 @@ def git_commit() -> str | None:
     """The commit of this code, "-dirty" behind it where files differ; None outside a checkout."""
     if given := os.environ.get(COMMIT_VARIABLE):
         return given
-    folder = Path(__file__).resolve().parent.parent
+    folder = Path(__file__).resolve().parents[2]
     if not (folder / ".git").exists():  # not that of a project which this was copied into
         return None
     try:

@@ -28,7 +28,8 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 from bench.stats.estimates import Estimate
 
 if TYPE_CHECKING:  # what is drawn; a leaderboard is drawn without loading what trains models
-    from bench.report.findings import Correlation, Effect, ScalingLine, Scores
+    from bench.files.score_file import Scores
+    from bench.report.findings import ScalingLine
     from bench.report.unlearning import Run
 
 Draw = Callable[[Axes], None]
@@ -204,84 +205,6 @@ def scaling(lines: Sequence[ScalingLine], title: str = "") -> Draw:
         axes.set_ylabel("MRD, median of samples")
         axes.legend(loc="upper left", title="slope", alignment="left")
         axes.set_title(title)
-
-    return draw
-
-
-def attributes(effects: Sequence[Effect], title: str = "") -> Draw:
-    """MRD at the two levels of each attribute: samples as faint dots, means with 95 % intervals."""
-
-    def draw(axes: Axes) -> None:
-        spread = np.random.default_rng(0)  # of the dots, sideways
-        groups = [(e.low, e.low_mean) for e in effects], [(e.high, e.high_mean) for e in effects]
-        for level, (colour, marker, sideways) in enumerate(((ORANGE, "s", -0.2), (BLUE, "o", 0.2))):
-            for place, (values, centre) in enumerate(groups[level]):
-                x = place + sideways
-                axes.plot(
-                    x + spread.uniform(-0.13, 0.13, len(values)),
-                    values,
-                    linestyle="none",
-                    marker=".",
-                    markersize=3,
-                    color=colour,
-                    alpha=0.35,
-                    zorder=1,
-                )
-                axes.errorbar(
-                    x,
-                    centre.value,
-                    arms([centre]),
-                    fmt=marker,
-                    color=INK,
-                    markerfacecolor=colour,
-                    markersize=8,
-                    capsize=4,
-                    label=("low", "high")[level] if place == 0 else None,
-                    zorder=3,
-                )
-        axes.set_xticks(range(len(effects)), [effect.attribute.title for effect in effects])
-        axes.grid(axis="x", visible=False)
-        low, high = axes.get_ylim()
-        axes.set_ylim(low, high + 0.12 * (high - low))
-        axes.set_ylabel("MRD")
-        axes.legend(loc="upper left", ncols=2)
-        axes.set_title(title)
-
-    return draw
-
-
-def forest(effects: Sequence[Effect], others: Sequence[Correlation]) -> Draw:
-    """Rank correlations with MRD, as they are and with length partialled out, and the signs the paper gives."""
-
-    def draw(axes: Axes) -> None:
-        names = [effect.attribute.title for effect in effects] + [other.title for other in others]
-        claims = [effect.attribute.claim for effect in effects] + [other.claim for other in others]
-        plain = [effect.correlation for effect in effects] + [other.mrd for other in others]
-        beyond = [effect.beyond_length for effect in effects] + [other.beyond_length for other in others]
-        place = -np.arange(len(names), dtype=float)
-        for up, found, colour, marker, label in (
-            (0.14, plain, ORANGE, "s", "as it is"),
-            (-0.14, beyond, BLUE, "o", "length partialled out"),
-        ):
-            axes.errorbar(
-                [estimate.value for estimate in found],
-                place + up,
-                xerr=arms(found),
-                fmt=marker,
-                color=colour,
-                capsize=3,
-                label=label,
-            )
-        axes.axvline(0, color=MUTED, linewidth=1)
-        axes.set_xlim(-1, 1)
-        for y, claim in zip(place, claims, strict=True):
-            if claim:
-                axes.annotate("▶" if claim > 0 else "◀", (0.96 * claim, y), ha="center", va="center", color=MUTED)
-        axes.set_yticks(place, names)
-        axes.grid(axis="y", visible=False)
-        axes.set_ylim(-len(names) + 0.4, 0.6)
-        axes.set_xlabel("rank correlation (arrow: the paper's sign)")
-        axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2, columnspacing=1, handletextpad=0.3)
 
     return draw
 

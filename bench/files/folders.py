@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Self
 
 from filelock import FileLock, Timeout
 
-from bench.score_file import differences
+from bench.files.identity import differences
 from scoring.errors import UserError
 from scoring.files import replacing
 

@@ -1,9 +1,8 @@
-"""Scores on disk: Parquet files that say what made them, written whole or not at all."""
+"""The finished pieces of a run on disk, next to the output file, until that is written whole."""
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import shutil
 import sys
@@ -15,57 +14,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from filelock import FileLock, Timeout
 
+from bench.files.identity import differences
+from bench.files.score_file import FACTS_KEY, read_scores
 from scoring.errors import UserError
 from scoring.files import replacing
 from scoring.mrd import Draws
 from scoring.pool import Facts, Task
-
-SPEC_KEY, FACTS_KEY = b"mrd_bench.spec", b"mrd_bench.facts"
-# Rows that are encoded at a time: what a file needs to be written does not grow with it.
-ROW_GROUP = 16384
-
-
-def with_spec_hash(content: dict[str, Any], named: Sequence[str]) -> dict[str, Any]:
-    """A run's identity: what is run, and the hash of it.
-
-    Args:
-        content: the spec, with the hashes of data and weights.
-        named: keys left out of the hash: a moved folder or renamed file is still the same run.
-    """
-    hashed = {key: value for key, value in content.items() if key not in named}
-    return content | {"spec_hash": hashlib.sha256(json.dumps(hashed, sort_keys=True).encode()).hexdigest()[:16]}
-
-
-def differences(found: dict[str, Any], identity: dict[str, Any]) -> str:
-    """What two identities differ in, for a message."""
-    return ", ".join(key for key in identity if found.get(key) != identity[key] and key != "spec_hash")
-
-
-def size_of(count: float) -> str:
-    """A number of bytes, for a message."""
-    unit, name = next(((u, n) for u, n in ((1e9, "GB"), (1e6, "MB")) if count >= u), (1e3, "kB"))
-    return f"{count / unit:.1f} {name}"
-
-
-def write_scores(table: pa.Table, out: Path, identity: dict[str, Any], record: dict[str, Any]) -> None:
-    """Write a score file: the rows, the spec with its hash, and what was noticed on the way."""
-    metadata = {SPEC_KEY: json.dumps(identity), FACTS_KEY: json.dumps(record)}
-    with replacing(out) as unfinished:
-        pq.write_table(table.replace_schema_metadata(metadata), unfinished, row_group_size=ROW_GROUP)
-
-
-def read_scores(path: str | Path) -> tuple[pa.Table, dict[str, Any], dict[str, Any]]:
-    """A score file: its table, the spec that made it, and what was noticed on the way.
-
-    Raises:
-        UserError: not a file that `score` wrote.
-    """
-    try:
-        table = pq.read_table(path)
-        metadata = table.schema.metadata or {}
-        return table, json.loads(metadata[SPEC_KEY]), json.loads(metadata[FACTS_KEY])
-    except (pa.ArrowException, OSError, KeyError) as error:
-        raise UserError(f"{path}: not a score file of mrd-bench; expected what `mrd-bench score` writes") from error
 
 
 def finished(out: Path, identity: dict[str, Any], what: str, it: str) -> tuple[pa.Table, dict[str, Any]] | None:

@@ -93,3 +93,9 @@ def counted(estimate: Estimate) -> str:
         return "no number" if math.isinf(value) else f"{value:.0f}"
 
     return f"{whole(estimate.value)} [95 % CI {whole(estimate.low)} to {whole(estimate.high)}]"
+
+
+def size_of(count: float) -> str:
+    """A number of bytes, for a message."""
+    unit, name = next(((u, n) for u, n in ((1e9, "GB"), (1e6, "MB")) if count >= u), (1e3, "kB"))
+    return f"{count / unit:.1f} {name}"

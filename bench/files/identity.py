@@ -1,0 +1,24 @@
+"""What a run is known by: the hash of its spec."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from typing import Any
+
+
+def with_spec_hash(content: dict[str, Any], named: Sequence[str]) -> dict[str, Any]:
+    """A run's identity: what is run, and the hash of it.
+
+    Args:
+        content: the spec, with the hashes of data and weights.
+        named: keys left out of the hash: a moved folder or renamed file is still the same run.
+    """
+    hashed = {key: value for key, value in content.items() if key not in named}
+    return content | {"spec_hash": hashlib.sha256(json.dumps(hashed, sort_keys=True).encode()).hexdigest()[:16]}
+
+
+def differences(found: dict[str, Any], identity: dict[str, Any]) -> str:
+    """What two identities differ in, for a message."""
+    return ", ".join(key for key in identity if found.get(key) != identity[key] and key != "spec_hash")

@@ -1,0 +1,71 @@
+"""Scores on disk: Parquet files that say what made them, written whole or not at all."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from scoring.errors import UserError
+from scoring.files import replacing
+
+SPEC_KEY, FACTS_KEY = b"mrd_bench.spec", b"mrd_bench.facts"
+# Rows that are encoded at a time: what a file needs to be written does not grow with it.
+ROW_GROUP = 16384
+
+
+def write_scores(table: pa.Table, out: Path, identity: dict[str, Any], record: dict[str, Any]) -> None:
+    """Write a score file: the rows, the spec with its hash, and what was noticed on the way."""
+    metadata = {SPEC_KEY: json.dumps(identity), FACTS_KEY: json.dumps(record)}
+    with replacing(out) as unfinished:
+        pq.write_table(table.replace_schema_metadata(metadata), unfinished, row_group_size=ROW_GROUP)
+
+
+def read_scores(path: str | Path) -> tuple[pa.Table, dict[str, Any], dict[str, Any]]:
+    """A score file: its table, the spec that made it, and what was noticed on the way.
+
+    Raises:
+        UserError: not a file that `score` wrote.
+    """
+    try:
+        table = pq.read_table(path)
+        metadata = table.schema.metadata or {}
+        return table, json.loads(metadata[SPEC_KEY]), json.loads(metadata[FACTS_KEY])
+    except (pa.ArrowException, OSError, KeyError) as error:
+        raise UserError(f"{path}: not a score file of mrd-bench; expected what `mrd-bench score` writes") from error
+
+
+@dataclass(frozen=True)
+class Scores:
+    """A score file.
+
+    Attributes:
+        table: one row a sample (bench.scoring_job).
+        spec: what made it.
+        facts: what was noticed on the way.
+    """
+
+    table: pa.Table
+    spec: dict[str, Any]
+    facts: dict[str, Any]
+
+    @classmethod
+    def read(cls, path: str | Path) -> Scores:
+        return cls(*read_scores(path))
+
+    def __getitem__(self, column: str) -> np.ndarray:
+        return self.table[column].to_numpy()
+
+    @property
+    def ids(self) -> list[str]:
+        return self.table["sample_id"].to_pylist()
+
+    @property
+    def probability(self) -> np.ndarray:
+        """Geometric mean of the scored tokens' probabilities, (N,) (scoring.characteristics)."""
+        return np.exp(-self["nll"] / self["num_tokens"])

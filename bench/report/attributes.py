@@ -1,0 +1,252 @@
+"""Attributes of samples, and how they go with difficulty."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+
+from bench.files.score_file import Scores
+from bench.report.figures import BLUE, INK, MUTED, ORANGE, Draw, arms
+from bench.report.words import said, verdict
+from bench.stats.estimates import Estimate, hedges_g, mean, mean_difference, partial_spearman, spearman
+from scoring.characteristics import characteristics
+
+Record = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Attribute:
+    """A two-valued attribute of the records, and what the paper says about it.
+
+    Attributes:
+        field: of the record.
+        title: as printed.
+        low, high: its two values.
+        claim: +1 if MRD is said to be higher at the high level, -1 if lower (paper, section 3.3 and Table 11).
+    """
+
+    field: str
+    title: str
+    low: Any
+    high: Any
+    claim: int
+
+
+ATTRIBUTES = (
+    Attribute("complexity", "complexity", "low", "high", +1),
+    Attribute("frequency", "frequency", 1, 4, -1),
+    Attribute("rare_words", "rare words", "low", "high", +1),
+)
+
+
+@dataclass(frozen=True)
+class Effect:
+    """MRD at the low and the high level of an attribute.
+
+    Attributes:
+        attribute: which.
+        low, high: (N,), (M,) MRD of the two groups.
+        low_mean, high_mean: of the groups.
+        difference: high - low.
+        size: Hedges' g, positive where the high level has the higher MRD.
+        correlation: Spearman's, of the level (0, 1) with MRD.
+        beyond_length: the same with the number of scored tokens partialled out.
+        with_length: Spearman's correlation of the level with the number of scored tokens.
+    """
+
+    attribute: Attribute
+    low: np.ndarray
+    high: np.ndarray
+    low_mean: Estimate
+    high_mean: Estimate
+    difference: Estimate
+    size: Estimate
+    correlation: Estimate
+    beyond_length: Estimate
+    with_length: Estimate
+
+    def sentence(self) -> str:
+        name, claim = self.attribute.title, self.attribute.claim
+        says = f"The paper says: high {name}, {'higher' if claim > 0 else 'lower'} MRD."
+        if not math.isfinite(self.difference.value):
+            return f"{says} There are too few samples to compare."
+        change = self.difference.value / self.low_mean.value
+        return (
+            f"{says} Here the mean MRD is {abs(change):.1%} {'higher' if change > 0 else 'lower'} at the high level, "
+            f"Hedges' g {said(self.size)}: {verdict(self.size, claim)}. With length partialled out, rank correlation "
+            f"{said(self.beyond_length)}: {verdict(self.beyond_length, claim)}."
+        )
+
+
+def attribute_effects(scores: Scores, records: Sequence[Record]) -> list[Effect]:
+    """The effect of every attribute that the records carry at both levels.
+
+    Args:
+        scores: of samples whose ids are among the records'.
+        records: with their attributes.
+    """
+    by_id = {record["id"]: record for record in records}
+    rows = [by_id[name] for name in scores.ids]
+    mrd, length = scores["mrd"], scores["num_tokens"]
+    effects = []
+    for attribute in ATTRIBUTES:
+        values = [record.get(attribute.field) for record in rows]
+        is_low = np.array([value == attribute.low for value in values])
+        is_high = np.array([value == attribute.high for value in values])
+        if is_low.any() and is_high.any():
+            low, high, both = mrd[is_low], mrd[is_high], is_low | is_high
+            level = is_high[both].astype(float)
+            effects.append(
+                Effect(
+                    attribute,
+                    low,
+                    high,
+                    mean(low),
+                    mean(high),
+                    mean_difference(low, high),
+                    hedges_g(low, high),
+                    spearman(level, mrd[both]),
+                    partial_spearman(level, mrd[both], length[both]),
+                    spearman(level, length[both]),
+                )
+            )
+    return effects
+
+
+@dataclass(frozen=True)
+class Correlation:
+    """Spearman's rank correlation of MRD with a number that each sample has.
+
+    Attributes:
+        title: of that number.
+        mrd: its correlation with MRD.
+        beyond_length: the same with the number of scored tokens partialled out; nan for the length itself.
+        per_token: its correlation with MRD / tokens.
+        claim: the sign the paper gives it, 0 for none.
+    """
+
+    title: str
+    mrd: Estimate
+    beyond_length: Estimate
+    per_token: Estimate
+    claim: int = 0
+
+    def sentence(self) -> str:
+        return (
+            f"The paper says: high {self.title}, {'higher' if self.claim > 0 else 'lower'} MRD. Here the rank "
+            f"correlation is {said(self.mrd)}: {verdict(self.mrd, self.claim)}. With length partialled out, "
+            f"{said(self.beyond_length)}: {verdict(self.beyond_length, self.claim)}."
+        )
+
+
+LENGTH = "length in scored tokens"
+PROBABILITY = "initial generation probability"
+
+
+def correlations(scores: Scores, records: Sequence[Record], corpus: Sequence[str]) -> list[Correlation]:
+    """MRD against length, likelihood and the measured characteristics of the texts.
+
+    Args:
+        scores: of samples whose ids are among the records'.
+        records: with question and answer.
+        corpus: the texts that the model was trained on, each as often as it saw it in an epoch.
+    """
+    by_id = {record["id"]: record for record in records}
+    rows = [by_id[name] for name in scores.ids]
+    texts = characteristics([f"{record['question']} {record['answer']}" for record in rows], corpus)
+    mrd, per_token, length = scores["mrd"], scores["mrd_per_token"], scores["num_tokens"]
+    columns: list[tuple[str, np.ndarray, int]] = [
+        (LENGTH, length, 0),
+        ("negative log-likelihood", scores["nll"], 0),
+        (PROBABILITY, scores.probability, -1),
+        ("counted syntactic complexity", np.array([text.syntactic_complexity for text in texts]), +1),
+        ("counted occurrence frequency", np.array([text.occurrence_frequency for text in texts]), -1),
+        ("counted share of rare words", np.array([text.rare_words for text in texts]), +1),
+    ]
+    return [
+        Correlation(title, spearman(x, mrd), partial_spearman(x, mrd, length), spearman(x, per_token), claim)
+        for title, x, claim in columns
+    ]
+
+
+def by_attribute(effects: Sequence[Effect], title: str = "") -> Draw:
+    """MRD at the two levels of each attribute: samples as faint dots, means with 95 % intervals."""
+
+    def draw(axes: Axes) -> None:
+        spread = np.random.default_rng(0)  # of the dots, sideways
+        groups = [(e.low, e.low_mean) for e in effects], [(e.high, e.high_mean) for e in effects]
+        for level, (colour, marker, sideways) in enumerate(((ORANGE, "s", -0.2), (BLUE, "o", 0.2))):
+            for place, (values, centre) in enumerate(groups[level]):
+                x = place + sideways
+                axes.plot(
+                    x + spread.uniform(-0.13, 0.13, len(values)),
+                    values,
+                    linestyle="none",
+                    marker=".",
+                    markersize=3,
+                    color=colour,
+                    alpha=0.35,
+                    zorder=1,
+                )
+                axes.errorbar(
+                    x,
+                    centre.value,
+                    arms([centre]),
+                    fmt=marker,
+                    color=INK,
+                    markerfacecolor=colour,
+                    markersize=8,
+                    capsize=4,
+                    label=("low", "high")[level] if place == 0 else None,
+                    zorder=3,
+                )
+        axes.set_xticks(range(len(effects)), [effect.attribute.title for effect in effects])
+        axes.grid(axis="x", visible=False)
+        low, high = axes.get_ylim()
+        axes.set_ylim(low, high + 0.12 * (high - low))
+        axes.set_ylabel("MRD")
+        axes.legend(loc="upper left", ncols=2)
+        axes.set_title(title)
+
+    return draw
+
+
+def forest(effects: Sequence[Effect], others: Sequence[Correlation]) -> Draw:
+    """Rank correlations with MRD, as they are and with length partialled out, and the signs the paper gives."""
+
+    def draw(axes: Axes) -> None:
+        names = [effect.attribute.title for effect in effects] + [other.title for other in others]
+        claims = [effect.attribute.claim for effect in effects] + [other.claim for other in others]
+        plain = [effect.correlation for effect in effects] + [other.mrd for other in others]
+        beyond = [effect.beyond_length for effect in effects] + [other.beyond_length for other in others]
+        place = -np.arange(len(names), dtype=float)
+        for up, found, colour, marker, label in (
+            (0.14, plain, ORANGE, "s", "as it is"),
+            (-0.14, beyond, BLUE, "o", "length partialled out"),
+        ):
+            axes.errorbar(
+                [estimate.value for estimate in found],
+                place + up,
+                xerr=arms(found),
+                fmt=marker,
+                color=colour,
+                capsize=3,
+                label=label,
+            )
+        axes.axvline(0, color=MUTED, linewidth=1)
+        axes.set_xlim(-1, 1)
+        for y, claim in zip(place, claims, strict=True):
+            if claim:
+                axes.annotate("▶" if claim > 0 else "◀", (0.96 * claim, y), ha="center", va="center", color=MUTED)
+        axes.set_yticks(place, names)
+        axes.grid(axis="y", visible=False)
+        axes.set_ylim(-len(names) + 0.4, 0.6)
+        axes.set_xlabel("rank correlation (arrow: the paper's sign)")
+        axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2, columnspacing=1, handletextpad=0.3)
+
+    return draw
