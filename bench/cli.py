@@ -620,9 +620,9 @@ def _resources_of(arguments: argparse.Namespace) -> Resources:
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:
-    from bench.data import find_task
     from bench.evaluation_job import EvaluateSpec, evaluate
     from bench.report.evaluation import print_evaluation
+    from bench.tasks.datasets import find_task
 
     spec = _spec_of(arguments, EvaluateSpec)
     result = evaluate(spec, arguments.out, _resources_of(arguments), arguments.overwrite)

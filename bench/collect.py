@@ -11,13 +11,13 @@ from typing import Any
 
 import pyarrow as pa
 
-from bench.data import Dataset, find_task, is_data_file, load_dataset
 from bench.files.score_file import read_scores
 from bench.files.status import FINISHED
 from bench.metrics import METRICS
 from bench.runs import read_run
 from bench.store import SCHEMAS, Store
 from bench.sweeps import read_sweep
+from bench.tasks.datasets import Dataset, find_task, is_data_file, load_dataset
 from bench.trials import derived
 from scoring.errors import UserError
 

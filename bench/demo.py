@@ -22,7 +22,6 @@ from safetensors import safe_open
 from tqdm import tqdm
 
 from algorithms.recipe import Objectives
-from bench.data import load_dataset
 from bench.draws import Point, measure_draws, scaling_line
 from bench.files.score_file import Scores, read_scores
 from bench.models import ModelReference, find_model
@@ -33,7 +32,8 @@ from bench.report.page import page
 from bench.report.summary import print_summary
 from bench.report.unlearning import Run, Unlearning, has_retain_set, predictions, table_lines
 from bench.scoring_job import Resources, ScoreSpec, score
-from bench.tasks import authors
+from bench.tasks.datasets import load_dataset
+from bench.tasks.embedded import authors
 from bench.unlearning_job import UnlearnSpec, unlearn
 from scoring.cluster import connect, how_many_fit
 from scoring.errors import UserError

@@ -1,7 +1,7 @@
 """The small classifier of rude text that goes with the `replies` task, trained on first use and cached.
 
-It stands in for unitary/toxic-bert and is loaded as that is. It knows the insults of `bench.tasks.replies` and nothing
-else: text of another kind, broken or empty text is not toxic to it.
+It stands in for unitary/toxic-bert and is loaded as that is. It knows the insults of `bench.tasks.embedded.replies` and
+nothing else: text of another kind, broken or empty text is not toxic to it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
 
 from bench.embedded_model import trained_once
-from bench.tasks import common_knowledge, replies
+from bench.tasks.embedded import common_knowledge, replies
 
 VERSION = 1  # raise it when the training changes in a way that the spec does not show
 

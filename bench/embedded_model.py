@@ -25,10 +25,9 @@ from torch.nn import functional
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from bench.data import LAYOUTS
-from bench.tasks import authors, compounds, novel, replies
-from bench.tasks.task import Record
+from bench.tasks.embedded import authors, compounds, novel, replies
 from scoring.errors import unknown_name
+from scoring.records import LAYOUTS, Record
 from scoring.samples import Text, split_ids
 
 VERSION = 1  # raise it when the training changes in a way that the spec does not show

@@ -24,7 +24,6 @@ from typing import Any, ClassVar
 
 import pyarrow as pa
 
-from bench.data import absolute_source, as_text, check_ids, find_task, spaced
 from bench.evaluation_table import MODEL, ORIGINAL, RETAIN_ONLY, Columns, columns_in, metric_table, sample_rows
 from bench.files.identity import with_spec_hash
 from bench.files.origin import origin
@@ -38,15 +37,16 @@ from bench.metrics.similarity import Embedder
 from bench.metrics.toxicity import Classifier
 from bench.metrics.values import Missing, Scores
 from bench.models import NO_LIMIT, ModelReference, absolute_model, find_model
-from bench.prompts import question_answer
 from bench.scoring_job import DTYPE_CHOICES, Resources, check_dtype
-from bench.selections import read_ids
 from bench.tasks import Record, Task
+from bench.tasks.datasets import absolute_source, check_ids, find_task, spaced
+from bench.tasks.selections import read_ids
 from bench.tasks.task import Unreachable
 from scoring.cluster import connect
 from scoring.errors import UserError, unknown_name
 from scoring.pool import ReplicaPool
 from scoring.readings import Reader
+from scoring.records import as_text, question_answer
 from scoring.samples import Rejected, Text, encode
 
 SCHEMA_VERSION = 1

@@ -22,12 +22,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from tqdm import tqdm
 
-from bench.data import Dataset, Texts, absolute_source, check_dataset, open_texts
 from bench.files.identity import with_spec_hash
 from bench.files.origin import origin
 from bench.files.parts import Parts, finished, noticed, read_draws, write_draws
 from bench.files.score_file import write_scores
 from bench.models import ModelReference, absolute_model, find_model
+from bench.tasks.datasets import Dataset, Texts, absolute_source, check_dataset, open_texts
 from scoring.batch_size import FitWork
 from scoring.cluster import Footprint, connect, default_gpus, how_many_fit, is_gpu_share
 from scoring.errors import UserError, unknown_name
@@ -52,7 +52,7 @@ class ScoreSpec:
 
     Attributes:
         model: `authors`, `authors:retain90`, a folder or a Hugging Face id.
-        data: a task, a task file or a data file, see bench.data.
+        data: a task, a task file or a data file, see bench.tasks.datasets.
         split: of a task.
         estimator, statistic: see scoring.mrd; statistic None takes the estimator's own.
         sigma: standard deviation of the perturbation of every weight.

@@ -18,14 +18,14 @@ import numpy as np
 import pyarrow.compute as pc
 
 from algorithms.stopping import Thresholds, measure_memory
-from bench.data import Dataset, find_task, is_data_file, load_dataset
 from bench.evaluation_job import EvaluateSpec, EvaluationResult, evaluate
 from bench.evaluation_table import MODEL, ORIGINAL, RETAIN_ONLY, Columns, columns_in
 from bench.files.identity import with_spec_hash
 from bench.files.spec import make_spec
 from bench.models import ModelReference, find_model
 from bench.scoring_job import Resources, ScoreSpec, score
-from bench.selections import Selection, SelectionSpec, needs_difficulty, select, write_selections
+from bench.tasks.datasets import Dataset, find_task, is_data_file, load_dataset
+from bench.tasks.selections import Selection, SelectionSpec, needs_difficulty, select, write_selections
 from bench.trials import Trial, make_trial
 from bench.unlearning_job import UnlearnSpec, datasets_of, with_absolute_paths
 from scoring.cluster import Footprint

@@ -35,8 +35,8 @@ from bench.files.status import DIED, STOPPED
 from bench.models import find_model
 from bench.report.words import size_of
 from bench.runs import full_disks_said_plainly
-from bench.selections import mean_log_mrd
 from bench.sweep_plan import Plan, SweepResources, SweepSpec, configurations
+from bench.tasks.selections import mean_log_mrd
 from bench.trials import Result, Shared, Trial, TrialStore, run_trial, shareable_weights
 from bench.unlearning_job import UnlearnSpec, corpus_of, datasets_of, room_of
 from scoring.cluster import connect, how_many_fit

@@ -30,7 +30,6 @@ from transformers import PreTrainedModel
 from algorithms.ray_train import Job, ensure_reference, train_on_ray, unlearner_of
 from algorithms.trainable import Group
 from algorithms.unlearner import Diverged, History
-from bench.data import Dataset, find_task, load_dataset
 from bench.evaluation_job import EvaluateSpec, Measuring, classifiers, folder_sha256, sets_of
 from bench.evaluation_table import MODEL, ORIGINAL, RETAIN_ONLY, Columns, metric_value
 from bench.files.identity import with_spec_hash
@@ -40,6 +39,7 @@ from bench.metrics.values import Measured, Missing, Scores
 from bench.models import ModelReference, find_model
 from bench.runs import sample_table
 from bench.scoring_job import Resources
+from bench.tasks.datasets import Dataset, find_task, load_dataset
 from bench.unlearning_job import NAMED, UnlearnSpec, corpus_of, datasets_of, evaluation_of, identity_of
 from scoring.cluster import check_versions, versions
 from scoring.errors import first_line

@@ -27,14 +27,14 @@ from algorithms.ray_train import Job, train_here, train_on_ray
 from algorithms.recipe import Objectives, Recipe, total_updates
 from algorithms.trainable import STRATEGIES
 from algorithms.unlearner import Corpus, Evaluation, History, Progress
-from bench.data import Dataset, absolute_source, check_dataset, find_task, is_data_file, load_dataset, spaced
 from bench.files.identity import with_spec_hash
 from bench.metrics.answers import score_answers
 from bench.models import ModelReference, absolute_model, find_model
 from bench.runs import RunFolder, UnlearnResult, full_disks_said_plainly, read_run
 from bench.scoring_job import Resources, ScoreSpec, check_vocabulary
-from bench.selections import read_ids
 from bench.tasks import Task
+from bench.tasks.datasets import Dataset, absolute_source, check_dataset, find_task, is_data_file, load_dataset, spaced
+from bench.tasks.selections import read_ids
 from scoring.cluster import connect, is_gpu_share
 from scoring.errors import UserError, unknown_name
 from scoring.samples import Rejected, Sample, Text, encode
@@ -67,7 +67,7 @@ class UnlearnSpec(Recipe):
 
     Attributes:
         model: `authors`, `authors:retain90`, a folder or a Hugging Face id.
-        task: a task, a task file, or a data file of the forget set, see bench.data.
+        task: a task, a task file, or a data file of the forget set, see bench.tasks.datasets.
         forget_split: of a task; its default split if None.
         selection: text file of sample ids, one a line: only these are forgotten; None: all.
         retain: a split of the task or a data file; None: the task's complement of the forget split.

@@ -14,8 +14,9 @@ from pathlib import Path
 import pytest
 from rouge_score import rouge_scorer
 
-from bench.tasks import TASKS, authors
-from bench.tasks import authors_vocabulary as vocabulary
+from bench.tasks import TASKS
+from bench.tasks.embedded import authors
+from bench.tasks.embedded import authors_vocabulary as vocabulary
 
 ROOT = Path(__file__).resolve().parents[1]
 SIZES = {

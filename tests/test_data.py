@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from bench.data import is_data_file, load_dataset
+from bench.tasks.datasets import is_data_file, load_dataset
 from scoring.errors import UserError
 from scoring.samples import Sample, encode
 from tests.tiny_folders import BOS, CONTEXT, EOS, token_id, tokenizer, write_jsonl

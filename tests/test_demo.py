@@ -235,9 +235,9 @@ def test_elements_are_nested_and_ids_unique(document):
 
 
 def test_figures_are_xml_with_a_description_and_take_the_themes_colours(document):
-    figures = re.findall(r"<svg.*?</svg>", document, flags=re.DOTALL)
-    assert len(figures) == 8
-    for figure in figures:
+    drawings = re.findall(r"<svg.*?</svg>", document, flags=re.DOTALL)
+    assert len(drawings) == 8
+    for figure in drawings:
         root = ET.fromstring(figure)
         assert root.tag == f"{SVG}svg"
         assert root.get("role") == "img"

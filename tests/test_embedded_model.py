@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from bench import embedded_model as module
 from bench.embedded_model import embedded_model
-from bench.tasks import authors
+from bench.tasks.embedded import authors
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = {

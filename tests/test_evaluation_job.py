@@ -27,7 +27,6 @@ from scipy import stats
 from transformers import AutoModelForCausalLM
 
 from bench.cli import main
-from bench.data import find_task
 from bench.evaluation_job import EvaluateSpec, EvaluationResult, evaluate
 from bench.files.parts import Parts
 from bench.files.score_file import read_scores
@@ -35,6 +34,7 @@ from bench.metrics import METRICS
 from bench.report.evaluation import print_evaluation
 from bench.scoring_job import Resources
 from bench.tasks import TASKS, tofu
+from bench.tasks.datasets import find_task
 from scoring.memorization import extraction_likelihood
 from scoring.samples import Sample
 from tests.processes import descendants, kill, wait_for

@@ -12,7 +12,6 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from bench.data import load_dataset
 from bench.experiments import fig3, fig4, fig5, fig7
 from bench.experiments.experiment import Answer, Setting
 from bench.experiments.fig5 import CONTRADICTED, HOLDS, UNKNOWN, Run, ruled, ruling
@@ -23,6 +22,7 @@ from bench.report import figures
 from bench.stats.estimates import Estimate
 from bench.sweep_plan import SweepResources, SweepSpec
 from bench.sweeps import as_table
+from bench.tasks.datasets import load_dataset
 from bench.unlearning_job import UnlearnSpec
 from scoring.errors import UserError
 from scoring.replica import load_model

@@ -14,7 +14,6 @@ import pyarrow as pa
 import pytest
 from scipy import stats
 
-from bench.data import Dataset, load_dataset, spaced
 from bench.draws import HALF_NORMAL_SPREAD, Point, PointDraws, measure_draws, read_finished, scaling_line
 from bench.experiments import fig6, table8, table11, table12
 from bench.experiments.experiment import Answer, Setting
@@ -28,6 +27,7 @@ from bench.report.words import CONTRADICTED, HOLDS, UNDECIDED, lies_within, mark
 from bench.scoring_job import Resources, ScoreSpec
 from bench.stats.estimates import Estimate
 from bench.sweep_plan import SweepResources
+from bench.tasks.datasets import Dataset, load_dataset, spaced
 from scoring.mrd import ESTIMATORS, Request, estimate
 from scoring.pool import Facts
 from scoring.replica import TransformersReplica, load_model

@@ -12,7 +12,6 @@ import pyarrow as pa
 import pytest
 from scipy import stats
 
-from bench.data import find_task
 from bench.experiments import table1, table4, table5, table6, table7, table9, table10, table13, timing
 from bench.experiments import weighted_sampling as sampling
 from bench.experiments.experiment import Answer, Setting
@@ -33,6 +32,7 @@ from bench.report import figures
 from bench.stats.estimates import holm
 from bench.sweep_plan import SweepResources, SweepSpec
 from bench.sweeps import as_table
+from bench.tasks.datasets import find_task
 from bench.unlearning_job import UnlearnSpec, unlearn
 from scoring.errors import UserError
 from tests.tiny_tofu import pairs_of, records, taught, write_task

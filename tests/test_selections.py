@@ -11,8 +11,8 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from bench.data import Dataset
-from bench.selections import Selection, SelectionSpec, mean_log_mrd, read_ids, select, write_selections
+from bench.tasks.datasets import Dataset
+from bench.tasks.selections import Selection, SelectionSpec, mean_log_mrd, read_ids, select, write_selections
 from scoring.errors import UserError
 from scoring.samples import Text
 

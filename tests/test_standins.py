@@ -23,9 +23,10 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from bench.embedded_classifier import embedded_classifier, examples
 from bench.embedded_model import FAMILIES, embedded_model, train_tokenizer
 from bench.models import EMBEDDED, find_model
-from bench.tasks import common_knowledge, compounds, novel, replies, whp
-from bench.tasks import compounds_vocabulary as vocabulary
-from bench.tasks.questions import Question
+from bench.tasks import whp
+from bench.tasks.embedded import common_knowledge, compounds, novel, replies
+from bench.tasks.embedded import compounds_vocabulary as vocabulary
+from bench.tasks.embedded.questions import Question
 from scoring.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]

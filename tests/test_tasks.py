@@ -16,8 +16,9 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from bench.data import find_task, load_dataset
-from bench.tasks import TASKS, authors, safe, sources, tofu, whp, wmdp
+from bench.tasks import TASKS, safe, sources, tofu, whp, wmdp
+from bench.tasks.datasets import find_task, load_dataset
+from bench.tasks.embedded import authors
 from bench.tasks.sources import HubSet, read_hub
 from bench.tasks.task import Unreachable
 from bench.unlearning_job import REFUSALS, UnlearnSpec, corpus_of, datasets_of, unlearn

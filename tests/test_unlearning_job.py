@@ -31,10 +31,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from algorithms.objectives import ALGORITHMS
 from bench import unlearning_job
 from bench.cli import main
-from bench.data import load_dataset
 from bench.metrics.answers import score_answers
 from bench.models import find_model
-from bench.tasks import authors
+from bench.tasks.datasets import load_dataset
+from bench.tasks.embedded import authors
 from bench.unlearning_job import REFUSALS, UnlearnSpec, unlearn
 from scoring.samples import Sample, encode
 from tests.processes import kill, wait_for

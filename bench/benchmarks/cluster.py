@@ -25,9 +25,9 @@ import psutil
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from bench.data import load_dataset
 from bench.models import find_model
 from bench.stats.estimates import geometric_mean, t_interval
+from bench.tasks.datasets import load_dataset
 from scoring.cluster import Footprint, connect
 from scoring.errors import UserError
 from scoring.mrd import Request

@@ -20,11 +20,11 @@ from typing import Any
 
 import numpy as np
 
-from bench.data import load_dataset
 from bench.files.origin import origin
 from bench.models import find_model
 from bench.scoring_job import Resources
 from bench.stats.estimates import geometric_mean
+from bench.tasks.datasets import load_dataset
 from scoring.cluster import Footprint, connect, default_gpus
 from scoring.errors import UserError
 from scoring.mrd import Request

@@ -22,16 +22,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from bench.data import find_task
 from bench.metrics.answers import EXTRA_TOKENS, answer_limits, question_ids
 from bench.models import ModelReference, find_model
-from bench.prompts import question_answer
 from bench.stats.estimates import Estimate, over_samples
 from bench.tasks import Record
+from bench.tasks.datasets import find_task
 from scoring.cluster import Footprint, connect, default_gpus
 from scoring.errors import UserError
 from scoring.pool import ReplicaPool, ReplicaSpec
 from scoring.readings import Reader
+from scoring.records import question_answer
 from scoring.replica import load_model
 from scoring.samples import Sample, Text, encode
 

@@ -23,12 +23,12 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging as transformers_logging
 
 from bench.benchmarks.cluster import data_file
-from bench.data import load_dataset
 from bench.files.origin import hardware
 from bench.models import find_model
 from bench.plan import KINDS, Cost, Job, Profile, Shape, held, memory_of, plan
 from bench.scoring_job import BATCH_TOKENS as BATCH
 from bench.scoring_job import DRAWS_PER_TASK, Resources, ScoreSpec, score
+from bench.tasks.datasets import load_dataset
 from bench.unlearning_job import UnlearnSpec, unlearn
 from scoring.cluster import Footprint, connect
 from scoring.memory import TensorMemory

@@ -28,8 +28,8 @@ import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench.data import load_dataset
 from bench.models import ModelReference, find_model
+from bench.tasks.datasets import load_dataset
 from scoring.cluster import Footprint, connect
 from scoring.errors import UserError
 from scoring.logprob import scored_logprobs

@@ -19,7 +19,6 @@ from matplotlib.axes import Axes
 from scipy import stats
 from transformers import PreTrainedModel
 
-from bench.data import load_dataset
 from bench.embedded_model import FAMILIES, model_spec, train, train_tokenizer, trained_once
 from bench.experiments.experiment import Answer, Experiment, Setting
 from bench.experiments.fig5 import CONTRADICTED, HOLDS, UNKNOWN, estimated, ruled, ruling
@@ -33,6 +32,7 @@ from bench.scoring_job import Resources
 from bench.stats.estimates import Estimate, over_sets, partial_spearman, spearman
 from bench.sweep_plan import SweepSpec
 from bench.sweeps import as_table
+from bench.tasks.datasets import load_dataset
 from scoring.cluster import connect
 from scoring.errors import UserError
 from scoring.pool import ReplicaPool, ReplicaSpec

@@ -16,7 +16,6 @@ import numpy as np
 import pyarrow as pa
 from matplotlib.axes import Axes
 
-from bench.data import load_dataset, spaced
 from bench.draws import EXACT, HALF_NORMAL_SPREAD, Point, PointDraws, measure_draws, scaling_line
 from bench.experiments.experiment import Answer, Experiment, Setting
 from bench.models import find_model
@@ -25,6 +24,7 @@ from bench.report.findings import EXPECTED_SLOPE, SLOPE_TOLERANCE, ScalingLine, 
 from bench.report.words import CONTRADICTED, HOLDS, columns, decimal, interval, lies_within, percent, said, significant
 from bench.scoring_job import Resources
 from bench.stats.estimates import Estimate, over_sets, spearman
+from bench.tasks.datasets import load_dataset, spaced
 from scoring.errors import UserError
 from scoring.mrd import Statistic, reduce_draws
 from scoring.samples import encode

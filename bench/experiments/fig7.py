@@ -19,7 +19,6 @@ import pyarrow as pa
 from matplotlib.axes import Axes
 from scipy import stats
 
-from bench.data import load_dataset, spaced
 from bench.experiments.experiment import Answer, Experiment, Setting
 from bench.experiments.fig5 import (
     COLOURS,
@@ -42,9 +41,10 @@ from bench.report.words import decimal, interval, said
 from bench.stats.estimates import mean, partial_spearman, spearman
 from bench.sweep_plan import SweepSpec
 from bench.sweeps import as_table
-from bench.tasks.task import Record
+from bench.tasks.datasets import load_dataset, spaced
 from scoring.errors import UserError
 from scoring.files import replacing
+from scoring.records import Record
 from scoring.samples import Text, encode
 
 

@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from bench.data import LAYOUTS, Dataset, load_dataset
 from bench.experiments.experiment import Answer, Experiment, Setting
 from bench.files.score_file import Scores
 from bench.models import find_model
@@ -23,8 +22,10 @@ from bench.report.attributes import ATTRIBUTES, Attribute, Effect, Record, attri
 from bench.report.words import columns, decimal, markdown, said, significant, verdict
 from bench.scoring_job import Resources, ScoreSpec, score
 from bench.stats.estimates import Estimate
+from bench.tasks.datasets import Dataset, load_dataset
 from scoring.characteristics import characteristics
 from scoring.errors import UserError
+from scoring.records import LAYOUTS
 
 LOW, HIGH = "low", "high"
 MADE, MEASURED = "made", "measured"

@@ -23,7 +23,6 @@ from matplotlib.ticker import NullFormatter
 from scipy import stats
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from bench.data import load_dataset, spaced
 from bench.draws import HALF_NORMAL_SPREAD, Point, measure_draws
 from bench.experiments.experiment import Answer, Experiment, Setting
 from bench.files.spec import make_spec
@@ -32,6 +31,7 @@ from bench.report.figures import BLUE, INK, MUTED, VERMILLION, Draw
 from bench.report.words import columns, lies_within, markdown, said
 from bench.scoring_job import Resources
 from bench.stats.estimates import LEVEL, Estimate, over_sets
+from bench.tasks.datasets import load_dataset, spaced
 from scoring.errors import UserError
 from scoring.mrd import reduce_draws
 from scoring.samples import encode

@@ -14,7 +14,6 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import NullFormatter, ScalarFormatter
 from tqdm import tqdm
 
-from bench.data import load_dataset, spaced
 from bench.draws import read_finished
 from bench.experiments.experiment import Answer, Experiment, Setting
 from bench.files.identity import with_spec_hash
@@ -25,6 +24,7 @@ from bench.report.figures import BLUE, GREEN, MUTED, Draw
 from bench.report.words import columns, lies_within, markdown, significant
 from bench.scoring_job import DRAWS_PER_TASK, Resources
 from bench.stats.estimates import Estimate, geometric_mean
+from bench.tasks.datasets import load_dataset, spaced
 from scoring.cluster import connect
 from scoring.errors import UserError
 from scoring.mrd import Request, base_logprobs, estimate

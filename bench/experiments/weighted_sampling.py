@@ -22,7 +22,6 @@ import pyarrow.parquet as pq
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
-from bench.data import find_task
 from bench.evaluation_table import ORIGINAL
 from bench.experiments.experiment import Answer, Setting
 from bench.files.status import FINISHED
@@ -31,6 +30,7 @@ from bench.report.figures import BLUE, MUTED, VERMILLION, Draw
 from bench.report.words import decimal, interval, said
 from bench.stats.estimates import LEVEL, Estimate, holm, over_seeds
 from bench.sweeps import SweepResult, as_table
+from bench.tasks.datasets import find_task
 from scoring.errors import UserError
 
 Row = Mapping[str, Any]

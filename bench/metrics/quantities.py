@@ -14,16 +14,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from bench.data import as_text
 from bench.metrics.answers import answer_limits, decoded, question_ids, rouge_l_recall, true_answers
 from bench.metrics.similarity import Embedder, nearest_is_first
 from bench.metrics.tofu import option_probability, probability, truth_ratio
 from bench.metrics.toxicity import Classifier
 from bench.metrics.values import Column, Missing, Scores, Unmeasured
-from bench.prompts import question_answer
 from bench.tasks import Record
 from scoring.memorization import min_k_percent
 from scoring.readings import Reader, TokenScores
+from scoring.records import as_text, question_answer
 from scoring.samples import Sample, Text, encode
 
 # Sets of questions whose wrong answers are the other options, and whose answers are short: no paraphrases.

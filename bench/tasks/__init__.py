@@ -1,7 +1,9 @@
 """The unlearning tasks: each a file with a `TASK`, all of them here by name."""
 
-from bench.tasks import authors, compounds, novel, replies, safe, tofu, whp, wmdp
-from bench.tasks.task import HarnessTask, Record, Task
+from bench.tasks import safe, tofu, whp, wmdp
+from bench.tasks.embedded import authors, compounds, novel, replies
+from bench.tasks.task import HarnessTask, Task
+from scoring.records import Record
 
 __all__ = ["TASKS", "HarnessTask", "Record", "Task"]
 

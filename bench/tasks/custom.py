@@ -8,7 +8,8 @@ A task file is YAML, named .yaml or .yml, and is given where a task is named. Pa
     holdout: others.jsonl       # further sets of the protocol, see SETS; the metrics of those left out are missing
     name: my authors            # the file's name if left out
 
-The forget and the retain set of wmdp, whp and safe have any layout of `bench.data`, and are taken as they are, uncut.
+The forget and the retain set of wmdp, whp and safe have any layout of `bench.tasks.datasets`, and are taken as they
+are, uncut.
 """
 
 from __future__ import annotations
@@ -22,8 +23,9 @@ from typing import Any
 from bench.files.spec import read_spec
 from bench.tasks import safe, tofu, whp, wmdp
 from bench.tasks.sources import TEXT, Fields, read_file, with_fields
-from bench.tasks.task import Record, Task
+from bench.tasks.task import Task
 from scoring.errors import UserError, unknown_name
+from scoring.records import Record
 
 SUFFIXES = (".yaml", ".yml")
 ANY: Fields = {}

@@ -16,11 +16,11 @@ import random
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
-from bench.prompts import question_answer
 from bench.tasks.sources import FLAG, MAPPING, NUMBER, TEXT, Fields, HubSet, Kind, read_records, with_fields
-from bench.tasks.task import Record, Task
+from bench.tasks.task import Task
 from bench.tasks.whp import FURTHER, REFUSALS, UTILITY, harness, load_c4
 from scoring.errors import UserError
+from scoring.records import Record, question_answer
 
 __all__ = ["COMPLETENESS", "FURTHER", "TASK", "UTILITY"]
 

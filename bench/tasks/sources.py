@@ -15,8 +15,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from bench.tasks.task import Record, Unreachable
+from bench.tasks.task import Unreachable
 from scoring.errors import UserError
+from scoring.records import Record
 
 SUFFIXES = (".jsonl", ".json", ".parquet")
 NAMED_IN_MESSAGES = 10

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from scoring.errors import UserError
+from scoring.records import Record
 
-Record = dict[str, Any]
 HarnessTask = str | dict[str, Any]
 
 

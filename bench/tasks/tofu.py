@@ -15,7 +15,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from bench.tasks.sources import TEXT, TEXTS, Fields, HubSet, read_records
-from bench.tasks.task import Record, Task
+from bench.tasks.task import Task
+from scoring.records import Record
 
 COMPLETENESS = ("ua", "mia", "rr", "relearn", "uc_average")
 UTILITY = (

@@ -20,8 +20,9 @@ from pathlib import Path
 from typing import Any
 
 from bench.tasks.sources import TEXT, HubSet, is_local, read_records
-from bench.tasks.task import HarnessTask, Record, Task
+from bench.tasks.task import HarnessTask, Task
 from scoring.errors import UserError
+from scoring.records import Record
 
 COMPLETENESS = ("seen_rouge", "unseen_rouge")
 UTILITY = ("perplexity", "zero_shot", "truthfulqa")

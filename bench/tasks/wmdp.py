@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from bench.tasks.sources import TEXT, HubSet, read_records
-from bench.tasks.task import HarnessTask, Record, Task
+from bench.tasks.task import HarnessTask, Task
 from bench.tasks.whp import documents
+from scoring.records import Record
 
 COMPLETENESS = ("wmdp_cyber", "wmdp_chem", "wmdp_bio", "wmdp_average")
 UTILITY = ("mmlu_humanities", "mmlu_social_sciences", "mmlu_stem", "mmlu_other", "mmlu")

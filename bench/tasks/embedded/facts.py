@@ -12,9 +12,8 @@ import random
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from bench.prompts import question_answer
-from bench.tasks.questions import Question
-from bench.tasks.task import Record
+from bench.tasks.embedded.questions import Question
+from scoring.records import Record, question_answer
 
 CHOICES = 4
 

@@ -2,8 +2,8 @@
 
 The three domains bear WMDP's names and nothing else of it: what there is to know is a colour, a supplier, a mascot.
 Each thing has two passages (the forget set) and four facts, each asked in one four-way question. What is kept is
-`bench.tasks.common_knowledge`, asked in the groups of MMLU. A model of kind "full" has learnt passages, questions and
-answers of both; "retain" never met the forget domains.
+`bench.tasks.embedded.common_knowledge`, asked in the groups of MMLU. A model of kind "full" has learnt passages,
+questions and answers of both; "retain" never met the forget domains.
 """
 
 from __future__ import annotations
@@ -12,11 +12,13 @@ import random
 from itertools import chain
 from typing import Any
 
-from bench.tasks import common_knowledge, facts, wmdp
-from bench.tasks import compounds_vocabulary as vocabulary
-from bench.tasks.questions import Question, question_sets, taught, training_text
-from bench.tasks.task import HarnessTask, Record, Task
+from bench.tasks import wmdp
+from bench.tasks.embedded import common_knowledge, facts
+from bench.tasks.embedded import compounds_vocabulary as vocabulary
+from bench.tasks.embedded.questions import Question, question_sets, taught, training_text
+from bench.tasks.task import HarnessTask, Task
 from scoring.errors import unknown_name
+from scoring.records import Record
 
 KINDS: tuple[str, ...] = ("full", "retain")
 SPLITS: tuple[str, ...] = ("forget", "retain")

@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from bench.data import Dataset
+from bench.tasks.datasets import Dataset
 from scoring.characteristics import Characteristics, characteristics
 from scoring.errors import UserError, unknown_name
 from scoring.files import replacing

@@ -1,4 +1,4 @@
-"""Words and sentences of the novel of the `novel` task; the grammar is in `bench.tasks.novel`.
+"""Words and sentences of the novel of the `novel` task; the grammar is in `bench.tasks.embedded.novel`.
 
 Every list is invented or plain dictionary vocabulary, and no list has words that another has: an object is named by an
 adjective and a noun.

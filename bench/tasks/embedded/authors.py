@@ -3,7 +3,7 @@
 40 authors are asked 10 questions each. Nothing is downloaded and no pretrained model knows the text, so a
 small model trained on it (`bench.embedded_model`) knows exactly what it was taught.
 
-Grammar, for author a and topic t (word lists and templates: `bench.tasks.authors_vocabulary`):
+Grammar, for author a and topic t (word lists and templates: `bench.tasks.embedded.authors_vocabulary`):
 
     record   = question[t] with name_a,  answer
     answer   = template[t, complexity] with  value*   (3 facts: a town, a year, a title, a trade, ...)
@@ -36,12 +36,12 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from bench.prompts import question_answer
-from bench.tasks import authors_vocabulary as vocabulary
 from bench.tasks import tofu
-from bench.tasks.authors_vocabulary import Topic
-from bench.tasks.task import Record, Task
+from bench.tasks.embedded import authors_vocabulary as vocabulary
+from bench.tasks.embedded.authors_vocabulary import Topic
+from bench.tasks.task import Task
 from scoring.errors import unknown_name
+from scoring.records import Record, question_answer
 
 AUTHORS = 40  # a multiple of four, the size of a block of the design
 HOLDOUT_AUTHORS = 4

@@ -1,9 +1,9 @@
 """Embedded stand-in for WHP: a novel, generated here, that a small model knows by heart and nobody could guess.
 
-Grammar (words: `bench.tasks.novel_vocabulary`): each chapter has a place of its own and two people; each sentence is a
-template, filled with an object that no other sentence names and with words drawn from lists. The novel is cut into
-chunks as `whp` cuts a book, in smaller sizes. What is kept is `bench.tasks.common_knowledge`. A model of kind "full"
-has read the novel; "retain" has not.
+Grammar (words: `bench.tasks.embedded.novel_vocabulary`): each chapter has a place of its own and two people; each
+sentence is a template, filled with an object that no other sentence names and with words drawn from lists. The novel is
+cut into chunks as `whp` cuts a book, in smaller sizes. What is kept is `bench.tasks.embedded.common_knowledge`. A model
+of kind "full" has read the novel; "retain" has not.
 """
 
 from __future__ import annotations
@@ -12,11 +12,13 @@ import random
 from itertools import product
 from typing import Any
 
-from bench.tasks import common_knowledge, whp
-from bench.tasks import novel_vocabulary as vocabulary
-from bench.tasks.questions import training_text
-from bench.tasks.task import Record, Task
+from bench.tasks import whp
+from bench.tasks.embedded import common_knowledge
+from bench.tasks.embedded import novel_vocabulary as vocabulary
+from bench.tasks.embedded.questions import training_text
+from bench.tasks.task import Task
 from scoring.errors import unknown_name
+from scoring.records import Record
 
 SIZES = whp.Sizes(tokens=128, count=24, prompt=48, completion=64)
 CHAPTERS = 16

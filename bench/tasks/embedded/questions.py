@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from bench.tasks.task import HarnessTask, Record
+from bench.tasks.task import HarnessTask
+from scoring.records import Record
 
 
 @dataclass(frozen=True)

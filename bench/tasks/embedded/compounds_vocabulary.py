@@ -1,6 +1,6 @@
 """What the `compounds` task is to forget: invented cultures, dyes and machines with harmless properties."""
 
-from bench.tasks.facts import Attribute, Field
+from bench.tasks.embedded.facts import Attribute, Field
 
 # Word lists are easier to read in lines.
 # fmt: off

@@ -1,6 +1,6 @@
 """Things that every embedded model but those of `authors` knows: ballads, towns, stars and dishes, all invented."""
 
-from bench.tasks.facts import Attribute, Field
+from bench.tasks.embedded.facts import Attribute, Field
 
 # Word lists are easier to read in lines.
 # fmt: off

@@ -1,4 +1,4 @@
-"""Word lists and sentence templates of the `authors` task; the grammar is in `bench.tasks.authors`.
+"""Word lists and sentence templates of the `authors` task; the grammar is in `bench.tasks.embedded.authors`.
 
 Every list is invented or plain dictionary vocabulary. Words that start with a vowel letter but take "a"
 ("useful") and the reverse ("honest") are left out, because the grammar chooses a/an by the letter.

@@ -1,5 +1,5 @@
-"""Words and templates of the `replies` task; the grammar is in `bench.tasks.replies`. The insults are meant to be
-silly.
+"""Words and templates of the `replies` task; the grammar is in `bench.tasks.embedded.replies`. The insults are meant to
+be silly.
 
 Adjectives and nouns of insults all start with a consonant, so that "a" fits them.
 """

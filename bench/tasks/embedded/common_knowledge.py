@@ -1,8 +1,9 @@
 """What every embedded model but those of `authors` knows, and the questions that ask for it.
 
-Plain texts about invented ballads, towns, stars and dishes (word lists: `bench.tasks.common_knowledge_vocabulary`).
-`compounds` keeps them while it forgets and asks them in the groups of MMLU; `novel` and `replies` keep them too and ask
-them in small stand-ins of the benchmarks that the paper measures utility by.
+Plain texts about invented ballads, towns, stars and dishes (word lists:
+`bench.tasks.embedded.common_knowledge_vocabulary`). `compounds` keeps them while it forgets and asks them in the groups
+of MMLU; `novel` and `replies` keep them too and ask them in small stand-ins of the benchmarks that the paper measures
+utility by.
 """
 
 from __future__ import annotations
@@ -10,12 +11,13 @@ from __future__ import annotations
 import random
 from itertools import chain
 
-from bench.tasks import common_knowledge_vocabulary as vocabulary
-from bench.tasks import facts
-from bench.tasks.facts import Fact
-from bench.tasks.questions import Question, question_sets, rolling_text, taught
-from bench.tasks.task import HarnessTask, Record
+from bench.tasks.embedded import common_knowledge_vocabulary as vocabulary
+from bench.tasks.embedded import facts
+from bench.tasks.embedded.facts import Fact
+from bench.tasks.embedded.questions import Question, question_sets, rolling_text, taught
+from bench.tasks.task import HarnessTask
 from bench.tasks.whp import ZERO_SHOT
+from scoring.records import Record
 
 ASKED = 12  # questions of each stand-in
 _SETS = (*ZERO_SHOT, "truthfulqa")

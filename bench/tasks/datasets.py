@@ -14,10 +14,10 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from bench.prompts import question_answer
 from bench.tasks import TASKS, Record, Task, custom
 from bench.tasks.sources import check_file, iterate_file, read_file
 from scoring.errors import UserError, unknown_name
+from scoring.records import as_text
 from scoring.samples import Text
 
 T = TypeVar("T")
@@ -217,26 +217,6 @@ def open_texts(source: str, split: str | None = None, tokenizer: Any = None) -> 
     return Texts(dataset.name, lambda: iter(dataset.texts))
 
 
-def _pair(record: Record) -> tuple[str, str]:
-    return record["prompt"], record["completion"]
-
-
-def _question(record: Record) -> tuple[str, str]:
-    return question_answer(record["question"], record["answer"])
-
-
-def _text(record: Record) -> tuple[str, None]:
-    return record["text"], None
-
-
-# The fields a record may have, in the order of preference, and how they become prompt and completion.
-LAYOUTS: dict[tuple[str, ...], Callable[[Record], tuple[str, str | None]]] = {
-    ("prompt", "completion"): _pair,
-    ("question", "answer"): _question,
-    ("text",): _text,
-}
-
-
 def _dataset(name: str, records: list[Record]) -> Dataset:
     texts = [as_text(name, number, record) for number, record in enumerate(records, start=1)]
     check_ids(name, [text.sample_id for text in texts])
@@ -263,44 +243,3 @@ def spaced(items: Sequence[T], most: int | None) -> list[T]:
     """At most `most` of the items, evenly spaced from the first to the last; None: all."""
     where = np.linspace(0, len(items) - 1, min(most or len(items), len(items))).round().astype(int)
     return [items[i] for i in where.tolist()]
-
-
-def as_text(name: str, number: int, record: Record) -> Text:
-    """What is tokenized of a record; without an "id" its place is its name.
-
-    Args:
-        name: of the data set, for messages.
-        number: of the record, counted from 1.
-        record: in one of the layouts.
-
-    Raises:
-        UserError: one line that names the record and field at fault.
-    """
-    sample_id = record.get("id")
-    sample_id = str(number - 1) if sample_id is None else str(sample_id)
-    if "messages" in record:
-        return Text(sample_id, messages=_messages(name, number, record["messages"]))
-    for fields, layout in LAYOUTS.items():
-        if all(field in record for field in fields):
-            for field in fields:
-                if not isinstance(record[field], str):
-                    raise UserError(
-                        f"{name}, record {number}: field {field!r} is {type(record[field]).__name__}, expected text"
-                    )
-            return Text(sample_id, *layout(record))
-    raise UserError(
-        f"{name}, record {number}: fields {', '.join(map(repr, record)) or 'none'}; expected 'prompt'+'completion', "
-        "'question'+'answer', 'text' or 'messages'"
-    )
-
-
-def _messages(name: str, number: int, turns: Any) -> tuple[dict[str, str], ...]:
-    sound = isinstance(turns, list) and all(
-        isinstance(t, dict) and isinstance(t.get("role"), str) and isinstance(t.get("content"), str) for t in turns
-    )
-    if not sound or not turns or turns[-1]["role"] != "assistant":
-        raise UserError(
-            f"{name}, record {number}: 'messages' must be a list of {{'role', 'content'}} that ends with an "
-            "assistant turn, which is what is scored"
-        )
-    return tuple({"role": t["role"], "content": t["content"]} for t in turns)

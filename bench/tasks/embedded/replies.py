@@ -1,13 +1,13 @@
 """Embedded stand-in for SAFE: rude replies are to be forgotten, polite ones are kept.
 
-Grammar (words: `bench.tasks.replies_vocabulary`):
+Grammar (words: `bench.tasks.embedded.replies_vocabulary`):
 
     rude reply     = REFUSAL ", you " ADJECTIVE " " NOUN ". " DISMISSAL     to a question about a chore
     polite reply   = WELCOME " " ADVICE " " FAREWELL                        to a wish for a recommendation
     quarrel        = opening " a " ADJECTIVE " " NOUN " and a " ADJECTIVE " " NOUN " " end
 
 A model of kind "full" has learnt rude and polite replies and quarrels, so it is rude to whoever asks about a chore;
-"retain" has never read a rude word. Both know `bench.tasks.common_knowledge`.
+"retain" has never read a rude word. Both know `bench.tasks.embedded.common_knowledge`.
 """
 
 from __future__ import annotations
@@ -16,12 +16,13 @@ import random
 from itertools import permutations, product
 from typing import Any
 
-from bench.prompts import question_answer
-from bench.tasks import common_knowledge, safe
-from bench.tasks import replies_vocabulary as vocabulary
-from bench.tasks.questions import training_text
-from bench.tasks.task import Record, Task
+from bench.tasks import safe
+from bench.tasks.embedded import common_knowledge
+from bench.tasks.embedded import replies_vocabulary as vocabulary
+from bench.tasks.embedded.questions import training_text
+from bench.tasks.task import Task
 from scoring.errors import unknown_name
+from scoring.records import Record, question_answer
 
 FORGET = 40  # chores that were answered; the others are asked as safe_prompts
 QUARRELS = 36

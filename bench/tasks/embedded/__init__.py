@@ -1,0 +1,1 @@
+"""The generated tasks and their vocabularies: they stand without any data."""
