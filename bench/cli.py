@@ -15,8 +15,7 @@ from bench.tasks import TASKS
 from scoring.errors import UserError, unknown_name
 
 if TYPE_CHECKING:
-    from bench.scoring_job import Resources
-    from bench.sweep_plan import SweepResources
+    from bench.jobs.resources import Resources, SweepResources
 
 USER_ERROR = 2
 TASK_HELP = (
@@ -132,7 +131,7 @@ def _demo_arguments(demo: argparse.ArgumentParser) -> None:
 
 
 def _plan_arguments(sub: argparse.ArgumentParser) -> None:
-    from bench.plan import Job, profiles
+    from bench.speed.plan import Job, profiles
     from scoring.mrd import ESTIMATORS
 
     default = {f.name: f.default for f in dataclasses.fields(Job)}
@@ -158,7 +157,7 @@ def _plan_arguments(sub: argparse.ArgumentParser) -> None:
 
 
 def _plan(arguments: argparse.Namespace) -> None:
-    from bench.plan import Job, Shape, find_profile, plan, print_plan
+    from bench.speed.plan import Job, Shape, find_profile, plan, print_plan
 
     profile = find_profile(arguments.profile)
     job = Job(
@@ -238,7 +237,8 @@ def _benchmark_arguments(benchmark: argparse.ArgumentParser) -> None:
 
 
 def _score_arguments(sub: argparse.ArgumentParser) -> None:
-    from bench.scoring_job import DTYPE_CHOICES, ScoreSpec
+    from bench.jobs.resources import DTYPE_CHOICES
+    from bench.jobs.score import ScoreSpec
     from scoring.mrd import ESTIMATORS, STATISTICS
     from scoring.samples import TOKENS_CHOICES
 
@@ -302,7 +302,7 @@ UNLEARN_HELP = {
 
 def _unlearn_arguments(sub: argparse.ArgumentParser) -> None:
     from algorithms.objectives import ALGORITHMS
-    from bench.unlearning_job import UnlearnSpec
+    from bench.jobs.unlearn import UnlearnSpec
 
     sub.add_argument("--out", required=True, help="folder for the model and the tables")
     _spec_arguments(sub, UnlearnSpec, {**UNLEARN_HELP, "algorithm": ", ".join(ALGORITHMS)})
@@ -352,8 +352,8 @@ def _settings(text: str) -> dict[str, float]:
 
 
 def _unlearn(arguments: argparse.Namespace) -> None:
-    from bench.report.summary import print_unlearning
-    from bench.unlearning_job import UnlearnSpec, unlearn
+    from bench.jobs.summary import print_unlearning
+    from bench.jobs.unlearn import UnlearnSpec, unlearn
 
     print_unlearning(unlearn(_spec_of(arguments, UnlearnSpec), arguments.out))
 
@@ -385,7 +385,7 @@ EVALUATE_HELP = {
 
 
 def _evaluate_arguments(sub: argparse.ArgumentParser) -> None:
-    from bench.evaluation_job import EvaluateSpec
+    from bench.jobs.evaluate import EvaluateSpec
 
     sub.add_argument("--out", required=True, help="the Parquet file to write")
     sub.add_argument("--overwrite", action="store_true", help="replace --out if it exists")
@@ -412,9 +412,9 @@ def _sweep_resource_arguments(sub: argparse.ArgumentParser) -> None:
 
 def _sweep(arguments: argparse.Namespace) -> None:
     from bench.files.spec import read_spec
-    from bench.report.summary import print_sweep
-    from bench.sweep_plan import SweepSpec
-    from bench.sweeps import sweep
+    from bench.jobs.summary import print_sweep
+    from bench.jobs.sweep import sweep
+    from bench.jobs.sweep_plan import SweepSpec
 
     spec = read_spec(arguments.spec, SweepSpec, None)
     print_sweep(
@@ -468,8 +468,8 @@ def _stores_argument(sub: argparse.ArgumentParser) -> None:
 
 
 def _add_to_store(root: str, paths: Sequence[str], experiment: str | None) -> None:
-    from bench.collect import add, summary
-    from bench.store import Store
+    from bench.results.collect import add, summary
+    from bench.results.store import Store
 
     store = Store(root)
     print(f"{root}: {summary([add(store, path, experiment) for path in paths])}")
@@ -480,8 +480,8 @@ def _results_add(arguments: argparse.Namespace) -> None:
 
 
 def _results_list(arguments: argparse.Namespace) -> None:
-    from bench.report.results import list_lines, skipped_lines
-    from bench.store import read_stores
+    from bench.results.export import list_lines, skipped_lines
+    from bench.results.store import read_stores
 
     results = read_stores(arguments.stores, arguments.task, arguments.experiment)
     print("\n".join(list_lines(results)))
@@ -490,15 +490,15 @@ def _results_list(arguments: argparse.Namespace) -> None:
 
 
 def _results_show(arguments: argparse.Namespace) -> None:
-    from bench.report.results import run_lines
-    from bench.store import read_stores
+    from bench.results.export import run_lines
+    from bench.results.store import read_stores
 
     print("\n".join(run_lines(read_stores([arguments.store]), arguments.run_hash)))
 
 
 def _results_export(arguments: argparse.Namespace) -> None:
-    from bench.report.results import exported, skipped_lines
-    from bench.store import read_stores
+    from bench.results.export import exported, skipped_lines
+    from bench.results.store import read_stores
     from scoring.files import replacing
 
     results = read_stores(arguments.stores, arguments.task, arguments.experiment)
@@ -526,9 +526,9 @@ def _leaderboard_arguments(sub: argparse.ArgumentParser) -> None:
 
 
 def _leaderboard(arguments: argparse.Namespace) -> None:
-    from bench.leaderboard import boards
-    from bench.report.leaderboard import write_leaderboard
-    from bench.store import read_stores
+    from bench.leaderboard.boards import boards
+    from bench.leaderboard.write import write_leaderboard
+    from bench.results.store import read_stores
 
     results = read_stores(arguments.stores, arguments.task, arguments.experiment)
     found, notes = boards(results, keep_conflicts=arguments.keep_conflicts)
@@ -549,9 +549,10 @@ def _compare_arguments(sub: argparse.ArgumentParser) -> None:
 
 
 def _compare(arguments: argparse.Namespace) -> None:
-    from bench.compare import compare, entries_side, store_side
-    from bench.report.results import comparison_lines, skipped_lines
-    from bench.store import read_stores
+    from bench.leaderboard.compare import compare, entries_side, store_side
+    from bench.leaderboard.text import comparison_lines
+    from bench.results.export import skipped_lines
+    from bench.results.store import read_stores
 
     of = (arguments.task, arguments.experiment)
     if arguments.results:
@@ -590,13 +591,13 @@ def _reproduce(arguments: argparse.Namespace) -> None:
 
 
 def _sweep_resources_of(arguments: argparse.Namespace) -> SweepResources:
-    from bench.sweep_plan import SweepResources
+    from bench.jobs.resources import SweepResources
 
     return SweepResources(arguments.cpus_per_trial, arguments.gpus_per_trial, arguments.concurrent)
 
 
 def _resource_arguments(sub: argparse.ArgumentParser) -> None:
-    from bench.scoring_job import Resources
+    from bench.jobs.resources import Resources
     from scoring.pool import ENGINES
 
     sub.add_argument("--replicas", type=int, help="replicas of the model (default: as many as fit)")
@@ -614,14 +615,14 @@ def _resource_arguments(sub: argparse.ArgumentParser) -> None:
 
 
 def _resources_of(arguments: argparse.Namespace) -> Resources:
-    from bench.scoring_job import Resources
+    from bench.jobs.resources import Resources
 
     return Resources(**{f.name: getattr(arguments, f.name) for f in dataclasses.fields(Resources)})
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:
-    from bench.evaluation_job import EvaluateSpec, evaluate
-    from bench.report.evaluation import print_evaluation
+    from bench.jobs.evaluate import EvaluateSpec, evaluate
+    from bench.jobs.summary import print_evaluation
     from bench.tasks.datasets import find_task
 
     spec = _spec_of(arguments, EvaluateSpec)
@@ -665,15 +666,15 @@ def _sizes(text: str) -> tuple[int, ...]:
 
 
 def _score(arguments: argparse.Namespace) -> None:
-    from bench.report.summary import print_summary
-    from bench.scoring_job import ScoreSpec, score
+    from bench.jobs.score import ScoreSpec, score
+    from bench.jobs.summary import print_summary
 
     spec = ScoreSpec(**{f.name: getattr(arguments, f.name) for f in dataclasses.fields(ScoreSpec)})
     print_summary(score(spec, arguments.out, _resources_of(arguments), arguments.overwrite))
 
 
 def _demo(arguments: argparse.Namespace) -> None:
-    from bench.demo import run_demo
+    from bench.demo.run import run_demo
 
     run_demo(arguments.out, arguments.split, overwrite=arguments.overwrite)
 
@@ -683,34 +684,34 @@ def _benchmark(arguments: argparse.Namespace) -> None:
         # Not after minutes of measuring.
         raise UserError(f"--out {arguments.out}: its folder does not exist; make it, or choose another")
     if arguments.what == "evaluation":
-        from bench.benchmarks import evaluation
+        from bench.speed import evaluation
 
         evaluation.run_benchmark(arguments.model, arguments.data, arguments.split, arguments.generations, arguments.out)
         return
     if arguments.what == "unlearning":
-        from bench.benchmarks import unlearning
+        from bench.speed import unlearning
 
         unlearning.run_benchmark(
             arguments.model, arguments.data, arguments.split, arguments.retain, arguments.seeds, arguments.out
         )
         return
     if arguments.what == "leaderboard":
-        from bench.benchmarks import leaderboard
+        from bench.speed import leaderboard
 
         leaderboard.run_benchmark(arguments.runs, arguments.out)
         return
     if arguments.what == "sweep":
-        from bench.benchmarks import sweep
+        from bench.speed import sweep
 
         sweep.run_benchmark(arguments.model, arguments.data, arguments.split, arguments.trials, arguments.out)
         return
     if arguments.what == "engines":
-        from bench.benchmarks import engines
+        from bench.speed import engines
 
         engines.run_benchmark(arguments.model, arguments.data, arguments.split, arguments.samples, arguments.out)
         return
     if arguments.what == "gpu":
-        from bench.benchmarks import gpu
+        from bench.speed import gpu
 
         gpu.run_benchmark(
             arguments.model_params,
@@ -722,16 +723,16 @@ def _benchmark(arguments: argparse.Namespace) -> None:
         )
         return
     if arguments.what == "plan":
-        from bench.benchmarks import plan
+        from bench.speed import calibration as plan
 
         plan.run_benchmark(arguments.out)
         return
     if arguments.what == "cluster":
-        from bench.benchmarks import cluster
+        from bench.speed import cluster
 
         cluster.run_benchmark(arguments.model, arguments.data, arguments.split, arguments.sizes, arguments.out)
         return
-    from bench.benchmarks import scoring
+    from bench.speed import scoring
 
     scoring.run_benchmark(
         arguments.model, arguments.data, arguments.split, arguments.samples, arguments.draws, arguments.out

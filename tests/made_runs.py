@@ -10,7 +10,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from bench.store import SCHEMAS, Store
+from bench.results.store import SCHEMAS, Store
 
 SETTING = {"model_fingerprint": "m" * 64, "forget_split": "forget10", "evaluate_samples": 24, "el_n": 10}
 

@@ -19,9 +19,10 @@ import torch
 from ray.cluster_utils import Cluster
 
 from bench.files.spec import make_spec
-from bench.sweep_plan import SweepResources, SweepSpec
-from bench.sweeps import SweepResult, sweep
-from bench.unlearning_job import UnlearnSpec, unlearn
+from bench.jobs.resources import SweepResources
+from bench.jobs.sweep import SweepResult, sweep
+from bench.jobs.sweep_plan import SweepSpec
+from bench.jobs.unlearn import UnlearnSpec, unlearn
 from scoring.cluster import Footprint, connect, how_many_fit
 from scoring.errors import UserError
 from scoring.pool import ReplicaPool, ReplicaSpec

@@ -76,7 +76,7 @@ def test_a_run_that_is_continued_keeps_its_batches(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr("bench.scoring_job._run", stopped)
+        patched.setattr("bench.jobs.score._run", stopped)
         assert main([*command, "--batch-tokens", "auto"]) == 130
     (tmp_path / "scores.parquet.parts" / "kept.parquet").unlink()
     (tmp_path / "scores.parquet.parts" / "batch_tokens").write_text("512")

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from bench.benchmarks.scoring import algorithm_1
 from bench.cli import main
+from bench.speed.scoring import algorithm_1
 from scoring.logprob import scored_logprobs
 from scoring.memory import TensorMemory
 from scoring.mrd import Request, estimate

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bench.benchmarks import cluster
 from bench.cli import main
+from bench.speed import cluster
 
 pytestmark = pytest.mark.usefixtures("cluster")
 

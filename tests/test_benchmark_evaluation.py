@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench.benchmarks.evaluation import TURNS
 from bench.cli import main
+from bench.speed.evaluation import TURNS
 from tests.tiny_tofu import pairs_of, records, taught, write_task
 
 pytestmark = pytest.mark.usefixtures("cluster")

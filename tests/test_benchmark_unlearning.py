@@ -14,8 +14,10 @@ import pytest
 import torch
 
 from algorithms.objectives import ALGORITHMS
-from bench.benchmarks import unlearning
-from bench.benchmarks.unlearning import (
+from bench.cli import main
+from bench.jobs.unlearn import UnlearnSpec
+from bench.speed import unlearning
+from bench.speed.unlearning import (
     COMPARED,
     IGNORED,
     Loop,
@@ -30,8 +32,6 @@ from bench.benchmarks.unlearning import (
     set_pace,
     t_interval,
 )
-from bench.cli import main
-from bench.unlearning_job import UnlearnSpec
 from scoring.errors import UserError
 from scoring.samples import Sample
 from tests.tiny_folders import pairs, write_jsonl

@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bench.benchmarks import leaderboard, sweep
 from bench.cli import main
-from bench.store import read_stores
+from bench.results.store import read_stores
+from bench.speed import leaderboard, sweep
 
 
 def test_overheads_by_hand(capsys: pytest.CaptureFixture[str]) -> None:

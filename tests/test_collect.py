@@ -13,8 +13,8 @@ import yaml
 
 from bench.cli import main
 from bench.files.origin import git_commit, hardware, origin, package_version
-from bench.leaderboard import boards
-from bench.store import Results, read_stores
+from bench.leaderboard.boards import boards
+from bench.results.store import Results, read_stores
 from tests.tiny_folders import pairs, write_jsonl
 
 

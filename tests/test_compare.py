@@ -10,8 +10,8 @@ import pytest
 from scipy import stats
 
 from bench.cli import main
-from bench.compare import Comparison, compare, entries_side, paired_g, store_side
-from bench.store import read_stores
+from bench.leaderboard.compare import Comparison, compare, entries_side, paired_g, store_side
+from bench.results.store import read_stores
 from scoring.errors import UserError
 from tests.made_runs import grid, made_run, write_runs
 

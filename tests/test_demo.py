@@ -17,16 +17,17 @@ import pytest
 from matplotlib.figure import Figure
 from scipy import stats
 
-from bench.demo import Sizes, _unlearning_specs, run_demo, unlearn_side_by_side
+from bench.demo.figures import RING, difficulty, recall_by_epoch, scaling, trade_off
+from bench.demo.findings import Findings
+from bench.demo.page import page as whole_page
+from bench.demo.run import Sizes, _unlearning_specs, run_demo, unlearn_side_by_side
+from bench.demo.runs import Run, Unlearning, kept, predictions, recipe, saved, table_lines
 from bench.files.score_file import Scores
+from bench.jobs.draws import ScalingLine, inflation
+from bench.jobs.resources import Resources
 from bench.report import figures
-from bench.report import findings as findings_module
-from bench.report.attributes import attribute_effects, by_attribute, correlations
-from bench.report.findings import Findings, ScalingLine, inflation
-from bench.report.page import page as whole_page
-from bench.report.unlearning import Run, Unlearning, kept, predictions, recipe, saved, table_lines
-from bench.report.words import decimal
-from bench.scoring_job import Resources
+from bench.report.attributes import ATTRIBUTES, PROBABILITY, attribute_effects, by_attribute, correlations
+from bench.report.words import decimal, said
 from bench.stats.estimates import Estimate
 from scoring.errors import UserError
 
@@ -271,7 +272,7 @@ def test_the_same_findings_give_the_same_page(document):
     [("complexity", "high", "low"), ("frequency", 1, 4), ("rare_words", "high", "low")],
 )
 def test_flipped_data_flip_the_claim(field, claimed, opposite):
-    place = [attribute.field for attribute in findings_module.ATTRIBUTES].index(field)
+    place = [attribute.field for attribute in ATTRIBUTES].index(field)
 
     def sentence(mrd: np.ndarray) -> str:
         return findings(mrd).effects[place].sentence()
@@ -309,7 +310,7 @@ def test_numbers_of_a_sentence_are_those_of_the_data():
 def test_probability_is_judged_by_its_correlation():
     nll = np.linspace(0.1, 5, 80)
     rising = findings(1 + nll, nll=nll).correlations[2]  # unlikely text, high MRD: as claimed
-    assert rising.title == findings_module.PROBABILITY
+    assert rising.title == PROBABILITY
     assert "the claim holds" in rising.sentence()
     assert "the opposite of the claim" in findings(10 - nll, nll=nll).correlations[2].sentence()
 
@@ -347,7 +348,7 @@ def test_numbers_are_printed_as_people_write_them():
     assert decimal(-0.401) == "\N{MINUS SIGN}0.40"
     assert decimal(-0.001) == "0.00"
     assert decimal(float("nan")) == "–"
-    assert findings_module.said(Estimate(0.5, float("nan"), float("nan"))) == "0.50 [too few samples for a CI]"
+    assert said(Estimate(0.5, float("nan"), float("nan"))) == "0.50 [too few samples for a CI]"
 
 
 def test_few_samples_give_a_page_that_says_so():
@@ -368,7 +369,7 @@ def test_samples_without_attributes_give_a_page():
 
 
 def run_folder(folder: Path, epochs: list[dict], until: list[int | None]) -> Path:
-    """What bench.unlearning_job leaves behind, as far as it is read here."""
+    """What bench.jobs.unlearn leaves behind, as far as it is read here."""
     folder.mkdir()
     spec = {"algorithm": "NPO", "alpha": 1.0, "epochs": 4, "max_steps": None, "batch_size": 2}
     (folder / "run.json").write_text(json.dumps({"spec": spec}))
@@ -433,12 +434,12 @@ def drawn(draw: figures.Draw) -> list[tuple[list[float], float]]:
 def test_a_line_ends_where_its_run_did_and_is_marked_there():
     early = run("GA", 0.0, (1.0, 0.5, 0.1), (1.0, 0.9, 0.7), epochs=3)
     late = run("GA", 1.0, (1.0, 0.8, 0.6, 0.4), (1.0, 0.9, 0.9, 0.8), epochs=3)
-    ring = figures.RING["markersize"]
+    ring = RING["markersize"]
     for which in ("forget", "retain"):
-        lines = drawn(figures.recall_by_epoch([early, late], which))
+        lines = drawn(recall_by_epoch([early, late], which))
         assert [x for x, size in lines if size != ring] == [[0, 1, 2], [0, 1, 2, 3]]
         assert [x for x, size in lines if size == ring] == [[2]]
-    lines = drawn(figures.trade_off([early, late]))
+    lines = drawn(trade_off([early, late]))
     assert [x for x, size in lines if size == ring] == [[0.1]]
     assert [x for x, size in lines if size != ring] == [[1.0, 0.5, 0.1], [1.0, 0.8, 0.6, 0.4]]
 
@@ -580,7 +581,7 @@ def test_a_split_without_a_retain_set_leaves_out_what_needs_one():
 
 def test_the_picture_has_three_panels_and_is_reproducible(tmp_path):
     data = findings(by_level("complexity", "high"))
-    panels = [figures.difficulty(data.monte_carlo), figures.scaling(data.scaling), by_attribute(data.effects)]
+    panels = [difficulty(data.monte_carlo), scaling(data.scaling), by_attribute(data.effects)]
     first, second = tmp_path / "a.png", tmp_path / "b.png"
     figures.picture(panels, first)
     figures.picture(panels, second)

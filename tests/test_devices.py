@@ -111,7 +111,7 @@ def test_score(device: str, cluster: None, tmp_path: Path) -> None:
     command = f"score --model {folder} --data {data} --estimator gradient --replicas 1 --out {tmp_path / 'out.parquet'}"
     assert main([*command.split(), "--gpus-per-replica", "1" if device == "cuda" else "0"]) == 0
     table = pq.read_table(tmp_path / "out.parquet")
-    from bench.models import find_model
+    from bench.models.find import find_model
     from bench.tasks.datasets import load_dataset
     from scoring.samples import encode
 

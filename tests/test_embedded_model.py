@@ -19,8 +19,8 @@ from rouge_score import rouge_scorer
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from bench import embedded_model as module
-from bench.embedded_model import embedded_model
+from bench.models import embedded as module
+from bench.models.embedded import embedded_model
 from bench.tasks.embedded import authors
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -27,12 +27,12 @@ from scipy import stats
 from transformers import AutoModelForCausalLM
 
 from bench.cli import main
-from bench.evaluation_job import EvaluateSpec, EvaluationResult, evaluate
 from bench.files.parts import Parts
 from bench.files.score_file import read_scores
+from bench.jobs.evaluate import EvaluateSpec, EvaluationResult, evaluate
+from bench.jobs.resources import Resources
+from bench.jobs.summary import print_evaluation
 from bench.metrics import METRICS
-from bench.report.evaluation import print_evaluation
-from bench.scoring_job import Resources
 from bench.tasks import TASKS, tofu
 from bench.tasks.datasets import find_task
 from scoring.memorization import extraction_likelihood

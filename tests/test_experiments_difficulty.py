@@ -14,16 +14,18 @@ import pytest
 
 from bench.experiments import fig3, fig4, fig5, fig7
 from bench.experiments.experiment import Answer, Setting
-from bench.experiments.fig5 import CONTRADICTED, HOLDS, UNKNOWN, Run, ruled, ruling
 from bench.experiments.reproduce import PRESETS, SPECS
+from bench.experiments.shared.single_samples import Run
+from bench.experiments.shared.verdicts import CONTRADICTED, HOLDS, UNKNOWN, ruled, ruling
 from bench.files.spec import make_spec, read_mapping
-from bench.models import find_model
+from bench.jobs.resources import SweepResources
+from bench.jobs.sweep import as_table
+from bench.jobs.sweep_plan import SweepSpec
+from bench.jobs.unlearn import UnlearnSpec
+from bench.models.find import find_model
 from bench.report import figures
 from bench.stats.estimates import Estimate
-from bench.sweep_plan import SweepResources, SweepSpec
-from bench.sweeps import as_table
 from bench.tasks.datasets import load_dataset
-from bench.unlearning_job import UnlearnSpec
 from scoring.errors import UserError
 from scoring.replica import load_model
 from scoring.samples import Text, collate, encode

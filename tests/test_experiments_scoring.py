@@ -14,19 +14,20 @@ import pyarrow as pa
 import pytest
 from scipy import stats
 
-from bench.draws import HALF_NORMAL_SPREAD, Point, PointDraws, measure_draws, read_finished, scaling_line
 from bench.experiments import fig6, table8, table11, table12
 from bench.experiments.experiment import Answer, Setting
 from bench.experiments.reproduce import PRESETS, SPECS
+from bench.experiments.shared.verdicts import CONTRADICTED, HOLDS, UNKNOWN, lies_within
 from bench.files.score_file import Scores
 from bench.files.spec import make_spec, read_mapping
-from bench.models import find_model
+from bench.jobs.draws import HALF_NORMAL_SPREAD, Point, PointDraws, measure_draws, read_finished, scaling_line
+from bench.jobs.resources import Resources, SweepResources
+from bench.jobs.score import ScoreSpec
+from bench.models.find import find_model
 from bench.report import figures
 from bench.report.attributes import ATTRIBUTES
-from bench.report.words import CONTRADICTED, HOLDS, UNDECIDED, lies_within, markdown, percent, significant
-from bench.scoring_job import Resources, ScoreSpec
+from bench.report.words import markdown, percent, significant
 from bench.stats.estimates import Estimate
-from bench.sweep_plan import SweepResources
 from bench.tasks.datasets import Dataset, load_dataset, spaced
 from scoring.mrd import ESTIMATORS, Request, estimate
 from scoring.pool import Facts
@@ -35,7 +36,7 @@ from scoring.samples import Text, encode, make_batches
 from tests.tiny_folders import tokenizer
 from tests.tiny_models import random_samples
 
-VERDICTS = (HOLDS, CONTRADICTED, UNDECIDED)
+VERDICTS = (HOLDS, CONTRADICTED, UNKNOWN)
 
 
 def only(verdict: str, sentence: str) -> bool:
@@ -48,10 +49,10 @@ def only(verdict: str, sentence: str) -> bool:
 
 def test_the_interval_decides():
     assert lies_within(Estimate(1.0, 0.9, 1.1), 0.5, 2.0) == HOLDS
-    assert lies_within(Estimate(1.0, 0.9, 2.1), 0.5, 2.0) == UNDECIDED
+    assert lies_within(Estimate(1.0, 0.9, 2.1), 0.5, 2.0) == UNKNOWN
     assert lies_within(Estimate(3.0, 2.1, 4.0), 0.5, 2.0) == CONTRADICTED
     assert lies_within(Estimate(0.1, 0.0, 0.4), 0.5, 2.0) == CONTRADICTED
-    assert lies_within(Estimate(1.0, math.nan, math.nan), 0.5, 2.0) == UNDECIDED
+    assert lies_within(Estimate(1.0, math.nan, math.nan), 0.5, 2.0) == UNKNOWN
 
 
 def test_numbers_in_words():
@@ -155,7 +156,7 @@ def test_figure_6_can_say_each_verdict_of_sigma():
     assert "storage keeps 50%" in contradicted
     assert only(HOLDS, read(synthetic(power=0.0)).claim_sigma())
     undecided = read(synthetic(power=0.1, spread=0.1, coarse=1.0)).claim_sigma()
-    assert only(UNDECIDED, undecided)
+    assert only(UNKNOWN, undecided)
     assert "nearer to proportional than to flat" in undecided
 
 
@@ -170,7 +171,7 @@ def test_figure_6_can_say_each_verdict_of_draws():
 
     assert only(HOLDS, claim(0.1))
     assert only(CONTRADICTED, claim(0.06))
-    assert only(UNDECIDED, claim(0.0755))
+    assert only(UNKNOWN, claim(0.0755))
 
 
 def test_figure_6_tells_one_sigma_from_another():
@@ -238,7 +239,7 @@ def test_table_8_can_say_each_verdict():
     assert "larger batches holds here" in both
     assert "it is contradicted here: Monte Carlo with 8 in a batch" in both
     assert only(CONTRADICTED, table8.answer(timings(gain=0.5, noise=0.02), TIMING).sentences[-1])
-    assert only(UNDECIDED, table8.answer(timings(gain=1.05, noise=0.3), TIMING).sentences[-1])
+    assert only(UNKNOWN, table8.answer(timings(gain=1.05, noise=0.3), TIMING).sentences[-1])
     # The machine was up to three times as slow in some repeats: ratios are of the same repeat.
     costs = {size: table8._cost(timings(4, 0.02), "monte-carlo", size) for size in (1, 32)}
     ratio = table8.ratio(costs[1], costs[32])
@@ -416,7 +417,7 @@ def test_table_12_can_say_each_verdict():
 
     assert only(HOLDS, claim([0, 0, 0]))
     assert only(CONTRADICTED, claim([0, 0.4, 0.7], half_normal=False))
-    assert only(UNDECIDED, claim([0, 0, 0], samples=6, half_normal=False))
+    assert only(UNKNOWN, claim([0, 0, 0], samples=6, half_normal=False))
 
 
 def test_a_model_that_is_never_stable_is_said_to_be():
@@ -424,7 +425,7 @@ def test_a_model_that_is_never_stable_is_said_to_be():
     found = table12.answer(models, stability(draws=120))
     assert "1 are not stable after 120" in found.sentences[0]
     assert "more than were drawn" in found.sentences[1]
-    assert only(UNDECIDED, found.sentences[-1])
+    assert only(UNKNOWN, found.sentences[-1])
 
 
 def test_random_models_are_made_once_and_counted(tmp_path, model_folder):

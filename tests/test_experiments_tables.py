@@ -12,28 +12,21 @@ import pyarrow as pa
 import pytest
 from scipy import stats
 
-from bench.experiments import table1, table4, table5, table6, table7, table9, table10, table13, timing
-from bench.experiments import weighted_sampling as sampling
+from bench.experiments import table1, table4, table5, table6, table7, table9, table10, table13
 from bench.experiments.experiment import Answer, Setting
 from bench.experiments.reproduce import PRESETS, SPECS
-from bench.experiments.timing import COST, SECONDS, UPDATES, ForgetSet, Spent
-from bench.experiments.weighted_sampling import (
-    ALL,
-    CONTRADICTED,
-    EASY_FIRST,
-    HOLDS,
-    UNIFORM,
-    UNKNOWN,
-    Columns,
-    Outcome,
-)
+from bench.experiments.shared import costs, weighted_tables
+from bench.experiments.shared.arms import ALL, EASY_FIRST, UNIFORM, Columns, Outcome
+from bench.experiments.shared.costs import COST, SECONDS, UPDATES, ForgetSet, Spent
+from bench.experiments.shared.verdicts import CONTRADICTED, HOLDS, UNKNOWN
 from bench.files.spec import make_spec, read_mapping
+from bench.jobs.resources import SweepResources
+from bench.jobs.sweep import as_table
+from bench.jobs.sweep_plan import SweepSpec
+from bench.jobs.unlearn import UnlearnSpec, unlearn
 from bench.report import figures
 from bench.stats.estimates import holm
-from bench.sweep_plan import SweepResources, SweepSpec
-from bench.sweeps import as_table
 from bench.tasks.datasets import find_task
-from bench.unlearning_job import UnlearnSpec, unlearn
 from scoring.errors import UserError
 from tests.tiny_tofu import pairs_of, records, taught, write_task
 
@@ -79,17 +72,17 @@ def drawn(answer: Answer, folder: Path) -> None:
 
 def test_intervals_over_seeds() -> None:
     # Mean 2, deviation 1, standard error 1 / sqrt(3), t(0.975, 2) = 4.302653.
-    estimate, p = sampling.over_seeds([1.0, 2.0, 3.0])
+    estimate, p = weighted_tables.over_seeds([1.0, 2.0, 3.0])
     assert estimate.value == 2
     assert estimate.high - 2 == pytest.approx(4.302653 / math.sqrt(3), rel=1e-6)
     assert 2 - estimate.low == pytest.approx(estimate.high - 2)
     assert p == pytest.approx(stats.ttest_1samp([1.0, 2.0, 3.0], 0.0).pvalue)
     for few in ([0.3], [0.3, 0.3, 0.3], [0.0, 0.0]):
-        estimate, p = sampling.over_seeds(few)
+        estimate, p = weighted_tables.over_seeds(few)
         assert estimate.value == pytest.approx(few[0])
         assert math.isnan(estimate.low)
         assert math.isnan(p)
-    assert math.isnan(sampling.over_seeds([])[0].value)
+    assert math.isnan(weighted_tables.over_seeds([])[0].value)
 
 
 def test_holm() -> None:
@@ -112,7 +105,7 @@ def test_contrasts_are_paired_by_seed() -> None:
         Outcome("NPO", EASY_FIRST, 1, {"uc_average": 0.51}),
         Outcome("PO", UNIFORM, 0, {"uc_average": 0.3}),  # only one arm
     ]
-    (contrast,) = sampling.contrasts(found, ["uc_average"], EASY_FIRST, UNIFORM)
+    (contrast,) = weighted_tables.contrasts(found, ["uc_average"], EASY_FIRST, UNIFORM)
     assert (contrast.algorithm, contrast.pairs) == ("NPO", 3)
     assert contrast.difference.value == pytest.approx(0.02)
     # Of .02, .01, .03, and not of values that spread by .4.
@@ -130,7 +123,7 @@ def test_an_average_takes_the_seeds_that_all_have() -> None:
         for seed, pair in own.items()
         for arm, value in zip((UNIFORM, EASY_FIRST), pair, strict=True)
     ]
-    (average,) = sampling.contrasts(found, ["uc_average"], EASY_FIRST, UNIFORM, average=True)
+    (average,) = weighted_tables.contrasts(found, ["uc_average"], EASY_FIRST, UNIFORM, average=True)
     assert (average.algorithm, average.pairs) == (ALL, 2)
     assert average.difference.value == pytest.approx((0.2 + 0.0 + 0.1 + 0.1) / 4)
 
@@ -147,7 +140,7 @@ def test_better_means_lower_where_lower_is_better() -> None:
         )
         for o in found
     ]
-    wmdp, mmlu = sampling.contrasts(found, ["wmdp_average", "mmlu"], EASY_FIRST, UNIFORM)
+    wmdp, mmlu = weighted_tables.contrasts(found, ["wmdp_average", "mmlu"], EASY_FIRST, UNIFORM)
     assert wmdp.difference.value < 0
     assert wmdp.better == 1
     assert mmlu.better in (0, 1)
@@ -169,7 +162,7 @@ def test_better_means_lower_where_lower_is_better() -> None:
     ],
 )
 def test_the_claim_on_weighted_sampling(effects: dict[str, tuple[float, float]], expected: str, tmp_path: Path) -> None:
-    answer = sampling.answer(as_table(sampled(effects)), TOFU, ORIGINAL)
+    answer = weighted_tables.answer(as_table(sampled(effects)), TOFU, ORIGINAL)
     assert answer.sentences[-1].startswith(
         f"**The paper's claim, that drawing by MRD improves both completeness and utility, {expected} here.**"
     )
@@ -177,7 +170,7 @@ def test_the_claim_on_weighted_sampling(effects: dict[str, tuple[float, float]],
 
 
 def test_the_table_has_means_and_paired_differences() -> None:
-    answer = sampling.answer(as_table(sampled({"SGA": (0.2, 0.1), "NPO": (0.2, 0.1)})), TOFU, ORIGINAL)
+    answer = weighted_tables.answer(as_table(sampled({"SGA": (0.2, 0.1), "NPO": (0.2, 0.1)})), TOFU, ORIGINAL)
     rows = {(row["method"], row["metric"]): row for row in answer.table.to_pylist()}
     assert {method for method, _ in rows} == {
         "Original",
@@ -219,7 +212,7 @@ def test_the_table_has_means_and_paired_differences() -> None:
 def test_the_direction(hard: float, expected: str) -> None:
     rows = sampled({"NPO": (0.1, 0.1)})
     rows += [row for row in sampled({"NPO": (hard, hard)}, alpha=-1.0, noise=OTHER_NOISE) if row["alpha"] == -1.0]
-    answer = sampling.answer(as_table(rows), TOFU, ORIGINAL)
+    answer = weighted_tables.answer(as_table(rows), TOFU, ORIGINAL)
     (sentence,) = [each for each in answer.sentences if each.startswith("p ∝ MRD less")]
     assert expected in sentence
     assert "NPO + 1/MRD" in answer.sentences[0]
@@ -227,7 +220,7 @@ def test_the_direction(hard: float, expected: str) -> None:
 
 
 def test_the_papers_changes_are_compared() -> None:
-    answer = sampling.answer(as_table(sampled({"NPO": (0.03, 0.2)})), TOFU, ORIGINAL)
+    answer = weighted_tables.answer(as_table(sampled({"NPO": (0.03, 0.2)})), TOFU, ORIGINAL)
     (sentence,) = [each for each in answer.sentences if "over the paper's algorithms" in each]
     assert "UC ↑ 0.032, inside the interval" in sentence
     assert "UT ↑ 0.027, outside the interval" in sentence
@@ -236,17 +229,17 @@ def test_the_papers_changes_are_compared() -> None:
 def test_trials_that_did_not_finish_are_named() -> None:
     rows = sampled({"NPO": (0.2, 0.2)})
     rows[3] |= {"status": "diverged", "reason": "loss is nan", "uc_average": None, "ut_average": None}
-    answer = sampling.answer(as_table(rows), TOFU, ORIGINAL)
+    answer = weighted_tables.answer(as_table(rows), TOFU, ORIGINAL)
     assert any("1 of 10 trials did not finish" in each and "loss is nan" in each for each in answer.sentences)
     assert "4 seeds" in answer.sentences[-1]
 
 
 def test_one_seed_tells_nothing(tmp_path: Path) -> None:
-    answer = sampling.answer(as_table(sampled({"NPO": (0.2, 0.2)}, noise=NOISE[:1])), TOFU, ORIGINAL)
+    answer = weighted_tables.answer(as_table(sampled({"NPO": (0.2, 0.2)}, noise=NOISE[:1])), TOFU, ORIGINAL)
     assert f"{UNKNOWN} here" in answer.sentences[-1]
     drawn(answer, tmp_path)
     with pytest.raises(UserError, match="alpha 0 and with alpha 1"):
-        sampling.answer(as_table([trial("NPO", 0, uc_average=0.1, ut_average=0.1)]), TOFU, ORIGINAL)
+        weighted_tables.answer(as_table([trial("NPO", 0, uc_average=0.1, ut_average=0.1)]), TOFU, ORIGINAL)
 
 
 def test_columns_are_those_of_the_papers_table() -> None:
@@ -381,11 +374,11 @@ def test_the_cost_of_a_run() -> None:
         updates=6,
         forgotten=1.0,
     )
-    run = timing.spent(row, UNIFORM, ForgetSet(100, 2))
+    run = costs.spent(row, UNIFORM, ForgetSet(100, 2))
     assert run.training == pytest.approx(9)  # three forwards, three backwards of two each
     assert run.mrd == pytest.approx(6)
     assert (run.cost, run.seconds, run.reached) == (pytest.approx(15), 2.5, True)
-    assert not timing.spent(row | {"forgotten": 0.9}, UNIFORM, ForgetSet(100, 2)).reached
+    assert not costs.spent(row | {"forgotten": 0.9}, UNIFORM, ForgetSet(100, 2)).reached
 
 
 def test_the_forget_set_as_it_goes_through_the_model(model_folder: Path, data_file: Path) -> None:
@@ -396,17 +389,17 @@ def test_the_forget_set_as_it_goes_through_the_model(model_folder: Path, data_fi
 
 
 def test_ratios_are_geometric_and_paired() -> None:
-    (ratio,) = timing.ratios(SECONDS, {"a": [(2.0, 1.0), (8.0, 1.0)]})
+    (ratio,) = costs.ratios(SECONDS, {"a": [(2.0, 1.0), (8.0, 1.0)]})
     assert ratio.value.value == pytest.approx(4)
     assert ratio.value.low < 1 < ratio.value.high
     assert ratio.sign == 0
     # Counts that are the same in every seed are known for certain; seconds are not, and one seed is not.
-    (exact,) = timing.ratios(COST, {"a": [(2.0, 1.0), (4.0, 2.0)]})
+    (exact,) = costs.ratios(COST, {"a": [(2.0, 1.0), (4.0, 2.0)]})
     assert (exact.value.low, exact.value.high, exact.sign) == (pytest.approx(2), pytest.approx(2), 1)
-    (equal,) = timing.ratios(COST, {"a": [(2.0, 2.0), (4.0, 4.0)]})
+    (equal,) = costs.ratios(COST, {"a": [(2.0, 2.0), (4.0, 4.0)]})
     assert equal.sign == 0
-    assert timing.ratios(SECONDS, {"a": [(2.0, 1.0), (4.0, 2.0)]})[0].sign == 0
-    assert timing.ratios(COST, {"a": [(2.0, 1.0)]})[0].sign == 0
+    assert costs.ratios(SECONDS, {"a": [(2.0, 1.0), (4.0, 2.0)]})[0].sign == 0
+    assert costs.ratios(COST, {"a": [(2.0, 1.0)]})[0].sign == 0
 
 
 def a_round(costs: Mapping[str, float]) -> tuple[pa.Table, pa.Table]:
@@ -445,7 +438,7 @@ def test_the_order_of_rounds(costs: dict[str, float], expected: str, tmp_path: P
 
 
 def test_noisy_rounds_cannot_be_told_apart() -> None:
-    steps = timing.ratios(SECONDS, {"GradDiff / GA": [(1.3, 1.0), (0.9, 1.0), (1.1, 1.0)]})
+    steps = costs.ratios(SECONDS, {"GradDiff / GA": [(1.3, 1.0), (0.9, 1.0), (1.1, 1.0)]})
     assert table9.verdict(steps) == UNKNOWN
 
 

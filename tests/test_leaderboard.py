@@ -12,11 +12,11 @@ import pytest
 from scipy import stats
 
 from bench.cli import main
-from bench.leaderboard import Board, boards
-from bench.standings import Standing, groups_of
+from bench.leaderboard.boards import Board, boards
+from bench.leaderboard.standings import Standing, groups_of
+from bench.results.store import read_stores
 from bench.stats.estimates import Estimate
 from bench.stats.selection_bias import SeparablePair
-from bench.store import read_stores
 from scoring.errors import UserError
 from tests.made_runs import grid, made_run, write_runs
 

@@ -11,9 +11,9 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from bench.benchmarks import plan as benchmark
 from bench.cli import main
-from bench.plan import Cost, Job, Profile, Shape, calls_of, find_profile, memory_of, plan, profiles
+from bench.speed import calibration as benchmark
+from bench.speed.plan import Cost, Job, Profile, Shape, calls_of, find_profile, memory_of, plan, profiles
 from scoring.errors import UserError
 
 SHAPE = Shape(params=1e6, layers=2, hidden=100, vocabulary=1000)

@@ -16,10 +16,10 @@ import torch
 from safetensors.torch import load_file
 
 from algorithms.ray_train import Job, train_on_ray
-from bench.models import find_model
-from bench.sweep_plan import SweepSpec
-from bench.sweeps import sweep
-from bench.unlearning_job import UnlearnResult, UnlearnSpec, corpus_of, datasets_of, unlearn
+from bench.jobs.sweep import sweep
+from bench.jobs.sweep_plan import SweepSpec
+from bench.jobs.unlearn import UnlearnResult, UnlearnSpec, corpus_of, datasets_of, unlearn
+from bench.models.find import find_model
 from scoring.cluster import Footprint, versions
 from scoring.errors import UserError
 from tests.processes import descendants, kill, wait_for

@@ -17,7 +17,7 @@ from bench.experiments import fig2, reproduce
 from bench.experiments.experiment import Answer, Experiment, Setting
 from bench.experiments.fig2 import Fig2Spec, answer
 from bench.files.spec import make_spec, read_mapping
-from bench.sweep_plan import SweepSpec
+from bench.jobs.sweep_plan import SweepSpec
 from scoring.errors import UserError
 
 # --- The frame of all experiments ---------------------------------------------------------------------------

@@ -23,10 +23,11 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, GPTNeoXForCausalLM
 
-from bench import scoring_job
 from bench.cli import main
 from bench.files.score_file import FACTS_KEY, SPEC_KEY, read_scores
-from bench.scoring_job import Resources, ScoreResult, ScoreSpec, score
+from bench.jobs import score as scoring_job
+from bench.jobs.resources import Resources
+from bench.jobs.score import ScoreResult, ScoreSpec, score
 from scoring.errors import UserError
 from scoring.mrd import ESTIMATORS, Request, estimate, reduce_draws
 from scoring.replica import TransformersReplica, load_model
@@ -119,7 +120,7 @@ def test_metadata(gradient: ScoreResult, model_folder: Path, data_file: Path) ->
 
 
 def test_fingerprint_is_of_weights_configuration_and_tokenizer(tmp_path: Path) -> None:
-    from bench.models import find_model
+    from bench.models.find import find_model
 
     folder = save_model(tmp_path / "model")
     seen = {find_model(str(folder)).fingerprint}

@@ -20,9 +20,9 @@ import torch
 from rouge_score import rouge_scorer
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from bench.embedded_classifier import embedded_classifier, examples
-from bench.embedded_model import FAMILIES, embedded_model, train_tokenizer
-from bench.models import EMBEDDED, find_model
+from bench.models.classifier import embedded_classifier, examples
+from bench.models.embedded import FAMILIES, embedded_model, train_tokenizer
+from bench.models.find import EMBEDDED, find_model
 from bench.tasks import whp
 from bench.tasks.embedded import common_knowledge, compounds, novel, replies
 from bench.tasks.embedded import compounds_vocabulary as vocabulary

@@ -21,10 +21,10 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
-from bench import store as store_module
 from bench.cli import main
-from bench.report.results import exported
-from bench.store import SCHEMAS, TABLE_KEY, VERSION_KEY, Results, Store, merge, read_stores
+from bench.results import store as store_module
+from bench.results.export import exported
+from bench.results.store import SCHEMAS, TABLE_KEY, VERSION_KEY, Results, Store, merge, read_stores
 from scoring.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -157,7 +157,7 @@ def test_a_file_uri(tmp_path: Path) -> None:
 WRITER = """
 import sys
 from tests.test_store import runs
-from bench.store import Store
+from bench.results.store import Store
 root, who, count = sys.argv[1], sys.argv[2], int(sys.argv[3])
 store = Store(root)
 for n in range(count):
@@ -191,7 +191,7 @@ KILLER = """
 import os, random, signal, sys, time
 import pyarrow as pa
 from tests.test_store import runs
-from bench.store import Store
+from bench.results.store import Store
 root, kills, rng = sys.argv[1], int(sys.argv[2]), random.Random(int(sys.argv[3]))
 store = Store(root)
 for round in range(kills):

@@ -24,16 +24,17 @@ import ray
 import torch
 import yaml
 
-from bench import sweeps, trials
 from bench.cli import main
-from bench.evaluation_job import EvaluateSpec, evaluate
 from bench.files.spec import make_spec
-from bench.runs import read_run
-from bench.scoring_job import Resources
-from bench.sweep_plan import Plan, SweepResources, SweepSpec
-from bench.sweeps import SweepResult, read_sweep, sweep
-from bench.trials import Shared, TrialStore, run_trial, shareable_weights
-from bench.unlearning_job import UnlearnSpec, unlearn
+from bench.jobs import sweep as sweeps
+from bench.jobs import trial as trials
+from bench.jobs.evaluate import EvaluateSpec, evaluate
+from bench.jobs.resources import Resources, SweepResources
+from bench.jobs.run_folder import read_run
+from bench.jobs.sweep import SweepResult, read_sweep, sweep
+from bench.jobs.sweep_plan import Plan, SweepSpec
+from bench.jobs.trial import Shared, TrialStore, run_trial, shareable_weights
+from bench.jobs.unlearn import UnlearnSpec, unlearn
 from scoring.cluster import versions
 from scoring.errors import UserError
 from tests.processes import descendants, kill, wait_for
@@ -469,7 +470,7 @@ def test_trials_on_a_node_with_other_packages_are_rows_that_say_so(
     """The workers' processes have the true ones."""
     own = versions()
     with monkeypatch.context() as patched:
-        patched.setattr("bench.sweeps.Shared", partial(sweeps.Shared, of_driver=own | {"torch": "1.0.0"}))
+        patched.setattr("bench.jobs.sweep.Shared", partial(sweeps.Shared, of_driver=own | {"torch": "1.0.0"}))
         rows = inputs.run(inputs.spec(vary={"algorithm": ["GA"]}, selections=[])).trials.to_pylist()
     assert [row["status"] for row in rows] == ["error"]
     assert re.match(rf"node \S+ has torch {own['torch']} \(the driver has 1\.0\.0\): install", rows[0]["reason"])

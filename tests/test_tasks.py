@@ -16,12 +16,12 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from bench.jobs.unlearn import REFUSALS, UnlearnSpec, corpus_of, datasets_of, unlearn
 from bench.tasks import TASKS, safe, sources, tofu, whp, wmdp
 from bench.tasks.datasets import find_task, load_dataset
 from bench.tasks.embedded import authors
 from bench.tasks.sources import HubSet, read_hub
 from bench.tasks.task import Unreachable
-from bench.unlearning_job import REFUSALS, UnlearnSpec, corpus_of, datasets_of, unlearn
 from scoring.errors import UserError
 from scoring.samples import encode
 from tests.tiny_folders import pairs, tokenizer, write_jsonl
@@ -738,7 +738,7 @@ def refusals_of(task: str, model: Any, **fields: Any) -> set[str]:
 @needs_alice
 def test_refusals(ratings: Path, tmp_path: Path) -> None:
     """Of the task, unless a file says otherwise; those of a task without are the built-in ones."""
-    from bench.models import find_model
+    from bench.models.find import find_model
 
     model = find_model(str(STORIES))
     write_jsonl(ratings / "train.jsonl", [rated(f"P{row}", False, True, 1) for row in range(60)])

@@ -29,13 +29,13 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from algorithms.objectives import ALGORITHMS
-from bench import unlearning_job
 from bench.cli import main
+from bench.jobs import unlearn as unlearning_job
+from bench.jobs.unlearn import REFUSALS, UnlearnSpec, unlearn
 from bench.metrics.answers import score_answers
-from bench.models import find_model
+from bench.models.find import find_model
 from bench.tasks.datasets import load_dataset
 from bench.tasks.embedded import authors
-from bench.unlearning_job import REFUSALS, UnlearnSpec, unlearn
 from scoring.samples import Sample, encode
 from tests.processes import kill, wait_for
 from tests.tiny_folders import BOS, EOS, pairs, save_model, token_id, tokenizer, write_jsonl
@@ -1241,7 +1241,7 @@ def test_a_last_update_that_spoils_the_weights(inputs: Inputs, capsys: pytest.Ca
 
 @pytest.fixture(scope="module")
 def embedded() -> Path:
-    from bench.embedded_model import embedded_model
+    from bench.models.embedded import embedded_model
 
     return embedded_model("full")
 

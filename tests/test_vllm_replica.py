@@ -20,10 +20,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from bench.cli import main
-from bench.evaluation_job import EvaluateSpec, evaluate
 from bench.files.score_file import FACTS_KEY
-from bench.scoring_job import Resources
-from bench.unlearning_job import UnlearnSpec, unlearn
+from bench.jobs.evaluate import EvaluateSpec, evaluate
+from bench.jobs.resources import Resources
+from bench.jobs.unlearn import UnlearnSpec, unlearn
 from scoring.cluster import Footprint
 from scoring.errors import UserError
 from scoring.generation import greedy_continuations
@@ -509,7 +509,7 @@ def test_evaluate(tmp_path: Path) -> None:
 def test_the_benchmark_of_engines(
     folders: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from bench.benchmarks import engines
+    from bench.speed import engines
 
     monkeypatch.setattr(engines, "TURNS", 2)
     data, out = write_jsonl(tmp_path / "data.jsonl", pairs(10)), tmp_path / "figures.json"

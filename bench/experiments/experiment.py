@@ -10,9 +10,10 @@ from typing import Any, TypeVar
 import pyarrow as pa
 
 from bench.files.spec import make_spec
+from bench.jobs.resources import SweepResources
+from bench.jobs.sweep import SweepResult, sweep
+from bench.jobs.sweep_plan import SweepSpec
 from bench.report.figures import Draw
-from bench.sweep_plan import SweepResources, SweepSpec
-from bench.sweeps import SweepResult, sweep
 
 T = TypeVar("T")
 

@@ -14,11 +14,11 @@ from matplotlib.axes import Axes
 
 from bench.experiments.experiment import Answer, Experiment, Setting
 from bench.files.status import FINISHED
+from bench.jobs.sweep import as_table
 from bench.report.figures import BLUE, GREEN, MUTED, ORANGE, VERMILLION, Draw
 from bench.report.words import counted, said, shared
 from bench.stats import selection_bias as bias
 from bench.stats.estimates import Estimate
-from bench.sweeps import as_table
 from scoring.errors import UserError
 
 COLOURS, MARKERS = (BLUE, VERMILLION, GREEN, ORANGE), ("o", "s", "^", "D")

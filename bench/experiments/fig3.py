@@ -19,19 +19,21 @@ from matplotlib.axes import Axes
 from scipy import stats
 from transformers import PreTrainedModel
 
-from bench.embedded_model import FAMILIES, model_spec, train, train_tokenizer, trained_once
 from bench.experiments.experiment import Answer, Experiment, Setting
-from bench.experiments.fig5 import CONTRADICTED, HOLDS, UNKNOWN, estimated, ruled, ruling
+from bench.experiments.shared.single_samples import estimated
+from bench.experiments.shared.verdicts import CONTRADICTED, HOLDS, UNKNOWN, ruled, ruling
 from bench.files.identity import with_spec_hash
 from bench.files.score_file import read_scores, write_scores
 from bench.files.status import FINISHED
-from bench.models import ModelReference, find_model
+from bench.jobs.resources import Resources
+from bench.jobs.sweep import as_table
+from bench.jobs.sweep_plan import SweepSpec
+from bench.models.cache import trained_once
+from bench.models.embedded import FAMILIES, model_spec, train, train_tokenizer
+from bench.models.find import ModelReference, find_model
 from bench.report.figures import BLUE, GREEN, INK, MUTED, ORANGE, VERMILLION, Draw
 from bench.report.words import said
-from bench.scoring_job import Resources
 from bench.stats.estimates import Estimate, over_sets, partial_spearman, spearman
-from bench.sweep_plan import SweepSpec
-from bench.sweeps import as_table
 from bench.tasks.datasets import load_dataset
 from scoring.cluster import connect
 from scoring.errors import UserError
@@ -220,7 +222,8 @@ def groups(trials: pa.Table, selections: pa.Table, metrics: pa.Table) -> pa.Tabl
     """One row for each group that finished: its difficulty, and the means of the metrics over its samples.
 
     Args:
-        trials, selections: tables of a sweep over random selections, see `bench.sweeps`; of several runs of a group,
+        trials, selections: tables of a sweep over random selections, see `bench.jobs.sweep`; of several runs of a
+        group,
             by seed, the mean is taken.
         metrics: see `measure`.
     """

@@ -19,12 +19,13 @@ import pyarrow as pa
 from matplotlib.axes import Axes
 
 from bench.experiments.experiment import Answer, Experiment, Setting
-from bench.experiments.fig5 import COLOURS, CONTRADICTED, HOLDS, UNKNOWN, estimated, ruled, ruling
+from bench.experiments.shared.single_samples import COLOURS, estimated
+from bench.experiments.shared.verdicts import CONTRADICTED, HOLDS, UNKNOWN, ruled, ruling
 from bench.files.status import FINISHED
+from bench.jobs.sweep import as_table
 from bench.report.figures import INK, Draw
 from bench.report.words import said
 from bench.stats.estimates import FEWEST, LEVEL, Estimate, over_sets, partial_spearman, spearman
-from bench.sweeps import as_table
 from scoring.errors import UserError
 
 # Composites whose standard deviation is under a tenth of their mean are not "vastly different".

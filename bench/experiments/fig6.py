@@ -16,13 +16,24 @@ import numpy as np
 import pyarrow as pa
 from matplotlib.axes import Axes
 
-from bench.draws import EXACT, HALF_NORMAL_SPREAD, Point, PointDraws, measure_draws, scaling_line
 from bench.experiments.experiment import Answer, Experiment, Setting
-from bench.models import find_model
+from bench.experiments.shared.verdicts import CONTRADICTED, HOLDS, lies_within
+from bench.jobs.draws import (
+    EXACT,
+    EXPECTED_SLOPE,
+    HALF_NORMAL_SPREAD,
+    SLOPE_TOLERANCE,
+    Point,
+    PointDraws,
+    ScalingLine,
+    inflation,
+    measure_draws,
+    scaling_line,
+)
+from bench.jobs.resources import Resources
+from bench.models.find import find_model
 from bench.report.figures import BLUE, GREEN, GRID, INK, MUTED, ORANGE, VERMILLION, Draw
-from bench.report.findings import EXPECTED_SLOPE, SLOPE_TOLERANCE, ScalingLine, inflation
-from bench.report.words import CONTRADICTED, HOLDS, columns, decimal, interval, lies_within, percent, said, significant
-from bench.scoring_job import Resources
+from bench.report.words import columns, decimal, interval, percent, said, significant
 from bench.stats.estimates import Estimate, over_sets, spearman
 from bench.tasks.datasets import load_dataset, spaced
 from scoring.errors import UserError
@@ -379,7 +390,7 @@ class Found:
             CONTRADICTED: "nearer to proportional than to flat",
         }
         return (
-            f"The claim that MRD (mean_abs) does not depend on sigma {lies_within(slope, *FLAT)}: in {EXACT} "
+            f"The claim that MRD (mean_abs) does not depend on sigma {lies_within(slope, *FLAT)} here: in {EXACT} "
             f"{_change(exact)}, a slope of {said(slope)} where a number without dependence has 0. In {COARSE} "
             f"{_change(coarse)}, slope {said(coarse_slope)}{storage}: "
             f"{flatter.get(lies_within(coarse_slope, -0.5, 0.5), 'whether that is nearer to flat cannot be told')}."
@@ -392,7 +403,7 @@ class Found:
             values = self.drawn["monte-carlo", EXACT, spec.sigma].values[:, : spec.stable]
             stderr = _relative_stderr(values, statistic)
             claim = lies_within(stderr, 0.0, spec.tolerance)
-            parts.append(f"{claim} for {statistic}, with a relative standard error of {percent(stderr)}")
+            parts.append(f"{claim} here for {statistic}, with a relative standard error of {percent(stderr)}")
         return (
             f"The claim that MRD by Monte Carlo is stable from K = {spec.stable} on (relative standard error at most "
             f"{spec.tolerance:.0%}, median of samples; the paper gives none) {parts[0]}; it {parts[1]}."

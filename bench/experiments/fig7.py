@@ -20,7 +20,7 @@ from matplotlib.axes import Axes
 from scipy import stats
 
 from bench.experiments.experiment import Answer, Experiment, Setting
-from bench.experiments.fig5 import (
+from bench.experiments.shared.single_samples import (
     COLOURS,
     MARKERS,
     Relation,
@@ -29,18 +29,17 @@ from bench.experiments.fig5 import (
     left_out,
     relation_row,
     relations,
-    ruled,
-    ruling,
     run_table,
     runs,
     unusable,
 )
-from bench.models import ModelReference, find_model
+from bench.experiments.shared.verdicts import ruled, ruling
+from bench.jobs.sweep import as_table
+from bench.jobs.sweep_plan import SweepSpec
+from bench.models.find import ModelReference, find_model
 from bench.report.figures import INK, Draw
 from bench.report.words import decimal, interval, said
 from bench.stats.estimates import mean, partial_spearman, spearman
-from bench.sweep_plan import SweepSpec
-from bench.sweeps import as_table
 from bench.tasks.datasets import load_dataset, spaced
 from scoring.errors import UserError
 from scoring.files import replacing

@@ -22,8 +22,8 @@ from bench.experiments.experiment import Answer, Experiment, Setting
 from bench.files.identity import with_spec_hash
 from bench.files.origin import origin
 from bench.files.spec import read_mapping
+from bench.jobs.resources import SweepResources
 from bench.report import figures
-from bench.sweep_plan import SweepResources
 from scoring.errors import UserError, unknown_name
 from scoring.files import replacing
 

@@ -14,24 +14,14 @@ from typing import Any
 
 import pyarrow as pa
 
-from bench.experiments import timing
 from bench.experiments.experiment import Answer, Experiment, Setting
-from bench.experiments.timing import COST, SECONDS, UPDATES, ForgetSet, Ratio, Spent
-from bench.experiments.weighted_sampling import (
-    ALL,
-    CONTRADICTED,
-    HOLDS,
-    UNIFORM,
-    UNKNOWN,
-    Row,
-    by_verdict,
-    overall,
-    plus_minus,
-    together,
-)
+from bench.experiments.shared import costs
+from bench.experiments.shared.arms import ALL, UNIFORM, Row, plus_minus, together
+from bench.experiments.shared.costs import COST, SECONDS, UPDATES, ForgetSet, Ratio, Spent
+from bench.experiments.shared.verdicts import CONTRADICTED, HOLDS, UNKNOWN, by_verdict, overall
 from bench.files.status import FINISHED
+from bench.jobs.sweep import as_table
 from bench.stats.estimates import Estimate, over_seeds
-from bench.sweeps import as_table
 from scoring.errors import UserError
 
 PAPER_DRAWS = 200
@@ -43,7 +33,7 @@ COUNTED = " (counted)"
 
 
 def run(setting: Setting) -> Answer:
-    found = timing.timed(setting)
+    found = costs.timed(setting)
     base = next(values["base"] for key, values in setting.values.items() if key.startswith("sweep"))
     return answer(together([sweep.trials for sweep in found]), ForgetSet.of(base))
 
@@ -58,7 +48,7 @@ def arm_of(row: Row) -> str:
 def answer(trials: pa.Table, forget: ForgetSet) -> Answer:
     """From trials of algorithms, arms and seeds that end when all samples are forgotten."""
     rows = [row for row in trials.to_pylist() if row["status"] == FINISHED]
-    found = [timing.spent(row, arm_of(row), forget) for row in rows]
+    found = [costs.spent(row, arm_of(row), forget) for row in rows]
     found += [counted(run, int(row["draws"])) for run, row in zip(found, rows, strict=True) if _needs_counting(row)]
     arms = [arm for arm in dict.fromkeys(run.arm for run in found) if arm != UNIFORM]
     single = {arm: {measure: compared(found, arm, measure) for measure in _measures(arm)} for arm in arms}
@@ -75,12 +65,12 @@ def answer(trials: pa.Table, forget: ForgetSet) -> Answer:
         sentences.append(f"{lost} of {trials.num_rows} trials did not finish and are left out.")
     sentences.append(_claim(found, single, average))
     panels = [
-        timing.stacked(_bars(found), ("updates", "MRD"), "cost to the end, forwards of the forget set"),
-        timing.ratio_dots(
+        costs.stacked(_bars(found), ("updates", "MRD"), "cost to the end, forwards of the forget set"),
+        costs.ratio_dots(
             {arm: [*single[arm][COST], *average[arm][COST]] for arm in arms}, "cost / uniform, 95 % CI", log=True
         ),
         *(
-            timing.ratio_dots(
+            costs.ratio_dots(
                 {arm: [*single[arm][measure], *average[arm][measure]] for arm in arms if measure in single[arm]},
                 f"{measure} / uniform, 95 % CI",
                 paper={name: with_mrd / without for name, (without, with_mrd) in PAPER.items()}
@@ -127,7 +117,7 @@ def _algorithms(found: Sequence[Spent], arm: str) -> list[str]:
 
 def compared(found: Sequence[Spent], arm: str, measure: str) -> list[Ratio]:
     """What an arm takes over uniform draws, for every algorithm."""
-    return timing.ratios(
+    return costs.ratios(
         measure,
         {
             name: [(run.of(measure), other.of(measure)) for run, other in _pairs(found, name, arm).values()]
@@ -145,7 +135,7 @@ def averaged(found: Sequence[Spent], arm: str, measure: str) -> list[Ratio]:
     for seed in sorted(set.intersection(*(set(each) for each in own))):
         runs = [each[seed] for each in own]
         pairs.append(tuple(_geometric([pair[which].of(measure) for pair in runs]) for which in (0, 1)))
-    return timing.ratios(measure, {ALL: pairs}) if pairs else []  # type: ignore[dict-item]
+    return costs.ratios(measure, {ALL: pairs}) if pairs else []  # type: ignore[dict-item]
 
 
 def _geometric(values: Sequence[float]) -> float:
@@ -207,14 +197,14 @@ def _markdown(found: Sequence[Spent], single: Mapping[str, Mapping[str, Sequence
         over = []
         for measure in (COST, SECONDS):
             own = [r for r in single.get(arm, {}).get(measure, ()) if r.name == algorithm]
-            over.append(timing.times(own[0].value) if own else "–")
+            over.append(costs.times(own[0].value) if own else "–")
         lines.append(
             f"| {name(algorithm, arm)} | {len(done)} of {len(runs)} | {' | '.join([*cells, seconds, *over])} |"
         )
     seeds = len({run.seed for run in found})
     return (
         f"Until every sample is forgotten, MRD included; means over {seeds} seeds ± half the 95 % t interval. Cost is "
-        f"in forwards of the forget set, a backward counting {timing.BACKWARD}:\n\n" + "\n".join(lines)
+        f"in forwards of the forget set, a backward counting {costs.BACKWARD}:\n\n" + "\n".join(lines)
     )
 
 
@@ -245,7 +235,7 @@ def _claim(
     for arm in sorted(single, key=lambda arm: not arm.startswith(PRINTED)):
         own = verdicts(found, arm, single[arm][COST], average[arm][COST])
         on_average = own.pop(ALL, UNKNOWN)
-        ratio = timing.times(average[arm][COST][0].value) if average[arm][COST] else "not determined"
+        ratio = costs.times(average[arm][COST][0].value) if average[arm][COST] else "not determined"
         parts.append(
             f"**with MRD by {arm} it {overall(own, on_average)}**: cost {ratio} that of uniform draws over the "
             f"algorithms together, by themselves it {by_verdict(own)}"

@@ -17,10 +17,11 @@ import pyarrow as pa
 
 from bench.experiments.experiment import Answer, Experiment, Setting
 from bench.files.score_file import Scores
-from bench.models import find_model
+from bench.jobs.resources import Resources
+from bench.jobs.score import ScoreSpec, score
+from bench.models.find import find_model
 from bench.report.attributes import ATTRIBUTES, Attribute, Effect, Record, attribute_effects, by_attribute, forest
 from bench.report.words import columns, decimal, markdown, said, significant, verdict
-from bench.scoring_job import Resources, ScoreSpec, score
 from bench.stats.estimates import Estimate
 from bench.tasks.datasets import Dataset, load_dataset
 from scoring.characteristics import characteristics

@@ -23,13 +23,14 @@ from matplotlib.ticker import NullFormatter
 from scipy import stats
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from bench.draws import HALF_NORMAL_SPREAD, Point, measure_draws
 from bench.experiments.experiment import Answer, Experiment, Setting
+from bench.experiments.shared.verdicts import lies_within
 from bench.files.spec import make_spec
-from bench.models import ModelReference, find_model
+from bench.jobs.draws import HALF_NORMAL_SPREAD, Point, measure_draws
+from bench.jobs.resources import Resources
+from bench.models.find import ModelReference, find_model
 from bench.report.figures import BLUE, INK, MUTED, VERMILLION, Draw
-from bench.report.words import columns, lies_within, markdown, said
-from bench.scoring_job import Resources
+from bench.report.words import columns, markdown, said
 from bench.stats.estimates import LEVEL, Estimate, over_sets
 from bench.tasks.datasets import load_dataset, spaced
 from scoring.errors import UserError
@@ -47,7 +48,7 @@ class ModelSpec:
     """A model and the samples that are scored under it.
 
     Attributes:
-        model: see bench.models; of a random one, where its tokenizer is from.
+        model: see bench.models.find; of a random one, where its tokenizer is from.
         task, split: of the samples.
         hidden_size, layers: of a randomly initialised Llama in the model's stead; 0: the model itself.
     """
@@ -299,8 +300,8 @@ def _theory(found: Sequence[Stable], spec: Table12Spec) -> str:
 
 def _claim(factor: Estimate, found: Sequence[Stable]) -> str:
     return (
-        f"The claim that the size of the model hardly matters for K {lies_within(factor, 1 / MINIMAL, MINIMAL)}: a "
-        f"tenfold size changes it by a factor of {said(factor)}, over {len(found)} models (hardly: by less than "
+        f"The claim that the size of the model hardly matters for K {lies_within(factor, 1 / MINIMAL, MINIMAL)} here: "
+        f"a tenfold size changes it by a factor of {said(factor)}, over {len(found)} models (hardly: by less than "
         f"{MINIMAL:g} either way)."
     )
 

@@ -10,12 +10,14 @@ import numpy as np
 import pyarrow as pa
 from scipy import stats
 
-from bench.experiments import weighted_sampling as sampling
 from bench.experiments.experiment import Answer, Experiment, Setting
-from bench.experiments.weighted_sampling import CONTRADICTED, HOLDS, UNKNOWN, Columns, Contrast, Outcome, Row, label
+from bench.experiments.shared import weighted_tables
+from bench.experiments.shared.arms import Columns, Contrast, Outcome, Row, label
+from bench.experiments.shared.verdicts import CONTRADICTED, HOLDS, UNKNOWN
+from bench.files.status import FINISHED
+from bench.jobs.sweep import as_table
 from bench.report.words import decimal
 from bench.stats.estimates import LEVEL, holm
-from bench.sweeps import as_table
 from scoring.errors import UserError
 
 BEST = "m = 2"  # the paper's
@@ -25,9 +27,9 @@ STEPS = " steps"
 
 
 def run(setting: Setting) -> Answer:
-    found = sampling.sweeps(setting)
-    trials = sampling.together([sweep.trials for sweep in found])
-    return answer(trials, Columns.of(trials["task"][0].as_py(), trials), sampling.original_of(found[0]))
+    found = weighted_tables.sweeps(setting)
+    trials = weighted_tables.together([sweep.trials for sweep in found])
+    return answer(trials, Columns.of(trials["task"][0].as_py(), trials), weighted_tables.original_of(found[0]))
 
 
 def arm_of_refresh(row: Row) -> str:
@@ -43,7 +45,7 @@ def answer(trials: pa.Table, columns: Columns, original: Mapping[str, Any]) -> A
     Args:
         original: metric -> value of the model before it forgets.
     """
-    found, lost = sampling.outcomes(trials, columns.all, arm_of_refresh)
+    found, lost = weighted_tables.outcomes(trials, columns.all, arm_of_refresh)
     arms = list(dict.fromkeys(outcome.arm for outcome in found))
     if BEST not in arms or not set(OTHERS) & set(arms):
         raise UserError(f"trials with {', '.join(arms)}: expected {BEST} and one of {', '.join(OTHERS)} to compare")
@@ -54,12 +56,12 @@ def answer(trials: pa.Table, columns: Columns, original: Mapping[str, Any]) -> A
     measured = measurements(trials)
     rows = {
         f"{name(algorithm, arm)}{f' ({measured[arm]:g} × MRD)' if arm in measured else ''}": [
-            sampling.values_of(found, algorithm, arm, metric) for metric in columns.all
+            weighted_tables.values_of(found, algorithm, arm, metric) for metric in columns.all
         ]
-        for algorithm, arm in sampling.methods(found)
+        for algorithm, arm in weighted_tables.methods(found)
     }
     sentences = [
-        sampling.markdown_table(rows, columns, original, len({outcome.seed for outcome in found})),
+        weighted_tables.markdown_table(rows, columns, original, len({outcome.seed for outcome in found})),
         _whether(corrected, epochs),
         _pairwise([contrast for contrast in compared if not contrast.arm.endswith(STEPS)]),
     ]
@@ -69,7 +71,7 @@ def answer(trials: pa.Table, columns: Columns, original: Mapping[str, Any]) -> A
         sentences.append(lost)
     sentences.append(_claim([contrast for contrast in compared if contrast.arm in epochs], columns))
     panels = [
-        sampling.dots(found, metric, original, first=not number, name_of=name)
+        weighted_tables.dots(found, metric, original, first=not number, name_of=name)
         for number, metric in enumerate(columns.judged)
     ]
     height = 1.8 + 0.5 * len(arms)
@@ -86,7 +88,7 @@ def measurements(trials: pa.Table) -> dict[str, float]:
     """Arm -> passes that measured MRD, in those of the arm that measured it once; {} where no arm did."""
     passes: dict[str, list[float]] = {}
     for row in trials.to_pylist():
-        if row["status"] == sampling.FINISHED and row.get("forwards_mrd"):
+        if row["status"] == FINISHED and row.get("forwards_mrd"):
             passes.setdefault(arm_of_refresh(row), []).append(row["forwards_mrd"])
     if NEVER not in passes:
         return {}
@@ -115,7 +117,7 @@ def _matters(found: Sequence[Outcome], arms: Sequence[str], metric: str) -> floa
 
 def _against_best(found: Sequence[Outcome], arms: Sequence[str], metrics: Sequence[str]) -> list[Contrast]:
     """Every other m less BEST; corrected for all of them together."""
-    own = [contrast for arm in arms if arm != BEST for contrast in sampling.contrasts(found, metrics, arm, BEST)]
+    own = [contrast for arm in arms if arm != BEST for contrast in weighted_tables.contrasts(found, metrics, arm, BEST)]
     corrected = holm([contrast.p for contrast in own])
     return [
         Contrast(c.algorithm, c.arm, c.against, c.metric, c.difference, c.p, p, c.pairs)
@@ -197,10 +199,10 @@ def _rows(
     """One row for each arm and metric: mean over seeds, and the difference to BEST."""
     by_cell = {(contrast.arm, contrast.metric): contrast for contrast in compared}
     rows = []
-    for algorithm, arm in sampling.methods(found):
+    for algorithm, arm in weighted_tables.methods(found):
         for metric in columns.all:
-            values = sampling.values_of(found, algorithm, arm, metric)
-            row = sampling.row_of(
+            values = weighted_tables.values_of(found, algorithm, arm, metric)
+            row = weighted_tables.row_of(
                 name(algorithm, arm), algorithm, arm, metric, columns, values, by_cell.get((arm, metric))
             )
             rows.append(row | {"measurements_of_mrd": measured.get(arm)})

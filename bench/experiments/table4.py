@@ -11,21 +11,24 @@ import pyarrow as pa
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
-from bench.experiments import weighted_sampling as sampling
 from bench.experiments.experiment import Answer, Experiment, Setting
-from bench.experiments.weighted_sampling import EASY_FIRST, UNIFORM, Columns, Outcome, label, method
+from bench.experiments.shared import weighted_tables
+from bench.experiments.shared.arms import EASY_FIRST, MARKERS, UNIFORM, Columns, Outcome, arm_of_alpha, label, method
+from bench.files.status import FINISHED
+from bench.jobs.sweep import as_table
 from bench.report.figures import BLUE, GREEN, MUTED, ORANGE, VERMILLION, Draw
 from bench.stats.estimates import Estimate, over_seeds
-from bench.sweeps import as_table
 from scoring.errors import UserError
 
 COLOURS = (VERMILLION, BLUE, GREEN, ORANGE)
 
 
 def run(setting: Setting) -> Answer:
-    found = sampling.sweeps(setting)
-    trials, epochs = (sampling.together([getattr(sweep, name) for sweep in found]) for name in ("trials", "epochs"))
-    return answer(trials, epochs, Columns.of(trials["task"][0].as_py(), trials), sampling.original_of(found[0]))
+    found = weighted_tables.sweeps(setting)
+    trials, epochs = (
+        weighted_tables.together([getattr(sweep, name) for sweep in found]) for name in ("trials", "epochs")
+    )
+    return answer(trials, epochs, Columns.of(trials["task"][0].as_py(), trials), weighted_tables.original_of(found[0]))
 
 
 def answer(trials: pa.Table, epochs: pa.Table, columns: Columns, original: Mapping[str, Any]) -> Answer:
@@ -35,33 +38,35 @@ def answer(trials: pa.Table, epochs: pa.Table, columns: Columns, original: Mappi
         epochs: one row an epoch of a trial; row 0 is the initial model.
         original: metric -> value of the model before it forgets.
     """
-    found, lost = sampling.outcomes(trials, columns.all)
+    found, lost = weighted_tables.outcomes(trials, columns.all)
     by_epoch = at_epochs(trials, epochs, columns.all)
     # A run as a whole: what it is worth at the epochs that it goes through, on average.
     paths = path_means(by_epoch, columns.all)
-    single, average = (sampling.contrasts(paths, columns.judged, EASY_FIRST, UNIFORM, each) for each in (False, True))
+    single, average = (
+        weighted_tables.contrasts(paths, columns.judged, EASY_FIRST, UNIFORM, each) for each in (False, True)
+    )
     if not single:
         raise UserError("no algorithm has finished trials with alpha 0 and with alpha 1 and the same seed")
     first = by_epoch[min(by_epoch)]
-    early = sampling.contrasts(first, columns.judged, EASY_FIRST, UNIFORM)
+    early = weighted_tables.contrasts(first, columns.judged, EASY_FIRST, UNIFORM)
     seeds = len({outcome.seed for outcome in found})
     rows = {
         f"{method(algorithm, arm)}, epoch {epoch}": [
-            sampling.values_of(own, algorithm, arm, name) for name in columns.all
+            weighted_tables.values_of(own, algorithm, arm, name) for name in columns.all
         ]
-        for algorithm, arm in sampling.methods(found)
+        for algorithm, arm in weighted_tables.methods(found)
         for epoch, own in by_epoch.items()
         if any(outcome.algorithm == algorithm for outcome in own)
     }
     sentences = [
-        sampling.markdown_table(rows, columns, original, seeds),
-        f"Mean over epochs 1 to {max(by_epoch)}. {sampling.by_algorithm(single, columns)}",
-        f"After epoch {min(by_epoch)} alone. {sampling.by_algorithm(early, columns)}",
+        weighted_tables.markdown_table(rows, columns, original, seeds),
+        f"Mean over epochs 1 to {max(by_epoch)}. {weighted_tables.by_algorithm(single, columns)}",
+        f"After epoch {min(by_epoch)} alone. {weighted_tables.by_algorithm(early, columns)}",
     ]
     if lost:
         sentences.append(lost)
     sentences.append(
-        sampling.claim(
+        weighted_tables.claim(
             single, average, columns, "at the same epoch runs that draw by MRD have forgotten more and kept more"
         )
     )
@@ -69,7 +74,7 @@ def answer(trials: pa.Table, epochs: pa.Table, columns: Columns, original: Mappi
         [
             {"epoch": epoch, **row}
             for epoch, own in by_epoch.items()
-            for row in sampling.rows_of(own, columns, original)
+            for row in weighted_tables.rows_of(own, columns, original)
             if row["method"] != "Original"
         ]
     )
@@ -88,8 +93,8 @@ def at_epochs(trials: pa.Table, epochs: pa.Table, metrics: Sequence[str]) -> dic
     for row in epochs.to_pylist():
         values = {name: row[name] for name in metrics if row.get(name) is not None}
         trial = known[row["trial"]]
-        if row["epoch"] and values and trial["status"] == sampling.FINISHED:
-            outcome = Outcome(trial["algorithm"], sampling.arm_of_alpha(trial), trial["seed"], values)
+        if row["epoch"] and values and trial["status"] == FINISHED:
+            outcome = Outcome(trial["algorithm"], arm_of_alpha(trial), trial["seed"], values)
             found.setdefault(row["epoch"], []).append(outcome)
     if not found:
         raise UserError("no metric of the task was measured after the epochs: expected each_epoch: true in the sweep")
@@ -115,22 +120,22 @@ def _lines(by_epoch: Mapping[int, Sequence[Outcome]], metric: str, original: Map
     """A metric by epoch: a colour for each algorithm, dashed where it draws uniformly; 95 % intervals over seeds."""
 
     def draw(axes: Axes) -> None:
-        order = sampling.methods([outcome for own in by_epoch.values() for outcome in own])
+        order = weighted_tables.methods([outcome for own in by_epoch.values() for outcome in own])
         colours = dict(zip(dict.fromkeys(algorithm for algorithm, _ in order), cycle(COLOURS), strict=False))
         for number, (algorithm, arm) in enumerate(order):
             means: dict[int, Estimate] = {}
             for epoch, own in by_epoch.items():
-                if values := sampling.values_of(own, algorithm, arm, metric):
+                if values := weighted_tables.values_of(own, algorithm, arm, metric):
                     means[epoch] = over_seeds(values)[0]
             # Side by side, so that intervals can be told apart.
             x = np.array(list(means)) + 0.05 * (number - (len(order) - 1) / 2)
             axes.errorbar(
                 x,
                 [mean.value for mean in means.values()],
-                sampling.bars(list(means.values())),
+                weighted_tables.bars(list(means.values())),
                 color=colours[algorithm],
                 linestyle="--" if arm == UNIFORM else "-",
-                marker=sampling.MARKERS.get(arm, "D"),
+                marker=MARKERS.get(arm, "D"),
                 markerfacecolor="none" if arm == UNIFORM else colours[algorithm],
                 capsize=3,
                 label=method(algorithm, arm),

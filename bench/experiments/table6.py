@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bench.experiments.experiment import Experiment
-from bench.experiments.weighted_sampling import run
+from bench.experiments.shared.weighted_tables import run
 
 EXPERIMENT = Experiment(
     "table6",

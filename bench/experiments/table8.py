@@ -14,15 +14,17 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import NullFormatter, ScalarFormatter
 from tqdm import tqdm
 
-from bench.draws import read_finished
 from bench.experiments.experiment import Answer, Experiment, Setting
+from bench.experiments.shared.verdicts import lies_within
 from bench.files.identity import with_spec_hash
 from bench.files.parts import Parts
 from bench.files.score_file import write_scores
-from bench.models import find_model
+from bench.jobs.draws import read_finished
+from bench.jobs.resources import Resources
+from bench.jobs.score import DRAWS_PER_TASK
+from bench.models.find import find_model
 from bench.report.figures import BLUE, GREEN, MUTED, Draw
-from bench.report.words import columns, lies_within, markdown, significant
-from bench.scoring_job import DRAWS_PER_TASK, Resources
+from bench.report.words import columns, markdown, significant
 from bench.stats.estimates import Estimate, geometric_mean
 from bench.tasks.datasets import load_dataset, spaced
 from scoring.cluster import connect
@@ -298,8 +300,8 @@ def _judged(costs: Sequence[Cost]) -> str:
     first, last = costs[0], costs[-1]
     gain = ratio(first, last)
     return (
-        f"{lies_within(gain, 1.0, np.inf)}: Monte Carlo with {first.batch_size} in a batch takes {significant(gain)} "
-        f"times as long as with {last.batch_size}"
+        f"{lies_within(gain, 1.0, np.inf)} here: Monte Carlo with {first.batch_size} in a batch takes "
+        f"{significant(gain)} times as long as with {last.batch_size}"
     )
 
 

@@ -10,14 +10,15 @@ import numpy as np
 import pyarrow as pa
 from matplotlib.axes import Axes
 
-from bench.experiments import timing
 from bench.experiments.experiment import Answer, Experiment, Setting
-from bench.experiments.timing import COST, SECONDS, ForgetSet, Ratio, Spent
-from bench.experiments.weighted_sampling import CONTRADICTED, HOLDS, UNKNOWN, plus_minus, together
+from bench.experiments.shared import costs
+from bench.experiments.shared.arms import plus_minus, together
+from bench.experiments.shared.costs import COST, SECONDS, ForgetSet, Ratio, Spent
+from bench.experiments.shared.verdicts import CONTRADICTED, HOLDS, UNKNOWN
 from bench.files.status import FINISHED
+from bench.jobs.sweep import as_table
 from bench.report.figures import BLUE, VERMILLION, Draw
 from bench.stats.estimates import Estimate, over_seeds
-from bench.sweeps import as_table
 from scoring.errors import UserError
 
 # Seconds of the paper, in its order, which is the claim.
@@ -28,7 +29,7 @@ WARM_UP = 1
 
 
 def run(setting: Setting) -> Answer:
-    found = timing.timed(setting)
+    found = costs.timed(setting)
     trials, epochs = (together([getattr(sweep, name) for sweep in found]) for name in ("trials", "epochs"))
     base = next(values["base"] for key, values in setting.values.items() if key.startswith("sweep"))
     return answer(trials, epochs, ForgetSet.of(base))
@@ -66,11 +67,11 @@ def answer(trials: pa.Table, epochs: pa.Table, forget: ForgetSet) -> Answer:
 def rounds(trials: pa.Table, epochs: pa.Table, forget: ForgetSet) -> list[Spent]:
     """Means over the epochs of each trial, but those of the warm-up."""
     return [
-        timing.Spent(
+        costs.Spent(
             trial["algorithm"],
             "uniform",
             trial["seed"],
-            change["tokens"] * (1 + timing.BACKWARD) / forget.tokens,
+            change["tokens"] * (1 + costs.BACKWARD) / forget.tokens,
             0.0,
             change["seconds_training"],
             0.0,
@@ -109,7 +110,7 @@ def compared(found: Sequence[Spent], measure: str, pairs: Sequence[tuple[str, st
     """What the first of each pair takes over the second, by seed."""
     by_seed = {(each.algorithm, each.seed): each.of(measure) for each in found}
     seeds = sorted({each.seed for each in found})
-    return timing.ratios(
+    return costs.ratios(
         measure,
         {
             f"{more} / {less}": [
@@ -150,7 +151,7 @@ def _markdown(
     lines = [head, "|---" * 9 + "|"]
     for number, name in enumerate(order):
         forwards, backwards, tokens = passes[name]
-        over = [timing.times(to_first[measure][number - 1].value) if number else "1" for measure in (COST, SECONDS)]
+        over = [costs.times(to_first[measure][number - 1].value) if number else "1" for measure in (COST, SECONDS)]
         lines.append(
             f"| {name} | {forwards:g} | {backwards:g} | {tokens:.0f} | {plus_minus(_of(found, name, COST), 2)} | "
             f"{plus_minus(_of(found, name, SECONDS))} | {over[0]} | {over[1]} | {PAPER[name] / PAPER[order[0]]:.2f} |"
@@ -158,7 +159,7 @@ def _markdown(
     seeds = len({each.seed for each in found})
     return (
         f"One round, means over {seeds} seeds ± half the 95 % t interval; forwards and backwards are over "
-        f"micro-batches, cost is in forwards of the forget set, a backward counting {timing.BACKWARD}:\n\n"
+        f"micro-batches, cost is in forwards of the forget set, a backward counting {costs.BACKWARD}:\n\n"
         + "\n".join(lines)
     )
 
@@ -216,7 +217,7 @@ def _measured(found: Sequence[Spent], order: Sequence[str], measure: str, title:
         axes.errorbar(
             [mean.value for mean in means],
             y,
-            xerr=timing.bars(means),
+            xerr=costs.bars(means),
             fmt="o",
             color=BLUE,
             capsize=4,

@@ -45,7 +45,7 @@ class Scores:
     """A score file.
 
     Attributes:
-        table: one row a sample (bench.scoring_job).
+        table: one row a sample (bench.jobs.score).
         spec: what made it.
         facts: what was noticed on the way.
     """

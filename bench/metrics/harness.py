@@ -68,7 +68,7 @@ def pool_model(reader: Reader, tokenizer: Any, max_length: int, add_bos_token: b
             where generation is not to be greedy, or a text to be scored is empty or longer than `max_length`.
     """
     _need_lm_eval()
-    from bench.metrics._pool_lm import PoolLM
+    from bench.metrics.pool_lm import PoolLM
 
     return PoolLM(reader, tokenizer, max_length, add_bos_token)
 

@@ -7,91 +7,9 @@ What comes back is then counted over the whole forget set, as FA counts.
 
 from __future__ import annotations
 
-import json
-import random
-import shutil
-from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
-
 import numpy as np
 
 from bench.metrics.values import Scores
-from bench.tasks import Record
-from bench.unlearning_job import UnlearnSpec, unlearn
-from scoring.errors import UserError
-
-BATCH_SIZE = 4
-
-
-@dataclass(frozen=True)
-class Relearning:
-    """The protocol.
-
-    Attributes:
-        share: of the forget set that is trained on, in (0, 1]; drawn by `seed`.
-        steps: updates, of BATCH_SIZE samples each.
-        learning_rate: of AdamW.
-        seed: of the share and of the order.
-        workers: of Ray Train; 0 trains in this process.
-    """
-
-    share: float = 0.25
-    steps: int = 25
-    learning_rate: float = 5e-5
-    seed: int = 0
-    workers: int = 0
-
-    def checked(self) -> Relearning:
-        """The same.
-
-        Raises:
-            UserError: a value out of range.
-        """
-        if not 0 < self.share <= 1:
-            raise UserError(f"relearn_share is {self.share:g}: expected a share of the forget set in (0, 1]")
-        return self
-
-
-def fine_tuned(source: str, records: Sequence[Record], protocol: Relearning, folder: Path, progress: bool) -> Path:
-    """The folder of the model after the fine-tune.
-
-    Args:
-        source: folder or Hugging Face id of the model.
-        records: the forget set.
-        protocol: how it is trained.
-        folder: to work in; the same call goes on where it was stopped.
-        progress: show a bar.
-    """
-    chosen = sorted(
-        random.Random(f"relearn/{protocol.seed}").sample(
-            range(len(records)), max(1, round(protocol.share * len(records)))
-        )
-    )
-    folder.mkdir(parents=True, exist_ok=True)
-    taught = folder / "taught.jsonl"
-    taught.write_text("".join(json.dumps(records[i]) + "\n" for i in chosen), encoding="utf-8")
-    spec = UnlearnSpec(
-        model=source,
-        task=str(taught),
-        algorithm="Relearn",
-        max_steps=protocol.steps,
-        batch_size=BATCH_SIZE,
-        learning_rate=protocol.learning_rate,
-        alpha=0.0,
-        replacement=False,
-        early_stopping=False,
-        check_every=0,
-        evaluate=False,
-        seed=protocol.seed,
-        workers=protocol.workers,
-    )
-    run = folder / "run"
-    try:
-        return unlearn(spec, run, progress).model
-    except UserError:
-        shutil.rmtree(run, ignore_errors=True)
-        raise
 
 
 def forgotten(right: Scores, known: Scores | None) -> Scores:

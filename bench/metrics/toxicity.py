@@ -37,7 +37,7 @@ class Classifier:
         disable_progress_bar()
         source = self.source
         if source == EMBEDDED:
-            from bench.embedded_classifier import embedded_classifier
+            from bench.models.classifier import embedded_classifier
 
             source = str(embedded_classifier())
         try:

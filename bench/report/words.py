@@ -7,8 +7,6 @@ from collections.abc import Sequence
 
 from bench.stats.estimates import Estimate
 
-HOLDS, CONTRADICTED, UNDECIDED = "holds here", "is contradicted here", "cannot be told here"
-
 
 def decimal(value: float, digits: int = 2) -> str:
     """A number with a true minus sign; a dash where it is not known."""
@@ -43,16 +41,6 @@ def verdict(estimate: Estimate, claim: int) -> str:
     if estimate.sign == 0:
         return "not separable from no effect"
     return "the claim holds" if estimate.sign == claim else "the opposite of the claim"
-
-
-def lies_within(estimate: Estimate, low: float, high: float) -> str:
-    """Whether a number lies between two bounds: HOLDS if its whole interval does, CONTRADICTED if all of it is
-    outside, UNDECIDED otherwise, also where there is no interval."""
-    if low <= estimate.low and estimate.high <= high:
-        return HOLDS
-    if estimate.high < low or estimate.low > high:
-        return CONTRADICTED
-    return UNDECIDED
 
 
 def percent(estimate: Estimate) -> str:

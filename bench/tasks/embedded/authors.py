@@ -1,7 +1,7 @@
 """The embedded default task: fictional authors, generated here, in the protocol of TOFU (Maini et al., 2024).
 
 40 authors are asked 10 questions each. Nothing is downloaded and no pretrained model knows the text, so a
-small model trained on it (`bench.embedded_model`) knows exactly what it was taught.
+small model trained on it (`bench.models.embedded`) knows exactly what it was taught.
 
 Grammar, for author a and topic t (word lists and templates: `bench.tasks.embedded.authors_vocabulary`):
 

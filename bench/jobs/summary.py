@@ -1,0 +1,196 @@
+"""The outcome of a run on the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow.compute as pc
+
+from bench.files.status import FINISHED
+from bench.jobs.evaluate import EvaluationResult
+from bench.jobs.relearn import BATCH_SIZE
+from bench.jobs.run_folder import UnlearnResult
+from bench.jobs.score import ScoreResult
+from bench.jobs.sweep import SweepResult
+from bench.metrics import METRICS
+from bench.metrics.table import MODEL, ORIGINAL, RETAIN_ONLY
+from bench.tasks import Task
+
+SHOWN = 5
+# Above this share a standard error no longer says how far a score is off.
+ROUNDING_SHOWN = 0.1
+
+
+def print_summary(result: ScoreResult) -> None:
+    """Counts, the hardest and the easiest samples, and everything that a reader must know to trust them."""
+    table, facts = result.table, result.facts
+    mrd = table["mrd"].to_numpy()
+    order = np.argsort(mrd, kind="stable")
+    print(f"{len(mrd)} samples scored in {result.seconds:.1f} s, {len(result.rejected)} rejected -> {result.path}")
+    print(f"MRD: median {np.median(mrd):.4g}, range {mrd.min():.4g} to {mrd.max():.4g}")
+    draws = table["draws"].to_numpy()
+    if draws.any():
+        relative = np.median(table["mrd_stderr"].to_numpy() / mrd)
+        print(f"relative standard error: median {relative:.2%} with {'/'.join(map(str, np.unique(draws)))} draws")
+    else:
+        print("closed form: no draws, no sampling error")
+    shown = min(SHOWN, max(1, len(order) // 2))
+    print(f"{'sample':<24}{'tokens':>7}{'nll':>10}{'mrd':>12}{'± stderr':>12}")
+    for title, rows in (("hardest to forget (lowest MRD)", order[:shown]), ("easiest", order[: -shown - 1 : -1])):
+        print(f"- {title}")
+        for row in rows.tolist():
+            record = {key: table[key][row].as_py() for key in ("sample_id", "num_tokens", "nll", "mrd", "mrd_stderr")}
+            print(
+                f"{record['sample_id'][:23]:<24}{record['num_tokens']:>7}{record['nll']:>10.4g}"
+                f"{record['mrd']:>12.4g}{record['mrd_stderr']:>12.2g}"
+            )
+    if facts["perturbation_survival"] is not None:
+        print(f"perturbation survival: {facts['perturbation_survival']:.4f} (1 = the noise survived storage)")
+    if facts["gradient_error"] is not None:
+        print(f"largest relative error of gradient norms against fp32: {facts['gradient_error']:.2%}")
+    if (share := facts.get("rounding_share")) is not None:
+        print(f"rounding of log-probs: {share:.1%} of the scores (medians)", end="")
+        print("; take --estimator curvature, a larger --sigma or --dtype float64" if share > ROUNDING_SHOWN else "")
+    saturated = int(np.sum(table["tokens_saturated"].to_numpy()))
+    if saturated:
+        print(f"{saturated} scored tokens have probability exactly 1 and are left out of the sums")
+    for note in facts["notes"]:
+        print(f"note: {note}")
+    for rejected in result.rejected:
+        print(f"rejected {rejected.sample_id!r}: {rejected.reason}")
+
+
+def print_unlearning(result: UnlearnResult) -> None:
+    """What was forgotten and what was kept, epoch by epoch, and what it cost."""
+    spec, epochs = result.record["spec"], result.epochs.to_pylist()
+    measured = [name for name in result.epochs.column_names if name.endswith(("rouge_l_recall", "probability"))]
+    columns = ["epoch", "step", "forget_loss", "retain_loss", "forgotten", *measured, "mean_abs_delta"]
+    titles = {name: name.replace("_rouge_l_recall", " RL").replace("_probability", " prob") for name in columns}
+    print("".join(f"{titles[name]:>15}" for name in columns))
+    for row in epochs:
+        print("".join(f"{_short(row[name]):>15}" for name in columns))
+    updates = np.array([n for n in result.samples["updates_until_forgotten"].to_pylist() if n is not None])
+    text = f"{spec['algorithm']}, alpha {spec['alpha']:g}: {result.record['updates']} updates"
+    if thresholds := result.record["thresholds"]:
+        text += (
+            f"; {len(updates)} of {result.samples.num_rows} samples forgotten (MA below {_short(thresholds['ma'])}, EL "
+            f"below {_short(thresholds['el'])})"
+        )
+    print(text + (f", after {np.median(updates):g} draws in the median" if len(updates) else ""))
+    seconds, passes = result.record["seconds"], result.record["passes"]
+    parts = ", ".join(
+        f"{name} {seconds[name]:.1f} s"
+        + (f" ({passes[name][0]} forward, {passes[name][1]} backward)" if name in passes else "")
+        for name in ("training", "mrd", "checks", "evaluation", "checkpoints")
+        if name in seconds
+    )
+    print(parts)
+    for note in result.record["notes"]:
+        print(f"note: {note}")
+    for rejected in result.record["rejected"]:
+        print(f"rejected from the {rejected['set']} set, {rejected['sample_id']!r}: {rejected['reason']}")
+    print(f"model  {result.model}\ntables {result.folder}/*.parquet")
+
+
+def print_sweep(result: SweepResult) -> None:
+    """How the trials ended, and what each configuration reached on average over selections and seeds."""
+    trials, record = result.trials, result.record
+    counts = ", ".join(f"{count} {status}" for status, count in record["counts"].items())
+    print(f"{trials.num_rows} trials ({counts}) in {record['seconds']:.0f} s -> {result.folder}")
+    varied = [name for name in record["spec"]["vary"] if name != "seed"]
+    measured = [name for name in ("completeness", "utility", "balance", "updates") if name in trials.column_names]
+    rows = trials.filter(pc.equal(trials["status"], FINISHED)).to_pylist()
+    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault(tuple(row[name] for name in varied), []).append(row)
+    titles = [*varied, "trials", *measured]
+    print("".join(f"{title[:17]:>18}" for title in titles))
+    for values, own in groups.items():
+        cells = [*map(str, values), str(len(own))]
+        for name in measured:
+            found = np.array([row[name] for row in own if row[name] is not None], dtype=float)
+            spread = f" ± {found.std(ddof=1):.2g}" if len(found) > 1 else ""
+            cells.append(f"{found.mean():.4g}{spread}" if len(found) else "–")
+        print("".join(f"{cell[:17]:>18}" for cell in cells))
+    if measured:
+        print("mean ± standard deviation over selections and seeds")
+    for row in trials.to_pylist():
+        if row["status"] != FINISHED:
+            which = ", ".join(f"{name} {row[name]}" for name in varied)
+            print(f"{row['status']}: {row['trial']} ({which}; {row['selection']}, seed {row['seed']}): {row['reason']}")
+
+
+def _short(value: float | None) -> str:
+    return "–" if value is None else f"{value:.4g}"
+
+
+def print_evaluation(result: EvaluationResult, task: Task) -> None:
+    """A line for each metric, a column for each model, intervals below values; then what is missing, and why."""
+    rows = [row for row in result.table.to_pylist() if row["level"] != "sample"]
+    models = [model for model in (ORIGINAL, MODEL, RETAIN_ONLY) if any(row["model"] == model for row in rows)]
+    differences = list(dict.fromkeys(row["model"] for row in rows if row["level"] == "difference"))
+    _print_rows(rows, task, models)
+    if differences:
+        print("\ndifferences, paired")
+        _print_rows(rows, task, differences)
+    print("brackets: 95 % intervals, bootstrap over samples")
+    _print_protocol(result.record["spec"], {row["name"] for row in rows if row["value"] is not None})
+    _print_missing([row for row in rows if row["level"] == "metric" and row["missing"]], models)
+    for rejected in result.record["rejected"]:
+        print(f"left out of the {rejected['set']} set, {rejected['sample_id']!r}: {rejected['reason']}")
+    print(f"{result.table.num_rows - len(rows)} per-sample values -> {result.path}")
+
+
+def _print_rows(rows: Sequence[dict[str, Any]], task: Task, columns: Sequence[str]) -> None:
+    """The metrics that have a value for one of the columns, under the headings of the paper's tables."""
+    cells = {(row["model"], row["name"]): row for row in rows if row["model"] in columns}
+    present = {name for (_, name), row in cells.items() if row["value"] is not None or row["level"] == "metric"}
+    texts = {key: _cell(row) for key, row in cells.items()}
+    # At least two spaces between the columns, however long an interval is written.
+    width = max([28, *(len(text) + 2 for text in texts.values())])
+    print(f"{'metric':<28}" + "".join(f"{column:>{width}}" for column in columns))
+    for title, names in (
+        ("unlearning completeness", task.completeness),
+        ("model utility", task.utility),
+        ("further", task.further),
+    ):
+        shown = [name for name in names if name in present]
+        if shown:
+            print(f"- {title}")
+        for name in shown:
+            arrow = "↑" if METRICS[name].higher_is_better else "↓"
+            print(f"{name + ' ' + arrow:<28}" + "".join(f"{texts.get((c, name), ''):>{width}}" for c in columns))
+
+
+def _cell(row: dict[str, Any]) -> str:
+    if row["value"] is None:
+        return "missing"
+    # Four decimals, as in the paper's tables; the p of a test may be far below.
+    value = f"{row['value']:.4f}" if row["value"] == 0 or 1e-4 <= abs(row["value"]) < 100 else f"{row['value']:.4g}"
+    return value if row["low"] is None else f"{value} [{row['low']:.3g}, {row['high']:.3g}]"
+
+
+def _print_protocol(spec: dict[str, Any], measured: set[str]) -> None:
+    """What must be known to compare the metrics with those of others."""
+    if "mia" in measured:
+        print(f"MIA: Min-{spec['min_k']:.0%} of the answer against the {spec['mia_negatives']} set")
+    if "el" in measured:
+        print(f"EL: {spec['el_n']}-grams")
+    if "relearn" in measured:
+        print(
+            f"Relearn: {spec['relearn_steps']} updates of {BATCH_SIZE} samples on {spec['relearn_share']:.0%} of the "
+            f"forget set, learning rate {spec['relearn_learning_rate']:g}; forgotten is what "
+            + ("the original model knew" if ORIGINAL in spec["fingerprints"] else "is answered wrongly")
+        )
+
+
+def _print_missing(rows: Sequence[dict[str, Any]], models: Sequence[str]) -> None:
+    """Each reason once, with the metrics that it keeps from being measured; and of which models, if not of all."""
+    by_reason: dict[str, dict[str, list[str]]] = {}
+    for row in rows:
+        by_reason.setdefault(row["missing"], {}).setdefault(row["name"], []).append(row["model"])
+    for reason, names in by_reason.items():
+        lacking = [name if len(of) == len(models) else f"{name} of {', '.join(of)}" for name, of in names.items()]
+        print(f"missing {', '.join(lacking)}: {reason}")

@@ -1,0 +1,356 @@
+"""What a sweep runs: its spec, checked, and the trials that it means.
+
+spec -> model, forget set -> selections, by MRD where they are -> a trial for every configuration and selection
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.compute as pc
+
+from algorithms.stopping import Thresholds, measure_memory
+from bench.files.identity import with_spec_hash
+from bench.files.spec import make_spec
+from bench.jobs.evaluate import EvaluateSpec, EvaluationResult, evaluate
+from bench.jobs.resources import Resources, SweepResources
+from bench.jobs.score import ScoreSpec, score
+from bench.jobs.trial import Trial, make_trial
+from bench.jobs.unlearn import UnlearnSpec, datasets_of, with_absolute_paths
+from bench.metrics.table import MODEL, ORIGINAL, RETAIN_ONLY, Columns, columns_in
+from bench.models.find import ModelReference, find_model
+from bench.tasks.datasets import Dataset, find_task, is_data_file, load_dataset
+from bench.tasks.selections import Selection, SelectionSpec, needs_difficulty, select, write_selections
+from scoring.errors import UserError, unknown_name
+from scoring.files import replacing
+from scoring.replica import load_model
+from scoring.samples import encode
+
+SCHEMA_VERSION = 1
+SEARCHES = ("grid", "random", "optuna")
+SCHEDULERS = ("none", "asha")
+OBJECTIVES = ("completeness", "utility", "balance")
+THRESHOLDS = ("selection", "split")
+RANGES = ("uniform", "log_uniform", "integers")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepSpec:
+    """What is swept.
+
+    Attributes:
+        base: fields of an unlearning run, see UnlearnSpec, that all trials share.
+        vary: field -> list of values; for a search also {uniform: [a, b]}, {log_uniform: [a, b]}, {integers: [a, b]}.
+        selections: see SelectionSpec; none: the whole forget set. Every configuration is run on each.
+        search: "grid" crosses all values; "random" and "optuna" draw `trials` configurations.
+        trials: configurations of a search.
+        objective: what a search and a scheduler maximise, see `bench.jobs.trial.derived`; a metric of the task, with
+            "optuna" alone.
+        scheduler: "asha" stops trials that are behind after an epoch, by the objective.
+        grace_epochs, reduction: of ASHA: epochs before it stops any; one in so many goes on.
+        evaluate: fields of an evaluation, see EvaluateSpec: metrics of the task, measured at the end; none: only those
+            of the training loop.
+        each_epoch: measure them after every epoch.
+        thresholds: a sample is forgotten when it is below the averages over its "selection", or over the whole "split".
+        keep_models: save the model of every trial.
+        seed: of the search.
+    """
+
+    base: dict[str, Any]
+    vary: dict[str, Any] = field(default_factory=dict)
+    selections: list[dict[str, Any]] = field(default_factory=list)
+    search: str = "grid"
+    trials: int | None = None
+    objective: str = "balance"
+    scheduler: str = "none"
+    grace_epochs: int = 1
+    reduction: int = 3
+    evaluate: dict[str, Any] = field(default_factory=dict)
+    each_epoch: bool = False
+    thresholds: str = "selection"
+    keep_models: bool = False
+    seed: int = 0
+
+    def checked(self) -> SweepSpec:
+        """The same.
+
+        Raises:
+            UserError: a value out of range, an unknown field or a combination that does not exist.
+        """
+        for name, value, known in (
+            ("search", self.search, SEARCHES),
+            ("scheduler", self.scheduler, SCHEDULERS),
+            ("thresholds", self.thresholds, THRESHOLDS),
+        ):
+            if value not in known:
+                raise unknown_name(name, value, known)
+        if (self.trials is None) != (self.search == "grid"):
+            raise UserError(
+                f"trials is {self.trials or 'missing'}: expected a number of configurations for search random and "
+                "optuna, and none for grid, which runs all"
+            )
+        for name, least in (("trials", 1), ("grace_epochs", 1), ("reduction", 2), ("seed", 0)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise UserError(f"{name} is {value}: expected {least} or more")
+        if self.scheduler == "asha" and self.search == "optuna":
+            raise UserError(
+                "scheduler asha and search optuna exclude each other: a configuration is run on all selections, and "
+                "compared by their mean"
+            )
+        if self.scheduler == "asha" and self.objective not in OBJECTIVES:
+            raise unknown_name("objective of scheduler asha", self.objective, OBJECTIVES)
+        fields = [f.name for f in dataclasses.fields(UnlearnSpec) if f.name != "selection"]
+        for name, values in self.vary.items():
+            if name not in fields:
+                raise UserError(f"vary: {unknown_name('field', name, fields)}")
+            if name in self.base:
+                raise UserError(f"vary: {name} is in base as well: expected it in one of them")
+            if name in UnlearnSpec.EXECUTION:
+                raise UserError(f"vary: {name} does not change what a trial ends with: set it in base")
+            _check_values(name, values, self.search)
+        if "selection" in self.base:
+            raise UserError("base: selection is set: name the samples under selections")
+        if "model" in self.evaluate or "task" in self.evaluate or "split" in self.evaluate:
+            raise UserError("evaluate: model, task and split are those of the trials: leave them out")
+        self.selection_specs()
+        return self
+
+    def selection_specs(self) -> list[SelectionSpec]:
+        specs = [make_spec(SelectionSpec, each, f"selections, entry {n}") for n, each in enumerate(self.selections, 1)]
+        return [spec.checked() for spec in specs or [SelectionSpec(kind="all")]]
+
+
+def _check_values(name: str, values: Any, search: str) -> None:
+    if isinstance(values, list):
+        if not values:
+            raise UserError(f"vary: {name} is an empty list: expected values")
+        if any(values.count(value) > 1 for value in values):
+            raise UserError(f"vary: {name} has a value twice: expected each once")
+        return
+    if not isinstance(values, dict) or len(values) != 1 or (kind := next(iter(values))) not in RANGES:
+        raise UserError(f"vary: {name} is no list: expected values, or one of {', '.join(RANGES)} with [low, high]")
+    if search == "grid":
+        raise UserError(f"vary: {name} is a range: expected a list of values for search grid")
+    ends = values[kind]
+    numbers = isinstance(ends, list) and len(ends) == 2 and all(isinstance(end, int | float) for end in ends)
+    if not numbers or not ends[0] < ends[1] or (kind == "log_uniform" and ends[0] <= 0):
+        raise UserError(f"vary: {name}, {kind} is {ends}: expected [low, high] with low < high, above 0 on a log scale")
+    if kind == "integers" and any(end != int(end) for end in ends):
+        raise UserError(f"vary: {name}, integers is {ends}: expected whole numbers")
+
+
+class Plan:
+    """A sweep made ready: its models, data and selections, and the trial of every configuration.
+
+    Attributes:
+        spec: checked.
+        out: the sweep's folder.
+        identity: of the sweep, with its hash.
+        model, dataset: those of `base`; the forget set before selection.
+        mrd: by sample id, of the forget set under the model; {} until `choose`.
+        selections: {} until `choose`, by name.
+    """
+
+    def __init__(self, spec: SweepSpec, out: Path) -> None:
+        self.spec, self.out = _with_absolute_paths(spec), out
+        # A configuration of the first values, so that what is wrong in base or vary is said before anything is done.
+        first = self.unlearn_spec({name: _first(values) for name, values in spec.vary.items()})
+        for fixed in ("model", "task", "forget_split"):
+            if fixed in spec.vary and spec.vary[fixed] != [getattr(first, fixed)] and spec.selections:
+                raise UserError(
+                    f"vary: {fixed} is swept, and selections are of one forget set and model: give each a sweep"
+                )
+        self.base = first.checked()
+        for name, values in spec.vary.items():
+            for value in values if isinstance(values, list) else next(iter(values.values())):
+                self.unlearn_spec({n: _first(v) for n, v in spec.vary.items()} | {name: value}).checked()
+        self.model: ModelReference = find_model(self.base.model)
+        self.dataset: Dataset = load_dataset(self.base.task, self.base.forget_split, self.model.tokenizer)
+        self.evaluation = self._evaluation()
+        self._check_objective()
+        self.mrd: dict[str, float] = {}
+        self.selections: dict[str, Selection] = {}
+        self.paths: dict[str, Path] = {}
+        self.thresholds: dict[str, Any] = {}
+        self.references: dict[str, Columns] = {}
+        self.reference_fingerprints: list[str] = []
+        base = {name: value for name, value in spec.base.items() if name not in UnlearnSpec.EXECUTION}
+        content = dataclasses.asdict(spec) | {
+            "base": base,
+            "schema_version": SCHEMA_VERSION,
+            "model_fingerprint": self.model.fingerprint,
+            "forget_sha256": self.dataset.sha256,
+        }
+        self.identity = with_spec_hash(content, ())
+
+    def unlearn_spec(self, values: Mapping[str, Any]) -> UnlearnSpec:
+        """A configuration's run, on the whole forget set, in the trial's own process unless it says otherwise."""
+        return make_spec(UnlearnSpec, {"workers": 0} | self.spec.base | dict(values), "base and vary")
+
+    def _check_objective(self) -> None:
+        """A search or scheduler can see what it is to maximise."""
+        spec, objective = self.spec, self.spec.objective
+        if spec.scheduler == "none" and spec.search != "optuna":
+            return
+        if spec.scheduler == "asha" and self.base.epochs is None:
+            raise UserError("scheduler asha: expected a number of epochs in base, after which trials are compared")
+        if objective in OBJECTIVES:
+            _, retain = datasets_of(self.base, self.model.tokenizer)
+            if not self.base.evaluate or (retain is None and objective != "completeness"):
+                raise UserError(
+                    f"objective {objective}: expected evaluate: true in base, and a retain set to measure it"
+                )
+        elif self.evaluation is None or objective not in self.evaluation.metrics_of(find_task(self.base.task)[0]):
+            known = [*OBJECTIVES, *(self.evaluation.metrics or "").split(",")] if self.evaluation else OBJECTIVES
+            raise unknown_name("objective", objective, known)
+
+    def _evaluation(self) -> EvaluateSpec | None:
+        if not self.spec.evaluate:
+            return None
+        if is_data_file(self.base.task):
+            raise UserError(f"evaluate: {self.base.task!r} is a data file, and has no metrics; expected a task in base")
+        named = {"model": self.base.model, "task": self.base.task, "split": self.base.forget_split}
+        evaluation = make_spec(EvaluateSpec, self.spec.evaluate | named, "evaluate").checked()
+        evaluation.metrics_of(find_task(evaluation.task)[0])
+        return evaluation
+
+    def choose(self, resources: SweepResources) -> None:
+        """Draw the selections, by MRD where they are by MRD; measure what all trials are compared with."""
+        specs = self.spec.selection_specs()
+        if not needs_difficulty(specs):
+            select(specs, self.dataset, {})  # what cannot be drawn is said before anything is measured
+        if self.spec.selections:
+            # Also where it does not decide who is selected: the difficulty of every selection is part of the result.
+            found = score(
+                ScoreSpec(self.base.model, self.base.task, self.base.forget_split, estimator="gradient"),
+                self.out / "difficulty.parquet",
+                Resources(resources.concurrent, resources.cpus_per_trial, resources.gpus_per_trial),
+                progress=False,
+            ).table
+            self.mrd = dict(zip(found["sample_id"].to_pylist(), found["mrd"].to_pylist(), strict=True))
+        chosen = select(specs, self.dataset, self.mrd)
+        self.selections = {selection.name: selection for selection in chosen}
+        self.paths = write_selections(chosen, self.mrd, self.out)
+        if self.spec.thresholds == "split":
+            self.thresholds = self._split_thresholds()
+        if self.evaluation is not None:
+            self._measure_references(self.evaluation, resources)
+
+    def _split_thresholds(self) -> dict[str, Any]:
+        """MA and EL that a forgotten sample is below: the averages over the whole split on the initial model."""
+        path = self.out / "thresholds.json"
+        if not path.is_file():
+            samples, _ = encode(self.dataset.texts, self.model.tokenizer, self.model.max_length)
+            model = load_model(self.model.source, revision=self.model.revision)
+            samples = [dataclasses.replace(sample, index=i) for i, sample in enumerate(samples)]
+            ends = self.model.tokenizer.eos_token_id
+            ma, el = measure_memory(model, samples, self.base.el_n, ends, self.base.batch_tokens)
+            found = Thresholds.from_initial(ma, el)
+            kept = {"ma_threshold": found.ma} | ({} if math.isnan(found.el) else {"el_threshold": found.el})
+            with replacing(path) as unfinished:
+                unfinished.write_text(json.dumps(kept))
+        return json.loads(path.read_text())
+
+    def _measure_references(self, evaluation: EvaluateSpec, resources: SweepResources) -> None:
+        """The original model, and the retain-only one where there is one, on all samples that any selection has."""
+        wanted = dataclasses.replace(evaluation, original=self.base.model)
+        if self.spec.selections:
+            used = {name for selection in self.selections.values() for name in selection.ids}
+            everyone = self.out / "selections" / "any.txt"
+            with replacing(everyone) as unfinished:
+                ids = [text.sample_id for text in self.dataset.texts if text.sample_id in used]
+                unfinished.write_text("".join(f"{name}\n" for name in ids), encoding="utf-8")
+            wanted = dataclasses.replace(wanted, selection=str(everyone))
+        spread = Resources(resources.concurrent, resources.cpus_per_trial, resources.gpus_per_trial)
+        result = evaluate(wanted, self.out / "reference.parquet", spread, progress=False)
+        self.references = _columns(result)
+        self.reference_fingerprints = [
+            fingerprint for role, fingerprint in result.record["spec"]["fingerprints"].items() if role != MODEL
+        ]
+
+    def trial(self, values: Mapping[str, Any], selection: Selection) -> Trial:
+        """A configuration on a selection.
+
+        Raises:
+            UserError: they do not go together.
+        """
+        whole = selection.kind == "all"
+        run = self.unlearn_spec(values)
+        path = None if whole else str(self.paths[selection.name])
+        run = dataclasses.replace(run, selection=path, **self.thresholds)
+        evaluation = None if self.evaluation is None else dataclasses.replace(self.evaluation, selection=path)
+        return make_trial(run, selection.name, evaluation, self.spec.each_epoch, self.reference_fingerprints)
+
+    def trials(self, values: Mapping[str, Any]) -> list[Trial]:
+        """A configuration on every selection."""
+        return [self.trial(values, selection) for selection in self.selections.values()]
+
+
+def _with_absolute_paths(spec: SweepSpec) -> SweepSpec:
+    """The same sweep with what its trials are to find wherever they run. Not its identity: the same files elsewhere are
+    the same sweep."""
+    base = with_absolute_paths(spec.base)
+    vary = {
+        name: [with_absolute_paths({**base, name: value})[name] for value in values]
+        if isinstance(values, list)
+        else values
+        for name, values in spec.vary.items()
+    }
+    return dataclasses.replace(spec, base=base, vary=vary)
+
+
+def _columns(result: EvaluationResult) -> dict[str, Columns]:
+    samples = result.table.filter(pc.equal(result.table["level"], "sample"))
+    found = {}
+    for role in (ORIGINAL, RETAIN_ONLY):
+        own = samples.filter(pc.equal(samples["model"], role))
+        if own.num_rows:
+            found[role] = columns_in(own)
+    return found
+
+
+def _first(values: Any) -> Any:
+    return values[0] if isinstance(values, list) else next(iter(values.values()))[0]
+
+
+def configurations(plan: Plan) -> list[Trial]:
+    """All trials of a sweep that knows them beforehand, in order; those of an adaptive search are not known."""
+    spec = plan.spec
+    if spec.search == "optuna":
+        return []
+    configurations: list[dict[str, Any]]
+    if spec.search == "grid":
+        crossed = itertools.product(*spec.vary.values())
+        configurations = [dict(zip(spec.vary, values, strict=True)) for values in crossed]
+    else:
+        configurations = [_drawn(spec, number) for number in range(spec.trials or 0)]
+    found = [trial for values in configurations for trial in plan.trials(values)]
+    # A search in a small space may draw a configuration again.
+    return list({trial.hash: trial for trial in found}.values())
+
+
+def _drawn(spec: SweepSpec, number: int) -> dict[str, Any]:
+    """The configuration of this number, by the seed alone."""
+    rng = np.random.default_rng([spec.seed, number])
+    values = {}
+    for name, among in spec.vary.items():
+        if isinstance(among, list):
+            values[name] = among[int(rng.integers(len(among)))]
+            continue
+        kind, (low, high) = next(iter(among.items()))
+        if kind == "integers":
+            values[name] = int(rng.integers(int(low), int(high) + 1))
+        elif kind == "uniform":
+            values[name] = float(rng.uniform(low, high))
+        else:
+            values[name] = float(np.exp(rng.uniform(np.log(low), np.log(high))))
+    return values

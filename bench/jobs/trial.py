@@ -1,0 +1,436 @@
+"""A trial of a sweep: one unlearning run on one selection of samples, measured where it ran, kept as one file.
+
+    Trial -> weights as they were -> training -> metrics of the task -> HASH.json
+
+A trial leaves no model behind unless it is asked to, and no checkpoint: one that is stopped is begun anew. Workers stay
+warm: the model is loaded once in a process, and its weights are put back before each trial from one copy a node.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import shutil
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+import torch
+from transformers import PreTrainedModel
+
+from algorithms.ray_train import Job, ensure_reference, train_on_ray, unlearner_of
+from algorithms.trainable import Group
+from algorithms.unlearner import Diverged, History
+from bench.files.identity import with_spec_hash
+from bench.files.origin import origin
+from bench.files.status import DIVERGED, ERROR, FINISHED, OUT_OF_MEMORY
+from bench.jobs.evaluate import EvaluateSpec, Measuring, classifiers, folder_sha256, sets_of
+from bench.jobs.resources import Resources
+from bench.jobs.run_folder import sample_table
+from bench.jobs.unlearn import NAMED, UnlearnSpec, corpus_of, datasets_of, evaluation_of, identity_of
+from bench.metrics.table import MODEL, ORIGINAL, RETAIN_ONLY, Columns, metric_value
+from bench.metrics.values import Measured, Missing, Scores
+from bench.models.find import ModelReference, find_model
+from bench.tasks.datasets import Dataset, find_task, load_dataset
+from scoring.cluster import check_versions, versions
+from scoring.errors import first_line
+from scoring.files import replacing
+from scoring.pool import LocalPool
+from scoring.readings import Reader
+from scoring.replica import TransformersReplica, load_model
+
+# What is true of the trial wherever it runs, and so is shared between sweeps.
+LASTING = (FINISHED, DIVERGED)
+Result = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What is run.
+
+    Attributes:
+        spec: checked; its selection is a file of sample ids, or None.
+        selection: the selection's name.
+        evaluation: the metrics of the task that are measured; None: those of the training loop alone.
+        each_epoch: measure them after each epoch, and not only at the end.
+        identity: the whole of it, with hashes in place of names, and its own "spec_hash".
+    """
+
+    spec: UnlearnSpec
+    selection: str
+    evaluation: EvaluateSpec | None
+    each_epoch: bool
+    identity: dict[str, Any]
+
+    @property
+    def hash(self) -> str:
+        return self.identity["spec_hash"]
+
+
+def make_trial(
+    spec: UnlearnSpec, selection: str, evaluation: EvaluateSpec | None, each_epoch: bool, references: Sequence[str]
+) -> Trial:
+    """A trial and its identity.
+
+    Args:
+        references: fingerprints of the models that metrics compare with.
+
+    Raises:
+        UserError: the spec is at fault, or its data are.
+    """
+    spec = spec.checked()
+    model = _model(spec.model)
+    forget, retain = datasets_of(spec, model.tokenizer, _dataset)
+    identity = identity_of(spec, model, forget, retain)
+    del identity["spec_hash"]
+    if evaluation is not None:
+        # Which model is measured is the trial's own business; where the seed is not one of the metrics', nothing is.
+        asked = {key: value for key, value in dataclasses.asdict(evaluation).items() if key not in _NOT_ASKED}
+        asked |= {"harness_tasks": folder_sha256(evaluation.harness_tasks), **classifiers(evaluation)}
+        identity |= {"evaluation": asked | {"each_epoch": each_epoch, "references": list(references)}}
+    return Trial(spec, selection, evaluation, each_epoch, with_spec_hash(identity, NAMED))
+
+
+_NOT_ASKED = ("model", "task", "split", "selection", "original", "retain_model", *EvaluateSpec.EXECUTION)
+
+
+class TrialStore:
+    """Results by hash, one file each, whole or not at all.
+
+    Args:
+        shared: the folder of what is true anywhere; other sweeps find it there.
+        own: the folder of what is true of this sweep: what it stopped, and what went wrong on these machines.
+    """
+
+    def __init__(self, shared: Path, own: Path) -> None:
+        self.shared, self.own = shared, own
+
+    def find(self, key: str) -> Result | None:
+        """The result of a trial, None if there is none yet."""
+        for folder in (self.shared, self.own):
+            path = folder / f"{key}.json"
+            if path.is_file():
+                return json.loads(path.read_text())
+        return None
+
+    def write(self, key: str, result: Result) -> None:
+        folder = self.shared if result["status"] in LASTING else self.own
+        folder.mkdir(parents=True, exist_ok=True)
+        with replacing(folder / f"{key}.json") as unfinished:
+            unfinished.write_text(json.dumps(result))
+
+    def forget_failures(self) -> None:
+        """So that they are tried again."""
+        shutil.rmtree(self.own, ignore_errors=True)
+
+
+@dataclass(frozen=True)
+class Shared:
+    """What all trials of a sweep are given.
+
+    Attributes:
+        weights: of each model by its source, by name, in Ray's object store: one copy a node.
+        references: columns of the original and the retain-only model on each selection, by role; for metrics that
+            compare.
+        store: where results go.
+        work: a folder that every node sees.
+        resources: of the workers of a trial that has several.
+        threads: of a trial.
+        device: "cpu" or "cuda".
+        keep_models: save what a trial ended with, in the store.
+        of_driver: versions of its packages.
+    """
+
+    weights: Mapping[str, ray.ObjectRef]
+    references: Mapping[str, Columns]
+    store: TrialStore
+    work: Path
+    threads: int = 1
+    device: str = "cpu"
+    keep_models: bool = False
+    of_driver: Mapping[str, str] = field(default_factory=versions)
+
+
+Report = Callable[[Mapping[str, Any]], None]
+
+
+def run_trial(trial: Trial, shared: Shared, report: Report = lambda _: None) -> Result:
+    """Run a trial, unless its result is there, and keep the result: also one that says why there is none.
+
+    Args:
+        report: is given the row of each epoch as it is closed.
+    """
+    if found := shared.store.find(trial.hash):
+        return found
+    torch.set_num_threads(shared.threads)
+    started = time.perf_counter()
+    result: Result
+    try:
+        check_versions(shared.of_driver)
+        result = {"status": FINISHED, "reason": None, **_run(trial, shared, report)}
+    except Diverged as error:
+        result = {"status": DIVERGED, "reason": str(error)}
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        result = {"status": OUT_OF_MEMORY, "reason": f"{first_line(error)}; lower batch_tokens, or give a trial more"}
+    except Exception as error:
+        # One trial's failure is a row of the sweep, not its end.
+        text = first_line(error)
+        lacking = "not enough memory" in text or "can't allocate memory" in text
+        result = {"status": OUT_OF_MEMORY if lacking else ERROR, "reason": text}
+    if result["status"] not in LASTING:
+        _WARM.clear()
+        if shared.device == "cuda":
+            torch.cuda.empty_cache()
+    result = {"spec": trial.identity, **result, "seconds": time.perf_counter() - started, "origin": origin()}
+    shared.store.write(trial.hash, _jsonable(result))
+    return _jsonable(result)
+
+
+def _jsonable(value: Any) -> Any:
+    """The same with None for what is not a finite number."""
+    if isinstance(value, dict):
+        return {key: _jsonable(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_jsonable(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _run(trial: Trial, shared: Shared, report: Report) -> Result:
+    spec = trial.spec
+    model = _model(spec.model)
+    forget, retain = datasets_of(spec, model.tokenizer, _dataset)
+    corpus, rejected = corpus_of(spec, model, forget, retain)
+    metrics = _Metrics(trial, shared, model) if trial.evaluation else None
+    evaluation = evaluation_of(spec, model, corpus, retain)
+    if metrics and trial.each_epoch and evaluation:
+        evaluation = dataclasses.replace(evaluation, whole=metrics.of)
+
+    def closed(row: Mapping[str, Any]) -> None:
+        report({**row, **derived(row)})
+
+    with _folder(trial, shared) as folder:
+        job = Job(
+            spec,
+            corpus,
+            model.source,
+            model.revision,
+            folder,
+            model.tokenizer,
+            evaluation,
+            spec.strategy,
+            spec.batch_tokens,
+            spec.gradient_checkpointing,
+            spec.checkpoint_every,
+            keeps_checkpoints=spec.workers > 0,
+        )
+        train = _on_workers if spec.workers else _here
+        with train(job, spec, shared, closed) as (history, trained):
+            values = metrics.of(trained) if metrics and not trial.each_epoch else {}
+            if shared.keep_models:
+                _keep(trained, model, shared.store.shared / trial.hash)
+    epochs = [{**row, **derived(row)} for row in history.epochs]
+    return {
+        "values": {**epochs[-1], **values},
+        "updates": history.step,
+        "thresholds": history.thresholds,
+        "epochs": epochs,
+        "samples": sample_table(history, corpus).to_pylist(),
+        "passes": history.passes,
+        "clocks": history.seconds,
+        "notes": history.notes,
+        "rejected": rejected,
+    }
+
+
+def derived(row: Mapping[str, Any]) -> dict[str, float]:
+    """What a search maximises, from the training loop's own measurements.
+
+    completeness = 1 - ROUGE-L recall on the forget set; utility = ROUGE-L recall on the retain set; balance is their
+    harmonic mean. Only those that were measured.
+    """
+    found = {}
+    if (forget := row.get("forget_rouge_l_recall")) is not None:
+        found["completeness"] = 1 - forget
+    if (retain := row.get("retain_rouge_l_recall")) is not None:
+        found["utility"] = retain
+    if len(found) == 2:
+        both = found["completeness"] + found["utility"]
+        found["balance"] = 2 * found["completeness"] * found["utility"] / both if both else 0.0
+    return found
+
+
+@contextmanager
+def _folder(trial: Trial, shared: Shared) -> Iterator[Path]:
+    """Where the run works: anywhere, or where all its workers see it."""
+    if not trial.spec.workers:
+        with tempfile.TemporaryDirectory(prefix="mrd-bench-") as folder:
+            yield Path(folder)
+        return
+    place = shared.work / trial.hash
+    place.mkdir(parents=True, exist_ok=True)
+    yield place
+    shutil.rmtree(place, ignore_errors=True)
+
+
+@contextmanager
+def _here(job: Job, spec: UnlearnSpec, shared: Shared, closed: Report) -> Iterator[tuple[History, PreTrainedModel]]:
+    """Train in this process; the history, and the model with whole weights."""
+    weights = _weights(shared, job.source)
+    model = _as_it_was(job, weights, shared.device)
+    ensure_reference(job, lambda: TransformersReplica(model))
+    if spec.lora_rank or spec.gradient_checkpointing:
+        _WARM.clear()  # it is changed in ways that putting weights back does not undo
+    unlearner = unlearner_of(job, model, Group(), report=closed, initial=weights)
+    history = unlearner.run()
+    with unlearner.trained.plain() as trained:
+        yield history, trained
+
+
+@contextmanager
+def _on_workers(
+    job: Job, spec: UnlearnSpec, shared: Shared, closed: Report
+) -> Iterator[tuple[History, PreTrainedModel]]:
+    """Train on Ray Train workers."""
+    footprint = Resources(spec.workers, spec.cpus_per_worker, spec.gpus_per_worker).footprint()
+    history = train_on_ray(job, spec.workers, footprint, spec.max_failures)
+    for row in history.epochs:
+        closed(row)
+    saved = job.checkpoints.latest()
+    assert saved is not None
+    yield history, load_model(saved.model, "float32", shared.device)
+
+
+def _keep(trained: PreTrainedModel, model: ModelReference, place: Path) -> None:
+    shutil.rmtree(place, ignore_errors=True)
+    unfinished = place.with_name(f".{place.name}.tmp")
+    trained.save_pretrained(unfinished)
+    model.tokenizer.save_pretrained(unfinished)
+    unfinished.rename(place)
+
+
+# --- Warm workers -------------------------------------------------------------------------------------------
+
+# The model that this process has loaded, by source, revision and device. One, as memory is what it takes.
+_WARM: dict[tuple[str, str | None, str], PreTrainedModel] = {}
+
+
+def shareable_weights(model: ModelReference) -> dict[str, np.ndarray]:
+    """A model's weights by name, in fp32, as the object store shares them between processes without a copy."""
+    loaded = load_model(model.source, "float32", "cpu", model.revision)
+    return {name: p.detach().numpy() for name, p in loaded.named_parameters()}
+
+
+def _weights(shared: Shared, source: str) -> dict[str, torch.Tensor]:
+    """The initial weights: the memory is shared with all processes of the node, and nobody writes to it."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*not writable.*")
+        return {name: torch.from_numpy(array) for name, array in ray.get(shared.weights[source]).items()}
+
+
+def _as_it_was(job: Job, weights: Mapping[str, torch.Tensor], device: str) -> PreTrainedModel:
+    """The initial model, loaded by the first trial of this process."""
+    key = (job.source, job.revision, device)
+    if key not in _WARM:
+        _WARM.clear()
+        _WARM[key] = load_model(job.source, "float32", device, job.revision)
+        return _WARM[key]
+    model = _WARM[key]
+    model.zero_grad(set_to_none=True)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p.copy_(weights[name])
+            p.requires_grad_(True)
+    return model
+
+
+@lru_cache(maxsize=4)
+def _model(name: str) -> ModelReference:
+    return find_model(name)
+
+
+_DATASETS: dict[tuple[str, str | None, int], Dataset] = {}
+
+
+def _dataset(source: str, split: str | None = None, tokenizer: Any = None) -> Dataset:
+    """`load_dataset`, once in this process."""
+    key = (source, split, id(tokenizer))
+    if key not in _DATASETS:
+        _DATASETS[key] = load_dataset(source, split, tokenizer)
+    return _DATASETS[key]
+
+
+# --- Metrics of the task ------------------------------------------------------------------------------------
+
+
+class _Metrics:
+    """The metrics of a task under a model in this process."""
+
+    def __init__(self, trial: Trial, shared: Shared, model: ModelReference) -> None:
+        assert trial.evaluation is not None
+        self._spec, self._model, self._shared = trial.evaluation, model, shared
+        self._task, self._source = find_task(self._spec.task)
+        self._metrics = self._spec.metrics_of(self._task)
+        self._sets, _ = sets_of(self._spec, self._task, self._source, {MODEL: model}, self._metrics)
+
+    def of(self, trained: PreTrainedModel) -> dict[str, float]:
+        """Metric -> value; nan where it cannot be measured."""
+        with tempfile.TemporaryDirectory(prefix="mrd-bench-") as name:
+            place = Path(name)
+            own = dataclasses.replace(self._model, source=str(place / "model"), revision=None)
+
+            @contextmanager
+            def reader_of(source: str, revision: str | None) -> Iterator[Reader]:
+                model = trained if source == own.source else load_model(source, "float32", self._shared.device)
+                yield Reader(LocalPool(TransformersReplica(model)), own.tokenizer.eos_token_id, self._spec.batch_tokens)
+
+            def piece(key: str, anything: Sequence[Any], work: Callable[[], tuple[Columns, Any]]) -> Columns:
+                if anything and key == f"{MODEL}-relearning":
+                    # It is trained further, from a folder.
+                    trained.save_pretrained(own.source)
+                    own.tokenizer.save_pretrained(own.source)
+                return work()[0] if anything else {}
+
+            measuring = Measuring(
+                self._spec,
+                self._task,
+                self._source,
+                {MODEL: own},
+                self._sets,
+                self._metrics,
+                reader_of,
+                piece,
+                place,
+                progress=False,
+            )
+            columns = measuring.columns_of(MODEL, self._on_these(ORIGINAL))
+        measured = Measured(columns, self._on_these(RETAIN_ONLY).get(RETAIN_ONLY))
+        return {name: metric_value(name, measured) for name in self._metrics}
+
+    def _on_these(self, role: str) -> dict[str, Columns]:
+        """A reference model's columns by role, of the samples that are measured here."""
+        ids = {
+            name: [record["id"] for record in records]
+            for name, records in self._sets.items()
+            if not isinstance(records, Missing)
+        }
+        known = self._shared.references.get(role)
+        if known is None:
+            return {}
+        return {role: {key: _of_ids(column, ids.get(key[0])) for key, column in known.items()}}
+
+
+def _of_ids(column: Scores | Missing, ids: Sequence[str] | None) -> Scores | Missing:
+    if isinstance(column, Missing) or ids is None:
+        return column
+    place = {name: row for row, name in enumerate(column.ids)}
+    rows = [place[name] for name in ids]
+    return Scores(tuple(ids), column.values[rows])

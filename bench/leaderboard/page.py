@@ -1,0 +1,229 @@
+"""The leaderboard's page: one HTML file that needs no network, with every run and sample behind its standings.
+
+Python writes the frame, the figures and the standings by each board's first metric, which is what a reader without
+JavaScript gets; `leaderboard.js` takes the rest from the JSON in the page.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import math
+from collections.abc import Mapping, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from bench.leaderboard.boards import Board, Run
+from bench.leaderboard.figures import (
+    marks,
+    pareto,
+    pareto_alt,
+    pareto_caption,
+    pareto_inches,
+    strips,
+    strips_alt,
+    strips_caption,
+    strips_inches,
+)
+from bench.leaderboard.standings import Standing
+from bench.report import figures
+from bench.report.style import STYLE_SHEET
+from bench.report.words import decimal, interval
+from bench.stats.estimates import Estimate
+
+HERE = Path(__file__).parent
+# What would end the script element that the JSON is in, begin another, or end a line of it.
+_ESCAPES = {ord(letter): f"\\u{ord(letter):04x}" for letter in "<>&\u2028\u2029"}
+
+
+def page(boards: Sequence[Board], notes: Sequence[str] = ()) -> str:
+    """The whole document.
+
+    Args:
+        notes: what a reader must know of the stores: files that were skipped, conflicts.
+    """
+    script = (HERE / "leaderboard.js").read_text(encoding="utf-8")
+    style = STYLE_SHEET + (HERE / "leaderboard.css").read_text(encoding="utf-8")
+    # Texts of samples are shown as text; should one get further, nothing but this script runs, and nothing is loaded.
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    policy = f"default-src 'none'; script-src 'sha256-{digest}'; style-src 'unsafe-inline'; img-src data:"
+    runs = sum(len(board.runs) for board in boards)
+    links = "".join(f'<li><a href="#board={n}">{escape(board.name)}</a></li>' for n, board in enumerate(boards))
+    body = "".join(_board(board, number) for number, board in enumerate(boards))
+    remarks = "".join(f"<li>{escape(note)}</li>" for note in notes)
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        f'<meta http-equiv="Content-Security-Policy" content="{escape(policy)}">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        '<meta name="color-scheme" content="light dark">'
+        f'<title>mrd-bench leaderboard</title><link rel="icon" href="data:,"><style>{style}</style></head>'
+        '<body><a class="skip" href="#main">Skip to the standings</a>'
+        '<header><h1>Leaderboard</h1><button type="button" id="theme" hidden>Theme: auto</button>'
+        f"<p>Unlearning algorithms on {len(boards)} {'board' if len(boards) == 1 else 'boards'}, {runs:,} runs. Ranks "
+        "are given twice: as measured, on the selections of forget samples that all entries share, and at equal "
+        "difficulty. Intervals are 95 %, over selections.</p>"
+        "<noscript><p>Without JavaScript this page shows each board by its first metric.</p></noscript></header>"
+        + (f'<nav aria-label="Boards"><ul id="boards">{links}</ul></nav>' if len(boards) > 1 else "")
+        + f'<main id="main" tabindex="-1">{body}<section id="detail" hidden></section></main>'
+        + (f'<footer><h2>Notes</h2><ul id="notes">{remarks}</ul></footer>' if notes else "")
+        + f'<script type="application/json" id="data">{_json([_data(board) for board in boards])}</script>'
+        f"<script>{script}</script></body></html>\n"
+    )
+
+
+def _board(board: Board, number: int) -> str:
+    metric = next(iter(board.metrics), None)
+    terms = "".join(f"<dt>{escape(name)}</dt><dd>{escape(value)}</dd>" for name, value in board.about.items())
+    content = f"<dl>{terms}</dl>"
+    if metric is None:
+        content += "<p>No run has finished with a metric.</p>"
+    else:
+        sentences = "".join(f"<p>{escape(sentence)}</p>" for sentence in board.sentences[metric])
+        content += (
+            '<div class="controls" hidden>'
+            '<label>Metric <select class="metric"></select></label>'
+            '<label>Filter <input type="search" class="filter" placeholder="entry or setting"></label>'
+            '<output class="count"></output></div>'
+            f'<div class="place">{_static(board, metric)}</div>'
+            '<p class="explained">Entries that share a letter cannot be told apart on these selections. A rank '
+            "is followed by the range of ranks that the entry can have.</p>"
+            f'<div class="sentences">{sentences}</div>{_figures(board, number)}'
+        )
+    return f'<section class="board" id="board-{number}"><h2 tabindex="-1">{escape(board.name)}</h2>{content}</section>'
+
+
+def _figures(board: Board, number: int) -> str:
+    found = ""
+    if board.trade_off and marks(board):
+        drawn = figures.svg(pareto(board), f"b{number}p", pareto_alt(board), pareto_inches(board))
+        found += f"<figure>{drawn}<figcaption>{escape(pareto_caption(board))}</figcaption></figure>"
+    for n, metric in enumerate(board.trade_off or tuple(board.metrics)[:1]):
+        size, alt = strips_inches(board, metric), strips_alt(board, metric)
+        drawn = figures.svg(strips(board, metric), f"b{number}s{n}", alt, size)
+        found += f"<figure>{drawn}<figcaption>{escape(strips_caption(board, metric))}</figcaption></figure>"
+    return f'<div class="figures">{found}</div>'
+
+
+def _static(board: Board, metric: str) -> str:
+    """The standings, as the script shows them too."""
+    rows = "".join(
+        "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in cells(each)) + "</tr>"
+        for each in board.standings[metric]
+    )
+    heads = "".join(f'<th scope="col">{escape(title)}</th>' for title in columns(board.metrics[metric].title))
+    return (
+        '<div class="scroll" tabindex="0" role="region" aria-label="Standings"><table class="numbers">'
+        f"<thead><tr>{heads}</tr></thead><tbody>{rows}</tbody></table></div>"
+    )
+
+
+def columns(title: str) -> list[str]:
+    """Of the standings by a metric of this title."""
+    return ["rank", "entry", title, "at equal difficulty", "rank there", "not separable", "runs"]
+
+
+def cells(each: Standing) -> list[str]:
+    """A row of them."""
+    rank = "not compared" if each.rank is None else str(each.rank)
+    if each.best is not None and each.best != each.worst:
+        rank += f" ({each.best}–{each.worst})"
+    return [
+        rank,
+        each.entry,
+        _with_interval(each.value),
+        _with_interval(each.adjusted) if each.adjusted else "–",
+        "–" if each.adjusted_rank is None else str(each.adjusted_rank),
+        each.groups or "–",
+        str(each.runs),
+    ]
+
+
+def _with_interval(estimate: Estimate) -> str:
+    return f"{decimal(estimate.value, 3)} [{interval(estimate, 3)}]"
+
+
+# --- What the script is given -------------------------------------------------------------------------------
+
+
+def _json(value: Any) -> str:
+    """JSON that can stand in a script element, whatever the texts in it."""
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False).translate(_ESCAPES)
+
+
+def _data(board: Board) -> dict[str, Any]:
+    """A board with names in place of nothing and numbers in place of names: runs are many."""
+    entries = {name: number for number, name in enumerate(board.entries)}
+    selections = {name: number for number, name in enumerate(board.selections)}
+    ids = {name: n for n, name in enumerate(dict.fromkeys(i for s in board.selections.values() for i in s.ids))}
+    metrics = list(board.metrics)
+    return {
+        "name": board.name,
+        "entries": [[name, {k: _text(v) for k, v in fields.items()}] for name, fields in board.entries.items()],
+        "metrics": [
+            [name, metric.title, metric.definition, metric.higher_is_better] for name, metric in board.metrics.items()
+        ],
+        "standings": [[_standing(each, entries) for each in board.standings[name]] for name in metrics],
+        "sentences": [list(board.sentences[name]) for name in metrics],
+        "selections": [
+            [each.name, each.level, _number(each.mean_log_mrd), [ids[name] for name in each.ids]]
+            for each in board.selections.values()
+        ],
+        "samples": [_sample(name, board) for name in ids],
+        "runs": [_run(run, board, entries[run.entry], selections[run.selection], metrics) for run in board.runs],
+        "origins": [list(origin.items()) for origin in board.origins],
+    }
+
+
+def _standing(each: Standing, entries: Mapping[str, int]) -> list[Any]:
+    return [
+        entries[each.entry],
+        each.rank,
+        each.best,
+        each.worst,
+        _estimate(each.value),
+        _estimate(each.adjusted) if each.adjusted else None,
+        each.adjusted_rank,
+        each.groups,
+        each.runs,
+        each.selections,
+        each.seeds,
+    ]
+
+
+def _sample(name: str, board: Board) -> list[Any]:
+    text = board.texts.get(name)
+    return [name, *([text.prompt, text.completion, _number(text.mrd), text.num_tokens] if text else [None] * 4)]
+
+
+def _run(run: Run, board: Board, entry: int, selection: int, metrics: Sequence[str]) -> list[Any]:
+    until = None
+    if run.updates_until_forgotten:
+        until = [run.updates_until_forgotten.get(name) for name in board.selections[run.selection].ids]
+    return [
+        run.run,
+        entry,
+        selection,
+        run.seed,
+        run.status,
+        run.reason,
+        [_number(run.values.get(name)) for name in metrics],
+        run.updates,
+        _number(run.seconds),
+        until,
+        run.origin,
+    ]
+
+
+def _estimate(estimate: Estimate) -> list[float | None]:
+    return [_number(estimate.value), _number(estimate.low), _number(estimate.high)]
+
+
+def _number(value: float | None) -> float | None:
+    """Six significant digits; None for what is not a finite number."""
+    return float(f"{value:.6g}") if value is not None and math.isfinite(value) else None
+
+
+def _text(value: Any) -> str:
+    return "none" if value is None else str(value)

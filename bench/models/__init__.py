@@ -1,0 +1,1 @@
+"""Models: found by name or folder, or trained here once and kept."""

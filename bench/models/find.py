@@ -1,0 +1,153 @@
+"""Finding a model: an embedded one, a local folder or a Hugging Face id, checked before any work starts."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bench.tasks.datasets import Dataset
+from scoring.errors import UserError
+from scoring.samples import Rejected, Sample
+
+EMBEDDED = ("authors", "compounds", "novel", "replies")  # the families of bench.models.embedded
+# As transformers names them; slow tokenizers have vocabularies of several kinds.
+TOKENIZER_FILES = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template*",
+    "vocab*",
+    "merges.txt",
+    "*.model",
+)
+# Tokens that a model without a limit of its own can read.
+NO_LIMIT = 1 << 30
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+
+
+@dataclass(frozen=True)
+class ModelReference:
+    """A causal LM that exists, with its tokenizer.
+
+    Attributes:
+        source: folder or Hugging Face id, for `from_pretrained`.
+        revision: commit of a Hugging Face id, None for a folder.
+        fingerprint: hash of weights, configuration and tokenizer, or id@commit.
+        tokenizer: the Hugging Face tokenizer.
+        vocabulary: rows of the embedding.
+        max_length: context length in tokens.
+    """
+
+    source: str
+    revision: str | None
+    fingerprint: str
+    tokenizer: Any
+    vocabulary: int
+    max_length: int
+
+
+def find_model(name: str) -> ModelReference:
+    """Resolve an embedded model (`authors`, `authors:retain90`, `novel`; trained on first use), a folder, or an id.
+
+    Raises:
+        UserError: one line that says what is missing and what to do.
+    """
+    from transformers import AutoConfig, AutoTokenizer
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    family, _, kind = name.partition(":")
+    if family in EMBEDDED:
+        from bench.models.embedded import embedded_model
+
+        name = str(embedded_model(kind or "full", family))
+    folder = Path(name)
+    local = folder.is_dir()
+    if local:
+        _check_folder(folder)
+    elif folder.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise UserError(f"model folder {name!r} does not exist: expected a folder with config.json")
+    try:
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    except Exception as error:  # the tokenizers library raises bare ones
+        kind_of = "folder" if local else "Hugging Face id"
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"model {kind_of} {name!r}: configuration or tokenizer cannot be loaded: {reason}") from error
+    text = config.get_text_config()
+    revision = None if local else getattr(config, "_commit_hash", None)
+    return ModelReference(
+        source=str(folder.resolve()) if local else name,
+        revision=revision,
+        fingerprint=_fingerprint(folder) if local else f"{name}@{revision}",
+        tokenizer=tokenizer,
+        vocabulary=text.vocab_size,
+        max_length=getattr(text, "max_position_embeddings", None) or NO_LIMIT,
+    )
+
+
+def absolute_model(name: str) -> str:
+    """The same model, named in a way that is right in every process: a folder by its absolute path."""
+    known = name.partition(":")[0] in EMBEDDED
+    return name if known or not Path(name).is_dir() else str(Path(name).absolute())
+
+
+def _check_folder(folder: Path) -> None:
+    if not (folder / "config.json").is_file():
+        raise UserError(f"model folder {str(folder)!r} has no config.json: expected a saved transformers model")
+    if not any(folder.glob("*.safetensors")):
+        pickled = [path.name for pattern in PICKLES for path in folder.glob(pattern)]
+        if pickled:
+            raise UserError(
+                f"model folder {str(folder)!r} has pickled weights only ({pickled[0]}), which can run code: "
+                "convert them with model.save_pretrained(folder), which writes safetensors"
+            )
+        raise UserError(f"model folder {str(folder)!r} has no *.safetensors: expected the model's weights")
+    # A slow tokenizer has vocabulary files of its own; transformers knows which, and says what is missing.
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "vocab.json")):
+        raise UserError(
+            f"model folder {str(folder)!r} has no tokenizer (tokenizer.json): save one there with "
+            "tokenizer.save_pretrained(folder)"
+        )
+
+
+def _fingerprint(folder: Path) -> str:
+    """sha256 over the weights, the configuration and the tokenizer: all that a score depends on."""
+    digest = hashlib.sha256()
+    patterns = ("config.json", "*.safetensors", *TOKENIZER_FILES)
+    for path in sorted({path for pattern in patterns for path in folder.glob(pattern)}):
+        with path.open("rb") as file:
+            digest.update(f"{path.name}:{hashlib.file_digest(file, 'sha256').hexdigest()};".encode())
+    return digest.hexdigest()
+
+
+def check_vocabulary(
+    samples: Sequence[Sample], rejected: Sequence[Rejected], model: ModelReference, dataset: Dataset
+) -> None:
+    """Refuse samples that the model cannot take.
+
+    Raises:
+        UserError: there is no sample, or one has a token that the model does not know.
+    """
+    largest = max((int(sample.input_ids.max()) for sample in samples), default=-1)
+    check_tokens(len(samples), largest, rejected, model, dataset.name)
+
+
+def check_tokens(count: int, largest: int, rejected: Sequence[Rejected], model: ModelReference, name: str) -> None:
+    if not count:
+        raise nothing_scored(name, rejected)
+    if largest >= model.vocabulary:
+        raise UserError(
+            f"vocabulary mismatch: the tokenizer of {model.source!r} gives token id {largest}, the model embeds "
+            f"{model.vocabulary}; use the tokenizer that the model was trained with"
+        )
+
+
+def nothing_scored(name: str, rejected: Sequence[Rejected]) -> UserError:
+    first = rejected[0]
+    return UserError(
+        f"{name}: none of {len(rejected)} samples can be scored; the first, {first.sample_id!r}: {first.reason}"
+    )

@@ -1,0 +1,388 @@
+"""`mrd-bench plan`: how long a job will take, what memory it needs and what it will cost, before anything is started.
+
+    seconds = start + work / replicas
+    work    = calls x layers x overhead + activations x seconds each + operations x seconds each
+              + weights written x seconds each + tasks x scheduling
+
+The operations are counted from the model's shape, as below; the constants are measured, on a machine of the kind that
+is planned for, by `mrd-bench benchmark plan`, which also checks the sums against runs. A call is one batch through the
+model in one of these ways: forward, gradient (with per-sample norms), curvature (one direction) or training (forward,
+backward and update).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from importlib import resources as packaged
+from pathlib import Path
+from typing import Any
+
+from bench.jobs.score import BATCHES_PER_TASK, DRAWS_PER_TASK
+from scoring.errors import UserError, unknown_name
+from scoring.mrd import ESTIMATORS
+
+KINDS = ("forward", "gradient", "curvature", "training")
+# Of the memory of a device, what may be planned with.
+USABLE = 0.9
+BYTES = {"float32": 4, "bfloat16": 2, "float64": 8}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A decoder's shape, as far as its cost goes.
+
+    Attributes:
+        params: all weights.
+        layers, hidden, vocabulary: see the model's configuration.
+    """
+
+    params: float
+    layers: int
+    hidden: int
+    vocabulary: int
+
+    @classmethod
+    def of_size(cls, params: float) -> Shape:
+        """A Llama of so many weights, as such models are cut: 16 layers at 1e9, 32 at 7e9."""
+        layers = max(1, round(2.2 * (params / 1e6) ** 0.3))
+        vocabulary = 32_000 if params > 3e8 else 4_000
+        # 12 L d^2 in the layers and V d twice, in and out.
+        hidden = (-2 * vocabulary + math.sqrt(4 * vocabulary**2 + 48 * layers * params)) / (24 * layers)
+        return cls(params, layers, max(1, round(hidden)), vocabulary)
+
+    def widths(self, tokens: float, scored: float) -> float:
+        """Activations of so many tokens: one for each unit of width in all layers, and logits."""
+        return tokens * self.hidden * self.layers + scored * self.vocabulary
+
+    def forward_flops(self, tokens: float, scored: float, length: float) -> float:
+        """Of so many tokens in samples of a length, of which so many are scored: only these reach the head."""
+        table = self.vocabulary * self.hidden
+        body = max(self.params - 2 * table, 12 * self.layers * self.hidden**2)
+        return tokens * (2 * body + 4 * length * self.hidden * self.layers) + scored * 2 * table
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of one kind of call.
+
+    Attributes:
+        layer: seconds for each layer, whatever goes through it.
+        width: seconds for each activation (token and unit of width, in every layer).
+        flop: seconds for each operation of the forward pass; further passes are in it.
+        activation: bytes for each token and unit of width, at their most; in `gradient` and `training` of every layer.
+        logit: bytes for each logit.
+        copies: of the weights that are held meanwhile, the weights themselves included.
+    """
+
+    layer: float
+    width: float
+    flop: float
+    activation: float
+    logit: float
+    copies: float
+
+
+@dataclass(frozen=True)
+class Profile:
+    """What one replica does on one kind of machine.
+
+    Attributes:
+        name: of the profile.
+        hardware: one line.
+        measured: by the benchmark; else from a data sheet.
+        costs: by kind of call.
+        noise: seconds for each weight and perturbation; restoring is in it.
+        update: seconds for each weight and update of the optimizer.
+        start: seconds until a replica has begun.
+        load: seconds for each byte of a model.
+        task: seconds that a task waits for its replica.
+        sharing: share of its speed that a replica keeps beside others on the machine.
+        memory: bytes that a replica may have.
+    """
+
+    name: str
+    hardware: str
+    measured: bool
+    costs: dict[str, Cost]
+    noise: float
+    update: float
+    start: float
+    load: float
+    task: float
+    sharing: float
+    memory: float
+
+    @classmethod
+    def read(cls, content: Mapping[str, Any]) -> Profile:
+        return cls(**{**content, "costs": {kind: Cost(**cost) for kind, cost in content["costs"].items()}})
+
+
+def profiles() -> dict[str, Profile]:
+    """Those that come along."""
+    content = json.loads((packaged.files("bench.speed") / "profiles.json").read_text())
+    return {each["name"]: Profile.read(each) for each in content}
+
+
+def find_profile(name: str) -> Profile:
+    """By name, or what `mrd-bench benchmark plan --out FILE` wrote.
+
+    Raises:
+        UserError: there is none.
+    """
+    known = profiles()
+    if name in known:
+        return known[name]
+    if not name.endswith(".json"):
+        raise unknown_name("profile", name, [*known, "FILE.json"])
+    try:
+        return Profile.read(json.loads(Path(name).read_text())["profile"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"profile {name!r} cannot be read: expected what `mrd-bench benchmark plan --out FILE` writes"
+        ) from error
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is planned.
+
+    Attributes:
+        shape: of the model.
+        samples: N.
+        tokens, scored: of a sample, on average.
+        estimator, draws: of MRD; None where nothing is scored.
+        epochs, retained: of unlearning: passes over the samples, and samples that are kept for each one forgotten;
+            0 epochs where nothing is unlearned.
+        batch_tokens: in a call.
+        batch_size: samples forgotten in an update.
+        dtype: of the weights.
+    """
+
+    shape: Shape
+    samples: float
+    tokens: float
+    scored: float
+    estimator: str | None = "gradient"
+    draws: int | None = None
+    epochs: float = 0
+    retained: float = 1
+    batch_tokens: int = 4096
+    batch_size: int = 4
+    dtype: str = "float32"
+
+    def checked(self) -> Job:
+        """The same with the estimator's own number of draws.
+
+        Raises:
+            UserError: a number out of range, or no such estimator.
+        """
+        for name in ("samples", "tokens", "batch_tokens", "batch_size"):
+            if not getattr(self, name) >= 1:
+                raise UserError(f"--{name.replace('_', '-')} {getattr(self, name):g}: expected 1 or more")
+        if not self.shape.params >= 1000:
+            raise UserError(f"--model-params {self.shape.params:g}: expected a number of weights, such as 7e9")
+        if not 1 <= self.scored <= self.tokens:
+            raise UserError(f"--scored {self.scored:g}: expected 1 to --tokens, {self.tokens:g}")
+        if self.epochs < 0 or self.retained < 0:
+            raise UserError("--epochs and --retained: expected 0 or more")
+        if self.dtype not in BYTES:
+            raise unknown_name("dtype", self.dtype, BYTES)
+        if self.estimator is None:
+            return self
+        if self.estimator not in ESTIMATORS:
+            raise unknown_name("estimator", self.estimator, ESTIMATORS)
+        if self.draws is not None and self.draws < 1:
+            raise UserError(f"--draws {self.draws}: expected 1 or more")
+        own = ESTIMATORS[self.estimator].default_draws
+        return replace(self, draws=(self.draws or own) if own else 0)
+
+
+@dataclass
+class Calls:
+    """How often a job does what, in all.
+
+    Attributes:
+        count: calls by kind.
+        widths: activations that they compute, by kind.
+        flops: operations of the forward pass that they hold, by kind.
+        written: weights that perturbations write.
+        updated: weights that the optimizer moves.
+        tasks: handed to replicas.
+    """
+
+    count: dict[str, float] = field(default_factory=dict)
+    widths: dict[str, float] = field(default_factory=dict)
+    flops: dict[str, float] = field(default_factory=dict)
+    written: float = 0
+    updated: float = 0
+    tasks: float = 0
+
+    def add(self, kind: str, job: Job, times: float, count: float) -> None:
+        """So many calls, that put all samples through the model so many times."""
+        tokens, scored = times * job.samples * job.tokens, times * job.samples * job.scored
+        for sums, value in (
+            (self.count, count),
+            (self.widths, job.shape.widths(tokens, scored)),
+            (self.flops, job.shape.forward_flops(tokens, scored, job.tokens)),
+        ):
+            sums[kind] = sums.get(kind, 0) + value
+
+
+def calls_of(job: Job) -> Calls:
+    """Of scoring and of unlearning."""
+    calls, shape = Calls(), job.shape
+    if job.estimator is not None:
+        batches = math.ceil(job.samples / max(1, job.batch_tokens // job.tokens))
+        draws = job.draws or 0
+        perturbs = ESTIMATORS[job.estimator].perturbs
+        shards = math.ceil(batches / BATCHES_PER_TASK[perturbs])
+        calls.tasks = shards * max(1, math.ceil(draws / DRAWS_PER_TASK))
+        # What is unperturbed is formed once for each replica that works on a shard; here, once.
+        forwards = {"monte-carlo": draws + 1, "antithetic": 2 * draws + 1, "gradient": 0, "curvature": 1}[job.estimator]
+        if forwards:
+            calls.add("forward", job, forwards, batches * forwards)
+        if job.estimator == "antithetic":
+            # The unperturbed in fp64, at twice the cost, and once more to see how it is rounded.
+            calls.add("forward", job, 2, batches * 2)
+        elif job.estimator == "gradient":
+            calls.add("gradient", job, 1, batches)
+        elif job.estimator == "curvature":
+            calls.add("curvature", job, draws, batches * draws)
+        writes = {"monte-carlo": 1, "antithetic": 2}.get(job.estimator, 0)
+        calls.written = shape.params * shards * (draws * writes)
+    if job.epochs:
+        updates = math.ceil(job.samples / job.batch_size) * job.epochs
+        calls.add("training", job, job.epochs * (1 + job.retained), updates * (1 + (job.retained > 0)))
+        calls.updated = shape.params * updates
+    return calls
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a job will take.
+
+    Attributes:
+        seconds: until it ends.
+        parts: the same by what it goes to.
+        replicas: that work side by side.
+        devices: that each has.
+        memory: bytes of each.
+        device_hours: of all.
+        limit: what it is that takes longest, or does not fit.
+    """
+
+    seconds: float
+    parts: dict[str, float]
+    replicas: int
+    devices: int
+    memory: float
+    device_hours: float
+    limit: str
+
+
+def memory_of(job: Job, profile: Profile) -> float:
+    """Bytes that a replica holds at the most."""
+    weights = job.shape.params * BYTES[job.dtype]
+    most = 0.0
+    if job.estimator is not None:
+        kind = job.estimator if job.estimator in KINDS else "forward"
+        active = activations(job, profile, kind)
+        most = weights * profile.costs[kind].copies + active
+        if ESTIMATORS[job.estimator].perturbs:
+            most += weights  # the base
+        if job.estimator == "antithetic":
+            # It begins with a copy in fp64, and what that computes.
+            most = max(most, weights + 8 * job.shape.params + 2 * active)
+    if job.epochs:
+        # In fp32: weights, gradients and the two moments of AdamW.
+        most = max(most, 16 * job.shape.params + activations(job, profile, "training"))
+    return most
+
+
+def activations(job: Job, profile: Profile, kind: str) -> float:
+    """Bytes of what a call computes, at their most."""
+    tokens = min(job.batch_tokens, job.samples * job.tokens)
+    units, logits = held(job.shape, kind, tokens, tokens * job.scored / job.tokens)
+    return profile.costs[kind].activation * units + profile.costs[kind].logit * logits
+
+
+def held(shape: Shape, kind: str, tokens: float, scored: float) -> tuple[float, float]:
+    """What of a call is there at once: units of width, of one layer where no backward pass needs the others; logits."""
+    layers = shape.layers if kind in ("gradient", "training") else 1
+    return tokens * shape.hidden * layers, scored * shape.vocabulary
+
+
+def plan(job: Job, profile: Profile, devices: int) -> Plan:
+    """Of a job on so many devices (GPUs, or cores of one thread each).
+
+    Raises:
+        UserError: the model does not fit on them.
+    """
+    job = job.checked()
+    if devices < 1:
+        raise UserError(f"--gpus {devices}: expected 1 or more")
+    memory = memory_of(job, profile)
+    each = max(1, math.ceil(memory / (profile.memory * USABLE)))
+    if each > devices:
+        raise UserError(
+            f"a replica needs {memory / 1e9:.0f} GB, which is {each} of {profile.hardware}; there are {devices}: take "
+            "more of them, a lower --batch-tokens, or --estimator gradient with --dtype bfloat16"
+        )
+    replicas = devices // each
+    calls = calls_of(job)
+    parts = {
+        f"{kind} passes": job.shape.layers * calls.count[kind] * profile.costs[kind].layer
+        + calls.widths[kind] * profile.costs[kind].width
+        + calls.flops[kind] * profile.costs[kind].flop
+        for kind in KINDS
+        if calls.count.get(kind)
+    }
+    parts |= {"noise": calls.written * profile.noise, "updates": calls.updated * profile.update}
+    parts["scheduling"] = calls.tasks * profile.task
+    # A replica of several devices is taken to use them all; what they tell each other is not counted.
+    side_by_side = 1 if replicas == 1 else replicas * profile.sharing
+    if calls.tasks:
+        # The last round of tasks may leave replicas without work.
+        side_by_side *= calls.tasks / replicas / math.ceil(calls.tasks / replicas)
+    parts = {name: seconds / side_by_side / each for name, seconds in parts.items() if seconds}
+    parts["start"] = profile.start + profile.load * job.shape.params * BYTES[job.dtype]
+    seconds = sum(parts.values())
+    limit = max(parts, key=lambda name: parts[name])
+    return Plan(seconds, parts, replicas, each, memory, seconds / 3600 * replicas * each, limit)
+
+
+def print_plan(job: Job, found: Plan, profile: Profile, price: float | None) -> None:
+    """On the terminal."""
+    job = job.checked()
+    what = f"{job.samples:,.0f} samples of {job.tokens:g} tokens, a model of {_short(job.shape.params)} weights"
+    how = [f"{job.estimator}" + (f" with {job.draws} draws" if job.draws else "")] if job.estimator else []
+    how += [f"unlearning for {job.epochs:g} epochs"] if job.epochs else []
+    print(f"{what}: {', then '.join(how)}")
+    print(f"on {found.replicas} replica(s) of {found.devices} x {profile.hardware}")
+    hours = found.seconds / 3600
+    print(f"time    {_duration(found.seconds)} ({hours:.3g} h), {found.device_hours:.3g} device hours")
+    for name, seconds in sorted(found.parts.items(), key=lambda part: -part[1]):
+        print(f"        {seconds / found.seconds:>4.0%} {name}")
+    print(f"memory  {found.memory / 1e9:.3g} GB a replica, of {found.devices * profile.memory / 1e9:.3g} GB")
+    if price is not None:
+        print(f"cost    {found.device_hours * price:.2f} at {price:g} an hour and device")
+    print(f"limit   {found.limit}" + (": see --estimator gradient" if found.limit == "forward passes" else ""))
+    if not profile.measured:
+        print(
+            f"note: {profile.name} is from its data sheet and was not measured; `mrd-bench benchmark plan --out FILE` "
+            "measures it, and --profile FILE takes what it found"
+        )
+
+
+def _short(count: float) -> str:
+    unit, name = next(((u, n) for u, n in ((1e9, "G"), (1e6, "M"), (1e3, "k")) if count >= u), (1, ""))
+    return f"{count / unit:.3g} {name}".strip()
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
