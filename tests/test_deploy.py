@@ -13,7 +13,7 @@ import pytest
 import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
 
-from bench.cli import _parser
+from bench.cli.main import make_parser
 
 ROOT = Path(__file__).resolve().parents[1]
 LAUNCHER = ("cluster.yaml", "deploy/on-premise.yaml")
@@ -66,6 +66,11 @@ def test_set_up_installs_this_project(name: str) -> None:
     assert "constraints.txt torch" in config["setup_commands"][0]
     # Nothing that is built or large travels.
     assert {".git", ".venv"} <= set(config["rsync_exclude"])
+    # A bare name is left out wherever it stands: none of the packages' own folders may have it.
+    bare = {name for name in config["rsync_exclude"] if not name.startswith("/")}
+    assert not [
+        path for name in ("scoring", "algorithms", "bench") for path in (ROOT / name).rglob("*") if path.name in bare
+    ]
     assert config["rsync_filter"] == [".gitignore"]
 
 
@@ -85,6 +90,6 @@ def test_the_job_on_kubernetes() -> None:
     # Its command is one that the command line takes, flag by flag.
     program, *arguments = shlex.split(job["spec"]["entrypoint"])
     assert program == "mrd-bench"
-    parsed = _parser(arguments[0]).parse_args(arguments)
+    parsed = make_parser(arguments[0]).parse_args(arguments)
     assert parsed.gpus_per_replica == 1
     assert parsed.out.startswith("/shared/")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from bench.leaderboard.boards import Board, shown
 from bench.leaderboard.compare import Comparison, Side
 from bench.report.words import decimal, interval, three_digits
-from bench.results.export import _latex
+from bench.results.export import latex_table
 
 
 def standings_latex(board: Board, metric: str) -> str:
@@ -22,7 +22,7 @@ def standings_latex(board: Board, metric: str) -> str:
         }
         for each in board.standings[metric]
     ]
-    return _latex(list(rows[0]), rows)
+    return latex_table(list(rows[0]), rows)
 
 
 def comparison_lines(found: Comparison, first: Side, second: Side) -> list[str]:

@@ -13,12 +13,12 @@ import pyarrow as pa
 
 from bench.files.score_file import read_scores
 from bench.files.status import FINISHED
-from bench.metrics import METRICS
 from bench.jobs.run_folder import read_run
-from bench.results.store import SCHEMAS, Store
 from bench.jobs.sweep import read_sweep
-from bench.tasks.datasets import Dataset, find_task, is_data_file, load_dataset
 from bench.jobs.trial import derived
+from bench.metrics import METRICS
+from bench.results.store import SCHEMAS, Store
+from bench.tasks.datasets import Dataset, find_task, is_data_file, load_dataset
 from scoring.errors import UserError
 
 # What the training loop measures by itself, of the columns of its last epoch.

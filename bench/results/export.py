@@ -11,10 +11,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from bench.leaderboard.compare import Comparison, Side
 from bench.files.status import FINISHED
-from bench.leaderboard.boards import Board, shown
-from bench.report.words import decimal, interval, three_digits
 from bench.results.store import PARTITIONS, Results, Skipped
 from scoring.errors import UserError, unknown_name
 
@@ -97,7 +94,7 @@ def exported(results: Results, table: str, form: str) -> str:
     if form == "json":
         return json.dumps(rows, indent=1) + "\n"
     names = list(dict.fromkeys(name for row in rows for name in row)) or tables[table].column_names
-    return _csv(names, rows) if form == "csv" else _latex(names, rows)
+    return _csv(names, rows) if form == "csv" else latex_table(names, rows)
 
 
 def flat_rows(table: pa.Table) -> list[dict[str, Any]]:
@@ -106,8 +103,6 @@ def flat_rows(table: pa.Table) -> list[dict[str, Any]]:
     if "metrics" not in table.column_names:
         return rows
     return [{k: v for k, v in row.items() if k != "metrics"} | dict(row["metrics"] or ()) for row in rows]
-
-
 
 
 def _csv(names: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> str:
@@ -135,7 +130,9 @@ _ESCAPES = {
 }
 
 
-def _latex(names: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> str:
+def latex_table(names: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> str:
+    """A LaTeX table of these columns; what LaTeX would read as its own is escaped."""
+
     def line(cells: Sequence[Any]) -> str:
         texts = ["".join(_ESCAPES.get(letter, letter) for letter in _cell(cell)) for cell in cells]
         return " & ".join(texts) + r" \\"
@@ -149,5 +146,3 @@ def _cell(value: Any) -> str:
     if value is None:
         return "–"
     return f"{value:.6g}" if isinstance(value, float) else str(value)
-
-

@@ -1,0 +1,149 @@
+"""The verbs on results: results, leaderboard, compare."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from bench.cli.flags import _Parser
+from scoring.errors import UserError
+
+STORE_HELP = "folder or URI (s3://, gs://) of a result store"
+
+
+def _results_arguments(results: argparse.ArgumentParser) -> None:
+    results.set_defaults(parser=results)
+    which = results.add_subparsers(dest="what", required=True, metavar="WHAT", parser_class=_Parser)
+
+    def what(name: str, run: Callable[[argparse.Namespace], None], about: str) -> argparse.ArgumentParser:
+        sub = which.add_parser(name, help=about, description=about, allow_abbrev=False)
+        sub.set_defaults(run=run, parser=sub)
+        return sub
+
+    sub = what("add", _results_add, "put sweeps, runs and score files into a store")
+    sub.add_argument("store", metavar="STORE", help=STORE_HELP)
+    sub.add_argument("paths", nargs="+", metavar="PATH", help="folder of a sweep or a run, or a score file (.parquet)")
+    sub.add_argument("--experiment", help="that they belong to (default: named like the folder or file)")
+
+    sub = what("list", _results_list, "the tasks and experiments of a store, and files that cannot be read")
+    _stores_argument(sub)
+
+    sub = what("show", _results_show, "one run: metrics, spec, where it comes from, its samples")
+    sub.add_argument("store", metavar="STORE", help=STORE_HELP)
+    sub.add_argument("run_hash", metavar="RUN", help="hash of a run, or how it begins")
+
+    sub = what("export", _results_export, "a table as CSV, JSON or LaTeX")
+    _stores_argument(sub)
+    sub.add_argument("--table", default="runs", help="runs, samples or scores (default: runs)")
+    sub.add_argument("--format", default="csv", help="csv, json or latex (default: csv)")
+    sub.add_argument("--out", help="file to write (default: the terminal)")
+
+
+def _stores_argument(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("stores", nargs="+", metavar="STORE", help=STORE_HELP)
+    sub.add_argument("--task", help="only this one")
+    sub.add_argument("--experiment", help="only this one")
+
+
+def _add_to_store(root: str, paths: Sequence[str], experiment: str | None) -> None:
+    from bench.results.collect import add, summary
+    from bench.results.store import Store
+
+    store = Store(root)
+    print(f"{root}: {summary([add(store, path, experiment) for path in paths])}")
+
+
+def _results_add(arguments: argparse.Namespace) -> None:
+    _add_to_store(arguments.store, arguments.paths, arguments.experiment)
+
+
+def _results_list(arguments: argparse.Namespace) -> None:
+    from bench.results.export import list_lines, skipped_lines
+    from bench.results.store import read_stores
+
+    results = read_stores(arguments.stores, arguments.task, arguments.experiment)
+    print("\n".join(list_lines(results)))
+    for line in skipped_lines(results.skipped):
+        print(line, file=sys.stderr)
+
+
+def _results_show(arguments: argparse.Namespace) -> None:
+    from bench.results.export import run_lines
+    from bench.results.store import read_stores
+
+    print("\n".join(run_lines(read_stores([arguments.store]), arguments.run_hash)))
+
+
+def _results_export(arguments: argparse.Namespace) -> None:
+    from bench.results.export import exported, skipped_lines
+    from bench.results.store import read_stores
+    from scoring.files import replacing
+
+    results = read_stores(arguments.stores, arguments.task, arguments.experiment)
+    text = exported(results, arguments.table, arguments.format)
+    for line in skipped_lines(results.skipped):
+        print(line, file=sys.stderr)
+    if not arguments.out:
+        print(text, end="")
+        return
+    try:
+        with replacing(Path(arguments.out)) as unfinished:
+            unfinished.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"--out {arguments.out}: cannot be written to ({error.strerror})") from error
+
+
+def _leaderboard_arguments(sub: argparse.ArgumentParser) -> None:
+    _stores_argument(sub)
+    sub.add_argument("--out", required=True, help="folder for index.html, README.md, pictures and LaTeX tables")
+    sub.add_argument(
+        "--keep-conflicts",
+        action="store_true",
+        help="of stores that contradict each other show both: settings on boards of their own, of a run the first",
+    )
+
+
+def _leaderboard(arguments: argparse.Namespace) -> None:
+    from bench.leaderboard.boards import boards
+    from bench.leaderboard.write import write_leaderboard
+    from bench.results.store import read_stores
+
+    results = read_stores(arguments.stores, arguments.task, arguments.experiment)
+    found, notes = boards(results, keep_conflicts=arguments.keep_conflicts)
+    write_leaderboard(found, notes, arguments.out)
+    for note in notes:
+        print(note, file=sys.stderr)
+    print(f"{sum(len(board.runs) for board in found)} runs on {len(found)} boards: {arguments.out}/index.html")
+
+
+def _compare_arguments(sub: argparse.ArgumentParser) -> None:
+    sides = "with --results an algorithm, such as NPO or NPO,learning_rate=1e-4; else a store"
+    sub.add_argument("first", metavar="A", help=sides)
+    sub.add_argument("second", metavar="B", help="the same; differences are B less A")
+    sub.add_argument("--results", nargs="+", metavar="STORE", help=f"{STORE_HELP} that has both algorithms")
+    sub.add_argument("--metric", help="only this one")
+    sub.add_argument("--task", help="only this one")
+    sub.add_argument("--experiment", help="only this one")
+
+
+def _compare(arguments: argparse.Namespace) -> None:
+    from bench.leaderboard.compare import compare, entries_side, store_side
+    from bench.leaderboard.text import comparison_lines
+    from bench.results.export import skipped_lines
+    from bench.results.store import read_stores
+
+    of = (arguments.task, arguments.experiment)
+    if arguments.results:
+        results = read_stores(arguments.results, *of)
+        first, second = (entries_side(name, results) for name in (arguments.first, arguments.second))
+        skipped = results.skipped
+    else:
+        both = [read_stores([name], *of) for name in (arguments.first, arguments.second)]
+        names = (arguments.first, arguments.second)
+        first, second = (store_side(name, each) for name, each in zip(names, both, strict=True))
+        skipped = tuple(file for each in both for file in each.skipped)
+    print("\n".join(comparison_lines(compare(first, second, arguments.metric), first, second)))
+    for line in skipped_lines(skipped):
+        print(line, file=sys.stderr)
