@@ -26,10 +26,10 @@ from bench.jobs.unlearn import UnlearnSpec, unlearn
 from scoring.cluster import Footprint, connect, how_many_fit
 from scoring.errors import UserError
 from scoring.pool import ReplicaPool, ReplicaSpec
+from tests.algorithms.test_ray_train import TOLERANCE, assert_close
+from tests.bench.jobs.test_sweep import Inputs, timeless
 from tests.processes import wait_for
-from tests.test_pool import assert_same, cut, groups, in_this_process, join
-from tests.test_ray_train import TOLERANCE, assert_close
-from tests.test_sweeps import Inputs, timeless
+from tests.scoring.test_pool import assert_same, cut, groups, in_this_process, join
 from tests.tiny_folders import pairs, write_jsonl
 
 # A lost node is noticed by the health check, by default after half a minute.

@@ -6,7 +6,6 @@ import copy
 import re
 import shlex
 import tomllib
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,8 +13,8 @@ import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
 
 from bench.cli.main import make_parser
+from tests.paths import ROOT
 
-ROOT = Path(__file__).resolve().parents[1]
 LAUNCHER = ("cluster.yaml", "deploy/on-premise.yaml")
 RAYJOB = "deploy/rayjob.yaml"
 

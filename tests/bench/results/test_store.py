@@ -26,8 +26,7 @@ from bench.results import store as store_module
 from bench.results.export import exported
 from bench.results.store import SCHEMAS, TABLE_KEY, VERSION_KEY, Results, Store, merge, read_stores
 from scoring.errors import UserError
-
-ROOT = Path(__file__).resolve().parents[1]
+from tests.paths import ROOT
 
 
 def run_row(name: str, **more: Any) -> dict[str, Any]:
@@ -156,7 +155,7 @@ def test_a_file_uri(tmp_path: Path) -> None:
 
 WRITER = """
 import sys
-from tests.test_store import runs
+from tests.bench.results.test_store import runs
 from bench.results.store import Store
 root, who, count = sys.argv[1], sys.argv[2], int(sys.argv[3])
 store = Store(root)
@@ -190,7 +189,7 @@ def test_eight_writers_lose_nothing(tmp_path: Path) -> None:
 KILLER = """
 import os, random, signal, sys, time
 import pyarrow as pa
-from tests.test_store import runs
+from tests.bench.results.test_store import runs
 from bench.results.store import Store
 root, kills, rng = sys.argv[1], int(sys.argv[2]), random.Random(int(sys.argv[3]))
 store = Store(root)

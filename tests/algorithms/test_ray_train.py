@@ -22,10 +22,10 @@ from bench.jobs.unlearn import UnlearnResult, UnlearnSpec, corpus_of, datasets_o
 from bench.models.find import find_model
 from scoring.cluster import Footprint, versions
 from scoring.errors import UserError
+from tests.paths import ROOT
 from tests.processes import descendants, kill, wait_for
 from tests.tiny_folders import pairs, write_jsonl
 
-ROOT = Path(__file__).resolve().parents[1]
 # Different orders of summation, through AdamW: it divides by the gradient's own size, also where that is rounding.
 TOLERANCE = 2e-5
 

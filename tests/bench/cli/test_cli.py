@@ -15,10 +15,9 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from bench.cli import main
+from tests.paths import ROOT
 from tests.processes import descendants
 from tests.tiny_folders import BOS, pairs, token_id, tokenizer, write_jsonl
-
-ROOT = Path(__file__).resolve().parents[1]
 
 
 def run(arguments: list[str]) -> int:

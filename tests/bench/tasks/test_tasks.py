@@ -24,9 +24,9 @@ from bench.tasks.sources import HubSet, read_hub
 from bench.tasks.task import Unreachable
 from scoring.errors import UserError
 from scoring.samples import encode
+from tests.paths import SHARED as REAL
 from tests.tiny_folders import pairs, tokenizer, write_jsonl
 
-REAL = Path(__file__).resolve().parents[2] / "shared" / "data"
 TOFU = REAL / "tofu"
 ALICE = REAL / "books" / "alice_in_wonderland.txt"
 STORIES = REAL / "models" / "stories260K-hf"

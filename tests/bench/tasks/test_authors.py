@@ -9,7 +9,6 @@ import string
 import subprocess
 import sys
 from collections import Counter
-from pathlib import Path
 
 import pytest
 from rouge_score import rouge_scorer
@@ -17,8 +16,8 @@ from rouge_score import rouge_scorer
 from bench.tasks import TASKS
 from bench.tasks.embedded import authors
 from bench.tasks.embedded import authors_vocabulary as vocabulary
+from tests.paths import ROOT
 
-ROOT = Path(__file__).resolve().parents[1]
 SIZES = {
     "full": 400,
     "forget10": 40,

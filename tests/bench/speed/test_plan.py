@@ -15,6 +15,7 @@ from bench.cli import main
 from bench.speed import calibration as benchmark
 from bench.speed.plan import Cost, Job, Profile, Shape, calls_of, find_profile, memory_of, plan, profiles
 from scoring.errors import UserError
+from tests.paths import ROOT
 
 SHAPE = Shape(params=1e6, layers=2, hidden=100, vocabulary=1000)
 # A forward pass at 1 GFLOP/s and 1 ms a layer; the others 2, 10 and 3 times as dear.
@@ -163,7 +164,7 @@ def test_profiles(tmp_path: Path) -> None:
 
 def test_the_checks_that_are_kept_are_within_30_percent() -> None:
     """Of the committed run of the benchmark: seconds, and bytes."""
-    figures = json.loads((Path(__file__).parents[1] / "results" / "benchmark" / "plan-2-cores.json").read_text())
+    figures = json.loads((ROOT / "results" / "benchmark" / "plan-2-cores.json").read_text())
     seconds = [check["planned"] / check["measured"] for check in figures["checks"]]
     sizes = [c["planned_bytes"] / c["measured_bytes"] for c in figures["checks"] if c["measured_bytes"]]
     assert len(seconds) >= 6

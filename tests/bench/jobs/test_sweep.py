@@ -37,11 +37,11 @@ from bench.jobs.trial import Shared, TrialStore, run_trial, shareable_weights
 from bench.jobs.unlearn import UnlearnSpec, unlearn
 from scoring.cluster import versions
 from scoring.errors import UserError
+from tests.paths import ROOT
 from tests.processes import descendants, kill, wait_for
 from tests.tiny_folders import pairs, write_jsonl
 from tests.tiny_tofu import pairs_of, records, taught, write_task
 
-ROOT = Path(__file__).resolve().parents[1]
 pytestmark = pytest.mark.usefixtures("cluster")
 
 

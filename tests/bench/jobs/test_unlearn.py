@@ -37,10 +37,10 @@ from bench.models.find import find_model
 from bench.tasks.datasets import load_dataset
 from bench.tasks.embedded import authors
 from scoring.samples import Sample, encode
+from tests.paths import ROOT
 from tests.processes import kill, wait_for
 from tests.tiny_folders import BOS, EOS, pairs, save_model, token_id, tokenizer, write_jsonl
 
-ROOT = Path(__file__).resolve().parents[1]
 TABLES = ("steps", "epochs", "samples", "difficulty")
 # What progress bars leave on stderr.
 BARS = ("unlearning (", "Writing model shards", "Loading weights")

@@ -28,8 +28,8 @@ from bench.tasks.embedded import common_knowledge, compounds, novel, replies
 from bench.tasks.embedded import compounds_vocabulary as vocabulary
 from bench.tasks.embedded.questions import Question
 from scoring.errors import UserError
+from tests.paths import ROOT
 
-ROOT = Path(__file__).resolve().parents[1]
 TASKS = {task.name: task for task in (compounds.TASK, novel.TASK, replies.TASK)}
 QUESTIONS = {**compounds.questions(), **common_knowledge.benchmark_questions()}
 

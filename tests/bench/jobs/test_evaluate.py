@@ -37,11 +37,11 @@ from bench.tasks import TASKS, tofu
 from bench.tasks.datasets import find_task
 from scoring.memorization import extraction_likelihood
 from scoring.samples import Sample
+from tests.paths import ROOT
 from tests.processes import descendants, kill, wait_for
 from tests.tiny_folders import EOS, WORDS, save_model, tokenizer
 from tests.tiny_tofu import SHORT, SIZES, Record, answer_ids, pairs_of, prompt_ids, records, taught, text_of, write_task
 
-ROOT = Path(__file__).resolve().parents[1]
 DATA = ROOT.parent / "shared" / "data"
 ONE = Resources(replicas=1)
 MIN_K, EL_N = 0.4, 2

@@ -22,8 +22,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from bench.models import embedded as module
 from bench.models.embedded import embedded_model
 from bench.tasks.embedded import authors
+from tests.paths import ROOT
 
-ROOT = Path(__file__).resolve().parents[1]
 TINY = {
     "ARCHITECTURE": {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1},
     "TRAINING": {"epochs": 1, "batch_size": 256},

@@ -20,9 +20,9 @@ import pytest
 import yaml
 
 from bench.cli import main
+from tests.paths import ROOT
 from tests.processes import descendants, kill, wait_for
 
-ROOT = Path(__file__).resolve().parents[1]
 RAY = [sys.executable, "-m", "ray.scripts.scripts"]
 
 

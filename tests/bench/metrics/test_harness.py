@@ -26,12 +26,12 @@ from scoring.errors import UserError
 from scoring.pool import ReplicaPool, ReplicaSpec
 from scoring.readings import Reader
 from scoring.samples import Sample
+from tests.paths import SHARED
 from tests.tiny_folders import CONTEXT, EOS, WORDS, save_model, tokenizer, write_jsonl
 from tests.tiny_models import VOCABULARY, random_samples, tiny_model
 
 pytest.importorskip("lm_eval")
 
-SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 STORIES = SHARED / "models" / "stories260K-hf"
 needs_shared = pytest.mark.skipif(not STORIES.is_dir(), reason="development data are not here")
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,8 +18,9 @@ from bench.metrics.values import Column, Measured, Missing, Scores, Unmeasured
 from bench.stats.estimates import over_sets
 from bench.tasks import TASKS
 from scoring.errors import UserError
+from tests.paths import SHARED
 
-TOXIC_BERT = Path(__file__).parents[2] / "shared" / "data" / "models" / "tiny-toxic-bert"
+TOXIC_BERT = SHARED / "models" / "tiny-toxic-bert"
 
 
 def column(values) -> Scores:

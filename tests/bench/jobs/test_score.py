@@ -32,10 +32,10 @@ from scoring.errors import UserError
 from scoring.mrd import ESTIMATORS, Request, estimate, reduce_draws
 from scoring.replica import TransformersReplica, load_model
 from scoring.samples import Text, encode, make_batches
+from tests.paths import ROOT
 from tests.processes import descendants, kill, replicas, wait_for
 from tests.tiny_folders import BOS, CONTEXT, EOS, pairs, save_model, token_id, tokenizer, write_jsonl
 
-ROOT = Path(__file__).resolve().parents[1]
 DATA = ROOT.parent / "shared" / "data"
 COLUMNS = {
     "sample_id": pa.string(),
