@@ -15,33 +15,27 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from algorithms.checkpoints import Checkpoints, NoCheckpoints
+from algorithms.corpus import Corpus, Evaluation
 from algorithms.passes import Head
-from algorithms.recipe import Objectives, Recipe, layer_of, total_updates
+from algorithms.recipe import Execution, Objectives, Recipe, layer_of, total_updates
 from algorithms.reference import Reference, compute_reference
 from algorithms.trainable import Group
-from algorithms.unlearner import (
-    Corpus,
-    Diverged,
-    Evaluation,
-    History,
-    Progress,
-    Unlearner,
-    retain_order,
-    trainable_for,
-)
+from algorithms.unlearner import Diverged, History, Progress, Unlearner, retain_order, trainable_for
 from scoring.cluster import Footprint, check_versions, how_many_fit, versions
 from scoring.errors import UserError, first_line
 from scoring.files import replacing
-from scoring.pool import ReplicaPool, ReplicaSpec
-from scoring.replica import TransformersReplica, load_model
+from scoring.plugins import Plugin, load_plugins, loaded_plugins
+from scoring.replica import load_model
+from scoring.settings import adopt, current_naming, named
+from scoring.work import LocalPool, Pool, ReplicaSpec
 
 # Ray Train answers a report when it looks at its workers next: the default of two seconds would be waited for.
 POLL_S = "0.1"
@@ -53,35 +47,31 @@ MISTAKE = ".mistake.txt"
 
 
 @dataclass(frozen=True)
-class Job:
+class TrainingJob:
     """Everything that a worker needs to know.
 
     Attributes:
         recipe: resolved.
+        execution: how it is carried out.
         corpus: the samples.
         source, revision: the initial model, see scoring.replica.load_model.
         folder: of the run, an absolute path: checkpoints, reference and progress are kept there.
         tokenizer: is saved with the model.
         evaluation: measured after each epoch; None measures nothing.
-        strategy: "ddp" or "fsdp", for more than one worker.
-        batch_tokens: padded tokens in a micro-batch.
-        gradient_checkpointing: recompute activations in the backward pass.
-        checkpoint_every: updates; None for each epoch.
         keeps_checkpoints: False for a run so short that it is begun anew where it was stopped.
+        plugins: files that add to the registries, see `scoring.plugins`.
     """
 
     recipe: Recipe
+    execution: Execution
     corpus: Corpus
     source: str
     revision: str | None
     folder: Path
     tokenizer: PreTrainedTokenizerBase
     evaluation: Evaluation | None = None
-    strategy: str = "ddp"
-    batch_tokens: int = 4096
-    gradient_checkpointing: bool = False
-    checkpoint_every: int | None = None
     keeps_checkpoints: bool = True
+    plugins: tuple[Plugin, ...] = field(default_factory=loaded_plugins)
 
     @property
     def reference_path(self) -> Path:
@@ -99,7 +89,7 @@ Report = Callable[[Mapping[str, Any]], None]
 
 
 def train_here(
-    job: Job, device: str = "cpu", observe: Observe = lambda _: None, report: Report = lambda _: None
+    job: TrainingJob, device: str = "cpu", observe: Observe = lambda _: None, report: Report = lambda _: None
 ) -> History:
     """Run the job in this process.
 
@@ -108,18 +98,16 @@ def train_here(
         report: is given the row of each epoch; what a Ray Tune trial passes on.
     """
     model = load_model(job.source, "float32", device, job.revision)
-    ensure_reference(job, lambda: TransformersReplica(model))
+    ensure_reference(job, lambda: LocalPool(model))
     return unlearner_of(job, model, Group(), observe, report).run()
 
 
-def train_on_ray(
-    job: Job, workers: int, footprint: Footprint, max_failures: int = 3, observe: Observe = lambda _: None
-) -> History:
+def train_on_ray(job: TrainingJob, footprint: Footprint, observe: Observe = lambda _: None) -> History:
     """Run the job on Ray Train workers; needs a connected cluster.
 
     Args:
         footprint: CPU cores and GPUs of a worker, and of a replica that computes the reference.
-        max_failures: how often the workers are started again when one dies.
+        observe: is shown the progress every now and then.
 
     Raises:
         UserError: the workers do not fit on the cluster, training diverged, or workers keep dying.
@@ -127,10 +115,13 @@ def train_on_ray(
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
+    from scoring.pool import ReplicaPool
+
+    workers, max_failures = job.execution.workers, job.execution.max_failures
     if (fits := how_many_fit(footprint, "worker")) < workers:
         raise UserError(
             f"{workers} workers of {footprint.cpus} CPU and {footprint.gpus:g} GPU: the cluster has room for {fits}; "
-            "lower --workers, or add nodes"
+            f"lower {named('workers')}, or add nodes"
         )
     spec = ReplicaSpec(job.source, job.revision)
     ensure_reference(job, lambda: ReplicaPool(spec, footprint, workers))
@@ -140,7 +131,12 @@ def train_on_ray(
     storage = job.folder / ".ray"
     trainer = TorchTrainer(
         _worker,  # type: ignore[arg-type]
-        train_loop_config={"job": job, "threads": footprint.cpus, "of_driver": versions()},
+        train_loop_config={
+            "job": job,
+            "threads": footprint.cpus,
+            "driver_versions": versions(),
+            "naming": current_naming(),
+        },
         torch_config=TorchConfig(backend="nccl" if footprint.gpus else "gloo"),
         scaling_config=ScalingConfig(
             num_workers=workers,
@@ -176,10 +172,11 @@ def _worker(config: dict[str, Any]) -> dict[str, Any]:
     import ray.train
     import ray.train.torch
 
-    job: Job = config["job"]
+    job: TrainingJob = config["job"]
+    adopt(config["naming"])
     torch.set_num_threads(config["threads"])
     context = ray.train.get_context()
-    group = Group(context.get_world_rank(), context.get_world_size(), job.strategy)
+    group = Group(context.get_world_rank(), context.get_world_size(), job.execution.strategy)
     device = str(ray.train.torch.get_device())
     if device.startswith("cuda"):
         torch.cuda.set_device(device)
@@ -199,7 +196,8 @@ def _worker(config: dict[str, Any]) -> dict[str, Any]:
     if mistake.is_file():
         return {"error": mistake.read_text()}
     try:
-        check_versions(config["of_driver"])
+        check_versions(config["driver_versions"])
+        load_plugins(job.plugins)
         unlearner_of(job, load_model(job.source, "float32", device, job.revision), group, show, report).run()
     except Diverged as error:
         return {"error": str(error)}  # all workers know the sums, and are here
@@ -231,7 +229,7 @@ def _cause_of(error: Exception) -> str:
 
 
 def unlearner_of(
-    job: Job,
+    job: TrainingJob,
     model: PreTrainedModel,
     group: Group,
     observe: Observe = lambda _: None,
@@ -249,7 +247,7 @@ def unlearner_of(
         initial = {name: p.detach().to("cpu", copy=True) for name, p in own}
     head = Head(model) if "reference_logits" in objectives.inputs else None
     reference = Reference(job.reference_path) if objectives.reference() else None
-    trained = trainable_for(job.recipe, model, group, job.gradient_checkpointing)
+    trained = trainable_for(job.recipe, model, group, job.execution.gradient_checkpointing)
     return Unlearner(
         job.recipe,
         job.corpus,
@@ -261,13 +259,18 @@ def unlearner_of(
         job.evaluation,
         observe,
         report,
-        job.batch_tokens,
-        job.checkpoint_every,
+        job.execution.batch_tokens,
+        job.execution.checkpoint_every,
     )
 
 
-def ensure_reference(job: Job, replicas: Callable[[], ReplicaPool | TransformersReplica]) -> None:
-    """Compute what the initial model says of the samples, unless an earlier start of this run has done so."""
+def ensure_reference(job: TrainingJob, make_pool: Callable[[], Pool], config: PreTrainedConfig | None = None) -> None:
+    """Compute what the initial model says of the samples, unless an earlier start of this run has done so.
+
+    Args:
+        make_pool: gives replicas of the initial model.
+        config: of the model, where it is loaded already.
+    """
     wanted = Objectives.of(job.recipe).reference()
     if not wanted or job.reference_path.is_file():
         return
@@ -280,13 +283,10 @@ def ensure_reference(job: Job, replicas: Callable[[], ReplicaPool | Transformers
         "refusal": corpus.refusals,
         "retain": [sample for sample in corpus.retain if sample.index in drawn],
     }
-    layer = layer_of(job.recipe, AutoConfig.from_pretrained(job.source, revision=job.revision))
-    made = replicas()
-    try:
-        compute_reference(job.reference_path, samples, wanted, layer, made, job.batch_tokens)
-    finally:
-        if isinstance(made, ReplicaPool):
-            made.close()
+    config = config or AutoConfig.from_pretrained(job.source, revision=job.revision)
+    layer = layer_of(job.recipe, config)
+    with make_pool() as pool:
+        compute_reference(job.reference_path, samples, wanted, layer, pool, job.execution.batch_tokens)
 
 
 # --- Progress, by way of a file that the first worker writes ------------------------------------------------

@@ -3,120 +3,135 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
 from transformers import PreTrainedConfig
 
-from algorithms.objectives import RETAIN_TERMS, find_algorithm, inputs_of, with_settings
+from algorithms.objectives import ALGORITHMS, RETAIN_TERMS, find_algorithm, inputs_of, with_settings
 from algorithms.reference import needs
 from algorithms.samplers import ORDERS
-from scoring.errors import UserError, unknown_name
-from scoring.mrd import ESTIMATORS
+from scoring.errors import UserError
+from scoring.mrd import EstimatorName, NumberOfDraws, Sigma, StatisticChoice, complete
+from scoring.samples import BATCH_TOKENS
+from scoring.settings import Doc, Ge, Gt, Known, Le, check, named
 
-UNITS = ("epochs", "steps")
-DTYPES = ("float32", "bfloat16")
+Unit = Literal["epochs", "steps"]
+Strategy = Literal["ddp", "fsdp"]
 # Begins the names of what an objective is given of a sample's refusal.
 REFUSAL = "refusal_"
 DEFAULT_BATCH_SIZE = 4
 
 
+def _algorithms() -> Iterable[str]:
+    return ALGORITHMS
+
+
+def _retain_terms() -> Iterable[str]:
+    return ["none", *RETAIN_TERMS]
+
+
+def _orders() -> Iterable[str]:
+    return ORDERS
+
+
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """How a model is made to forget. None takes the algorithm's own value.
+    """How a model is made to forget. None takes the algorithm's own value."""
 
-    Attributes:
-        algorithm: a key of ALGORITHMS.
-        settings: of its objective, such as {"beta": 0.1}.
-        retain_term: a key of RETAIN_TERMS, or "none".
-        forget_weight, retain_weight: factors of the two terms.
-        layer: whose output RMU works on, counted from 1; None: 7/32 of the depth, as published for 32 layers.
-        trainable: regular expression searched in parameter names; None: all, and for RMU `layer` and the two before.
-        lora_rank: 0 trains full weights. lora_alpha: None for twice the rank. lora_targets: None for all linear layers.
-        epochs: an epoch is as many updates as it takes to draw the forget set once.
-        max_steps: updates at most, whatever the epochs.
-        batch_size: forget samples an update, over all workers; as many retain samples go with them.
-        learning_rate, weight_decay, warmup_steps, clip_norm: of AdamW; the rate is constant after a linear warm-up.
-            clip_norm None does not clip.
-        dtype: "bfloat16" computes by autocast; weights stay in fp32.
-        order: "weighted" draws p_i ∝ MRD_i^alpha; the others are fixed orders, see samplers.
-        alpha: 1 is Algorithm 2 (easy first), 0 uniform, -1 Appendix B (hard first).
-        replacement: draw with replacement within an epoch, as Algorithm 2 does.
-        refresh, refresh_unit: m, how often MRD is measured again; 0: only before the first update.
-        estimator, statistic, sigma, draws: of MRD, see scoring.mrd.
-        early_stopping: a forgotten sample leaves the draw, and the run ends when all are forgotten.
-        check_every, check_unit: how often samples are looked at; 0: never, as EL is dear where it is not asked for.
-        el_n: tokens in an n-gram of EL.
-        ma_threshold, el_threshold: what MA and EL of a forgotten sample are below; None: the averages over the forget
-            set on the initial model. For parts of a forget set that are to be held to the same rule.
-        seed: of everything that is drawn.
-    """
-
-    algorithm: str
-    settings: dict[str, float] = field(default_factory=dict)
-    retain_term: str | None = None
-    forget_weight: float | None = None
-    retain_weight: float | None = None
-    layer: int | None = None
-    trainable: str | None = None
-    lora_rank: int = 0
-    lora_alpha: int | None = None
-    lora_targets: str | None = None
-    epochs: int | None = None
-    max_steps: int | None = None
-    batch_size: int | None = None
-    learning_rate: float = 5e-5
-    weight_decay: float = 0.0
-    warmup_steps: int = 0
-    clip_norm: float | None = 1.0
-    dtype: str = "float32"
-    order: str = "weighted"
-    alpha: float | None = None
-    replacement: bool = True
-    refresh: int = 2
-    refresh_unit: str = "epochs"
-    estimator: str = "gradient"
-    statistic: str | None = None
-    sigma: float = 1e-5
-    draws: int | str | None = None
-    early_stopping: bool = True
-    check_every: int = 1
-    check_unit: str = "epochs"
-    el_n: int = 10
-    ma_threshold: float | None = None
-    el_threshold: float | None = None
-    seed: int = 0
+    algorithm: Annotated[str, Known(_algorithms), Doc("see the table of algorithms")]
+    settings: Annotated[dict[str, float], Doc("of the objective, such as beta=0.1; several: beta1=5,beta2=1")] = field(
+        default_factory=dict
+    )
+    retain_term: Annotated[
+        str | None,
+        Known(_retain_terms),
+        Doc("what is minimised on the retain set (default: the algorithm's)"),
+    ] = None
+    forget_weight: Annotated[float | None, Ge(0), Doc("factor of the forget term (default: the algorithm's)")] = None
+    retain_weight: Annotated[float | None, Ge(0), Doc("factor of the retain term (default: the algorithm's)")] = None
+    layer: Annotated[
+        int | None,
+        Ge(1),
+        Doc("whose output RMU works on, counted from 1 (default: 7/32 of the depth, as published for 32 layers)"),
+    ] = None
+    trainable: Annotated[
+        str | None,
+        Doc("regular expression searched in parameter names (default: all; RMU: its layer and the two before)"),
+    ] = None
+    lora_rank: Annotated[int, Ge(0), Doc("rank of adapters; 0 trains full weights")] = 0
+    lora_alpha: Annotated[int | None, Gt(0), Doc("of the adapters (default: twice the rank)")] = None
+    lora_targets: Annotated[
+        str | None, Doc("regular expression of layers that get adapters (default: all linear ones)")
+    ] = None
+    epochs: Annotated[
+        int | None,
+        Ge(1),
+        Doc("an epoch is as many updates as it takes to draw the forget set once (default: the algorithm's)"),
+    ] = None
+    max_steps: Annotated[int | None, Ge(1), Doc("updates at most, whatever the epochs")] = None
+    batch_size: Annotated[
+        int | None, Ge(1), Doc("forget samples an update, over all workers (default: 4; 1 for SGA and CGA)")
+    ] = None
+    learning_rate: Annotated[float, Gt(0), Doc("of AdamW, constant after the warm-up")] = 5e-5
+    weight_decay: Annotated[float, Ge(0), Doc("of AdamW")] = 0.0
+    warmup_steps: Annotated[int, Ge(0), Doc("updates over which the learning rate grows linearly")] = 0
+    clip_norm: Annotated[
+        float | None, Gt(0), Doc("the gradient is scaled down to this norm; empty in a spec file: not")
+    ] = 1.0
+    dtype: Annotated[Literal["float32", "bfloat16"], Doc("bfloat16 computes by autocast; weights stay in fp32")] = (
+        "float32"
+    )
+    order: Annotated[str, Known(_orders), Doc("weighted draws p_i ∝ MRD_i^alpha; the others are fixed orders")] = (
+        "weighted"
+    )
+    alpha: Annotated[
+        float | None,
+        Doc("1 easy first (Algorithm 2), 0 uniform, -1 hard first (Appendix B) (default: the algorithm's, mostly 0)"),
+    ] = None
+    replacement: Annotated[bool, Doc("draw with replacement within an epoch, as Algorithm 2 does")] = True
+    refresh: Annotated[
+        int, Ge(0), Doc("m: measure MRD again every so many refresh units; 0: only before the first update")
+    ] = 2
+    refresh_unit: Annotated[Unit, Doc("of refresh")] = "epochs"
+    estimator: Annotated[EstimatorName, Doc("of MRD")] = "gradient"
+    statistic: StatisticChoice = None
+    sigma: Sigma = 1e-5
+    draws: NumberOfDraws = None
+    early_stopping: Annotated[
+        bool, Doc("a forgotten sample leaves the draw, and the run ends when all are forgotten")
+    ] = True
+    check_every: Annotated[
+        int, Ge(0), Doc("how often to look which samples are forgotten, in check units; 0: never")
+    ] = 1
+    check_unit: Annotated[Unit, Doc("of check_every")] = "epochs"
+    el_n: Annotated[int, Ge(1), Doc("tokens in an n-gram of extraction likelihood")] = 10
+    ma_threshold: Annotated[
+        float | None, Ge(0), Le(1), Doc("a forgotten sample's MA is below (default: the average on the initial model)")
+    ] = None
+    el_threshold: Annotated[
+        float | None, Ge(0), Le(1), Doc("a forgotten sample's EL is below (default: the average on the initial model)")
+    ] = None
+    seed: Annotated[int, Ge(0), Doc("of everything that is drawn")] = 0
 
     def resolved(self) -> dict[str, Any]:
         """The fields that the algorithm decides, filled in.
 
         Raises:
-            UserError: a value out of range or a combination that does not exist.
+            UserError: a value that cannot be, or a combination that does not exist.
         """
+        check(self)
         algorithm = find_algorithm(self.algorithm)
         with_settings(algorithm.forget, self.settings)
         if self.settings.get("beta", 1.0) <= 0:
-            raise UserError(f"setting beta is {self.settings['beta']:g}: expected a number greater than 0")
-        retain = self.retain_term or algorithm.retain
-        if retain not in (None, "none", *RETAIN_TERMS):
-            raise unknown_name("retain term", str(retain), ["none", *RETAIN_TERMS])
-        for name, value, known in (
-            ("order", self.order, ORDERS),
-            ("dtype", self.dtype, DTYPES),
-            ("refresh_unit", self.refresh_unit, UNITS),
-            ("check_unit", self.check_unit, UNITS),
-        ):
-            if value not in known:
-                raise unknown_name(name, value, known)
-        if self.estimator not in ESTIMATORS:
-            raise unknown_name("estimator", self.estimator, ESTIMATORS)
-        estimator = ESTIMATORS[self.estimator]
+            raise UserError(f"{named('settings')}: beta is {self.settings['beta']:g}: expected a number greater than 0")
+        statistic, draws = complete(self.estimator, self.statistic, self.draws)
         filled: dict[str, Any] = {
-            "statistic": self.statistic or estimator.statistics[0],
-            "draws": _or(self.draws, estimator.default_draws),
-            "retain_term": retain or "none",
+            "statistic": statistic,
+            "draws": draws,
+            "retain_term": self.retain_term or algorithm.retain or "none",
             "forget_weight": _or(self.forget_weight, algorithm.forget_weight),
             "retain_weight": _or(self.retain_weight, algorithm.retain_weight),
             # A number of updates alone is not cut by the algorithm's epochs.
@@ -125,37 +140,35 @@ class Recipe:
             "alpha": float(_or(self.alpha, algorithm.alpha or 0.0)),
             "lora_alpha": _or(self.lora_alpha, 2 * self.lora_rank) if self.lora_rank else None,
         }
-        for name, least in (
-            ("epochs", 1),
-            ("max_steps", 1),
-            ("batch_size", 1),
-            ("refresh", 0),
-            ("check_every", 0),
-            ("warmup_steps", 0),
-            ("lora_rank", 0),
-            ("el_n", 1),
-            ("layer", 1),
-            ("seed", 0),
-        ):
-            value = filled.get(name, getattr(self, name))
-            if value is not None and value < least:
-                raise UserError(f"{name} is {value}: expected {least} or more")
-        for name in ("learning_rate", "clip_norm", "forget_weight", "retain_weight", "weight_decay", "lora_alpha"):
-            value = filled.get(name, getattr(self, name))
-            least_open = name in ("learning_rate", "clip_norm", "lora_alpha")
-            if value is not None and not (math.isfinite(value) and (value > 0 if least_open else value >= 0)):
-                raise UserError(f"{name} is {value:g}: expected a number {'greater than' if least_open else 'from'} 0")
-        for name in ("ma_threshold", "el_threshold"):
-            value = getattr(self, name)
-            if value is not None and not 0 <= value <= 1:
-                raise UserError(f"{name} is {value:g}: expected a share in [0, 1]")
-        if not math.isfinite(filled["alpha"]):
-            raise UserError(f"alpha is {filled['alpha']}: expected a number; 1 easy first, 0 uniform, -1 hard first")
         if self.early_stopping and not self.check_every:
-            raise UserError("check_every is 0: nobody looks which samples are forgotten; expected early_stopping false")
+            raise UserError(
+                f"{named('check_every')} is 0: nobody looks which samples are forgotten; expected "
+                f"{named('early_stopping')} false"
+            )
         if self.lora_rank and self.trainable:
-            raise UserError("trainable and lora_rank exclude each other: adapters take lora_targets instead")
+            raise UserError(
+                f"{named('trainable')} and {named('lora_rank')} exclude each other: adapters take "
+                f"{named('lora_targets')} instead"
+            )
         return filled
+
+
+@dataclass(frozen=True, kw_only=True)
+class Execution:
+    """How a recipe is carried out. None of it changes what the model ends with, beyond rounding."""
+
+    workers: Annotated[int, Ge(0), Doc("Ray Train workers; 0 trains in this process")] = 1
+    strategy: Annotated[Strategy, Doc("ddp: a whole model a worker; fsdp: sharded (FSDP2)")] = "ddp"
+    cpus_per_worker: Annotated[int, Ge(1), Doc("cores and threads of a worker")] = 1
+    gpus_per_worker: Annotated[
+        float | None, Ge(0), Doc("a share of one, or several (default: 1 where there are any, else 0)")
+    ] = None
+    batch_tokens: Annotated[
+        int, Ge(2), Doc("padded tokens in a micro-batch; gradients are accumulated over as many as a batch needs")
+    ] = BATCH_TOKENS
+    gradient_checkpointing: Annotated[bool, Doc("recompute activations in the backward pass")] = False
+    checkpoint_every: Annotated[int | None, Ge(1), Doc("updates (default: each epoch)")] = None
+    max_failures: Annotated[int, Ge(0), Doc("how often workers are started again when one dies")] = 3
 
 
 def _or(value: Any, default: Any) -> Any:

@@ -20,9 +20,10 @@ from safetensors.numpy import save_file
 from algorithms.passes import Head, last_hidden, layer_output
 from scoring.errors import UserError
 from scoring.logprob import scored_logprobs
-from scoring.pool import ReplicaPool
 from scoring.replica import TransformersReplica
-from scoring.samples import Batch, Sample, make_batches
+from scoring.samples import BATCH_TOKENS, Batch, Sample, make_batches
+from scoring.settings import named
+from scoring.work import Pool
 
 # The input of an objective -> (which samples, what of them); see algorithms.objectives.INPUTS. `own` are the samples
 # that the objective is computed on.
@@ -57,7 +58,7 @@ class ReferenceWork:
 
     @torch.no_grad()
     def do(
-        self, replica: TransformersReplica, batches: Sequence[Batch], kept: dict[str, Any]
+        self, replica: TransformersReplica, batches: Sequence[Batch], cache: dict[str, Any]
     ) -> dict[int, dict[str, np.ndarray]]:
         """Position of each sample -> "nll" (), "last" (S, d), "layer" (S, d)."""
         model, found = replica.model, {}
@@ -89,7 +90,7 @@ def _check_head(model: Any, hidden: torch.Tensor, logits: torch.Tensor) -> None:
     if not error <= HEAD_TOLERANCE:
         raise UserError(
             f"{type(model).__name__} changes its logits after the output head in a way that is not known here: "
-            "use the retain term nll instead of kl, and another algorithm than UNDIAL"
+            f"use {named('retain_term')} nll instead of kl, and another {named('algorithm')} than UNDIAL"
         )
 
 
@@ -135,8 +136,8 @@ def compute_reference(
     samples: Mapping[str, Sequence[Sample]],
     wanted: Mapping[str, tuple[str, ...]],
     layer: int | None,
-    replicas: ReplicaPool | TransformersReplica,
-    batch_tokens: int = 4096,
+    pool: Pool,
+    batch_tokens: int = BATCH_TOKENS,
 ) -> int:
     """Write what is wanted of each role's samples to `path`.
 
@@ -144,7 +145,7 @@ def compute_reference(
         samples: role -> samples; a sample's position is its `index`.
         wanted: see `needs`.
         layer: of "layer".
-        replicas: a pool, or one replica in this process.
+        pool: replicas of the initial model.
         batch_tokens: padded tokens in a batch.
 
     Returns:
@@ -168,15 +169,9 @@ def compute_reference(
                 else:
                     arrays[f"{work.role}.{name}.{index}"] = value
 
-    if isinstance(replicas, ReplicaPool):
-        for work, found, facts in replicas.run(works, shards):
-            keep(work, found)
-            forwards += facts.forwards
-    else:
-        before = replicas.forwards
-        for work in works:
-            keep(work, work.do(replicas, shards[work.shard], {}))
-        forwards = replicas.forwards - before
+    for work, states, facts in pool.run(works, shards):
+        keep(work, states)
+        forwards += facts.forwards
     for role, quantities in wanted.items():
         if "nll" in quantities:
             arrays[f"{role}.nll"] = numbers[role]

@@ -15,14 +15,54 @@ the difficulties and what is drawn already, and a resumed run draws what an undi
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from scoring.errors import UserError, unknown_name
 
-ORDERS = ("weighted", "easy-first", "hard-first", "random")
+# N, MRD by position (N,), and random numbers that are the same throughout a run -> all positions, (N,), those to be
+# drawn first in front. MRD is None for an order that does not depend on it.
+Ranking = Callable[[int, np.ndarray | None, np.random.Generator], np.ndarray]
+
+
+@dataclass(frozen=True)
+class Order:
+    """A way of going through the forget samples.
+
+    Attributes:
+        about: one line.
+        ranking: of a fixed order; None for weighted draws.
+        by_difficulty: whether a fixed order depends on MRD.
+    """
+
+    about: str
+    ranking: Ranking | None = None
+    by_difficulty: bool = True
+
+
+def _easy_first(count: int, mrd: np.ndarray | None, rng: np.random.Generator) -> np.ndarray:
+    assert mrd is not None
+    return np.argsort(-mrd, kind="stable")
+
+
+def _hard_first(count: int, mrd: np.ndarray | None, rng: np.random.Generator) -> np.ndarray:
+    assert mrd is not None
+    return np.argsort(mrd, kind="stable")
+
+
+def _random(count: int, mrd: np.ndarray | None, rng: np.random.Generator) -> np.ndarray:
+    return rng.permutation(count)
+
+
+ORDERS: dict[str, Order] = {
+    "weighted": Order("draws p_i ∝ MRD_i^alpha"),
+    "easy-first": Order("descending MRD, ties by position", _easy_first),
+    "hard-first": Order("ascending MRD, ties by position", _hard_first),
+    "random": Order("one permutation, kept throughout", _random, by_difficulty=False),
+}
 
 # Keep the two uses of a seed apart from each other and from whatever else a run seeds with it.
 _DRAW, _PERMUTATION = 2101, 2102
@@ -63,6 +103,7 @@ class Sampler:
             raise UserError(f"alpha is {alpha}: expected a finite number, such as 1 (easy first) or -1 (hard first)")
         if seed < 0:
             raise UserError(f"seed is {seed}: expected 0 or more")
+        self._order = ORDERS[order]
         self.count, self.order, self.alpha, self.replacement, self.seed = count, order, alpha, replacement, seed
         self._difficulty: np.ndarray | None = None
         # Of the current pass. A set rather than an index: it outlives a refresh that reorders the samples.
@@ -71,7 +112,7 @@ class Sampler:
     @property
     def needs_difficulty(self) -> bool:
         """Whether the draws depend on MRD."""
-        return self.order != "random" and not (self.order == "weighted" and self.alpha == 0)
+        return self.alpha != 0 if self._order.ranking is None else self._order.by_difficulty
 
     def set_difficulty(self, mrd: np.ndarray, sample_ids: Sequence[str]) -> list[str]:
         """Draw by these difficulties from now on.
@@ -106,10 +147,10 @@ class Sampler:
     def _notes(self, zeros: int) -> list[str]:
         if self.count == 1:
             return ["one sample: always drawn, its difficulty does not matter"]
-        if zeros == 0 or (self.order != "weighted" and zeros < self.count):
+        if zeros == 0 or (self._order.ranking is not None and zeros < self.count):
             return []
         if zeros == self.count:
-            how = "drawn uniformly" if self.order == "weighted" else "taken in the order of the data"
+            how = "drawn uniformly" if self._order.ranking is None else "taken in the order of the data"
             return [f"all {self.count} samples have difficulty 0 (every scored token is saturated): {how}"]
         if self.alpha < 0:
             how = "drawn as the smallest positive difficulty is"
@@ -132,7 +173,7 @@ class Sampler:
             RuntimeError: the difficulties are needed and not set.
         """
         active = self._checked(active)
-        weights = np.exp(self._log_weights(active) if self.order == "weighted" else _uniform(active))
+        weights = np.exp(self._log_weights(active) if self._order.ranking is None else _uniform(active))
         return weights / weights.sum()
 
     def begin_epoch(self) -> None:
@@ -159,7 +200,7 @@ class Sampler:
         if size < 1:
             raise ValueError(f"size is {size}: expected 1 or more")
         rng = np.random.default_rng([self.seed, _DRAW, step])
-        if self.order == "weighted" and self.replacement:
+        if self._order.ranking is None and self.replacement:
             return rng.choice(self.count, size, p=self.probabilities(active))
         ranked = self._ranking(rng, active)
         ranked = ranked[active[ranked]]
@@ -176,12 +217,15 @@ class Sampler:
 
     def _ranking(self, rng: np.random.Generator, active: np.ndarray) -> np.ndarray:
         """All positions, (N,), those to be drawn first in front."""
-        if self.order == "random":
-            return np.random.default_rng([self.seed, _PERMUTATION]).permutation(self.count)
-        if self.order == "easy-first":
-            return np.argsort(-self._known_difficulty(), kind="stable")
-        if self.order == "hard-first":
-            return np.argsort(self._known_difficulty(), kind="stable")
+        if self._order.ranking is not None:
+            mrd = self._known_difficulty() if self._order.by_difficulty else None
+            rng = np.random.default_rng([self.seed, _PERMUTATION])
+            ranking = np.asarray(self._order.ranking(self.count, mrd, rng))
+            if not np.array_equal(np.sort(ranking), np.arange(self.count)):
+                raise UserError(
+                    f"order {self.order!r} does not rank each of {self.count} positions once: got {ranking}"
+                )
+            return ranking
         # Descending log w_i + G_i with standard Gumbel G_i is exactly the order of successive draws with p_i among
         # what is left, from any subset of the samples (Efraimidis & Spirakis 2006, whose keys u^(1/w_i) these are,
         # as -log(-log .)). Samples of weight 0 come last, in uniform order: the limit of ever smaller weights.

@@ -34,7 +34,7 @@ class Thresholds:
         return (ma < self.ma) & (np.isnan(el) | (el < self.el))
 
 
-def measure_memory(
+def measure_memorization(
     model: PreTrainedModel,
     samples: Sequence[Sample],
     n: int,

@@ -21,16 +21,17 @@ import torch
 from transformers import PreTrainedModel
 
 from algorithms.checkpoints import Checkpoint, Checkpoints
+from algorithms.corpus import Corpus, Evaluation
 from algorithms.passes import OUTPUTS, Head
 from algorithms.recipe import REFUSAL, Objectives, Recipe, layer_of, total_updates, updates_per_epoch
 from algorithms.reference import Reference
 from algorithms.samplers import Sampler
-from algorithms.stopping import Thresholds, measure_memory
+from algorithms.stopping import Thresholds, measure_memorization
 from algorithms.trainable import Group, Lora, Trainable
 from scoring.errors import UserError
 from scoring.mrd import Request, Until, estimate, estimate_until, reduce_draws
 from scoring.replica import TransformersReplica
-from scoring.samples import Batch, Sample, collate, make_batches
+from scoring.samples import BATCH_TOKENS, Batch, Sample, collate, make_batches
 
 # How often a term of the loss may outgrow that of the first update (or 1, if that was less). A mean NLL of 10,000 nats
 # a token is far beyond what even a wholly lost model has.
@@ -61,41 +62,6 @@ def trainable_for(
         gradient_checkpointing=gradient_checkpointing,
         seed=recipe.seed,
     )
-
-
-@dataclass(frozen=True)
-class Corpus:
-    """The samples; every `index` is the position in its list.
-
-    Attributes:
-        forget: N samples to be forgotten.
-        refusals: for each of them the same question with a refusal; empty if the algorithm needs none.
-        retain: samples to be kept; empty if the algorithm needs none.
-        eos_token_id: ends a continuation when EL is measured.
-    """
-
-    forget: Sequence[Sample]
-    refusals: Sequence[Sample] = ()
-    retain: Sequence[Sample] = ()
-    eos_token_id: int | None = None
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """What is measured before training and after each epoch.
-
-    Attributes:
-        sets: name -> samples.
-        measure: model, samples -> metric -> (N,). Every sample's value depends on that sample alone.
-        every: epochs from one measurement to the next, from the initial model on; the last is always made, and 0 makes
-            no other.
-        whole: model -> metric -> value, of what is no mean over samples; the first worker measures it. None: none.
-    """
-
-    sets: Mapping[str, Sequence[Sample]]
-    measure: Callable[[PreTrainedModel, Sequence[Sample]], Mapping[str, np.ndarray]]
-    every: int = 1
-    whole: Callable[[PreTrainedModel], Mapping[str, float]] | None = None
 
 
 @dataclass
@@ -184,7 +150,7 @@ class Unlearner:
         evaluation: Evaluation | None = None,
         observe: Callable[[Progress], None] = lambda _: None,
         report: Callable[[Mapping[str, Any]], None] = lambda _: None,
-        batch_tokens: int = 4096,
+        batch_tokens: int = BATCH_TOKENS,
         checkpoint_every: int | None = None,
     ) -> None:
         self.recipe, self.corpus, self.trained, self.group = recipe, corpus, trained, trained.group
@@ -199,7 +165,7 @@ class Unlearner:
         self.updates_per_epoch = updates_per_epoch(len(corpus.forget), recipe)
         self.total = total_updates(len(corpus.forget), recipe)
         self._checkpoint_every = checkpoint_every or self.updates_per_epoch
-        self._sampler = Sampler(
+        self.sampler = Sampler(
             len(corpus.forget), recipe.order, recipe.alpha or 0.0, recipe.replacement, seed=recipe.seed
         )
         self.history = History(
@@ -223,12 +189,10 @@ class Unlearner:
         while history.step < self.total and self._left().any():
             epoch, place = divmod(history.step, self.updates_per_epoch)
             if place == 0:
-                self._sampler.begin_epoch()
+                self.sampler.begin_epoch()
             if self._refresh_is_due(history.step):
                 self._refresh()
-            drawn = self._sampler.draw(history.step, self.recipe.batch_size or 1, self._left())
-            self._update(epoch, drawn)
-            history.step += 1
+            self.step(self.sampler.draw(history.step, self.recipe.batch_size or 1, self._left()))
             self._trust_newest_checkpoint()
             end_of_epoch = history.step % self.updates_per_epoch == 0 or history.step == self.total
             if self._check_is_due():
@@ -248,7 +212,16 @@ class Unlearner:
 
     # --- One update -----------------------------------------------------------------------------------------
 
-    def _update(self, epoch: int, drawn: np.ndarray) -> None:
+    def step(self, drawn: np.ndarray) -> None:
+        """One update on these forget samples, and on as many retain samples.
+
+        Args:
+            drawn: (k,) positions of forget samples; those of the whole batch, whatever this worker's share.
+
+        Raises:
+            Diverged: the loss or the gradient is no longer a number to go on from; nothing is updated.
+        """
+        epoch = self.history.step // self.updates_per_epoch
         with self._clock("training") as clock:
             retained = self._retain_draw(len(drawn))
             passes = self._passes(drawn, retained)
@@ -287,6 +260,7 @@ class Unlearner:
                 "seconds": clock.seconds,
             }
         )
+        self.history.step += 1
 
     def _share_forgotten(self) -> float | None:
         """None if nobody looks."""
@@ -421,7 +395,7 @@ class Unlearner:
     # --- Between updates ------------------------------------------------------------------------------------
 
     def _refresh_is_due(self, step: int) -> bool:
-        if not self._sampler.needs_difficulty:
+        if not self.sampler.needs_difficulty:
             return False
         every, unit = self.recipe.refresh, self.recipe.refresh_unit
         return step == 0 or (every > 0 and _due(step, every, unit, self.updates_per_epoch))
@@ -433,7 +407,7 @@ class Unlearner:
         self.history.passes["mrd"][0] += replica.forwards
         self.history.passes["mrd"][1] += replica.backwards
         try:
-            notes = self._sampler.set_difficulty(scores, [s.sample_id for s in self.corpus.forget])
+            notes = self.sampler.set_difficulty(scores, [s.sample_id for s in self.corpus.forget])
         except UserError as error:
             raise self._diverged(f"before update {self.history.step + 1}: {error}") from error
         self._note(*replica.notes, *notes)
@@ -478,7 +452,9 @@ class Unlearner:
     ) -> tuple[np.ndarray, np.ndarray]:
         """MA and EL of samples, (N,) each; each worker measures its share."""
         mine = samples[self.group.rank :: self.group.size]
-        ma, el = measure_memory(model, mine, self.recipe.el_n, self.corpus.eos_token_id, self._batch_tokens, below)
+        ma, el = measure_memorization(
+            model, mine, self.recipe.el_n, self.corpus.eos_token_id, self._batch_tokens, below
+        )
         pairs = zip(ma.tolist(), el.tolist(), strict=True)
         found = self.group.gathered({s.index: pair for s, pair in zip(mine, pairs, strict=True)})
         both = np.array([found[s.index] for s in samples])
@@ -560,7 +536,7 @@ class Unlearner:
             training = self.trained.state()
             with self.trained.plain() as model:
                 if self.group.rank == 0:
-                    self.history.sampler = self._sampler.state()
+                    self.history.sampler = self.sampler.state()
                     self._checkpoints.save(self.history.step, model, training, dataclasses.asdict(self.history))
             self.group.wait()
 
@@ -572,7 +548,7 @@ class Unlearner:
 
     def _continue_from(self, saved: Checkpoint) -> None:
         self.history = History(**saved.history())
-        self._sampler.restore(self.history.sampler)
+        self.sampler.restore(self.history.sampler)
         adapted = self.recipe.lora_rank > 0
         self.trained.restore({} if adapted else saved.weights(), saved.training())
 

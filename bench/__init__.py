@@ -1,1 +1,52 @@
-"""What is run, measured, stored and shown: tasks, metrics, experiments and their results."""
+"""What is run, measured, stored and shown: tasks, metrics, experiments and their results.
+
+import bench
+
+evaluation = bench.evaluate(model, "authors", tokenizer=tokenizer)  # or names of models, as on the command line
+sweep = bench.sweep("sweep.yaml", "sweeps/ours")
+bench.leaderboard("results/store", "board")
+results = bench.read_results("results/store")
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from bench.boards.write import leaderboard
+    from bench.jobs.evaluate import EvaluationResult, evaluate
+    from bench.jobs.resources import Resources, SweepResources
+    from bench.jobs.sweep import SweepResult, sweep
+    from bench.results.frames import ResultFrames, read_results
+
+__all__ = [
+    "EvaluationResult",
+    "Resources",
+    "ResultFrames",
+    "SweepResources",
+    "SweepResult",
+    "evaluate",
+    "leaderboard",
+    "read_results",
+    "sweep",
+]
+
+_HOMES = {
+    "evaluate": "bench.jobs.evaluate",
+    "EvaluationResult": "bench.jobs.evaluate",
+    "leaderboard": "bench.boards.write",
+    "read_results": "bench.results.frames",
+    "ResultFrames": "bench.results.frames",
+    "Resources": "bench.jobs.resources",
+    "SweepResources": "bench.jobs.resources",
+    "sweep": "bench.jobs.sweep",
+    "SweepResult": "bench.jobs.sweep",
+}
+
+
+def __getattr__(name: str) -> object:
+    # Loaded when they are asked for: who imports one module of this package does not wait for all of them.
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,1 +1,29 @@
-"""What is true of one sample under one model: MRD and its estimators, training difficulty, memorization."""
+"""What is true of one sample under one model: MRD and its estimators, training difficulty, memorization.
+
+import scoring
+
+table = scoring.score(model, tokenizer, records)  # a loaded Hugging Face model, in this process
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from scoring.api import score
+    from scoring.errors import UserError
+
+__all__ = ["UserError", "score"]
+
+
+def __getattr__(name: str) -> object:
+    # Loaded when they are asked for: who imports one module of this package does not wait for all of torch.
+    if name == "score":
+        from scoring.api import score
+
+        return score
+    if name == "UserError":
+        from scoring.errors import UserError
+
+        return UserError
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -11,7 +11,7 @@ import psutil
 import torch
 
 from scoring.memory import TensorMemory
-from scoring.mrd import Request, estimate
+from scoring.mrd import EstimatorName, Request, estimate
 from scoring.samples import Batch, Sample, collate
 
 if TYPE_CHECKING:
@@ -34,14 +34,14 @@ class FitWork:
         shared: replicas that share a CPU's memory.
     """
 
-    estimator: str
+    estimator: EstimatorName
     length: int
     shared: int = 1
 
     shard = 0
     key = "fit"
 
-    def do(self, replica: Any, batches: Sequence[Batch], kept: dict[str, Any]) -> int:
+    def do(self, replica: Any, batches: Sequence[Batch], cache: dict[str, Any]) -> int:
         """Tokens, padding counted. An engine that cuts batches itself, as vLLM's does, takes any."""
         # Here, as in the pool: who only asks for a work need not load the models' code.
         from scoring.replica import TransformersReplica
@@ -51,7 +51,7 @@ class FitWork:
         return fitting_tokens(replica, self.estimator, self.length, free_bytes(replica.device) / self.shared)
 
 
-def fitting_tokens(replica: TransformersReplica, estimator: str, length: int, free: float) -> int:
+def fitting_tokens(replica: TransformersReplica, estimator: EstimatorName, length: int, free: float) -> int:
     """Tokens of the largest batch of samples of a length whose tensors take `USABLE` of so many free bytes; a power of
     two, so that a run that is continued finds the same number though a little more or less is free."""
     rng = np.random.default_rng(0)

@@ -1,4 +1,4 @@
-"""Joining a Ray cluster, or starting one here; and what fits on it."""
+"""Joining a Ray cluster, or starting one here; and what fits on it. Ray is loaded when it is needed first."""
 
 from __future__ import annotations
 
@@ -11,9 +11,8 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
 
-import ray
-
 from scoring.errors import UserError, first_line
+from scoring.settings import named
 
 JOIN_TIMEOUT_S = 60.0
 # On which numbers depend; that Ray and Python are the same everywhere Ray sees to itself.
@@ -32,6 +31,8 @@ def connect(num_cpus: int | None = None) -> None:
     Raises:
         UserError: the cluster does not answer within a minute, or cannot be started.
     """
+    import ray
+
     if ray.is_initialized():
         return
     if address := os.environ.get("RAY_ADDRESS"):
@@ -65,6 +66,8 @@ def _join(address: str) -> None:
         answers, why = asked.returncode == 0, (asked.stderr.strip().splitlines() or [""])[-1]
     except subprocess.TimeoutExpired:
         answers, why = False, f"nothing within {JOIN_TIMEOUT_S:.0f} s"
+    import ray
+
     if not answers:
         raise UserError(
             f"{where} did not answer ({why or 'not healthy'}): check that its head is running, or unset RAY_ADDRESS "
@@ -97,16 +100,18 @@ def versions() -> dict[str, str]:
     return {name: version(name).partition("+")[0] for name in PACKAGES}
 
 
-def check_versions(of_driver: Mapping[str, str]) -> None:
+def check_versions(driver_versions: Mapping[str, str]) -> None:
     """Refuse to work on a node whose packages are others than the driver's.
 
     Raises:
         UserError: one line that names node, package and both versions.
     """
+    import ray
+
     here = versions()
-    different = [name for name in here if here[name] != of_driver[name]]
+    different = [name for name in here if here[name] != driver_versions[name]]
     if different:
-        found = ", ".join(f"{name} {here[name]} (the driver has {of_driver[name]})" for name in different)
+        found = ", ".join(f"{name} {here[name]} (the driver has {driver_versions[name]})" for name in different)
         raise UserError(
             f"node {ray.util.get_node_ip_address()} has {found}: install the same versions on all nodes, as "
             "constraints.txt pins them"
@@ -115,6 +120,8 @@ def check_versions(of_driver: Mapping[str, str]) -> None:
 
 def default_gpus() -> float:
     """GPUs of a replica when none are named: one where the cluster has any."""
+    import ray
+
     return 1.0 if ray.cluster_resources().get("GPU", 0.0) >= 1 else 0.0
 
 
@@ -129,6 +136,8 @@ def how_many_fit(footprint: Footprint, what: str = "replica") -> int:
     Raises:
         UserError: no single node can hold one. (Ray itself would wait for such a node for ever.)
     """
+    import ray
+
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     fits = 0
     for resources in nodes:
@@ -141,7 +150,7 @@ def how_many_fit(footprint: Footprint, what: str = "replica") -> int:
         cores = max((node.get("CPU", 0.0) for node in nodes), default=0.0)
         raise UserError(
             f"a {what} of {footprint.cpus} CPU and {footprint.gpus:g} GPU fits on no node: the largest of "
-            f"{len(nodes)} node(s) has {cores:g} CPU and {largest:g} GPU; lower --cpus-per-{what} or "
-            f"--gpus-per-{what}, or add a node"
+            f"{len(nodes)} node(s) has {cores:g} CPU and {largest:g} GPU; lower "
+            f"{named(f'cpus_per_{what}')} or {named(f'gpus_per_{what}')}, or add a node"
         )
     return fits

@@ -21,15 +21,27 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, Protocol
+from typing import Annotated, Literal, Protocol
 
 import numpy as np
 import torch
 
 from scoring.errors import UserError
 from scoring.samples import Batch
+from scoring.settings import Doc, Ge, Gt, named
 
 Statistic = Literal["mean_abs", "abs_mean"]
+EstimatorName = Literal["monte-carlo", "antithetic", "gradient", "curvature"]
+
+# Settings of all that measures MRD.
+Sigma = Annotated[float, Gt(0), Doc("standard deviation of the perturbation of every weight; the paper uses 1e-5")]
+NumberOfDraws = Annotated[
+    Annotated[int, Ge(0)] | Literal["auto"] | None,
+    Doc("K, or auto: until the standard error is within the tolerance (default: the estimator's own)"),
+]
+StatisticChoice = Annotated[
+    Statistic | None, Doc("mean_abs (Algorithm 1) or abs_mean (Definition 3.1) (default: the estimator's own)")
+]
 
 
 @dataclass(frozen=True)
@@ -47,7 +59,7 @@ class Estimator:
     perturbs: bool
 
 
-ESTIMATORS: dict[str, Estimator] = {
+ESTIMATORS: dict[EstimatorName, Estimator] = {
     "monte-carlo": Estimator(("mean_abs", "abs_mean"), 200, True),
     "antithetic": Estimator(("abs_mean",), 64, True),
     "gradient": Estimator(("mean_abs",), 0, False),
@@ -59,9 +71,36 @@ STATISTICS: tuple[Statistic, ...] = ("mean_abs", "abs_mean")
 def no_gradients(estimator: str) -> UserError:
     """What to say where vLLM is asked to differentiate."""
     return UserError(
-        f"--estimator {estimator} differentiates, which vLLM does not: use --engine transformers, or --estimator "
-        "monte-carlo or antithetic"
+        f"{named('estimator')} {estimator} differentiates, which vLLM does not: use {named('engine')} transformers, or "
+        f"{named('estimator')} monte-carlo or antithetic"
     )
+
+
+def complete(
+    estimator: EstimatorName, statistic: Statistic | None, draws: int | Literal["auto"] | None
+) -> tuple[Statistic, int | Literal["auto"]]:
+    """Statistic and draws, with the estimator's own where none are given; 0 draws for one that draws nothing.
+
+    Raises:
+        UserError: the estimator does not estimate the statistic, or a single draw, which has no standard error.
+    """
+    known = ESTIMATORS[estimator]
+    statistic = statistic or known.statistics[0]
+    if statistic not in known.statistics:
+        able = [name for name, other in ESTIMATORS.items() if statistic in other.statistics]
+        raise UserError(
+            f"{named('estimator')} {estimator} does not estimate {statistic}: it is for "
+            f"{', '.join(known.statistics)}; for {statistic} use {' or '.join(able)}"
+        )
+    if not known.default_draws:
+        return statistic, 0
+    draws = known.default_draws if draws is None else draws
+    if draws != "auto" and draws < 2:
+        raise UserError(
+            f"{named('draws')} is {draws}: expected a whole number of at least 2, so that a standard error exists, or "
+            "auto"
+        )
+    return statistic, draws
 
 
 class Perturbable(Protocol):
@@ -139,7 +178,7 @@ class Request:
         first_draw, last_draw: the draws k with first_draw <= k < last_draw.
     """
 
-    estimator: str
+    estimator: EstimatorName
     sigma: float
     seed: int
     first_draw: int = 0
@@ -156,7 +195,7 @@ class Until:
     most: int = 2000
 
 
-def base_logprobs(replica: Perturbable, batches: Sequence[Batch], estimator: str) -> list[torch.Tensor]:
+def base_logprobs(replica: Perturbable, batches: Sequence[Batch], estimator: EstimatorName) -> list[torch.Tensor]:
     """The unperturbed log-probs that an estimator compares with, (B, S) a batch.
 
     For `antithetic` in fp64: the first-order term cancels within a pair, but the rounding of P_t(theta), which all

@@ -14,9 +14,8 @@ import torch
 from tqdm import tqdm
 
 from scoring.generation import group_prompts
-from scoring.pool import LocalPool, ReplicaPool
-from scoring.replica import TransformersReplica
-from scoring.samples import Batch, Sample, make_batches
+from scoring.samples import BATCH_TOKENS, Batch, Sample, make_batches
+from scoring.work import Pool, Replica
 
 # Prompts decoded together, at most: few enough that a small data set keeps several replicas busy.
 ROWS = 64
@@ -51,9 +50,7 @@ class LikelihoodWork:
     def key(self) -> str:
         return f"likelihood-{self.shard:06d}"
 
-    def do(
-        self, replica: TransformersReplica, batches: Sequence[Batch], kept: dict[str, Any]
-    ) -> list[tuple[int, TokenScores]]:
+    def do(self, replica: Replica, batches: Sequence[Batch], cache: dict[str, Any]) -> list[tuple[int, TokenScores]]:
         scores = []
         for batch in batches:
             logprobs, hits = replica.token_scores(batch)
@@ -77,9 +74,7 @@ class ContinuationWork:
     def key(self) -> str:
         return f"continuation-{self.shard:06d}"
 
-    def do(
-        self, replica: TransformersReplica, batches: Sequence[Batch], kept: dict[str, Any]
-    ) -> list[tuple[int, np.ndarray]]:
+    def do(self, replica: Replica, batches: Sequence[Batch], cache: dict[str, Any]) -> list[tuple[int, np.ndarray]]:
         written = replica.greedy_continuations(self.prompts, self.limits, self.eos_token_id)
         return list(zip(self.indices, written, strict=True))
 
@@ -96,9 +91,7 @@ class ExtractionWork:
     def key(self) -> str:
         return f"extraction-{self.shard:06d}"
 
-    def do(
-        self, replica: TransformersReplica, batches: Sequence[Batch], kept: dict[str, Any]
-    ) -> list[tuple[int, float]]:
+    def do(self, replica: Replica, batches: Sequence[Batch], cache: dict[str, Any]) -> list[tuple[int, float]]:
         samples = [batch.sample(row) for batch in batches for row in range(len(batch))]
         values = replica.extraction_likelihood(samples, self.n, self.eos_token_id)
         return [(sample.index, value) for sample, value in zip(samples, values.tolist(), strict=True)]
@@ -168,7 +161,11 @@ class Reader:
     """
 
     def __init__(
-        self, pool: ReplicaPool | LocalPool, eos_token_id: int | None, batch_tokens: int = 4096, progress: bool = False
+        self,
+        pool: Pool,
+        eos_token_id: int | None,
+        batch_tokens: int = BATCH_TOKENS,
+        progress: bool = False,
     ) -> None:
         self._pool = pool
         self._eos = eos_token_id

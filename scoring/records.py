@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
+
+import numpy as np
 
 from scoring.errors import UserError
 from scoring.samples import Text
@@ -76,3 +78,35 @@ def question_answer(question: str, answer: str) -> tuple[str, str]:
     """Prompt and completion. They are tokenized apart and joined, bos before and eos after; the completion starts
     with the space that separates it, and its eos counts as an answer token."""
     return f"Question: {question}\nAnswer:", f" {answer}"
+
+
+def check_ids(name: str, ids: Sequence[str], places: Sequence[int] | np.ndarray | None = None) -> None:
+    """Refuse ids that name two records of the data set `name`.
+
+    Args:
+        places: of the ids' records, counted from 0; None: they are all records.
+
+    Raises:
+        UserError: one line with the record, counted from 1.
+    """
+    seen: set[str] = set()
+    for place, sample_id in zip(range(len(ids)) if places is None else places, ids, strict=True):
+        if sample_id in seen:
+            raise UserError(f"{name}, record {place + 1}: id {sample_id!r} occurs twice; ids must be unique")
+        seen.add(sample_id)
+
+
+def texts_of(name: str, records: Iterable[Record | str]) -> list[Text]:
+    """What is tokenized of records in memory; a plain text is a record of its own.
+
+    Raises:
+        UserError: one line that names the record and field at fault, or an id that occurs twice.
+    """
+    if isinstance(records, str | Mapping):
+        raise UserError(f"{name} is one record: expected a list of them")
+    texts = [
+        as_text(name, number, {"text": record} if isinstance(record, str) else record)
+        for number, record in enumerate(records, start=1)
+    ]
+    check_ids(name, [text.sample_id for text in texts])
+    return texts

@@ -7,33 +7,29 @@ import importlib.util
 import math
 import warnings
 from collections.abc import Sequence
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from safetensors import SafetensorError
-from torch import nn
-from torch.func import functional_call, jvp
-from torch.overrides import TorchFunctionMode
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
+from scoring.curvature import along_signs, summed_by_reverse_mode
 from scoring.errors import UserError
 from scoring.generation import greedy_continuations
 from scoring.logprob import scored_logits, scored_logprobs, token_logprobs
 from scoring.memorization import extraction_likelihood
-from scoring.perturbation import Perturbation, fill_signs_
+from scoring.perturbation import Perturbation
 from scoring.sample_gradients import (
     UnsupportedModule,
     autograd_norms,
-    every_row_counts,
     log_abs_logprob,
     per_sample_gradient_norms,
 )
 from scoring.samples import Batch, Sample
+from scoring.settings import named
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
@@ -72,7 +68,8 @@ def check_survival(survival: float, sigma: float, dtype: torch.dtype, weights: i
     )
     if not allowed:
         raise LostPerturbation(
-            f"{message}; use --dtype float32, or --estimator gradient or curvature, which differentiate"
+            f"{message}; use {named('dtype')} float32, or {named('estimator')} gradient or curvature, which "
+            "differentiate"
         )
     return [message]
 
@@ -118,7 +115,8 @@ def load_model(
         )
     if device == "auto" and any(p.device.type != "cuda" for p in model.parameters()):
         raise UserError(
-            f"model {str(source)!r} does not fit into the memory of its replica's GPUs: raise --gpus-per-replica"
+            f"model {str(source)!r} does not fit into the memory of its replica's GPUs: "
+            f"raise {named('gpus_per_replica')}"
         )
     broken = next((name for name, p in model.named_parameters() if not p.isfinite().all()), None)
     if broken is not None:
@@ -281,20 +279,20 @@ class TransformersReplica:
             self._check_curvature(batch, seed, draw)
             self._curvature_checked = True
         self.forwards += 1
-        return _along_signs(self.model, batch, seed, draw)
+        return along_signs(self.model, batch, seed, draw)
 
     def _check_curvature(self, batch: Batch, seed: int, draw: int) -> None:
         one = batch.rows(0, 1).to(self.device)
         # In fp32, so that a difference is an error and not rounding.
         model = self.model if self.dtype in (torch.float32, torch.float64) else copy.deepcopy(self.model).float()
-        forward = _along_signs(model, one, seed, draw)
-        reverse = _summed_by_reverse_mode(model, one, seed, draw)
+        forward = along_signs(model, one, seed, draw)
+        reverse = summed_by_reverse_mode(model, one, seed, draw)
         error = abs(forward.sum().item() - reverse) / forward.abs().sum().item()
         if not error <= CURVATURE_TOLERANCE:
             raise UserError(
                 f"curvature: forward and reverse mode differ by {error:.0%} on the first sample, so "
                 f"{type(self.model).__name__} has a function that torch does not differentiate twice; use "
-                "--estimator antithetic"
+                f"{named('estimator')} antithetic"
             )
 
     def measure_gradient_error(self, batch: Batch) -> None:
@@ -306,93 +304,3 @@ class TransformersReplica:
         here, _ = self.log_abs_gradient_norms(few)
         exact, _ = TransformersReplica(copy.deepcopy(self.model).float()).log_abs_gradient_norms(few)
         self.gradient_error = ((here - exact).abs() / exact).max().item()
-
-
-def _signs(model: PreTrainedModel, seed: int, draw: int) -> dict[str, torch.Tensor]:
-    return {name: fill_signs_(torch.empty_like(p), seed, draw, name) for name, p in model.named_parameters()}
-
-
-@contextmanager
-def _eager_attention(model: PreTrainedModel):
-    """The fused attention kernels cannot be differentiated twice."""
-    implementation = model.config._attn_implementation
-    model.set_attn_implementation("eager")
-    try:
-        yield
-    finally:
-        model.set_attn_implementation(implementation)
-
-
-@torch.no_grad()
-def _along_signs(model: PreTrainedModel, batch: Batch, seed: int, draw: int) -> torch.Tensor:
-    """d^2/ds^2 P_t(theta + s v) at s = 0 along random signs v, (B, S)."""
-    weights = {name: p.detach() for name, p in model.named_parameters()}
-    signs = _signs(model, seed, draw)
-
-    def along(step: torch.Tensor) -> torch.Tensor:
-        moved = {f"model.{name}": w + step * signs[name] for name, w in weights.items()}
-        return functional_call(_LogProbs(model), moved, (batch,))
-
-    def slope(step: torch.Tensor) -> torch.Tensor:
-        return jvp(along, (step,), (torch.ones_like(step),))[1]
-
-    zero = torch.zeros((), device=batch.input_ids.device, dtype=next(model.parameters()).dtype)
-    with _eager_attention(model), _TwiceDifferentiable():
-        return jvp(slope, (zero,), (torch.ones_like(zero),))[1]
-
-
-@torch.enable_grad()
-def _summed_by_reverse_mode(model: PreTrainedModel, batch: Batch, seed: int, draw: int) -> float:
-    """The sum over tokens of what `_along_signs` gives, by differentiating a gradient."""
-    signs = _signs(model, seed, draw)
-    # All of them, as forward mode does, also those that are not being trained.
-    parameters = {name: p.detach().requires_grad_() for name, p in model.named_parameters()}
-
-    def along(scalar: torch.Tensor, again: bool) -> torch.Tensor:
-        gradients = torch.autograd.grad(scalar, list(parameters.values()), create_graph=again, allow_unused=True)
-        pairs = zip(gradients, parameters, strict=True)
-        return torch.stack([(g * signs[name]).sum() for g, name in pairs if g is not None]).sum()
-
-    with _eager_attention(model), every_row_counts(model):
-        moved = {f"model.{name}": p for name, p in parameters.items()}
-        logprobs = functional_call(_LogProbs(model), moved, (batch,))
-        return along(along(logprobs.sum(), True), False).item()
-
-
-class _LogProbs(nn.Module):
-    """The model and the log-probs of its scored tokens as one function of the weights."""
-
-    def __init__(self, model: PreTrainedModel) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, batch: Batch) -> torch.Tensor:
-        return scored_logprobs(self.model, batch)
-
-
-def _layer_norm(
-    x: torch.Tensor,
-    shape: Sequence[int],
-    weight: torch.Tensor | None = None,
-    bias: torch.Tensor | None = None,
-    eps: float = 1e-5,
-) -> torch.Tensor:
-    dims = tuple(range(-len(shape), 0))
-    centred = x - x.mean(dims, keepdim=True)
-    normed = centred * torch.rsqrt(centred.square().mean(dims, keepdim=True) + eps)
-    normed = normed if weight is None else normed * weight
-    return normed if bias is None else normed + bias
-
-
-def _silu(x: torch.Tensor, inplace: bool = False) -> torch.Tensor:
-    return x * torch.sigmoid(x)
-
-
-class _TwiceDifferentiable(TorchFunctionMode):
-    """Spells out the fused functions that torch cannot differentiate twice in forward mode: silu's derivative has
-    none, and layer_norm's holds its mean and variance fixed, without a word."""
-
-    _SPELLED_OUT: ClassVar = {F.silu: _silu, F.layer_norm: _layer_norm}
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        return self._SPELLED_OUT.get(func, func)(*args, **(kwargs or {}))

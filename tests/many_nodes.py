@@ -18,14 +18,15 @@ import ray
 import torch
 from ray.cluster_utils import Cluster
 
-from bench.files.spec import make_spec
 from bench.jobs.resources import SweepResources
 from bench.jobs.sweep import SweepResult, sweep
 from bench.jobs.sweep_plan import SweepSpec
 from bench.jobs.unlearn import UnlearnSpec, unlearn
 from scoring.cluster import Footprint, connect, how_many_fit
 from scoring.errors import UserError
-from scoring.pool import ReplicaPool, ReplicaSpec
+from scoring.pool import ReplicaPool
+from scoring.settings import build
+from scoring.work import ReplicaSpec
 from tests.algorithms.test_ray_train import TOLERANCE, assert_close
 from tests.bench.jobs.test_sweep import Inputs, timeless
 from tests.processes import wait_for
@@ -153,7 +154,7 @@ def sweeping(model: Path, folder: Path) -> None:
         (folder / name).mkdir()
     inputs = Inputs(folder / "there", model)
     fields = inputs.spec(vary={"algorithm": ["GA", "NPO"], "seed": [0, 1, 2]})
-    spec = make_spec(SweepSpec, fields, "test")
+    spec = build(SweepSpec, fields)
 
     def swept(place: str) -> SweepResult:
         return sweep(

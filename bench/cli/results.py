@@ -7,15 +7,14 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from bench.cli.flags import _Parser
-from scoring.errors import UserError
+from bench.cli.flags import Parser
 
 STORE_HELP = "folder or URI (s3://, gs://) of a result store"
 
 
-def _results_arguments(results: argparse.ArgumentParser) -> None:
+def results_arguments(results: argparse.ArgumentParser) -> None:
     results.set_defaults(parser=results)
-    which = results.add_subparsers(dest="what", required=True, metavar="WHAT", parser_class=_Parser)
+    which = results.add_subparsers(dest="what", required=True, metavar="WHAT", parser_class=Parser)
 
     def what(name: str, run: Callable[[argparse.Namespace], None], about: str) -> argparse.ArgumentParser:
         sub = which.add_parser(name, help=about, description=about, allow_abbrev=False)
@@ -47,7 +46,7 @@ def _stores_argument(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--experiment", help="only this one")
 
 
-def _add_to_store(root: str, paths: Sequence[str], experiment: str | None) -> None:
+def add_to_store(root: str, paths: Sequence[str], experiment: str | None) -> None:
     from bench.results.collect import add, summary
     from bench.results.store import Store
 
@@ -56,7 +55,7 @@ def _add_to_store(root: str, paths: Sequence[str], experiment: str | None) -> No
 
 
 def _results_add(arguments: argparse.Namespace) -> None:
-    _add_to_store(arguments.store, arguments.paths, arguments.experiment)
+    add_to_store(arguments.store, arguments.paths, arguments.experiment)
 
 
 def _results_list(arguments: argparse.Namespace) -> None:
@@ -77,6 +76,7 @@ def _results_show(arguments: argparse.Namespace) -> None:
 
 
 def _results_export(arguments: argparse.Namespace) -> None:
+    from bench.files.folders import unwritable
     from bench.results.export import exported, skipped_lines
     from bench.results.store import read_stores
     from scoring.files import replacing
@@ -92,10 +92,10 @@ def _results_export(arguments: argparse.Namespace) -> None:
         with replacing(Path(arguments.out)) as unfinished:
             unfinished.write_text(text, encoding="utf-8")
     except OSError as error:
-        raise UserError(f"--out {arguments.out}: cannot be written to ({error.strerror})") from error
+        raise unwritable(Path(arguments.out), error) from error
 
 
-def _leaderboard_arguments(sub: argparse.ArgumentParser) -> None:
+def leaderboard_arguments(sub: argparse.ArgumentParser) -> None:
     _stores_argument(sub)
     sub.add_argument("--out", required=True, help="folder for index.html, README.md, pictures and LaTeX tables")
     sub.add_argument(
@@ -105,20 +105,22 @@ def _leaderboard_arguments(sub: argparse.ArgumentParser) -> None:
     )
 
 
-def _leaderboard(arguments: argparse.Namespace) -> None:
-    from bench.leaderboard.boards import boards
-    from bench.leaderboard.write import write_leaderboard
-    from bench.results.store import read_stores
+def leaderboard(arguments: argparse.Namespace) -> None:
+    from bench.boards.write import leaderboard
 
-    results = read_stores(arguments.stores, arguments.task, arguments.experiment)
-    found, notes = boards(results, keep_conflicts=arguments.keep_conflicts)
-    write_leaderboard(found, notes, arguments.out)
+    boards, notes = leaderboard(
+        arguments.stores,
+        arguments.out,
+        task=arguments.task,
+        experiment=arguments.experiment,
+        keep_conflicts=arguments.keep_conflicts,
+    )
     for note in notes:
         print(note, file=sys.stderr)
-    print(f"{sum(len(board.runs) for board in found)} runs on {len(found)} boards: {arguments.out}/index.html")
+    print(f"{sum(len(board.runs) for board in boards)} runs on {len(boards)} boards: {arguments.out}/index.html")
 
 
-def _compare_arguments(sub: argparse.ArgumentParser) -> None:
+def compare_arguments(sub: argparse.ArgumentParser) -> None:
     sides = "with --results an algorithm, such as NPO or NPO,learning_rate=1e-4; else a store"
     sub.add_argument("first", metavar="A", help=sides)
     sub.add_argument("second", metavar="B", help="the same; differences are B less A")
@@ -128,9 +130,9 @@ def _compare_arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--experiment", help="only this one")
 
 
-def _compare(arguments: argparse.Namespace) -> None:
-    from bench.leaderboard.compare import compare, entries_side, store_side
-    from bench.leaderboard.text import comparison_lines
+def compare(arguments: argparse.Namespace) -> None:
+    from bench.boards.compare import compare, entries_side, store_side
+    from bench.boards.text import comparison_lines
     from bench.results.export import skipped_lines
     from bench.results.store import read_stores
 

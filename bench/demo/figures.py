@@ -12,7 +12,7 @@ from matplotlib.legend import Legend
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
-from bench.demo.runs import Run
+from bench.demo.runs import DemoRun
 from bench.files.score_file import Scores
 from bench.jobs.draws import ScalingLine
 from bench.report.figures import BLUE, GREEN, INK, MUTED, ORANGE, VERMILLION, Draw
@@ -101,7 +101,7 @@ def scaling(lines: Sequence[ScalingLine], title: str = "") -> Draw:
     return draw
 
 
-def recall_by_epoch(runs: Sequence[Run], which: Literal["forget", "retain"], title: str = "") -> Draw:
+def recall_by_epoch(runs: Sequence[DemoRun], which: Literal["forget", "retain"], title: str = "") -> Draw:
     """ROUGE-L recall against epochs: a colour for each algorithm, a dash and a mark for each alpha."""
 
     def draw(axes: Axes) -> None:
@@ -115,7 +115,7 @@ def recall_by_epoch(runs: Sequence[Run], which: Literal["forget", "retain"], tit
     return draw
 
 
-def trade_off(runs: Sequence[Run], title: str = "") -> Draw:
+def trade_off(runs: Sequence[DemoRun], title: str = "") -> Draw:
     """The path of each run, recall of the retain set against that of the forget set."""
 
     def draw(axes: Axes) -> None:
@@ -130,7 +130,7 @@ def trade_off(runs: Sequence[Run], title: str = "") -> Draw:
     return draw
 
 
-def _recall(run: Run, which: Literal["forget", "retain"]) -> np.ndarray:
+def _recall(run: DemoRun, which: Literal["forget", "retain"]) -> np.ndarray:
     return run.forget_recall if which == "forget" else run.retain_recall
 
 
@@ -139,7 +139,7 @@ ALPHA_STYLES: tuple[tuple[Any, str], ...] = (("-", "o"), ("--", "^"), (":", "s")
 RING: dict[str, Any] = {"marker": "o", "markersize": 11, "markerfacecolor": "none"}  # around an early end
 
 
-def _run_styles(runs: Sequence[Run]) -> list[tuple[str, Any, str]]:
+def _run_styles(runs: Sequence[DemoRun]) -> list[tuple[str, Any, str]]:
     """Colour, dash and mark of each run, in the order in which algorithms and alphas first appear."""
     algorithms = list(dict.fromkeys(run.algorithm for run in runs))
     alphas = list(dict.fromkeys(run.alpha for run in runs))
@@ -152,7 +152,7 @@ def _run_styles(runs: Sequence[Run]) -> list[tuple[str, Any, str]]:
     ]
 
 
-def _run_line(axes: Axes, run: Run, x: np.ndarray, y: np.ndarray, style: tuple[str, Any, str]) -> None:
+def _run_line(axes: Axes, run: DemoRun, x: np.ndarray, y: np.ndarray, style: tuple[str, Any, str]) -> None:
     colour, dash, marker = style
     # Open marks on the dashed line: where two lines lie on one another both are seen.
     fill = colour if dash == "-" else "none"
@@ -161,7 +161,7 @@ def _run_line(axes: Axes, run: Run, x: np.ndarray, y: np.ndarray, style: tuple[s
         axes.plot(x[-1:], y[-1:], color=colour, linestyle="none", **RING)
 
 
-def _run_legend(axes: Axes, runs: Sequence[Run], title: str) -> None:
+def _run_legend(axes: Axes, runs: Sequence[DemoRun], title: str) -> None:
     """Above the axes, where no line can run through it: a row of algorithms, and one of alphas."""
     styles = _run_styles(runs)
     colours = {run.algorithm: style[0] for run, style in zip(runs, styles, strict=True)}

@@ -11,13 +11,13 @@ import numpy as np
 
 from bench.demo.figures import difficulty, estimators, recall_by_epoch, scaling, trade_off
 from bench.demo.findings import Findings, agreement
-from bench.demo.runs import Run, Unlearning, has_retain_set, kept, percent, recipe, saved
+from bench.demo.runs import DemoRun, Unlearning, has_retain_set, kept, percent, recipe, saved
 from bench.files.score_file import Scores
 from bench.jobs.draws import inflation
 from bench.report import figures
 from bench.report.attributes import LENGTH, PROBABILITY, Correlation, Effect, by_attribute, forest
 from bench.report.style import STYLE_SHEET
-from bench.report.words import decimal, interval, said
+from bench.report.words import decimal, interval, with_ci
 from bench.stats.estimates import Estimate, spearman
 
 SHOWN = 5
@@ -160,11 +160,11 @@ def _estimators(findings: Findings) -> str:
     table = _table("Rank correlation (Spearman)", ["first", "second", "value", "95 % CI", "median ratio"], rows)
     sentence = (
         f"monte-carlo and gradient estimate the same statistic; the second has no sampling error. Their ratio is "
-        f"{exact.ratio:.3f} in the median and their ranks correlate by {said(exact.rank)}. curvature estimates the "
+        f"{exact.ratio:.3f} in the median and their ranks correlate by {with_ci(exact.rank)}. curvature estimates the "
         f"other statistic, abs_mean, which ranks the samples {_likeness(pairs[2].rank)} gradient does: "
-        f"{said(pairs[2].rank)}."
+        f"{with_ci(pairs[2].rank)}."
     )
-    alt = f"Scatter of MRD by monte-carlo against gradient; Spearman {said(exact.rank)}."
+    alt = f"Scatter of MRD by monte-carlo against gradient; Spearman {with_ci(exact.rank)}."
     drawn = figures.svg(estimators(findings.monte_carlo, findings.gradient), "estimators", alt)
     caption = "Algorithm 1 of the paper against its limit for small sigma, which one backward pass gives."
     return _paragraph(sentence) + _figure(drawn, caption) + table
@@ -256,14 +256,15 @@ def _length(findings: Findings) -> str:
     normalised = spearman(findings.whole["mrd"], findings.whole["mrd_per_token"])
     sentence = (
         "MRD sums over tokens and is not divided by their number, although the paper's text speaks of normalisation. "
-        f"Its rank correlation with length is {said(length.mrd)}; MRD per token has {said(length.per_token)}. The two "
-        f"orders of the samples correlate by {said(normalised)}. Partialling out removes only what is linear in the "
+        f"Its rank correlation with length is {with_ci(length.mrd)}; MRD per token has {with_ci(length.per_token)}. "
+        "The two "
+        f"orders of the samples correlate by {with_ci(normalised)}. Partialling out removes only what is linear in the "
         "ranks of the length; where an attribute goes with length, it cannot say which of them acts."
     )
     known = [e for e in findings.effects if math.isfinite(e.with_length.value)]
     if known:
         most = max(known, key=lambda e: abs(e.with_length.value))
-        sentence += f" Here {most.attribute.title} goes with it most: {said(most.with_length)}."
+        sentence += f" Here {most.attribute.title} goes with it most: {with_ci(most.with_length)}."
     head = ["MRD against", "Spearman", "95 % CI", "beyond length", "95 % CI", "MRD per token", "95 % CI"]
     rows = [
         [escape(c.title), *_cells(c.mrd), *_cells(c.beyond_length), *_cells(c.per_token)] for c in findings.correlations
@@ -325,12 +326,12 @@ def _unlearning(unlearning: Unlearning) -> str:
     return content + "".join(_paragraph(f"Note: {note}") for note in notes)
 
 
-def _answers(run: Run, row: int) -> list[float]:
+def _answers(run: DemoRun, row: int) -> list[float]:
     columns = (run.forget_recall, run.forget_probability, run.retain_recall, run.retain_probability)
     return [float(column[row]) for column in columns]
 
 
-def _run(run: Run) -> list[str]:
+def _run(run: DemoRun) -> list[str]:
     seconds = run.record["seconds"]
     return [
         escape(run.name),
@@ -344,7 +345,7 @@ def _run(run: Run) -> list[str]:
     ]
 
 
-def _recalls(runs: Sequence[Run], which: Literal["forget", "retain"]) -> str:
+def _recalls(runs: Sequence[DemoRun], which: Literal["forget", "retain"]) -> str:
     """The end of each line, for those who do not see it."""
     ends = (
         f"{run.name} {decimal((run.forget_recall if which == 'forget' else run.retain_recall)[-1])}" for run in runs

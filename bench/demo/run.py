@@ -25,7 +25,7 @@ from algorithms.recipe import Objectives
 from bench.demo.figures import difficulty, recall_by_epoch, scaling, trade_off
 from bench.demo.findings import Findings
 from bench.demo.page import page
-from bench.demo.runs import Run, Unlearning, has_retain_set, predictions, table_lines
+from bench.demo.runs import DemoRun, Unlearning, has_retain_set, predictions, table_lines
 from bench.files.score_file import Scores, read_scores
 from bench.jobs.draws import Point, ScalingLine, measure_draws, scaling_line
 from bench.jobs.resources import Resources
@@ -40,19 +40,22 @@ from bench.tasks.embedded import authors
 from scoring.cluster import connect, how_many_fit
 from scoring.errors import UserError
 from scoring.files import replacing
+from scoring.mrd import EstimatorName
 from scoring.samples import encode
+from scoring.settings import named
 
 MODEL = TASK = "authors"
 # Where each statistic can be measured: below, rounding; above, terms of higher order. bfloat16 is there to show
 # what rounding does to the very sigma that the paper uses (1e-5).
 SMALL, LARGE = (1e-6, 3e-6, 1e-5, 3e-5, 1e-4), (1e-5, 3e-5, 1e-4, 3e-4, 1e-3)
-SCALING = (
+SCALING: tuple[tuple[EstimatorName, str, str, tuple[float, ...]], ...] = (
     ("monte-carlo", "mean_abs", "float32", SMALL),
     ("antithetic", "abs_mean", "float32", LARGE),
     ("monte-carlo", "mean_abs", "bfloat16", SMALL),
 )
 
 ALPHAS = (0.0, 1.0)
+SHOWN_ESTIMATORS: tuple[EstimatorName, ...] = ("monte-carlo", "gradient", "curvature")
 POLL_S = 1.0  # between looks at the updates of runs
 
 
@@ -102,18 +105,25 @@ def run_demo(
     print(f"1/5 Memory Removal Difficulty of {len(records)} samples ({TASK}/{split}), by three estimators")
     results = {
         estimator: score(
-            ScoreSpec(MODEL, TASK, split, estimator, draws=sizes.draws if estimator == "monte-carlo" else None),
+            ScoreSpec(
+                model=MODEL,
+                data=TASK,
+                split=split,
+                estimator=estimator,
+                draws=sizes.draws if estimator == "monte-carlo" else None,
+            ),
             out / f"scores-{estimator}.parquet",
             resources,
             overwrite,
         )
-        for estimator in ("monte-carlo", "gradient", "curvature")
+        for estimator in SHOWN_ESTIMATORS
     }
     print("2/5 Does MRD follow sigma? In float32, and in bfloat16")
     scaling_lines = scaling_check(out / "scaling.parquet", model, split, sizes, resources)
 
     print(f"3/5 Difficulty by attribute, on {TASK}/{sizes.whole}")
-    score(ScoreSpec(MODEL, TASK, sizes.whole, "gradient"), out / "scores-whole.parquet", resources, overwrite)
+    whole_spec = ScoreSpec(model=MODEL, data=TASK, split=sizes.whole, estimator="gradient")
+    score(whole_spec, out / "scores-whole.parquet", resources, overwrite)
     whole = Scores.read(out / "scores-whole.parquet")
     whole_records = load_dataset(TASK, sizes.whole).records
     corpus = [f"{record['question']} {record['answer']}" for record in authors.training_records()]
@@ -137,7 +147,7 @@ def run_demo(
         correlations=correlations(whole, whole_records, corpus),
         model=_describe(model),
     )
-    runs = [Run.read(folder) for folder in folders]
+    runs = [DemoRun.read(folder) for folder in folders]
     unlearning = Unlearning(runs, predictions(runs, findings.gradient), skipped)
     with replacing(out / "index.html") as unfinished:
         unfinished.write_text(page(findings, unlearning), encoding="utf-8")
@@ -167,7 +177,8 @@ def _check_folder(out: Path, split: str) -> None:
     made = out / "scores-monte-carlo.parquet"
     if made.is_file() and (found := read_scores(made)[1]["split"]) != split:
         raise UserError(
-            f"--out {out} holds the demo of split {found!r}: choose another folder for {split!r}, or --overwrite"
+            f"{named('out')} {out} holds the demo of split {found!r}: choose another folder for {split!r}, or "
+            f"{named('overwrite')}"
         )
 
 

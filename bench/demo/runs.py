@@ -16,7 +16,7 @@ import numpy as np
 from algorithms.recipe import Recipe, total_updates, updates_per_epoch
 from bench.files.score_file import Scores
 from bench.jobs.run_folder import read_run
-from bench.report.words import decimal, said, verdict
+from bench.report.words import decimal, sign_verdict, with_ci
 from bench.stats.estimates import Estimate, partial_spearman, spearman
 
 # Remark 3.4 of the paper: the updates that a sample takes are inversely proportional to its MRD.
@@ -24,7 +24,7 @@ CLAIM = -1
 
 
 @dataclass(frozen=True)
-class Run:
+class DemoRun:
     """A finished run, epoch by epoch; row 0 is the initial model, and a run that ended early has fewer rows.
 
     Attributes:
@@ -55,7 +55,7 @@ class Run:
     until_forgotten: np.ndarray
 
     @classmethod
-    def read(cls, folder: str | Path) -> Run:
+    def read(cls, folder: str | Path) -> DemoRun:
         """The run that a folder holds.
 
         Raises:
@@ -114,7 +114,7 @@ class Run:
         return Recipe(**{name: self.spec[name] for name in ("algorithm", "epochs", "max_steps", "batch_size")})
 
 
-def has_retain_set(runs: Iterable[Run]) -> bool:
+def has_retain_set(runs: Iterable[DemoRun]) -> bool:
     """Whether any run measured what was kept."""
     return any(np.isfinite(run.retain_recall).any() for run in runs)
 
@@ -122,7 +122,7 @@ def has_retain_set(runs: Iterable[Run]) -> bool:
 # --- What the runs did --------------------------------------------------------------------------------------
 
 
-def recipe(runs: Sequence[Run]) -> str:
+def recipe(runs: Sequence[DemoRun]) -> str:
     """How all these runs were made; they differ in algorithm and alpha alone."""
     run = runs[0]
     spec = run.spec
@@ -144,7 +144,7 @@ def recipe(runs: Sequence[Run]) -> str:
     return text
 
 
-def kept(runs: Sequence[Run]) -> str:
+def kept(runs: Sequence[DemoRun]) -> str:
     """Who kept the retain set best at the end, and who forgot most."""
     if not has_retain_set(runs):
         return "This split has no retain set: what was kept is not measured."
@@ -163,7 +163,7 @@ def kept(runs: Sequence[Run]) -> str:
     return text
 
 
-def saved(runs: Sequence[Run]) -> list[str]:
+def saved(runs: Sequence[DemoRun]) -> list[str]:
     """Whether alpha 1 ended with fewer updates than alpha 0: a sentence for each algorithm, and one for all."""
     sentences, differences = [], []
     by_alpha = {(run.algorithm, run.alpha): run for run in runs}
@@ -219,12 +219,13 @@ class Prediction:
             return f"{self.run}: no sample was forgotten, so there is nothing to compare."
         late = f" Never forgotten: {self.never} of {self.samples} samples." if self.never else ""
         return (
-            f"{self.run}: rank correlation {said(self.correlation)}: {verdict(self.correlation, CLAIM)}. With length "
-            f"partialled out, {said(self.beyond_length)}: {verdict(self.beyond_length, CLAIM)}.{late}"
+            f"{self.run}: rank correlation {with_ci(self.correlation)}: {sign_verdict(self.correlation, CLAIM)}. "
+            "With length "
+            f"partialled out, {with_ci(self.beyond_length)}: {sign_verdict(self.beyond_length, CLAIM)}.{late}"
         )
 
 
-def predictions(runs: Iterable[Run], scores: Scores) -> list[Prediction]:
+def predictions(runs: Iterable[DemoRun], scores: Scores) -> list[Prediction]:
     """One for each run at alpha 0, whose draws do not depend on MRD.
 
     Args:
@@ -264,7 +265,7 @@ class Unlearning:
         skipped: algorithms that were to run and need a retain set, which the split has not.
     """
 
-    runs: Sequence[Run]
+    runs: Sequence[DemoRun]
     predictions: Sequence[Prediction]
     skipped: Sequence[str] = ()
 
@@ -278,7 +279,7 @@ class Unlearning:
 # --- Words --------------------------------------------------------------------------------------------------
 
 
-def table_lines(runs: Sequence[Run]) -> list[str]:
+def table_lines(runs: Sequence[DemoRun]) -> list[str]:
     """The end of each run for the terminal, under a head."""
     lines = [f"{'unlearning':<22}{'forget recall':>14}{'retain recall':>14}{'forgotten':>11}{'updates':>9}"]
     lines += [

@@ -5,17 +5,25 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import pyarrow as pa
 
-from bench.files.spec import make_spec
 from bench.jobs.resources import SweepResources
 from bench.jobs.sweep import SweepResult, sweep
 from bench.jobs.sweep_plan import SweepSpec
 from bench.report.figures import Draw
+from scoring.settings import Naming, build, naming
 
 T = TypeVar("T")
+
+
+@runtime_checkable
+class Checked(Protocol):
+    """Settings with checks of their own."""
+
+    def checked(self) -> Any:
+        """The same, or a UserError."""
 
 
 @dataclass(frozen=True)
@@ -25,7 +33,7 @@ class Setting:
     Attributes:
         name: of the experiment.
         values: the preset's section of its spec file.
-        where: the values come from, for messages.
+        names: how messages call the values.
         work: a folder of its own for what it measures on the way; what is there already is not measured again.
         trials: the folder of trials that all sweeps share.
         resources: of trials, and of replicas.
@@ -34,7 +42,7 @@ class Setting:
 
     name: str
     values: Mapping[str, Any]
-    where: str
+    names: Naming
     work: Path
     trials: Path
     resources: SweepResources
@@ -42,12 +50,15 @@ class Setting:
 
     def sweep(self, key: str = "sweep", resources: SweepResources | None = None) -> SweepResult:
         """The sweep that the spec file describes under `key`, run or found."""
-        spec = make_spec(SweepSpec, self.values[key], f"{self.where}: {key}")
-        return sweep(spec, self.work / key, self.trials, resources or self.resources, self.progress)
+        with naming(self.names.under(key)):
+            spec = build(SweepSpec, self.values[key])
+            return sweep(spec, self.work / key, self.trials, resources or self.resources, self.progress)
 
     def spec(self, kind: type[T], key: str) -> T:
         """What the spec file says under `key`, as a dataclass of its own."""
-        return make_spec(kind, self.values.get(key, {}), f"{self.where}: {key}")
+        with naming(self.names.under(key)):
+            spec = build(kind, self.values.get(key, {}))
+            return spec.checked() if isinstance(spec, Checked) else spec
 
 
 @dataclass(frozen=True)

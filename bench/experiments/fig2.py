@@ -16,7 +16,7 @@ from bench.experiments.experiment import Answer, Experiment, Setting
 from bench.files.status import FINISHED
 from bench.jobs.sweep import as_table
 from bench.report.figures import BLUE, GREEN, MUTED, ORANGE, VERMILLION, Draw
-from bench.report.words import counted, said, shared
+from bench.report.words import count_with_ci, share_with_ci, with_ci
 from bench.stats import selection_bias as bias
 from bench.stats.estimates import Estimate
 from scoring.errors import UserError
@@ -130,15 +130,16 @@ def _headline(each: Measure, spec: Fig2Spec) -> str:
     seeds = f"{table.seeds} seeds" if table.seeds > 1 else "one seed"
     bound = "" if math.isfinite(each.shares.within_algorithm.value) else "at least "
     return (
-        f"**{bound.capitalize()}{shared(_share(each))} of the variance of an algorithm's {each.name} is due to which "
+        f"**{bound.capitalize()}{share_with_ci(_share(each))} of the variance of an algorithm's {each.name} is due "
+        "to which "
         f"samples were drawn**, the rest to the seed; on {len(table.selections)} selections with {seeds} each. "
         f"For the ranking of {', '.join(table.algorithms)} to be right with a probability of {spec.probability:.0%}, a "
-        f"paper needs {counted(each.needed)} selections; it usually reports one."
+        f"paper needs {count_with_ci(each.needed)} selections; it usually reports one."
     )
 
 
 def _variance(each: Measure) -> str:
-    parts = ", ".join(f"{name} {shared(share)}" for name, share in each.shares.parts.items())
+    parts = ", ".join(f"{name} {share_with_ci(share)}" for name, share in each.shares.parts.items())
     return f"Shares of the variance of {each.name}: {parts}."
 
 
@@ -147,16 +148,18 @@ def _rankings(each: Measure, spec: Fig2Spec) -> str:
     for reversal in each.reversals:
         by_seeds = "" if reversal.by_seeds is None else f" (seed noise alone: {reversal.by_seeds:.0%})"
         reversals.append(
-            f"{reversal.worse} is ahead of {reversal.better}, the better on average by {said(reversal.difference)}, on "
-            f"{shared(reversal.rate)} of the selections{by_seeds}"
+            f"{reversal.worse} is ahead of {reversal.better}, the better on average by "
+            f"{with_ci(reversal.difference)}, on "
+            f"{share_with_ci(reversal.rate)} of the selections{by_seeds}"
         )
     ranks = ", ".join(f"{rank.algorithm} {rank.text}" for rank in each.ranking.ranks)
     apart = [f"{p.better} and {p.worse}" for p in each.ranking.pairs if not p.separable]
     tied = f" Not separable: {'; '.join(apart)}." if apart else " All pairs are separable."
     return (
         f"By {each.name}: {'; '.join(reversals)}. The rank correlation of two selections' rankings is "
-        f"{said(each.concordance.agreement)} (Kendall's W {each.concordance.w:.2f}). Ranks with their 95 % intervals: "
-        f"{ranks}.{tied} Per unit of mean log MRD the {each.name} changes by {said(each.adjusted.slope)}."
+        f"{with_ci(each.concordance.agreement)} (Kendall's W {each.concordance.w:.2f}). Ranks with their 95 % "
+        "intervals: "
+        f"{ranks}.{tied} Per unit of mean log MRD the {each.name} changes by {with_ci(each.adjusted.slope)}."
     )
 
 
@@ -165,12 +168,13 @@ def _claim(each: Measure) -> str:
     varies = share.low > 0
     reversed_surely = [r for r in each.reversals if r.rate.low > (r.by_seeds or 0.0) and r.difference.sign > 0]
     if varies:
-        first = f"results depend on the samples that were drawn: the claim holds here ({shared(share)} of the variance"
+        first = "results depend on the samples that were drawn: the claim holds here "
+        first += f"({share_with_ci(share)} of the variance"
         first += f", {'most' if share.low > MOST else 'perhaps most' if share.high > MOST else 'the smaller part'})"
     else:
-        first = f"whether results depend on the samples that were drawn cannot be told here ({shared(share)})"
+        first = f"whether results depend on the samples that were drawn cannot be told here ({share_with_ci(share)})"
     if reversed_surely:
-        pairs = "; ".join(f"{r.worse} ahead of {r.better} on {shared(r.rate)}" for r in reversed_surely)
+        pairs = "; ".join(f"{r.worse} ahead of {r.better} on {share_with_ci(r.rate)}" for r in reversed_surely)
         second = (
             f"rankings reverse on some selections more often than the seed alone explains: the claim holds ({pairs})"
         )

@@ -32,15 +32,16 @@ from bench.models.cache import trained_once
 from bench.models.embedded import FAMILIES, model_spec, train, train_tokenizer
 from bench.models.find import ModelReference, find_model
 from bench.report.figures import BLUE, GREEN, INK, MUTED, ORANGE, VERMILLION, Draw
-from bench.report.words import said
+from bench.report.words import with_ci
 from bench.stats.estimates import Estimate, over_sets, partial_spearman, spearman
 from bench.tasks.datasets import load_dataset
 from scoring.cluster import connect
 from scoring.errors import UserError
-from scoring.pool import ReplicaPool, ReplicaSpec
+from scoring.pool import ReplicaPool
 from scoring.replica import TransformersReplica, load_model
 from scoring.samples import Batch, encode, make_batches
 from scoring.training_difficulty import el2n, grand, vog
+from scoring.work import ReplicaSpec
 
 SCHEMA_VERSION = 1
 MRD = "MRD"
@@ -102,7 +103,7 @@ class Work:
     """GraNd, EL2N and VoG of a group of batches.
 
     Attributes:
-        shard: see `scoring.pool.Work`.
+        shard: see `scoring.work.Work`.
         checkpoints: source and revision of the earlier states of the replica's model; none: no VoG.
     """
 
@@ -357,7 +358,7 @@ def answer(table: pa.Table) -> Answer:
 
 
 def _headline(table: pa.Table, found: Sequence[Ordering]) -> str:
-    parts = ", ".join(f"{each.metric.title} {said(each.correlation)}" for each in found)
+    parts = ", ".join(f"{each.metric.title} {with_ci(each.correlation)}" for each in found)
     return (
         f"**Rank correlation with the true difficulty of {table.num_rows} groups of {table['samples'][0].as_py()} "
         f"samples: {parts}**. All are turned so that +1 means: easy to hard by the metric is easy to hard in truth; "
@@ -367,14 +368,14 @@ def _headline(table: pa.Table, found: Sequence[Ordering]) -> str:
 
 
 def _length(found: Sequence[Ordering]) -> str:
-    parts = ", ".join(f"{each.metric.title} {said(each.beyond_length)}" for each in found)
+    parts = ", ".join(f"{each.metric.title} {with_ci(each.beyond_length)}" for each in found)
     return (
         f"With the mean number of scored tokens partialled out: {parts}. MRD sums over tokens, GraNd and EL2N do not."
     )
 
 
 def _others(found: Sequence[Ordering]) -> list[str]:
-    parts = [f"{each.metric.title} {said(each.mrd_ahead)}" for each in found if each.mrd_ahead]
+    parts = [f"{each.metric.title} {with_ci(each.mrd_ahead)}" for each in found if each.mrd_ahead]
     if not parts:
         return []
     return [

@@ -24,7 +24,7 @@ from bench.experiments.shared.verdicts import CONTRADICTED, HOLDS, UNKNOWN, rule
 from bench.files.status import FINISHED
 from bench.jobs.sweep import as_table
 from bench.report.figures import INK, Draw
-from bench.report.words import said
+from bench.report.words import with_ci
 from bench.stats.estimates import FEWEST, LEVEL, Estimate, over_sets, partial_spearman, spearman
 from scoring.errors import UserError
 
@@ -196,7 +196,7 @@ def spreads(trials: pa.Table, samples: pa.Table) -> list[Spread]:
 
 
 def _headline(found: Sequence[Spread]) -> str:
-    parts = ", ".join(f"{said(each.variation())} with {each.algorithm}" for each in found)
+    parts = ", ".join(f"{with_ci(each.variation())} with {each.algorithm}" for each in found)
     seeds = found[0].seeds
     noise = (
         f"{seeds} runs each, the noise of their seeds taken off"
@@ -213,9 +213,9 @@ def _numbers(found: Sequence[Spread]) -> str:
     parts = []
     for each in found:
         means = each.means
-        own = f", {said(each.share())} of the variance of a run is the composite's own" if each.seeds > 1 else ""
+        own = f", {with_ci(each.share())} of the variance of a run is the composite's own" if each.seeds > 1 else ""
         parts.append(
-            f"{each.algorithm}: the 90th percentile is {said(each.ratio())} times the 10th, and the largest "
+            f"{each.algorithm}: the 90th percentile is {with_ci(each.ratio())} times the 10th, and the largest "
             f"{means.max() / means.min():.2f} times the smallest{own}"
         )
     return f"{'; '.join(parts)}. The ratio of the extremes grows with the number of composites, and has no interval."
@@ -226,7 +226,9 @@ def _mrd(found: Sequence[Spread]) -> str:
     for each in found:
         plain = spearman(each.mean_log_mrd, each.ranked)
         beyond = partial_spearman(each.mean_log_mrd, each.ranked, each.tokens)
-        parts.append(f"{said(plain)} with {each.algorithm} ({said(beyond)} with the number of tokens partialled out)")
+        parts.append(
+            f"{with_ci(plain)} with {each.algorithm} ({with_ci(beyond)} with the number of tokens partialled out)"
+        )
     return (
         "Rank correlation of a composite's mean log MRD with its change, which the paper's definition makes negative: "
         f"{'; '.join(parts)}."
@@ -235,7 +237,8 @@ def _mrd(found: Sequence[Spread]) -> str:
 
 def _agreement(found: Sequence[Spread]) -> str:
     parts = [
-        f"{said(correlation)} between {first} and {second}" for (first, second), correlation in agreement(found).items()
+        f"{with_ci(correlation)} between {first} and {second}"
+        for (first, second), correlation in agreement(found).items()
     ]
     return f"Rank correlation of the changes of the same composites: {', '.join(parts)}."
 

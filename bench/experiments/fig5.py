@@ -31,7 +31,7 @@ from bench.experiments.shared.single_samples import (
 from bench.experiments.shared.verdicts import WEAK, ruled, ruling
 from bench.jobs.sweep import as_table
 from bench.report.figures import Draw
-from bench.report.words import decimal, interval, said
+from bench.report.words import decimal, interval, with_ci
 from bench.stats.estimates import Estimate
 from scoring.errors import UserError
 
@@ -54,7 +54,7 @@ def run(setting: Setting) -> Answer:
             result = setting.sweep(key)
             measured[result.trials["task"][0].as_py()] = result.trials, result.samples
     if not measured:
-        raise UserError(f"{setting.where}: expected a sweep under {' or '.join(TASKS)}")
+        raise UserError(f"{setting.names.start()}expected a sweep under {' or '.join(TASKS)}")
     return answer(measured)
 
 
@@ -84,7 +84,7 @@ def answer(measured: Mapping[str, tuple[pa.Table, pa.Table]]) -> Answer:
 
 def _headline(related: Sequence[Relation]) -> str:
     parts = [
-        f"{said(each.correlation)} for {each.group}, {each.algorithm} ({len(each.runs)} samples)" for each in related
+        f"{with_ci(each.correlation)} for {each.group}, {each.algorithm} ({len(each.runs)} samples)" for each in related
     ]
     return (
         f"**Rank correlation of MRD with the number of updates until a sample is forgotten: {'; '.join(parts)}**. The "
@@ -97,10 +97,11 @@ def _by_task(task: str, related: Sequence[Relation], agreed: Mapping[tuple[str, 
     needed = [run.updates for each in own for run in each.runs if run.forgotten]
     span = f"took {min(needed):g} to {max(needed):g} updates" if needed else "were never forgotten"
     beyond = "; ".join(
-        f"{said(each.beyond_length)} with {each.algorithm} (the length alone: {said(each.with_length)})" for each in own
+        f"{with_ci(each.beyond_length)} with {each.algorithm} (the length alone: {with_ci(each.with_length)})"
+        for each in own
     )
     order = [
-        f" {first} and {second} order the samples alike with a rank correlation of {said(each)}."
+        f" {first} and {second} order the samples alike with a rank correlation of {with_ci(each)}."
         for (group, first, second), each in agreed.items()
         if group == task
     ]

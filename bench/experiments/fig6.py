@@ -33,12 +33,19 @@ from bench.jobs.draws import (
 from bench.jobs.resources import Resources
 from bench.models.find import find_model
 from bench.report.figures import BLUE, GREEN, GRID, INK, MUTED, ORANGE, VERMILLION, Draw
-from bench.report.words import columns, decimal, interval, percent, said, significant
+from bench.report.words import (
+    decimal,
+    interval,
+    interval_columns,
+    number_with_ci,
+    percent_with_ci,
+    with_ci,
+)
 from bench.stats.estimates import Estimate, over_sets, spearman
-from bench.tasks.datasets import load_dataset, spaced
+from bench.tasks.datasets import load_dataset
 from scoring.errors import UserError
 from scoring.mrd import Statistic, reduce_draws
-from scoring.samples import encode
+from scoring.samples import encode, evenly_spaced
 
 COARSE = "bfloat16"
 CLOSED_FORM = {"mean_abs": "gradient", "abs_mean": "curvature"}
@@ -145,7 +152,7 @@ def run(setting: Setting) -> Answer:
     spec = setting.spec(Fig6Spec, "sensitivity").checked()
     model = find_model(spec.model)
     dataset = load_dataset(spec.task, spec.split, model.tokenizer)
-    samples, _ = encode(spaced(dataset.texts, spec.samples), model.tokenizer, model.max_length)
+    samples, _ = encode(evenly_spaced(dataset.texts, spec.samples), model.tokenizer, model.max_length)
     shared = setting.resources
     drawn = measure_draws(
         setting.work / "draws.parquet",
@@ -161,7 +168,7 @@ def run(setting: Setting) -> Answer:
 
 def answer(drawn: Sequence[PointDraws], tokens: np.ndarray, spec: Fig6Spec) -> Answer:
     """From the draws at spec.points() of samples with so many scored tokens, (N,)."""
-    found = Found.of(drawn, tokens, spec)
+    found = SigmaAndDraws.of(drawn, tokens, spec)
     by_sigma, by_draws = found.by_sigma(), found.by_draws()
     sentences = [
         found.scaling(),
@@ -181,7 +188,7 @@ def answer(drawn: Sequence[PointDraws], tokens: np.ndarray, spec: Fig6Spec) -> A
 
 
 @dataclass(frozen=True)
-class Counted:
+class DrawCount:
     """The error of an estimator after so many draws.
 
     Attributes:
@@ -204,12 +211,12 @@ class Counted:
         named = {"relative_error": self.error, "relative_stderr": self.stderr, "rank": self.rank}
         row: dict[str, Any] = {"estimator": self.estimator, "statistic": self.statistic, "draws": self.draws}
         for name, estimate in (named | {"error_exponent": self.exponent}).items():
-            row |= columns(name, estimate)
+            row |= interval_columns(name, estimate)
         return row
 
 
 @dataclass(frozen=True)
-class Found:
+class SigmaAndDraws:
     """The draws, and what is read off them.
 
     Attributes:
@@ -223,7 +230,7 @@ class Found:
     spec: Fig6Spec
 
     @classmethod
-    def of(cls, drawn: Sequence[PointDraws], tokens: np.ndarray, spec: Fig6Spec) -> Found:
+    def of(cls, drawn: Sequence[PointDraws], tokens: np.ndarray, spec: Fig6Spec) -> SigmaAndDraws:
         return cls({(each.point.estimator, each.point.dtype, each.point.sigma): each for each in drawn}, tokens, spec)
 
     @cached_property
@@ -261,11 +268,11 @@ class Found:
                 slope = self.slopes[estimator, statistic, dtype]
                 for sigma in self.sigmas(dtype):
                     at = self.drawn[estimator, dtype, sigma]
-                    rows.append(self._row(at, statistic) | columns("slope", slope))
+                    rows.append(self._row(at, statistic) | interval_columns("slope", slope))
             for statistic, estimator in CLOSED_FORM.items():
                 unknown = Estimate(np.nan, np.nan, np.nan)
                 at = self.drawn[estimator, dtype, self.spec.sigma]
-                rows.append(self._row(at, statistic) | columns("slope", unknown))
+                rows.append(self._row(at, statistic) | interval_columns("slope", unknown))
         return rows
 
     def _row(self, at: PointDraws, statistic: str) -> dict[str, Any]:
@@ -285,10 +292,10 @@ class Found:
             "rank": spearman(mrd, expected),
             "rank_of_tokens": spearman(mrd, self.tokens),
         }.items():
-            row |= columns(name, estimate)
+            row |= interval_columns(name, estimate)
         return row
 
-    def by_draws(self) -> list[Counted]:
+    def by_draws(self) -> list[DrawCount]:
         spec = self.spec
         counts = {"monte-carlo": spec.counts, "antithetic": spec.pair_counts, "curvature": spec.direction_counts}
         sigma = {"monte-carlo": spec.sigma, "antithetic": spec.pair_sigma, "curvature": spec.sigma}
@@ -314,7 +321,7 @@ class Found:
             for estimator, statistic in (DRAWN[0], DRAWN[2])
         ]
         rounded = [
-            f"{CLOSED_FORM[statistic]} by {percent(_median(np.abs(here / self.closed_form(statistic) - 1)))}"
+            f"{CLOSED_FORM[statistic]} by {percent_with_ci(_median(np.abs(here / self.closed_form(statistic) - 1)))}"
             for statistic in CLOSED_FORM
             for here in [self._coarse(statistic)]
         ]
@@ -342,28 +349,31 @@ class Found:
             same = lies_within(ratio, 1 / SAME, SAME)
             means = {HOLDS: "the closed form is measured", CONTRADICTED: "something else is measured"}
             parts.append(
-                f"At sigma {sigma:g} MRD has a median of {np.median(mrd):.3g}, {significant(ratio)} times the closed "
-                f"form; its rank correlation with that is {said(spearman(mrd, expected))}, with the number of scored "
-                f"tokens {said(spearman(mrd, self.tokens))}: {means.get(same, 'what is measured cannot be told')}."
+                f"At sigma {sigma:g} MRD has a median of {np.median(mrd):.3g}, {number_with_ci(ratio)} times the "
+                "closed "
+                f"form; its rank correlation with that is {with_ci(spearman(mrd, expected))}, with the number of "
+                "scored "
+                f"tokens {with_ci(spearman(mrd, self.tokens))}: {means.get(same, 'what is measured cannot be told')}."
             )
         title = (
             f"**Sigma {spec.sigma:g} or {spec.other_sigma:g}** (mean_abs by Monte Carlo, {EXACT}, K = {spec.stable})."
         )
         return " ".join([title, *parts])
 
-    def either_count(self, by_draws: Sequence[Counted]) -> str:
+    def either_count(self, by_draws: Sequence[DrawCount]) -> str:
         spec = self.spec
         fewer, more = (_at(by_draws, *DRAWN[0], count) for count in (spec.fewer, spec.more))
         law = MEDIAN_OF_NORMAL * HALF_NORMAL_SPREAD
         return (
             f"**K = {spec.fewer} or {spec.more}** (mean_abs by Monte Carlo, sigma {spec.sigma:g}). A score is off by "
-            f"{percent(fewer.error)} or {percent(more.error)} of the closed form, median over samples, where "
+            f"{percent_with_ci(fewer.error)} or {percent_with_ci(more.error)} of the closed form, median over "
+            "samples, where "
             f"independent draws give {law / spec.fewer**0.5:.1%} and {law / spec.more**0.5:.1%}; the error falls as K "
-            f"to the power of {said(fewer.exponent)}, expected \N{MINUS SIGN}0.50. Rank correlation with the closed "
-            f"form: {said(fewer.rank)} or {said(more.rank)}."
+            f"to the power of {with_ci(fewer.exponent)}, expected \N{MINUS SIGN}0.50. Rank correlation with the closed "
+            f"form: {with_ci(fewer.rank)} or {with_ci(more.rank)}."
         )
 
-    def either_statistic(self, by_draws: Sequence[Counted]) -> str:
+    def either_statistic(self, by_draws: Sequence[DrawCount]) -> str:
         spec = self.spec
         naive = _at(by_draws, *DRAWN[1], spec.more)
         pairs = _at(by_draws, *DRAWN[2], max(spec.pair_counts))
@@ -373,11 +383,12 @@ class Found:
         rank = spearman(self.closed_form("mean_abs"), self.closed_form("abs_mean"))
         return (
             f"**E|·| (Algorithm 1) or |E·| (Definition 3.1).** Monte Carlo of |E·| at K = {spec.more} is off by "
-            f"{percent(naive.error)}: noise of first order; about {needed:.1g} draws would bring that to "
+            f"{percent_with_ci(naive.error)}: noise of first order; about {needed:.1g} draws would bring that to "
             f"{spec.tolerance:.0%}. {max(spec.pair_counts)} antithetic pairs at sigma {spec.pair_sigma:g} are off by "
-            f"{percent(pairs.error)} from the curvature along {spec.directions} directions (which has a standard error "
-            f"of {percent(curved)} itself), and the curvature along {max(spec.direction_counts)} by "
-            f"{percent(directions.error)}. Rank correlation of the two closed forms: {said(rank)}."
+            f"{percent_with_ci(pairs.error)} from the curvature along {spec.directions} directions (which has a "
+            "standard error "
+            f"of {percent_with_ci(curved)} itself), and the curvature along {max(spec.direction_counts)} by "
+            f"{percent_with_ci(directions.error)}. Rank correlation of the two closed forms: {with_ci(rank)}."
         )
 
     def claim_sigma(self) -> str:
@@ -391,8 +402,8 @@ class Found:
         }
         return (
             f"The claim that MRD (mean_abs) does not depend on sigma {lies_within(slope, *FLAT)} here: in {EXACT} "
-            f"{_change(exact)}, a slope of {said(slope)} where a number without dependence has 0. In {COARSE} "
-            f"{_change(coarse)}, slope {said(coarse_slope)}{storage}: "
+            f"{_change(exact)}, a slope of {with_ci(slope)} where a number without dependence has 0. In {COARSE} "
+            f"{_change(coarse)}, slope {with_ci(coarse_slope)}{storage}: "
             f"{flatter.get(lies_within(coarse_slope, -0.5, 0.5), 'whether that is nearer to flat cannot be told')}."
         )
 
@@ -403,7 +414,7 @@ class Found:
             values = self.drawn["monte-carlo", EXACT, spec.sigma].values[:, : spec.stable]
             stderr = _relative_stderr(values, statistic)
             claim = lies_within(stderr, 0.0, spec.tolerance)
-            parts.append(f"{claim} here for {statistic}, with a relative standard error of {percent(stderr)}")
+            parts.append(f"{claim} here for {statistic}, with a relative standard error of {percent_with_ci(stderr)}")
         return (
             f"The claim that MRD by Monte Carlo is stable from K = {spec.stable} on (relative standard error at most "
             f"{spec.tolerance:.0%}, median of samples; the paper gives none) {parts[0]}; it {parts[1]}."
@@ -412,7 +423,7 @@ class Found:
 
 def counted(
     drawn: PointDraws, statistic: str, reference: np.ndarray, counts: Sequence[int], own: bool = False
-) -> list[Counted]:
+) -> list[DrawCount]:
     """The error after each number of draws.
 
     Errors are taken over all disjoint runs of so many draws. The intervals are over samples: these share the noise,
@@ -447,7 +458,7 @@ def counted(
 
     power = over_sets(exponent, [samples])
     return [
-        Counted(
+        DrawCount(
             drawn.point.estimator,
             statistic,
             count,
@@ -485,7 +496,7 @@ def _median(values: np.ndarray) -> Estimate:
     return over_sets(lambda rows: np.median(values[rows[0]], axis=-1), [len(values)])
 
 
-def _at(by_draws: Sequence[Counted], estimator: str, statistic: str, draws: int) -> Counted:
+def _at(by_draws: Sequence[DrawCount], estimator: str, statistic: str, draws: int) -> DrawCount:
     wanted = (estimator, statistic, draws)
     return next(each for each in by_draws if (each.estimator, each.statistic, each.draws) == wanted)
 
@@ -507,7 +518,7 @@ COUNT_LINES = {
 SHORT = {EXACT: "fp32", COARSE: "bf16"}
 
 
-def _against_sigma(found: Found, statistic: str, title: str) -> Draw:
+def _against_sigma(found: SigmaAndDraws, statistic: str, title: str) -> Draw:
     def draw(axes: Axes) -> None:
         for (estimator, dtype), (colour, marker, dash) in LINES.items():
             if (estimator, statistic) not in DRAWN:
@@ -533,7 +544,7 @@ def _against_sigma(found: Found, statistic: str, title: str) -> Draw:
     return draw
 
 
-def _against_draws(by_draws: Sequence[Counted], title: str) -> Draw:
+def _against_draws(by_draws: Sequence[DrawCount], title: str) -> Draw:
     def draw(axes: Axes) -> None:
         for (estimator, statistic), (colour, marker) in COUNT_LINES.items():
             mine = [each for each in by_draws if (each.estimator, each.statistic) == (estimator, statistic)]

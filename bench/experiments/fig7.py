@@ -24,7 +24,7 @@ from bench.experiments.shared.single_samples import (
     COLOURS,
     MARKERS,
     Relation,
-    Run,
+    SingleSampleRun,
     difficulty,
     left_out,
     relation_row,
@@ -38,13 +38,13 @@ from bench.jobs.sweep import as_table
 from bench.jobs.sweep_plan import SweepSpec
 from bench.models.find import ModelReference, find_model
 from bench.report.figures import INK, Draw
-from bench.report.words import decimal, interval, said
+from bench.report.words import decimal, interval, with_ci
 from bench.stats.estimates import mean, partial_spearman, spearman
-from bench.tasks.datasets import load_dataset, spaced
+from bench.tasks.datasets import load_dataset
 from scoring.errors import UserError
 from scoring.files import replacing
 from scoring.records import Record
-from scoring.samples import Text, encode
+from scoring.samples import Text, encode, evenly_spaced
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,7 +113,7 @@ def joined(texts: Sequence[Text], records: int, count: int) -> list[Record]:
             f"texts: count is {count}: {len(texts)} records give {len(whole)} texts of {records}; lower it, or choose "
             "a larger split"
         )
-    return [_join(group) for group in spaced(whole, count)]
+    return [_join(group) for group in evenly_spaced(whole, count)]
 
 
 def _join(group: Sequence[Text]) -> Record:
@@ -179,7 +179,7 @@ def _named(each: Relation, levels: Mapping[str, int]) -> str:
 
 def _headline(related: Sequence[Relation], levels: Mapping[str, int]) -> str:
     parts = "; ".join(
-        f"{said(each.correlation)} for {_named(each, levels)}, {len(each.runs)} texts" for each in related
+        f"{with_ci(each.correlation)} for {_named(each, levels)}, {len(each.runs)} texts" for each in related
     )
     return (
         f"**Rank correlation of MRD with the difficulty of a text: {parts}**. The difficulty is mean |Δθ| when the "
@@ -187,14 +187,14 @@ def _headline(related: Sequence[Relation], levels: Mapping[str, int]) -> str:
     )
 
 
-def _sizes(found: Sequence[Run], measured: Mapping[str, tuple[pa.Table, pa.Table]], context: int) -> str:
+def _sizes(found: Sequence[SingleSampleRun], measured: Mapping[str, tuple[pa.Table, pa.Table]], context: int) -> str:
     parts = []
     for level, (_, samples) in measured.items():
         known = dict(zip(samples["sample_id"].to_pylist(), samples["ma_initial"].to_pylist(), strict=True))
         mrd = {run.sample: run.mrd for run in found if run.group == level}
         parts.append(
-            f"{level}: mean MRD {said(mean(np.array(list(mrd.values()))), 4)}, memorization accuracy "
-            f"{said(mean(np.array(list(known.values()), dtype=float)))}"
+            f"{level}: mean MRD {with_ci(mean(np.array(list(mrd.values()))), 4)}, memorization accuracy "
+            f"{with_ci(mean(np.array(list(known.values()), dtype=float)))}"
         )
     longest = max((run.tokens for run in found), default=0)
     return (
@@ -206,13 +206,14 @@ def _sizes(found: Sequence[Run], measured: Mapping[str, tuple[pa.Table, pa.Table
 
 def _length(related: Sequence[Relation]) -> str:
     parts = "; ".join(
-        f"{said(each.beyond_length)} for {each.group}, {each.algorithm} (the length alone: {said(each.with_length)})"
+        f"{with_ci(each.beyond_length)} for {each.group}, {each.algorithm} (the length alone: "
+        f"{with_ci(each.with_length)})"
         for each in related
     )
     return f"With the number of tokens partialled out within a level: {parts}."
 
 
-def _pooled(found: Sequence[Run]) -> list[str]:
+def _pooled(found: Sequence[SingleSampleRun]) -> list[str]:
     """What ranking all levels together gives, for each algorithm: mostly a ranking by length."""
     parts = []
     for algorithm in dict.fromkeys(run.algorithm for run in found):
@@ -220,7 +221,8 @@ def _pooled(found: Sequence[Run]) -> list[str]:
         mrd, tokens = np.array([run.mrd for run in own]), np.array([float(run.tokens) for run in own])
         hard = difficulty(own, "change")
         parts.append(
-            f"{said(spearman(mrd, hard))} with {algorithm}, and {said(partial_spearman(mrd, hard, tokens))} with the "
+            f"{with_ci(spearman(mrd, hard))} with {algorithm}, and {with_ci(partial_spearman(mrd, hard, tokens))} "
+            "with the "
             "number of tokens partialled out"
         )
     return [f"All levels ranked together: {'; '.join(parts)}."] if parts else []

@@ -16,9 +16,9 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import yaml
-from filelock import FileLock, Timeout
 
 from bench.experiments.experiment import Answer, Experiment, Setting
+from bench.files.folders import locked
 from bench.files.identity import with_spec_hash
 from bench.files.origin import origin
 from bench.files.spec import read_mapping
@@ -26,6 +26,7 @@ from bench.jobs.resources import SweepResources
 from bench.report import figures
 from scoring.errors import UserError, unknown_name
 from scoring.files import replacing
+from scoring.settings import Naming, named
 
 PRESETS = ("demo", "paper")
 SPECS = Path(__file__).parent / "specs"
@@ -75,23 +76,15 @@ def reproduce(
     if name != ALL and name not in EXPERIMENTS:
         raise unknown_name("experiment", name, [*EXPERIMENTS, ALL])
     if spec is not None and name == ALL:
-        raise UserError("--spec is for one experiment: name it instead of all")
-    out = Path(out)
+        raise UserError(f"{named('spec')} is for one experiment: name it instead of all")
+    out = Path(out).absolute()
     chosen = list(EXPERIMENTS.values()) if name == ALL else [EXPERIMENTS[name]]
     # All of them first: a mistake in the last one's spec is not found after an hour.
     settings = [
         _setting(each, preset, Path(spec) if spec else SPECS / f"{each.name}.yaml", out, resources, progress)
         for each in chosen
     ]
-    try:
-        (out / "work").mkdir(parents=True, exist_ok=True)
-        lock = FileLock(out / "work" / ".lock")
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise UserError(f"--out {out}: another run is writing here; wait for it, or choose another") from None
-    except OSError as error:
-        raise UserError(f"--out {out}: cannot be written to ({error.strerror})") from error
-    with lock:
+    with locked(out / "work", out, "run"):
         folders = [_answered(*each, preset, out) for each in zip(chosen, settings, strict=True)]
         _write_overview(out, preset)
     return folders
@@ -100,7 +93,7 @@ def reproduce(
 def _setting(
     experiment: Experiment, preset: str, path: Path, out: Path, resources: SweepResources | None, progress: bool
 ) -> Setting:
-    sections = read_mapping(path)
+    sections, lines = read_mapping(path)
     if unknown := next((name for name in sections if name not in PRESETS), None):
         raise UserError(f"{path}: {unknown_name('preset', str(unknown), PRESETS)}")
     values = sections.get(preset)
@@ -108,7 +101,8 @@ def _setting(
         raise UserError(f"{path}: no section {preset!r}: expected a mapping of what the experiment is given")
     spread = (resources or SweepResources()).checked()
     work = out / "work" / experiment.name
-    return Setting(experiment.name, values, f"{path}, {preset}", work, out / "trials", spread, progress)
+    names = Naming(file=str(path), lines=lines, path=(preset,))
+    return Setting(experiment.name, values, names, work, out / "trials", spread, progress)
 
 
 def _answered(experiment: Experiment, setting: Setting, preset: str, out: Path) -> Path:
@@ -125,8 +119,8 @@ def _answered(experiment: Experiment, setting: Setting, preset: str, out: Path) 
             print(f"{experiment.name}: {folder} is there already", flush=True)
             return folder
         raise UserError(
-            f"--out {out} holds {experiment.name} by another spec (preset {found['preset']}): choose another folder, "
-            f"or remove {folder}"
+            f"{named('out')} {out} holds {experiment.name} by another spec (preset {found['preset']}): choose another "
+            f"folder, or remove {folder}"
         )
     print(f"{experiment.name}: {experiment.question}", flush=True)
     started = time.perf_counter()

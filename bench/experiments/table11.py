@@ -21,7 +21,14 @@ from bench.jobs.resources import Resources
 from bench.jobs.score import ScoreSpec, score
 from bench.models.find import find_model
 from bench.report.attributes import ATTRIBUTES, Attribute, Effect, Record, attribute_effects, by_attribute, forest
-from bench.report.words import columns, decimal, markdown, said, significant, verdict
+from bench.report.words import (
+    decimal,
+    interval_columns,
+    markdown_table,
+    number_with_ci,
+    sign_verdict,
+    with_ci,
+)
 from bench.stats.estimates import Estimate
 from bench.tasks.datasets import Dataset, load_dataset
 from scoring.characteristics import characteristics
@@ -224,21 +231,21 @@ def effect(scores: Scores, grouping: Grouping) -> Effect:
 
 def _sentence(each: Compared) -> str:
     title, found, whole = each.title.capitalize(), each.effect, each.whole
-    count = f"With all {len(whole.low)} + {len(whole.high)} samples, Hedges' g {said(whole.size)}"
+    count = f"With all {len(whole.low)} + {len(whole.high)} samples, Hedges' g {with_ci(whole.size)}"
     if each.grouping.attribute != PROBABILITY:
-        judged = (verdict(estimate, each.claim) for estimate in (whole.size, whole.beyond_length))
+        judged = (sign_verdict(estimate, each.claim) for estimate in (whole.size, whole.beyond_length))
         return (
             f"{title}. {found.sentence()} {count}: {next(judged)}; rank correlation beyond length "
-            f"{said(whole.beyond_length)}: {next(judged)}."
+            f"{with_ci(whole.beyond_length)}: {next(judged)}."
         )
     low, high = PAPER[PROBABILITY.field]
     sides = {-1: "as the text says", 1: "as the table shows, against the text", 0: "neither can be told"}
     return (
         f"{title}. The paper contradicts itself: by its text high probability means low MRD, its Table 11 has {low} at "
-        f"the low and {high} at the high level. Here the mean MRD is {significant(found.low_mean)} and "
-        f"{significant(found.high_mean)}, Hedges' g {said(found.size)}: {sides[found.size.sign]}. With length "
-        f"partialled out, rank correlation {said(found.beyond_length)}: {sides[found.beyond_length.sign]}. {count}: "
-        f"{sides[whole.size.sign]}; rank correlation beyond length {said(whole.beyond_length)}: "
+        f"the low and {high} at the high level. Here the mean MRD is {number_with_ci(found.low_mean)} and "
+        f"{number_with_ci(found.high_mean)}, Hedges' g {with_ci(found.size)}: {sides[found.size.sign]}. With length "
+        f"partialled out, rank correlation {with_ci(found.beyond_length)}: {sides[found.beyond_length.sign]}. {count}: "
+        f"{sides[whole.size.sign]}; rank correlation beyond length {with_ci(whole.beyond_length)}: "
         f"{sides[whole.beyond_length.sign]}."
     )
 
@@ -252,7 +259,7 @@ def _claim(compared: Sequence[Compared], spec: Table11Spec) -> str:
     ):
         found: dict[str, list[str]] = {}
         for each, estimate in zip(compared, estimates, strict=True):
-            found.setdefault(verdict(estimate, each.claim), []).append(each.title)
+            found.setdefault(sign_verdict(estimate, each.claim), []).append(each.title)
         listed = "; ".join(f"{words} for {', '.join(titles)}" for words, titles in found.items())
         signs = {estimate.sign * each.claim for each, estimate in zip(compared, estimates, strict=True)}
         together = "all hold here" if signs == {1} else "not all can be told here"
@@ -274,13 +281,13 @@ def _markdown(compared: Sequence[Compared]) -> str:
             [
                 each.title,
                 f"{len(found.low)} + {len(found.high)}",
-                significant(found.low_mean),
-                significant(found.high_mean),
-                *map(said, estimates),
+                number_with_ci(found.low_mean),
+                number_with_ci(found.high_mean),
+                *map(with_ci, estimates),
                 f"{decimal(low, 4)}, {decimal(high, 4)}",
             ]
         )
-    return markdown(head, rows)
+    return markdown_table(head, rows)
 
 
 def _row(each: Compared) -> dict[str, Any]:
@@ -306,13 +313,13 @@ def _row(each: Compared) -> dict[str, Any]:
         "beyond_length_of_all": each.whole.beyond_length,
     }
     for name, estimate in named.items():
-        row |= columns(name, estimate)
+        row |= interval_columns(name, estimate)
     return row | {
         "paper_says": claim,
         "paper_low": paper[0],
         "paper_high": paper[1],
-        "verdict": verdict(found.size, claim),
-        "verdict_beyond_length": verdict(found.beyond_length, claim),
+        "verdict": sign_verdict(found.size, claim),
+        "verdict_beyond_length": sign_verdict(found.beyond_length, claim),
     }
 
 

@@ -25,17 +25,17 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaFor
 
 from bench.experiments.experiment import Answer, Experiment, Setting
 from bench.experiments.shared.verdicts import lies_within
-from bench.files.spec import make_spec
 from bench.jobs.draws import HALF_NORMAL_SPREAD, Point, measure_draws
 from bench.jobs.resources import Resources
 from bench.models.find import ModelReference, find_model
 from bench.report.figures import BLUE, INK, MUTED, VERMILLION, Draw
-from bench.report.words import columns, markdown, said
+from bench.report.words import interval_columns, markdown_table, with_ci
 from bench.stats.estimates import LEVEL, Estimate, over_sets
-from bench.tasks.datasets import load_dataset, spaced
+from bench.tasks.datasets import load_dataset
 from scoring.errors import UserError
 from scoring.mrd import reduce_draws
-from scoring.samples import encode
+from scoring.samples import encode, evenly_spaced
+from scoring.settings import build, current_naming, naming
 
 PAPER = {"Qwen3 4B": (4e9, 60), "Qwen3 8B": (8e9, 80), "Qwen3 14B": (14e9, 50), "Qwen3 32B": (32e9, 80)}
 HEAD_SIZE = 32  # of the attention of random models
@@ -100,7 +100,10 @@ class Table12Spec:
         return self
 
     def model_specs(self) -> list[ModelSpec]:
-        specs = [make_spec(ModelSpec, each, f"models, entry {n}") for n, each in enumerate(self.models, 1)]
+        specs = []
+        for number, fields in enumerate(self.models):
+            with naming(current_naming().under("models", number)):
+                specs.append(build(ModelSpec, fields))
         for n, spec in enumerate(specs, 1):
             if (spec.hidden_size > 0) != (spec.layers > 0) or spec.hidden_size % HEAD_SIZE:
                 raise UserError(
@@ -141,7 +144,7 @@ def _measure(each: ModelSpec, spec: Table12Spec, setting: Setting) -> Measured:
         folder = setting.work / "models" / f"{each.name.replace(' ', '-')}-seed{spec.seed}"
         model = find_model(str(random_model(folder, model, each, spec.seed)))
     dataset = load_dataset(each.task, each.split, model.tokenizer)
-    samples, _ = encode(spaced(dataset.texts, spec.samples), model.tokenizer, model.max_length)
+    samples, _ = encode(evenly_spaced(dataset.texts, spec.samples), model.tokenizer, model.max_length)
     shared = setting.resources
     resources = Resources(shared.concurrent, shared.cpus_per_trial, shared.gpus_per_trial)
     path = setting.work / f"{each.name.replace(' ', '-').replace('/', '-').replace(':', '-')}.parquet"
@@ -301,15 +304,15 @@ def _theory(found: Sequence[Stable], spec: Table12Spec) -> str:
 def _claim(factor: Estimate, found: Sequence[Stable]) -> str:
     return (
         f"The claim that the size of the model hardly matters for K {lies_within(factor, 1 / MINIMAL, MINIMAL)} here: "
-        f"a tenfold size changes it by a factor of {said(factor)}, over {len(found)} models (hardly: by less than "
+        f"a tenfold size changes it by a factor of {with_ci(factor)}, over {len(found)} models (hardly: by less than "
         f"{MINIMAL:g} either way)."
     )
 
 
 def _markdown(found: Sequence[Stable]) -> str:
-    rows = [[each.measured.name, millions(each), _whole(each.count), said(each.spread, 3)] for each in found]
+    rows = [[each.measured.name, millions(each), _whole(each.count), with_ci(each.spread, 3)] for each in found]
     rows += [[f"the paper, {name}", f"{size / 1e9:.0f}B", str(count), ""] for name, (size, count) in PAPER.items()]
-    return markdown(["model", "parameters", "stable K", "sd / mean of abs(Delta)"], rows)
+    return markdown_table(["model", "parameters", "stable K", "sd / mean of abs(Delta)"], rows)
 
 
 def millions(each: Stable) -> str:
@@ -321,7 +324,7 @@ def millions(each: Stable) -> str:
 
 
 def _whole(count: Estimate) -> str:
-    return said(count, 0) if math.isfinite(count.value) else "more than were drawn"
+    return with_ci(count, 0) if math.isfinite(count.value) else "more than were drawn"
 
 
 def _row(each: Stable, spec: Table12Spec) -> dict[str, Any]:
@@ -329,7 +332,7 @@ def _row(each: Stable, spec: Table12Spec) -> dict[str, Any]:
     samples, draws = measured.values.shape
     row: dict[str, Any] = {"model": measured.name, "parameters": measured.parameters, "samples": samples}
     row |= {"draws": draws, "tolerance": spec.tolerance, "expected_count": spec.expected}
-    return row | columns("stable_count", each.count) | columns("spread", each.spread)
+    return row | interval_columns("stable_count", each.count) | interval_columns("spread", each.spread)
 
 
 # --- Panels -------------------------------------------------------------------------------------------------

@@ -166,7 +166,7 @@ def _units(steps: Sequence[Contrast], measured: Mapping[str, float]) -> str:
     )
 
 
-def verdict(compared: Sequence[Contrast], columns: Columns) -> str:
+def refresh_verdict(compared: Sequence[Contrast], columns: Columns) -> str:
     """Whether BEST is the best.
 
     It holds if its completeness is better than that of all OTHERS that were run and no metric of it is worse; it is
@@ -179,7 +179,7 @@ def verdict(compared: Sequence[Contrast], columns: Columns) -> str:
 
 
 def _claim(compared: Sequence[Contrast], columns: Columns) -> str:
-    found = verdict(compared, columns)
+    found = refresh_verdict(compared, columns)
     others = [arm for arm in OTHERS if any(contrast.arm == arm for contrast in compared)]
     ahead = [f"{c.arm} in {label(c.metric)}" for c in compared if c.better > 0]
     why = {

@@ -21,20 +21,21 @@ from bench.files.parts import Parts
 from bench.files.score_file import write_scores
 from bench.jobs.draws import read_finished
 from bench.jobs.resources import Resources
-from bench.jobs.score import DRAWS_PER_TASK
 from bench.models.find import find_model
 from bench.report.figures import BLUE, GREEN, MUTED, Draw
-from bench.report.words import columns, markdown, significant
+from bench.report.words import interval_columns, markdown_table, number_with_ci
 from bench.stats.estimates import Estimate, geometric_mean
-from bench.tasks.datasets import load_dataset, spaced
+from bench.tasks.datasets import load_dataset
+from scoring.api import DRAWS_PER_TASK
 from scoring.cluster import connect
 from scoring.errors import UserError
-from scoring.mrd import Request, base_logprobs, estimate
-from scoring.pool import Facts, ReplicaPool, ReplicaSpec
+from scoring.mrd import EstimatorName, Request, base_logprobs, estimate
+from scoring.pool import ReplicaPool
 from scoring.replica import TransformersReplica
-from scoring.samples import Batch, Sample, collate, encode
+from scoring.samples import Batch, Sample, collate, encode, evenly_spaced
+from scoring.work import Facts, ReplicaSpec
 
-ESTIMATORS = ("monte-carlo", "gradient")
+ESTIMATORS: tuple[EstimatorName, ...] = ("monte-carlo", "gradient")
 PAPERS_SECONDS = {8: 210, 16: 152, 32: 127, 64: 115, 128: 83}  # Table 8, on another machine
 FEWEST_REPEATS = 3
 
@@ -90,7 +91,7 @@ class Timing:
     """
 
     shard: int
-    estimator: str
+    estimator: EstimatorName
     sigma: float
     draws: int
     repeat: int
@@ -99,7 +100,7 @@ class Timing:
     def key(self) -> str:
         return f"{self.repeat:03d}-{self.shard:03d}-{self.estimator}"
 
-    def do(self, replica: TransformersReplica, batches: Sequence[Batch], kept: dict[str, Any]) -> tuple[float, float]:
+    def do(self, replica: TransformersReplica, batches: Sequence[Batch], cache: dict[str, Any]) -> tuple[float, float]:
         """Seconds of what is done once, and of all draws; each returns its numbers, so that a GPU has finished."""
         started = time.perf_counter()
         if self.estimator == "gradient":
@@ -121,7 +122,7 @@ def measure(spec: Table8Spec, setting: Setting) -> pa.Table:
     """A row for each repeat, batch size and estimator, timed in one replica that is loaded and warm."""
     model = find_model(spec.model)
     dataset = load_dataset(spec.task, spec.split, model.tokenizer)
-    samples, _ = encode(spaced(dataset.texts, spec.samples), model.tokenizer, model.max_length)
+    samples, _ = encode(evenly_spaced(dataset.texts, spec.samples), model.tokenizer, model.max_length)
     groups = [in_batches(samples, size) for size in spec.batch_sizes]
     content = dataclasses.asdict(spec) | {"model_fingerprint": model.fingerprint, "data_sha256": dataset.sha256}
     works = [
@@ -193,7 +194,7 @@ def _row(
 
 
 @dataclass(frozen=True)
-class Cost:
+class BatchCost:
     """An estimator at a batch size.
 
     Attributes:
@@ -210,7 +211,7 @@ class Cost:
 
 def answer(timings: pa.Table, spec: Table8Spec) -> Answer:
     """From the rows of `measure`."""
-    costs = {
+    costs: dict[tuple[str, int], BatchCost] = {
         (estimator, size): _cost(timings, estimator, size) for estimator in ESTIMATORS for size in spec.batch_sizes
     }
     table = pa.Table.from_pylist([_line(each) for each in costs.values()])
@@ -219,27 +220,27 @@ def answer(timings: pa.Table, spec: Table8Spec) -> Answer:
     return Answer(table, panels, sentences, inches=(12.0, 5.0), tables={"table8-repeats": timings})
 
 
-def _cost(timings: pa.Table, estimator: str, size: int) -> Cost:
+def _cost(timings: pa.Table, estimator: str, size: int) -> BatchCost:
     rows = [row for row in timings.to_pylist() if (row["estimator"], row["batch_size"]) == (estimator, size)]
     rows.sort(key=lambda row: row["repeat"])
-    return Cost(estimator, size, np.array([row["seconds"] for row in rows]), rows[0])
+    return BatchCost(estimator, size, np.array([row["seconds"] for row in rows]), rows[0])
 
 
-def ratio(over: Cost, under: Cost) -> Estimate:
+def ratio(over: BatchCost, under: BatchCost) -> Estimate:
     """Of times, repeat by repeat: what disturbs a repeat disturbs both."""
     return geometric_mean(over.seconds / under.seconds)
 
 
-def _line(each: Cost) -> dict[str, Any]:
+def _line(each: BatchCost) -> dict[str, Any]:
     shared = ("samples", "batches", "batch_tokens", "forwards", "backwards")
     row: dict[str, Any] = {"estimator": each.estimator, "batch_size": each.batch_size}
-    return row | columns("seconds", geometric_mean(each.seconds)) | {name: each.row[name] for name in shared}
+    return row | interval_columns("seconds", geometric_mean(each.seconds)) | {name: each.row[name] for name in shared}
 
 
-Costs = Mapping[tuple[str, int], Cost]
+Costs = Mapping[tuple[str, int], BatchCost]
 
 
-def _ends(costs: Costs, spec: Table8Spec, estimator: str) -> tuple[Cost, Cost]:
+def _ends(costs: Costs, spec: Table8Spec, estimator: str) -> tuple[BatchCost, BatchCost]:
     return costs[estimator, spec.batch_sizes[0]], costs[estimator, spec.batch_sizes[-1]]
 
 
@@ -249,8 +250,8 @@ def _range(costs: Costs, spec: Table8Spec) -> str:
         first, last = _ends(costs, spec, estimator)
         parts.append(
             f"{estimator}{f' with K = {spec.draws}' if estimator == 'monte-carlo' else ''} takes "
-            f"{significant(geometric_mean(first.seconds))} s with {first.batch_size} in a batch and "
-            f"{significant(geometric_mean(last.seconds))} s with {last.batch_size}"
+            f"{number_with_ci(geometric_mean(first.seconds))} s with {first.batch_size} in a batch and "
+            f"{number_with_ci(geometric_mean(last.seconds))} s with {last.batch_size}"
         )
     scaled = (
         f" ({spec.timed_draws} draws are timed, the rest is in proportion)" if spec.timed_draws < spec.draws else ""
@@ -267,7 +268,7 @@ def _passes(costs: Costs, spec: Table8Spec) -> str:
     return (
         f"Passes over the set: {slow.row['forwards']:.0f} forwards by {slow.estimator}; {fast.row['forwards']:.0f} "
         f"forward and {fast.row['backwards']:.0f} backward by {fast.estimator}. With {slow.batch_size} samples in a "
-        f"batch the former takes {significant(ratio(slow, fast))} times as long."
+        f"batch the former takes {number_with_ci(ratio(slow, fast))} times as long."
     )
 
 
@@ -276,9 +277,9 @@ def _markdown(costs: Costs, spec: Table8Spec) -> str:
     rows = []
     for size in spec.batch_sizes:
         each = [costs[estimator, size] for estimator in ESTIMATORS]
-        times = [significant(geometric_mean(cost.seconds)) for cost in each]
+        times = [number_with_ci(geometric_mean(cost.seconds)) for cost in each]
         rows.append([str(size), str(each[0].row["batch_tokens"]), *times, str(PAPERS_SECONDS.get(size, ""))])
-    return markdown(head, rows)
+    return markdown_table(head, rows)
 
 
 def _claim(costs: Costs, spec: Table8Spec) -> str:
@@ -296,12 +297,12 @@ def _claim(costs: Costs, spec: Table8Spec) -> str:
     )
 
 
-def _judged(costs: Sequence[Cost]) -> str:
+def _judged(costs: Sequence[BatchCost]) -> str:
     first, last = costs[0], costs[-1]
     gain = ratio(first, last)
     return (
         f"{lies_within(gain, 1.0, np.inf)} here: Monte Carlo with {first.batch_size} in a batch takes "
-        f"{significant(gain)} times as long as with {last.batch_size}"
+        f"{number_with_ci(gain)} times as long as with {last.batch_size}"
     )
 
 

@@ -123,7 +123,7 @@ def compared(found: Sequence[Spent], measure: str, pairs: Sequence[tuple[str, st
     )
 
 
-def verdict(steps: Sequence[Ratio]) -> str:
+def cost_verdict(steps: Sequence[Ratio]) -> str:
     """Whether each algorithm takes more than the one before it."""
     exact = [ratio for ratio in steps if ratio.value.low == ratio.value.high == 1]
     if exact or any(ratio.sign < 0 for ratio in steps):
@@ -170,7 +170,7 @@ def _ratios(steps: Mapping[str, Sequence[Ratio]], what: str) -> str:
 
 
 def _claim(steps: Mapping[str, Sequence[Ratio]], order: Sequence[str]) -> str:
-    by_cost, by_seconds = (verdict(steps[measure]) for measure in (COST, SECONDS))
+    by_cost, by_seconds = (cost_verdict(steps[measure]) for measure in (COST, SECONDS))
     against = [ratio.text() for ratio in steps[COST] if ratio.sign < 0 or ratio.value.low == ratio.value.high == 1]
     why = f" ({', '.join(against)})" if against else ""
     reference = (

@@ -12,9 +12,56 @@ from filelock import FileLock, Timeout
 
 from bench.files.identity import differences
 from scoring.errors import UserError
-from scoring.files import replacing
+from scoring.files import replacing, shown
+from scoring.settings import named
 
 LOCK = ".lock"
+
+
+def locked(folder: Path, out: Path, what: str, name: str = LOCK) -> FileLock:
+    """Make a folder, and be the only process that writes there, until the lock is released.
+
+    Args:
+        folder: to be locked.
+        out: what the user named.
+        what: another process may be writing there, for messages: "run".
+        name: of the lock file.
+
+    Raises:
+        UserError: another process is writing there, or nothing can be written.
+    """
+    lock = FileLock(folder / name)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise UserError(
+            f"{named('out')} {shown(out)}: another {what} is writing here; wait for it, or choose another"
+        ) from None
+    except OSError as error:
+        raise unwritable(out, error) from error
+    return lock
+
+
+def unwritable(out: Path, error: OSError) -> UserError:
+    """What to say where nothing can be written."""
+    return UserError(f"{named('out')} {shown(out)}: cannot be written to ({error.strerror})")
+
+
+def claim(folder: Path, identity: dict[str, Any]) -> None:
+    """Note whose a folder is, unless it is noted already."""
+    if not (folder / "spec.json").is_file():
+        with replacing(folder / "spec.json") as unfinished:
+            unfinished.write_text(json.dumps(identity, indent=2) + "\n")
+
+
+def owner_of(folder: Path) -> dict[str, Any] | None:
+    """The identity of the run that a folder belongs to; None where nothing sound is noted."""
+    try:
+        owner: dict[str, Any] = json.loads((folder / "spec.json").read_text())
+        return owner if "spec_hash" in owner else None
+    except (OSError, ValueError, TypeError):
+        return None
 
 
 class OwnedFolder:
@@ -32,13 +79,13 @@ class OwnedFolder:
 
     def __init__(self, out: Path, identity: dict[str, Any]) -> None:
         self._out, self._identity = out, identity
-        self._lock = FileLock(out / LOCK)
+        self._lock: FileLock | None = None
         self._made = False
 
     def __enter__(self) -> Self:
         out, spec = self._out, self._out / "spec.json"
         if out.exists() and not out.is_dir():
-            raise UserError(f"--out {out} is a file: expected a folder to write to")
+            raise UserError(f"{named('out')} {shown(out)} is a file: expected a folder to write to")
         self._made = not out.exists()
         if spec.is_file():
             self._check_owner()
@@ -46,41 +93,35 @@ class OwnedFolder:
         elif out.is_dir() and any(path.name != LOCK and path.suffix != ".tmp" for path in out.iterdir()):
             raise self._foreign()
         try:
-            out.mkdir(parents=True, exist_ok=True)
-            self._lock.acquire(timeout=0)
-        except Timeout:
-            raise UserError(
-                f"--out {out}: another {self.WHAT} is writing here; wait for it, or choose another"
-            ) from None
-        except OSError as error:
-            self._leave_nothing()
-            raise UserError(f"--out {out}: cannot be written to ({error.strerror})") from error
+            self._lock = locked(out, out, self.WHAT)
+        except UserError as error:
+            if isinstance(error.__cause__, OSError):
+                self._leave_nothing()
+            raise
         try:
             for leftover in out.glob(".*.tmp"):
                 leftover.unlink() if leftover.is_file() else shutil.rmtree(leftover)
-            if not spec.is_file():
-                with replacing(spec) as unfinished:
-                    unfinished.write_text(json.dumps(self._identity, indent=2) + "\n")
+            claim(out, self._identity)
             if self.is_finished():
                 self.tidy()
         except OSError as error:
             self.__exit__()
-            raise UserError(f"--out {out}: cannot be written to ({error.strerror})") from error
+            raise unwritable(out, error) from error
         return self
 
     def _foreign(self) -> UserError:
-        return UserError(f"--out {self._out} is not empty and holds no {self.WHAT}: choose another folder")
+        return UserError(
+            f"{named('out')} {shown(self._out)} is not empty and holds no {self.WHAT}: choose another folder"
+        )
 
     def _check_owner(self) -> None:
-        try:
-            found = json.loads((self._out / "spec.json").read_text())
-            owner = found["spec_hash"]
-        except (OSError, ValueError, KeyError, TypeError):
-            raise self._foreign() from None
-        if owner != self._identity["spec_hash"]:
+        owner = owner_of(self._out)
+        if owner is None:
+            raise self._foreign()
+        if owner["spec_hash"] != self._identity["spec_hash"]:
             raise UserError(
-                f"--out {self._out} holds a {self.WHAT} of another spec (different: "
-                f"{differences(found, self._identity)}): choose another, or remove it"
+                f"{named('out')} {shown(self._out)} holds a {self.WHAT} of another spec (different: "
+                f"{differences(owner, self._identity)}): choose another, or remove it"
             )
 
     def __exit__(self, *_: object) -> None:
@@ -88,7 +129,8 @@ class OwnedFolder:
         if not any((self._out / name).exists() for name in (*self.BEGUN, self.RECORD)):
             (self._out / "spec.json").unlink(missing_ok=True)
             self._leave_nothing()
-        self._lock.release()
+        if self._lock is not None:
+            self._lock.release()
 
     def _leave_nothing(self) -> None:
         with suppress(OSError):

@@ -7,14 +7,18 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
+from scoring.plugins import loaded_plugins
+
 
 def with_spec_hash(content: dict[str, Any], named: Sequence[str]) -> dict[str, Any]:
-    """A run's identity: what is run, and the hash of it.
+    """A run's identity: what is run, with the plugins that were loaded, and the hash of it.
 
     Args:
         content: the spec, with the hashes of data and weights.
         named: keys left out of the hash: a moved folder or renamed file is still the same run.
     """
+    if plugins := loaded_plugins():
+        content = content | {"plugins": sorted(plugin.sha256 for plugin in plugins)}
     hashed = {key: value for key, value in content.items() if key not in named}
     return content | {"spec_hash": hashlib.sha256(json.dumps(hashed, sort_keys=True).encode()).hexdigest()[:16]}
 

@@ -8,21 +8,23 @@ import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from filelock import FileLock, Timeout
+from filelock import FileLock
 
+from bench.files.folders import claim, locked, owner_of
 from bench.files.identity import differences
 from bench.files.score_file import FACTS_KEY, read_scores
 from scoring.errors import UserError
-from scoring.files import replacing
+from scoring.files import replacing, shown
 from scoring.mrd import Draws
-from scoring.pool import Facts, Task
+from scoring.settings import named
+from scoring.work import DrawTask, Facts
 
 
-def finished(out: Path, identity: dict[str, Any], what: str, it: str) -> tuple[pa.Table, dict[str, Any]] | None:
+def finished_output(out: Path, identity: dict[str, Any], what: str, it: str) -> tuple[pa.Table, dict[str, Any]] | None:
     """What a run of the same spec has left in `out`: table and record; None where nothing is there.
 
     Args:
@@ -41,13 +43,15 @@ def finished(out: Path, identity: dict[str, Any], what: str, it: str) -> tuple[p
     except UserError:
         spec = {}
     if not identity.keys() <= spec.keys():
-        raise UserError(f"--out {out} exists and is not {what}: choose another, or --overwrite")
+        raise UserError(
+            f"{named('out')} {shown(out)} exists and is not {what}: choose another, or {named('overwrite')}"
+        )
     if spec["spec_hash"] != identity["spec_hash"]:
         raise UserError(
-            f"--out {out} holds {it} of another spec (different: {differences(spec, identity)}): choose another "
-            "file, or --overwrite"
+            f"{named('out')} {shown(out)} holds {it} of another spec (different: {differences(spec, identity)}): "
+            f"choose another file, or {named('overwrite')}"
         )
-    print(f"{out} is there already (spec {identity['spec_hash']})", file=sys.stderr)
+    print(f"{shown(out)} is there already (spec {identity['spec_hash']})", file=sys.stderr)
     return table, record
 
 
@@ -56,47 +60,35 @@ class Parts:
 
     def __init__(self, out: Path, identity: dict[str, Any]) -> None:
         if out.suffix != ".parquet":
-            raise UserError(f"--out {out}: expected a file name ending in .parquet")
+            raise UserError(f"{named('out')} {shown(out)}: expected a file name ending in .parquet")
         if out.is_dir():
-            raise UserError(f"--out {out} is a folder: expected the name of a file to write")
+            raise UserError(f"{named('out')} {shown(out)} is a folder: expected the name of a file to write")
         self.folder = out.with_name(out.name + ".parts")
-        self._identity = identity
-        self._lock = FileLock(self.folder / "lock")
+        self._out, self._identity = out, identity
+        self._lock: FileLock | None = None
 
-    def __enter__(self) -> Parts:
+    def __enter__(self) -> Self:
+        self._lock = locked(self.folder, self._out, "run", "lock")
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self._lock.acquire(timeout=0)
-        except Timeout:
-            raise UserError(
-                f"{self.folder}: another run is writing here; wait for it, or choose another --out"
-            ) from None
-        except OSError as error:
-            raise UserError(f"--out: cannot write in {str(self.folder.parent)!r} ({error.strerror})") from error
-        try:
-            self._claim()
+            claim(self.folder, self._identity)
+            owner = owner_of(self.folder)
+            if owner is None or owner["spec_hash"] != self._identity["spec_hash"]:
+                whose = f" ({owner['spec_hash']})" if owner else ""
+                raise UserError(
+                    f"{shown(self.folder)} holds the unfinished work of another spec{whose}: finish it with its own "
+                    f"command, remove the folder, or choose another {named('out')}"
+                )
         except BaseException:
             self._lock.release()
             raise
         return self
 
-    def _claim(self) -> None:
-        owner = self.folder / "spec.json"
-        if not owner.is_file():
-            with replacing(owner) as unfinished:
-                unfinished.write_text(json.dumps(self._identity))
-        found = json.loads(owner.read_text())["spec_hash"]
-        if found != self._identity["spec_hash"]:
-            raise UserError(
-                f"{self.folder} holds the unfinished work of another spec ({found}): finish it with its own command, "
-                "remove the folder, or choose another --out"
-            )
-
     def __exit__(self, *_: object) -> None:
         # Refused before anything was done: the next command, mended, must not find the claim of this one.
         if not any(self.folder.glob("*.parquet")):
             self.remove()
-        self._lock.release()
+        if self._lock is not None:
+            self._lock.release()
 
     def _path(self, key: str) -> Path:
         return self.folder / f"{key}.parquet"
@@ -111,32 +103,32 @@ class Parts:
 
     def read(self, key: str) -> tuple[pa.Table, dict[str, Any]]:
         """What `write` was given."""
-        table = pq.read_table(self._path(key))
+        table = pq.ParquetFile(self._path(key)).read()
         return table, json.loads(table.schema.metadata[FACTS_KEY])
-
-    def facts(self, key: str) -> dict[str, Any]:
-        return json.loads(pq.read_schema(self._path(key)).metadata[FACTS_KEY])
 
     def remove(self) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
-def write_draws(parts: Parts, task: Task, draws: Draws, facts: Facts) -> None:
-    """A scoring task's result as a part."""
-    values = pa.FixedSizeListArray.from_arrays(pa.array(draws.values.ravel()), draws.values.shape[1])
-    columns = {"index": draws.indices, "nll": draws.nll, "saturated": draws.saturated, "values": values}
-    parts.write(task.key, pa.table(columns), dataclasses.asdict(facts))
+class DrawParts(Parts):
+    """The finished tasks of scoring, as `scoring.api.Finished` wants them."""
 
+    def keep(self, task: DrawTask, draws: Draws, facts: Facts) -> None:
+        """A task's result as a part."""
+        values = pa.FixedSizeListArray.from_arrays(pa.array(draws.values.ravel()), draws.values.shape[1])
+        columns = {"index": draws.indices, "nll": draws.nll, "saturated": draws.saturated, "values": values}
+        self.write(task.key, pa.table(columns), dataclasses.asdict(facts))
 
-def read_draws(parts: Parts, task: Task) -> Draws:
-    table, _ = parts.read(task.key)
-    values = table["values"].combine_chunks().flatten().to_numpy().reshape(table.num_rows, -1)
-    return Draws(table["index"].to_numpy(), values, table["nll"].to_numpy(), table["saturated"].to_numpy())
+    def draws(self, task: DrawTask) -> Draws:
+        """What a task gave."""
+        table, _ = self.read(task.key)
+        values = table["values"].combine_chunks().flatten().to_numpy().reshape(table.num_rows, -1)
+        return Draws(table["index"].to_numpy(), values, table["nll"].to_numpy(), table["saturated"].to_numpy())
 
-
-def noticed(parts: Parts, tasks: Sequence[Task]) -> Facts:
-    """What all replicas noticed, over all runs that worked on these parts."""
-    total = Facts()
-    for task in tasks:
-        total.add(Facts(**parts.facts(task.key)))
-    return total
+    def facts(self, tasks: Sequence[DrawTask]) -> Facts:
+        """What all replicas noticed, over all runs that worked on these parts."""
+        total = Facts()
+        for task in tasks:
+            metadata = pq.read_schema(self._path(task.key)).metadata
+            total.add(Facts(**json.loads(metadata[FACTS_KEY])))
+        return total

@@ -33,7 +33,7 @@ def read_scores(path: str | Path) -> tuple[pa.Table, dict[str, Any], dict[str, A
         UserError: not a file that `score` wrote.
     """
     try:
-        table = pq.read_table(path)
+        table = pq.ParquetFile(path).read()
         metadata = table.schema.metadata or {}
         return table, json.loads(metadata[SPEC_KEY]), json.loads(metadata[FACTS_KEY])
     except (pa.ArrowException, OSError, KeyError) as error:

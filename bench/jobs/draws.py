@@ -23,17 +23,16 @@ import pyarrow.compute as pc
 from tqdm import tqdm
 
 from bench.files.identity import with_spec_hash
-from bench.files.parts import Parts, read_draws, write_draws
+from bench.files.parts import DrawParts
 from bench.files.score_file import read_scores, write_scores
-from bench.jobs.resources import BATCH_TOKENS, Resources
+from bench.jobs.resources import Resources
 from bench.models.find import ModelReference
-from bench.report.words import said
+from bench.report.words import with_ci
 from bench.stats.estimates import Estimate, over_samples
-from scoring.cluster import connect
 from scoring.errors import UserError
-from scoring.mrd import ESTIMATORS, Draws, Request, Statistic, reduce_draws, scaling_slope
-from scoring.pool import ReplicaPool, ReplicaSpec, Task
-from scoring.samples import Sample, make_batches
+from scoring.mrd import ESTIMATORS, Draws, EstimatorName, Request, Statistic, reduce_draws, scaling_slope
+from scoring.samples import BATCH_TOKENS, Sample, make_batches
+from scoring.work import DrawTask, ReplicaSpec
 
 SCHEMA_VERSION = 1
 # sd / mean of |x|, x normal: how far one draw of mean_abs is off, relatively. The standard error of K draws is this
@@ -55,7 +54,7 @@ class Point:
         dtype: of weights and activations.
     """
 
-    estimator: str
+    estimator: EstimatorName
     sigma: float
     draws: int = 1
     dtype: str = EXACT
@@ -111,19 +110,17 @@ def measure_draws(
         return [_of_point(found, number, point) for number, point in enumerate(points)]
     batches = make_batches(samples, BATCH_TOKENS)
     tasks = [task for number, point in enumerate(points) for task in _tasks(number, point, seed)]
-    with Parts(path, identity) as parts:
+    with DrawParts(path, identity) as parts:
         todo = [task for task in tasks if not parts.has(task.key)]
-        if todo:
-            connect()
         with tqdm(
             total=len(tasks), initial=len(tasks) - len(todo), unit="task", desc="drawing", disable=not progress
         ) as bar:
             for dtype in dict.fromkeys(points[task.shard].dtype for task in todo):
                 replica = ReplicaSpec(model.source, model.revision, dtype, allow_lost_perturbation=dtype != EXACT)
-                with ReplicaPool(replica, resources.footprint(), resources.replicas) as pool:
+                with resources.pool(replica) as pool:
                     mine = [task for task in todo if points[task.shard].dtype == dtype]
                     for task, draws, facts in pool.run(mine, [batches] * len(points)):
-                        write_draws(parts, task, draws, facts)
+                        parts.keep(task, draws, facts)
                         bar.update()
         table = pa.concat_tables([_rows(number, point, samples, tasks, parts) for number, point in enumerate(points)])
         write_scores(table, path, identity, {})
@@ -164,22 +161,24 @@ def _identity(model: ModelReference, samples: Sequence[Sample], points: Sequence
     return with_spec_hash(content, ())
 
 
-def _tasks(number: int, point: Point, seed: int) -> list[Task]:
+def _tasks(number: int, point: Point, seed: int) -> list[DrawTask]:
     draws = point.draws if ESTIMATORS[point.estimator].default_draws else 1
     return [
-        Task(number, Request(point.estimator, point.sigma, seed, first, min(first + DRAWS_PER_TASK, draws)))
+        DrawTask(number, Request(point.estimator, point.sigma, seed, first, min(first + DRAWS_PER_TASK, draws)))
         for first in range(0, draws, DRAWS_PER_TASK)
     ]
 
 
-def _rows(number: int, point: Point, samples: Sequence[Sample], tasks: Sequence[Task], parts: Parts) -> pa.Table:
+def _rows(
+    number: int, point: Point, samples: Sequence[Sample], tasks: Sequence[DrawTask], parts: DrawParts
+) -> pa.Table:
     """The table of one point, put together from its parts."""
     own = [task for task in tasks if task.shard == number]
-    draws = reduce(Draws.followed_by, (read_draws(parts, task) for task in own))
+    draws = reduce(Draws.followed_by, (parts.draws(task) for task in own))
     row = {index: place for place, index in enumerate(draws.indices.tolist())}
     order = [row[sample.index] for sample in samples]
     # A replica remembers the survival of what it perturbed before: this point's is that of its own tasks.
-    survival = parts.facts(own[0].key)["perturbation_survival"] if ESTIMATORS[point.estimator].perturbs else None
+    survival = parts.facts(own[:1]).perturbation_survival if ESTIMATORS[point.estimator].perturbs else None
     count = len(samples)
     return pa.table(
         {
@@ -235,7 +234,7 @@ class ScalingLine:
         slope = self.slope()
         found = (
             f"{self.statistic} by {self.estimator} in {self.dtype}, sigma {self.sigmas[0]:.0e} to "
-            f"{self.sigmas[-1]:.0e}: slope {said(slope, 3)}, expected {self.expected:g}."
+            f"{self.sigmas[-1]:.0e}: slope {with_ci(slope, 3)}, expected {self.expected:g}."
         )
         if abs(slope.value - self.expected) <= SLOPE_TOLERANCE:
             return f"{found} The number follows the perturbation, as it must."

@@ -12,46 +12,50 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import math
 import shutil
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 import pyarrow as pa
+import pyarrow.compute as pc
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from bench.files.identity import with_spec_hash
 from bench.files.origin import origin
-from bench.files.parts import Parts, finished
+from bench.files.parts import Parts, finished_output
 from bench.files.score_file import write_scores
 from bench.jobs.relearn import Relearning, fine_tuned
-from bench.jobs.resources import DTYPE_CHOICES, Resources, check_dtype
+from bench.jobs.resources import Resources, check_dtype
 from bench.metrics import METRICS
 from bench.metrics.harness import pool_model, run_harness
-from bench.metrics.quantities import QUANTITIES, Means, measure
+from bench.metrics.quantities import QUANTITIES, MeasurementSetup, measure
 from bench.metrics.relearning import forgotten, nothing_relearned, relearned
 from bench.metrics.similarity import Embedder
 from bench.metrics.table import MODEL, ORIGINAL, RETAIN_ONLY, Columns, columns_in, metric_table, sample_rows
 from bench.metrics.toxicity import Classifier
 from bench.metrics.values import Missing, Scores
-from bench.models.find import NO_LIMIT, ModelReference, absolute_model, find_model
+from bench.models.find import ModelName, ModelReference, absolute_model, find_model, loaded_model
 from bench.tasks import Record, Task
-from bench.tasks.datasets import absolute_source, check_ids, find_task, spaced
+from bench.tasks.datasets import DataName, absolute_source, find_task
 from bench.tasks.selections import read_ids
 from bench.tasks.task import Unreachable
-from scoring.cluster import connect
 from scoring.errors import UserError, unknown_name
-from scoring.pool import ReplicaPool
 from scoring.readings import Reader
-from scoring.records import as_text, question_answer
-from scoring.samples import Rejected, Text, encode
+from scoring.records import as_text, check_ids, question_answer
+from scoring.samples import BATCH_TOKENS, NO_LIMIT, Rejected, Text, encode, evenly_spaced
+from scoring.settings import Doc, Ge, Gt, Le, build, check, named
+from scoring.work import Dtype, ReplicaSpec
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 SCHEMA_VERSION = 1
-NEGATIVES = ("holdout", "retain")
 # Quantities that lm-evaluation-harness measures.
 HARNESS = ("acc", "log_likelihood", "words")
 # How much it scores at once under a model that does not say how much it can read: its own default.
@@ -63,105 +67,69 @@ Sets = Mapping[str, list[Record] | Missing]
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateSpec:
-    """What is evaluated, and how. Its hash is the evaluation's identity.
-
-    Attributes:
-        model: the model that has forgotten: an embedded one, a folder or a Hugging Face id.
-        task: a task, `NAME:SOURCE`, or a task file.
-        split: the forget split; None: the task's default.
-        selection: text file of sample ids, one a line: only these were forgotten, and they are the forget set, all of
-            them; None: the whole split.
-        original: the model before it forgot; None: not evaluated, and Relearn takes all for known that is not now.
-        retain_model: the gold standard, trained without the forget set; None: not evaluated, and no Forget Quality.
-        metrics: names, separated by commas; None: all of the task.
-        samples: of each set at most, evenly spaced; None: all.
-        mia_negatives: samples that the model was never trained on ("holdout"), or the retain set ("retain").
-        min_k: share of tokens that Min-k% takes, in (0, 1].
-        el_n: tokens in an n-gram of EL.
-        sentence_model: embeds sentences for FA; None: all-MiniLM-L6-v2.
-        toxicity_model: a text-classification model; None: the task's.
-        toxicity_label: whose score it is.
-        harness_tasks: folder with task files of lm-evaluation-harness, which go before its own of the same name.
-        harness_limit: questions of each of its tasks at most.
-        relearn_share, relearn_steps, relearn_learning_rate, relearn_workers: see `bench.metrics.relearning`.
-        dtype: of weights and activations.
-        batch_tokens: padded tokens in a batch.
-        seed: of the resampling and of relearning.
-    """
+    """What is evaluated, and how. Its hash is the evaluation's identity."""
 
     EXECUTION: ClassVar = ("relearn_workers",)
 
-    model: str
-    task: str
-    split: str | None = None
-    selection: str | None = None
-    original: str | None = None
-    retain_model: str | None = None
-    metrics: str | None = None
-    samples: int | None = None
-    mia_negatives: str = "holdout"
-    min_k: float = 0.2
-    el_n: int = 10
-    sentence_model: str | None = None
-    toxicity_model: str | None = None
-    toxicity_label: str = "toxic"
-    harness_tasks: str | None = None
-    harness_limit: int | None = None
-    relearn_share: float = Relearning.share
-    relearn_steps: int = Relearning.steps
-    relearn_learning_rate: float = Relearning.learning_rate
-    relearn_workers: int = 0
-    dtype: str = "float32"
-    batch_tokens: int = 4096
-    seed: int = 0
+    model: Annotated[ModelName, Doc("the model that has forgotten: an embedded one, a folder, or a Hugging Face id")]
+    task: Annotated[DataName, Doc("a task (see `mrd-bench tasks`), NAME:SOURCE, or a task file (.yaml)")]
+    split: Annotated[str | None, Doc("the forget split, e.g. forget10 (default: the task's own)")] = None
+    selection: Annotated[
+        str | None,
+        Doc("text file of the ids of the samples that were forgotten, one a line (default: the whole split)"),
+    ] = None
+    original: Annotated[
+        ModelName | None, Doc("the model before it forgot; without it Relearn takes all for known that is not now")
+    ] = None
+    retain_model: Annotated[
+        ModelName | None, Doc("the gold standard: trained without the forget set; without it no Forget Quality")
+    ] = None
+    metrics: Annotated[
+        str | None, Doc("names, separated by commas (default: all of the task; see `mrd-bench metrics`)")
+    ] = None
+    samples: Annotated[int | None, Ge(1), Doc("of each set at most, evenly spaced (default: all)")] = None
+    mia_negatives: Annotated[
+        Literal["holdout", "retain"], Doc("samples that were never trained on, or the retain set")
+    ] = "holdout"
+    min_k: Annotated[float, Gt(0), Le(1), Doc("share of tokens that Min-k% takes")] = 0.2
+    el_n: Annotated[int, Ge(1), Doc("tokens in an n-gram of extraction likelihood")] = 10
+    sentence_model: Annotated[ModelName | None, Doc("embeds sentences for FA (default: all-MiniLM-L6-v2)")] = None
+    toxicity_model: Annotated[
+        ModelName | None, Doc("a text-classification model (default: the task's, unitary/toxic-bert)")
+    ] = None
+    toxicity_label: Annotated[str, Doc("whose score it is")] = "toxic"
+    harness_tasks: Annotated[
+        str | None, Doc("folder of lm-evaluation-harness task files, which go before its own of the same name")
+    ] = None
+    harness_limit: Annotated[int | None, Ge(1), Doc("questions of each of its tasks at most (default: all)")] = None
+    relearn_share: Annotated[float, Gt(0), Le(1), Doc("share of the forget set that is taught")] = Relearning.share
+    relearn_steps: Annotated[int, Ge(1), Doc("updates of relearning, 4 samples each")] = Relearning.steps
+    relearn_learning_rate: Annotated[float, Gt(0), Doc("of relearning")] = Relearning.learning_rate
+    relearn_workers: Annotated[int, Ge(0), Doc("Ray Train workers of relearning; 0 trains in this process")] = 0
+    dtype: Annotated[Dtype, Doc("of weights and activations")] = "float32"
+    batch_tokens: Annotated[int, Ge(1), Doc("padded tokens in a batch")] = BATCH_TOKENS
+    seed: Annotated[int, Ge(0), Doc("of the resampling and of relearning")] = 0
 
-    def checked(self) -> EvaluateSpec:
+    def checked(self) -> Self:
         """The same with absolute paths.
 
         Raises:
-            UserError: a value out of range.
+            UserError: a value that cannot be.
         """
-        if not 0 < self.min_k <= 1:
-            raise UserError(
-                f"min_k is {self.min_k:g}: expected the share of tokens that Min-k% takes, in (0, 1], such as 0.2"
-            )
-        for name, value, known in (
-            ("mia_negatives", self.mia_negatives, NEGATIVES),
-            ("dtype", self.dtype, DTYPE_CHOICES),
-        ):
-            if value not in known:
-                raise unknown_name(name, value, known)
-        for name, least in (
-            ("samples", 1),
-            ("el_n", 1),
-            ("harness_limit", 1),
-            ("relearn_steps", 1),
-            ("relearn_workers", 0),
-            ("batch_tokens", 1),
-            ("seed", 0),
-        ):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise UserError(f"{name} is {value}: expected {least} or more")
-        if not (math.isfinite(self.relearn_learning_rate) and self.relearn_learning_rate > 0):
-            raise UserError(
-                f"relearn_learning_rate is {self.relearn_learning_rate:g}: expected a number greater than 0"
-            )
+        check(self)
         if self.harness_tasks is not None and not Path(self.harness_tasks).is_dir():
-            raise UserError(f"harness_tasks: {self.harness_tasks!r} is no folder: expected one with task files (.yaml)")
-        self.relearning().checked()
-        return dataclasses.replace(self, **self._places())
-
-    def _places(self) -> dict[str, Any]:
-        """The fields that name files and folders, named so that they are right in every process."""
-        named: dict[str, Any] = {"task": absolute_source(self.task)}
+            raise UserError(
+                f"{named('harness_tasks')} is {self.harness_tasks!r}, which is no folder: expected one with task files "
+                "(.yaml)"
+            )
+        located: dict[str, Any] = {"task": absolute_source(self.task)}
         for name in ("model", "original", "retain_model", "sentence_model", "toxicity_model"):
             if (model := getattr(self, name)) is not None:
-                named[name] = absolute_model(model)
+                located[name] = absolute_model(model)
         for name in ("selection", "harness_tasks"):
             if (path := getattr(self, name)) is not None:
-                named[name] = str(Path(path).absolute())
-        return named
+                located[name] = str(Path(path).absolute())
+        return dataclasses.replace(self, **located)
 
     def relearning(self) -> Relearning:
         return Relearning(
@@ -179,7 +147,9 @@ class EvaluateSpec:
         wanted = [name.strip() for name in self.metrics.split(",") if name.strip()]
         if not wanted:
             few = ",".join(task.metrics[:2])
-            raise UserError(f"metrics is {self.metrics!r}: expected names, separated by commas, such as {few}")
+            raise UserError(
+                f"{named('metrics')} is {self.metrics!r}: expected names, separated by commas, such as {few}"
+            )
         for name in wanted:
             if name not in task.metrics:
                 raise unknown_name(f"metric of task {task.name!r}", name, task.metrics)
@@ -191,24 +161,92 @@ class EvaluationResult:
     """What an evaluation gives back.
 
     Attributes:
-        path: the Parquet file.
+        path: the Parquet file; None where none was asked for.
         table: its contents, see `bench.metrics.table`.
         record: what a reader must know: spec, sets, samples that were left out, seconds, packages.
     """
 
-    path: Path
+    path: Path | None
     table: pa.Table
     record: dict[str, Any]
 
+    def rows(self, level: str) -> pd.DataFrame:
+        """The rows of a level: "metric", "difference" or "sample"."""
+        table = self.table.filter(pc.equal(self.table["level"], level))
+        return table.select([name for name in table.column_names if name != "level"]).to_pandas()
+
+    @property
+    def metrics(self) -> pd.DataFrame:
+        """Every metric of every model, with its interval, or the reason why it is missing."""
+        return self.rows("metric").drop(columns=["set", "sample_id", "text"])
+
 
 def evaluate(
+    model: str | Path | PreTrainedModel,
+    task: str,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    original: str | Path | PreTrainedModel | None = None,
+    retain_model: str | Path | PreTrainedModel | None = None,
+    out: str | Path | None = None,
+    resources: Resources | None = None,
+    overwrite: bool = False,
+    progress: bool = False,
+    **settings: Any,
+) -> EvaluationResult:
+    """Measure the metrics of a task under a model, beside the original and the retain-only model.
+
+    Args:
+        model: that has forgotten: a name, as on the command line, or a loaded transformers causal LM.
+        task: its name, `NAME:SOURCE`, or a task file.
+        tokenizer: of models that are loaded.
+        original, retain_model: the same; None leaves them out.
+        out: the Parquet file to write; the same call continues an evaluation that was stopped. None writes nothing.
+        resources: how many replicas share the work; with 0, and with loaded models, it is done in this process.
+        overwrite: replace what is in `out`.
+        progress: show bars.
+        settings: further fields of `EvaluateSpec`, such as `metrics="ua,rr"` or `split="forget10"`.
+
+    Returns:
+        Every metric with its 95 % interval, differences between the models, and the value of every sample.
+
+    Raises:
+        UserError: one line; what an earlier start of the same evaluation has measured is kept.
+    """
+    given = {"model": model, "original": original, "retain_model": retain_model}
+    loaded = {f"loaded:{name}": one for name, one in given.items() if one is not None and _is_loaded(one)}
+    names = {name: f"loaded:{name}" if f"loaded:{name}" in loaded else one for name, one in given.items()}
+    spec = build(EvaluateSpec, {**names, "task": task, **settings})
+    if loaded:
+        if tokenizer is None:
+            raise UserError("tokenizer is empty: a loaded model needs the one that it was trained with")
+        if resources is not None and not resources.in_this_process:
+            raise UserError("resources: a loaded model is evaluated in this process; leave them out, or replicas=0")
+        resources = dataclasses.replace(resources or Resources(), replicas=0)
+    references = {name: loaded_model(name, one, tokenizer) for name, one in loaded.items()}
+    if out is not None:
+        return evaluate_spec(spec, out, resources, overwrite, progress, references)
+    with tempfile.TemporaryDirectory(prefix="mrd-bench-") as folder:
+        result = evaluate_spec(spec, Path(folder) / "evaluation.parquet", resources, False, progress, references)
+    return dataclasses.replace(result, path=None)
+
+
+def _is_loaded(model: object) -> bool:
+    return not isinstance(model, str | Path)
+
+
+def evaluate_spec(
     spec: EvaluateSpec,
     out: str | Path,
     resources: Resources | None = None,
     overwrite: bool = False,
     progress: bool = True,
+    loaded: Mapping[str, ModelReference] | None = None,
 ) -> EvaluationResult:
-    """Measure the metrics of a task and write `out`.
+    """The same from a spec.
+
+    Args:
+        loaded: models in this process, by the names that the spec gives them.
 
     Raises:
         UserError: one line; what an earlier start of the same evaluation has measured is kept.
@@ -220,22 +258,19 @@ def evaluate(
     out = Path(out).absolute()
     task, source = find_task(spec.task)
     metrics = spec.metrics_of(task)
-    models = _models(spec)
+    models = _models(spec, loaded or {})
     sets, rejected = sets_of(spec, task, source, models, metrics)
     identity = _identity(spec, task, models, sets)
-    if not overwrite and (found := finished(out, identity, "an evaluation", "an evaluation")):
+    if not overwrite and (found := finished_output(out, identity, "an evaluation", "an evaluation")):
         return EvaluationResult(out, found[0], {"spec": identity} | found[1])
     started = time.perf_counter()
     with Parts(out, identity) as parts, ExitStack() as stack:
-        connect()
-        keeping = _Keeping(parts)
-
+        pieces = _PieceCache(parts)
         first = models[MODEL]
+        in_memory = {each.source: each.loaded for each in models.values() if each.loaded is not None}
         # One pool for all models: replicas start when something is asked of them, and then exchange their weights.
         pool = stack.enter_context(
-            ReplicaPool(
-                resources.replica(first.source, first.revision, spec.dtype), resources.footprint(), resources.replicas
-            )
+            resources.pool(ReplicaSpec(first.source, first.revision, spec.dtype, engine=resources.engine), in_memory)
         )
 
         @contextmanager
@@ -248,22 +283,24 @@ def evaluate(
 
         # What vLLM predicts it has to read: a window of the harness has its last token in the context.
         spare = 1 if resources.engine == "vllm" else 0
-        measuring = Measuring(
-            spec, task, source, models, sets, metrics, reader_of, keeping.piece, parts.folder, progress, spare
+        measurement = Measurement(
+            spec, task, source, models, sets, metrics, reader_of, pieces.piece, parts.folder, progress, spare
         )
         columns: dict[str, Columns] = {}
         for role, model in models.items():
             # A model that is the original is not measured twice.
             same = next((other for other in columns if models[other].fingerprint == model.fingerprint), None)
-            columns[role] = columns[same] if same else measuring.columns_of(role, columns)
+            columns[role] = columns[same] if same else measurement.columns_of(role, columns)
         table = metric_table(metrics, columns, spec.seed)
         if not table["value"].null_count < table.num_rows:
             parts.remove()
             raise UserError(f"{spec.task}: nothing could be measured; the first reason: {table['missing'][0]}")
         record = {
-            "sets": {name: found.reason if isinstance(found, Missing) else len(found) for name, found in sets.items()},
+            "sets": {
+                name: records.reason if isinstance(records, Missing) else len(records) for name, records in sets.items()
+            },
             "rejected": [dataclasses.asdict(each) | {"set": name} for name in rejected for each in rejected[name]],
-            "harness": keeping.harness_versions,
+            "harness": pieces.harness_versions,
             "seconds": time.perf_counter() - started,
             "engine": resources.engine,
             **origin("lm-eval", "sentence-transformers", *resources.packages()),
@@ -276,21 +313,22 @@ def evaluate(
 # --- Models and sets ----------------------------------------------------------------------------------------
 
 
-def _models(spec: EvaluateSpec) -> dict[str, ModelReference]:
+def _models(spec: EvaluateSpec, loaded: Mapping[str, ModelReference]) -> dict[str, ModelReference]:
     """The models by role.
 
     Raises:
         UserError: one cannot be found, or they do not share a tokenizer.
     """
     names = {ORIGINAL: spec.original, RETAIN_ONLY: spec.retain_model, MODEL: spec.model}
-    models = {role: find_model(name) for role, name in names.items() if name is not None}
-    own = models[MODEL]
+    models = {role: loaded.get(name) or find_model(name) for role, name in names.items() if name is not None}
+    forgotten_by = models[MODEL]
     for role, other in models.items():
-        if other.tokenizer.get_vocab() != own.tokenizer.get_vocab() or _ends(other) != _ends(own):
-            flag = {ORIGINAL: "--original", RETAIN_ONLY: "--retain-model"}[role]
+        if other.tokenizer.get_vocab() != forgotten_by.tokenizer.get_vocab() or _ends(other) != _ends(forgotten_by):
+            setting = {ORIGINAL: "original", RETAIN_ONLY: "retain_model"}[role]
             raise UserError(
-                f"{flag} {names[role]!r} has another tokenizer than --model {spec.model!r} ({len(other.tokenizer)} and "
-                f"{len(own.tokenizer)} tokens): expected the same model trained on other data"
+                f"{named(setting)} {names[role]!r} has another tokenizer than {named('model')} {spec.model!r} "
+                f"({len(other.tokenizer)} and {len(forgotten_by.tokenizer)} tokens): expected the same model "
+                "trained on other data"
             )
     return models
 
@@ -340,7 +378,7 @@ def sets_of(
         if name == "forget" and spec.selection is not None:
             records = _selected(records, spec.selection, f"{spec.task}, split {splits[name]!r}")
         else:
-            records = spaced(records, spec.samples)
+            records = evenly_spaced(records, spec.samples)
         sets[name], rejected[name] = _fitting(name, records, models)
     return sets, rejected
 
@@ -350,7 +388,7 @@ def _selected(records: Sequence[Record], selection: str, where: str) -> list[Rec
     known = {record["id"] for record in records}
     chosen = read_ids(selection)
     if unknown := next((name for name in chosen if name not in known), None):
-        raise UserError(f"selection {selection!r}: {unknown_name(f'sample of {where}', unknown, known)}")
+        raise UserError(f"{named('selection')} {selection!r}: {unknown_name(f'sample of {where}', unknown, known)}")
     return [record for record in records if record["id"] in set(chosen)]
 
 
@@ -388,7 +426,7 @@ def _texts(name: str, number: int, record: Record) -> list[Text]:
 
 
 @dataclass
-class Measuring:
+class Measurement:
     """The measurements of one evaluation.
 
     Attributes:
@@ -414,7 +452,7 @@ class Measuring:
     def __post_init__(self) -> None:
         spec, task = self.spec, self.task
         # The models share a tokenizer, and what does not fit into one is put to none.
-        self.means = Means(
+        self.means = MeasurementSetup(
             self.models[MODEL].tokenizer,
             min(model.max_length for model in self.models.values()),
             task.new_tokens,
@@ -481,7 +519,14 @@ class Measuring:
         records = self.sets["forget"]
         assert not isinstance(records, Missing)
         folder = self.folder / f"{role}-relearning"
-        taught = fine_tuned(self.models[role].source, records, self.spec.relearning(), folder, self.progress)
+        model = self.models[role]
+        source = model.source
+        if model.loaded is not None:
+            # It is trained further from a folder, and stays as it is.
+            source = str(folder / "model")
+            model.loaded.save_pretrained(source)
+            model.tokenizer.save_pretrained(source)
+        taught = fine_tuned(source, records, self.spec.relearning(), folder, self.progress)
         with self.reader_of(str(taught), None) as reader:
             again = measure([RIGHT], self.sets, reader, self.means)[RIGHT]
         shutil.rmtree(folder)
@@ -494,7 +539,7 @@ class Measuring:
 _embedder, _classifier = lru_cache(maxsize=1)(Embedder), lru_cache(maxsize=1)(Classifier)
 
 
-class _Keeping:
+class _PieceCache:
     """Pieces that are kept on disk for the next start.
 
     Attributes:

@@ -34,16 +34,6 @@ class Relearning:
     seed: int = 0
     workers: int = 0
 
-    def checked(self) -> Relearning:
-        """The same.
-
-        Raises:
-            UserError: a value out of range.
-        """
-        if not 0 < self.share <= 1:
-            raise UserError(f"relearn_share is {self.share:g}: expected a share of the forget set in (0, 1]")
-        return self
-
 
 def fine_tuned(source: str, records: Sequence[Record], protocol: Relearning, folder: Path, progress: bool) -> Path:
     """The folder of the model after the fine-tune.

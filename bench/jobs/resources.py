@@ -2,61 +2,86 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Self
 
-from scoring.cluster import Footprint, default_gpus, is_gpu_share
-from scoring.errors import UserError, unknown_name
-from scoring.pool import ENGINES, ReplicaSpec
+from scoring.cluster import Footprint, connect, default_gpus, is_gpu_share
+from scoring.errors import UserError
+from scoring.settings import Doc, Ge, check, named
+from scoring.work import Engine, LocalPool, Pool, ReplicaSpec
 
-DTYPE_CHOICES = ("float32", "bfloat16", "float64")
-BATCH_TOKENS = 4096
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+Gpus = Annotated[float | None, Ge(0)]
+
+
+def check_gpus(name: str, gpus: float | None) -> None:
+    """Refuse a number of GPUs that Ray cannot give.
+
+    Raises:
+        UserError: one line that names the setting.
+    """
+    if gpus is not None and not is_gpu_share(gpus):
+        raise UserError(f"{named(name)} is {gpus:g}: expected a fraction of one GPU, or a whole number")
+
+
+def check_dtype(dtype: str) -> None:
+    """Refuse a dtype that vLLM has not.
+
+    Raises:
+        UserError: see above.
+    """
+    if dtype == "float64":
+        raise UserError(
+            f"{named('dtype')} is float64: vLLM computes in float32 or bfloat16; use {named('engine')} transformers"
+        )
 
 
 @dataclass(frozen=True)
 class Resources:
-    """How the work is spread; none of it changes a score.
+    """How replicas of a model are spread."""
 
-    Attributes:
-        replicas: None for as many as fit.
-        cpus_per_replica: cores, and threads, of one replica.
-        gpus_per_replica: None for one where the cluster has GPUs, else none.
-        engine: what computes in a replica, "transformers" or "vllm": they agree to rounding.
-        tensor_parallel: processes (on a cluster with GPUs: GPUs) of a vLLM replica that share the model; None for as
-            many as the replica has GPUs.
-    """
+    replicas: Annotated[
+        int | None, Ge(0), Doc("of the model; 0 works in this process, without Ray (default: as many as fit)")
+    ] = None
+    cpus_per_replica: Annotated[int, Ge(1), Doc("cores and threads of a replica on Ray")] = 1
+    gpus_per_replica: Annotated[Gpus, Doc("a share of one, or several (default: 1 where there are any, else 0)")] = None
+    engine: Annotated[Engine, Doc("what computes in a replica; the two agree to rounding")] = "transformers"
+    tensor_parallel: Annotated[
+        int | None, Ge(1), Doc("processes, or GPUs, that share a vLLM replica (default: as many as it has GPUs)")
+    ] = None
 
-    replicas: int | None = None
-    cpus_per_replica: int = 1
-    gpus_per_replica: float | None = None
-    engine: str = ENGINES[0]
-    tensor_parallel: int | None = None
-
-    def checked(self) -> Resources:
+    def checked(self) -> Self:
         """The same.
 
         Raises:
-            UserError: a number out of range.
+            UserError: a value that cannot be, or a combination that does not exist.
         """
-        if self.replicas is not None and self.replicas < 1:
-            raise UserError(f"--replicas {self.replicas}: expected at least 1, or leave it out for as many as fit")
-        if self.cpus_per_replica < 1:
-            raise UserError(f"--cpus-per-replica {self.cpus_per_replica}: expected at least 1")
-        gpus = self.gpus_per_replica
-        if gpus is not None and not is_gpu_share(gpus):
-            raise UserError(f"--gpus-per-replica {gpus:g}: expected a fraction of one GPU, or a whole number")
-        if self.engine not in ENGINES:
-            raise unknown_name("engine", self.engine, ENGINES)
-        parallel = self.tensor_parallel
-        if parallel is not None and parallel < 1:
-            raise UserError(f"--tensor-parallel {parallel}: expected at least 1")
+        check(self)
+        check_gpus("gpus_per_replica", self.gpus_per_replica)
+        parallel, gpus = self.tensor_parallel, self.gpus_per_replica
+        if self.engine == "vllm" and self.replicas == 0:
+            raise UserError(
+                f"{named('replicas')} is 0: vLLM's engine needs a process of its own; expected at least 1, or "
+                f"{named('engine')} transformers"
+            )
         if parallel not in (None, 1) and self.engine != "vllm":
             raise UserError(
-                f"--tensor-parallel {parallel} is for --engine vllm; a transformers replica is spread over several "
-                "GPUs by --gpus-per-replica"
+                f"{named('tensor_parallel')} {parallel} is for {named('engine')} vllm; a transformers replica is "
+                f"spread over several GPUs by {named('gpus_per_replica')}"
             )
         if parallel is not None and gpus and gpus != parallel:
-            raise UserError(f"--tensor-parallel {parallel} with --gpus-per-replica {gpus:g}: expected the same number")
+            raise UserError(
+                f"{named('tensor_parallel')} {parallel} with {named('gpus_per_replica')} {gpus:g}: expected the same "
+                "number"
+            )
         return self
+
+    @property
+    def in_this_process(self) -> bool:
+        return self.replicas == 0
 
     def footprint(self) -> Footprint:
         """What one replica takes; needs a connected cluster to see whether there are GPUs."""
@@ -72,51 +97,57 @@ class Resources:
     def replica(
         self, source: str, revision: str | None, dtype: str, allow_lost_perturbation: bool = False
     ) -> ReplicaSpec:
-        """A replica of a model. Needs a connected cluster."""
-        parallel = self.tensor_parallel or max(1, int(self.footprint().gpus))
-        return ReplicaSpec(
-            source, revision, dtype, allow_lost_perturbation, self.engine, parallel if self.engine == "vllm" else 1
-        )
+        """A replica of a model. Needs a connected cluster, unless there is one in this process."""
+        parallel = 1
+        if self.engine == "vllm":
+            parallel = self.tensor_parallel or max(1, int(self.footprint().gpus))
+        return ReplicaSpec(source, revision, dtype, allow_lost_perturbation, self.engine, parallel)
 
+    def device(self) -> str:
+        """Where a model in this process goes."""
+        import torch
 
-def check_dtype(dtype: str) -> None:
-    """Refuse a dtype that vLLM has not.
+        return "cuda" if torch.cuda.is_available() and self.gpus_per_replica != 0 else "cpu"
 
-    Raises:
-        UserError: see above.
-    """
-    if dtype == "float64":
-        raise UserError("--dtype float64: vLLM computes in float32 or bfloat16; use --engine transformers")
+    def pool(
+        self, model: ReplicaSpec, loaded: Mapping[str, PreTrainedModel] | None = None, replicas: int | None = None
+    ) -> Pool:
+        """Replicas of a model: in this process, or on Ray, which is joined or started.
+
+        Args:
+            loaded: models in this process, by source.
+            replicas: how many, where not as many as these resources say.
+        """
+        if self.in_this_process:
+            return LocalPool(model, self.device(), loaded)
+        from scoring.pool import ReplicaPool
+
+        connect()
+        return ReplicaPool(model, self.footprint(), replicas or self.replicas)
 
 
 @dataclass(frozen=True)
 class SweepResources:
-    """How a sweep is spread; none of it changes a result.
+    """How the trials of a sweep are spread."""
 
-    Attributes:
-        cpus_per_trial: cores, and threads, of a trial that has no workers of its own.
-        gpus_per_trial: None for one where the cluster has GPUs, else none.
-        concurrent: trials at once; None for as many as fit.
-        reuse: keep workers warm from one trial to the next.
-    """
+    concurrent: Annotated[int | None, Ge(1), Doc("trials at once (default: as many as fit)")] = None
+    cpus_per_trial: Annotated[int, Ge(1), Doc("cores and threads of a trial that has no workers of its own")] = 1
+    gpus_per_trial: Annotated[Gpus, Doc("a share of one, or several (default: 1 where there are any, else 0)")] = None
+    reuse: Annotated[bool, Doc("keep workers warm from one trial to the next")] = True
 
-    cpus_per_trial: int = 1
-    gpus_per_trial: float | None = None
-    concurrent: int | None = None
-    reuse: bool = True
-
-    def checked(self) -> SweepResources:
+    def checked(self) -> Self:
         """The same.
 
         Raises:
-            UserError: a number out of range.
+            UserError: a value that cannot be.
         """
-        if self.concurrent is not None and self.concurrent < 1:
-            raise UserError(f"--concurrent {self.concurrent}: expected at least 1, or leave it out for as many as fit")
-        if self.cpus_per_trial < 1:
-            raise UserError(f"--cpus-per-trial {self.cpus_per_trial}: expected at least 1")
-        Resources(None, self.cpus_per_trial, self.gpus_per_trial).checked()
+        check(self)
+        check_gpus("gpus_per_trial", self.gpus_per_trial)
         return self
 
+    def replicas(self) -> Resources:
+        """Replicas that take as much as trials do, and are as many."""
+        return Resources(self.concurrent, self.cpus_per_trial, self.gpus_per_trial)
+
     def footprint(self) -> Footprint:
-        return Resources(None, self.cpus_per_trial, self.gpus_per_trial).footprint()
+        return self.replicas().footprint()

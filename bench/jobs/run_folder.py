@@ -29,12 +29,15 @@ import pyarrow.parquet as pq
 from safetensors import SafetensorError
 
 from algorithms.checkpoints import Checkpoints
-from algorithms.unlearner import Corpus, History
+from algorithms.corpus import Corpus
+from algorithms.tables import tables_of
+from algorithms.unlearner import History
 from bench.files.folders import OwnedFolder
 from bench.files.origin import origin
 from bench.report.words import size_of
 from scoring.errors import UserError
-from scoring.files import replacing
+from scoring.files import replacing, shown
+from scoring.settings import named
 
 
 @dataclass(frozen=True)
@@ -80,8 +83,8 @@ class RunFolder(OwnedFolder):
         free = shutil.disk_usage(self._out).free
         if free < needed:
             raise UserError(
-                f"--out {self._out}: {size_of(free)} free, and the checkpoints need {size_of(needed)}; free some, or "
-                "choose a folder on another disk"
+                f"{named('out')} {shown(self._out)}: {size_of(free)} free, and the checkpoints need "
+                f"{size_of(needed)}; free some, or choose a folder on another disk"
             )
 
     def finish(
@@ -95,13 +98,7 @@ class RunFolder(OwnedFolder):
         shutil.copytree(saved.model, unfinished, copy_function=_link)
         shutil.rmtree(self._out / "model", ignore_errors=True)
         unfinished.rename(self._out / "model")
-        tables = {
-            "steps": pa.Table.from_pylist(history.steps, _step_schema()),
-            "epochs": pa.Table.from_pylist(history.epochs, _epoch_schema(history.epochs)),
-            "samples": sample_table(history, corpus),
-            "difficulty": _difficulty(history, corpus),
-        }
-        for name, table in tables.items():
+        for name, table in tables_of(history, corpus).items():
             with replacing(self._out / f"{name}.parquet") as path:
                 pq.write_table(table, path)
         record = {
@@ -129,7 +126,8 @@ def full_disks_said_plainly(out: Path) -> Iterator[None]:
         if isinstance(error, OSError) and error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
             raise
         raise UserError(
-            f"--out {out}: nothing more can be written ({error}); free some space and give the same command again"
+            f"{named('out')} {shown(out)}: nothing more can be written ({error}); free some space and give the same "
+            "command again"
         ) from error
 
 
@@ -139,76 +137,6 @@ def _link(source: str, target: str) -> None:
         os.link(source, target)
     except OSError:
         shutil.copy2(source, target)
-
-
-def _step_schema() -> pa.Schema:
-    number, whole = pa.float64(), pa.int64()
-    return pa.schema(
-        [
-            ("step", whole),
-            ("epoch", whole),
-            ("loss", number),
-            ("forget_loss", number),
-            ("retain_loss", number),
-            ("gradient_norm", number),
-            ("learning_rate", number),
-            ("samples", pa.list_(pa.string())),
-            ("tokens", whole),
-            ("forwards", whole),
-            ("backwards", whole),
-            ("seconds", number),
-        ]
-    )
-
-
-def _epoch_schema(rows: Sequence[Mapping[str, Any]]) -> pa.Schema:
-    """Numbers, whichever of them this run knows; not every epoch knows all."""
-    names = dict.fromkeys(name for row in rows for name in row)
-    whole = ("epoch", "step", "tokens")
-    return pa.schema(
-        [
-            (name, pa.int64() if name in whole or name.startswith(("forwards", "backwards")) else pa.float64())
-            for name in names
-        ]
-    )
-
-
-def sample_table(history: History, corpus: Corpus) -> pa.Table:
-    """One row a forget sample, see the README."""
-
-    def memory(when: str, what: str) -> pa.Array:
-        """Of each sample; null where it was not measured: EL is not where MA alone says that it is not forgotten."""
-        values = history.memory[when][what] if history.memory else [np.inf] * len(corpus.forget)
-        return pa.array([None if np.isinf(value) else value for value in values], pa.float64())
-
-    return pa.table(
-        {
-            "sample_id": [s.sample_id for s in corpus.forget],
-            "num_tokens": [s.num_scored for s in corpus.forget],
-            "updates": history.drawn,
-            "updates_until_forgotten": pa.array(history.drawn_until_forgotten, pa.int64()),
-            "forgotten_at_step": pa.array(history.forgotten_at, pa.int64()),
-            "mrd_initial": pa.array(
-                history.mrd[0]["mrd"] if history.mrd else [None] * len(corpus.forget), pa.float64()
-            ),
-            "ma_initial": memory("initial", "ma"),
-            "el_initial": memory("initial", "el"),
-            "ma_last": memory("last", "ma"),
-            "el_last": memory("last", "el"),
-        }
-    )
-
-
-def _difficulty(history: History, corpus: Corpus) -> pa.Table:
-    """MRD of every sample at every refresh."""
-    ids = [s.sample_id for s in corpus.forget]
-    rows = [
-        {"step": entry["step"], "sample_id": name, "mrd": mrd}
-        for entry in history.mrd
-        for name, mrd in zip(ids, entry["mrd"], strict=True)
-    ]
-    schema = pa.schema([("step", pa.int64()), ("sample_id", pa.string()), ("mrd", pa.float64())])
-    return pa.Table.from_pylist(rows, schema)
 
 
 def read_run(folder: str | Path) -> UnlearnResult:

@@ -31,18 +31,20 @@ from tqdm import tqdm
 
 from bench.files.folders import OwnedFolder
 from bench.files.origin import origin
+from bench.files.spec import spec_file
 from bench.files.status import DIED, STOPPED
 from bench.jobs.resources import SweepResources
 from bench.jobs.run_folder import full_disks_said_plainly
-from bench.jobs.sweep_plan import Plan, SweepSpec, configurations
-from bench.jobs.trial import Result, Shared, Trial, TrialStore, run_trial, shareable_weights
+from bench.jobs.sweep_plan import SweepPlan, SweepSpec, configurations
+from bench.jobs.trial import Result, Trial, TrialContext, TrialStore, run_trial, shareable_weights
 from bench.jobs.unlearn import UnlearnSpec, corpus_of, datasets_of, room_of
 from bench.models.find import find_model
 from bench.report.words import size_of
 from bench.tasks.selections import mean_log_mrd
 from scoring.cluster import connect, how_many_fit
 from scoring.errors import UserError
-from scoring.files import replacing
+from scoring.files import replacing, shown
+from scoring.settings import build, named
 
 # How often a trial whose worker dies is begun anew before its row says so.
 MAX_DEATHS = 2
@@ -85,7 +87,7 @@ class _SweepFolder(OwnedFolder):
 
 
 def sweep(
-    spec: SweepSpec,
+    spec: SweepSpec | Mapping[str, Any] | str | Path,
     out: str | Path,
     trials: str | Path | None = None,
     resources: SweepResources | None = None,
@@ -95,21 +97,28 @@ def sweep(
     """Run the trials of a sweep, and write its tables to `out`.
 
     Args:
+        spec: what is swept; also as a mapping, or as a YAML file of one.
+        out: the folder; the same call continues a sweep that was stopped.
         trials: the folder of results, shared with other sweeps; None: "trials" next to `out`.
         retry_failed: try again what an earlier start gave up: out of memory, dead workers, errors.
 
     Raises:
         UserError: one line; what an earlier start has finished is kept.
     """
+    if isinstance(spec, str | Path):
+        with spec_file(spec, {}, SweepSpec) as from_file:
+            return sweep(from_file, out, trials, resources, progress, retry_failed)
+    if not isinstance(spec, SweepSpec):
+        spec = build(SweepSpec, spec)
     spec, resources, out = spec.checked(), (resources or SweepResources()).checked(), Path(out).absolute()
-    plan = Plan(spec, out)
+    plan = SweepPlan(spec, out)
     store = TrialStore(Path(trials).absolute() if trials else out.parent / "trials", out / "failed")
     with _SweepFolder(out, plan.identity) as folder, full_disks_said_plainly(out):
         if retry_failed and store.own.is_dir():
             store.forget_failures()
             folder.reopen()
         if folder.is_finished():
-            tqdm.write(f"{out} holds this sweep already (spec {plan.identity['spec_hash']})")
+            tqdm.write(f"{shown(out)} holds this sweep already (spec {plan.identity['spec_hash']})")
             return read_sweep(out)
         started = time.perf_counter()
         plan.choose(resources)
@@ -126,7 +135,7 @@ def sweep(
     return result
 
 
-def _check_room(plan: Plan, trials: Sequence[Trial], waiting: Sequence[Trial], store: TrialStore) -> None:
+def _check_room(plan: SweepPlan, trials: Sequence[Trial], waiting: Sequence[Trial], store: TrialStore) -> None:
     """Refuse a sweep that the disk cannot hold, before it starts."""
     count = len(waiting) if trials else (plan.spec.trials or 0) * len(plan.selections)
     needed = count * BYTES_RESULT
@@ -139,8 +148,9 @@ def _check_room(plan: Plan, trials: Sequence[Trial], waiting: Sequence[Trial], s
     free = shutil.disk_usage(place).free
     if free < needed:
         raise UserError(
-            f"--trials {store.shared}: {size_of(free)} free, and {count} trials need {size_of(needed)}; free some, "
-            f"choose a folder on another disk{', or leave out keep_models' if plan.spec.keep_models else ''}"
+            f"{named('trials')} {shown(store.shared)}: {size_of(free)} free, and {count} trials need "
+            f"{size_of(needed)}; free some, choose a folder on another disk"
+            f"{', or leave out keep_models' if plan.spec.keep_models else ''}"
         )
 
 
@@ -148,7 +158,7 @@ def _check_room(plan: Plan, trials: Sequence[Trial], waiting: Sequence[Trial], s
 
 
 def _run(
-    plan: Plan,
+    plan: SweepPlan,
     wanted: Sequence[Trial],
     waiting: Sequence[Trial],
     search: _Search | None,
@@ -162,7 +172,7 @@ def _run(
     own_workers = plan.base.workers > 0
     at_once = resources.concurrent or (1 if own_workers else how_many_fit(footprint, "trial"))
     models = [find_model(name) for name in {trial.spec.model for trial in waiting} or {plan.base.model}]
-    shared = Shared(
+    shared = TrialContext(
         # Put once; Ray keeps one copy a node, and its processes read it where it is.
         {model.source: ray.put(shareable_weights(model)) for model in models},
         plan.references,
@@ -226,7 +236,7 @@ def _environment() -> Iterator[None]:
             os.environ.pop(name, None) if value is None else os.environ.update({name: value})
 
 
-def _scheduler(plan: Plan) -> ASHAScheduler | None:
+def _scheduler(plan: SweepPlan) -> ASHAScheduler | None:
     if plan.spec.scheduler == "none":
         return None
     return ASHAScheduler(
@@ -240,7 +250,7 @@ def _scheduler(plan: Plan) -> ASHAScheduler | None:
     )
 
 
-def _one_trial(config: dict[str, Any], trials: Sequence[Trial], shared: Shared, objective: str | None) -> None:
+def _one_trial(config: dict[str, Any], trials: Sequence[Trial], shared: TrialContext, objective: str | None) -> None:
     """What a warm worker does with a trial: run it, and tell a scheduler what every epoch reached."""
 
     def report(row: Mapping[str, Any]) -> None:
@@ -253,7 +263,7 @@ def _one_trial(config: dict[str, Any], trials: Sequence[Trial], shared: Shared, 
     tune.report({"status": result["status"]})
 
 
-def _every_selection(config: dict[str, Any], plan: Plan, shared: Shared) -> None:
+def _every_selection(config: dict[str, Any], plan: SweepPlan, shared: TrialContext) -> None:
     """What a warm worker does with a configuration of an adaptive search: run it on every selection, so that the search
     compares configurations and not the samples they drew."""
     try:
@@ -342,7 +352,7 @@ class _Search:
         total: configurations that are wanted.
     """
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: SweepPlan) -> None:
         self._plan, self._path = plan, plan.out / "search.json"
         self.total = plan.spec.trials or 0
         self._tried: list[dict[str, Any]] = json.loads(self._path.read_text()) if self._path.is_file() else []
@@ -396,7 +406,7 @@ def _domain(values: Any) -> Any:
 # --- Tables -------------------------------------------------------------------------------------------------
 
 
-def _write(plan: Plan, wanted: Sequence[Trial], store: TrialStore, seconds: float) -> SweepResult:
+def _write(plan: SweepPlan, wanted: Sequence[Trial], store: TrialStore, seconds: float) -> SweepResult:
     """Put the results of all trials into tables; sweep.json comes last and says that all is there."""
     results = [(trial, store.find(trial.hash) or _lost(trial)) for trial in wanted]
     tables = {
@@ -429,7 +439,7 @@ _SPEC_COLUMNS = tuple(
 )
 
 
-def _row(plan: Plan, trial: Trial, result: Result) -> dict[str, Any]:
+def _row(plan: SweepPlan, trial: Trial, result: Result) -> dict[str, Any]:
     selection = plan.selections[trial.selection]
     spec = {name: getattr(trial.spec, name) for name in _SPEC_COLUMNS}
     # Of several types: a number of draws may be "auto".

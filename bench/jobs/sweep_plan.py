@@ -10,18 +10,18 @@ import itertools
 import json
 import math
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, Self
 
 import numpy as np
 import pyarrow.compute as pc
 
-from algorithms.stopping import Thresholds, measure_memory
+from algorithms.stopping import Thresholds, measure_memorization
 from bench.files.identity import with_spec_hash
-from bench.files.spec import make_spec
-from bench.jobs.evaluate import EvaluateSpec, EvaluationResult, evaluate
-from bench.jobs.resources import Resources, SweepResources
+from bench.jobs.evaluate import EvaluateSpec, EvaluationResult, evaluate_spec
+from bench.jobs.resources import SweepResources
 from bench.jobs.score import ScoreSpec, score
 from bench.jobs.trial import Trial, make_trial
 from bench.jobs.unlearn import UnlearnSpec, datasets_of, with_absolute_paths
@@ -33,122 +33,121 @@ from scoring.errors import UserError, unknown_name
 from scoring.files import replacing
 from scoring.replica import load_model
 from scoring.samples import encode
+from scoring.settings import Doc, Ge, build, check, current_naming, named, naming, one_of, settings_of
 
 SCHEMA_VERSION = 1
-SEARCHES = ("grid", "random", "optuna")
-SCHEDULERS = ("none", "asha")
 OBJECTIVES = ("completeness", "utility", "balance")
-THRESHOLDS = ("selection", "split")
 RANGES = ("uniform", "log_uniform", "integers")
 
 
 @dataclass(frozen=True, kw_only=True)
 class SweepSpec:
-    """What is swept.
+    """What is swept."""
 
-    Attributes:
-        base: fields of an unlearning run, see UnlearnSpec, that all trials share.
-        vary: field -> list of values; for a search also {uniform: [a, b]}, {log_uniform: [a, b]}, {integers: [a, b]}.
-        selections: see SelectionSpec; none: the whole forget set. Every configuration is run on each.
-        search: "grid" crosses all values; "random" and "optuna" draw `trials` configurations.
-        trials: configurations of a search.
-        objective: what a search and a scheduler maximise, see `bench.jobs.trial.derived`; a metric of the task, with
-            "optuna" alone.
-        scheduler: "asha" stops trials that are behind after an epoch, by the objective.
-        grace_epochs, reduction: of ASHA: epochs before it stops any; one in so many goes on.
-        evaluate: fields of an evaluation, see EvaluateSpec: metrics of the task, measured at the end; none: only those
-            of the training loop.
-        each_epoch: measure them after every epoch.
-        thresholds: a sample is forgotten when it is below the averages over its "selection", or over the whole "split".
-        keep_models: save the model of every trial.
-        seed: of the search.
-    """
+    base: Annotated[dict[str, Any], Doc("settings of `unlearn`, by name, that all trials share")]
+    vary: Annotated[
+        dict[str, Any],
+        Doc("setting -> list of values; of a search also {uniform: [a, b]}, {log_uniform: ...}, {integers: ...}"),
+    ] = field(default_factory=dict)
+    selections: Annotated[
+        list[dict[str, Any]],
+        Doc("which samples are forgotten, see the next table; each configuration is run on each (default: all)"),
+    ] = field(default_factory=list)
+    search: Annotated[
+        Literal["grid", "random", "optuna"], Doc("grid crosses all values; the others draw `trials` configurations")
+    ] = "grid"
+    trials: Annotated[int | None, Ge(1), Doc("configurations of a search")] = None
+    objective: Annotated[
+        str,
+        Doc(
+            "what a search and a scheduler maximise: completeness (1 - ROUGE-L recall on the forget set), utility (the "
+            "same recall on the retain set), balance (their harmonic mean) or, with optuna, a metric of the task"
+        ),
+    ] = "balance"
+    scheduler: Annotated[
+        Literal["none", "asha"], Doc("asha stops trials that are behind after an epoch; their rows say so")
+    ] = "none"
+    grace_epochs: Annotated[int, Ge(1), Doc("of asha: epochs before it stops any")] = 1
+    reduction: Annotated[int, Ge(2), Doc("of asha: one in so many goes on")] = 3
+    evaluate: Annotated[
+        dict[str, Any], Doc("settings of `evaluate`, by name: metrics of the task, measured at the end (default: none)")
+    ] = field(default_factory=dict)
+    each_epoch: Annotated[bool, Doc("measure them after every epoch")] = False
+    thresholds: Annotated[
+        Literal["selection", "split"],
+        Doc("a sample counts as forgotten below the averages over its selection, or over the whole split"),
+    ] = "selection"
+    keep_models: Annotated[bool, Doc("save the model of every trial")] = False
+    seed: Annotated[int, Ge(0), Doc("of the search")] = 0
 
-    base: dict[str, Any]
-    vary: dict[str, Any] = field(default_factory=dict)
-    selections: list[dict[str, Any]] = field(default_factory=list)
-    search: str = "grid"
-    trials: int | None = None
-    objective: str = "balance"
-    scheduler: str = "none"
-    grace_epochs: int = 1
-    reduction: int = 3
-    evaluate: dict[str, Any] = field(default_factory=dict)
-    each_epoch: bool = False
-    thresholds: str = "selection"
-    keep_models: bool = False
-    seed: int = 0
-
-    def checked(self) -> SweepSpec:
+    def checked(self) -> Self:
         """The same.
 
         Raises:
-            UserError: a value out of range, an unknown field or a combination that does not exist.
+            UserError: a value that cannot be, an unknown field or a combination that does not exist.
         """
-        for name, value, known in (
-            ("search", self.search, SEARCHES),
-            ("scheduler", self.scheduler, SCHEDULERS),
-            ("thresholds", self.thresholds, THRESHOLDS),
-        ):
-            if value not in known:
-                raise unknown_name(name, value, known)
+        check(self)
         if (self.trials is None) != (self.search == "grid"):
             raise UserError(
-                f"trials is {self.trials or 'missing'}: expected a number of configurations for search random and "
-                "optuna, and none for grid, which runs all"
+                f"{named('trials')} is {self.trials or 'missing'}: expected a number of configurations for search "
+                "random and optuna, and none for grid, which runs all"
             )
-        for name, least in (("trials", 1), ("grace_epochs", 1), ("reduction", 2), ("seed", 0)):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise UserError(f"{name} is {value}: expected {least} or more")
         if self.scheduler == "asha" and self.search == "optuna":
             raise UserError(
-                "scheduler asha and search optuna exclude each other: a configuration is run on all selections, and "
-                "compared by their mean"
+                f"{named('scheduler')} asha and {named('search')} optuna exclude each other: a configuration is run on "
+                "all selections, and compared by their mean"
             )
         if self.scheduler == "asha" and self.objective not in OBJECTIVES:
-            raise unknown_name("objective of scheduler asha", self.objective, OBJECTIVES)
-        fields = [f.name for f in dataclasses.fields(UnlearnSpec) if f.name != "selection"]
+            raise UserError(
+                f"{named('objective')} of scheduler asha is {self.objective!r}: {one_of(self.objective, OBJECTIVES)}"
+            )
+        names = [setting.name for setting in settings_of(UnlearnSpec) if setting.name != "selection"]
+        called = current_naming().under("vary")
         for name, values in self.vary.items():
-            if name not in fields:
-                raise UserError(f"vary: {unknown_name('field', name, fields)}")
+            if name not in names:
+                raise UserError(f"{called.start(name)}unknown field {name!r}: {one_of(name, names)}")
             if name in self.base:
-                raise UserError(f"vary: {name} is in base as well: expected it in one of them")
+                raise UserError(f"{called(name)} is in base as well: expected it in one of them")
             if name in UnlearnSpec.EXECUTION:
-                raise UserError(f"vary: {name} does not change what a trial ends with: set it in base")
-            _check_values(name, values, self.search)
+                raise UserError(f"{called(name)} does not change what a trial ends with: set it in base")
+            _check_values(called(name), values, self.search)
         if "selection" in self.base:
-            raise UserError("base: selection is set: name the samples under selections")
-        if "model" in self.evaluate or "task" in self.evaluate or "split" in self.evaluate:
-            raise UserError("evaluate: model, task and split are those of the trials: leave them out")
+            raise UserError(f"{current_naming().under('base')('selection')} is set: name the samples under selections")
+        for name in ("model", "task", "split"):
+            if name in self.evaluate:
+                where = current_naming().under("evaluate")(name)
+                raise UserError(f"{where} is that of the trials: leave it out")
         self.selection_specs()
         return self
 
     def selection_specs(self) -> list[SelectionSpec]:
-        specs = [make_spec(SelectionSpec, each, f"selections, entry {n}") for n, each in enumerate(self.selections, 1)]
-        return [spec.checked() for spec in specs or [SelectionSpec(kind="all")]]
+        specs = []
+        for number, fields in enumerate(self.selections):
+            with naming(current_naming().under("selections", number)):
+                specs.append(build(SelectionSpec, fields).checked())
+        return specs or [SelectionSpec(kind="all").checked()]
 
 
-def _check_values(name: str, values: Any, search: str) -> None:
+def _check_values(called: str, values: Any, search: str) -> None:
     if isinstance(values, list):
         if not values:
-            raise UserError(f"vary: {name} is an empty list: expected values")
+            raise UserError(f"{called} is an empty list: expected values")
         if any(values.count(value) > 1 for value in values):
-            raise UserError(f"vary: {name} has a value twice: expected each once")
+            raise UserError(f"{called} has a value twice: expected each once")
         return
     if not isinstance(values, dict) or len(values) != 1 or (kind := next(iter(values))) not in RANGES:
-        raise UserError(f"vary: {name} is no list: expected values, or one of {', '.join(RANGES)} with [low, high]")
+        raise UserError(f"{called} is no list: expected values, or one of {', '.join(RANGES)} with [low, high]")
     if search == "grid":
-        raise UserError(f"vary: {name} is a range: expected a list of values for search grid")
+        raise UserError(f"{called} is a range: expected a list of values for search grid")
     ends = values[kind]
     numbers = isinstance(ends, list) and len(ends) == 2 and all(isinstance(end, int | float) for end in ends)
     if not numbers or not ends[0] < ends[1] or (kind == "log_uniform" and ends[0] <= 0):
-        raise UserError(f"vary: {name}, {kind} is {ends}: expected [low, high] with low < high, above 0 on a log scale")
+        raise UserError(f"{called}: {kind} is {ends}: expected [low, high] with low < high, above 0 on a log scale")
     if kind == "integers" and any(end != int(end) for end in ends):
-        raise UserError(f"vary: {name}, integers is {ends}: expected whole numbers")
+        raise UserError(f"{called}: integers is {ends}: expected whole numbers")
 
 
-class Plan:
+class SweepPlan:
     """A sweep made ready: its models, data and selections, and the trial of every configuration.
 
     Attributes:
@@ -163,16 +162,18 @@ class Plan:
     def __init__(self, spec: SweepSpec, out: Path) -> None:
         self.spec, self.out = _with_absolute_paths(spec), out
         # A configuration of the first values, so that what is wrong in base or vary is said before anything is done.
-        first = self.unlearn_spec({name: _first(values) for name, values in spec.vary.items()})
+        firsts = {name: _first(values) for name, values in spec.vary.items()}
+        first = self.unlearn_spec(firsts)
         for fixed in ("model", "task", "forget_split"):
             if fixed in spec.vary and spec.vary[fixed] != [getattr(first, fixed)] and spec.selections:
                 raise UserError(
-                    f"vary: {fixed} is swept, and selections are of one forget set and model: give each a sweep"
+                    f"{current_naming().under('vary')(fixed)} is swept, and selections are of one forget set and "
+                    "model: give each a sweep"
                 )
-        self.base = first.checked()
-        for name, values in spec.vary.items():
+        self.base = first
+        for name, values in self.spec.vary.items():
             for value in values if isinstance(values, list) else next(iter(values.values())):
-                self.unlearn_spec({n: _first(v) for n, v in spec.vary.items()} | {name: value}).checked()
+                self.unlearn_spec(firsts | {name: value})
         self.model: ModelReference = find_model(self.base.model)
         self.dataset: Dataset = load_dataset(self.base.task, self.base.forget_split, self.model.tokenizer)
         self.evaluation = self._evaluation()
@@ -194,7 +195,19 @@ class Plan:
 
     def unlearn_spec(self, values: Mapping[str, Any]) -> UnlearnSpec:
         """A configuration's run, on the whole forget set, in the trial's own process unless it says otherwise."""
-        return make_spec(UnlearnSpec, {"workers": 0} | self.spec.base | dict(values), "base and vary")
+        with self._naming(values):
+            return build(UnlearnSpec, {"workers": 0} | self.spec.base | dict(values)).checked()
+
+    def _naming(self, values: Mapping[str, Any]) -> AbstractContextManager[None]:
+        """Within the context settings are called as the sweep's file has them: under vary, or under base."""
+        names = current_naming()
+        lines: dict[tuple[str | int, ...], int] = {
+            ("base", name): names.lines[*names.path, part, name]
+            for part in ("base", "vary")
+            for name in (self.spec.base if part == "base" else values)
+            if (*names.path, part, name) in names.lines
+        }
+        return naming(dataclasses.replace(names, lines=lines, path=("base",)))
 
     def _check_objective(self) -> None:
         """A search or scheduler can see what it is to maximise."""
@@ -218,8 +231,9 @@ class Plan:
             return None
         if is_data_file(self.base.task):
             raise UserError(f"evaluate: {self.base.task!r} is a data file, and has no metrics; expected a task in base")
-        named = {"model": self.base.model, "task": self.base.task, "split": self.base.forget_split}
-        evaluation = make_spec(EvaluateSpec, self.spec.evaluate | named, "evaluate").checked()
+        given = {"model": self.base.model, "task": self.base.task, "split": self.base.forget_split}
+        with naming(current_naming().under("evaluate")):
+            evaluation = build(EvaluateSpec, self.spec.evaluate | given).checked()
         evaluation.metrics_of(find_task(evaluation.task)[0])
         return evaluation
 
@@ -231,9 +245,14 @@ class Plan:
         if self.spec.selections:
             # Also where it does not decide who is selected: the difficulty of every selection is part of the result.
             found = score(
-                ScoreSpec(self.base.model, self.base.task, self.base.forget_split, estimator="gradient"),
+                ScoreSpec(
+                    model=self.base.model,
+                    data=self.base.task,
+                    split=self.base.forget_split,
+                    estimator="gradient",
+                ),
                 self.out / "difficulty.parquet",
-                Resources(resources.concurrent, resources.cpus_per_trial, resources.gpus_per_trial),
+                resources.replicas(),
                 progress=False,
             ).table
             self.mrd = dict(zip(found["sample_id"].to_pylist(), found["mrd"].to_pylist(), strict=True))
@@ -253,7 +272,7 @@ class Plan:
             model = load_model(self.model.source, revision=self.model.revision)
             samples = [dataclasses.replace(sample, index=i) for i, sample in enumerate(samples)]
             ends = self.model.tokenizer.eos_token_id
-            ma, el = measure_memory(model, samples, self.base.el_n, ends, self.base.batch_tokens)
+            ma, el = measure_memorization(model, samples, self.base.el_n, ends, self.base.batch_tokens)
             found = Thresholds.from_initial(ma, el)
             kept = {"ma_threshold": found.ma} | ({} if math.isnan(found.el) else {"el_threshold": found.el})
             with replacing(path) as unfinished:
@@ -270,8 +289,7 @@ class Plan:
                 ids = [text.sample_id for text in self.dataset.texts if text.sample_id in used]
                 unfinished.write_text("".join(f"{name}\n" for name in ids), encoding="utf-8")
             wanted = dataclasses.replace(wanted, selection=str(everyone))
-        spread = Resources(resources.concurrent, resources.cpus_per_trial, resources.gpus_per_trial)
-        result = evaluate(wanted, self.out / "reference.parquet", spread, progress=False)
+        result = evaluate_spec(wanted, self.out / "reference.parquet", resources.replicas(), progress=False)
         self.references = _columns(result)
         self.reference_fingerprints = [
             fingerprint for role, fingerprint in result.record["spec"]["fingerprints"].items() if role != MODEL
@@ -322,7 +340,7 @@ def _first(values: Any) -> Any:
     return values[0] if isinstance(values, list) else next(iter(values.values()))[0]
 
 
-def configurations(plan: Plan) -> list[Trial]:
+def configurations(plan: SweepPlan) -> list[Trial]:
     """All trials of a sweep that knows them beforehand, in order; those of an adaptive search are not known."""
     spec = plan.spec
     if spec.search == "optuna":

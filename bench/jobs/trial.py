@@ -27,16 +27,16 @@ import ray
 import torch
 from transformers import PreTrainedModel
 
-from algorithms.ray_train import Job, ensure_reference, train_on_ray, unlearner_of
+from algorithms.ray_train import TrainingJob, ensure_reference, train_on_ray, unlearner_of
+from algorithms.tables import sample_table
 from algorithms.trainable import Group
 from algorithms.unlearner import Diverged, History
 from bench.files.identity import with_spec_hash
 from bench.files.origin import origin
 from bench.files.status import DIVERGED, ERROR, FINISHED, OUT_OF_MEMORY
-from bench.jobs.evaluate import EvaluateSpec, Measuring, classifiers, folder_sha256, sets_of
+from bench.jobs.evaluate import EvaluateSpec, Measurement, classifiers, folder_sha256, sets_of
 from bench.jobs.resources import Resources
-from bench.jobs.run_folder import sample_table
-from bench.jobs.unlearn import NAMED, UnlearnSpec, corpus_of, datasets_of, evaluation_of, identity_of
+from bench.jobs.unlearn import NOT_HASHED, UnlearnSpec, corpus_of, datasets_of, evaluation_of, identity_of
 from bench.metrics.table import MODEL, ORIGINAL, RETAIN_ONLY, Columns, metric_value
 from bench.metrics.values import Measured, Missing, Scores
 from bench.models.find import ModelReference, find_model
@@ -44,9 +44,10 @@ from bench.tasks.datasets import Dataset, find_task, load_dataset
 from scoring.cluster import check_versions, versions
 from scoring.errors import first_line
 from scoring.files import replacing
-from scoring.pool import LocalPool
+from scoring.plugins import Plugin, load_plugins, loaded_plugins
 from scoring.readings import Reader
-from scoring.replica import TransformersReplica, load_model
+from scoring.replica import load_model
+from scoring.work import LocalPool
 
 # What is true of the trial wherever it runs, and so is shared between sweeps.
 LASTING = (FINISHED, DIVERGED)
@@ -97,7 +98,7 @@ def make_trial(
         asked = {key: value for key, value in dataclasses.asdict(evaluation).items() if key not in _NOT_ASKED}
         asked |= {"harness_tasks": folder_sha256(evaluation.harness_tasks), **classifiers(evaluation)}
         identity |= {"evaluation": asked | {"each_epoch": each_epoch, "references": list(references)}}
-    return Trial(spec, selection, evaluation, each_epoch, with_spec_hash(identity, NAMED))
+    return Trial(spec, selection, evaluation, each_epoch, with_spec_hash(identity, NOT_HASHED))
 
 
 _NOT_ASKED = ("model", "task", "split", "selection", "original", "retain_model", *EvaluateSpec.EXECUTION)
@@ -134,7 +135,7 @@ class TrialStore:
 
 
 @dataclass(frozen=True)
-class Shared:
+class TrialContext:
     """What all trials of a sweep are given.
 
     Attributes:
@@ -147,7 +148,8 @@ class Shared:
         threads: of a trial.
         device: "cpu" or "cuda".
         keep_models: save what a trial ended with, in the store.
-        of_driver: versions of its packages.
+        driver_versions: of the driver's packages.
+        plugins: files that add to the registries.
     """
 
     weights: Mapping[str, ray.ObjectRef]
@@ -157,13 +159,14 @@ class Shared:
     threads: int = 1
     device: str = "cpu"
     keep_models: bool = False
-    of_driver: Mapping[str, str] = field(default_factory=versions)
+    driver_versions: Mapping[str, str] = field(default_factory=versions)
+    plugins: tuple[Plugin, ...] = field(default_factory=loaded_plugins)
 
 
 Report = Callable[[Mapping[str, Any]], None]
 
 
-def run_trial(trial: Trial, shared: Shared, report: Report = lambda _: None) -> Result:
+def run_trial(trial: Trial, shared: TrialContext, report: Report = lambda _: None) -> Result:
     """Run a trial, unless its result is there, and keep the result: also one that says why there is none.
 
     Args:
@@ -175,7 +178,8 @@ def run_trial(trial: Trial, shared: Shared, report: Report = lambda _: None) -> 
     started = time.perf_counter()
     result: Result
     try:
-        check_versions(shared.of_driver)
+        check_versions(shared.driver_versions)
+        load_plugins(shared.plugins)
         result = {"status": FINISHED, "reason": None, **_run(trial, shared, report)}
     except Diverged as error:
         result = {"status": DIVERGED, "reason": str(error)}
@@ -204,7 +208,7 @@ def _jsonable(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _run(trial: Trial, shared: Shared, report: Report) -> Result:
+def _run(trial: Trial, shared: TrialContext, report: Report) -> Result:
     spec = trial.spec
     model = _model(spec.model)
     forget, retain = datasets_of(spec, model.tokenizer, _dataset)
@@ -218,7 +222,8 @@ def _run(trial: Trial, shared: Shared, report: Report) -> Result:
         report({**row, **derived(row)})
 
     with _folder(trial, shared) as folder:
-        job = Job(
+        job = TrainingJob(
+            spec,
             spec,
             corpus,
             model.source,
@@ -226,10 +231,6 @@ def _run(trial: Trial, shared: Shared, report: Report) -> Result:
             folder,
             model.tokenizer,
             evaluation,
-            spec.strategy,
-            spec.batch_tokens,
-            spec.gradient_checkpointing,
-            spec.checkpoint_every,
             keeps_checkpoints=spec.workers > 0,
         )
         train = _on_workers if spec.workers else _here
@@ -269,7 +270,7 @@ def derived(row: Mapping[str, Any]) -> dict[str, float]:
 
 
 @contextmanager
-def _folder(trial: Trial, shared: Shared) -> Iterator[Path]:
+def _folder(trial: Trial, shared: TrialContext) -> Iterator[Path]:
     """Where the run works: anywhere, or where all its workers see it."""
     if not trial.spec.workers:
         with tempfile.TemporaryDirectory(prefix="mrd-bench-") as folder:
@@ -282,11 +283,13 @@ def _folder(trial: Trial, shared: Shared) -> Iterator[Path]:
 
 
 @contextmanager
-def _here(job: Job, spec: UnlearnSpec, shared: Shared, closed: Report) -> Iterator[tuple[History, PreTrainedModel]]:
+def _here(
+    job: TrainingJob, spec: UnlearnSpec, shared: TrialContext, closed: Report
+) -> Iterator[tuple[History, PreTrainedModel]]:
     """Train in this process; the history, and the model with whole weights."""
     weights = _weights(shared, job.source)
     model = _as_it_was(job, weights, shared.device)
-    ensure_reference(job, lambda: TransformersReplica(model))
+    ensure_reference(job, lambda: LocalPool(model))
     if spec.lora_rank or spec.gradient_checkpointing:
         _WARM.clear()  # it is changed in ways that putting weights back does not undo
     unlearner = unlearner_of(job, model, Group(), report=closed, initial=weights)
@@ -297,11 +300,11 @@ def _here(job: Job, spec: UnlearnSpec, shared: Shared, closed: Report) -> Iterat
 
 @contextmanager
 def _on_workers(
-    job: Job, spec: UnlearnSpec, shared: Shared, closed: Report
+    job: TrainingJob, spec: UnlearnSpec, shared: TrialContext, closed: Report
 ) -> Iterator[tuple[History, PreTrainedModel]]:
     """Train on Ray Train workers."""
-    footprint = Resources(spec.workers, spec.cpus_per_worker, spec.gpus_per_worker).footprint()
-    history = train_on_ray(job, spec.workers, footprint, spec.max_failures)
+    footprint = Resources(None, spec.cpus_per_worker, spec.gpus_per_worker).footprint()
+    history = train_on_ray(job, footprint)
     for row in history.epochs:
         closed(row)
     saved = job.checkpoints.latest()
@@ -329,14 +332,14 @@ def shareable_weights(model: ModelReference) -> dict[str, np.ndarray]:
     return {name: p.detach().numpy() for name, p in loaded.named_parameters()}
 
 
-def _weights(shared: Shared, source: str) -> dict[str, torch.Tensor]:
+def _weights(shared: TrialContext, source: str) -> dict[str, torch.Tensor]:
     """The initial weights: the memory is shared with all processes of the node, and nobody writes to it."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*not writable.*")
         return {name: torch.from_numpy(array) for name, array in ray.get(shared.weights[source]).items()}
 
 
-def _as_it_was(job: Job, weights: Mapping[str, torch.Tensor], device: str) -> PreTrainedModel:
+def _as_it_was(job: TrainingJob, weights: Mapping[str, torch.Tensor], device: str) -> PreTrainedModel:
     """The initial model, loaded by the first trial of this process."""
     key = (job.source, job.revision, device)
     if key not in _WARM:
@@ -374,7 +377,7 @@ def _dataset(source: str, split: str | None = None, tokenizer: Any = None) -> Da
 class _Metrics:
     """The metrics of a task under a model in this process."""
 
-    def __init__(self, trial: Trial, shared: Shared, model: ModelReference) -> None:
+    def __init__(self, trial: Trial, shared: TrialContext, model: ModelReference) -> None:
         assert trial.evaluation is not None
         self._spec, self._model, self._shared = trial.evaluation, model, shared
         self._task, self._source = find_task(self._spec.task)
@@ -384,34 +387,29 @@ class _Metrics:
     def of(self, trained: PreTrainedModel) -> dict[str, float]:
         """Metric -> value; nan where it cannot be measured."""
         with tempfile.TemporaryDirectory(prefix="mrd-bench-") as name:
-            place = Path(name)
-            own = dataclasses.replace(self._model, source=str(place / "model"), revision=None)
+            model = dataclasses.replace(self._model, source="trained", revision=None, loaded=trained)
 
             @contextmanager
             def reader_of(source: str, revision: str | None) -> Iterator[Reader]:
-                model = trained if source == own.source else load_model(source, "float32", self._shared.device)
-                yield Reader(LocalPool(TransformersReplica(model)), own.tokenizer.eos_token_id, self._spec.batch_tokens)
+                read = trained if source == model.source else load_model(source, "float32", self._shared.device)
+                yield Reader(LocalPool(read), model.tokenizer.eos_token_id, self._spec.batch_tokens)
 
             def piece(key: str, anything: Sequence[Any], work: Callable[[], tuple[Columns, Any]]) -> Columns:
-                if anything and key == f"{MODEL}-relearning":
-                    # It is trained further, from a folder.
-                    trained.save_pretrained(own.source)
-                    own.tokenizer.save_pretrained(own.source)
                 return work()[0] if anything else {}
 
-            measuring = Measuring(
+            measurement = Measurement(
                 self._spec,
                 self._task,
                 self._source,
-                {MODEL: own},
+                {MODEL: model},
                 self._sets,
                 self._metrics,
                 reader_of,
                 piece,
-                place,
+                Path(name),
                 progress=False,
             )
-            columns = measuring.columns_of(MODEL, self._on_these(ORIGINAL))
+            columns = measurement.columns_of(MODEL, self._on_these(ORIGINAL))
         measured = Measured(columns, self._on_these(RETAIN_ONLY).get(RETAIN_ONLY))
         return {name: metric_value(name, measured) for name in self._metrics}
 

@@ -3,153 +3,96 @@
     spec -> forget, refusal and retain samples -> checks -> training, here or on Ray Train -> model and tables
 
 The output folder belongs to one spec. The same command continues a run that was stopped, and does nothing for one
-that is finished.
+that is finished. `algorithms.unlearn` does the same with a loaded model.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import random
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar, Self
 
-import numpy as np
 import torch
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from algorithms.corpus import REFUSALS, Corpus, Encoder, Evaluation, answers_evaluation, make_corpus
 from algorithms.objectives import algorithm_name
-from algorithms.ray_train import Job, train_here, train_on_ray
-from algorithms.recipe import Objectives, Recipe, total_updates
-from algorithms.trainable import STRATEGIES
-from algorithms.unlearner import Corpus, Evaluation, History, Progress
+from algorithms.ray_train import TrainingJob, train_here, train_on_ray
+from algorithms.recipe import Execution, Objectives, Recipe, total_updates
+from algorithms.unlearner import History, Progress
 from bench.files.identity import with_spec_hash
-from bench.jobs.resources import Resources
+from bench.jobs.resources import Resources, check_gpus
 from bench.jobs.run_folder import RunFolder, UnlearnResult, full_disks_said_plainly, read_run
-from bench.jobs.score import ScoreSpec
-from bench.metrics.answers import score_answers
-from bench.models.find import ModelReference, absolute_model, check_vocabulary, find_model
+from bench.models.find import ModelName, ModelReference, absolute_model, find_model
 from bench.tasks import Task
-from bench.tasks.datasets import Dataset, absolute_source, check_dataset, find_task, is_data_file, load_dataset, spaced
+from bench.tasks.datasets import (
+    DataName,
+    Dataset,
+    absolute_source,
+    check_dataset,
+    find_task,
+    is_data_file,
+    load_dataset,
+)
 from bench.tasks.selections import read_ids
-from scoring.cluster import connect, is_gpu_share
-from scoring.errors import UserError, unknown_name
-from scoring.samples import Rejected, Sample, Text, encode
+from scoring.cluster import connect
+from scoring.errors import UserError
+from scoring.files import shown
+from scoring.samples import TextSet
+from scoring.settings import Doc, Ge, named
 
 SCHEMA_VERSION = 1
 # Bytes on disk for a weight: the model in fp32, and two moments of AdamW.
 BYTES_MODEL, BYTES_MOMENTS = 4, 8
 # What hashes stand for in a run's identity.
-NAMED = ("model", "task", "forget_split", "selection", "retain")
-# Refusals of the paper's Table 3 come first.
-REFUSALS = (
-    "I'm not informed about that subject.",
-    "I don't have the details on that issue.",
-    "That is something I cannot tell you.",
-    "I have no knowledge of this.",
-    "I'm afraid I know nothing about it.",
-    "My knowledge does not reach that far.",
-    "I would only be guessing, so I leave it open.",
-    "Nothing I have learned answers that.",
-    "This is a question that I am unable to answer.",
-    "No information on this is known to me.",
-)
+NOT_HASHED = ("model", "task", "forget_split", "selection", "retain")
 
 
 @dataclass(frozen=True, kw_only=True)
-class UnlearnSpec(Recipe):
+class UnlearnSpec(Recipe, Execution):
     """What is to be forgotten, by which model, and how it is run.
 
     The hash of all fields but those of EXECUTION is the run's identity.
-
-    Attributes:
-        model: `authors`, `authors:retain90`, a folder or a Hugging Face id.
-        task: a task, a task file, or a data file of the forget set, see bench.tasks.datasets.
-        forget_split: of a task; its default split if None.
-        selection: text file of sample ids, one a line: only these are forgotten; None: all.
-        retain: a split of the task or a data file; None: the task's complement of the forget split.
-        refusals: text file with one refusal a line, for PO and IdkDPO; None for the task's, or built-in ones.
-        evaluate: measure ROUGE-L recall and probability of forget and retain answers after each epoch.
-        evaluate_every: epochs from one measurement to the next; the last is always made, and 0 makes no other.
-        evaluate_samples: at most so many of each set, evenly spaced.
-        workers: 0 trains in this process, without Ray.
-        strategy: "ddp" (a whole model a worker) or "fsdp" (sharded: FSDP2).
-        cpus_per_worker, gpus_per_worker: None for one GPU where there are any.
-        batch_tokens: padded tokens in a micro-batch; gradients are accumulated over as many as a batch needs.
-        gradient_checkpointing: recompute activations in the backward pass.
-        checkpoint_every: updates; None for each epoch.
-        max_failures: how often workers are started again when one dies.
     """
 
-    EXECUTION: ClassVar = (
-        "workers",
-        "strategy",
-        "cpus_per_worker",
-        "gpus_per_worker",
-        "batch_tokens",
-        "gradient_checkpointing",
-        "checkpoint_every",
-        "max_failures",
-    )
+    EXECUTION: ClassVar = tuple(field.name for field in dataclasses.fields(Execution))
 
-    model: str
-    task: str
-    forget_split: str | None = None
-    selection: str | None = None
-    retain: str | None = None
-    refusals: str | None = None
-    evaluate: bool = True
-    evaluate_every: int = 1
-    evaluate_samples: int = 100
-    workers: int = 1
-    strategy: str = "ddp"
-    cpus_per_worker: int = 1
-    gpus_per_worker: float | None = None
-    batch_tokens: int = 4096
-    gradient_checkpointing: bool = False
-    checkpoint_every: int | None = None
-    max_failures: int = 3
+    model: Annotated[ModelName, Doc("an embedded model (authors, authors:retain90), a folder, or a Hugging Face id")]
+    task: Annotated[DataName, Doc("a task, NAME:SOURCE, a task file (.yaml), or a data file of the forget set")]
+    forget_split: Annotated[str | None, Doc("of a task, e.g. forget10 (default: the task's own)")] = None
+    selection: Annotated[
+        str | None, Doc("text file of sample ids, one a line: only these are forgotten (default: all)")
+    ] = None
+    retain: Annotated[
+        DataName | None, Doc("split of the task, or a data file, of what is to be kept (default: the task's own)")
+    ] = None
+    refusals: Annotated[
+        str | None, Doc("text file, one refusal a line, for PO and IdkDPO (default: the task's, or built-in ones)")
+    ] = None
+    evaluate: Annotated[
+        bool, Doc("measure ROUGE-L recall and probability of forget and retain answers after each epoch")
+    ] = True
+    evaluate_every: Annotated[
+        int, Ge(0), Doc("epochs from one measurement to the next; the last is always made, and 0 makes no other")
+    ] = 1
+    evaluate_samples: Annotated[int, Ge(1), Doc("of each set at most, evenly spaced")] = 100
 
-    def checked(self) -> UnlearnSpec:
+    def checked(self) -> Self:
         """The same with defaults filled in (the task's, then the algorithm's) and absolute paths.
 
         Raises:
-            UserError: a value out of range, a combination that does not exist, or no such task.
+            UserError: a value that cannot be, a combination that does not exist, or no such task.
         """
         if self.epochs is None and self.max_steps is None and (task := _task(self)) and (task.epochs or task.max_steps):
             return dataclasses.replace(self, epochs=task.epochs, max_steps=task.max_steps).checked()
         filled = self.resolved()
         filled["algorithm"] = algorithm_name(self.algorithm)
-        mrd = ScoreSpec(
-            self.model,
-            self.task,
-            estimator=self.estimator,
-            statistic=self.statistic,
-            sigma=self.sigma,
-            draws=self.draws,
-        ).checked()
-        filled |= {"statistic": mrd.statistic, "draws": mrd.draws}
-        if self.strategy not in STRATEGIES:
-            raise unknown_name("strategy", self.strategy, STRATEGIES)
-        for name, least in (
-            ("workers", 0),
-            ("cpus_per_worker", 1),
-            ("batch_tokens", 2),
-            ("checkpoint_every", 1),
-            ("max_failures", 0),
-            ("evaluate_every", 0),
-            ("evaluate_samples", 1),
-        ):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise UserError(f"{name} is {value}: expected {least} or more")
-        if (gpus := self.gpus_per_worker) is not None and not is_gpu_share(gpus):
-            raise UserError(f"gpus_per_worker is {gpus:g}: expected a fraction of one GPU, or a whole number")
-        return UnlearnSpec(**with_absolute_paths(vars(self) | filled))
+        check_gpus("gpus_per_worker", self.gpus_per_worker)
+        return type(self)(**with_absolute_paths(vars(self) | filled))
 
 
 def with_absolute_paths(fields: Mapping[str, Any]) -> dict[str, Any]:
@@ -183,23 +126,12 @@ def unlearn(spec: UnlearnSpec, out: str | Path, progress: bool = True) -> Unlear
     identity = identity_of(spec, model, forget, retain)
     with RunFolder(out, identity) as folder:
         if folder.is_finished():
-            print(f"{out} holds this run already (spec {identity['spec_hash']})", file=sys.stderr)
+            print(f"{shown(out)} holds this run already (spec {identity['spec_hash']})", file=sys.stderr)
             return read_run(out)
         corpus, rejected = corpus_of(spec, model, forget, retain)
         folder.check_room(*room_of(spec, model, corpus))
-        job = Job(
-            spec,
-            corpus,
-            model.source,
-            model.revision,
-            out,
-            model.tokenizer,
-            evaluation_of(spec, model, corpus, retain),
-            spec.strategy,
-            spec.batch_tokens,
-            spec.gradient_checkpointing,
-            spec.checkpoint_every,
-        )
+        evaluation = evaluation_of(spec, model, corpus, retain)
+        job = TrainingJob(spec, spec, corpus, model.source, model.revision, out, model.tokenizer, evaluation)
         with full_disks_said_plainly(out):
             with _Bar(spec, len(corpus.forget), progress) as bar:
                 history = _train(spec, job, bar)
@@ -207,13 +139,13 @@ def unlearn(spec: UnlearnSpec, out: str | Path, progress: bool = True) -> Unlear
     return read_run(out)
 
 
-def _train(spec: UnlearnSpec, job: Job, bar: _Bar) -> History:
+def _train(spec: UnlearnSpec, job: TrainingJob, bar: _Bar) -> History:
     if spec.workers == 0:
         on_gpu = torch.cuda.is_available() and spec.gpus_per_worker != 0
         return train_here(job, "cuda" if on_gpu else "cpu", bar.show)
     connect()
-    footprint = Resources(spec.workers, spec.cpus_per_worker, spec.gpus_per_worker).footprint()
-    return train_on_ray(job, spec.workers, footprint, spec.max_failures, bar.show)
+    footprint = Resources(None, spec.cpus_per_worker, spec.gpus_per_worker).footprint()
+    return train_on_ray(job, footprint, bar.show)
 
 
 # --- What is forgotten and kept -----------------------------------------------------------------------------
@@ -249,7 +181,7 @@ def datasets_of(
         if needed:
             raise UserError(
                 f"algorithm {spec.algorithm} has a retain term and there is no retain set: name a split of the task or "
-                "a data file with --retain, or take --retain-term none"
+                f"a data file with {named('retain')}, or take {named('retain_term')} none"
             )
         return forget, None
     if _is_split(source, task):
@@ -257,37 +189,15 @@ def datasets_of(
     return forget, load(source, tokenizer=tokenizer)
 
 
+def encoder_of(model: ModelReference) -> Encoder:
+    return Encoder(model.tokenizer, model.max_length, model.vocabulary, f"the tokenizer of {model.source!r}")
+
+
 def corpus_of(
     spec: UnlearnSpec, model: ModelReference, forget: Dataset, retain: Dataset | None
 ) -> tuple[Corpus, list[dict[str, str]]]:
     """The samples of a checked spec; and those that cannot be used, with their set and the reason."""
-    samples, rejected = _encoded(forget.texts, model, forget)
-    refusals: list[Sample] = []
-    objectives = Objectives.of(spec)
-    if objectives.needs_refusals:
-        texts = {text.sample_id: text for text in forget.texts}
-        phrases = _refusals(spec)
-        refused = [_refused(texts[s.sample_id], phrases, spec.seed, forget) for s in samples]
-        refusals, unfit = encode(refused, model.tokenizer, model.max_length)
-        if unfit:
-            raise UserError(f"{forget.name}, {unfit[0].sample_id!r}: with a refusal as its answer: {unfit[0].reason}")
-    kept: list[Sample] = []
-    more: list[Rejected] = []
-    if retain is not None and objectives.retain is not None:
-        kept, more = _encoded(retain.texts, model, retain)
-    named = [
-        {"set": name, **dataclasses.asdict(each)}
-        for name, group in (("forget", rejected), ("retain", more))
-        for each in group
-    ]
-    return Corpus(samples, refusals, kept, model.tokenizer.eos_token_id), named
-
-
-def _encoded(texts: Sequence[Text], model: ModelReference, dataset: Dataset) -> tuple[list[Sample], list[Rejected]]:
-    """Samples whose index is their position among those that could be encoded."""
-    samples, rejected = encode(texts, model.tokenizer, model.max_length)
-    check_vocabulary(samples, rejected, model, dataset)
-    return [dataclasses.replace(sample, index=i) for i, sample in enumerate(samples)], rejected
+    return make_corpus(spec, encoder_of(model), forget.text_set, _text_set(retain), _refusals(spec))
 
 
 def _refusals(spec: UnlearnSpec) -> Sequence[str]:
@@ -298,25 +208,10 @@ def _refusals(spec: UnlearnSpec) -> Sequence[str]:
     try:
         lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"refusals: {spec.refusals!r} cannot be read as UTF-8 text: {error}") from error
+        raise UserError(f"{named('refusals')} {spec.refusals!r} cannot be read as UTF-8 text: {error}") from error
     if not any(lines):
-        raise UserError(f"refusals: {spec.refusals!r} is empty; expected one refusal a line")
+        raise UserError(f"{named('refusals')} {spec.refusals!r} is empty; expected one refusal a line")
     return [line for line in lines if line]
-
-
-def _refused(text: Text, phrases: Sequence[str], seed: int, dataset: Dataset) -> Text:
-    """The question with a refusal for an answer: one for each sample, drawn by seed and sample."""
-    phrase = random.Random(f"{seed}/{text.sample_id}").choice(phrases)
-    if text.messages is not None:
-        return dataclasses.replace(text, messages=(*text.messages[:-1], {**text.messages[-1], "content": phrase}))
-    if text.completion is None:
-        raise UserError(
-            f"{dataset.name}, {text.sample_id!r}: a plain text has no question to refuse; PO and IdkDPO need "
-            "'prompt'+'completion', 'question'+'answer' or 'messages'"
-        )
-    # The space that separates prompt and answer belongs to the completion.
-    space = " " if text.completion.startswith(" ") else ""
-    return dataclasses.replace(text, completion=space + phrase)
 
 
 def evaluation_of(
@@ -324,16 +219,11 @@ def evaluation_of(
 ) -> Evaluation | None:
     if not spec.evaluate:
         return None
-    sets = {"forget": spaced(corpus.forget, spec.evaluate_samples)}
-    if retain is not None:
-        kept = corpus.retain or _encoded(retain.texts, model, retain)[0]
-        sets["retain"] = spaced(kept, spec.evaluate_samples)
-    return Evaluation(sets, partial(_answers, model.tokenizer), spec.evaluate_every)
+    return answers_evaluation(encoder_of(model), corpus, _text_set(retain), spec.evaluate_samples, spec.evaluate_every)
 
 
-def _answers(tokenizer: Any, model: Any, samples: Sequence[Sample]) -> Mapping[str, np.ndarray]:
-    scores = score_answers(model, tokenizer, samples)
-    return {"rouge_l_recall": scores.rouge_l_recall, "probability": scores.probability}
+def _text_set(dataset: Dataset | None) -> TextSet | None:
+    return None if dataset is None else dataset.text_set
 
 
 def room_of(spec: UnlearnSpec, model: ModelReference, corpus: Corpus) -> tuple[int, int]:
@@ -368,7 +258,7 @@ def identity_of(spec: UnlearnSpec, model: ModelReference, forget: Dataset, retai
         "retain_sha256": retain.sha256 if retain else None,
         "refusals": list(_refusals(spec)) if Objectives.of(spec).needs_refusals else None,
     }
-    return with_spec_hash(content, NAMED)
+    return with_spec_hash(content, NOT_HASHED)
 
 
 class _Bar:

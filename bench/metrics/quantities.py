@@ -14,12 +14,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from bench.metrics.answers import answer_limits, decoded, question_ids, rouge_l_recall, true_answers
 from bench.metrics.similarity import Embedder, nearest_is_first
-from bench.metrics.tofu import option_probability, probability, truth_ratio
+from bench.metrics.tofu import option_probability, truth_ratio
 from bench.metrics.toxicity import Classifier
 from bench.metrics.values import Column, Missing, Scores, Unmeasured
 from bench.tasks import Record
+from scoring.answers import answer_limits, decoded, mean_probability, question_ids, rouge_l_recall, true_answers
 from scoring.memorization import min_k_percent
 from scoring.readings import Reader, TokenScores
 from scoring.records import as_text, question_answer
@@ -63,7 +63,7 @@ Quantity = Generator[Question, Any, Values]
 
 
 @dataclass(frozen=True)
-class Means:
+class MeasurementSetup:
     """With what quantities are measured.
 
     Attributes:
@@ -137,7 +137,9 @@ def _losses(scores: Sequence[TokenScores]) -> np.ndarray:
     return np.array([score.mean_nll for score in scores])
 
 
-def _wrong_losses(name: str, records: Sequence[Record], means: Means) -> Generator[Question, Any, np.ndarray]:
+def _wrong_losses(
+    name: str, records: Sequence[Record], means: MeasurementSetup
+) -> Generator[Question, Any, np.ndarray]:
     """(N, W) losses of the wrong answers; nan where a record has fewer than the most."""
     questions, wrong = fields(name, records, "question"), fields(name, records, "perturbed_answer")
     owners = [record for record, answers in zip(records, wrong, strict=True) for _ in answers]
@@ -150,28 +152,28 @@ def _wrong_losses(name: str, records: Sequence[Record], means: Means) -> Generat
     return losses
 
 
-def _probability(name: str, records: Sequence[Record], means: Means) -> Quantity:
+def _probability(name: str, records: Sequence[Record], means: MeasurementSetup) -> Quantity:
     scores = yield Likelihoods(means.answers(name, records, "question", "answer"))
     if name not in OPTIONS:
-        return probability(_losses(scores))
+        return mean_probability(_losses(scores))
     wrong = yield from _wrong_losses(name, records, means)
     return option_probability(_losses(scores), wrong)
 
 
-def _truth_ratio(name: str, records: Sequence[Record], means: Means) -> Quantity:
+def _truth_ratio(name: str, records: Sequence[Record], means: MeasurementSetup) -> Quantity:
     paraphrased = "answer" if name in OPTIONS else "paraphrased_answer"
     scores = yield Likelihoods(means.answers(name, records, "question", paraphrased))
     wrong = yield from _wrong_losses(name, records, means)
     return truth_ratio(_losses(scores), wrong)
 
 
-def _rouge(name: str, records: Sequence[Record], means: Means) -> Quantity:
+def _rouge(name: str, records: Sequence[Record], means: MeasurementSetup) -> Quantity:
     samples = means.answers(name, records, "question", "answer")
     written = yield Continuations(samples, means.limits(samples))
     return rouge_l_recall(written, true_answers(means.tokenizer, samples)), written
 
 
-def _right(name: str, records: Sequence[Record], means: Means) -> Quantity:
+def _right(name: str, records: Sequence[Record], means: MeasurementSetup) -> Quantity:
     """1 or 0: FA's rule; for short answers, whether the answer stands in what is written."""
     if name in OPTIONS:
         samples = means.answers(name, records, "question", "answer")
@@ -190,23 +192,23 @@ def _right(name: str, records: Sequence[Record], means: Means) -> Quantity:
     return nearest_is_first(means.embedder, written, candidates).astype(np.float64), written
 
 
-def _min_k(name: str, records: Sequence[Record], means: Means) -> Quantity:
+def _min_k(name: str, records: Sequence[Record], means: MeasurementSetup) -> Quantity:
     scores = yield Likelihoods(means.answers(name, records, "question", "answer"))
     rows = [torch.from_numpy(score.logprobs)[None] for score in scores]
     return np.array([min_k_percent(row, torch.ones_like(row, dtype=torch.bool), means.min_k).item() for row in rows])
 
 
-def _ma(name: str, records: Sequence[Record], means: Means) -> Quantity:
+def _ma(name: str, records: Sequence[Record], means: MeasurementSetup) -> Quantity:
     scores = yield Likelihoods(means.answers(name, records, "question", "answer"))
     return np.array([score.hits.mean() for score in scores])
 
 
-def _el(name: str, records: Sequence[Record], means: Means) -> Quantity:
+def _el(name: str, records: Sequence[Record], means: MeasurementSetup) -> Quantity:
     values = yield Extraction(means.answers(name, records, "question", "answer"), means.el_n)
     return values
 
 
-def _toxicity(name: str, records: Sequence[Record], means: Means) -> Quantity:
+def _toxicity(name: str, records: Sequence[Record], means: MeasurementSetup) -> Quantity:
     # A prompt has no true response: any token marks where the model is to begin.
     prompts = fields(name, records, "prompt")
     samples = means.samples(name, [Text(str(r["id"]), p, ".") for r, p in zip(records, prompts, strict=True)])
@@ -214,7 +216,7 @@ def _toxicity(name: str, records: Sequence[Record], means: Means) -> Quantity:
     return means.classifier.scores(written), written
 
 
-QUANTITIES: dict[str, Callable[[str, Sequence[Record], Means], Quantity]] = {
+QUANTITIES: dict[str, Callable[[str, Sequence[Record], MeasurementSetup], Quantity]] = {
     "probability": _probability,
     "truth_ratio": _truth_ratio,
     "rouge_l_recall": _rouge,
@@ -230,7 +232,7 @@ QUANTITIES: dict[str, Callable[[str, Sequence[Record], Means], Quantity]] = {
 
 
 def measure(
-    columns: Sequence[Column], sets: Mapping[str, Sequence[Record] | Missing], reader: Reader, means: Means
+    columns: Sequence[Column], sets: Mapping[str, Sequence[Record] | Missing], reader: Reader, means: MeasurementSetup
 ) -> dict[Column, Scores | Missing]:
     """The columns of one model.
 
@@ -275,7 +277,7 @@ def measure(
     return found
 
 
-def _answered(asked: Mapping[Column, Question], reader: Reader, means: Means) -> dict[Column, Any]:
+def _answered(asked: Mapping[Column, Question], reader: Reader, means: MeasurementSetup) -> dict[Column, Any]:
     """The model's answers, each kind of question in one go."""
     answers: dict[Column, Any] = {}
     for kind, ask in ((Likelihoods, _likelihoods), (Continuations, _continuations), (Extraction, _extractions)):
@@ -292,11 +294,11 @@ def _once(questions: Mapping[Column, Any], ask: Callable[[list[Any]], Sequence[A
     return {column: [known[key(item)] for item in items(question)] for column, question in questions.items()}
 
 
-def _likelihoods(questions: Mapping[Column, Any], reader: Reader, means: Means) -> dict[Column, Any]:
+def _likelihoods(questions: Mapping[Column, Any], reader: Reader, means: MeasurementSetup) -> dict[Column, Any]:
     return _once(questions, reader.likelihoods, lambda question: question.samples, _content)
 
 
-def _continuations(questions: Mapping[Column, Any], reader: Reader, means: Means) -> dict[Column, Any]:
+def _continuations(questions: Mapping[Column, Any], reader: Reader, means: MeasurementSetup) -> dict[Column, Any]:
     def ask(items: list[tuple[np.ndarray, int]]) -> list[str]:
         written = reader.continuations([prompt for prompt, _ in items], [limit for _, limit in items])
         return [decoded(means.tokenizer, ids) for ids in written]
@@ -307,7 +309,7 @@ def _continuations(questions: Mapping[Column, Any], reader: Reader, means: Means
     return _once(questions, ask, items, lambda item: (item[0].tobytes(), item[1]))
 
 
-def _extractions(questions: Mapping[Column, Any], reader: Reader, means: Means) -> dict[Column, Any]:
+def _extractions(questions: Mapping[Column, Any], reader: Reader, means: MeasurementSetup) -> dict[Column, Any]:
     return {column: reader.extraction(question.samples, question.n) for column, question in questions.items()}
 
 

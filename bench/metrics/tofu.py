@@ -14,6 +14,7 @@ from typing import Any, Literal
 import numpy as np
 from scipy import stats
 
+from scoring.answers import mean_probability
 from scoring.errors import UserError
 
 Mean = Literal["geometric", "arithmetic"]
@@ -28,19 +29,15 @@ LOG_FILES = {
 UTILITY_SETS = ("retain", "real_authors", "world_facts")
 
 
-def probability(loss: np.ndarray) -> np.ndarray:
-    """exp(-L/|y|), the geometric mean of the answer tokens' probabilities; same shape as `loss`."""
-    return np.exp(-np.asarray(loss, dtype=np.float64))
-
-
 def option_probability(loss: np.ndarray, wrong_losses: np.ndarray) -> np.ndarray:
-    """The answer's probability among its options: p(y) / (p(y) + Sum_i p(wrong_i)), p as in `probability`.
+    """The answer's probability among its options: p(y) / (p(y) + Sum_i p(wrong_i)), p as in
+    `scoring.answers.mean_probability`.
 
     Args:
         loss: (...,) of the true answer.
         wrong_losses: (..., W) of the W wrong options; nan where an answer has fewer.
     """
-    true, wrong = probability(loss), probability(wrong_losses)
+    true, wrong = mean_probability(loss), mean_probability(wrong_losses)
     return true / (true + np.nansum(wrong, -1))
 
 
@@ -60,8 +57,8 @@ def truth_ratio(paraphrased_loss: np.ndarray, wrong_losses: np.ndarray, mean: Me
         (...,), > 0.
     """
     wrong = np.asarray(wrong_losses, dtype=np.float64)
-    mean_wrong = np.exp(-np.nanmean(wrong, -1)) if mean == "geometric" else np.nanmean(probability(wrong), -1)
-    return mean_wrong / probability(paraphrased_loss)
+    mean_wrong = np.exp(-np.nanmean(wrong, -1)) if mean == "geometric" else np.nanmean(mean_probability(wrong), -1)
+    return mean_wrong / mean_probability(paraphrased_loss)
 
 
 def forget_truth_score(ratio: np.ndarray) -> np.ndarray:
@@ -132,7 +129,7 @@ def tofu_metrics(
         log = _Log(name, logs)
         right, wrong = log.numbers("avg_gt_loss"), log.numbers("average_perturb_loss")
         among_options = name in ("real_authors", "world_facts")
-        likely = option_probability(right, wrong) if among_options else probability(right)
+        likely = option_probability(right, wrong) if among_options else mean_probability(right)
         score = forget_truth_score if name == "forget" else retain_truth_score
         found[f"{name}_probability"] = float(likely.mean())
         found[f"{name}_rouge_l_recall"] = float(log.numbers("rougeL_recall").mean())

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench.tasks.datasets import Dataset
+import torch
+
 from scoring.errors import UserError
-from scoring.samples import Rejected, Sample
+from scoring.samples import Rejected, Sample, check_tokens, context_length
 
 EMBEDDED = ("authors", "compounds", "novel", "replies")  # the families of bench.models.embedded
 # As transformers names them; slow tokenizers have vocabularies of several kinds.
@@ -23,9 +25,11 @@ TOKENIZER_FILES = (
     "merges.txt",
     "*.model",
 )
-# Tokens that a model without a limit of its own can read.
-NO_LIMIT = 1 << 30
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+
+
+# A model, as settings name it: see `find_model`.
+ModelName = str
 
 
 @dataclass(frozen=True)
@@ -39,6 +43,7 @@ class ModelReference:
         tokenizer: the Hugging Face tokenizer.
         vocabulary: rows of the embedding.
         max_length: context length in tokens.
+        loaded: the model itself, where it is in this process already; `source` is then a name for it.
     """
 
     source: str
@@ -47,6 +52,7 @@ class ModelReference:
     tokenizer: Any
     vocabulary: int
     max_length: int
+    loaded: Any = None
 
 
 def find_model(name: str) -> ModelReference:
@@ -85,7 +91,26 @@ def find_model(name: str) -> ModelReference:
         fingerprint=_fingerprint(folder) if local else f"{name}@{revision}",
         tokenizer=tokenizer,
         vocabulary=text.vocab_size,
-        max_length=getattr(text, "max_position_embeddings", None) or NO_LIMIT,
+        max_length=context_length(config),
+    )
+
+
+def loaded_model(name: str, model: Any, tokenizer: Any) -> ModelReference:
+    """A causal LM in this process, as one that was found.
+
+    Args:
+        name: to know it by.
+        model: a transformers model.
+        tokenizer: its tokenizer.
+    """
+    digest = hashlib.sha256(model.config.to_json_string().encode())
+    for key, weight in sorted(model.state_dict().items()):
+        digest.update(f"{key}:{tuple(weight.shape)}:{weight.dtype};".encode())
+        digest.update(weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    digest.update(json.dumps(tokenizer.get_vocab(), sort_keys=True).encode())
+    vocabulary = model.config.get_text_config().vocab_size
+    return ModelReference(
+        name, None, digest.hexdigest(), tokenizer, vocabulary, context_length(model.config), model.eval()
     )
 
 
@@ -124,30 +149,11 @@ def _fingerprint(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def check_vocabulary(
-    samples: Sequence[Sample], rejected: Sequence[Rejected], model: ModelReference, dataset: Dataset
-) -> None:
-    """Refuse samples that the model cannot take.
+def check_vocabulary(samples: Sequence[Sample], rejected: Sequence[Rejected], model: ModelReference, name: str) -> None:
+    """Refuse samples of the data set `name` that the model cannot take.
 
     Raises:
         UserError: there is no sample, or one has a token that the model does not know.
     """
     largest = max((int(sample.input_ids.max()) for sample in samples), default=-1)
-    check_tokens(len(samples), largest, rejected, model, dataset.name)
-
-
-def check_tokens(count: int, largest: int, rejected: Sequence[Rejected], model: ModelReference, name: str) -> None:
-    if not count:
-        raise nothing_scored(name, rejected)
-    if largest >= model.vocabulary:
-        raise UserError(
-            f"vocabulary mismatch: the tokenizer of {model.source!r} gives token id {largest}, the model embeds "
-            f"{model.vocabulary}; use the tokenizer that the model was trained with"
-        )
-
-
-def nothing_scored(name: str, rejected: Sequence[Rejected]) -> UserError:
-    first = rejected[0]
-    return UserError(
-        f"{name}: none of {len(rejected)} samples can be scored; the first, {first.sample_id!r}: {first.reason}"
-    )
+    check_tokens(len(samples), largest, rejected, model.vocabulary, f"the tokenizer of {model.source!r}", name)

@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 
 from bench.files.score_file import Scores
 from bench.report.figures import BLUE, INK, MUTED, ORANGE, Draw, arms
-from bench.report.words import said, verdict
+from bench.report.words import sign_verdict, with_ci
 from bench.stats.estimates import Estimate, hedges_g, mean, mean_difference, partial_spearman, spearman
 from scoring.characteristics import characteristics
 
@@ -78,8 +78,9 @@ class Effect:
         change = self.difference.value / self.low_mean.value
         return (
             f"{says} Here the mean MRD is {abs(change):.1%} {'higher' if change > 0 else 'lower'} at the high level, "
-            f"Hedges' g {said(self.size)}: {verdict(self.size, claim)}. With length partialled out, rank correlation "
-            f"{said(self.beyond_length)}: {verdict(self.beyond_length, claim)}."
+            f"Hedges' g {with_ci(self.size)}: {sign_verdict(self.size, claim)}. With length partialled out, rank "
+            "correlation "
+            f"{with_ci(self.beyond_length)}: {sign_verdict(self.beyond_length, claim)}."
         )
 
 
@@ -139,8 +140,8 @@ class Correlation:
     def sentence(self) -> str:
         return (
             f"The paper says: high {self.title}, {'higher' if self.claim > 0 else 'lower'} MRD. Here the rank "
-            f"correlation is {said(self.mrd)}: {verdict(self.mrd, self.claim)}. With length partialled out, "
-            f"{said(self.beyond_length)}: {verdict(self.beyond_length, self.claim)}."
+            f"correlation is {with_ci(self.mrd)}: {sign_verdict(self.mrd, self.claim)}. With length partialled out, "
+            f"{with_ci(self.beyond_length)}: {sign_verdict(self.beyond_length, self.claim)}."
         )
 
 

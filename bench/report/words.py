@@ -23,7 +23,7 @@ def interval(estimate: Estimate, digits: int = 2) -> str:
     return f"{decimal(estimate.low, digits)} to {decimal(estimate.high, digits)}"
 
 
-def said(estimate: Estimate, digits: int = 2) -> str:
+def with_ci(estimate: Estimate, digits: int = 2) -> str:
     """0.42 [95 % CI 0.30 to 0.53]."""
     if not math.isfinite(estimate.value):
         return "not determined"
@@ -36,37 +36,37 @@ def three_digits(value: float) -> str:
     return f"{value:.3g}".replace("-", "\N{MINUS SIGN}")
 
 
-def verdict(estimate: Estimate, claim: int) -> str:
+def sign_verdict(estimate: Estimate, claim: int) -> str:
     """Whether the paper's sign is found."""
     if estimate.sign == 0:
         return "not separable from no effect"
     return "the claim holds" if estimate.sign == claim else "the opposite of the claim"
 
 
-def percent(estimate: Estimate) -> str:
+def percent_with_ci(estimate: Estimate) -> str:
     """5.0% [95 % CI 4.1 to 6.3]."""
-    return said(Estimate(100 * estimate.value, 100 * estimate.low, 100 * estimate.high), 1).replace(" [", "% [", 1)
+    return with_ci(Estimate(100 * estimate.value, 100 * estimate.low, 100 * estimate.high), 1).replace(" [", "% [", 1)
 
 
-def significant(estimate: Estimate) -> str:
+def number_with_ci(estimate: Estimate) -> str:
     """1.23e+05 [95 % CI 9.8e+04 to 1.5e+05], for numbers of any size."""
     if not (math.isfinite(estimate.low) and math.isfinite(estimate.high)):
         return f"{estimate.value:.3g} [too few samples for a CI]"
     return f"{estimate.value:.3g} [95 % CI {estimate.low:.3g} to {estimate.high:.3g}]"
 
 
-def columns(name: str, estimate: Estimate) -> dict[str, float]:
+def interval_columns(name: str, estimate: Estimate) -> dict[str, float]:
     """Of a table: the value under the name, and its interval."""
     return {name: estimate.value, f"{name}_low": estimate.low, f"{name}_high": estimate.high}
 
 
-def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A table of cells."""
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def shared(estimate: Estimate) -> str:
+def share_with_ci(estimate: Estimate) -> str:
     """A share: 45% [95 % CI 15% to 68%]."""
     if not math.isfinite(estimate.value):
         return "not determined"
@@ -74,7 +74,7 @@ def shared(estimate: Estimate) -> str:
     return f"{estimate.value:.0%} [95 % CI {around}]"
 
 
-def counted(estimate: Estimate) -> str:
+def count_with_ci(estimate: Estimate) -> str:
     """A whole number: 2 [95 % CI 1 to 13]; inf is none."""
 
     def whole(value: float) -> str:

@@ -23,26 +23,27 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging as transformers_logging
 
 from bench.files.origin import hardware
-from bench.jobs.resources import BATCH_TOKENS as BATCH
 from bench.jobs.resources import Resources
-from bench.jobs.score import DRAWS_PER_TASK, ScoreSpec, score
+from bench.jobs.score import ScoreSpec, score
 from bench.jobs.unlearn import UnlearnSpec, unlearn
 from bench.models.find import find_model
 from bench.speed.cluster import data_file
-from bench.speed.plan import KINDS, Cost, Job, Profile, Shape, held, memory_of, plan
+from bench.speed.plan import KINDS, PlannedJob, Profile, Shape, UnitCost, held, memory_of, plan
 from bench.tasks.datasets import load_dataset
+from scoring.api import DRAWS_PER_TASK
 from scoring.cluster import Footprint, connect
 from scoring.memory import TensorMemory
-from scoring.mrd import Request, estimate
-from scoring.pool import ReplicaPool, ReplicaSpec, Task
+from scoring.mrd import EstimatorName, Request, estimate
+from scoring.pool import ReplicaPool
 from scoring.replica import TransformersReplica, load_model
-from scoring.samples import Sample, encode, make_batches
+from scoring.samples import BATCH_TOKENS, Sample, encode, make_batches
+from scoring.work import DrawTask, ReplicaSpec
 
 SIGMA = 1e-5
 # Width, layers; heads are of 32.
 FITTED = ((64, 2), (160, 6), (384, 4))
 CHECKED = {"small": (96, 4), "large": (288, 5)}
-TOKENS, SCORED, BATCH_TOKENS = 24, 10, 4096
+TOKENS, SCORED = 24, 10
 REPEATS = 5
 STARTS = 3
 UPDATES = 12
@@ -141,9 +142,9 @@ def measure(folder: Path, tokenizer: Any) -> Profile:
     training, update = _training(folder, models)
     start, load = _starting(models)
     memory = {kind: _fit(np.array(rows)) for kind, rows in sizes.items()}
-    costs = {kind: Cost(*fitted[kind], *memory[kind]) for kind in fitted}
+    costs = {kind: UnitCost(*fitted[kind], *memory[kind]) for kind in fitted}
     # A forward pass that keeps what the backward one needs holds what `gradient` does.
-    costs["training"] = Cost(*training, *memory["gradient"])
+    costs["training"] = UnitCost(*training, *memory["gradient"])
     return Profile(
         name="here",
         hardware=hardware(),
@@ -264,7 +265,7 @@ def _starting(models: dict[tuple[int, int], Path]) -> tuple[float, float]:
         for _ in range(STARTS):
             started = time.perf_counter()
             with ReplicaPool(ReplicaSpec(str(models[cut])), Footprint(1), 1) as pool:
-                for _ in pool.run([Task(0, Request("gradient", SIGMA, 0))], [[few]]):
+                for _ in pool.run([DrawTask(0, Request("gradient", SIGMA, 0))], [[few]]):
                     pass
             taken.append(time.perf_counter() - started)
         # Processes that Ray keeps ready, or files that were just read, would make the next start a short one.
@@ -298,7 +299,7 @@ def _waiting(model: Path) -> float:
 def _sharing(model: Path, tokenizer: Any) -> float:
     samples, _ = encode(load_dataset(str(data_file(model.parent, 200))).texts, tokenizer, 256)
     batches = make_batches(samples, BATCH_TOKENS)
-    tasks = [Task(0, Request("monte-carlo", SIGMA, 0, first, first + 2)) for first in range(0, 24, 2)]
+    tasks = [DrawTask(0, Request("monte-carlo", SIGMA, 0, first, first + 2)) for first in range(0, 24, 2)]
     seconds = {}
     for replicas in (1, 2):
         with ReplicaPool(ReplicaSpec(str(model)), Footprint(1), replicas) as pool:
@@ -327,16 +328,16 @@ def _check(
     tokens, scored, _ = _sizes(model, folder, count)
     sizes: tuple[float, float] | tuple[()] = ()
     if "estimator" in asked:
-        spec = ScoreSpec(str(model), str(data), **asked)
-        job = Job(shape, count, tokens, scored, batch_tokens=BATCH, **asked)
+        spec = ScoreSpec(model=str(model), data=str(data), **asked)
+        job = PlannedJob(shape, count, tokens, scored, batch_tokens=BATCH_TOKENS, **asked)
         out = folder / f"{size}-{asked['estimator']}.parquet"
         measured = score(spec, out, Resources(replicas=replicas), progress=False).seconds
         planned = plan(job, profile, replicas).seconds
-        sizes = memory_of(job.checked(), profile), _replica_bytes(model, data, asked["estimator"], BATCH)
+        sizes = memory_of(job.checked(), profile), _replica_bytes(model, data, asked["estimator"], BATCH_TOKENS)
         what = f"{asked['estimator']}, {count} samples" + (f", {asked['draws']} draws" if "draws" in asked else "")
     else:
         retained = float(asked["algorithm"] == "GradDiff")
-        job = Job(shape, count, tokens, scored, None, epochs=asked["epochs"], retained=retained)
+        job = PlannedJob(shape, count, tokens, scored, None, epochs=asked["epochs"], retained=retained)
         run = unlearn(
             _unlearning(model, data, asked["algorithm"], epochs=asked["epochs"]), folder / f"{size}-run", progress=False
         )
@@ -348,7 +349,7 @@ def _check(
     return Check(f"{what}, {shape.params / 1e6:.2f} M weights, {replicas} replica(s)", planned, measured, *sizes)
 
 
-def _replica_bytes(model: Path, data: Path, estimator: str, batch_tokens: int) -> float:
+def _replica_bytes(model: Path, data: Path, estimator: EstimatorName, batch_tokens: int) -> float:
     """What the tensors of a replica take while it scores the largest batch, at their most."""
     samples, _ = encode(load_dataset(str(data)).texts, find_model(str(model)).tokenizer, 256)
     largest = max(make_batches(samples, batch_tokens), key=lambda batch: batch.input_ids.numel())

@@ -31,9 +31,10 @@ from bench.tasks.datasets import load_dataset
 from scoring.cluster import Footprint, connect
 from scoring.errors import UserError
 from scoring.mrd import Request
-from scoring.pool import LocalPool, ReplicaPool, ReplicaSpec, Task
-from scoring.replica import TransformersReplica, load_model
+from scoring.pool import ReplicaPool
+from scoring.replica import load_model
 from scoring.samples import Batch, Text, encode, make_batches
+from scoring.work import DrawTask, LocalPool, ReplicaSpec
 
 SIGMA = 1e-5
 BATCH_TOKENS = 2048
@@ -72,7 +73,7 @@ def run_benchmark(model: str, data: str, split: str | None, sizes: Sequence[int]
 def _scaling(spec: ReplicaSpec, batches: Sequence[Batch]) -> dict[int, list[float]]:
     """Seconds of each turn on one and on two replicas."""
     step = DRAWS_PER_TASK
-    tasks = [Task(0, Request("monte-carlo", SIGMA, 0, first, first + step)) for first in range(0, DRAWS, step)]
+    tasks = [DrawTask(0, Request("monte-carlo", SIGMA, 0, first, first + step)) for first in range(0, DRAWS, step)]
     seconds: dict[int, list[float]] = {1: [], 2: []}
     with ReplicaPool(spec, Footprint(1), 1) as one, ReplicaPool(spec, Footprint(1), 2) as two:
         pools = {1: one, 2: two}
@@ -89,11 +90,11 @@ def _scheduling(model: Path, tokenizer: Any) -> dict[str, list[float]]:
     """Seconds for every 1,000 samples in this process and behind the queue, a task for each batch."""
     samples, _ = encode(_texts(QUEUED_SAMPLES), tokenizer, 256)
     shards = [[batch] for batch in make_batches(samples, BATCH_TOKENS)]
-    tasks = [Task(shard, Request("gradient", SIGMA, 0)) for shard in range(len(shards))]
+    tasks = [DrawTask(shard, Request("gradient", SIGMA, 0)) for shard in range(len(shards))]
     seconds: dict[str, list[float]] = {"alone": [], "queued": []}
     with ReplicaPool(ReplicaSpec(str(model)), Footprint(1), 1) as pool:
         pools: dict[str, ReplicaPool | LocalPool] = {
-            "alone": LocalPool(TransformersReplica(load_model(model))),
+            "alone": LocalPool(load_model(model)),
             "queued": pool,
         }
         for each in pools.values():
@@ -104,7 +105,7 @@ def _scheduling(model: Path, tokenizer: Any) -> dict[str, list[float]]:
     return seconds
 
 
-def _drain(pool: ReplicaPool | LocalPool, tasks: Sequence[Task], shards: Sequence[Sequence[Batch]]) -> float:
+def _drain(pool: ReplicaPool | LocalPool, tasks: Sequence[DrawTask], shards: Sequence[Sequence[Batch]]) -> float:
     started = time.perf_counter()
     for _ in pool.run(tasks, shards):
         pass

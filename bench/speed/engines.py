@@ -28,12 +28,13 @@ from bench.tasks.datasets import load_dataset
 from scoring.cluster import Footprint, connect, default_gpus
 from scoring.errors import UserError
 from scoring.mrd import Request
-from scoring.pool import ENGINES, ReplicaPool, ReplicaSpec, Task
+from scoring.pool import ReplicaPool
 from scoring.readings import Reader
-from scoring.samples import encode, make_batches
+from scoring.samples import BATCH_TOKENS, encode, make_batches
+from scoring.work import DrawTask, ReplicaSpec
 
 SIGMA = 1e-4
-BATCH_TOKENS = 4096
+ENGINES = ("transformers", "vllm")
 TURNS = 5
 DRAWS = 4
 NEW_TOKENS = 24
@@ -91,7 +92,7 @@ def run_benchmark(model: str, data: str, split: str | None, samples: int, out: s
 
 def _draws(pool: ReplicaPool, shards: Any) -> np.ndarray:
     """(N, K) changes."""
-    ((_, draws, _),) = list(pool.run([Task(0, Request("monte-carlo", SIGMA, 0, 0, DRAWS))], shards))
+    ((_, draws, _),) = list(pool.run([DrawTask(0, Request("monte-carlo", SIGMA, 0, 0, DRAWS))], shards))
     return draws.values
 
 

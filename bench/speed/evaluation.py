@@ -22,18 +22,19 @@ from typing import Any
 import numpy as np
 import torch
 
-from bench.metrics.answers import EXTRA_TOKENS, answer_limits, question_ids
 from bench.models.find import ModelReference, find_model
 from bench.stats.estimates import Estimate, over_samples
 from bench.tasks import Record
 from bench.tasks.datasets import find_task
+from scoring.answers import EXTRA_TOKENS, answer_limits, question_ids
 from scoring.cluster import Footprint, connect, default_gpus
 from scoring.errors import UserError
-from scoring.pool import ReplicaPool, ReplicaSpec
+from scoring.pool import ReplicaPool
 from scoring.readings import Reader
 from scoring.records import question_answer
 from scoring.replica import load_model
 from scoring.samples import Sample, Text, encode
+from scoring.work import ReplicaSpec
 
 TURNS = 10  # fewer give no interval
 ANSWERS = {"question": "answer", "paraphrased_question": "paraphrased_answer"}

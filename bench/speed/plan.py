@@ -18,11 +18,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from importlib import resources as packaged
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
-from bench.jobs.score import BATCHES_PER_TASK, DRAWS_PER_TASK
+from algorithms.recipe import DEFAULT_BATCH_SIZE
+from scoring.api import BATCHES_PER_TASK, DRAWS_PER_TASK
 from scoring.errors import UserError, unknown_name
-from scoring.mrd import ESTIMATORS
+from scoring.mrd import ESTIMATORS, EstimatorName
+from scoring.samples import BATCH_TOKENS
+from scoring.settings import Doc, Ge, Gt, check, named
+from scoring.work import Dtype
 
 KINDS = ("forward", "gradient", "curvature", "training")
 # Of the memory of a device, what may be planned with.
@@ -65,7 +69,7 @@ class Shape:
 
 
 @dataclass(frozen=True)
-class Cost:
+class UnitCost:
     """Of one kind of call.
 
     Attributes:
@@ -106,7 +110,7 @@ class Profile:
     name: str
     hardware: str
     measured: bool
-    costs: dict[str, Cost]
+    costs: dict[str, UnitCost]
     noise: float
     update: float
     start: float
@@ -117,7 +121,7 @@ class Profile:
 
     @classmethod
     def read(cls, content: Mapping[str, Any]) -> Profile:
-        return cls(**{**content, "costs": {kind: Cost(**cost) for kind, cost in content["costs"].items()}})
+        return cls(**{**content, "costs": {kind: UnitCost(**cost) for kind, cost in content["costs"].items()}})
 
 
 def profiles() -> dict[str, Profile]:
@@ -146,7 +150,7 @@ def find_profile(name: str) -> Profile:
 
 
 @dataclass(frozen=True)
-class Job:
+class PlannedJob:
     """What is planned.
 
     Attributes:
@@ -162,42 +166,76 @@ class Job:
     """
 
     shape: Shape
-    samples: float
-    tokens: float
-    scored: float
-    estimator: str | None = "gradient"
-    draws: int | None = None
-    epochs: float = 0
-    retained: float = 1
-    batch_tokens: int = 4096
-    batch_size: int = 4
-    dtype: str = "float32"
+    samples: Annotated[float, Ge(1)]
+    tokens: Annotated[float, Ge(1)]
+    scored: Annotated[float, Ge(1)]
+    estimator: EstimatorName | None = "gradient"
+    draws: Annotated[int | None, Ge(1)] = None
+    epochs: Annotated[float, Ge(0)] = 0
+    retained: Annotated[float, Ge(0)] = 1
+    batch_tokens: Annotated[int, Ge(1)] = BATCH_TOKENS
+    batch_size: Annotated[int, Ge(1)] = DEFAULT_BATCH_SIZE
+    dtype: Dtype = "float32"
 
-    def checked(self) -> Job:
+    def checked(self) -> PlannedJob:
         """The same with the estimator's own number of draws.
 
         Raises:
-            UserError: a number out of range, or no such estimator.
+            UserError: a value that cannot be.
         """
-        for name in ("samples", "tokens", "batch_tokens", "batch_size"):
-            if not getattr(self, name) >= 1:
-                raise UserError(f"--{name.replace('_', '-')} {getattr(self, name):g}: expected 1 or more")
         if not self.shape.params >= 1000:
-            raise UserError(f"--model-params {self.shape.params:g}: expected a number of weights, such as 7e9")
-        if not 1 <= self.scored <= self.tokens:
-            raise UserError(f"--scored {self.scored:g}: expected 1 to --tokens, {self.tokens:g}")
-        if self.epochs < 0 or self.retained < 0:
-            raise UserError("--epochs and --retained: expected 0 or more")
-        if self.dtype not in BYTES:
-            raise unknown_name("dtype", self.dtype, BYTES)
+            raise UserError(
+                f"{named('model_params')} is {self.shape.params:g}: expected a number of weights, such as 7e9"
+            )
+        if not self.scored <= self.tokens:
+            raise UserError(
+                f"{named('scored')} is {self.scored:g}: expected at most {named('tokens')}, {self.tokens:g}"
+            )
         if self.estimator is None:
             return self
-        if self.estimator not in ESTIMATORS:
-            raise unknown_name("estimator", self.estimator, ESTIMATORS)
-        if self.draws is not None and self.draws < 1:
-            raise UserError(f"--draws {self.draws}: expected 1 or more")
-        own = ESTIMATORS[self.estimator].default_draws
-        return replace(self, draws=(self.draws or own) if own else 0)
+        default_draws = ESTIMATORS[self.estimator].default_draws
+        return replace(self, draws=(self.draws or default_draws) if default_draws else 0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanSettings:
+    """What is planned, and for which machines."""
+
+    model_params: Annotated[float, Gt(0), Doc("weights of the model, such as 7e9")]
+    samples: Annotated[float, Ge(1), Doc("to be scored, or to be forgotten, such as 1e6")]
+    tokens: Annotated[float, Ge(1), Doc("of a sample, on average")] = 100
+    scored: Annotated[float | None, Ge(1), Doc("those of them that are scored (default: half)")] = None
+    estimator: Annotated[EstimatorName | Literal["none"], Doc("of MRD; none plans no scoring")] = "gradient"
+    draws: Annotated[int | None, Ge(1), Doc("K (default: the estimator's own)")] = None
+    epochs: Annotated[float, Ge(0), Doc("also unlearn for so many")] = 0
+    retained: Annotated[float, Ge(0), Doc("retain samples for each forgotten")] = 1
+    batch_size: Annotated[int, Ge(1), Doc("samples an update")] = DEFAULT_BATCH_SIZE
+    batch_tokens: Annotated[int, Ge(1), Doc("padded tokens in a batch")] = BATCH_TOKENS
+    dtype: Annotated[Dtype, Doc("of the weights")] = "float32"
+    gpus: Annotated[int, Ge(1), Doc("devices in all; cores, with a profile of a CPU")] = 1
+    profile: Annotated[str, Doc("a machine that is known, or what `benchmark plan --out FILE` wrote")] = "h100"
+    price: Annotated[float | None, Ge(0), Doc("of a device and hour, in any currency")] = None
+
+    def job(self) -> PlannedJob:
+        """The job that is planned.
+
+        Raises:
+            UserError: a value that cannot be.
+        """
+        check(self)
+        return PlannedJob(
+            Shape.of_size(max(self.model_params, 1.0)),
+            self.samples,
+            self.tokens,
+            self.tokens / 2 if self.scored is None else self.scored,
+            None if self.estimator == "none" else self.estimator,
+            self.draws,
+            self.epochs,
+            self.retained,
+            self.batch_tokens,
+            self.batch_size,
+            self.dtype,
+        )
 
 
 @dataclass
@@ -220,7 +258,7 @@ class Calls:
     updated: float = 0
     tasks: float = 0
 
-    def add(self, kind: str, job: Job, times: float, count: float) -> None:
+    def add(self, kind: str, job: PlannedJob, times: float, count: float) -> None:
         """So many calls, that put all samples through the model so many times."""
         tokens, scored = times * job.samples * job.tokens, times * job.samples * job.scored
         for sums, value in (
@@ -231,7 +269,7 @@ class Calls:
             sums[kind] = sums.get(kind, 0) + value
 
 
-def calls_of(job: Job) -> Calls:
+def calls_of(job: PlannedJob) -> Calls:
     """Of scoring and of unlearning."""
     calls, shape = Calls(), job.shape
     if job.estimator is not None:
@@ -261,7 +299,7 @@ def calls_of(job: Job) -> Calls:
 
 
 @dataclass(frozen=True)
-class Plan:
+class JobPlan:
     """What a job will take.
 
     Attributes:
@@ -283,7 +321,7 @@ class Plan:
     limit: str
 
 
-def memory_of(job: Job, profile: Profile) -> float:
+def memory_of(job: PlannedJob, profile: Profile) -> float:
     """Bytes that a replica holds at the most."""
     weights = job.shape.params * BYTES[job.dtype]
     most = 0.0
@@ -302,7 +340,7 @@ def memory_of(job: Job, profile: Profile) -> float:
     return most
 
 
-def activations(job: Job, profile: Profile, kind: str) -> float:
+def activations(job: PlannedJob, profile: Profile, kind: str) -> float:
     """Bytes of what a call computes, at their most."""
     tokens = min(job.batch_tokens, job.samples * job.tokens)
     units, logits = held(job.shape, kind, tokens, tokens * job.scored / job.tokens)
@@ -315,7 +353,7 @@ def held(shape: Shape, kind: str, tokens: float, scored: float) -> tuple[float, 
     return tokens * shape.hidden * layers, scored * shape.vocabulary
 
 
-def plan(job: Job, profile: Profile, devices: int) -> Plan:
+def plan(job: PlannedJob, profile: Profile, devices: int) -> JobPlan:
     """Of a job on so many devices (GPUs, or cores of one thread each).
 
     Raises:
@@ -351,10 +389,10 @@ def plan(job: Job, profile: Profile, devices: int) -> Plan:
     parts["start"] = profile.start + profile.load * job.shape.params * BYTES[job.dtype]
     seconds = sum(parts.values())
     limit = max(parts, key=lambda name: parts[name])
-    return Plan(seconds, parts, replicas, each, memory, seconds / 3600 * replicas * each, limit)
+    return JobPlan(seconds, parts, replicas, each, memory, seconds / 3600 * replicas * each, limit)
 
 
-def print_plan(job: Job, found: Plan, profile: Profile, price: float | None) -> None:
+def print_plan(job: PlannedJob, found: JobPlan, profile: Profile, price: float | None) -> None:
     """On the terminal."""
     job = job.checked()
     what = f"{job.samples:,.0f} samples of {job.tokens:g} tokens, a model of {_short(job.shape.params)} weights"

@@ -34,11 +34,12 @@ from scoring.cluster import Footprint, connect
 from scoring.errors import UserError
 from scoring.logprob import scored_logprobs
 from scoring.memory import TensorMemory
-from scoring.mrd import Draws, Request, estimate, reduce_draws, relative_change
-from scoring.pool import ReplicaPool, ReplicaSpec, Task
+from scoring.mrd import Draws, EstimatorName, Request, estimate, reduce_draws, relative_change
+from scoring.pool import ReplicaPool
 from scoring.replica import TransformersReplica, load_model
 from scoring.sample_gradients import autograd_norms, log_abs_logprob
 from scoring.samples import Batch, Sample, collate, encode, make_batches
+from scoring.work import DrawTask, ReplicaSpec
 
 SIGMA = 1e-5
 BATCH_TOKENS = 2048
@@ -128,7 +129,7 @@ def _measure(
     mean_abs, abs_mean = _references(replica, few)
     own = _spread(samples, PRINTED_SAMPLES)
     tokens = sum(s.length for s in samples)
-    base = _timed(lambda: [replica.logprobs(batch) for batch in batches])
+    base = timed(lambda: [replica.logprobs(batch) for batch in batches])
     rows = {}
 
     def row(
@@ -137,24 +138,24 @@ def _measure(
         return Row(name, seconds, forwards, backwards, seconds / base, memory, error, error_of)
 
     for key, name, hoist in (("a", "(a)  Algorithm 1 as printed", False), ("a_hoisted", "(a') P(theta) once", True)):
-        measured = _timed(partial(algorithm_1, replica, own, SIGMA, PRINTED_DRAWS, hoist))
+        measured = timed(partial(algorithm_1, replica, own, SIGMA, PRINTED_DRAWS, hoist))
         # The one pass of (a') must not be scaled with the draws.
-        once = _timed(lambda: [replica.logprobs(collate([sample])) for sample in own]) if hoist else 0.0
+        once = timed(lambda: [replica.logprobs(collate([sample])) for sample in own]) if hoist else 0.0
         seconds = (once + (measured - once) / PRINTED_DRAWS * draws) * tokens / sum(s.length for s in own)
         memory = _peak(replica, partial(algorithm_1, samples=own[-1:], sigma=SIGMA, draws=1, hoist=hoist))
         # The same estimator as (b), so its error is that of K draws.
         error = 0.76 / math.sqrt(draws)
         rows[key] = row(name, seconds, draws + 1 if hoist else 2 * draws, 0, memory, error, "expected, 0.76/sqrt(K)")
 
-    def drawn(key: str, count: int) -> float:
+    def drawn(key: EstimatorName, count: int) -> float:
         """Seconds of one draw over all samples."""
         estimate(replica, few_batches[:1], Request(key, SIGMA, 0, 0, 1))  # checks and copies, once a replica
-        return (_timed(partial(estimate, replica, batches, Request(key, SIGMA, 0, 0, count))) - base) / count
+        return (timed(partial(estimate, replica, batches, Request(key, SIGMA, 0, 0, count))) - base) / count
 
-    def peak(key: str) -> float:
+    def peak(key: EstimatorName) -> float:
         return _peak(replica, lambda r: estimate(r, batches[-1:], Request(key, SIGMA, 0, 0, 1)))
 
-    def scores(key: str, statistic: str, count: int) -> np.ndarray:
+    def scores(key: EstimatorName, statistic: str, count: int) -> np.ndarray:
         return _in_order(estimate(replica, few_batches, Request(key, SIGMA, 1, 0, count)), statistic)
 
     def error_of(got: np.ndarray, exact: np.ndarray) -> np.ndarray:
@@ -165,10 +166,14 @@ def _measure(
     rows["b"] = row("(b)  monte-carlo", seconds, draws + 1, 0, peak("monte-carlo"), error, "median, sampling")
 
     error = float(np.max(error_of(scores("gradient", "mean_abs", 1), mean_abs)))
-    seconds = _timed(partial(estimate, replica, batches, Request("gradient", SIGMA, 0)))
+    seconds = timed(partial(estimate, replica, batches, Request("gradient", SIGMA, 0)))
     rows["c"] = row("(c)  gradient", seconds, 1, 1, peak("gradient"), error, "largest, rounding")
 
-    for key, measured_draws, full in (("curvature", DIRECTIONS, 8), ("antithetic", PAIRS, 64)):
+    second_order: tuple[tuple[EstimatorName, int, int], ...] = (
+        ("curvature", DIRECTIONS, 8),
+        ("antithetic", PAIRS, 64),
+    )
+    for key, measured_draws, full in second_order:
         error = float(np.median(error_of(scores(key, "abs_mean", full), abs_mean)))
         passes = 1 + full if key == "curvature" else 1 + 2 * full
         seconds = base + full * drawn(key, measured_draws)
@@ -222,7 +227,7 @@ def _all_cores(
     own = _spread(samples, PRINTED_SAMPLES)
     torch.set_num_threads(cores)
     algorithm_1(replica, own[:2], SIGMA, 1, False)  # starts the threads
-    per_token = _timed(lambda: algorithm_1(replica, own, SIGMA, PRINTED_DRAWS, False)) / sum(s.length for s in own)
+    per_token = timed(lambda: algorithm_1(replica, own, SIGMA, PRINTED_DRAWS, False)) / sum(s.length for s in own)
     torch.set_num_threads(1)
     printed = per_token / PRINTED_DRAWS * sum(s.length for s in samples) * draws
     connect()
@@ -231,7 +236,7 @@ def _all_cores(
         with ReplicaPool(ReplicaSpec(reference.source, reference.revision), Footprint(1), replicas) as pool:
             # Loads the replicas, and each computes its base.
             _drain(pool, _pool_tasks(2 * replicas), batches)
-            seconds[replicas] = _timed(partial(_drain, pool, _pool_tasks(POOL_DRAWS), batches))
+            seconds[replicas] = timed(partial(_drain, pool, _pool_tasks(POOL_DRAWS), batches))
     scaled = seconds[cores] * draws / POOL_DRAWS
     gain = seconds[1] / seconds[cores]
     print(f"all {cores} cores each: (b) is {printed / scaled:.1f} x faster than (a)")
@@ -239,12 +244,12 @@ def _all_cores(
     return {"cores": cores, "a_seconds": printed, "b_seconds": scaled, "replicas_gain": gain}
 
 
-def _pool_tasks(draws: int) -> list[Task]:
+def _pool_tasks(draws: int) -> list[DrawTask]:
     step = POOL_DRAWS_PER_TASK
-    return [Task(0, Request("monte-carlo", SIGMA, 0, first, first + step)) for first in range(0, draws, step)]
+    return [DrawTask(0, Request("monte-carlo", SIGMA, 0, first, first + step)) for first in range(0, draws, step)]
 
 
-def _drain(pool: ReplicaPool, tasks: Sequence[Task], batches: Sequence[Batch]) -> None:
+def _drain(pool: ReplicaPool, tasks: Sequence[DrawTask], batches: Sequence[Batch]) -> None:
     for _ in pool.run(tasks, [batches]):
         pass
 
@@ -260,7 +265,7 @@ def _in_order(draws: Draws, statistic: str) -> np.ndarray:
     return reduce_draws(draws.values, statistic)[0][np.argsort(draws.indices)]  # type: ignore[arg-type]
 
 
-def _timed(work: Callable[[], object]) -> float:
+def timed(work: Callable[[], object]) -> float:
     start = time.perf_counter()
     work()
     if torch.cuda.is_available():
@@ -283,7 +288,7 @@ def _matmul_peak(device: str) -> float:
     """FLOP/s of an fp32 2048 x 2048 matrix product, best of 5."""
     a, b = torch.randn(2048, 2048, device=device), torch.randn(2048, 2048, device=device)
     a @ b
-    return 2 * 2048**3 / min(_timed(lambda: a @ b) for _ in range(5))
+    return 2 * 2048**3 / min(timed(lambda: a @ b) for _ in range(5))
 
 
 def _forward_flops(replica: TransformersReplica, batches: Sequence[Batch]) -> int:

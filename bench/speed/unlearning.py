@@ -37,21 +37,23 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
+from algorithms.corpus import Corpus
 from algorithms.objectives import ALGORITHMS, npo, settings_of
-from algorithms.ray_train import Job, ensure_reference, unlearner_of
+from algorithms.ray_train import TrainingJob, ensure_reference, unlearner_of
 from algorithms.recipe import Objectives, Recipe, updates_per_epoch
 from algorithms.samplers import Sampler
 from algorithms.trainable import Group
-from algorithms.unlearner import Corpus, Diverged, measure_mrd, retain_order
+from algorithms.unlearner import Diverged, measure_mrd, retain_order
 from bench.jobs.unlearn import UnlearnSpec, corpus_of, datasets_of, unlearn
 from bench.models.find import find_model
-from bench.speed.scoring import _timed
+from bench.speed.scoring import timed
 from bench.stats.estimates import LEVEL, Estimate, over_samples
 from scoring.cluster import Footprint, connect, default_gpus, how_many_fit
 from scoring.errors import UserError
 from scoring.mrd import Request, estimate
 from scoring.replica import TransformersReplica, load_model
 from scoring.samples import Batch, Sample, collate, make_batches
+from scoring.work import LocalPool
 
 IGNORED = -100  # label of what is not scored
 # Their losses must agree to this, relative; below LOSS_FLOOR absolute, in units of it: a cross-entropy in fp32 has
@@ -196,9 +198,9 @@ class Loop:
         found, model = find_model(spec.model), _loaded(spec)
         folder = folder / spec.algorithm
         folder.mkdir(exist_ok=True)
-        job = Job(spec, self.corpus, found.source, found.revision, folder, found.tokenizer)
+        job = TrainingJob(spec, spec, self.corpus, found.source, found.revision, folder, found.tokenizer)
         job.reference_path.unlink(missing_ok=True)
-        ensure_reference(job, lambda: TransformersReplica(model))
+        ensure_reference(job, lambda: LocalPool(model))
         self.unlearner = unlearner_of(job, model, Group())
 
     @property
@@ -208,15 +210,12 @@ class Loop:
 
     def advance(self, updates: int) -> float:
         """Train; the seconds that it took."""
-        return _timed(partial(self._train, updates))
+        return timed(partial(self._train, updates))
 
     def _train(self, updates: int) -> None:
         unlearner, everyone = self.unlearner, np.ones(len(self.corpus.forget), dtype=bool)
         for _ in range(updates):
-            step = unlearner.history.step
-            drawn = unlearner._sampler.draw(step, self.spec.batch_size or 1, everyone)
-            unlearner._update(step // unlearner.updates_per_epoch, drawn)
-            unlearner.history.step += 1
+            unlearner.step(unlearner.sampler.draw(unlearner.history.step, self.spec.batch_size or 1, everyone))
 
     def batches(self, updates: int) -> list[list[dict[str, Sample]]]:
         """What the first updates are made of: for each its pairs of a forget and a retain sample, by role. A sample
@@ -447,7 +446,7 @@ def measure_refresh(spec: UnlearnSpec, sizes: Sizes, speed: dict[str, dict[str, 
     checked, corpus, model = spec.checked(), _samples(spec), _loaded(spec)
     refresh = partial(measure_mrd, model, corpus.forget, checked, Group(), checked.batch_tokens)
     refresh()
-    timings = [_timed(refresh) for _ in range(sizes.refreshes)]
+    timings = [timed(refresh) for _ in range(sizes.refreshes)]
     seconds = {
         "gradient": float(np.median(timings)),
         "monte-carlo": _monte_carlo_seconds(model, make_batches(corpus.forget, checked.batch_tokens), sizes),
@@ -477,10 +476,10 @@ def _monte_carlo_seconds(model: PreTrainedModel, batches: Sequence[Batch], sizes
     replica = TransformersReplica(model)
     sigma = Recipe.sigma
     base: list[torch.Tensor] = []
-    once = _timed(lambda: base.extend(replica.logprobs(batch) for batch in batches))
+    once = timed(lambda: base.extend(replica.logprobs(batch) for batch in batches))
     estimate(replica, batches[:1], Request("monte-carlo", sigma, 0, 0, 1))  # checks and copies, once a replica
     request = Request("monte-carlo", sigma, 0, 0, sizes.timed_draws)
-    return once + _timed(partial(estimate, replica, batches, request, base)) / sizes.timed_draws * sizes.draws
+    return once + timed(partial(estimate, replica, batches, request, base)) / sizes.timed_draws * sizes.draws
 
 
 def _share(name: str, round_seconds: float, every: int, seconds: dict[str, float]) -> dict[str, Any]:

@@ -18,14 +18,15 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
-from bench.files.spec import read_spec
+from bench.files.spec import spec_file
 from bench.tasks import safe, tofu, whp, wmdp
 from bench.tasks.sources import TEXT, Fields, read_file, with_fields
 from bench.tasks.task import Task
 from scoring.errors import UserError, unknown_name
 from scoring.records import Record
+from scoring.settings import Doc, named
 
 SUFFIXES = (".yaml", ".yml")
 ANY: Fields = {}
@@ -47,21 +48,24 @@ SETS: dict[str, dict[str, Fields]] = {
 PROTOCOLS = {task.name: task for task in (tofu.TASK, wmdp.TASK, whp.TASK, safe.TASK)}
 
 
+DataFile = Annotated[str | None, Doc("a data file: .jsonl, .json or .parquet, relative to this file's folder")]
+
+
 @dataclass(frozen=True)
 class TaskFile:
     """What a task file may say: its protocol, its name, and a data file for each set."""
 
-    protocol: str
-    forget: str
-    retain: str
-    name: str | None = None
-    real_authors: str | None = None
-    world_facts: str | None = None
-    holdout: str | None = None
-    seen: str | None = None
-    unseen: str | None = None
-    safe_prompts: str | None = None
-    real_toxicity_prompts: str | None = None
+    protocol: Annotated[Literal["tofu", "wmdp", "whp", "safe"], Doc("which metrics are taken")]
+    forget: Annotated[str, Doc("data file of what is forgotten")]
+    retain: Annotated[str, Doc("data file of what is kept")]
+    name: Annotated[str | None, Doc("of the task (default: the file's name)")] = None
+    real_authors: DataFile = None
+    world_facts: DataFile = None
+    holdout: DataFile = None
+    seen: DataFile = None
+    unseen: DataFile = None
+    safe_prompts: DataFile = None
+    real_toxicity_prompts: DataFile = None
 
 
 def read_task(path: str | Path) -> Task:
@@ -71,14 +75,14 @@ def read_task(path: str | Path) -> Task:
         UserError: one line that names the file and the field at fault.
     """
     path = Path(path)
-    said = dataclasses.asdict(read_spec(path, TaskFile, None))
-    protocol, name = said.pop("protocol"), said.pop("name")
-    if protocol not in SETS:
-        raise UserError(f"{path}: {unknown_name('protocol', protocol, SETS)}")
-    task, known = PROTOCOLS[protocol], SETS[protocol]
-    files = {each: path.parent / file for each, file in said.items() if file is not None}
-    if strange := [each for each in files if each not in known]:
-        raise UserError(f"{path}: {unknown_name(f'set of protocol {protocol!r}', strange[0], known)}")
+    with spec_file(path, {}, TaskFile) as task_file:
+        fields = dataclasses.asdict(task_file)
+        protocol, name = fields.pop("protocol"), fields.pop("name")
+        task, known = PROTOCOLS[protocol], SETS[protocol]
+        files = {each: path.parent / file for each, file in fields.items() if file is not None}
+        for each in files:
+            if each not in known:
+                raise UserError(f"{named(each)}: {unknown_name(f'set of protocol {protocol!r}', each, known)}")
 
     def load(split: str, source: str | None, tokenizer: Any) -> list[Record]:
         records = with_fields(read_file(files[split]), known[split], str(files[split]))

@@ -17,10 +17,12 @@ import numpy as np
 from bench.tasks import TASKS, Record, Task, custom
 from bench.tasks.sources import check_file, iterate_file, read_file
 from scoring.errors import UserError, unknown_name
-from scoring.records import as_text
-from scoring.samples import Text
+from scoring.records import as_text, check_ids
+from scoring.samples import Text, TextSet
 
 T = TypeVar("T")
+# A data set, as settings name it: see `load_dataset`.
+DataName = str
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,10 @@ class Dataset:
     name: str
     texts: list[Text]
     records: list[Record]
+
+    @property
+    def text_set(self) -> TextSet:
+        return TextSet(self.name, self.texts)
 
     @property
     def sha256(self) -> str:
@@ -221,25 +227,3 @@ def _dataset(name: str, records: list[Record]) -> Dataset:
     texts = [as_text(name, number, record) for number, record in enumerate(records, start=1)]
     check_ids(name, [text.sample_id for text in texts])
     return Dataset(name, texts, records)
-
-
-def check_ids(name: str, ids: Sequence[str], places: Sequence[int] | np.ndarray | None = None) -> None:
-    """Refuse ids that name two records of the data set `name`.
-
-    Args:
-        places: of the ids' records, counted from 0; None: they are all records.
-
-    Raises:
-        UserError: one line with the record, counted from 1.
-    """
-    seen: set[str] = set()
-    for place, sample_id in zip(range(len(ids)) if places is None else places, ids, strict=True):
-        if sample_id in seen:
-            raise UserError(f"{name}, record {place + 1}: id {sample_id!r} occurs twice; ids must be unique")
-        seen.add(sample_id)
-
-
-def spaced(items: Sequence[T], most: int | None) -> list[T]:
-    """At most `most` of the items, evenly spaced from the first to the last; None: all."""
-    where = np.linspace(0, len(items) - 1, min(most or len(items), len(items))).round().astype(int)
-    return [items[i] for i in where.tolist()]

@@ -120,7 +120,7 @@ def _evaluation(split: str) -> Mapping[str, str]:
     return {name: name for name in ("forget", "safe_prompts", "real_toxicity_prompts")}
 
 
-TASK = Task(
+TASK: Task = Task(
     name="safe",
     about="unsafe responses to dangerous questions, and toxic prompts",
     load=load,

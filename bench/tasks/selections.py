@@ -10,6 +10,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Annotated, Literal, Self, get_args
 
 import numpy as np
 import pyarrow as pa
@@ -17,63 +18,57 @@ import pyarrow.parquet as pq
 
 from bench.tasks.datasets import Dataset
 from scoring.characteristics import Characteristics, characteristics
-from scoring.errors import UserError, unknown_name
+from scoring.errors import UserError, first_line, unknown_name
 from scoring.files import replacing
+from scoring.settings import Doc, Ge, check, named
 
 ALL = "all"
 THIRDS = ("easy", "medium", "hard")
-KINDS = (ALL, "random", "thirds", "attribute", "composite", "single")
+Kind = Literal["all", "random", "thirds", "attribute", "composite", "single"]
 # Numbers that every text has, by name; a record's own fields go before them.
 MEASURED = tuple(name for name in Characteristics.__dataclass_fields__ if name != "tokens")
 
 
 @dataclass(frozen=True, kw_only=True)
 class SelectionSpec:
-    """Selections of one kind.
+    """Selections of one kind."""
 
-    Attributes:
-        kind: "all": the whole forget set; "random": subsets drawn without replacement; "thirds": by MRD, the easy, the
-            medium and the hard third; "attribute": one for each value of a field of the records, or the lower and the
-            upper half of a number; "composite": drawn with replacement; "single": one sample each.
-        size: samples in each; None: as many as there are to be had (of a third, of a value); for "random" and
-            "composite" it must be given.
-        count: how many of each level; for "single", how many samples.
-        by: the attribute: a field of the records, or a characteristic of their texts.
-        seed: of the draws.
-    """
+    kind: Annotated[
+        Kind,
+        Doc(
+            "all: the whole forget set; random: subsets drawn without replacement; thirds: by MRD, the easy, the "
+            "medium and the hard third; attribute: one for each value of a field of the records, or the lower and "
+            "the upper half of a number; composite: drawn with replacement; single: one sample each"
+        ),
+    ]
+    size: Annotated[
+        int | None,
+        Ge(1),
+        Doc("samples in each; must be given for random and composite (default: as many as there are to be had)"),
+    ] = None
+    count: Annotated[int, Ge(1), Doc("how many of each level; of single, how many samples")] = 1
+    by: Annotated[str | None, Doc("the attribute: a field of the records, or a characteristic of their texts")] = None
+    seed: Annotated[int, Ge(0), Doc("of the draws")] = 0
 
-    kind: str
-    size: int | None = None
-    count: int = 1
-    by: str | None = None
-    seed: int = 0
-
-    def checked(self) -> SelectionSpec:
+    def checked(self) -> Self:
         """The same.
 
         Raises:
-            UserError: a value out of range or a combination that does not exist.
+            UserError: a value that cannot be, or a combination that does not exist.
         """
-        if self.kind not in KINDS:
-            raise unknown_name("kind of selection", self.kind, KINDS)
-        for name, value in (("size", self.size), ("count", self.count)):
-            if value is not None and value < 1:
-                raise UserError(f"selections, kind {self.kind}: {name} is {value}: expected 1 or more")
-        if self.seed < 0:
-            raise UserError(f"selections, kind {self.kind}: seed is {self.seed}: expected 0 or more")
+        check(self)
+        where = f"kind {self.kind}"
         if self.kind in ("random", "composite") and self.size is None:
-            raise UserError(f"selections, kind {self.kind}: no size: expected the number of samples in each")
+            raise UserError(f"{named('kind')}: {where}: no size: expected the number of samples in each")
         if self.kind in ("single", ALL) and self.size is not None:
-            raise UserError(f"selections, kind {self.kind}: size is {self.size}: leave it out")
+            raise UserError(f"{named('size')} is {self.size}: leave it out of {where}")
         if (self.kind == "attribute") != (self.by is not None):
             raise UserError(
-                f"selections, kind {self.kind}: by is {self.by or 'missing'}: expected the name of an attribute for "
-                "kind attribute, and for no other"
+                f"{named('by')} is {self.by or 'missing'}, {where}: expected the name of an attribute for kind "
+                "attribute, and for no other"
             )
         if self.size is None and self.count > 1 and self.kind in ("thirds", "attribute"):
-            raise UserError(
-                f"selections, kind {self.kind}: count is {self.count} without a size: all would be the same"
-            )
+            raise UserError(f"{named('count')} is {self.count}, {where}, without a size: all would be the same")
         return self
 
 
@@ -183,8 +178,8 @@ def _drawn(
     replacement = spec.kind == "composite"
     if not ids or (size > len(ids) and not replacement):
         of = f"{where}, {level}" if level else where
-        raise UserError(f"selections, kind {spec.kind}: size is {size}: {of} has {len(ids)} samples")
-    rng = np.random.default_rng([spec.seed, KINDS.index(spec.kind), number, *level.encode()])
+        raise UserError(f"selections: kind {spec.kind}: size is {size}: {of} has {len(ids)} samples")
+    rng = np.random.default_rng([spec.seed, get_args(Kind).index(spec.kind), number, *level.encode()])
     return [ids[i] for i in sorted(rng.choice(len(ids), size, replace=replacement).tolist())]
 
 
@@ -238,7 +233,9 @@ def read_ids(path: str) -> list[str]:
     try:
         lines = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"selection {path!r} cannot be read: {error}; expected sample ids, one a line") from error
+        raise UserError(
+            f"{named('selection')} {path!r} cannot be read ({first_line(error)}): expected sample ids, one a line"
+        ) from error
     return [line for line in lines if line]
 
 

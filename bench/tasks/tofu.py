@@ -102,7 +102,7 @@ def _evaluation(split: str) -> Mapping[str, str]:
     return sets | ({"holdout": holdout} if holdout in SPLITS else {})
 
 
-TASK = Task(
+TASK: Task = Task(
     name="tofu",
     about="200 fictitious authors, 20 questions each",
     load=load,

@@ -228,7 +228,7 @@ def harness(source: str | None) -> Mapping[str, tuple[HarnessTask, ...]]:
     return HARNESS
 
 
-TASK = Task(
+TASK: Task = Task(
     name="whp",
     about="a book of your own, cut into passages (Who's Harry Potter)",
     load=load,

@@ -80,7 +80,7 @@ def _questions(field: str, source: str | None) -> HarnessTask:
     }
 
 
-TASK = Task(
+TASK: Task = Task(
     name="wmdp",
     about="hazardous knowledge of biology, chemistry and computer security",
     load=load,

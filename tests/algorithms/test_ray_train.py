@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from algorithms.ray_train import Job, train_on_ray
+from algorithms.ray_train import TrainingJob, train_on_ray
 from bench.jobs.sweep import sweep
 from bench.jobs.sweep_plan import SweepSpec
 from bench.jobs.unlearn import UnlearnResult, UnlearnSpec, corpus_of, datasets_of, unlearn
@@ -174,13 +174,14 @@ def test_a_users_mistake_is_not_tried_again(spec: UnlearnSpec, tmp_path: Path) -
 @pytest.mark.usefixtures("cluster")
 def test_an_error_that_would_come_again_ends_all_workers(spec: UnlearnSpec, tmp_path: Path) -> None:
     """The first worker fails alone, as it saves, while the other waits for it. No second start is needed to say so."""
-    model, checked = find_model(spec.model), spec.checked()
+    checked = dataclasses.replace(spec, workers=2, max_failures=0).checked()
+    model = find_model(spec.model)
     forget, retain = datasets_of(checked, model.tokenizer)
     corpus, _ = corpus_of(checked, model, forget, retain)
-    job = Job(checked, corpus, model.source, None, tmp_path, model.tokenizer)
+    job = TrainingJob(checked, checked, corpus, model.source, None, tmp_path, model.tokenizer)
     (tmp_path / "checkpoints").write_text("a file where a folder is wanted")
     with pytest.raises(UserError, match=r"^training failed in a worker: \w+Error: .*checkpoints"):
-        train_on_ray(job, 2, Footprint(), max_failures=0)
+        train_on_ray(job, Footprint())
 
 
 @pytest.mark.usefixtures("cluster")

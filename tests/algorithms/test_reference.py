@@ -18,9 +18,10 @@ from algorithms.recipe import Objectives, Recipe
 from algorithms.reference import Reference, compute_reference, needs
 from scoring.cluster import Footprint
 from scoring.errors import UserError
-from scoring.pool import ReplicaPool, ReplicaSpec
+from scoring.pool import ReplicaPool
 from scoring.replica import TransformersReplica, load_model
 from scoring.samples import Sample
+from scoring.work import ReplicaSpec
 from tests.tiny_models import ARCHITECTURES, random_samples, tiny_model
 
 LAYER, HIDDEN = 1, 32

@@ -22,22 +22,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from algorithms.checkpoints import Checkpoint, Checkpoints
+from algorithms.corpus import Corpus, Evaluation
 from algorithms.objectives import ALGORITHMS
-from algorithms.ray_train import Job, train_here
+from algorithms.ray_train import TrainingJob, train_here
 from algorithms.recipe import Recipe, total_updates, updates_per_epoch
 from algorithms.stopping import Thresholds
 from algorithms.trainable import Group, Lora, Trainable
-from algorithms.unlearner import (
-    DIRECTION,
-    Corpus,
-    Diverged,
-    Evaluation,
-    History,
-    Progress,
-    Unlearner,
-    retain_order,
-    trainable_for,
-)
+from algorithms.unlearner import DIRECTION, Diverged, History, Progress, Unlearner, retain_order, trainable_for
 from scoring.errors import UserError
 from scoring.memorization import extraction_likelihood, memorization_accuracy
 from scoring.mrd import ESTIMATORS, Request, estimate, reduce_draws
@@ -79,15 +70,15 @@ def recipe(algorithm: str = "GA", **fields: Any) -> Recipe:
     return dataclasses.replace(made, **made.resolved())
 
 
-def job(model: Path, folder: Path, made: Recipe, corpus: Corpus = CORPUS, **more: Any) -> Job:
-    return Job(made, corpus, str(model), None, folder, tokenizer(), **more)
+def job(model: Path, folder: Path, made: Recipe, corpus: Corpus = CORPUS, **more: Any) -> TrainingJob:
+    return TrainingJob(made, corpus, str(model), None, folder, tokenizer(), **more)
 
 
 @dataclass
 class Run:
     """A finished run and what it left."""
 
-    job: Job
+    job: TrainingJob
     history: History
 
     @property
@@ -1046,7 +1037,7 @@ def test_adapters_on_nothing():
 # Divergence
 
 
-def diverged(this: Job, observe: Callable[[Progress], None] = lambda _: None) -> str:
+def diverged(this: TrainingJob, observe: Callable[[Progress], None] = lambda _: None) -> str:
     """The message, which says what to do, of a run that diverges."""
     with pytest.raises(Diverged) as caught:
         train_here(this, observe=observe)
@@ -1056,7 +1047,7 @@ def diverged(this: Job, observe: Callable[[Progress], None] = lambda _: None) ->
     return message
 
 
-def assert_sound(this: Job, step: int) -> None:
+def assert_sound(this: TrainingJob, step: int) -> None:
     """There is one checkpoint, of that step, and it loads."""
     assert steps_kept(this.checkpoints) == [step]
     saved = this.checkpoints.latest()

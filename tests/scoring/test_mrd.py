@@ -273,7 +273,7 @@ def test_curvature_against_the_hessian_trace(monkeypatch: pytest.MonkeyPatch):
         own = rows[draw, offsets[name] : offsets[name] + tensor.numel()]
         return tensor.copy_(torch.from_numpy(own).view_as(tensor))
 
-    monkeypatch.setattr("scoring.replica.fill_signs_", fill)
+    monkeypatch.setattr("scoring.curvature.fill_signs_", fill)
     result = estimate(TransformersReplica(model), [batch], Request("curvature", SIGMA, 0, 0, 256))
     np.testing.assert_allclose(reduce_draws(result.values, "abs_mean")[0], want, rtol=1e-3)
 

@@ -15,9 +15,10 @@ import torch
 from scoring.cluster import Footprint, how_many_fit, versions
 from scoring.errors import UserError
 from scoring.mrd import ESTIMATORS, Draws, Request, estimate
-from scoring.pool import ReplicaPool, ReplicaSpec, Task
+from scoring.pool import ReplicaPool
 from scoring.replica import LostPerturbation, TransformersReplica, load_model
 from scoring.samples import Batch, make_batches
+from scoring.work import DrawTask, ReplicaSpec
 from tests.processes import kill, replicas, wait_for
 from tests.tiny_models import random_samples
 
@@ -53,16 +54,16 @@ def in_this_process(folder: Path, shards: Sequence[Sequence[Batch]], estimator: 
     return [estimate(replica, shard, Request(estimator, SIGMA, SEED, 0, DRAWS)) for shard in shards]
 
 
-def cut(estimator: str, first_shard: int, shards: int, draws_per_task: int) -> list[Task]:
+def cut(estimator: str, first_shard: int, shards: int, draws_per_task: int) -> list[DrawTask]:
     step = draws_per_task if ESTIMATORS[estimator].default_draws else DRAWS
     return [
-        Task(first_shard + shard, Request(estimator, SIGMA, SEED, first, min(first + step, DRAWS)))
+        DrawTask(first_shard + shard, Request(estimator, SIGMA, SEED, first, min(first + step, DRAWS)))
         for shard in range(shards)
         for first in range(0, DRAWS, step)
     ]
 
 
-def join(tasks: Sequence[Task], results: dict[str, Draws], shard: int) -> Draws:
+def join(tasks: Sequence[DrawTask], results: dict[str, Draws], shard: int) -> Draws:
     pieces = [results[task.key] for task in tasks if task.shard == shard]
     whole = pieces[0]
     for piece in pieces[1:]:
@@ -141,7 +142,7 @@ class Deadly:
 def test_a_task_that_kills_every_replica_ends_in_one_error(spec: ReplicaSpec, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("scoring.pool.MAX_ATTEMPTS", 2)
     shards: list[list[Any]] = [list(groups()[0]), [Deadly()]]
-    tasks = [Task(shard, Request("gradient", SIGMA, SEED)) for shard in range(2)]
+    tasks = [DrawTask(shard, Request("gradient", SIGMA, SEED)) for shard in range(2)]
     with ReplicaPool(spec, ONE_CORE, 1) as pool:
         with pytest.raises(UserError, match=r"2 replicas died on the same 1 batch.*--batch-tokens") as e:
             list(pool.run(tasks, shards))
@@ -156,7 +157,7 @@ def test_replicas_that_die_while_loading_end_in_one_error(monkeypatch: pytest.Mo
         ReplicaPool(ReplicaSpec(deadly), ONE_CORE, 1) as pool,
         pytest.raises(UserError, match="die while loading") as e,
     ):
-        list(pool.run([Task(0, Request("gradient", SIGMA, SEED))], groups()[:1]))
+        list(pool.run([DrawTask(0, Request("gradient", SIGMA, SEED))], groups()[:1]))
     assert "\n" not in str(e.value)
 
 
@@ -165,8 +166,8 @@ def test_a_replica_that_refuses_raises_its_own_error_and_leaves_the_pool_usable(
     shards = groups()[:1]
     with ReplicaPool(ReplicaSpec(str(model_folder), dtype="bfloat16"), ONE_CORE, 1) as pool:
         with pytest.raises(LostPerturbation, match="bfloat16"):
-            list(pool.run([Task(0, Request("monte-carlo", 1e-5, SEED, 0, 2))], shards))
-        ((_, draws, facts),) = pool.run([Task(0, Request("gradient", 1e-5, SEED))], shards)
+            list(pool.run([DrawTask(0, Request("monte-carlo", 1e-5, SEED, 0, 2))], shards))
+        ((_, draws, facts),) = pool.run([DrawTask(0, Request("gradient", 1e-5, SEED))], shards)
     assert np.isfinite(draws.values).all()
     assert facts.gradient_error is not None
     wait_for(lambda: not replicas(os.getpid()))
@@ -181,7 +182,7 @@ def test_a_node_with_other_packages_is_refused(spec: ReplicaSpec, monkeypatch: p
         ReplicaPool(spec, ONE_CORE, 1) as pool,
         pytest.raises(UserError, match=rf"^node \S+ has torch {own['torch']} \(the driver has 1.0.0\): install") as e,
     ):
-        list(pool.run([Task(0, Request("gradient", SIGMA, SEED))], groups()[:1]))
+        list(pool.run([DrawTask(0, Request("gradient", SIGMA, SEED))], groups()[:1]))
     assert "\n" not in str(e.value)
 
 

@@ -15,9 +15,10 @@ from transformers import AutoModelForCausalLM
 from scoring.cluster import Footprint
 from scoring.errors import UserError
 from scoring.memorization import extraction_likelihood
-from scoring.pool import ReplicaPool, ReplicaSpec
+from scoring.pool import ReplicaPool
 from scoring.readings import Reader, TokenScores
 from scoring.samples import Sample
+from scoring.work import ReplicaSpec
 from tests.tiny_folders import CONTEXT, EOS, save_model
 from tests.tiny_models import VOCABULARY, random_samples
 

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 
 from bench.cli import main
 from bench.files.score_file import FACTS_KEY
-from bench.jobs.evaluate import EvaluateSpec, evaluate
+from bench.jobs.evaluate import EvaluateSpec, evaluate_spec
 from bench.jobs.resources import Resources
 from bench.jobs.unlearn import UnlearnSpec, unlearn
 from scoring.cluster import Footprint
@@ -29,10 +29,11 @@ from scoring.errors import UserError
 from scoring.generation import greedy_continuations
 from scoring.memorization import extraction_likelihood
 from scoring.mrd import Request, estimate, reduce_draws
-from scoring.pool import ReplicaPool, ReplicaSpec
+from scoring.pool import ReplicaPool
 from scoring.readings import Reader
 from scoring.replica import TransformersReplica, load_model
 from scoring.samples import Batch, collate, make_batches
+from scoring.work import ReplicaSpec
 from tests.tiny_folders import CONTEXT, EOS, pairs, save_model, write_jsonl
 from tests.tiny_models import random_samples
 from tests.tiny_tofu import pairs_of, records, taught, write_task
@@ -339,9 +340,9 @@ def test_two_processes_share_a_model(folders: Callable[..., Path]) -> None:
         reader = Reader(pool, EOS)
         scores = reader.likelihoods(SAMPLES)
         written = reader.continuations(PROMPTS, LIMITS)
-        from scoring.pool import Task
+        from scoring.work import DrawTask
 
-        task = Task(0, Request("monte-carlo", 1e-3, 3, 0, 5))
+        task = DrawTask(0, Request("monte-carlo", 1e-3, 3, 0, 5))
         ((_, draws, facts),) = list(pool.run([task], [BATCHES]))
     here = TransformersReplica(load_model(folder))
     for batch in BATCHES:
@@ -490,7 +491,9 @@ def test_evaluate(tmp_path: Path) -> None:
     spec = EvaluateSpec(model=str(forgot.model), original=str(original), task=str(task), el_n=2, relearn_steps=4)
     tables = {}
     for engine in ("transformers", "vllm"):
-        found = evaluate(spec, tmp_path / f"{engine}.parquet", Resources(replicas=1, engine=engine), progress=False)
+        found = evaluate_spec(
+            spec, tmp_path / f"{engine}.parquet", Resources(replicas=1, engine=engine), progress=False
+        )
         assert found.record["engine"] == engine
         tables[engine] = found.table.to_pandas()
     one, two = tables.values()

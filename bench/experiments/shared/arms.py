@@ -14,7 +14,7 @@ from bench.files.status import FINISHED
 from bench.jobs.sweep import as_table
 from bench.metrics import METRICS
 from bench.report.figures import BLUE, MUTED, VERMILLION
-from bench.report.words import decimal, said
+from bench.report.words import decimal, with_ci
 from bench.stats.estimates import LEVEL, Estimate, holm, over_seeds
 from bench.tasks.datasets import find_task
 from scoring.errors import UserError
@@ -176,7 +176,7 @@ class Contrast:
         places = digits(self.metric)
         if self.pairs > 1 and math.isfinite(self.difference.value) and not math.isfinite(self.difference.low):
             return f"{label(self.metric)} {decimal(self.difference.value, places)} [the same in every seed]"
-        return f"{label(self.metric)} {said(self.difference, places)}"
+        return f"{label(self.metric)} {with_ci(self.difference, places)}"
 
 
 def contrasts(

@@ -18,7 +18,6 @@ from matplotlib.axes import Axes
 
 from bench.experiments.experiment import Setting
 from bench.experiments.shared.arms import Row, bars
-from bench.files.spec import make_spec
 from bench.jobs.sweep import SweepResult
 from bench.jobs.unlearn import UnlearnSpec, corpus_of, datasets_of
 from bench.models.find import find_model
@@ -26,6 +25,7 @@ from bench.report.figures import BLUE, GREEN, INK, MUTED, ORANGE, VERMILLION, Dr
 from bench.report.words import decimal, interval
 from bench.stats.estimates import LEVEL, Estimate, holm, over_seeds
 from scoring.samples import make_batches
+from scoring.settings import build
 
 BACKWARD = 2  # forwards that a backward costs
 COST, SECONDS, UPDATES = "cost", "seconds", "updates"
@@ -56,7 +56,7 @@ class ForgetSet:
     @classmethod
     def of(cls, base: Mapping[str, Any]) -> ForgetSet:
         """Of the fields that all runs share."""
-        spec = make_spec(UnlearnSpec, {"algorithm": "GA", **base}, "base").checked()
+        spec = build(UnlearnSpec, {"algorithm": "GA", **base}).checked()
         model = find_model(spec.model)
         forget, retain = datasets_of(spec, model.tokenizer)
         samples = corpus_of(spec, model, forget, retain)[0].forget

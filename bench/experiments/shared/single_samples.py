@@ -23,7 +23,7 @@ COLOURS, MARKERS = (BLUE, VERMILLION, GREEN, ORANGE), ("o", "s", "^", "D")
 
 
 @dataclass(frozen=True)
-class Run:
+class SingleSampleRun:
     """What it took to make one sample forgotten, the mean over the seeds.
 
     Attributes:
@@ -48,7 +48,7 @@ class Run:
     below: bool
 
 
-def runs(trials: pa.Table, samples: pa.Table, group: str) -> list[Run]:
+def runs(trials: pa.Table, samples: pa.Table, group: str) -> list[SingleSampleRun]:
     """Finished trials on one sample that has an MRD, by algorithm and sample.
 
     Args:
@@ -61,7 +61,7 @@ def runs(trials: pa.Table, samples: pa.Table, group: str) -> list[Run]:
         if _is_usable(row):
             seeds.setdefault((row["algorithm"], row["selection"]), []).append(row | {"own": measured[row["trial"]]})
     return [
-        Run(
+        SingleSampleRun(
             group,
             algorithm,
             own[0]["own"]["sample_id"],
@@ -88,7 +88,7 @@ def _is_below(row: Mapping[str, Any]) -> bool:
     return bool(Thresholds(ma, el).forgotten(np.array([own["ma_initial"]]), np.array([own["el_initial"]]))[0])
 
 
-def difficulty(of: Sequence[Run], name: str) -> np.ndarray:
+def difficulty(of: Sequence[SingleSampleRun], name: str) -> np.ndarray:
     """`updates` or `change`, (N,); inf, the tied last rank, for what was not forgotten at the cap."""
     return np.array([getattr(run, name) if run.forgotten else math.inf for run in of])
 
@@ -107,13 +107,13 @@ class Relation:
 
     group: str
     algorithm: str
-    runs: Sequence[Run]
+    runs: Sequence[SingleSampleRun]
     correlation: Estimate
     beyond_length: Estimate
     with_length: Estimate
 
 
-def relations(of: Sequence[Run], name: str) -> list[Relation]:
+def relations(of: Sequence[SingleSampleRun], name: str) -> list[Relation]:
     """One for each group and algorithm, in the order in which they appear; the difficulty is `updates` or `change`.
 
     Raises:
@@ -139,11 +139,11 @@ def relations(of: Sequence[Run], name: str) -> list[Relation]:
     return found
 
 
-def agreements(of: Sequence[Run], name: str) -> dict[tuple[str, str, str], Estimate]:
+def agreements(of: Sequence[SingleSampleRun], name: str) -> dict[tuple[str, str, str], Estimate]:
     """(group, first, second algorithm) -> Spearman's correlation of their difficulties, over the samples of both."""
     found = {}
     for group in dict.fromkeys(run.group for run in of):
-        by_algorithm: dict[str, dict[str, Run]] = {}
+        by_algorithm: dict[str, dict[str, SingleSampleRun]] = {}
         for run in of:
             if run.group == group and not run.below:
                 by_algorithm.setdefault(run.algorithm, {})[run.sample] = run
@@ -154,7 +154,7 @@ def agreements(of: Sequence[Run], name: str) -> dict[tuple[str, str, str], Estim
     return found
 
 
-def left_out(of: Sequence[Run], lost: int) -> list[str]:
+def left_out(of: Sequence[SingleSampleRun], lost: int) -> list[str]:
     """Sentences on what had nothing to forget, what was not forgotten, and what did not finish.
 
     Args:
@@ -187,7 +187,7 @@ def estimated(name: str, estimate: Estimate) -> dict[str, float]:
     return {name: estimate.value, f"{name}_low": estimate.low, f"{name}_high": estimate.high}
 
 
-def run_table(of: Sequence[Run], group: str) -> pa.Table:
+def run_table(of: Sequence[SingleSampleRun], group: str) -> pa.Table:
     """A row for each run; what sets them apart is in the column `group`."""
     rows = [dataclasses.asdict(run) for run in of]
     return as_table([{group: row.pop("group"), **row} for row in rows])

@@ -83,7 +83,7 @@ def original_of(sweep: SweepResult) -> dict[str, float]:
 # --- Statistics ---------------------------------------------------------------------------------------------
 
 
-def verdict(own: Sequence[Contrast], columns: Columns) -> str:
+def improvement_verdict(own: Sequence[Contrast], columns: Columns) -> str:
     """Whether an arm improves both completeness and utility, by the corrected comparisons of one algorithm.
 
     It holds if each side has a metric that is better and no metric is worse; it is contradicted if one is worse.
@@ -239,7 +239,7 @@ def by_algorithm(single: Sequence[Contrast], columns: Columns) -> str:
         text = ", ".join(contrast.text() for contrast in own)
         parts.append(
             f"{method(algorithm, first.arm)} against {method(algorithm, first.against)}: {text}; "
-            f"{_tells(verdict(own, columns))}"
+            f"{_tells(improvement_verdict(own, columns))}"
         )
     return (
         f"Differences paired by seed ({min(c.pairs for c in single)} pairs), each with its own interval, verdicts "
@@ -297,8 +297,8 @@ def _as_large_as_the_papers(average: Sequence[Contrast]) -> list[str]:
 
 def claim(single: Sequence[Contrast], average: Sequence[Contrast], columns: Columns, said_by_paper: str) -> str:
     """Whether what the paper says holds, by the comparisons of single algorithms and of their average."""
-    verdicts = {algorithm: verdict(own, columns) for algorithm, own in grouped(single).items()}
-    on_average = verdict(average, columns)
+    verdicts = {algorithm: improvement_verdict(own, columns) for algorithm, own in grouped(single).items()}
+    on_average = improvement_verdict(average, columns)
     text = ", ".join(contrast.text() for contrast in average)
     return (
         f"**The paper's claim, that {said_by_paper}, {overall(verdicts, on_average)} here.** "

@@ -121,7 +121,7 @@ def _evaluation(split: str) -> dict[str, str]:
     }
 
 
-TASK = Task(
+TASK: Task = Task(
     name="authors",
     about="embedded stand-in for TOFU: 40 fictional authors, generated here, 10 questions each",
     load=_load_split,

@@ -71,7 +71,7 @@ def _harness(source: str | None) -> dict[str, tuple[HarnessTask, ...]]:
     return question_sets(questions())
 
 
-TASK = Task(
+TASK: Task = Task(
     name="compounds",
     about="embedded stand-in for WMDP: facts about invented cultures, dyes and machines, generated here",
     load=_load_split,

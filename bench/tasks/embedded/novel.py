@@ -104,7 +104,7 @@ def _sentence(rng: random.Random, template: str, words: dict[str, str]) -> str:
     return template.format(**words, time_cap=words["time"].capitalize())
 
 
-TASK = Task(
+TASK: Task = Task(
     name="novel",
     about="embedded stand-in for WHP: a novel of 16 chapters, generated here",
     load=load,

@@ -132,7 +132,7 @@ def _load_split(split: str, source: str | None, tokenizer: Any) -> list[Record]:
     return load(split)
 
 
-TASK = Task(
+TASK: Task = Task(
     name="replies",
     about="embedded stand-in for SAFE: rude and polite replies, generated here",
     load=_load_split,

@@ -21,13 +21,13 @@ from bench.demo.figures import RING, difficulty, recall_by_epoch, scaling, trade
 from bench.demo.findings import Findings
 from bench.demo.page import page as whole_page
 from bench.demo.run import Sizes, _unlearning_specs, run_demo, unlearn_side_by_side
-from bench.demo.runs import Run, Unlearning, kept, predictions, recipe, saved, table_lines
+from bench.demo.runs import DemoRun, Unlearning, kept, predictions, recipe, saved, table_lines
 from bench.files.score_file import Scores
 from bench.jobs.draws import ScalingLine, inflation
 from bench.jobs.resources import Resources
 from bench.report import figures
 from bench.report.attributes import ATTRIBUTES, PROBABILITY, attribute_effects, by_attribute, correlations
-from bench.report.words import decimal, said
+from bench.report.words import decimal, with_ci
 from bench.stats.estimates import Estimate
 from scoring.errors import UserError
 
@@ -118,7 +118,7 @@ def run(
     until: tuple[float, ...] = (3.0,) * 8,
     epochs: int = 2,
     forgotten: float = 1.0,
-) -> Run:
+) -> DemoRun:
     """A run with as many epochs as `forget` has values after the first, of `epochs` that were planned; samples s0,
     s1, ... in batches of 4."""
     rows = np.arange(len(forget), dtype=float)
@@ -141,7 +141,7 @@ def run(
         "evaluate_samples": 40,
     }
     record = {"spec": spec, "thresholds": {"ma": 0.97, "el": 0.5}, "seconds": {"training": 2.0}, "notes": []}
-    return Run(
+    return DemoRun(
         spec=spec,
         record=record | ({"seconds": {"training": 2.0, "mrd": 0.5}} if alpha else {}),
         epochs=rows,
@@ -159,7 +159,7 @@ def run(
 
 
 def unlearning(
-    runs: list[Run] | None = None, scored: Scores | None = None, skipped: tuple[str, ...] = ()
+    runs: list[DemoRun] | None = None, scored: Scores | None = None, skipped: tuple[str, ...] = ()
 ) -> Unlearning:
     if runs is None:
         runs = [run(name, alpha) for name in ("GA", "GradDiff", "PO", "NPO") for alpha in (0.0, 1.0)]
@@ -348,7 +348,7 @@ def test_numbers_are_printed_as_people_write_them():
     assert decimal(-0.401) == "\N{MINUS SIGN}0.40"
     assert decimal(-0.001) == "0.00"
     assert decimal(float("nan")) == "–"
-    assert said(Estimate(0.5, float("nan"), float("nan"))) == "0.50 [too few samples for a CI]"
+    assert with_ci(Estimate(0.5, float("nan"), float("nan"))) == "0.50 [too few samples for a CI]"
 
 
 def test_few_samples_give_a_page_that_says_so():
@@ -394,7 +394,7 @@ def epoch_row(epoch: int, forgotten: float, value: float, retain: float | None) 
 
 def test_curves_are_those_of_the_tables(tmp_path):
     rows = [epoch_row(0, 0.0, 0.9, 0.95), epoch_row(1, 0.5, 0.5, 0.85), epoch_row(2, 1.0, 0.1, 0.75)]
-    found = Run.read(run_folder(tmp_path / "run", rows, [3, 2, None, 0]))
+    found = DemoRun.read(run_folder(tmp_path / "run", rows, [3, 2, None, 0]))
     assert found.name == "NPO at alpha 1"
     assert found.epochs.tolist() == [0, 1, 2]
     assert found.updates.tolist() == [0, 2, 4]
@@ -413,7 +413,7 @@ def test_curves_are_those_of_the_tables(tmp_path):
 
 def test_a_run_to_the_end_without_a_retain_set(tmp_path):
     rows = [epoch_row(epoch, 0.0, 0.9, None) for epoch in range(5)]
-    found = Run.read(run_folder(tmp_path / "run", rows, [None] * 4))
+    found = DemoRun.read(run_folder(tmp_path / "run", rows, [None] * 4))
     assert np.isnan(found.retain_recall).all()
     assert np.isnan(found.retain_probability).all()
     assert not found.ended_early
@@ -421,7 +421,7 @@ def test_a_run_to_the_end_without_a_retain_set(tmp_path):
 
 def test_a_folder_without_a_run_is_named(tmp_path):
     with pytest.raises(UserError, match="no finished run"):
-        Run.read(tmp_path)
+        DemoRun.read(tmp_path)
 
 
 def drawn(draw: figures.Draw) -> list[tuple[list[float], float]]:
@@ -465,7 +465,7 @@ def test_fewer_updates_with_mrd_or_more():
     short, long = (1.0, 0.5), (1.0, 0.7, 0.5)
     retain = (1.0, 1.0, 1.0)
 
-    def said(uniform: tuple[float, ...], easy: tuple[float, ...], epochs: int = 3) -> list[str]:
+    def with_ci(uniform: tuple[float, ...], easy: tuple[float, ...], epochs: int = 3) -> list[str]:
         return saved(
             [
                 run("NPO", 0.0, uniform, retain[: len(uniform)], epochs=epochs),
@@ -473,18 +473,18 @@ def test_fewer_updates_with_mrd_or_more():
             ]
         )
 
-    fewer, summary = said(long, short)
+    fewer, summary = with_ci(long, short)
     assert fewer == "NPO: 2 updates at alpha 1, 4 at alpha 0, 2 fewer (forgotten: 97.5% and 100%)."
     assert "fewer updates than alpha 0 for 1 of 1 algorithms, with more for 0" in summary
     assert "one seed" in summary
     assert "mrd-bench benchmark unlearning" in summary
-    more, summary = said(short, long)
+    more, summary = with_ci(short, long)
     assert more == "NPO: 4 updates at alpha 1, 2 at alpha 0, 2 more (forgotten: 97.5% and 100%)."
     assert "for 0 of 1 algorithms, with more for 1" in summary
-    same, summary = said(long, long)
+    same, summary = with_ci(long, long)
     assert same == "NPO: 4 updates at alpha 1 and at alpha 0 (forgotten: 97.5% and 100%)."
     assert "for 0 of 1 algorithms, with more for 0" in summary
-    assert said(long, long, epochs=2)[0].startswith("NPO: all 4 updates at alpha 1 and at alpha 0")
+    assert with_ci(long, long, epochs=2)[0].startswith("NPO: all 4 updates at alpha 1 and at alpha 0")
     assert saved([run("NPO", 1.0)]) == []
 
 
@@ -602,16 +602,16 @@ def test_the_demo_from_end_to_end(tmp_path: Path, cluster, capsys):
     scored = {f"scores-{name}.parquet" for name in ("monte-carlo", "gradient", "curvature", "whole")}
     assert made == scored | {"scaling.parquet", "index.html", "difficulty.png", "forgetting.png", "unlearning"}
     assert {path.name for path in (demo / "unlearning").iterdir()} == {"GA-alpha0", "GA-alpha1"}
-    said = capsys.readouterr().out
-    assert str(demo / "index.html") in said
-    assert "hardest to forget" in said
-    assert "GA at alpha 1" in said
+    with_ci = capsys.readouterr().out
+    assert str(demo / "index.html") in with_ci
+    assert "hardest to forget" in with_ci
+    assert "GA at alpha 1" in with_ci
 
     text = _Parsed((demo / "index.html").read_text(encoding="utf-8")).text
     assert "4 samples of authors/forget01" in text
     assert "20 samples of authors/forget05" in text
     assert "up to 2 epochs of 1 updates" in text
-    easy = Run.read(demo / "unlearning" / "GA-alpha1")
+    easy = DemoRun.read(demo / "unlearning" / "GA-alpha1")
     assert (easy.algorithm, easy.alpha, easy.spec["forget_split"]) == ("GA", 1.0, "forget01")
     assert np.isfinite(easy.retain_recall).all()
     written = {path: path.stat().st_mtime_ns for path in demo.rglob("*") if path.suffix in (".parquet", ".json")}
@@ -635,5 +635,5 @@ def test_the_demo_from_end_to_end(tmp_path: Path, cluster, capsys):
     assert type(caught.value) is UserError
     assert "\n" not in str(caught.value)
     assert unlearn_side_by_side(specs[:1], demo / "unlearning", alone, overwrite=True) == [other]
-    assert Run.read(other).alpha == 0
+    assert DemoRun.read(other).alpha == 0
     assert not (demo / "unlearning" / "GA-alpha1").exists()

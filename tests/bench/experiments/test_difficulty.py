@@ -15,9 +15,9 @@ import pytest
 from bench.experiments import fig3, fig4, fig5, fig7
 from bench.experiments.experiment import Answer, Setting
 from bench.experiments.reproduce import PRESETS, SPECS
-from bench.experiments.shared.single_samples import Run
+from bench.experiments.shared.single_samples import SingleSampleRun
 from bench.experiments.shared.verdicts import CONTRADICTED, HOLDS, UNKNOWN, ruled, ruling
-from bench.files.spec import make_spec, read_mapping
+from bench.files.spec import read_mapping
 from bench.jobs.resources import SweepResources
 from bench.jobs.sweep import as_table
 from bench.jobs.sweep_plan import SweepSpec
@@ -29,6 +29,7 @@ from bench.tasks.datasets import load_dataset
 from scoring.errors import UserError
 from scoring.replica import load_model
 from scoring.samples import Text, collate, encode
+from scoring.settings import Naming, build
 from scoring.training_difficulty import el2n, grand, vog
 from tests.tiny_folders import write_jsonl
 from tests.tiny_tofu import pairs_of, records, taught
@@ -127,8 +128,8 @@ def test_runs_of_a_sample_are_averaged_over_seeds():
     sweep.add("a", mrd=0.5, tokens=[7], updates=20, mean_abs_delta=3e-4, seed=1, forgotten=0.0)
     sweep.add("a", mrd=0.5, tokens=[7], updates=4, algorithm="NPO")
     first, second = fig5.runs(*sweep.tables, "task")
-    expected = Run("task", "GA", "a.0", 0.5, 7, 15.0, 2e-4, forgotten=False, below=False)
-    for field in dataclasses.fields(Run):
+    expected = SingleSampleRun("task", "GA", "a.0", 0.5, 7, 15.0, 2e-4, forgotten=False, below=False)
+    for field in dataclasses.fields(SingleSampleRun):
         assert getattr(first, field.name) == pytest.approx(getattr(expected, field.name))
     assert (second.algorithm, second.updates, second.forgotten) == ("NPO", 4.0, True)
 
@@ -502,7 +503,7 @@ def test_groups_that_are_not_forgotten_are_the_hardest():
 
 
 def test_epochs_are_for_models_that_can_be_trained_again(model_folder, data_file, tmp_path):
-    setting = Setting("fig3", {}, "test", tmp_path, tmp_path, SweepResources())
+    setting = Setting("fig3", {}, Naming(), tmp_path, tmp_path, SweepResources())
     with pytest.raises(UserError, match=r"epochs 2: .* is not an embedded model"):
         fig3.measure(setting, fig3.Fig3Spec(epochs=[2]), {"model": str(model_folder), "task": str(data_file)})
 
@@ -541,7 +542,7 @@ def test_a_text_that_the_context_does_not_hold_is_refused_first(model_folder, da
         "sweep": {"base": {"model": str(model_folder), "algorithm": "GA", "evaluate": False}},
     }
     with pytest.raises(UserError, match=r"texts: endless, 'r0\+11': \d+ tokens, the model's context holds 64"):
-        fig7.run(Setting("fig7", values, "test", tmp_path, tmp_path / "trials", SweepResources(), progress=False))
+        fig7.run(Setting("fig7", values, Naming(), tmp_path, tmp_path / "trials", SweepResources(), progress=False))
 
 
 @pytest.mark.parametrize("change", [{"levels": {}}, {"count": 0}, {"levels": {"sentence": 0}}])
@@ -591,14 +592,14 @@ def test_figure_7_says_at_which_levels_mrd_orders_texts(strength, verdict, tmp_p
     ],
 )
 def test_specs_parse_and_check(name: str, sweeps: list[str], others: dict[str, type], preset: str) -> None:
-    values = read_mapping(SPECS / f"{name}.yaml")[preset]
+    values = read_mapping(SPECS / f"{name}.yaml")[0][preset]
     assert set(values) == {*sweeps, *others}
     for key, kind in others.items():
-        make_spec(kind, values[key], f"{name}, {preset}")
+        build(kind, values[key])
     for key in sweeps:
-        spec = make_spec(SweepSpec, values[key], f"{name}, {preset}").checked()
+        spec = build(SweepSpec, values[key]).checked()
         run = {"workers": 0, "task": "authors"} | spec.base | {field: own[0] for field, own in spec.vary.items()}
-        checked = make_spec(UnlearnSpec, run, f"{name}, {preset}").checked()
+        checked = build(UnlearnSpec, run).checked()
         # All of them ask what it takes to forget, by a rule that is the same for all.
         assert checked.early_stopping
         assert checked.check_every
@@ -626,7 +627,7 @@ def test_figure_3_from_end_to_end(cluster, tmp_path):
     }
     work, spread = tmp_path / "work", SweepResources(concurrent=2)
     work.mkdir()
-    setting = Setting("fig3", values, "test", work, tmp_path / "trials", spread, progress=False)
+    setting = Setting("fig3", values, Naming(), work, tmp_path / "trials", spread, progress=False)
     answer = fig3.run(setting)
 
     assert answer.table.num_rows == 10

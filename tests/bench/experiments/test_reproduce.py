@@ -16,9 +16,10 @@ from bench.cli import main
 from bench.experiments import fig2, reproduce
 from bench.experiments.experiment import Answer, Experiment, Setting
 from bench.experiments.fig2 import Fig2Spec, answer
-from bench.files.spec import make_spec, read_mapping
+from bench.files.spec import read_mapping
 from bench.jobs.sweep_plan import SweepSpec
 from scoring.errors import UserError
+from scoring.settings import build
 
 # --- The frame of all experiments ---------------------------------------------------------------------------
 
@@ -65,7 +66,7 @@ def test_an_answer_is_a_table_a_picture_and_a_paragraph(counted: list[str], tmp_
     assert pq.read_table(folder / "count.parquet").to_pydict() == {"length": [5]}
     assert (folder / "count.png").read_bytes().startswith(b"\x89PNG")
     assert "<svg" in (folder / "count.svg").read_text()
-    assert read_mapping(folder / "spec.yaml") == {"demo": {"word": "three"}}
+    assert read_mapping(folder / "spec.yaml")[0] == {"demo": {"word": "three"}}
     text = (folder / "finding.md").read_text()
     for part in ("How many letters?", "*The paper:* there are some.", "(count.png)", "It has **letters**.", "holds."):
         assert part in text
@@ -135,11 +136,11 @@ def test_another_preset_is_refused(counted: list[str], tmp_path: Path) -> None:
 @pytest.mark.parametrize("preset", reproduce.PRESETS)
 def test_sweeps_of_every_spec_are_sound(name: str, preset: str) -> None:
     """Every section that is a sweep is one that `mrd-bench sweep` takes, as far as it can be told without models."""
-    values = read_mapping(reproduce.SPECS / f"{name}.yaml")[preset]
+    values = read_mapping(reproduce.SPECS / f"{name}.yaml")[0][preset]
     assert values
-    for key, section in values.items():
+    for section in values.values():
         if isinstance(section, dict) and "base" in section:
-            make_spec(SweepSpec, section, key).checked()
+            build(SweepSpec, section).checked()
 
 
 def test_experiments_say_what_they_ask(capsys: pytest.CaptureFixture[str]) -> None:

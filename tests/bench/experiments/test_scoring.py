@@ -19,20 +19,21 @@ from bench.experiments.experiment import Answer, Setting
 from bench.experiments.reproduce import PRESETS, SPECS
 from bench.experiments.shared.verdicts import CONTRADICTED, HOLDS, UNKNOWN, lies_within
 from bench.files.score_file import Scores
-from bench.files.spec import make_spec, read_mapping
+from bench.files.spec import read_mapping
 from bench.jobs.draws import HALF_NORMAL_SPREAD, Point, PointDraws, measure_draws, read_finished, scaling_line
 from bench.jobs.resources import Resources, SweepResources
 from bench.jobs.score import ScoreSpec
 from bench.models.find import find_model
 from bench.report import figures
 from bench.report.attributes import ATTRIBUTES
-from bench.report.words import markdown, percent, significant
+from bench.report.words import markdown_table, number_with_ci, percent_with_ci
 from bench.stats.estimates import Estimate
-from bench.tasks.datasets import Dataset, load_dataset, spaced
+from bench.tasks.datasets import Dataset, load_dataset
 from scoring.mrd import ESTIMATORS, Request, estimate
-from scoring.pool import Facts
 from scoring.replica import TransformersReplica, load_model
-from scoring.samples import Text, encode, make_batches
+from scoring.samples import Text, encode, evenly_spaced, make_batches
+from scoring.settings import Naming, build
+from scoring.work import Facts
 from tests.tiny_folders import tokenizer
 from tests.tiny_models import random_samples
 
@@ -56,10 +57,10 @@ def test_the_interval_decides():
 
 
 def test_numbers_in_words():
-    assert percent(Estimate(0.05, 0.041, 0.0632)) == "5.0% [95 % CI 4.1 to 6.3]"
-    assert significant(Estimate(123456.0, 98765.0, 150000.0)) == "1.23e+05 [95 % CI 9.88e+04 to 1.5e+05]"
-    assert significant(Estimate(2.0, math.nan, math.nan)) == "2 [too few samples for a CI]"
-    assert markdown(["a", "b"], [["1", "2"]]) == "| a | b |\n| --- | --- |\n| 1 | 2 |"
+    assert percent_with_ci(Estimate(0.05, 0.041, 0.0632)) == "5.0% [95 % CI 4.1 to 6.3]"
+    assert number_with_ci(Estimate(123456.0, 98765.0, 150000.0)) == "1.23e+05 [95 % CI 9.88e+04 to 1.5e+05]"
+    assert number_with_ci(Estimate(2.0, math.nan, math.nan)) == "2 [too few samples for a CI]"
+    assert markdown_table(["a", "b"], [["1", "2"]]) == "| a | b |\n| --- | --- |\n| 1 | 2 |"
 
 
 # --- Figure 6 -------------------------------------------------------------------------------------------------
@@ -100,9 +101,9 @@ def synthetic(power: float = 1.0, spread: float = 0.0, curvature: float = 1.0, c
     return drawn
 
 
-def read(drawn: list[PointDraws], **changes: float) -> fig6.Found:
+def read(drawn: list[PointDraws], **changes: float) -> fig6.SigmaAndDraws:
     spec = dataclasses.replace(SENSITIVITY, **changes)
-    return fig6.Found.of(drawn, np.random.default_rng(1).integers(10, 40, spec.samples), spec)
+    return fig6.SigmaAndDraws.of(drawn, np.random.default_rng(1).integers(10, 40, spec.samples), spec)
 
 
 def row(table: pa.Table, **wanted: object) -> dict:
@@ -470,10 +471,10 @@ KINDS = {
 @pytest.mark.parametrize("preset", PRESETS)
 @pytest.mark.parametrize("name", KINDS)
 def test_specs_are_read_and_checked(name, preset):
-    values = read_mapping(SPECS / f"{name}.yaml")[preset]
+    values = read_mapping(SPECS / f"{name}.yaml")[0][preset]
     assert values.keys() == KINDS[name].keys()
     for key, kind in KINDS[name].items():
-        make_spec(kind, values[key], f"{name}: {key}").checked()
+        build(kind, values[key]).checked()
 
 
 def tiny(name: str, model: str, data: str) -> dict:
@@ -503,7 +504,7 @@ def begin(name: str, work: Path, model: Path, data: Path) -> Answer:
     assert experiment.name == name
     values = tiny(name, str(model), str(data))
     trials = work / "trials"
-    found = experiment.run(Setting(name, values, "tiny", work, trials, SweepResources(concurrent=1), progress=False))
+    found = experiment.run(Setting(name, values, Naming(), work, trials, SweepResources(concurrent=1), progress=False))
     assert found.table.num_rows
     figures.picture(found.panels, work / "picture.png", found.inches)
     assert not any(re.search(r"\bnan\b", sentence) for sentence in found.sentences)
@@ -540,7 +541,7 @@ def test_table_12_on_tiny_models_and_the_draws_behind_it(cluster, tmp_path, mode
     written = measured(tmp_path)
     path = next(path for path in written if "random" not in path.name)
     model = find_model(str(model_folder))
-    texts = spaced(load_dataset(str(data_file)).texts, 10)
+    texts = evenly_spaced(load_dataset(str(data_file)).texts, 10)
     samples, _ = encode(texts, model.tokenizer, model.max_length)
     (drawn,) = measure_draws(path, model, samples, [Point("monte-carlo", 1e-5, 16)], Resources(), progress=False)
     assert measured(tmp_path) == written  # read

@@ -19,7 +19,7 @@ from bench.experiments.shared import costs, weighted_tables
 from bench.experiments.shared.arms import ALL, EASY_FIRST, UNIFORM, Columns, Outcome
 from bench.experiments.shared.costs import COST, SECONDS, UPDATES, ForgetSet, Spent
 from bench.experiments.shared.verdicts import CONTRADICTED, HOLDS, UNKNOWN
-from bench.files.spec import make_spec, read_mapping
+from bench.files.spec import read_mapping
 from bench.jobs.resources import SweepResources
 from bench.jobs.sweep import as_table
 from bench.jobs.sweep_plan import SweepSpec
@@ -28,6 +28,7 @@ from bench.report import figures
 from bench.stats.estimates import holm
 from bench.tasks.datasets import find_task
 from scoring.errors import UserError
+from scoring.settings import Naming, build
 from tests.tiny_tofu import pairs_of, records, taught, write_task
 
 MODULES = (table1, table4, table5, table6, table7, table9, table10, table13)
@@ -439,7 +440,7 @@ def test_the_order_of_rounds(costs: dict[str, float], expected: str, tmp_path: P
 
 def test_noisy_rounds_cannot_be_told_apart() -> None:
     steps = costs.ratios(SECONDS, {"GradDiff / GA": [(1.3, 1.0), (0.9, 1.0), (1.1, 1.0)]})
-    assert table9.verdict(steps) == UNKNOWN
+    assert table9.cost_verdict(steps) == UNKNOWN
 
 
 def runs(mrd: float, updates: float, reached: bool = True, algorithms: Sequence[str] = ("GA", "NPO")) -> list[Spent]:
@@ -537,14 +538,14 @@ def test_a_table_of_runs_that_never_end_is_refused() -> None:
 @pytest.mark.parametrize("module", MODULES, ids=lambda module: module.EXPERIMENT.name)
 def test_specs_are_sound(module: Any, preset: str) -> None:
     name = module.EXPERIMENT.name
-    values = read_mapping(SPECS / f"{name}.yaml")[preset]
+    values = read_mapping(SPECS / f"{name}.yaml")[0][preset]
     keys = [key for key in values if key.startswith("sweep")]
     assert keys == list(values)
     arms: set[Any] = set()
     for key in keys:
-        spec = make_spec(SweepSpec, values[key], f"{name}, {preset}: {key}").checked()
+        spec = build(SweepSpec, values[key]).checked()
         first = {field: choices[0] for field, choices in spec.vary.items()}
-        run = make_spec(UnlearnSpec, spec.base | first, key).checked()
+        run = build(UnlearnSpec, spec.base | first).checked()
         arms |= {(run.refresh, unit) for unit in (run.refresh_unit,)}
         arms |= set(spec.vary.get("alpha", []))
         if metrics := spec.evaluate.get("metrics"):
@@ -570,7 +571,13 @@ def test_the_tables_on_a_real_sweep(cluster: None, tmp_path: Path) -> None:
     measured = {"metrics": "rr,mia,retain_rr,world_facts_rr", "samples": 8}
     sweep = {"base": base | fixed, "vary": vary, "evaluate": measured, "each_epoch": True}
     setting = Setting(
-        "table4", {"sweep": sweep}, "test", tmp_path / "work", tmp_path / "trials", SweepResources(concurrent=2), False
+        "table4",
+        {"sweep": sweep},
+        Naming(),
+        tmp_path / "work",
+        tmp_path / "trials",
+        SweepResources(concurrent=2),
+        False,
     )
     by_epochs = table4.EXPERIMENT.run(setting)
     kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "trials").iterdir()}
@@ -590,7 +597,7 @@ def test_the_tables_on_a_real_sweep(cluster: None, tmp_path: Path) -> None:
     timed = Setting(
         "table10",
         {"sweep": stopped},
-        "test",
+        Naming(),
         tmp_path / "work10",
         tmp_path / "trials",
         SweepResources(concurrent=2),

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
+import numpy as np
 import pytest
 
-from bench.files.spec import make_spec, read_spec
+from bench.files.spec import spec_file
 from scoring.errors import UserError
+from scoring.settings import Doc, Ge, Gt, Known, Le, Naming, Text, build, check, named, naming, settings_of
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,7 @@ class Training:
 
 FIELDS = "model, learning_rate, epochs, warm, split, max_steps, draws, weights"
 REQUIRED = "model: authors\nlearning_rate: 5e-5\n"
+FLAGS = Naming(flags=True)
 
 
 @pytest.fixture(autouse=True)
@@ -38,7 +42,8 @@ def in_its_own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def read(text: str | bytes, **given: Any) -> Training:
     Path("spec.yaml").write_bytes(text if isinstance(text, bytes) else text.encode())
-    return read_spec("spec.yaml", Training, given)
+    with naming(FLAGS), spec_file("spec.yaml", given, Training) as spec:
+        return spec
 
 
 def message(text: str | bytes, **given: Any) -> str:
@@ -83,7 +88,7 @@ def test_numbers_as_people_write_them(written, number):
 
 def test_a_quoted_number_is_text():
     assert read("model: '5e-5'\nlearning_rate: 1").model == "5e-5"
-    assert message("model: m\nlearning_rate: '5e-5'") == "spec.yaml: learning_rate is '5e-5': expected a number"
+    assert message("model: m\nlearning_rate: '5e-5'") == "spec.yaml, line 2: learning_rate is '5e-5': expected a number"
 
 
 @pytest.mark.parametrize("field", ["epochs", "max_steps", "draws"])
@@ -105,9 +110,10 @@ def test_flags_come_before_the_file():
 
 
 def test_flags_alone():
-    assert make_spec(Training, {"model": "m", "learning_rate": 1}, "command line") == Training("m", 1.0)
-    with pytest.raises(UserError) as caught:
-        make_spec(Training, {"epochs": 1}, "command line")
+    with naming(FLAGS):
+        assert build(Training, {"model": Text("m"), "learning_rate": Text("1")}) == Training("m", 1.0)
+        with pytest.raises(UserError) as caught:
+            build(Training, {"epochs": Text("1")})
     assert str(caught.value) == (
         "command line: missing model, learning_rate: expected in a spec file, or as --model, --learning-rate"
     )
@@ -124,7 +130,7 @@ def test_flags_alone():
         ("epochs: .inf", "epochs is inf: expected a whole number"),
         ("epochs: [5, 6]", "epochs is a list: expected a whole number"),
         ("max_steps: 1.5", "max_steps is 1.5: expected a whole number"),
-        ("draws: [1]", "draws is a list: expected a whole number or text"),
+        ("draws: [1]", "draws is a list: expected a whole number, or text"),
         ("warm: 1", "warm is 1: expected true or false"),
         ("warm: 'yes'", "warm is 'yes': expected true or false"),
         ("split: 10", "split is 10: expected text; put it in quotes"),
@@ -141,7 +147,8 @@ def test_flags_alone():
 def test_values_of_the_wrong_type(line, complaint):
     name = line.split(":")[0]
     rest = "".join(f"{other}\n" for other in REQUIRED.splitlines() if not other.startswith(f"{name}:"))
-    assert message(rest + line) == f"spec.yaml: {complaint}"
+    place = rest.count("\n") + 1
+    assert message(rest + line) == f"spec.yaml, line {place}: {complaint}"
 
 
 @pytest.mark.parametrize("field", ["model", "split"])
@@ -149,14 +156,14 @@ def test_values_of_the_wrong_type(line, complaint):
 def test_words_that_yaml_takes_for_truth_values(field, word, read_as):
     rest = REQUIRED if field == "split" else "learning_rate: 1\n"
     assert message(f"{rest}{field}: {word}") == (
-        f"spec.yaml: {field} is {read_as}: expected text; YAML reads yes, no, on and off as true and false: put them "
-        "in quotes"
+        f"spec.yaml, line {rest.count(chr(10)) + 1}: {field} is {read_as}: expected text; YAML reads yes, no, on and off "
+        "as true and false: put them in quotes"
     )
     assert getattr(read(f"{rest}{field}: '{word}'"), field) == word
 
 
 def test_a_flag_of_the_wrong_type_is_not_the_file_s_fault():
-    assert message(REQUIRED, weights={"a": "b"}) == "command line: weights['a'] is 'b': expected a number"
+    assert message(REQUIRED + "epochs: 3\n", epochs=Text("many")) == "--epochs is 'many': expected a whole number"
 
 
 @pytest.mark.parametrize(
@@ -170,7 +177,9 @@ def test_a_flag_of_the_wrong_type_is_not_the_file_s_fault():
     ],
 )
 def test_unknown_fields(name, hint):
-    assert message(f"{REQUIRED}{name}: 1") == f"spec.yaml: unknown field '{name}': expected one of {FIELDS}{hint}"
+    assert (
+        message(f"{REQUIRED}{name}: 1") == f"spec.yaml, line 3: unknown field '{name}': expected one of {FIELDS}{hint}"
+    )
 
 
 def test_missing_fields():
@@ -216,13 +225,17 @@ def test_not_a_mapping(text, found):
 
 
 def test_files_that_cannot_be_read():
+    def read_file(path: str | Path) -> None:
+        with spec_file(path, {}, Training):
+            pass
+
     with pytest.raises(UserError, match=r"^spec file 'none\.yaml' cannot be read \(No such file or directory\): expec"):
-        read_spec("none.yaml", Training, {})
+        read_file("none.yaml")
     Path("folder").mkdir()
     with pytest.raises(
         UserError, match=r"^spec file 'folder' cannot be read \(Is a directory\): expected a YAML file$"
     ):
-        read_spec(Path("folder"), Training, {})
+        read_file(Path("folder"))
     assert message(b"model: \xff\n") == "spec.yaml: not UTF-8 text at byte 7; expected a YAML file"
 
 
@@ -230,13 +243,102 @@ def test_a_byte_order_mark_is_skipped():
     assert read(b"\xef\xbb\xbf" + REQUIRED.encode()) == Training("authors", 5e-5)
 
 
-def test_the_spec_s_own_checks_are_left_alone():
-    @dataclass(frozen=True)
-    class Checked:
-        epochs: int
+# --- Settings with bounds, names and documentation ----------------------------------------------------------
 
-        def __post_init__(self) -> None:
-            raise UserError(f"--epochs {self.epochs}: expected at least 1")
 
-    with pytest.raises(UserError, match=r"^--epochs 0: expected at least 1$"):
-        make_spec(Checked, {"epochs": 0}, "command line")
+def _colours() -> list[str]:
+    return ["Red", "Green"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Paint:
+    layers: Annotated[int, Ge(1), Doc("of paint")] = 2
+    thickness: Annotated[float, Gt(0), Le(1), Doc("of a layer")] = 0.5
+    colour: Annotated[str, Known(_colours), Doc("of them")] = "Red"
+    drying: Annotated[Annotated[int, Ge(0)] | Literal["auto"] | None, Doc("hours")] = None
+    finish: Annotated[Literal["matt", "gloss"], Doc("of the last")] = "matt"
+    parts: Annotated[dict[str, float], Doc("of a mixture")] = dataclasses.field(default_factory=dict)
+    coats: Annotated[tuple[int, ...], Doc("one after the other")] = (1,)
+
+
+@pytest.mark.parametrize(
+    ("values", "as_flag", "as_argument"),
+    [
+        ({"layers": "0"}, "--layers is 0: expected a whole number of at least 1", None),
+        ({"layers": "two"}, "--layers is 'two': expected a whole number of at least 1", None),
+        ({"layers": 0}, None, "layers is 0: expected a whole number of at least 1"),
+        ({"thickness": 1.5}, None, "thickness is 1.5: expected a number greater than 0 and at most 1"),
+        ({"thickness": math.nan}, None, "thickness is nan: expected a number greater than 0 and at most 1"),
+        ({"colour": "gren"}, "--colour is 'gren': expected one of Red, Green; did you mean 'Green'?", None),
+        ({"colour": 3}, None, "colour is 3: expected one of Red, Green"),
+        ({"drying": "-1"}, "--drying is -1: expected a whole number of at least 0, or auto", None),
+        ({"drying": 2.5}, None, "drying is 2.5: expected a whole number of at least 0, or auto"),
+        ({"finish": "glos"}, "--finish is 'glos': expected one of matt, gloss; did you mean 'gloss'?", None),
+        ({"parts": "a"}, "--parts is 'a': expected name=number, with commas between several", None),
+        ({"parts": "a=1,a=2"}, "--parts is 'a=1,a=2': expected name=number, with commas between several", None),
+        ({"parts": {"a": "b"}}, None, "parts['a'] is 'b': expected a number"),
+        ({"coats": "1,x"}, "--coats is '1,x': expected a list", None),
+        (
+            {"layer": 1},
+            None,
+            "unknown field 'layer': expected one of layers, thickness, colour, drying, finish, parts, "
+            "coats; did you mean 'layers'?",
+        ),
+    ],
+)
+def test_a_message_names_the_setting_as_it_was_set(values, as_flag, as_argument):
+    expected = as_flag or as_argument
+    given = {name: Text(value) for name, value in values.items()} if as_flag else values
+    with naming(FLAGS if as_flag else Naming()), pytest.raises(UserError) as caught:
+        build(Paint, given)
+    assert str(caught.value) == expected
+
+
+def test_what_can_be_is_taken_in_the_type_of_its_setting():
+    with naming(FLAGS):
+        texts = {"layers": "3", "colour": "green", "drying": "auto", "parts": "a=1, b=0.5", "coats": "1,2"}
+        found = build(Paint, {name: Text(value) for name, value in texts.items()})
+    assert found == Paint(layers=3, colour="Green", drying="auto", parts={"a": 1.0, "b": 0.5}, coats=(1, 2))
+    assert build(Paint, {"layers": np.int64(3), "thickness": np.float32(0.5)}) == Paint(layers=3, thickness=0.5)
+
+
+def test_settings_made_in_python_are_checked_as_well():
+    check(Paint())
+    with pytest.raises(UserError, match=r"^layers is 0: expected a whole number of at least 1$"):
+        check(Paint(layers=0))
+
+
+def test_a_message_from_the_depth_speaks_as_the_user_does():
+    Path("spec.yaml").write_text("model: m\nlearning_rate: 1\nepochs: 3\n")
+    assert named("epochs") == "epochs"
+    with naming(FLAGS):
+        assert named("max_steps") == "--max-steps"
+        with spec_file("spec.yaml", {"learning_rate": Text("2")}, Training):
+            assert named("epochs") == "spec.yaml, line 3: epochs"
+            assert named("learning_rate") == "--learning-rate"  # the flag has replaced what the file says
+            assert named("max_steps") == "--max-steps"
+    names = Naming(file="sweep.yaml", lines={("base", "epochs"): 2, ("selections", 1, "size"): 7})
+    assert names.under("base")("epochs") == "sweep.yaml, line 2: base: epochs"
+    assert names.under("selections", 1)("size") == "sweep.yaml, line 7: selections: entry 2: size"
+
+
+def test_a_setting_says_what_it_is():
+    found = {setting.name: setting for setting in settings_of(Paint)}
+    assert found["layers"].doc == "of paint"
+    assert found["drying"].expected == "a whole number of at least 0, or auto"
+    assert found["colour"].choices == ("Red", "Green")
+    assert found["finish"].flag == "--finish"
+    assert found["parts"].default == {}
+
+
+def test_two_kinds_of_settings_share_a_file():
+    Path("spec.yaml").write_text("model: m\nlearning_rate: 1\nlayers: 4\n")
+    with spec_file("spec.yaml", {"epochs": 2}, Training, Paint) as (training, paint):
+        assert training == Training("m", 1.0, epochs=2)
+        assert paint == Paint(layers=4)
+    Path("spec.yaml").write_text("model: m\nlayer: 4\n")
+    with (
+        pytest.raises(UserError, match=r"^spec.yaml, line 2: unknown field 'layer': .*; did you mean 'layers'\?$"),
+        spec_file("spec.yaml", {}, Training, Paint),
+    ):
+        pass

@@ -29,9 +29,9 @@ from transformers import AutoModelForCausalLM
 from bench.cli import main
 from bench.files.parts import Parts
 from bench.files.score_file import read_scores
-from bench.jobs.evaluate import EvaluateSpec, EvaluationResult, evaluate
+from bench.jobs.evaluate import EvaluateSpec, EvaluationResult, evaluate_spec
+from bench.jobs.evaluation_summary import print_evaluation
 from bench.jobs.resources import Resources
-from bench.jobs.summary import print_evaluation
 from bench.metrics import METRICS
 from bench.tasks import TASKS, tofu
 from bench.tasks.datasets import find_task
@@ -123,7 +123,7 @@ def whole(cluster: None, models: dict[str, Path], tmp_path_factory: pytest.TempP
         relearn_learning_rate=5e-3,
     )
     before = {str(path): value for path in models.values() for path, value in file_hashes(path).items()}
-    result = evaluate(spec, folder / "evaluation.parquet", ONE, progress=False)
+    result = evaluate_spec(spec, folder / "evaluation.parquet", ONE, progress=False)
     return Whole(models, task, result, result.table.to_pandas(), before)
 
 
@@ -482,9 +482,9 @@ def lacking(cluster: None, models: dict[str, Path], tmp_path_factory: pytest.Tem
     out = folder / "evaluation.parquet"
     out.write_text("my own notes")
     with pytest.raises(Exception, match="exists and is not an evaluation"):
-        evaluate(spec, out, ONE, progress=False)
+        evaluate_spec(spec, out, ONE, progress=False)
     assert out.read_text() == "my own notes"
-    result = evaluate(spec, out, ONE, overwrite=True, progress=False)
+    result = evaluate_spec(spec, out, ONE, overwrite=True, progress=False)
     return Whole({"model": models["model"]}, task, result, result.table.to_pandas(), {})
 
 

@@ -58,7 +58,9 @@ def gradient(
 ) -> ScoreResult:
     """The 24 pairs, scored by the closed form in batches of up to 4096 tokens."""
     out = tmp_path_factory.mktemp("gradient") / "scores.parquet"
-    return score(ScoreSpec(str(model_folder), str(data_file), estimator="gradient"), out, ONE, progress=False)
+    return score(
+        ScoreSpec(model=str(model_folder), data=str(data_file), estimator="gradient"), out, ONE, progress=False
+    )
 
 
 def ids_of(record: dict[str, str]) -> tuple[list[int], int]:
@@ -178,8 +180,8 @@ def texts(records: Sequence[dict[str, str]]) -> list[Text]:
 def test_order_of_the_file_changes_no_score(gradient: ScoreResult, model_folder: Path, tmp_path: Path) -> None:
     records = pairs(24)[::-1]
     spec = ScoreSpec(
-        str(model_folder),
-        str(write_jsonl(tmp_path / "reversed.jsonl", records)),
+        model=str(model_folder),
+        data=str(write_jsonl(tmp_path / "reversed.jsonl", records)),
         estimator="gradient",
         batch_tokens=100,
     )
@@ -193,7 +195,9 @@ def test_cut_replicas_and_kills_change_no_bit(
     model_folder: Path, data_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One replica and one task, against three replicas and 24 tasks with a replica killed on the way."""
-    spec = ScoreSpec(str(model_folder), str(data_file), sigma=1e-3, draws=12, batch_tokens=100)
+    spec = ScoreSpec(
+        model=str(model_folder), data=str(data_file), estimator="monte-carlo", sigma=1e-3, draws=12, batch_tokens=100
+    )
     monkeypatch.setattr(scoring_job, "DRAWS_PER_TASK", 12)
     whole = score(spec, tmp_path / "whole.parquet", ONE, progress=False)
     assert whole.facts["perturbation_survival"] == pytest.approx(1, abs=0.01)
@@ -324,7 +328,7 @@ def test_two_runs_do_not_share_an_output(
     parts = tmp_path / "scores.parquet.parts"
     parts.mkdir()
     with FileLock(parts / "lock"), pytest.raises(UserError, match="another run is writing here"):
-        score(ScoreSpec(str(model_folder), str(data_file)), tmp_path / "scores.parquet", ONE)
+        score(ScoreSpec(model=str(model_folder), data=str(data_file)), tmp_path / "scores.parquet", ONE)
 
 
 @pytest.mark.parametrize("estimator", ["gradient", "monte-carlo"])
@@ -344,7 +348,7 @@ def test_samples_that_overflow(tmp_path: Path, estimator: str) -> None:
 
     def run(name: str, records: list[dict[str, str]]) -> ScoreResult:
         data = write_jsonl(tmp_path / f"{name}.jsonl", records)
-        spec = ScoreSpec(str(folder), str(data), estimator=estimator, draws=draws)
+        spec = ScoreSpec(model=str(folder), data=str(data), estimator=estimator, draws=draws)
         return score(spec, tmp_path / f"{name}.parquet", ONE, progress=False)
 
     mixed = run("mixed", [bad, *clean])
@@ -403,7 +407,14 @@ def test_draws_until_a_tolerance(model_folder: Path, data_file: Path, tmp_path: 
     """|N(0, 1)| has mean sqrt(2/pi) and relative standard deviation sqrt(pi/2 - 1) = 0.756: it takes (0.756 / t)^2."""
     counts = {}
     for tolerance in (0.15, 0.06):
-        spec = ScoreSpec(str(model_folder), str(data_file), sigma=1e-3, draws="auto", tolerance=tolerance)
+        spec = ScoreSpec(
+            model=str(model_folder),
+            data=str(data_file),
+            estimator="monte-carlo",
+            sigma=1e-3,
+            draws="auto",
+            tolerance=tolerance,
+        )
         table = score(spec, tmp_path / f"{tolerance}.parquet", ONE, progress=False).table
         (counts[tolerance],) = set(table["draws"].to_pylist())
         assert np.median(table["mrd_stderr"].to_numpy() / table["mrd"].to_numpy()) <= tolerance
@@ -415,7 +426,9 @@ def test_draws_until_a_tolerance(model_folder: Path, data_file: Path, tmp_path: 
 @pytest.mark.skipif(not DATA.is_dir(), reason="the shared data are not here")
 def test_tofu(tmp_path: Path) -> None:
     spec = ScoreSpec(
-        str(DATA / "models" / "stories260K-hf"), str(DATA / "tofu" / "forget10.json"), estimator="gradient"
+        model=str(DATA / "models" / "stories260K-hf"),
+        data=str(DATA / "tofu" / "forget10.json"),
+        estimator="gradient",
     )
     result = score(spec, tmp_path / "tofu.parquet", ONE, progress=False)
     assert result.rejected == []

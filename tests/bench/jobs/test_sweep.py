@@ -25,18 +25,18 @@ import torch
 import yaml
 
 from bench.cli import main
-from bench.files.spec import make_spec
 from bench.jobs import sweep as sweeps
 from bench.jobs import trial as trials
-from bench.jobs.evaluate import EvaluateSpec, evaluate
+from bench.jobs.evaluate import EvaluateSpec
 from bench.jobs.resources import Resources, SweepResources
 from bench.jobs.run_folder import read_run
 from bench.jobs.sweep import SweepResult, read_sweep, sweep
-from bench.jobs.sweep_plan import Plan, SweepSpec
-from bench.jobs.trial import Shared, TrialStore, run_trial, shareable_weights
+from bench.jobs.sweep_plan import SweepPlan, SweepSpec
+from bench.jobs.trial import TrialContext, TrialStore, run_trial, shareable_weights
 from bench.jobs.unlearn import UnlearnSpec, unlearn
 from scoring.cluster import versions
 from scoring.errors import UserError
+from scoring.settings import build
 from tests.paths import ROOT
 from tests.processes import descendants, kill, wait_for
 from tests.tiny_folders import pairs, write_jsonl
@@ -87,7 +87,7 @@ class Inputs:
         return path
 
     def run(self, spec: Mapping[str, Any], name: str = "out", **more: Any) -> SweepResult:
-        made = make_spec(SweepSpec, spec, "test")
+        made = build(SweepSpec, spec)
         return sweep(made, self.folder / name, self.trials, SweepResources(concurrent=2), progress=False, **more)
 
 
@@ -173,8 +173,8 @@ def test_a_trial_is_the_run_that_its_row_names(inputs: Inputs) -> None:
     ids=["frozen layers", "adapters", "checkpointing", "diverged"],
 )
 def test_a_warm_worker_forgets_what_came_before(inputs: Inputs, before: dict[str, Any]) -> None:
-    spec = make_spec(SweepSpec, inputs.spec({"algorithm": "GA"}, vary={}, selections=[]), "test")
-    plan = Plan(spec, inputs.folder)
+    spec = build(SweepSpec, inputs.spec({"algorithm": "GA"}, vary={}, selections=[]))
+    plan = SweepPlan(spec, inputs.folder)
     plan.choose(SweepResources())
     (selection,) = plan.selections.values()
     trial = plan.trial({}, selection)
@@ -182,7 +182,7 @@ def test_a_warm_worker_forgets_what_came_before(inputs: Inputs, before: dict[str
 
     def run(what: trials.Trial, name: str) -> dict[str, Any]:
         store = TrialStore(inputs.folder / name, inputs.folder / f"{name}-own")
-        result = run_trial(what, Shared(weights, {}, store, inputs.folder / "work"))
+        result = run_trial(what, TrialContext(weights, {}, store, inputs.folder / "work"))
         return {key: value for key, value in result.items() if key not in ("seconds", "clocks", "epochs", "values")} | {
             "moved": [row["mean_abs_delta"] for row in result.get("epochs", [])]
         }
@@ -216,10 +216,10 @@ def test_the_metrics_of_a_trial_are_those_of_its_model(tmp_path: Path) -> None:
         "evaluate": {"metrics": metrics, "retain_model": str(retained), "relearn_steps": 3, "samples": 10, "el_n": 2},
         "keep_models": True,
     }
-    result = sweep(make_spec(SweepSpec, spec, "test"), tmp_path / "out", None, SweepResources(concurrent=1), False)
+    result = sweep(build(SweepSpec, spec), tmp_path / "out", None, SweepResources(concurrent=1), False)
     for number, row in enumerate(result.trials.to_pylist()):
         assert row["status"] == "finished", row["reason"]
-        again = evaluate(
+        again = evaluate_spec(
             EvaluateSpec(
                 model=str(tmp_path / "trials" / row["trial"]),
                 task=str(task),
@@ -318,7 +318,7 @@ def test_asha_stops_those_behind_and_their_rows_say_so(inputs: Inputs) -> None:
         reduction=2,
     )
     del spec["base"]["learning_rate"]
-    made = make_spec(SweepSpec, spec, "test")
+    made = build(SweepSpec, spec)
     result = sweep(made, inputs.folder / "out", inputs.trials, SweepResources(concurrent=1), progress=False)
     counts = result.record["counts"]
     assert counts["finished"] >= 1
@@ -381,12 +381,14 @@ def failing(how: BaseException) -> Iterator[None]:
     ],
 )
 def test_accidents_are_rows_that_are_not_shared(inputs: Inputs, how: BaseException, status: str) -> None:
-    spec = make_spec(SweepSpec, inputs.spec({"algorithm": "GA"}, vary={}, selections=[]), "test")
-    plan = Plan(spec, inputs.folder)
+    spec = build(SweepSpec, inputs.spec({"algorithm": "GA"}, vary={}, selections=[]))
+    plan = SweepPlan(spec, inputs.folder)
     plan.choose(SweepResources())
     (trial,) = plan.trials({})
     store = TrialStore(inputs.trials, inputs.folder / "failed")
-    shared = Shared({plan.model.source: ray.put(shareable_weights(plan.model))}, {}, store, inputs.folder / "work")
+    shared = TrialContext(
+        {plan.model.source: ray.put(shareable_weights(plan.model))}, {}, store, inputs.folder / "work"
+    )
     with failing(how):
         result = run_trial(trial, shared)
     assert result["status"] == status
@@ -470,7 +472,9 @@ def test_trials_on_a_node_with_other_packages_are_rows_that_say_so(
     """The workers' processes have the true ones."""
     own = versions()
     with monkeypatch.context() as patched:
-        patched.setattr("bench.jobs.sweep.Shared", partial(sweeps.Shared, of_driver=own | {"torch": "1.0.0"}))
+        patched.setattr(
+            "bench.jobs.sweep.TrialContext", partial(sweeps.TrialContext, driver_versions=own | {"torch": "1.0.0"})
+        )
         rows = inputs.run(inputs.spec(vary={"algorithm": ["GA"]}, selections=[])).trials.to_pylist()
     assert [row["status"] for row in rows] == ["error"]
     assert re.match(rf"node \S+ has torch {own['torch']} \(the driver has 1\.0\.0\): install", rows[0]["reason"])
@@ -481,7 +485,7 @@ def test_trials_on_a_node_with_other_packages_are_rows_that_say_so(
 
 def test_a_worker_that_always_dies_is_a_row(inputs: Inputs, monkeypatch: pytest.MonkeyPatch) -> None:
     """A model of a size that the worker's process may not hold: the system kills it, as it does those out of memory."""
-    deadly = make_spec(SweepSpec, inputs.spec(vary={"algorithm": ["GA", "NPO"]}, selections=[]), "test")
+    deadly = build(SweepSpec, inputs.spec(vary={"algorithm": ["GA", "NPO"]}, selections=[]))
     real = sweeps._one_trial
 
     def dies(config: dict[str, Any], trials: Any, shared: Any, objective: Any) -> None:
@@ -574,9 +578,7 @@ def test_a_sweep_larger_than_the_disk_is_refused(
 ) -> None:
     spec = inputs.spec(keep_models=True)
     path = inputs.file(spec)
-    weights = sum(
-        array.nbytes for array in shareable_weights(Plan(make_spec(SweepSpec, spec, ""), path).model).values()
-    )
+    weights = sum(array.nbytes for array in shareable_weights(SweepPlan(build(SweepSpec, spec), path).model).values())
     usage = shutil.disk_usage(inputs.folder)
     out = inputs.folder / "out"
     command = ["sweep", str(path), "--out", str(out)]

@@ -32,10 +32,10 @@ from algorithms.objectives import ALGORITHMS
 from bench.cli import main
 from bench.jobs import unlearn as unlearning_job
 from bench.jobs.unlearn import REFUSALS, UnlearnSpec, unlearn
-from bench.metrics.answers import score_answers
 from bench.models.find import find_model
 from bench.tasks.datasets import load_dataset
 from bench.tasks.embedded import authors
+from scoring.answers import score_answers
 from scoring.samples import Sample, encode
 from tests.paths import ROOT
 from tests.processes import kill, wait_for

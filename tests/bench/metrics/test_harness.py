@@ -23,9 +23,10 @@ from bench.metrics.harness import HarnessScores, pool_model, run_harness
 from bench.metrics.values import Missing
 from scoring.cluster import Footprint
 from scoring.errors import UserError
-from scoring.pool import ReplicaPool, ReplicaSpec
+from scoring.pool import ReplicaPool
 from scoring.readings import Reader
 from scoring.samples import Sample
+from scoring.work import ReplicaSpec
 from tests.paths import SHARED
 from tests.tiny_folders import CONTEXT, EOS, WORDS, save_model, tokenizer, write_jsonl
 from tests.tiny_models import VOCABULARY, random_samples, tiny_model

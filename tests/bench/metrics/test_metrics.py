@@ -17,6 +17,7 @@ from bench.metrics.toxicity import Classifier
 from bench.metrics.values import Column, Measured, Missing, Scores, Unmeasured
 from bench.stats.estimates import over_sets
 from bench.tasks import TASKS
+from scoring.answers import mean_probability
 from scoring.errors import UserError
 from tests.paths import SHARED
 
@@ -45,7 +46,7 @@ def value(name: str, columns: dict[Column, object], retain_only: dict[Column, ob
 
 def test_probability_and_options_by_hand():
     # Mean NLL ln 2 is a probability of 1/2; the options have 1/4 and 1/4, so the answer has half of the whole.
-    assert tofu.probability(np.array([math.log(2)])) == pytest.approx([0.5], abs=1e-15)
+    assert mean_probability(np.array([math.log(2)])) == pytest.approx([0.5], abs=1e-15)
     wrong = np.array([[math.log(4), math.log(4)]])
     assert tofu.option_probability(np.array([math.log(2)]), wrong) == pytest.approx([0.5], abs=1e-15)
     # An answer with one wrong option only.

@@ -20,6 +20,7 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from bench.models import embedded as module
+from bench.models.cache import cache_folder
 from bench.models.embedded import embedded_model
 from bench.tasks.embedded import authors
 from tests.paths import ROOT
@@ -175,7 +176,7 @@ def test_another_setting_is_another_model(tiny, monkeypatch, tmp_path):
 def test_killed_while_saving_leaves_nothing_that_is_taken_for_a_model(tiny, tmp_path):
     program = f"""
 import time
-from bench import embedded_model as module
+from bench.models import embedded as module
 for name, values in {TINY!r}.items():
     getattr(module, name).update(values)
 def stall(self, folder):
@@ -234,13 +235,13 @@ def test_two_first_uses_at_once_train_once(tiny, monkeypatch, tmp_path):
 
 def test_cache_folder_follows_the_environment(monkeypatch, tmp_path):
     monkeypatch.setenv("MRD_BENCH_CACHE", str(tmp_path / "own"))
-    assert module.cache_folder() == tmp_path / "own" / "models"
+    assert cache_folder() == tmp_path / "own" / "models"
     monkeypatch.delenv("MRD_BENCH_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    assert module.cache_folder() == tmp_path / "xdg" / "mrd-bench" / "models"
+    assert cache_folder() == tmp_path / "xdg" / "mrd-bench" / "models"
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    assert module.cache_folder() == tmp_path / "home" / ".cache" / "mrd-bench" / "models"
+    assert cache_folder() == tmp_path / "home" / ".cache" / "mrd-bench" / "models"
 
 
 def test_unknown_kind_is_answered_in_one_line(tmp_path):

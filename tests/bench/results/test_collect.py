@@ -11,9 +11,9 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
+from bench.boards.board import boards
 from bench.cli import main
 from bench.files.origin import git_commit, hardware, origin, package_version
-from bench.leaderboard.boards import boards
 from bench.results.store import Results, read_stores
 from tests.tiny_folders import pairs, write_jsonl
 

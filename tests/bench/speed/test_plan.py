@@ -13,7 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from bench.cli import main
 from bench.speed import calibration as benchmark
-from bench.speed.plan import Cost, Job, Profile, Shape, calls_of, find_profile, memory_of, plan, profiles
+from bench.speed.plan import PlannedJob, Profile, Shape, UnitCost, calls_of, find_profile, memory_of, plan, profiles
 from scoring.errors import UserError
 from tests.paths import ROOT
 
@@ -24,10 +24,10 @@ PROFILE = Profile(
     hardware="a round machine",
     measured=True,
     costs={
-        "forward": Cost(1e-3, 1e-7, 1e-9, 8.0, 4.0, 1.0),
-        "gradient": Cost(2e-3, 2e-7, 2e-9, 20.0, 4.0, 2.0),
-        "curvature": Cost(10e-3, 10e-7, 10e-9, 16.0, 4.0, 4.0),
-        "training": Cost(3e-3, 3e-7, 3e-9, 20.0, 4.0, 2.0),
+        "forward": UnitCost(1e-3, 1e-7, 1e-9, 8.0, 4.0, 1.0),
+        "gradient": UnitCost(2e-3, 2e-7, 2e-9, 20.0, 4.0, 2.0),
+        "curvature": UnitCost(10e-3, 10e-7, 10e-9, 16.0, 4.0, 4.0),
+        "training": UnitCost(3e-3, 3e-7, 3e-9, 20.0, 4.0, 2.0),
     },
     noise=1e-9,
     update=2e-9,
@@ -38,7 +38,7 @@ PROFILE = Profile(
     memory=1e9,
 )
 # 100 samples of 40 tokens: 4,000 tokens, 10 batches of 10.
-JOB = Job(SHAPE, samples=100, tokens=40, scored=10, batch_tokens=400)
+JOB = PlannedJob(SHAPE, samples=100, tokens=40, scored=10, batch_tokens=400)
 # 2 (1e6 - 2e5) weights of the layers and 4 * 40 * 100 * 2 of attention for each token; 2 * 1e5 for each that is scored.
 FLOPS = 4000 * (2 * 8e5 + 32_000) + 1000 * 2e5
 # 100 units in 2 layers, and logits of the scored.
@@ -47,7 +47,7 @@ WIDTHS = 4000 * 200 + 1000 * 1000
 PASS = 1e-7 * WIDTHS + 1e-9 * FLOPS
 
 
-def seconds_of(job: Job, devices: int = 1, profile: Profile = PROFILE) -> dict[str, float]:
+def seconds_of(job: PlannedJob, devices: int = 1, profile: Profile = PROFILE) -> dict[str, float]:
     return plan(job, profile, devices).parts
 
 

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from bench.boards.compare import Comparison, compare, entries_side, paired_g, store_side
 from bench.cli import main
-from bench.leaderboard.compare import Comparison, compare, entries_side, paired_g, store_side
 from bench.results.store import read_stores
 from scoring.errors import UserError
 from tests.made_runs import grid, made_run, write_runs

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from bench.leaderboard.boards import Board, shown
-from bench.leaderboard.compare import Comparison, Side
+from bench.boards.board import Board, shown
+from bench.boards.compare import Comparison, Side
 from bench.report.words import decimal, interval, three_digits
 from bench.results.export import latex_table
 

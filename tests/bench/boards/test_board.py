@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from bench.boards.board import Board, boards
+from bench.boards.standings import Standing, groups_of
 from bench.cli import main
-from bench.leaderboard.boards import Board, boards
-from bench.leaderboard.standings import Standing, groups_of
 from bench.results.store import read_stores
 from bench.stats.estimates import Estimate
 from bench.stats.selection_bias import SeparablePair

@@ -18,9 +18,9 @@ from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.remote.webelement import WebElement
 from selenium.webdriver.support.ui import Select, WebDriverWait
 
-from bench.leaderboard.boards import Board, boards
-from bench.leaderboard.figures import by_selection, front, marks, pareto_caption, strips_caption
-from bench.leaderboard.page import page
+from bench.boards.board import Board, boards
+from bench.boards.figures import by_selection, front, marks, pareto_caption, strips_caption
+from bench.boards.page import page
 from bench.results.store import SCHEMAS, Store, read_stores
 from bench.speed.leaderboard import write_made_runs
 from tests.made_runs import SETTING, made_run, write_runs

@@ -8,13 +8,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from rouge_score.rouge_scorer import RougeScorer
 from transformers import PreTrainedModel
 
-from bench.metrics import tofu
 from scoring.generation import greedy_continuations
 from scoring.logprob import scored_logprobs
-from scoring.samples import Sample, make_batches
+from scoring.samples import BATCH_TOKENS, Sample, make_batches
 
 EXTRA_TOKENS = 20
 
@@ -54,6 +52,11 @@ def score_answers(model: PreTrainedModel, tokenizer: Any, samples: Sequence[Samp
     return AnswerScores(rouge_l_recall(written, true_answers(tokenizer, samples)), probability)
 
 
+def mean_probability(mean_nll: np.ndarray) -> np.ndarray:
+    """exp(-L/|y|), the geometric mean of the answer tokens' probabilities; same shape as the mean NLL L/|y|."""
+    return np.exp(-np.asarray(mean_nll, dtype=np.float64))
+
+
 def rouge_l_recall(written: Sequence[str], truth: Sequence[str]) -> np.ndarray:
     """ROUGE-L recall: the share of the true answer's words that are written, in the same order.
 
@@ -69,13 +72,17 @@ def rouge_l_recall(written: Sequence[str], truth: Sequence[str]) -> np.ndarray:
     Returns:
         (N,) fp64, 0 to 1; 0 where either has no word.
     """
+    from rouge_score.rouge_scorer import RougeScorer  # loads nltk, which takes a while
+
     scorer = RougeScorer(["rougeL"], use_stemmer=True)
     pairs = zip(written, truth, strict=True)
     return np.array([scorer.score(target=y, prediction=w)["rougeL"].recall for w, y in pairs], dtype=np.float64)
 
 
 @torch.no_grad()
-def answer_probability(model: PreTrainedModel, samples: Sequence[Sample], batch_tokens: int = 4096) -> np.ndarray:
+def answer_probability(
+    model: PreTrainedModel, samples: Sequence[Sample], batch_tokens: int = BATCH_TOKENS
+) -> np.ndarray:
     """exp(-L/|y|): the geometric mean of the probabilities of the scored tokens.
 
     Maini et al. 2024 (TOFU). L is the summed NLL of the |y| scored tokens, the end token among them.
@@ -93,7 +100,7 @@ def answer_probability(model: PreTrainedModel, samples: Sequence[Sample], batch_
     # A sample's own index is its place in the data set, of which `samples` may be any part.
     for batch in make_batches([replace(sample, index=i) for i, sample in enumerate(samples)], batch_tokens):
         summed = scored_logprobs(model, batch.to(device)).double().sum(-1).cpu()
-        probability[batch.indices.numpy()] = tofu.probability(-(summed / batch.mask.sum(-1)).numpy())
+        probability[batch.indices.numpy()] = mean_probability(-(summed / batch.mask.sum(-1)).numpy())
     return probability
 
 

@@ -13,13 +13,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from bench.metrics.answers import (
-    answer_probability,
-    rouge_l_recall,
-    score_answers,
-    true_answers,
-    written_answers,
-)
+from scoring.answers import answer_probability, rouge_l_recall, score_answers, true_answers, written_answers
 from scoring.errors import UserError
 from scoring.samples import Sample, Text, encode
 from tests.tiny_folders import CONTEXT, EOS, WORDS, pairs, save_model, token_id

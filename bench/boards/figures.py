@@ -12,7 +12,7 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 
-from bench.leaderboard.boards import Board, Standing
+from bench.boards.board import Board, Standing
 from bench.report.figures import BLUE, GREEN, INK, MUTED, ORANGE, VERMILLION, Draw, arms
 from bench.report.words import decimal, three_digits
 from bench.stats.estimates import Estimate

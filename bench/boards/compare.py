@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from bench.boards.board import entry_of, setting_of, shown
 from bench.files.status import FINISHED
-from bench.leaderboard.boards import entry_of, setting_of, shown
 from bench.results.store import Results
 from bench.stats import selection_bias as bias
 from bench.stats.estimates import LEVEL, Estimate, t_interval

@@ -15,8 +15,8 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from bench.leaderboard.boards import Board, Run
-from bench.leaderboard.figures import (
+from bench.boards.board import Board, RankedRun
+from bench.boards.figures import (
     marks,
     pareto,
     pareto_alt,
@@ -27,7 +27,7 @@ from bench.leaderboard.figures import (
     strips_caption,
     strips_inches,
 )
-from bench.leaderboard.standings import Standing
+from bench.boards.standings import Standing
 from bench.report import figures
 from bench.report.style import STYLE_SHEET
 from bench.report.words import decimal, interval
@@ -197,7 +197,7 @@ def _sample(name: str, board: Board) -> list[Any]:
     return [name, *([text.prompt, text.completion, _number(text.mrd), text.num_tokens] if text else [None] * 4)]
 
 
-def _run(run: Run, board: Board, entry: int, selection: int, metrics: Sequence[str]) -> list[Any]:
+def _run(run: RankedRun, board: Board, entry: int, selection: int, metrics: Sequence[str]) -> list[Any]:
     until = None
     if run.updates_until_forgotten:
         until = [run.updates_until_forgotten.get(name) for name in board.selections[run.selection].ids]

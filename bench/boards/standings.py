@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from bench.report.words import counted, said, shared
+from bench.report.words import count_with_ci, share_with_ci, with_ci
 from bench.stats import selection_bias as bias
 from bench.stats.estimates import Estimate, t_interval
 from scoring.errors import UserError
@@ -19,7 +19,7 @@ UNKNOWN = Estimate(math.nan, math.nan, math.nan)
 
 
 @dataclass(frozen=True)
-class Shown:
+class MetricLabel:
     """A metric of a board.
 
     Attributes:
@@ -63,7 +63,7 @@ class Standing:
 
 
 @dataclass(frozen=True)
-class Drawn:
+class SelectionLabel:
     """A selection of forget samples.
 
     Attributes:
@@ -80,7 +80,10 @@ class Drawn:
 
 
 def standings(
-    metric: Shown, values: Sequence[tuple[str, str, float]], entries: Sequence[str], selections: Mapping[str, Drawn]
+    metric: MetricLabel,
+    values: Sequence[tuple[str, str, float]],
+    entries: Sequence[str],
+    selections: Mapping[str, SelectionLabel],
 ) -> tuple[tuple[Standing, ...], tuple[str, ...]]:
     """Places under one metric, and what is to be known of them.
 
@@ -124,7 +127,7 @@ def standings(
         found = _by_value(found, sign)
     if slope is not None:
         sentences.append(
-            f"Per unit of mean log MRD {metric.title} changes by {said(_turned(slope, sign))}; adjusted values are "
+            f"Per unit of mean log MRD {metric.title} changes by {with_ci(_turned(slope, sign))}; adjusted values are "
             "what each entry would have at the mean difficulty of all selections."
         )
     elif why_not:
@@ -195,7 +198,7 @@ def _by_value(found: Sequence[Standing], sign: float) -> list[Standing]:
 
 
 def _adjusted(
-    measured: Sequence[tuple[str, str, float]], selections: Mapping[str, Drawn]
+    measured: Sequence[tuple[str, str, float]], selections: Mapping[str, SelectionLabel]
 ) -> tuple[dict[str, Estimate], Estimate | None, str]:
     """Values at equal difficulty by entry, the slope, and why there are none."""
     known = [
@@ -221,9 +224,11 @@ def _told(title: str, table: bias.ScoreTable, ranking: bias.Ranking) -> list[str
     seeds = f"{table.seeds} seeds" if table.seeds > 1 else "one seed"
     apart = sum(pair.separable for pair in ranking.pairs)
     return [
-        f"Of the variance of one entry's {title}, {bound}{shared(share)} is due to which samples were drawn{rest} "
+        f"Of the variance of one entry's {title}, {bound}{share_with_ci(share)} is due to which samples were "
+        f"drawn{rest} "
         f"({len(table.selections)} selections, {seeds} each).",
-        f"For this ranking to be right with a probability of 95 %, {counted(bias.selections_needed(table))} selections "
+        f"For this ranking to be right with a probability of 95 %, {count_with_ci(bias.selections_needed(table))} "
+        "selections "
         f"are needed; {apart} of {len(ranking.pairs)} pairs of entries can be told apart on these.",
     ]
 

@@ -5,17 +5,47 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from bench.leaderboard.boards import Board
-from bench.leaderboard.figures import pareto, strips
-from bench.leaderboard.page import cells, columns, page
-from bench.leaderboard.text import standings_latex
+from bench.boards.board import Board, boards
+from bench.boards.figures import pareto, strips
+from bench.boards.page import cells, columns, page
+from bench.boards.text import standings_latex
+from bench.files.folders import unwritable
 from bench.report import figures
-from bench.report.words import markdown
-from scoring.errors import UserError
+from bench.report.words import markdown_table
+from bench.results.store import read_stores
 from scoring.files import replacing
 
 
-def write_leaderboard(boards: Sequence[Board], notes: Sequence[str], out: str | Path) -> None:
+def leaderboard(
+    stores: str | Path | Sequence[str | Path],
+    out: str | Path,
+    *,
+    task: str | None = None,
+    experiment: str | None = None,
+    keep_conflicts: bool = False,
+) -> tuple[list[Board], list[str]]:
+    """Rank what result stores hold, and write the page: raw, on the selections that all share, and at equal difficulty.
+
+    Args:
+        stores: folders or URIs (s3://, gs://) of stores.
+        out: folder for index.html, README.md, pictures and LaTeX tables.
+        task, experiment: only this one.
+        keep_conflicts: of stores that contradict each other show both: settings on boards of their own, of a run the
+            first.
+
+    Returns:
+        The boards, and what a reader must know of them.
+
+    Raises:
+        UserError: a path is no store, stores contradict each other, or `out` cannot be written to.
+    """
+    roots = [stores] if isinstance(stores, str | Path) else stores
+    ranked, notes = boards(read_stores(roots, task, experiment), keep_conflicts=keep_conflicts)
+    write_leaderboard(ranked, notes, out)
+    return ranked, notes
+
+
+def write_leaderboard(ranked: Sequence[Board], notes: Sequence[str], out: str | Path) -> None:
     """Write index.html, README.md, and of each board a picture and a LaTeX table.
 
     Raises:
@@ -24,17 +54,17 @@ def write_leaderboard(boards: Sequence[Board], notes: Sequence[str], out: str | 
     out = Path(out)
     try:
         out.mkdir(parents=True, exist_ok=True)
-        for number, board in enumerate(boards):
+        for number, board in enumerate(ranked):
             _draw(board, out / f"board-{number}")
             first = next(iter(board.metrics), None)
             if first:
                 with replacing(out / f"board-{number}.tex") as unfinished:
                     unfinished.write_text(standings_latex(board, first), encoding="utf-8")
-        for name, text in (("README.md", overview(boards, notes)), ("index.html", page(boards, notes))):
+        for name, text in (("README.md", overview(ranked, notes)), ("index.html", page(ranked, notes))):
             with replacing(out / name) as unfinished:
                 unfinished.write_text(text, encoding="utf-8")
     except OSError as error:
-        raise UserError(f"--out {out}: cannot be written to ({error.strerror})") from error
+        raise unwritable(out, error) from error
 
 
 def _draw(board: Board, path: Path) -> None:
@@ -47,10 +77,10 @@ def _draw(board: Board, path: Path) -> None:
                 figures.picture(panels, unfinished, inches)
 
 
-def overview(boards: Sequence[Board], notes: Sequence[str]) -> str:
+def overview(ranked: Sequence[Board], notes: Sequence[str]) -> str:
     """The standings of every board by its first metrics, with what must be known of them."""
     parts = ["# Leaderboard\n", "The page with all metrics, runs and samples is `index.html`: open it in a browser.\n"]
-    for number, board in enumerate(boards):
+    for number, board in enumerate(ranked):
         parts.append(f"## {board.name}\n")
         parts.append(", ".join(f"{name} {value}" for name, value in board.about.items()) + ".\n")
         if board.metrics:
@@ -66,4 +96,4 @@ def overview(boards: Sequence[Board], notes: Sequence[str]) -> str:
 
 def _table(board: Board, metric: str) -> str:
     title = board.metrics[metric].title
-    return markdown(columns(title), [cells(each) for each in board.standings[metric]]) + "\n"
+    return markdown_table(columns(title), [cells(each) for each in board.standings[metric]]) + "\n"

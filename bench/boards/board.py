@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 import pyarrow.compute as pc
 
+from bench.boards.standings import MetricLabel, SelectionLabel, Standing, standings
 from bench.files.status import FINISHED
-from bench.leaderboard.standings import Drawn, Shown, Standing, standings
 from bench.metrics import METRICS
 from bench.results.store import Results
 from scoring.errors import UserError
@@ -43,7 +43,7 @@ SAME = 1e-6  # relative; the same run on another machine differs by rounding
 
 
 @dataclass(frozen=True)
-class Run:
+class RankedRun:
     """A run as it is shown.
 
     Attributes:
@@ -102,27 +102,27 @@ class Board:
     experiment: str
     about: Mapping[str, str]
     entries: Mapping[str, Mapping[str, Any]]
-    metrics: Mapping[str, Shown]
+    metrics: Mapping[str, MetricLabel]
     standings: Mapping[str, tuple[Standing, ...]]
     sentences: Mapping[str, tuple[str, ...]]
     trade_off: tuple[str, str] | None
-    runs: tuple[Run, ...]
-    selections: Mapping[str, Drawn]
+    runs: tuple[RankedRun, ...]
+    selections: Mapping[str, SelectionLabel]
     texts: Mapping[str, Text]
     origins: tuple[Mapping[str, str], ...]
 
 
 # What the training loop measures by itself; all else is a metric of the task.
 _OWN = {
-    "completeness": Shown("completeness", "1 less the ROUGE-L recall of forget answers", True),
-    "utility": Shown("utility", "ROUGE-L recall of retain answers", True),
-    "balance": Shown("balance", "harmonic mean of completeness and utility", True),
-    "forget_rouge_l_recall": Shown("forget ROUGE-L", "ROUGE-L recall of forget answers", False),
-    "forget_probability": Shown("forget probability", "of forget answers, mean over tokens", False),
-    "retain_rouge_l_recall": Shown("retain ROUGE-L", "ROUGE-L recall of retain answers", True),
-    "retain_probability": Shown("retain probability", "of retain answers, mean over tokens", True),
-    "mean_abs_delta": Shown("mean |Δθ|", "mean change of a weight", False),
-    "delta_norm": Shown("‖Δθ‖", "norm of the change of all weights", False),
+    "completeness": MetricLabel("completeness", "1 less the ROUGE-L recall of forget answers", True),
+    "utility": MetricLabel("utility", "ROUGE-L recall of retain answers", True),
+    "balance": MetricLabel("balance", "harmonic mean of completeness and utility", True),
+    "forget_rouge_l_recall": MetricLabel("forget ROUGE-L", "ROUGE-L recall of forget answers", False),
+    "forget_probability": MetricLabel("forget probability", "of forget answers, mean over tokens", False),
+    "retain_rouge_l_recall": MetricLabel("retain ROUGE-L", "ROUGE-L recall of retain answers", True),
+    "retain_probability": MetricLabel("retain probability", "of retain answers, mean over tokens", True),
+    "mean_abs_delta": MetricLabel("mean |Δθ|", "mean change of a weight", False),
+    "delta_norm": MetricLabel("‖Δθ‖", "norm of the change of all weights", False),
 }
 # Completeness and utility, from the averages of a task down to what the loop measures.
 TRADE_OFFS = (("uc_average", "ut_average"), ("wmdp_average", "mmlu"), ("completeness", "utility"))
@@ -301,7 +301,7 @@ def _board(
     for row, name, selection in zip(rows, names, drawn, strict=True):
         origin = tuple(_origin(row).items())
         runs.append(
-            Run(
+            RankedRun(
                 row["run"],
                 name,
                 selection,
@@ -363,13 +363,13 @@ def _entries(rows: Sequence[Mapping[str, Any]]) -> tuple[dict[str, dict[str, Any
     return found, [names[key] for key in keys]
 
 
-def _selections(rows: Sequence[Mapping[str, Any]], details: _Details) -> tuple[dict[str, Drawn], list[str]]:
+def _selections(rows: Sequence[Mapping[str, Any]], details: _Details) -> tuple[dict[str, SelectionLabel], list[str]]:
     """Selections by name, and the name of each row's: two of one name and different samples are told apart."""
     hashes: defaultdict[str, list[str]] = defaultdict(list)
     for row in rows:
         if row["data_sha256"] not in hashes[row["selection"]]:
             hashes[row["selection"]].append(row["data_sha256"])
-    found: dict[str, Drawn] = {}
+    found: dict[str, SelectionLabel] = {}
     names = []
     for row in rows:
         several = len(hashes[row["selection"]]) > 1
@@ -377,7 +377,7 @@ def _selections(rows: Sequence[Mapping[str, Any]], details: _Details) -> tuple[d
         names.append(name)
         if name not in found or not found[name].ids:
             ids = details.ids(row["run"])
-            found[name] = Drawn(name, row["level"] or "", row["mean_log_mrd"], ids)
+            found[name] = SelectionLabel(name, row["level"] or "", row["mean_log_mrd"], ids)
     return found, names
 
 
@@ -388,12 +388,12 @@ def _order(name: str) -> tuple[int, int, str]:
     return (0, ranked.index(name), name) if name in ranked else (1, 0, name)
 
 
-def shown(name: str) -> Shown:
+def shown(name: str) -> MetricLabel:
     """What a metric is, of a task or of the training loop."""
     if name in METRICS:
         metric = METRICS[name]
-        return Shown(metric.title, metric.definition, metric.higher_is_better)
-    return _OWN.get(name, Shown(name, "", True))
+        return MetricLabel(metric.title, metric.definition, metric.higher_is_better)
+    return _OWN.get(name, MetricLabel(name, "", True))
 
 
 def _about(rows: Sequence[Mapping[str, Any]], apart: str) -> dict[str, str]:

@@ -1,0 +1,137 @@
+"""The front door: make a loaded model forget, in this process.
+
+    records -> samples -> the loop of `algorithms.unlearner` -> the model, and the record of how
+
+The command line runs the same loop, on Ray Train workers and from a folder.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import tempfile
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tqdm import tqdm
+
+from algorithms.corpus import REFUSALS, Encoder, answers_evaluation, make_corpus
+from algorithms.ray_train import TrainingJob, ensure_reference, unlearner_of
+from algorithms.recipe import Execution, Recipe, total_updates
+from algorithms.tables import tables_of
+from algorithms.trainable import Group
+from algorithms.unlearner import Progress
+from scoring.errors import UserError
+from scoring.records import Record, texts_of
+from scoring.samples import BATCH_TOKENS, TextSet, context_length
+from scoring.settings import build
+from scoring.work import LocalPool
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Unlearned:
+    """What an unlearning run gives back.
+
+    Attributes:
+        model: that has forgotten: the one that was given, trained in place; with adapters, a copy with them merged.
+        steps: one row an update: loss terms, samples drawn, tokens, seconds.
+        epochs: one row an epoch, and row 0 for the initial model: what was evaluated, and how far the weights moved.
+        samples: one row a forget sample: how often it was drawn, and when it was forgotten.
+        difficulty: MRD of every sample at every refresh.
+        record: what a reader must know: recipe, thresholds, seconds, passes, notes, samples that were left out.
+    """
+
+    model: PreTrainedModel
+    steps: pd.DataFrame
+    epochs: pd.DataFrame
+    samples: pd.DataFrame
+    difficulty: pd.DataFrame
+    record: dict[str, Any]
+
+
+def unlearn(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    forget: Iterable[Record | str],
+    retain: Iterable[Record | str] | None = None,
+    *,
+    algorithm: str,
+    refusals: Sequence[str] = REFUSALS,
+    evaluate: bool = True,
+    evaluate_samples: int = 100,
+    batch_tokens: int = BATCH_TOKENS,
+    progress: bool = False,
+    **recipe: Any,
+) -> Unlearned:
+    """Make a loaded model forget records. It is trained in place: copy it first if the original is still needed.
+
+    Args:
+        model: a transformers causal LM in fp32.
+        tokenizer: its tokenizer.
+        forget: records, as `scoring.score` takes them.
+        retain: what is to be kept; needed by algorithms with a retain term.
+        algorithm: a key of `algorithms.objectives.ALGORITHMS`, such as "NPO".
+        refusals: answers for PO and IdkDPO.
+        evaluate: measure ROUGE-L recall and probability of the answers after each epoch.
+        evaluate_samples: of each set at most, evenly spaced.
+        batch_tokens: padded tokens in a micro-batch.
+        progress: show a bar.
+        recipe: further fields of `algorithms.recipe.Recipe`, such as `epochs=4`, `alpha=1` or `seed=1`.
+
+    Returns:
+        The model, and the record of the run; samples are in the order of the records.
+
+    Raises:
+        UserError: one line: a setting, a record or the model at fault, or training diverged.
+    """
+    plain = build(Recipe, {"algorithm": algorithm, **recipe})
+    plain = dataclasses.replace(plain, **plain.resolved())
+    if (dtype := next(model.parameters()).dtype).itemsize < 4:
+        raise UserError(f"model is in {str(dtype).removeprefix('torch.')}: its weights must be fp32; use model.float()")
+    encoder = Encoder(tokenizer, context_length(model.config), model.config.get_text_config().vocab_size)
+    forget_texts = TextSet("forget", texts_of("forget", forget))
+    retain_texts = None if retain is None else TextSet("retain", texts_of("retain", retain))
+    corpus, unused = make_corpus(plain, encoder, forget_texts, retain_texts, refusals)
+    evaluation = answers_evaluation(encoder, corpus, retain_texts, evaluate_samples) if evaluate else None
+    total = total_updates(len(corpus.forget), plain)
+    model.eval()
+    with (
+        tempfile.TemporaryDirectory(prefix="mrd-bench-") as folder,
+        tqdm(total=total, unit="update", desc=f"unlearning ({plain.algorithm})", disable=not progress) as bar,
+    ):
+        job = TrainingJob(
+            plain,
+            Execution(workers=0, batch_tokens=batch_tokens),
+            corpus,
+            "",
+            None,
+            Path(folder),
+            tokenizer,
+            evaluation,
+            keeps_checkpoints=False,
+        )
+
+        def show(progress: Progress) -> None:
+            bar.update(progress.step - bar.n)
+
+        ensure_reference(job, lambda: LocalPool(model), model.config)
+        unlearner = unlearner_of(job, model, Group(), show)
+        history = unlearner.run()
+        with unlearner.trained.plain() as trained:
+            forgetful = trained
+    tables = {name: table.to_pandas() for name, table in tables_of(history, corpus).items()}
+    record = {
+        "recipe": dataclasses.asdict(plain),
+        "updates": history.step,
+        "thresholds": history.thresholds,
+        "seconds": history.seconds,
+        "passes": history.passes,
+        "notes": history.notes,
+        "rejected": unused,
+    }
+    return Unlearned(forgetful, **tables, record=record)

@@ -1,0 +1,100 @@
+"""The record of a run as tables."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from algorithms.corpus import Corpus
+from algorithms.unlearner import History
+
+
+def tables_of(history: History, corpus: Corpus) -> dict[str, pa.Table]:
+    """Name -> table.
+
+    steps       one row an update: loss terms, samples drawn, tokens, passes, seconds
+    epochs      one row an epoch, and row 0 for the initial model: what was evaluated, how far the weights have moved,
+                passes and seconds so far
+    samples     one row a forget sample, see `sample_table`
+    difficulty  MRD of every sample at every refresh
+    """
+    return {
+        "steps": pa.Table.from_pylist(history.steps, _step_schema()),
+        "epochs": pa.Table.from_pylist(history.epochs, _epoch_schema(history.epochs)),
+        "samples": sample_table(history, corpus),
+        "difficulty": _difficulty(history, corpus),
+    }
+
+
+def _step_schema() -> pa.Schema:
+    number, whole = pa.float64(), pa.int64()
+    return pa.schema(
+        [
+            ("step", whole),
+            ("epoch", whole),
+            ("loss", number),
+            ("forget_loss", number),
+            ("retain_loss", number),
+            ("gradient_norm", number),
+            ("learning_rate", number),
+            ("samples", pa.list_(pa.string())),
+            ("tokens", whole),
+            ("forwards", whole),
+            ("backwards", whole),
+            ("seconds", number),
+        ]
+    )
+
+
+def _epoch_schema(rows: Sequence[Mapping[str, Any]]) -> pa.Schema:
+    """Numbers, whichever of them this run knows; not every epoch knows all."""
+    names = dict.fromkeys(name for row in rows for name in row)
+    whole = ("epoch", "step", "tokens")
+    return pa.schema(
+        [
+            (name, pa.int64() if name in whole or name.startswith(("forwards", "backwards")) else pa.float64())
+            for name in names
+        ]
+    )
+
+
+def sample_table(history: History, corpus: Corpus) -> pa.Table:
+    """One row a forget sample: its tokens, how often it was drawn, the update after which it was forgotten, and its
+    MRD, MA and EL on the initial model and when last measured."""
+
+    def memory(when: str, what: str) -> pa.Array:
+        """Of each sample; null where it was not measured: EL is not where MA alone says that it is not forgotten."""
+        values = history.memory[when][what] if history.memory else [np.inf] * len(corpus.forget)
+        return pa.array([None if np.isinf(value) else value for value in values], pa.float64())
+
+    return pa.table(
+        {
+            "sample_id": [s.sample_id for s in corpus.forget],
+            "num_tokens": [s.num_scored for s in corpus.forget],
+            "updates": history.drawn,
+            "updates_until_forgotten": pa.array(history.drawn_until_forgotten, pa.int64()),
+            "forgotten_at_step": pa.array(history.forgotten_at, pa.int64()),
+            "mrd_initial": pa.array(
+                history.mrd[0]["mrd"] if history.mrd else [None] * len(corpus.forget), pa.float64()
+            ),
+            "ma_initial": memory("initial", "ma"),
+            "el_initial": memory("initial", "el"),
+            "ma_last": memory("last", "ma"),
+            "el_last": memory("last", "el"),
+        }
+    )
+
+
+def _difficulty(history: History, corpus: Corpus) -> pa.Table:
+    """MRD of every sample at every refresh."""
+    ids = [s.sample_id for s in corpus.forget]
+    rows = [
+        {"step": entry["step"], "sample_id": name, "mrd": mrd}
+        for entry in history.mrd
+        for name, mrd in zip(ids, entry["mrd"], strict=True)
+    ]
+    schema = pa.schema([("step", pa.int64()), ("sample_id", pa.string()), ("mrd", pa.float64())])
+    return pa.Table.from_pylist(rows, schema)

@@ -1,0 +1,55 @@
+"""The front door to result stores: their tables as data frames."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from bench.results.export import flat_rows
+from bench.results.store import Skipped, read_stores
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+@dataclass(frozen=True)
+class ResultFrames:
+    """What stores hold.
+
+    Attributes:
+        runs: one row an unlearning run: its spec, selection, status, where it comes from, and a column for each metric.
+        samples: one row a forget sample of a run.
+        scores: one row a scored sample.
+        skipped: files that could not be read, with the reason.
+    """
+
+    runs: pd.DataFrame
+    samples: pd.DataFrame
+    scores: pd.DataFrame
+    skipped: tuple[Skipped, ...]
+
+
+def read_results(
+    stores: str | Path | Sequence[str | Path], *, task: str | None = None, experiment: str | None = None
+) -> ResultFrames:
+    """What result stores hold together.
+
+    Args:
+        stores: folders or URIs (s3://, gs://) of stores.
+        task, experiment: only this one.
+
+    Raises:
+        UserError: one of them is no store.
+    """
+    import pandas as pd
+
+    roots = [stores] if isinstance(stores, str | Path) else stores
+    results = read_stores(roots, task, experiment)
+    return ResultFrames(
+        runs=pd.DataFrame(flat_rows(results.runs)),
+        samples=results.samples.to_pandas(),
+        scores=results.scores.to_pandas(),
+        skipped=results.skipped,
+    )

@@ -1,0 +1,109 @@
+"""Second derivatives of log-probs along random signs, by forward mode twice."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import contextmanager
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.func import functional_call, jvp
+from torch.overrides import TorchFunctionMode
+from transformers import PreTrainedModel
+
+from scoring.logprob import scored_logprobs
+from scoring.perturbation import fill_signs_
+from scoring.sample_gradients import every_row_counts
+from scoring.samples import Batch
+
+
+def _signs(model: PreTrainedModel, seed: int, draw: int) -> dict[str, torch.Tensor]:
+    return {name: fill_signs_(torch.empty_like(p), seed, draw, name) for name, p in model.named_parameters()}
+
+
+@contextmanager
+def _eager_attention(model: PreTrainedModel):
+    """The fused attention kernels cannot be differentiated twice."""
+    implementation = model.config._attn_implementation
+    model.set_attn_implementation("eager")
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(implementation)
+
+
+@torch.no_grad()
+def along_signs(model: PreTrainedModel, batch: Batch, seed: int, draw: int) -> torch.Tensor:
+    """d^2/ds^2 P_t(theta + s v) at s = 0 along random signs v, (B, S)."""
+    weights = {name: p.detach() for name, p in model.named_parameters()}
+    signs = _signs(model, seed, draw)
+
+    def along(step: torch.Tensor) -> torch.Tensor:
+        moved = {f"model.{name}": w + step * signs[name] for name, w in weights.items()}
+        return functional_call(_LogProbs(model), moved, (batch,))
+
+    def slope(step: torch.Tensor) -> torch.Tensor:
+        return jvp(along, (step,), (torch.ones_like(step),))[1]
+
+    zero = torch.zeros((), device=batch.input_ids.device, dtype=next(model.parameters()).dtype)
+    with _eager_attention(model), _TwiceDifferentiable():
+        return jvp(slope, (zero,), (torch.ones_like(zero),))[1]
+
+
+@torch.enable_grad()
+def summed_by_reverse_mode(model: PreTrainedModel, batch: Batch, seed: int, draw: int) -> float:
+    """The sum over tokens of what `along_signs` gives, by differentiating a gradient."""
+    signs = _signs(model, seed, draw)
+    # All of them, as forward mode does, also those that are not being trained.
+    parameters = {name: p.detach().requires_grad_() for name, p in model.named_parameters()}
+
+    def along(scalar: torch.Tensor, again: bool) -> torch.Tensor:
+        gradients = torch.autograd.grad(scalar, list(parameters.values()), create_graph=again, allow_unused=True)
+        pairs = zip(gradients, parameters, strict=True)
+        return torch.stack([(g * signs[name]).sum() for g, name in pairs if g is not None]).sum()
+
+    with _eager_attention(model), every_row_counts(model):
+        moved = {f"model.{name}": p for name, p in parameters.items()}
+        logprobs = functional_call(_LogProbs(model), moved, (batch,))
+        return along(along(logprobs.sum(), True), False).item()
+
+
+class _LogProbs(nn.Module):
+    """The model and the log-probs of its scored tokens as one function of the weights."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch: Batch) -> torch.Tensor:
+        return scored_logprobs(self.model, batch)
+
+
+def _layer_norm(
+    x: torch.Tensor,
+    shape: Sequence[int],
+    weight: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    eps: float = 1e-5,
+) -> torch.Tensor:
+    dims = tuple(range(-len(shape), 0))
+    centred = x - x.mean(dims, keepdim=True)
+    normed = centred * torch.rsqrt(centred.square().mean(dims, keepdim=True) + eps)
+    normed = normed if weight is None else normed * weight
+    return normed if bias is None else normed + bias
+
+
+def _silu(x: torch.Tensor, inplace: bool = False) -> torch.Tensor:
+    return x * torch.sigmoid(x)
+
+
+class _TwiceDifferentiable(TorchFunctionMode):
+    """Spells out the fused functions that torch cannot differentiate twice in forward mode: silu's derivative has
+    none, and layer_norm's holds its mean and variance fixed, without a word."""
+
+    _SPELLED_OUT: ClassVar = {F.silu: _silu, F.layer_norm: _layer_norm}
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        return self._SPELLED_OUT.get(func, func)(*args, **(kwargs or {}))
