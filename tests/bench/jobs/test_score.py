@@ -23,9 +23,9 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, GPTNeoXForCausalLM
 
+import scoring.api
 from bench.cli import main
 from bench.files.score_file import FACTS_KEY, SPEC_KEY, read_scores
-from bench.jobs import score as scoring_job
 from bench.jobs.resources import Resources
 from bench.jobs.score import ScoreResult, ScoreSpec, score
 from scoring.errors import UserError
@@ -47,19 +47,15 @@ COLUMNS = {
     "mrd_per_token": pa.float64(),
     "draws": pa.int64(),
 }
-ONE = Resources(replicas=1)
-
-pytestmark = pytest.mark.usefixtures("cluster")
+HERE = Resources(replicas=0)
 
 
 @pytest.fixture(scope="module")
-def gradient(
-    cluster: None, model_folder: Path, data_file: Path, tmp_path_factory: pytest.TempPathFactory
-) -> ScoreResult:
+def gradient(model_folder: Path, data_file: Path, tmp_path_factory: pytest.TempPathFactory) -> ScoreResult:
     """The 24 pairs, scored by the closed form in batches of up to 4096 tokens."""
     out = tmp_path_factory.mktemp("gradient") / "scores.parquet"
     return score(
-        ScoreSpec(model=str(model_folder), data=str(data_file), estimator="gradient"), out, ONE, progress=False
+        ScoreSpec(model=str(model_folder), data=str(data_file), estimator="gradient"), out, HERE, progress=False
     )
 
 
@@ -185,25 +181,26 @@ def test_order_of_the_file_changes_no_score(gradient: ScoreResult, model_folder:
         estimator="gradient",
         batch_tokens=100,
     )
-    turned = score(spec, tmp_path / "scores.parquet", ONE, progress=False).table
+    turned = score(spec, tmp_path / "scores.parquet", HERE, progress=False).table
     assert turned["sample_id"].to_pylist() == [record["id"] for record in records]
     for column in ("nll", "mrd"):
         np.testing.assert_allclose(turned[column].to_numpy()[::-1], gradient.table[column].to_numpy(), rtol=1e-5)
 
 
+@pytest.mark.usefixtures("cluster")
 def test_cut_replicas_and_kills_change_no_bit(
     model_folder: Path, data_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One replica and one task, against three replicas and 24 tasks with a replica killed on the way."""
+    """A replica in this process and one task, against three on Ray and 24 tasks with a replica killed on the way."""
     spec = ScoreSpec(
         model=str(model_folder), data=str(data_file), estimator="monte-carlo", sigma=1e-3, draws=12, batch_tokens=100
     )
-    monkeypatch.setattr(scoring_job, "DRAWS_PER_TASK", 12)
-    whole = score(spec, tmp_path / "whole.parquet", ONE, progress=False)
+    monkeypatch.setattr(scoring.api, "DRAWS_PER_TASK", 12)
+    whole = score(spec, tmp_path / "whole.parquet", HERE, progress=False)
     assert whole.facts["perturbation_survival"] == pytest.approx(1, abs=0.01)
 
-    monkeypatch.setattr(scoring_job, "DRAWS_PER_TASK", 1)
-    monkeypatch.setattr(scoring_job, "BATCHES_PER_TASK", {True: 2, False: 1})
+    monkeypatch.setattr(scoring.api, "DRAWS_PER_TASK", 1)
+    monkeypatch.setattr(scoring.api, "BATCHES_PER_TASK", {True: 2, False: 1})
     out = tmp_path / "cut.parquet"
     killed: list[int] = []
 
@@ -266,14 +263,17 @@ def _command(pid: int) -> str:
         return ""
 
 
+@pytest.mark.usefixtures("cluster")
 def test_a_killed_driver_continues(
     model_folder: Path, data_file: Path, tmp_path: Path, driver_of: Any, capfd: pytest.CaptureFixture[str]
 ) -> None:
+    """Killed with its replicas on Ray, then while it works by itself, and ended by one that does."""
     out, undisturbed = tmp_path / "scores.parquet", tmp_path / "undisturbed.parquet"
     parts = tmp_path / "scores.parquet.parts"
 
-    def command(target: Path, sigma: str = "1e-3") -> list[str]:
-        named = {"model": model_folder, "data": data_file, "out": target, "sigma": sigma, "draws": 400, "replicas": 1}
+    def command(target: Path, sigma: str = "1e-3", replicas: int = 0) -> list[str]:
+        named = {"model": model_folder, "data": data_file, "out": target, "sigma": sigma, "draws": 400}
+        named |= {"estimator": "monte-carlo", "replicas": replicas}
         return ["score", *(part for key, value in named.items() for part in (f"--{key}", str(value)))]
 
     def finished() -> dict[str, int]:
@@ -283,8 +283,8 @@ def test_a_killed_driver_continues(
 
     # Killed twice: the second driver must have gone on from the first one's parts.
     before: dict[str, int] = {}
-    for _ in range(2):
-        driver = driver_of(command(out))
+    for count in (1, 0):
+        driver = driver_of(command(out, replicas=count))
         wait_for(lambda: len(finished()) >= len(before) + 2 or not driver.runs())  # noqa: B023
         assert driver.runs(), "the driver ended before it could be killed"
         driver.kill()
@@ -328,7 +328,7 @@ def test_two_runs_do_not_share_an_output(
     parts = tmp_path / "scores.parquet.parts"
     parts.mkdir()
     with FileLock(parts / "lock"), pytest.raises(UserError, match="another run is writing here"):
-        score(ScoreSpec(model=str(model_folder), data=str(data_file)), tmp_path / "scores.parquet", ONE)
+        score(ScoreSpec(model=str(model_folder), data=str(data_file)), tmp_path / "scores.parquet", HERE)
 
 
 @pytest.mark.parametrize("estimator", ["gradient", "monte-carlo"])
@@ -349,7 +349,7 @@ def test_samples_that_overflow(tmp_path: Path, estimator: str) -> None:
     def run(name: str, records: list[dict[str, str]]) -> ScoreResult:
         data = write_jsonl(tmp_path / f"{name}.jsonl", records)
         spec = ScoreSpec(model=str(folder), data=str(data), estimator=estimator, draws=draws)
-        return score(spec, tmp_path / f"{name}.parquet", ONE, progress=False)
+        return score(spec, tmp_path / f"{name}.parquet", HERE, progress=False)
 
     mixed = run("mixed", [bad, *clean])
     assert [(r.sample_id, r.reason) for r in mixed.rejected] == [
@@ -373,9 +373,9 @@ def test_bfloat16(model_folder: Path, tmp_path: Path, capfd: pytest.CaptureFixtu
     out = tmp_path / "scores.parquet"
 
     def command(*more: str, target: Path = out) -> list[str]:
-        return [*f"score --model {model_folder} --data {data} --out {target} --replicas 1".split(), *more]
+        return [*f"score --model {model_folder} --data {data} --out {target} --replicas 0".split(), *more]
 
-    monte_carlo = ["--draws", "2", "--dtype", "bfloat16"]
+    monte_carlo = ["--estimator", "monte-carlo", "--draws", "2", "--dtype", "bfloat16"]
     assert main(command(*monte_carlo)) == 2
     error = capfd.readouterr().err.splitlines()[-1]
     assert "the perturbation does not survive bfloat16 storage: measured" in error
@@ -415,7 +415,7 @@ def test_draws_until_a_tolerance(model_folder: Path, data_file: Path, tmp_path: 
             draws="auto",
             tolerance=tolerance,
         )
-        table = score(spec, tmp_path / f"{tolerance}.parquet", ONE, progress=False).table
+        table = score(spec, tmp_path / f"{tolerance}.parquet", HERE, progress=False).table
         (counts[tolerance],) = set(table["draws"].to_pylist())
         assert np.median(table["mrd_stderr"].to_numpy() / table["mrd"].to_numpy()) <= tolerance
         # In steps of 25.
@@ -430,7 +430,7 @@ def test_tofu(tmp_path: Path) -> None:
         data=str(DATA / "tofu" / "forget10.json"),
         estimator="gradient",
     )
-    result = score(spec, tmp_path / "tofu.parquet", ONE, progress=False)
+    result = score(spec, tmp_path / "tofu.parquet", HERE, progress=False)
     assert result.rejected == []
     assert result.table["sample_id"].to_pylist() == [str(number) for number in range(400)]
     assert (result.table["mrd"].to_numpy() > 0).all()

@@ -27,7 +27,7 @@ import yaml
 from bench.cli import main
 from bench.jobs import sweep as sweeps
 from bench.jobs import trial as trials
-from bench.jobs.evaluate import EvaluateSpec
+from bench.jobs.evaluate import EvaluateSpec, evaluate_spec
 from bench.jobs.resources import Resources, SweepResources
 from bench.jobs.run_folder import read_run
 from bench.jobs.sweep import SweepResult, read_sweep, sweep
