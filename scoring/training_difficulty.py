@@ -60,11 +60,11 @@ def el2n(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
     scores = []
     # A sample at a time: the vocabulary-sized temporaries are those of one sample, not of the batch.
     for logits, targets, mask in zip(scored_logits(model, batch), batch.targets, batch.mask, strict=True):
-        scores.append(_error_norms(logits[mask], targets[mask]).mean())
+        scores.append(error_norms(logits[mask], targets[mask]).mean())
     return torch.stack(scores)
 
 
-def _error_norms(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+def error_norms(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """||softmax(z) - onehot(t)||_2, (S, V) and (S,) -> (S,) fp64.
 
     With q the distribution over the other tokens, p_j = (1 - p_t) q_j, the norm is

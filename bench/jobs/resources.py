@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Self
@@ -98,10 +99,11 @@ class Resources:
         self, source: str, revision: str | None, dtype: str, allow_lost_perturbation: bool = False
     ) -> ReplicaSpec:
         """A replica of a model. Needs a connected cluster, unless there is one in this process."""
-        parallel = 1
-        if self.engine == "vllm":
-            parallel = self.tensor_parallel or max(1, int(self.footprint().gpus))
-        return ReplicaSpec(source, revision, dtype, allow_lost_perturbation, self.engine, parallel)
+        return ReplicaSpec(source, revision, dtype, allow_lost_perturbation, self.engine, self._processes())
+
+    def _processes(self) -> int:
+        """That share a replica."""
+        return self.tensor_parallel or max(1, int(self.footprint().gpus)) if self.engine == "vllm" else 1
 
     def device(self) -> str:
         """Where a model in this process goes."""
@@ -123,6 +125,7 @@ class Resources:
         from scoring.pool import ReplicaPool
 
         connect()
+        model = dataclasses.replace(model, tensor_parallel=self._processes())
         return ReplicaPool(model, self.footprint(), replicas or self.replicas)
 
 

@@ -227,7 +227,7 @@ def test_a_function_that_is_not_differentiated_twice_is_noticed():
 
     model = tiny_model()
     model.model.layers[0].mlp.act_fn = Square()
-    with pytest.raises(UserError, match=r"curvature: forward and reverse mode differ .* use --estimator antithetic"):
+    with pytest.raises(UserError, match=r"curvature: forward and reverse mode differ .* use estimator antithetic"):
         TransformersReplica(model).second_derivatives(collate(random_samples(3)), 0, 0)
 
 

@@ -80,7 +80,7 @@ def test_el2n_by_hand():
     logits = torch.tensor([2.0, 1.0, 1.0]).log().expand(2, 3)
     # Target 0: (-1/2, 1/4, 1/4): sqrt(1/4 + 2/16) = sqrt(3/8).
     # Target 1: (1/2, -3/4, 1/4): sqrt(1/4 + 9/16 + 1/16) = sqrt(7/8).
-    norms = training_difficulty._error_norms(logits, torch.tensor([0, 1]))
+    norms = training_difficulty.error_norms(logits, torch.tensor([0, 1]))
     np.testing.assert_allclose(norms, [math.sqrt(3 / 8), math.sqrt(7 / 8)], rtol=1e-6)
 
 
@@ -88,7 +88,7 @@ def test_el2n_by_hand():
 def test_el2n_keeps_its_digits_as_p_goes_to_one(gap):
     # Logits (gap, 0, 0) in fp32, target 0: p_1 = p_2 = e = exp(-gap) / (1 + 2 exp(-gap)), 1 - p_0 = 2 e:
     # the norm is sqrt(4 + 1 + 1) e. The plain difference p_0 - 1 is rounded to 0 from a gap of 17 on.
-    norm = training_difficulty._error_norms(torch.tensor([[gap, 0.0, 0.0]]), torch.tensor([0]))
+    norm = training_difficulty.error_norms(torch.tensor([[gap, 0.0, 0.0]]), torch.tensor([0]))
     expected = math.sqrt(6) * math.exp(-gap) / (1 + 2 * math.exp(-gap))
     assert norm.item() == pytest.approx(expected, rel=1e-5)
 
