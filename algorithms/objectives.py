@@ -25,6 +25,7 @@ import torch
 import torch.nn.functional as F
 
 from scoring.errors import UserError, unknown_name
+from scoring.registry import Registry
 from scoring.sample_gradients import mean_negative_log_likelihood, negative_log_likelihood
 
 # An objective: tensors of INPUTS, then settings -> (B,).
@@ -190,7 +191,7 @@ def hidden_mse(hidden: torch.Tensor, mask: torch.Tensor, reference_hidden: torch
 
 
 # What an algorithm can add on the retain set. The names are those that a spec uses.
-RETAIN_TERMS: dict[str, Objective] = {"nll": nll, "kl": kl, "hidden": hidden_mse}
+RETAIN_TERMS: Registry[Objective] = Registry("retain term", {"nll": nll, "kl": kl, "hidden": hidden_mse})
 
 
 def inputs_of(function: Objective) -> tuple[str, ...]:
@@ -286,24 +287,27 @@ class Algorithm:
 
 
 # Epochs are those of the MRD paper on TOFU: 4 for NPO, 5 for the others.
-ALGORITHMS: dict[str, Algorithm] = {
-    "GA": Algorithm(ga),
-    "SGA": Algorithm(ga, batch_size=1, alpha=0.0),
-    "CGA": Algorithm(ga, batch_size=1, alpha=1.0),
-    "GradDiff": Algorithm(ga, "nll"),
-    "GradDiff-KL": Algorithm(ga, "kl"),
-    "PO": Algorithm(po, "nll"),
-    "NPO": Algorithm(npo, epochs=4),
-    "NPO-GradDiff": Algorithm(npo, "nll", epochs=4),
-    "SimNPO": Algorithm(simnpo, "nll", retain_weight=0.125),
-    "IdkDPO": Algorithm(idk_dpo, "nll"),
-    "RMU": Algorithm(rmu, "hidden"),
-    "UNDIAL": Algorithm(undial),
-    "WGA": Algorithm(wga, "nll"),
-    "SatImp": Algorithm(satimp, "nll"),
-    # Learns the forget set again: what an attacker, and the metric Relearn, do to a model that has forgotten.
-    "Relearn": Algorithm(nll),
-}
+ALGORITHMS: Registry[Algorithm] = Registry(
+    "algorithm",
+    {
+        "GA": Algorithm(ga),
+        "SGA": Algorithm(ga, batch_size=1, alpha=0.0),
+        "CGA": Algorithm(ga, batch_size=1, alpha=1.0),
+        "GradDiff": Algorithm(ga, "nll"),
+        "GradDiff-KL": Algorithm(ga, "kl"),
+        "PO": Algorithm(po, "nll"),
+        "NPO": Algorithm(npo, epochs=4),
+        "NPO-GradDiff": Algorithm(npo, "nll", epochs=4),
+        "SimNPO": Algorithm(simnpo, "nll", retain_weight=0.125),
+        "IdkDPO": Algorithm(idk_dpo, "nll"),
+        "RMU": Algorithm(rmu, "hidden"),
+        "UNDIAL": Algorithm(undial),
+        "WGA": Algorithm(wga, "nll"),
+        "SatImp": Algorithm(satimp, "nll"),
+        # Learns the forget set again: what an attacker, and the metric Relearn, do to a model that has forgotten.
+        "Relearn": Algorithm(nll),
+    },
+)
 
 
 def algorithm_name(name: str) -> str:

@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from scoring.errors import UserError, unknown_name
+from scoring.registry import Registry
 
 # N, MRD by position (N,), and random numbers that are the same throughout a run -> all positions, (N,), those to be
 # drawn first in front. MRD is None for an order that does not depend on it.
@@ -57,12 +58,15 @@ def _random(count: int, mrd: np.ndarray | None, rng: np.random.Generator) -> np.
     return rng.permutation(count)
 
 
-ORDERS: dict[str, Order] = {
-    "weighted": Order("draws p_i ∝ MRD_i^alpha"),
-    "easy-first": Order("descending MRD, ties by position", _easy_first),
-    "hard-first": Order("ascending MRD, ties by position", _hard_first),
-    "random": Order("one permutation, kept throughout", _random, by_difficulty=False),
-}
+ORDERS: Registry[Order] = Registry(
+    "order",
+    {
+        "weighted": Order("draws p_i ∝ MRD_i^alpha"),
+        "easy-first": Order("descending MRD, ties by position", _easy_first),
+        "hard-first": Order("ascending MRD, ties by position", _hard_first),
+        "random": Order("one permutation, kept throughout", _random, by_difficulty=False),
+    },
+)
 
 # Keep the two uses of a seed apart from each other and from whatever else a run seeds with it.
 _DRAW, _PERMUTATION = 2101, 2102

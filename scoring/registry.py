@@ -1,0 +1,50 @@
+"""Registries: what there is of one kind, by name, with what plugins add."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, MutableMapping
+from typing import TypeVar
+
+from scoring.errors import UserError
+
+Entry = TypeVar("Entry")
+# Names stand in lists with commas, before a colon, and in file names.
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
+
+
+class Registry(MutableMapping[str, Entry]):
+    """Entries by name. `REGISTRY["mine"] = entry` adds one; a name is given once, in upper or lower case.
+
+    Args:
+        kind: what the entries are, for messages.
+        entries: those that come along.
+
+    Raises:
+        UserError: a name that is taken already, or that is no name.
+    """
+
+    def __init__(self, kind: str, entries: Mapping[str, Entry]) -> None:
+        self.kind = kind
+        self._entries: dict[str, Entry] = {}
+        self.update(entries)
+
+    def __setitem__(self, name: str, entry: Entry) -> None:
+        if not NAME.fullmatch(name):
+            raise UserError(f"{self.kind} {name!r}: expected a name of letters, digits, - and _")
+        taken = next((known for known in self if known.lower() == name.lower()), None)
+        if taken is not None:
+            raise UserError(f"{self.kind} {name!r}: there is {taken!r} already; choose another name")
+        self._entries[name] = entry
+
+    def __getitem__(self, name: str) -> Entry:
+        return self._entries[name]
+
+    def __delitem__(self, name: str) -> None:
+        del self._entries[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
