@@ -12,7 +12,6 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import os
-import re
 import types
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -337,9 +336,16 @@ def described(value: Any) -> str:
         return str(value).lower()
     if isinstance(value, dict | list | tuple):
         return "a mapping" if isinstance(value, dict) else "a list"
-    written_as_number = isinstance(value, Text) and re.fullmatch(r"[-+\w.]*\d[-+\w.]*", value)
-    text = str(value) if written_as_number or not isinstance(value, str | bytes) else repr(value)
+    text = repr(value) if isinstance(value, str | bytes) and not _written_as_number(value) else str(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _written_as_number(value: str | bytes) -> bool:
+    try:
+        float(value)
+    except ValueError:
+        return False
+    return isinstance(value, Text)
 
 
 # --- What a type says ---------------------------------------------------------------------------------------

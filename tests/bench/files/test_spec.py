@@ -155,15 +155,17 @@ def test_values_of_the_wrong_type(line, complaint):
 @pytest.mark.parametrize(("word", "read_as"), [("no", "false"), ("off", "false"), ("Yes", "true"), ("on", "true")])
 def test_words_that_yaml_takes_for_truth_values(field, word, read_as):
     rest = REQUIRED if field == "split" else "learning_rate: 1\n"
+    place = rest.count("\n") + 1
     assert message(f"{rest}{field}: {word}") == (
-        f"spec.yaml, line {rest.count(chr(10)) + 1}: {field} is {read_as}: expected text; YAML reads yes, no, on and off "
-        "as true and false: put them in quotes"
+        f"spec.yaml, line {place}: {field} is {read_as}: expected text; YAML reads yes, no, on and off as true and "
+        "false: put them in quotes"
     )
     assert getattr(read(f"{rest}{field}: '{word}'"), field) == word
 
 
 def test_a_flag_of_the_wrong_type_is_not_the_file_s_fault():
     assert message(REQUIRED + "epochs: 3\n", epochs=Text("many")) == "--epochs is 'many': expected a whole number"
+    assert message(REQUIRED, weights={"a": "b"}) == "--weights['a'] is 'b': expected a number"
 
 
 @pytest.mark.parametrize(
@@ -268,6 +270,7 @@ class Paint:
         ({"layers": "two"}, "--layers is 'two': expected a whole number of at least 1", None),
         ({"layers": 0}, None, "layers is 0: expected a whole number of at least 1"),
         ({"thickness": 1.5}, None, "thickness is 1.5: expected a number greater than 0 and at most 1"),
+        ({"thickness": "nan"}, "--thickness is nan: expected a number greater than 0 and at most 1", None),
         ({"thickness": math.nan}, None, "thickness is nan: expected a number greater than 0 and at most 1"),
         ({"colour": "gren"}, "--colour is 'gren': expected one of Red, Green; did you mean 'Green'?", None),
         ({"colour": 3}, None, "colour is 3: expected one of Red, Green"),
@@ -306,6 +309,18 @@ def test_settings_made_in_python_are_checked_as_well():
     check(Paint())
     with pytest.raises(UserError, match=r"^layers is 0: expected a whole number of at least 1$"):
         check(Paint(layers=0))
+
+
+def test_the_checks_of_a_class_itself_are_left_alone():
+    @dataclass(frozen=True)
+    class Checked:
+        epochs: int
+
+        def __post_init__(self) -> None:
+            raise UserError(f"{named('epochs')} {self.epochs}: expected at least 1")
+
+    with naming(FLAGS), pytest.raises(UserError, match=r"^--epochs 0: expected at least 1$"):
+        build(Checked, {"epochs": 0})
 
 
 def test_a_message_from_the_depth_speaks_as_the_user_does():
