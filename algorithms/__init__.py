@@ -16,7 +16,7 @@ __all__ = ["Unlearned", "unlearn"]
 
 
 def __getattr__(name: str) -> object:
-    # Loaded when they are asked for: who imports one module of this package does not wait for all of them.
+    # Loaded on first use, so that importing one module of this package does not wait for all of them.
     if name in __all__:
         from algorithms import api
 

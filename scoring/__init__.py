@@ -17,7 +17,7 @@ __all__ = ["UserError", "score"]
 
 
 def __getattr__(name: str) -> object:
-    # Loaded when they are asked for: who imports one module of this package does not wait for all of torch.
+    # Loaded on first use, so that importing one module of this package does not wait for all of torch.
     if name == "score":
         from scoring.api import score
 

@@ -12,13 +12,18 @@ class UserError(ValueError):
 
 def unknown_name(kind: str, name: str, known: Iterable[str]) -> UserError:
     """The error for a name that is not in a list, with the nearest one that is."""
+    return UserError(f"unknown {kind} {name!r}: {expected_one_of(name, known)}")
+
+
+def expected_one_of(name: str, known: Iterable[str]) -> str:
+    """The second half of a message about an unknown name: the names that exist, and the nearest of them."""
     known = list(known)
-    by_lower = {each.lower(): each for each in known}
-    near = difflib.get_close_matches(name.lower(), by_lower, n=1, cutoff=0.4)
-    hint = f"; did you mean {by_lower[near[0]]!r}?" if near else ""
-    return UserError(f"unknown {kind} {name!r}: expected one of {', '.join(known)}{hint}")
+    by_lower = {known_name.lower(): known_name for known_name in known}
+    nearest = difflib.get_close_matches(name.lower(), by_lower, n=1, cutoff=0.4)
+    hint = f"; did you mean {by_lower[nearest[0]]!r}?" if nearest else ""
+    return f"expected one of {', '.join(known)}{hint}"
 
 
 def first_line(error: BaseException) -> str:
-    """Of what it says; its type where it says nothing."""
+    """The first line of an error's text that is not blank; its type if it has none."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A file to write instead of `path`, which takes its place when it is whole, or leaves nothing."""
+    """Gives a file to write instead of `path`. Once whole, it becomes `path`; if writing fails, nothing is left."""
     unfinished = path.with_name(f".{os.getpid()}.{path.name}.tmp")
     try:
         yield unfinished
@@ -20,7 +20,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def shown(path: Path) -> str:
-    """A path in a message: from the working folder on, where it is below."""
+    """A path as messages show it: relative to the working folder if it lies below that, else whole."""
     try:
         return str(path.relative_to(Path.cwd()))
     except (ValueError, OSError):

@@ -10,7 +10,7 @@ Messages call a setting what whoever set it called it: a flag, a line of a file,
 from __future__ import annotations
 
 import dataclasses
-import difflib
+import math
 import os
 import types
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -25,10 +25,11 @@ from annotated_types import Ge, Gt, Le, Lt
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from typing_extensions import Doc
 
-from scoring.errors import UserError
+from scoring.errors import UserError, expected_one_of
 
 __all__ = [
     "Doc",
+    "Expected",
     "Ge",
     "Gt",
     "Known",
@@ -53,11 +54,22 @@ class Known:
     """The value is a name in a registry, in upper or lower case.
 
     Attributes:
-        names: gives the names there are now, with those that a plugin has added. A function of its module by name: a
-            lambda in an annotation does not see the module.
+        names: gives the names that exist at the moment, those that plugins have added among them. It must be a named
+            function of a module: a lambda in an annotation does not see the module's variables.
     """
 
     names: Callable[[], Iterable[str]]
+
+
+@dataclass(frozen=True)
+class Expected:
+    """The allowed values in words, where type and bounds do not say all of it.
+
+    Attributes:
+        words: follow "expected" in a message.
+    """
+
+    words: str
 
 
 @dataclass(frozen=True)
@@ -65,10 +77,10 @@ class Setting:
     """One field of a settings class.
 
     Attributes:
-        name: of the field, and the key in a spec file.
-        type: what it may be, with bounds.
-        doc: what it is for, one line.
-        default: MISSING if it must be given.
+        name: the name of the field, and the key in a spec file.
+        type: the annotation: which values are allowed, with their bounds.
+        doc: what the setting is for, in one line.
+        default: the default, or MISSING if a value must be given.
     """
 
     name: str
@@ -82,12 +94,12 @@ class Setting:
 
     @property
     def expected(self) -> str:
-        """What it may be, in words."""
+        """The allowed values, in words."""
         return _expected(self.type)
 
     @property
     def choices(self) -> tuple[str, ...]:
-        """The names that it may be, where they are a closed set or a registry."""
+        """The allowed names, if they are a closed set or a registry; else none."""
         known = next((part for part in _metadata(self.type) if isinstance(part, Known)), None)
         return tuple(known.names() if known else _literals(self.type))
 
@@ -102,14 +114,14 @@ def flag_of(name: str) -> str:
 
 
 def settings_of(kind: Any) -> tuple[Setting, ...]:
-    """The settings of a settings class, in order."""
+    """The settings of a settings class, in the order of its fields."""
     return _settings_of(kind)
 
 
 @cache
 def _settings_of(kind: Any) -> tuple[Setting, ...]:
     hints = get_type_hints(kind, include_extras=True)
-    found = []
+    settings = []
     for field in dataclasses.fields(kind):
         if not field.init:
             continue
@@ -117,22 +129,22 @@ def _settings_of(kind: Any) -> tuple[Setting, ...]:
         default = field.default
         if field.default_factory is not dataclasses.MISSING:
             default = field.default_factory()
-        found.append(Setting(field.name, hints[field.name], doc, default))
-    return tuple(found)
+        settings.append(Setting(field.name, hints[field.name], doc, default))
+    return tuple(settings)
 
 
-# --- How a setting is called --------------------------------------------------------------------------------
+# --- What messages call a setting ---------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Naming:
-    """How those who set settings call them.
+    """What the user calls settings: flags, lines of a file, or arguments.
 
     Attributes:
-        flags: by flags, where a file does not name them.
-        file: that names some of them.
-        lines: its lines, counted from 1, by the keys that lead to a setting.
-        path: the keys that lead to the settings that are spoken of: ("base",) of a sweep.
+        flags: settings that the file does not contain are called by their flags.
+        file: the spec file, if there is one.
+        lines: the line of each setting in the file, counted from 1, by the keys that lead to it.
+        path: the keys that lead to the settings in question, such as ("base",) in the file of a sweep.
     """
 
     flags: bool = False
@@ -149,11 +161,11 @@ class Naming:
         return flag_of(name) if self.flags else name
 
     def under(self, *keys: str | int) -> Naming:
-        """The settings below these keys."""
+        """The naming of the settings below these keys."""
         return dataclasses.replace(self, path=(*self.path, *keys))
 
     def start(self, name: str = "") -> str:
-        """What a message begins with that is about a name which is no setting, or about one that is not there."""
+        """How a message begins that is about an unknown setting or a missing one: the file, its line, the keys."""
         where = self.file or ("command line" if self.flags else "")
         if (line := self.lines.get((*self.path, name))) is not None:
             where = f"{where}, line {line}"
@@ -165,28 +177,28 @@ def _key(key: str | int) -> str:
 
 
 _NAMING: ContextVar[Naming | None] = ContextVar("naming", default=None)
-# Of a process that works for another one, and speaks as that does.
+# The naming that a worker process takes over from its driver; at most one.
 _ADOPTED: list[Naming] = []
 
 
 def named(name: str) -> str:
-    """A setting as whoever set it calls it: `--batch-tokens`, `run.yaml, line 3: batch_tokens` or `batch_tokens`."""
+    """What the user calls a setting: `--batch-tokens`, `run.yaml, line 3: batch_tokens` or `batch_tokens`."""
     return current_naming()(name)
 
 
 def current_naming() -> Naming:
-    """How settings are called at this point: as arguments, unless somebody has said otherwise."""
+    """The naming in force: that of the innermost `naming` context, else the adopted one, else argument names."""
     return _NAMING.get() or (_ADOPTED[-1] if _ADOPTED else Naming())
 
 
 def adopt(names: Naming) -> None:
-    """Call settings so in this process, which works for one where they are called so."""
+    """Use the driver's naming in this worker process from now on."""
     _ADOPTED[:] = [names]
 
 
 @contextmanager
 def naming(names: Naming) -> Iterator[None]:
-    """Within the context settings are called so."""
+    """Within the context, messages use this naming."""
     token = _NAMING.set(names)
     try:
         yield
@@ -198,22 +210,23 @@ def naming(names: Naming) -> Iterator[None]:
 
 
 def check(settings: Any) -> None:
-    """Refuse settings whose values are not what their fields may be.
+    """Refuse settings with a value that its field does not allow.
 
     Raises:
-        UserError: one line that names the first one at fault, its value and what was expected.
+        UserError: one line that names the first setting at fault, its value and what was expected.
     """
     for setting in settings_of(type(settings)):
         _typed(setting, getattr(settings, setting.name))
 
 
 def build(kind: type[T], values: Mapping[str, Any]) -> T:
-    """Settings from values by name, which may be text, as flags are.
+    """Make settings from values by name; a value may be `FlagText`, as flags are.
 
-    A whole number is taken for a number, and a number without a fraction for a whole one; nothing else is converted.
+    A whole number is accepted where a number is expected, and a number without a fraction where a whole number is;
+    nothing else is converted.
 
     Raises:
-        UserError: one line: an unknown name, a value that cannot be, or one that is missing.
+        UserError: one line: an unknown name, a value that is not allowed, or a missing one.
     """
     known = {setting.name: setting for setting in settings_of(kind)}
     for name in values:
@@ -222,29 +235,29 @@ def build(kind: type[T], values: Mapping[str, Any]) -> T:
     typed = {name: _typed(known[name], value) for name, value in values.items()}
     missing = [name for name, setting in known.items() if setting.default is dataclasses.MISSING and name not in typed]
     if missing:
-        how = current_naming()
+        names = current_naming()
         expected = (
             f"expected in a spec file, or as {', '.join(map(flag_of, missing))}"
-            if how.flags and not how.path
+            if names.flags and not names.path
             else f"expected as 'name: value' among {', '.join(known)}"
-            if how.file or how.path
+            if names.file or names.path
             else "expected as an argument"
         )
-        raise UserError(f"{how.start()}missing {', '.join(missing)}: {expected}")
+        raise UserError(f"{names.start()}missing {', '.join(missing)}: {expected}")
     return kind(**typed)
 
 
 def unknown_setting(name: str, known: Iterable[str]) -> UserError:
-    """What to say of a name that is no setting."""
-    return UserError(f"{current_naming().start(name)}unknown field {name!r}: {one_of(name, known)}")
+    """The error for a name that is no setting."""
+    return UserError(f"{current_naming().start(name)}unknown field {name!r}: {expected_one_of(name, known)}")
 
 
-class Text(str):
-    """A value as it stands on a command line, whatever it is meant to be."""
+class FlagText(str):
+    """A value as it stands on a command line: text, whatever type it is meant to have."""
 
 
 def _typed(setting: Setting, value: Any) -> Any:
-    """The value in the type of its setting."""
+    """The value, converted to the type of its setting."""
     if isinstance(value, np.generic):
         value = value.item()
     elif isinstance(value, os.PathLike):
@@ -258,17 +271,8 @@ def _typed(setting: Setting, value: Any) -> Any:
         return typed
     names = {name.lower(): name for name in known.names()}
     if typed.lower() not in names:
-        raise UserError(f"{named(setting.name)} is {typed!r}: {one_of(typed, names.values())}")
+        raise UserError(f"{named(setting.name)} is {typed!r}: {expected_one_of(typed, names.values())}")
     return names[typed.lower()]
-
-
-def one_of(value: str, names: Iterable[str]) -> str:
-    """What was expected in place of a name, with the nearest one."""
-    names = list(names)
-    lower = {name.lower(): name for name in names}
-    near = difflib.get_close_matches(value.lower(), lower, n=1, cutoff=0.4)
-    hint = f"; did you mean {lower[near[0]]!r}?" if near else ""
-    return f"expected one of {', '.join(names)}{hint}"
 
 
 @cache
@@ -278,7 +282,7 @@ def _adapter(hint: Any) -> TypeAdapter[Any]:
 
 def _validated(hint: Any, value: Any) -> Any:
     adapter = _adapter(hint)
-    if isinstance(value, Text):
+    if isinstance(value, FlagText):
         parts = _split(hint, value)
         return adapter.validate_python(parts) if isinstance(parts, list) else adapter.validate_strings(parts)
     try:
@@ -286,12 +290,12 @@ def _validated(hint: Any, value: Any) -> Any:
     except ValidationError:
         if not (isinstance(value, float) and value.is_integer()):
             raise
-        # As text, since a float is no whole number to pydantic, however whole it is.
+        # pydantic in strict mode refuses every float for an int, 3.0 too.
         return adapter.validate_python(int(value), strict=True)
 
 
-def _split(hint: Any, text: Text) -> Any:
-    """The parts of a text that stands for a mapping, "beta=0.1,delta=2", or for a sequence, "1,2,3"."""
+def _split(hint: Any, text: FlagText) -> Any:
+    """The parts of a text that stands for a mapping, "beta=0.1,delta=2", or a sequence, "1,2,3"; else the text."""
     kinds = {get_origin(kind) or kind for kind in _alternatives(hint)}
     if dict in kinds:
         pairs = [pair.partition("=") for pair in text.split(",")]
@@ -304,32 +308,38 @@ def _split(hint: Any, text: Text) -> Any:
 
 
 def _refusal(setting: Setting, value: Any, error: ValidationError) -> str:
-    details = error.errors(include_url=False, include_context=False)
-    place, found, expected = named(setting.name), value, setting.expected
-    inside = details[0]["loc"]
-    kinds = [kind for kind in map(_plain, _alternatives(setting.type)) if get_origin(kind) in (dict, list, tuple)]
-    if kinds and inside and isinstance(value, dict | list | tuple) and details[0]["input"] is not value:
+    """The message about a value that pydantic has refused."""
+    detail = error.errors(include_url=False, include_context=False)[0]
+    place, refused, expected = named(setting.name), value, setting.expected
+    location = detail["loc"]
+    containers = [kind for kind in map(_plain, _alternatives(setting.type)) if get_origin(kind) in (dict, list, tuple)]
+    parts = _split(setting.type, value) if isinstance(value, FlagText) else value
+    if containers and location and isinstance(parts, dict | list | tuple) and detail["input"] not in (value, ""):
         # One of the values inside is at fault, or a key.
-        key = inside[1] if len(inside) > 1 and inside[0] not in value else inside[0]
-        found, place = details[0]["input"], f"{place}[{key!r}]"
-        arguments = get_args(kinds[0])
-        expected = _expected(arguments[0] if inside[-1] == "[key]" else arguments[-1 if len(arguments) == 2 else 0])
-    if isinstance(value, Text):
+        key = location[1] if len(location) > 1 and location[0] not in parts else location[0]
+        refused, place = detail["input"], f"{place}[{key!r}]"
+        if isinstance(value, FlagText):
+            refused = FlagText(refused)
+        arguments = get_args(containers[0])
+        expected = _expected(arguments[1] if isinstance(parts, dict) and location[-1] != "[key]" else arguments[0])
+    if isinstance(value, FlagText):
         expected = expected.replace(MAPPING, "name=number, with commas between several")
-    message = f"{place} is {described(found)}: expected {expected}"
+    if isinstance(refused, float) or (isinstance(refused, FlagText) and _written_as_number(refused)):
+        expected = expected if math.isfinite(float(refused)) else expected.replace("a number", "a finite number")
+    message = f"{place} is {described(refused)}: expected {expected}"
     names = _literals(setting.type)
-    if isinstance(found, str) and len(names) > 1:
-        return f"{place} is {described(found)}: {one_of(found, names)}"
-    if current_naming().file and "text" in expected.split(", or ") and not isinstance(value, Text):
-        if isinstance(found, bool):
+    if isinstance(refused, str) and len(names) > 1:
+        return f"{place} is {described(refused)}: {expected_one_of(refused, names)}"
+    if current_naming().file and "text" in expected.split(", or ") and not isinstance(value, FlagText):
+        if isinstance(refused, bool):
             return f"{message}; YAML reads yes, no, on and off as true and false: put them in quotes"
-        if found is not None and not isinstance(found, str | dict | list | tuple):
+        if refused is not None and not isinstance(refused, str | dict | list | tuple):
             return f"{message}; put it in quotes"
     return message
 
 
 def described(value: Any) -> str:
-    """A value in a message: briefly, and as a spec file has it."""
+    """A value as messages show it: short, and written as in a spec file."""
     if value is None:
         return "empty"
     if isinstance(value, bool):
@@ -345,10 +355,10 @@ def _written_as_number(value: str | bytes) -> bool:
         float(value)
     except ValueError:
         return False
-    return isinstance(value, Text)
+    return isinstance(value, FlagText)
 
 
-# --- What a type says ---------------------------------------------------------------------------------------
+# --- Reading annotations ------------------------------------------------------------------------------------
 
 
 def _metadata(hint: Any) -> tuple[Any, ...]:
@@ -360,17 +370,17 @@ def _plain(hint: Any) -> Any:
 
 
 def _alternatives(hint: Any) -> list[Any]:
-    """The types that a value may have, None left out; each with its own bounds."""
+    """The types that a value may have, without None; each with its own bounds."""
     bounds = [part for part in _metadata(hint) if isinstance(part, Ge | Gt | Le | Lt)]
     plain = _plain(hint)
     options = get_args(plain) if get_origin(plain) in (Union, types.UnionType) else (plain,)
-    kinds = []
+    alternatives = []
     for option in options:
         if get_origin(option) is Annotated:
-            kinds += _alternatives(option)
+            alternatives += _alternatives(option)
         elif option is not type(None):
-            kinds.append(Annotated[(option, *bounds)] if bounds else option)
-    return kinds
+            alternatives.append(Annotated[(option, *bounds)] if bounds else option)
+    return alternatives
 
 
 def _literals(hint: Any) -> list[str]:
@@ -379,7 +389,10 @@ def _literals(hint: Any) -> list[str]:
 
 
 def _expected(hint: Any) -> str:
-    """What a value may be, in words."""
+    """The allowed values, in words."""
+    words = next((part.words for part in _metadata(hint) if isinstance(part, Expected)), None)
+    if words is not None:
+        return words
     known = next((part for part in _metadata(hint) if isinstance(part, Known)), None)
     if known is not None:
         return f"one of {', '.join(known.names())}"
@@ -412,9 +425,9 @@ def _within(bounds: Sequence[Any]) -> str:
     below = next((part.lt for part in bounds if isinstance(part, Lt)), None)
     if least is not None and most is not None:
         return f" from {least:g} to {most:g}"
-    said = [
+    limits = [
         f"{words} {bound:g}"
         for words, bound in (("of at least", least), ("greater than", above), ("at most", most), ("below", below))
         if bound is not None
     ]
-    return f" {' and '.join(said)}" if said else ""
+    return f" {' and '.join(limits)}" if limits else ""

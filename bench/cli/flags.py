@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 
 from bench.files.spec import spec_file
 from scoring.errors import unknown_name
-from scoring.settings import Setting, Text, settings_of
+from scoring.settings import FlagText, Setting, settings_of
 
 USER_ERROR = 2
 
@@ -51,7 +51,7 @@ def add_settings(parser: argparse.ArgumentParser, *kinds: type, spec: bool = Tru
         if setting.is_switch:
             options["action"] = argparse.BooleanOptionalAction
         else:
-            options |= {"type": Text, "metavar": "VALUE"}
+            options |= {"type": FlagText, "metavar": "VALUE"}
         parser.add_argument(setting.flag, **options)
     if spec:
         parser.add_argument(

@@ -29,11 +29,11 @@ from bench.metrics.table import MODEL, ORIGINAL, RETAIN_ONLY, Columns, columns_i
 from bench.models.find import ModelReference, find_model
 from bench.tasks.datasets import Dataset, find_task, is_data_file, load_dataset
 from bench.tasks.selections import Selection, SelectionSpec, needs_difficulty, select, write_selections
-from scoring.errors import UserError, unknown_name
+from scoring.errors import UserError, expected_one_of, unknown_name
 from scoring.files import replacing
 from scoring.replica import load_model
 from scoring.samples import encode
-from scoring.settings import Doc, Ge, build, check, current_naming, named, naming, one_of, settings_of
+from scoring.settings import Doc, Ge, build, check, current_naming, named, naming, settings_of
 
 SCHEMA_VERSION = 1
 OBJECTIVES = ("completeness", "utility", "balance")
@@ -99,13 +99,14 @@ class SweepSpec:
             )
         if self.scheduler == "asha" and self.objective not in OBJECTIVES:
             raise UserError(
-                f"{named('objective')} of scheduler asha is {self.objective!r}: {one_of(self.objective, OBJECTIVES)}"
+                f"{named('objective')} of scheduler asha is {self.objective!r}: "
+                f"{expected_one_of(self.objective, OBJECTIVES)}"
             )
         names = [setting.name for setting in settings_of(UnlearnSpec) if setting.name != "selection"]
         called = current_naming().under("vary")
         for name, values in self.vary.items():
             if name not in names:
-                raise UserError(f"{called.start(name)}unknown field {name!r}: {one_of(name, names)}")
+                raise UserError(f"{called.start(name)}unknown field {name!r}: {expected_one_of(name, names)}")
             if name in self.base:
                 raise UserError(f"{called(name)} is in base as well: expected it in one of them")
             if name in UnlearnSpec.EXECUTION:

@@ -13,7 +13,7 @@ import pytest
 
 from bench.files.spec import spec_file
 from scoring.errors import UserError
-from scoring.settings import Doc, Ge, Gt, Known, Le, Naming, Text, build, check, named, naming, settings_of
+from scoring.settings import Doc, FlagText, Ge, Gt, Known, Le, Naming, build, check, named, naming, settings_of
 
 
 @dataclass(frozen=True)
@@ -111,9 +111,9 @@ def test_flags_come_before_the_file():
 
 def test_flags_alone():
     with naming(FLAGS):
-        assert build(Training, {"model": Text("m"), "learning_rate": Text("1")}) == Training("m", 1.0)
+        assert build(Training, {"model": FlagText("m"), "learning_rate": FlagText("1")}) == Training("m", 1.0)
         with pytest.raises(UserError) as caught:
-            build(Training, {"epochs": Text("1")})
+            build(Training, {"epochs": FlagText("1")})
     assert str(caught.value) == (
         "command line: missing model, learning_rate: expected in a spec file, or as --model, --learning-rate"
     )
@@ -164,7 +164,7 @@ def test_words_that_yaml_takes_for_truth_values(field, word, read_as):
 
 
 def test_a_flag_of_the_wrong_type_is_not_the_file_s_fault():
-    assert message(REQUIRED + "epochs: 3\n", epochs=Text("many")) == "--epochs is 'many': expected a whole number"
+    assert message(REQUIRED + "epochs: 3\n", epochs=FlagText("many")) == "--epochs is 'many': expected a whole number"
     assert message(REQUIRED, weights={"a": "b"}) == "--weights['a'] is 'b': expected a number"
 
 
@@ -291,7 +291,7 @@ class Paint:
 )
 def test_a_message_names_the_setting_as_it_was_set(values, as_flag, as_argument):
     expected = as_flag or as_argument
-    given = {name: Text(value) for name, value in values.items()} if as_flag else values
+    given = {name: FlagText(value) for name, value in values.items()} if as_flag else values
     with naming(FLAGS if as_flag else Naming()), pytest.raises(UserError) as caught:
         build(Paint, given)
     assert str(caught.value) == expected
@@ -300,7 +300,7 @@ def test_a_message_names_the_setting_as_it_was_set(values, as_flag, as_argument)
 def test_what_can_be_is_taken_in_the_type_of_its_setting():
     with naming(FLAGS):
         texts = {"layers": "3", "colour": "green", "drying": "auto", "parts": "a=1, b=0.5", "coats": "1,2"}
-        found = build(Paint, {name: Text(value) for name, value in texts.items()})
+        found = build(Paint, {name: FlagText(value) for name, value in texts.items()})
     assert found == Paint(layers=3, colour="Green", drying="auto", parts={"a": 1.0, "b": 0.5}, coats=(1, 2))
     assert build(Paint, {"layers": np.int64(3), "thickness": np.float32(0.5)}) == Paint(layers=3, thickness=0.5)
 
@@ -328,7 +328,7 @@ def test_a_message_from_the_depth_speaks_as_the_user_does():
     assert named("epochs") == "epochs"
     with naming(FLAGS):
         assert named("max_steps") == "--max-steps"
-        with spec_file("spec.yaml", {"learning_rate": Text("2")}, Training):
+        with spec_file("spec.yaml", {"learning_rate": FlagText("2")}, Training):
             assert named("epochs") == "spec.yaml, line 3: epochs"
             assert named("learning_rate") == "--learning-rate"  # the flag has replaced what the file says
             assert named("max_steps") == "--max-steps"
