@@ -1,4 +1,4 @@
-"""Flags: one for each setting, with what the setting says of itself; and how they become settings."""
+"""Flags: one for each setting, made from its type and documentation; and how they become settings."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def add_settings(parser: argparse.ArgumentParser, *kinds: type, spec: bool = Tru
     """
     shown = [setting for kind in kinds for setting in settings_of(kind) if setting.doc]
     for setting in sorted(shown, key=lambda setting: setting.default is not MISSING):
-        # What was not given is not there: the spec file decides, or the default.
+        # A flag that is not set leaves nothing: the spec file decides, or the default.
         options: dict[str, Any] = {"help": help_of(setting).replace("%", "%%"), "default": argparse.SUPPRESS}
         if setting.is_switch:
             options["action"] = argparse.BooleanOptionalAction
@@ -60,7 +60,7 @@ def add_settings(parser: argparse.ArgumentParser, *kinds: type, spec: bool = Tru
 
 
 def help_of(setting: Setting) -> str:
-    """What a flag's help says: what it is for, which values it has, and what it is by default."""
+    """The help of a flag: its purpose, its choices and its default."""
     parts = [setting.doc]
     if setting.choices:
         parts.append(f"[{', '.join(setting.choices)}]")
@@ -77,8 +77,8 @@ def settings_from(arguments: argparse.Namespace, *kinds: type) -> Iterator[Any]:
         UserError: one line that names the flag, or the file and line, at fault.
     """
     names = [setting.name for kind in kinds for setting in settings_of(kind)]
-    given = {name: getattr(arguments, name) for name in names if hasattr(arguments, name)}
-    with spec_file(getattr(arguments, "spec", None), given, *kinds) as made:
+    set_by_flags = {name: getattr(arguments, name) for name in names if hasattr(arguments, name)}
+    with spec_file(getattr(arguments, "spec", None), set_by_flags, *kinds) as made:
         yield made
 
 

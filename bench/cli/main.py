@@ -18,7 +18,7 @@ INTERRUPTED = 130
 
 @dataclass(frozen=True)
 class Verb:
-    """What can be asked for.
+    """A verb of the command line.
 
     Attributes:
         name: on the command line.
@@ -107,8 +107,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def make_parser(asked: str | None) -> argparse.ArgumentParser:
-    """The parser, with the flags of the verb that is asked for: those of all would load all that any of them needs."""
+def make_parser(verb_name: str | None) -> argparse.ArgumentParser:
+    """The parser, with the flags of one verb alone: those of all would load everything that any of them needs."""
     parser = Parser(prog="mrd-bench", description="How hard is each sample to unlearn? Measured on Ray.")
     parsers = parser.add_subparsers(dest="verb", required=True, metavar="VERB", parser_class=Parser)
     for verb in VERBS:
@@ -121,7 +121,7 @@ def make_parser(asked: str | None) -> argparse.ArgumentParser:
             default=[],
             help="a file that adds algorithms, samplers, metrics or tasks; can be given again (see docs/extending.md)",
         )
-        if verb.arguments and verb.name == asked:
+        if verb.arguments and verb.name == verb_name:
             verb.arguments(sub)
     return parser
 

@@ -58,14 +58,14 @@ def benchmark_arguments(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(parser=parser)
     which = parser.add_subparsers(dest="what", required=True, metavar="WHAT", parser_class=Parser)
 
-    def what(name: str, about: str, run: Callable[[argparse.Namespace], None]) -> Callable[..., argparse.Action]:
+    def benchmark(name: str, about: str, run: Callable[[argparse.Namespace], None]) -> Callable[..., argparse.Action]:
         sub = which.add_parser(name, help=about, description=about, allow_abbrev=False)
         sub.set_defaults(run=run, parser=sub)
         sub.add_argument("--out", metavar="FILE", help="also write the figures to this JSON file")
         return sub.add_argument
 
     def on_data(name: str, about: str, run: Callable[[argparse.Namespace], None]) -> Callable[..., argparse.Action]:
-        add = what(name, about, run)
+        add = benchmark(name, about, run)
         add("--model", default="authors", help="embedded model, folder or Hugging Face id (default: authors)")
         add("--data", default="authors", help="task or data file (default: authors)")
         add("--split", help="of a task (default: of authors forget10 or full, else the task's own)")
@@ -93,16 +93,16 @@ def benchmark_arguments(parser: argparse.ArgumentParser) -> None:
     add = on_data("engines", "a replica of vLLM against one of transformers: log-probs, draws, answers", _engines)
     add("--samples", type=int, default=200, help="at most this many samples (default: 200)")
 
-    add = what("gpu", "how much of a card's arithmetic MRD reaches, on a random Llama", _gpu)
+    add = benchmark("gpu", "how much of a card's arithmetic MRD reaches, on a random Llama", _gpu)
     add("--model-params", type=float, default=1e9, help="weights (default: %(default)g)")
     add("--samples", type=int, default=400, help="(default: %(default)s)")
     add("--tokens", type=int, default=128, help="of a sample (default: %(default)s)")
     add("--draws", type=int, default=200, help="K of Monte Carlo (default: %(default)s)")
     add("--batch-tokens", type=int, default=8192, help="tokens a batch (default: %(default)s)")
 
-    what("plan", "the constants of `mrd-bench plan` on this machine, and its sums against runs", _plan)
+    benchmark("plan", "the constants of `mrd-bench plan` on this machine, and its sums against runs", _plan)
 
-    add = what("leaderboard", "building a leaderboard of many runs, and opening it", _leaderboard)
+    add = benchmark("leaderboard", "building a leaderboard of many runs, and opening it", _leaderboard)
     add("--runs", type=int, default=10_000, help="made ones, in the store (default: 10000)")
 
 

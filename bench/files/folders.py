@@ -18,13 +18,13 @@ from scoring.settings import named
 LOCK = ".lock"
 
 
-def locked(folder: Path, out: Path, what: str, name: str = LOCK) -> FileLock:
+def locked(folder: Path, out: Path, kind: str, name: str = LOCK) -> FileLock:
     """Make a folder, and be the only process that writes there, until the lock is released.
 
     Args:
         folder: to be locked.
-        out: what the user named.
-        what: another process may be writing there, for messages: "run".
+        out: the file or folder that the user named.
+        kind: of work that another process may be doing there, for messages: "run".
         name: of the lock file.
 
     Raises:
@@ -36,7 +36,7 @@ def locked(folder: Path, out: Path, what: str, name: str = LOCK) -> FileLock:
         lock.acquire(timeout=0)
     except Timeout:
         raise UserError(
-            f"{named('out')} {shown(out)}: another {what} is writing here; wait for it, or choose another"
+            f"{named('out')} {shown(out)}: another {kind} is writing here; wait for it, or choose another"
         ) from None
     except OSError as error:
         raise unwritable(out, error) from error
@@ -72,8 +72,8 @@ class OwnedFolder:
         identity: what is run, with its "spec_hash".
     """
 
-    # What the folder holds, for messages; what is only there once work has begun; what is written last, of the work.
-    WHAT: ClassVar[str]
+    # The kind of work, for messages; files that are there once it has begun; the one that is written last.
+    KIND: ClassVar[str]
     BEGUN: ClassVar[tuple[str, ...]]
     RECORD: ClassVar[str]
 
@@ -93,7 +93,7 @@ class OwnedFolder:
         elif out.is_dir() and any(path.name != LOCK and path.suffix != ".tmp" for path in out.iterdir()):
             raise self._foreign()
         try:
-            self._lock = locked(out, out, self.WHAT)
+            self._lock = locked(out, out, self.KIND)
         except UserError as error:
             if isinstance(error.__cause__, OSError):
                 self._leave_nothing()
@@ -111,7 +111,7 @@ class OwnedFolder:
 
     def _foreign(self) -> UserError:
         return UserError(
-            f"{named('out')} {shown(self._out)} is not empty and holds no {self.WHAT}: choose another folder"
+            f"{named('out')} {shown(self._out)} is not empty and holds no {self.KIND}: choose another folder"
         )
 
     def _check_owner(self) -> None:
@@ -120,7 +120,7 @@ class OwnedFolder:
             raise self._foreign()
         if owner["spec_hash"] != self._identity["spec_hash"]:
             raise UserError(
-                f"{named('out')} {shown(self._out)} holds a {self.WHAT} of another spec (different: "
+                f"{named('out')} {shown(self._out)} holds a {self.KIND} of another spec (different: "
                 f"{differences(owner, self._identity)}): choose another, or remove it"
             )
 
@@ -142,4 +142,4 @@ class OwnedFolder:
         return (self._out / self.RECORD).is_file()
 
     def tidy(self) -> None:
-        """Remove what only unfinished work needs."""
+        """Remove files that only unfinished work needs."""

@@ -11,7 +11,7 @@ from scoring.plugins import loaded_plugins
 
 
 def with_spec_hash(content: dict[str, Any], named: Sequence[str]) -> dict[str, Any]:
-    """A run's identity: what is run, with the plugins that were loaded, and the hash of it.
+    """A run's identity: its spec, with the plugins that were loaded, and the hash of all that.
 
     Args:
         content: the spec, with the hashes of data and weights.
@@ -23,6 +23,6 @@ def with_spec_hash(content: dict[str, Any], named: Sequence[str]) -> dict[str, A
     return content | {"spec_hash": hashlib.sha256(json.dumps(hashed, sort_keys=True).encode()).hexdigest()[:16]}
 
 
-def differences(found: dict[str, Any], identity: dict[str, Any]) -> str:
+def differences(other: dict[str, Any], identity: dict[str, Any]) -> str:
     """What two identities differ in, for a message."""
-    return ", ".join(key for key in identity if found.get(key) != identity[key] and key != "spec_hash")
+    return ", ".join(key for key in identity if other.get(key) != identity[key] and key != "spec_hash")

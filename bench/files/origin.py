@@ -57,8 +57,8 @@ def _processor() -> str:
 @lru_cache(maxsize=1)
 def git_commit() -> str | None:
     """The commit of this code, "-dirty" behind it where files differ; None outside a checkout."""
-    if given := os.environ.get(COMMIT_VARIABLE):
-        return given
+    if named_commit := os.environ.get(COMMIT_VARIABLE):
+        return named_commit
     folder = Path(__file__).resolve().parents[2]
     if not (folder / ".git").exists():  # not that of a project which this was copied into
         return None

@@ -24,14 +24,16 @@ from scoring.settings import named
 from scoring.work import DrawTask, Facts
 
 
-def finished_output(out: Path, identity: dict[str, Any], what: str, it: str) -> tuple[pa.Table, dict[str, Any]] | None:
-    """What a run of the same spec has left in `out`: table and record; None where nothing is there.
+def finished_output(
+    out: Path, identity: dict[str, Any], kind: str, contents: str
+) -> tuple[pa.Table, dict[str, Any]] | None:
+    """The table and the record that a run of the same spec has left in `out`; None if there is no file.
 
     Args:
         out: the output file.
         identity: of the run that would be started.
-        what: what the file must be, such as "a score file".
-        it: what is in it, such as "scores".
+        kind: of file that it must be, for messages: "a score file".
+        contents: of such a file: "scores".
 
     Raises:
         UserError: the file is something else, or of another spec.
@@ -44,11 +46,11 @@ def finished_output(out: Path, identity: dict[str, Any], what: str, it: str) -> 
         spec = {}
     if not identity.keys() <= spec.keys():
         raise UserError(
-            f"{named('out')} {shown(out)} exists and is not {what}: choose another, or {named('overwrite')}"
+            f"{named('out')} {shown(out)} exists and is not {kind}: choose another, or {named('overwrite')}"
         )
     if spec["spec_hash"] != identity["spec_hash"]:
         raise UserError(
-            f"{named('out')} {shown(out)} holds {it} of another spec (different: {differences(spec, identity)}): "
+            f"{named('out')} {shown(out)} holds {contents} of another spec (different: {differences(spec, identity)}): "
             f"choose another file, or {named('overwrite')}"
         )
     print(f"{shown(out)} is there already (spec {identity['spec_hash']})", file=sys.stderr)
@@ -97,12 +99,12 @@ class Parts:
         return self._path(key).is_file()
 
     def write(self, key: str, table: pa.Table, facts: dict[str, Any]) -> None:
-        """One piece with what was noticed on the way, whole or not at all."""
+        """Keep a piece with the facts that go with it, whole or not at all."""
         with replacing(self._path(key)) as unfinished:
             pq.write_table(table.replace_schema_metadata({FACTS_KEY: json.dumps(facts)}), unfinished)
 
     def read(self, key: str) -> tuple[pa.Table, dict[str, Any]]:
-        """What `write` was given."""
+        """A piece and its facts."""
         table = pq.ParquetFile(self._path(key)).read()
         return table, json.loads(table.schema.metadata[FACTS_KEY])
 

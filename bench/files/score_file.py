@@ -1,4 +1,4 @@
-"""Scores on disk: Parquet files that say what made them, written whole or not at all."""
+"""Scores on disk: Parquet files that carry the spec they were made from, written whole or not at all."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from scoring.errors import UserError
 from scoring.files import replacing
 
 SPEC_KEY, FACTS_KEY = b"mrd_bench.spec", b"mrd_bench.facts"
-# Rows that are encoded at a time: what a file needs to be written does not grow with it.
+# Rows that are encoded at a time, so that writing a file takes no more memory the longer it is.
 ROW_GROUP = 16384
 
 
 def write_scores(table: pa.Table, out: Path, identity: dict[str, Any], record: dict[str, Any]) -> None:
-    """Write a score file: the rows, the spec with its hash, and what was noticed on the way."""
+    """Write a score file: the rows, the spec with its hash, and the facts that the replicas noticed."""
     metadata = {SPEC_KEY: json.dumps(identity), FACTS_KEY: json.dumps(record)}
     with replacing(out) as unfinished:
         pq.write_table(table.replace_schema_metadata(metadata), unfinished, row_group_size=ROW_GROUP)
 
 
 def read_scores(path: str | Path) -> tuple[pa.Table, dict[str, Any], dict[str, Any]]:
-    """A score file: its table, the spec that made it, and what was noticed on the way.
+    """The table of a score file, the spec that it was made from, and the facts that the replicas noticed.
 
     Raises:
         UserError: not a file that `score` wrote.
@@ -46,8 +46,8 @@ class Scores:
 
     Attributes:
         table: one row a sample (bench.jobs.score).
-        spec: what made it.
-        facts: what was noticed on the way.
+        spec: that it was made from.
+        facts: that the replicas noticed.
     """
 
     table: pa.Table

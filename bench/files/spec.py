@@ -22,24 +22,24 @@ Lines = dict[tuple[str | int, ...], int]
 
 
 @contextmanager
-def spec_file(path: str | Path | None, given: Mapping[str, Any], *kinds: type[Any]) -> Iterator[Any]:
-    """Settings from a file, if there is one, with others in place of what the file says; within the context messages
+def spec_file(path: str | Path | None, others: Mapping[str, Any], *kinds: type[Any]) -> Iterator[Any]:
+    """Settings from a file, if there is one, with others in place of the file's; within the context messages
     name the file's lines.
 
     Paths among the values stay as they are: relative ones are relative to the working directory.
 
     Args:
         path: a YAML file, a mapping of settings to values; None: there is none.
-        given: values by name, of those that were given elsewhere: as flags, or as arguments.
+        others: values by name that were set elsewhere: by flags, or by arguments.
         kinds: the settings classes; the context gives one of each, or the one alone.
 
     Raises:
         UserError: one line that names the file and line, or the flag, at fault.
     """
     values, lines = read_mapping(path) if path else ({}, {})
-    # What is given elsewhere is not the file's fault, and what it replaces is not looked at.
-    values = {name: value for name, value in values.items() if name not in given} | dict(given)
-    lines = {keys: line for keys, line in lines.items() if keys[0] not in given}
+    # A value of the file that is replaced is not looked at, and its line not named.
+    values = {name: value for name, value in values.items() if name not in others} | dict(others)
+    lines = {keys: line for keys, line in lines.items() if keys[0] not in others}
     with naming(dataclasses.replace(current_naming(), file=str(path) if path else None, lines=lines)):
         names = {kind: [setting.name for setting in settings_of(kind)] for kind in kinds}
         known = [name for kind in kinds for name in names[kind]]

@@ -1,8 +1,8 @@
-"""Draws of several estimators on the same samples, kept one by one: what a score file has averaged away.
+"""Draws of several estimators on the same samples, kept one by one: a score file has only their mean.
 
     points -> a task for a few draws of a point -> replicas -> parts on disk -> one Parquet file
 
-All points draw along the same directions, so that what differs between two sigmas is not sampling. A killed
+All points draw along the same directions, so that a difference between two sigmas is not one of sampling. A killed
 measurement is continued by the same call, and a finished one is read.
 """
 
@@ -91,10 +91,10 @@ def measure_draws(
     """Draw at all points and write `path`, or read it where it holds just that.
 
     Args:
-        path: a Parquet file, a row for each point and sample; what it holds of other points or samples is replaced.
+        path: a Parquet file, a row for each point and sample; other points or samples in it are replaced.
         model: which is drawn from.
         samples: whose values; they are never split, a replica takes all of them.
-        points: where, each once.
+        points: where to draw, without repetition.
         resources: how the work is spread.
         seed: addresses the noise.
         progress: show a bar.
@@ -106,8 +106,8 @@ def measure_draws(
         UserError: float32 does not hold the perturbation of a point.
     """
     identity = _identity(model, samples, points, seed)
-    if (found := read_finished(path, identity)) is not None:
-        return [_of_point(found, number, point) for number, point in enumerate(points)]
+    if (table := read_finished(path, identity)) is not None:
+        return [_of_point(table, number, point) for number, point in enumerate(points)]
     batches = make_batches(samples, BATCH_TOKENS)
     tasks = [task for number, point in enumerate(points) for task in _tasks(number, point, seed)]
     with DrawParts(path, identity) as parts:
@@ -142,8 +142,8 @@ def read_finished(path: Path, identity: dict[str, Any]) -> pa.Table | None:
 def scaling_line(drawn: Sequence[PointDraws], statistic: str) -> ScalingLine:
     """A statistic against sigma, from the draws of one estimator and dtype at several."""
     point = drawn[0].point
-    sigmas = np.array([each.point.sigma for each in drawn])
-    scores = np.stack([each.mrd(statistic) for each in drawn])
+    sigmas = np.array([at_sigma.point.sigma for at_sigma in drawn])
+    scores = np.stack([at_sigma.mrd(statistic) for at_sigma in drawn])
     return ScalingLine(point.estimator, statistic, point.dtype, sigmas, scores)
 
 
@@ -173,12 +173,12 @@ def _rows(
     number: int, point: Point, samples: Sequence[Sample], tasks: Sequence[DrawTask], parts: DrawParts
 ) -> pa.Table:
     """The table of one point, put together from its parts."""
-    own = [task for task in tasks if task.shard == number]
-    draws = reduce(Draws.followed_by, (parts.draws(task) for task in own))
+    tasks_of_point = [task for task in tasks if task.shard == number]
+    draws = reduce(Draws.followed_by, (parts.draws(task) for task in tasks_of_point))
     row = {index: place for place, index in enumerate(draws.indices.tolist())}
     order = [row[sample.index] for sample in samples]
-    # A replica remembers the survival of what it perturbed before: this point's is that of its own tasks.
-    survival = parts.facts(own[:1]).perturbation_survival if ESTIMATORS[point.estimator].perturbs else None
+    # A replica remembers the survival at the sigma that it perturbed by last: this point's is that of its own tasks.
+    survival = parts.facts(tasks_of_point[:1]).perturbation_survival if ESTIMATORS[point.estimator].perturbs else None
     count = len(samples)
     return pa.table(
         {
@@ -232,13 +232,13 @@ class ScalingLine:
 
     def sentence(self) -> str:
         slope = self.slope()
-        found = (
+        measured = (
             f"{self.statistic} by {self.estimator} in {self.dtype}, sigma {self.sigmas[0]:.0e} to "
             f"{self.sigmas[-1]:.0e}: slope {with_ci(slope, 3)}, expected {self.expected:g}."
         )
         if abs(slope.value - self.expected) <= SLOPE_TOLERANCE:
-            return f"{found} The number follows the perturbation, as it must."
-        return f"{found} The number does not follow the perturbation: it measures rounding, not the model."
+            return f"{measured} The number follows the perturbation, as it must."
+        return f"{measured} The number does not follow the perturbation: it measures rounding, not the model."
 
 
 def inflation(lines: Sequence[ScalingLine]) -> str:

@@ -1,4 +1,4 @@
-"""A short fine-tune on part of the forget set: does what was forgotten come back?"""
+"""A short fine-tune on part of the forget set: do the forgotten samples come back?"""
 
 from __future__ import annotations
 

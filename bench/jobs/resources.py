@@ -7,15 +7,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Self
 
-from scoring.cluster import Footprint, connect, default_gpus, is_gpu_share
+from scoring.cluster import GPU_SHARE, Footprint, connect, default_gpus, is_gpu_share
 from scoring.errors import UserError
-from scoring.settings import Doc, Ge, check, named
+from scoring.settings import Doc, Expected, Ge, check, named
 from scoring.work import Engine, LocalPool, Pool, ReplicaSpec
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-Gpus = Annotated[float | None, Ge(0)]
+Gpus = Annotated[float | None, Ge(0), Expected(GPU_SHARE)]
 
 
 def check_gpus(name: str, gpus: float | None) -> None:
@@ -25,7 +25,7 @@ def check_gpus(name: str, gpus: float | None) -> None:
         UserError: one line that names the setting.
     """
     if gpus is not None and not is_gpu_share(gpus):
-        raise UserError(f"{named(name)} is {gpus:g}: expected a fraction of one GPU, or a whole number")
+        raise UserError(f"{named(name)} is {gpus:g}: expected {GPU_SHARE}")
 
 
 def check_dtype(dtype: str) -> None:

@@ -1,9 +1,9 @@
 """Unlearning runs on disk: a folder that belongs to one spec, and one process at a time.
 
-spec.json                 what is run: its hash is the run's identity
+spec.json                 the spec: its hash is the run's identity
 checkpoints/              while it runs, see algorithms.checkpoints
 reference.safetensors     while it runs, see algorithms.reference
-model/                    what the training ended with
+model/                    the model that has forgotten
 steps.parquet             one row an update
 epochs.parquet            one row an epoch; row 0 is the initial model
 samples.parquet           one row a forget sample
@@ -47,7 +47,7 @@ class UnlearnResult:
     Attributes:
         folder: with model/, the tables and run.json.
         steps, epochs, samples: the tables, see the README.
-        record: what a reader must know: spec, thresholds, seconds, passes, notes, packages.
+        record: facts that a reader must know: spec, thresholds, seconds, passes, notes, packages.
     """
 
     folder: Path
@@ -64,7 +64,7 @@ class UnlearnResult:
 class RunFolder(OwnedFolder):
     """The folder of one unlearning run."""
 
-    WHAT, BEGUN, RECORD = "run", ("checkpoints", "reference.safetensors"), "run.json"
+    KIND, BEGUN, RECORD = "run", ("checkpoints", "reference.safetensors"), "run.json"
 
     def tidy(self) -> None:
         shutil.rmtree(self._out / "checkpoints", ignore_errors=True)
@@ -75,7 +75,7 @@ class RunFolder(OwnedFolder):
 
         Args:
             checkpoint: bytes of one.
-            reference: bytes of what is kept of the initial model.
+            reference: bytes of the reference that the initial model gives.
         """
         needed = (1 if any(self._out.glob("checkpoints/step-*")) else 2) * checkpoint
         if not (self._out / "reference.safetensors").is_file():

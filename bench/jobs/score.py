@@ -97,7 +97,7 @@ def score(
 
     Args:
         resources: how many replicas share the work; with 0 it is done in this process.
-        overwrite: replace what is in `out`.
+        overwrite: replace `out` if it exists.
         progress: show a bar.
 
     Raises:
@@ -110,8 +110,8 @@ def score(
     model = find_model(spec.model)
     texts = open_texts(spec.data, spec.split, model.tokenizer)
     identity = _identity(spec, texts, model)
-    if not overwrite and (found := finished_output(out, identity, "a score file", "scores")):
-        table, record = found
+    if not overwrite and (finished := finished_output(out, identity, "a score file", "scores")):
+        table, record = finished
         return ScoreResult(out, table, [Rejected(**r) for r in record["rejected"]], record, 0.0)
     rejected: list[Rejected] = []
     samples = SampleFile(_samples(texts, spec, model, rejected))
@@ -156,7 +156,7 @@ def score(
 
 
 def _identity(spec: ScoreSpec, texts: Texts, model: ModelReference) -> dict[str, Any]:
-    """The spec with hashes in place of what names can hide, and its own hash."""
+    """The spec, with hashes of model and data in place of their names, and the hash of all that."""
     content = dataclasses.asdict(spec) | {
         "schema_version": SCHEMA_VERSION,
         "data_sha256": texts.checked_sha256(),
@@ -167,11 +167,11 @@ def _identity(spec: ScoreSpec, texts: Texts, model: ModelReference) -> dict[str,
 
 def _samples(texts: Texts, spec: ScoreSpec, model: ModelReference, rejected: list[Rejected]) -> Iterator[Sample]:
     """The samples that can be scored; the others are added to `rejected`."""
-    for each in encoded(texts, model.tokenizer, model.max_length, spec.tokens):
-        if isinstance(each, Sample):
-            yield each
+    for sample in encoded(texts, model.tokenizer, model.max_length, spec.tokens):
+        if isinstance(sample, Sample):
+            yield sample
         else:
-            rejected.append(each)
+            rejected.append(sample)
 
 
 def _batch_tokens(

@@ -12,7 +12,7 @@ from bench.files.status import FINISHED
 if TYPE_CHECKING:  # what is summed up: who prints scores does not wait for what trains models
     from bench.jobs.run_folder import UnlearnResult
     from bench.jobs.score import ScoreResult
-    from bench.jobs.sweep import SweepResult
+    from bench.jobs.sweep_tables import SweepResult
 
 SHOWN = 5
 # Above this share a standard error no longer says how far a score is off.
@@ -103,12 +103,12 @@ def print_sweep(result: SweepResult) -> None:
         groups.setdefault(tuple(row[name] for name in varied), []).append(row)
     titles = [*varied, "trials", *measured]
     print("".join(f"{title[:17]:>18}" for title in titles))
-    for values, own in groups.items():
-        cells = [*map(str, values), str(len(own))]
+    for values, trials_of_values in groups.items():
+        cells = [*map(str, values), str(len(trials_of_values))]
         for name in measured:
-            found = np.array([row[name] for row in own if row[name] is not None], dtype=float)
-            spread = f" ± {found.std(ddof=1):.2g}" if len(found) > 1 else ""
-            cells.append(f"{found.mean():.4g}{spread}" if len(found) else "–")
+            reached = np.array([row[name] for row in trials_of_values if row[name] is not None], dtype=float)
+            spread = f" ± {reached.std(ddof=1):.2g}" if len(reached) > 1 else ""
+            cells.append(f"{reached.mean():.4g}{spread}" if len(reached) else "–")
         print("".join(f"{cell[:17]:>18}" for cell in cells))
     if measured:
         print("mean ± standard deviation over selections and seeds")

@@ -9,73 +9,46 @@ another sweep has finished is not done again, so the same command continues a sw
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
 import os
 import shutil
 import time
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import ray
 from ray import tune
 from ray.tune.schedulers import ASHAScheduler
 from tqdm import tqdm
 
 from bench.files.folders import OwnedFolder
-from bench.files.origin import origin
 from bench.files.spec import spec_file
 from bench.files.status import DIED, STOPPED
 from bench.jobs.resources import SweepResources
 from bench.jobs.run_folder import full_disks_said_plainly
+from bench.jobs.search import OBJECTIVE, WORST, Search, domain_of
 from bench.jobs.sweep_plan import SweepPlan, SweepSpec, configurations
+from bench.jobs.sweep_tables import SweepResult, read_sweep, write_tables
 from bench.jobs.trial import Result, Trial, TrialContext, TrialStore, run_trial, shareable_weights
-from bench.jobs.unlearn import UnlearnSpec, corpus_of, datasets_of, room_of
+from bench.jobs.unlearn import corpus_of, datasets_of, room_of
 from bench.models.find import find_model
 from bench.report.words import size_of
-from bench.tasks.selections import mean_log_mrd
 from scoring.cluster import connect, how_many_fit
 from scoring.errors import UserError
-from scoring.files import replacing, shown
+from scoring.files import shown
+from scoring.plugins import load_plugins
 from scoring.settings import build, named
 
 # How often a trial whose worker dies is begun anew before its row says so.
 MAX_DEATHS = 2
 BYTES_RESULT = 300_000  # of a trial, on disk, for a selection of a few hundred samples
-TABLES = ("trials", "epochs", "samples")
-# What an adaptive search maximises, and what a configuration is given that has no value: all that have are shares.
-OBJECTIVE, WORST = "objective", -1.0
-
-
-@dataclass(frozen=True)
-class SweepResult:
-    """What a sweep gives back.
-
-    Attributes:
-        folder: with the tables, selections.parquet and sweep.json.
-        trials: one row a trial: hash, status, reason, selection and its difficulty, the fields of its spec, and what it
-            ended with.
-        epochs: one row an epoch of a trial; row 0 is the initial model.
-        samples: one row a forget sample of a trial.
-        record: what a reader must know: spec, counts, seconds, packages.
-    """
-
-    folder: Path
-    trials: pa.Table
-    epochs: pa.Table
-    samples: pa.Table
-    record: dict[str, Any]
 
 
 class _SweepFolder(OwnedFolder):
-    WHAT, BEGUN, RECORD = "sweep", ("selections.parquet", "difficulty.parquet.parts"), "sweep.json"
+    KIND, BEGUN, RECORD = "sweep", ("selections.parquet", "difficulty.parquet.parts"), "sweep.json"
 
     def reopen(self) -> None:
         """So that it is not finished."""
@@ -114,7 +87,7 @@ def sweep(
     plan = SweepPlan(spec, out)
     store = TrialStore(Path(trials).absolute() if trials else out.parent / "trials", out / "failed")
     with _SweepFolder(out, plan.identity) as folder, full_disks_said_plainly(out):
-        if retry_failed and store.own.is_dir():
+        if retry_failed and store.local.is_dir():
             store.forget_failures()
             folder.reopen()
         if folder.is_finished():
@@ -122,15 +95,15 @@ def sweep(
             return read_sweep(out)
         started = time.perf_counter()
         plan.choose(resources)
-        wanted = configurations(plan)
-        waiting = [trial for trial in wanted if not store.find(trial.hash)]
-        _check_room(plan, wanted, waiting, store)
-        search = _Search(plan) if spec.search == "optuna" else None
+        all_trials = configurations(plan)
+        waiting = [trial for trial in all_trials if not store.find(trial.hash)]
+        _check_room(plan, all_trials, waiting, store)
+        search = Search(plan) if spec.search == "optuna" else None
         if waiting or (search and search.left):
-            _run(plan, wanted, waiting, search, store, resources, progress)
+            _run(plan, all_trials, waiting, search, store, resources, progress)
         if search:
-            wanted = search.trials()
-        result = _write(plan, wanted, store, time.perf_counter() - started)
+            all_trials = search.trials()
+        result = write_tables(plan, all_trials, store, time.perf_counter() - started)
         folder.tidy()
     return result
 
@@ -159,18 +132,23 @@ def _check_room(plan: SweepPlan, trials: Sequence[Trial], waiting: Sequence[Tria
 
 def _run(
     plan: SweepPlan,
-    wanted: Sequence[Trial],
+    trials: Sequence[Trial],
     waiting: Sequence[Trial],
-    search: _Search | None,
+    search: Search | None,
     store: TrialStore,
     resources: SweepResources,
     progress: bool,
 ) -> None:
-    """Run the trials that wait, or the configurations that a search has left."""
+    """Run the trials that have no result yet, or the configurations that a search has left.
+
+    Args:
+        trials: all of the sweep.
+        waiting: those of them without a result.
+    """
     connect()
     footprint = resources.footprint()
-    own_workers = plan.base.workers > 0
-    at_once = resources.concurrent or (1 if own_workers else how_many_fit(footprint, "trial"))
+    has_workers = plan.base.workers > 0
+    concurrent = resources.concurrent or (1 if has_workers else how_many_fit(footprint, "trial"))
     models = [find_model(name) for name in {trial.spec.model for trial in waiting} or {plan.base.model}]
     shared = TrialContext(
         # Put once; Ray keeps one copy a node, and its processes read it where it is.
@@ -182,27 +160,27 @@ def _run(
         "cuda" if footprint.gpus else "cpu",
         plan.spec.keep_models,
     )
-    compared = None if plan.spec.scheduler == "none" else plan.spec.objective
+    objective = None if plan.spec.scheduler == "none" else plan.spec.objective
     if search is None:
-        watch: _Watch = _Trials(shared.store, waiting, len(wanted), progress)
-        work = tune.with_parameters(_one_trial, trials=list(waiting), shared=shared, objective=compared)
+        watch: _Watch = _Trials(shared.store, waiting, len(trials), progress)
+        work = tune.with_parameters(_one_trial, trials=list(waiting), shared=shared, objective=objective)
         space: dict[str, Any] = {"number": tune.grid_search(list(range(len(waiting))))}
-        how: dict[str, Any] = {"scheduler": _scheduler(plan)}
+        search_by: dict[str, Any] = {"scheduler": _scheduler(plan)}
     else:
         watch = _Configurations(search, progress)
         work = tune.with_parameters(_every_selection, plan=plan, shared=shared)
-        space = {name: _domain(values) for name, values in plan.spec.vary.items()}
-        how = {"search_alg": search.algorithm(), "num_samples": search.left, "metric": OBJECTIVE, "mode": "max"}
+        space = {name: domain_of(values) for name, values in plan.spec.vary.items()}
+        search_by = {"search_alg": search.algorithm(), "num_samples": search.left, "metric": OBJECTIVE, "mode": "max"}
     # A trial with workers of its own takes no core here, where its workers may need them all; Tune wants it to take
     # something.
-    asks = [{"memory": 1.0}] if own_workers else [{"CPU": footprint.cpus, "GPU": footprint.gpus}]
+    bundles = [{"memory": 1.0}] if has_workers else [{"CPU": footprint.cpus, "GPU": footprint.gpus}]
     storage = plan.out / ".tune"
     shutil.rmtree(storage, ignore_errors=True)
     with _environment(), watch:
         tune.Tuner(
-            tune.with_resources(work, tune.PlacementGroupFactory(asks)),
+            tune.with_resources(work, tune.PlacementGroupFactory(bundles)),
             param_space=space,
-            tune_config=tune.TuneConfig(max_concurrent_trials=at_once, reuse_actors=resources.reuse, **how),
+            tune_config=tune.TuneConfig(max_concurrent_trials=concurrent, reuse_actors=resources.reuse, **search_by),
             run_config=tune.RunConfig(
                 name="sweep",
                 storage_path=str(storage),
@@ -216,15 +194,15 @@ def _run(
 
 @contextmanager
 def _environment() -> Iterator[None]:
-    """What Ray Tune reads from there: results are ours to write, and an interrupt ends the sweep."""
-    own = {
+    """Within the context Ray Tune leaves writing results to us, and an interrupt ends the sweep."""
+    variables = {
         "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
         "TUNE_DISABLE_SIGINT_HANDLER": "1",
         "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # the last report is not of an epoch
         "RAY_AIR_NEW_OUTPUT": "0",  # the new one is not silent at verbosity 0
     }
-    before = {name: os.environ.get(name) for name in own}
-    os.environ.update(own)
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
     logger = logging.getLogger("ray.tune")
     level = logger.level
     logger.setLevel(logging.CRITICAL)  # a trial that died is a row
@@ -243,7 +221,7 @@ def _scheduler(plan: SweepPlan) -> ASHAScheduler | None:
         time_attr="epoch",
         metric=plan.spec.objective,
         mode="max",
-        # Beyond the last epoch: who gets there has finished, and is not stopped.
+        # Beyond the last epoch: a trial that gets there has finished, and is not stopped.
         max_t=(plan.base.epochs or 0) + 1,
         grace_period=plan.spec.grace_epochs,
         reduction_factor=plan.spec.reduction,
@@ -259,13 +237,14 @@ def _one_trial(config: dict[str, Any], trials: Sequence[Trial], shared: TrialCon
             tune.report({"epoch": row["epoch"], objective: row[objective], "row": dict(row)})
 
     result = run_trial(trials[config["number"]], shared, report)
-    # Of a trial that reports nothing, Tune speaks on the terminal.
+    # Tune complains on the terminal about a trial that reports nothing.
     tune.report({"status": result["status"]})
 
 
 def _every_selection(config: dict[str, Any], plan: SweepPlan, shared: TrialContext) -> None:
     """What a warm worker does with a configuration of an adaptive search: run it on every selection, so that the search
     compares configurations and not the samples they drew."""
+    load_plugins(shared.plugins)
     try:
         trials = plan.trials(config)
     except UserError as error:
@@ -273,9 +252,10 @@ def _every_selection(config: dict[str, Any], plan: SweepPlan, shared: TrialConte
         tune.report({OBJECTIVE: WORST, "trials": 0, "reason": str(error)})
         return
     results = [run_trial(trial, shared) for trial in trials]
-    found = [result.get("values", {}).get(plan.spec.objective) for result in results]
-    values = [value for value in found if value is not None]
-    tune.report({OBJECTIVE: float(np.mean(values)) if len(values) == len(found) else WORST, "trials": len(trials)})
+    reached = [result.get("values", {}).get(plan.spec.objective) for result in results]
+    values = [value for value in reached if value is not None]
+    mean = float(np.mean(values)) if len(values) == len(reached) else WORST
+    tune.report({OBJECTIVE: mean, "trials": len(trials)})
 
 
 class _Watch(tune.Callback):
@@ -291,7 +271,7 @@ class _Watch(tune.Callback):
         self._bar.close()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {}  # Tune saves what it was given, and never reads it again here
+        return {}  # Tune saves its callbacks, and never reads them again here
 
     def setup(self, *_: Any, **__: Any) -> None:
         pass
@@ -320,11 +300,11 @@ class _Trials(_Watch):
     def _ended(self, tuned: Any, status: str, reason: str) -> None:
         trial = self._waiting[tuned.config["number"]]
         if self._store.find(trial.hash) is None:
-            own = self._rows.get(tuned.trial_id, [])
-            result: Result = {"spec": trial.identity, "status": status, "epochs": own, "seconds": None}
-            if own:
-                result |= {"values": own[-1], "updates": own[-1]["step"]}
-            result["reason"] = reason.format(epoch=own[-1]["epoch"] if own else 0)
+            epochs = self._rows.get(tuned.trial_id, [])
+            result: Result = {"spec": trial.identity, "status": status, "epochs": epochs, "seconds": None}
+            if epochs:
+                result |= {"values": epochs[-1], "updates": epochs[-1]["step"]}
+            result["reason"] = reason.format(epoch=epochs[-1]["epoch"] if epochs else 0)
             self._store.write(trial.hash, result)
         self._bar.update()
 
@@ -332,7 +312,7 @@ class _Trials(_Watch):
 class _Configurations(_Watch):
     """Keeps what an adaptive search has tried."""
 
-    def __init__(self, search: _Search, shown: bool) -> None:
+    def __init__(self, search: Search, shown: bool) -> None:
         super().__init__(search.total, search.total - search.left, "configuration", shown)
         self._search = search
 
@@ -343,158 +323,3 @@ class _Configurations(_Watch):
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
         self._search.add(trial.config, WORST, f"its worker died {MAX_DEATHS + 1} times")
         self._bar.update()
-
-
-class _Search:
-    """An adaptive search that is continued where it was stopped: what was tried is kept next to the tables.
-
-    Attributes:
-        total: configurations that are wanted.
-    """
-
-    def __init__(self, plan: SweepPlan) -> None:
-        self._plan, self._path = plan, plan.out / "search.json"
-        self.total = plan.spec.trials or 0
-        self._tried: list[dict[str, Any]] = json.loads(self._path.read_text()) if self._path.is_file() else []
-
-    @property
-    def left(self) -> int:
-        return self.total - len(self._tried)
-
-    def add(self, values: Mapping[str, Any], objective: float, reason: str | None) -> None:
-        self._tried.append({"values": dict(values), OBJECTIVE: objective, "reason": reason})
-        with replacing(self._path) as unfinished:
-            unfinished.write_text(json.dumps(self._tried, indent=2) + "\n")
-
-    def algorithm(self) -> Any:
-        """The search, knowing what was tried.
-
-        Raises:
-            UserError: Optuna is not installed.
-        """
-        try:
-            import optuna
-        except ImportError:
-            raise UserError("search optuna needs the package optuna: pip install 'mrd-bench[optuna]'") from None
-        from ray.tune.search.optuna import OptunaSearch
-
-        optuna.logging.set_verbosity(optuna.logging.WARNING)
-        points = [each["values"] for each in self._tried]
-        return OptunaSearch(
-            # Begun again with the same seed, it would draw the same first points.
-            seed=self._plan.spec.seed + 1000 * len(points),
-            points_to_evaluate=points or None,
-            evaluated_rewards=[each[OBJECTIVE] for each in self._tried] or None,
-        )
-
-    def trials(self) -> list[Trial]:
-        """Of all configurations that go together, in the order in which they were tried."""
-        found = [t for each in self._tried if not each["reason"] for t in self._plan.trials(each["values"])]
-        return list({trial.hash: trial for trial in found}.values())
-
-
-def _domain(values: Any) -> Any:
-    """What Tune draws a field from."""
-    if isinstance(values, list):
-        return tune.choice(values)
-    kind, (low, high) = next(iter(values.items()))
-    if kind == "integers":
-        return tune.randint(int(low), int(high) + 1)
-    return tune.uniform(low, high) if kind == "uniform" else tune.loguniform(low, high)
-
-
-# --- Tables -------------------------------------------------------------------------------------------------
-
-
-def _write(plan: SweepPlan, wanted: Sequence[Trial], store: TrialStore, seconds: float) -> SweepResult:
-    """Put the results of all trials into tables; sweep.json comes last and says that all is there."""
-    results = [(trial, store.find(trial.hash) or _lost(trial)) for trial in wanted]
-    tables = {
-        "trials": [_row(plan, trial, result) for trial, result in results],
-        "epochs": [{"trial": trial.hash, **row} for trial, result in results for row in result.get("epochs", [])],
-        "samples": [{"trial": trial.hash, **row} for trial, result in results for row in result.get("samples", [])],
-    }
-    for name, rows in tables.items():
-        with replacing(plan.out / f"{name}.parquet") as unfinished:
-            pq.write_table(as_table(rows), unfinished)
-    record = {
-        "spec": plan.identity,
-        "model": plan.base.model,
-        "counts": Counter(result["status"] for _, result in results),
-        "seconds": seconds,
-        **origin(),
-    }
-    with replacing(plan.out / "sweep.json") as unfinished:
-        unfinished.write_text(json.dumps(record, indent=2) + "\n")
-    return read_sweep(plan.out)
-
-
-def _lost(trial: Trial) -> Result:
-    return {"spec": trial.identity, "status": DIED, "reason": "its result was not written", "seconds": None}
-
-
-# Fields of a trial's spec that are columns of its row: all but where its selection is, and how it is run.
-_SPEC_COLUMNS = tuple(
-    each.name for each in dataclasses.fields(UnlearnSpec) if each.name not in (*UnlearnSpec.EXECUTION, "selection")
-)
-
-
-def _row(plan: SweepPlan, trial: Trial, result: Result) -> dict[str, Any]:
-    selection = plan.selections[trial.selection]
-    spec = {name: getattr(trial.spec, name) for name in _SPEC_COLUMNS}
-    # Of several types: a number of draws may be "auto".
-    spec |= {"settings": json.dumps(spec["settings"], sort_keys=True), "draws": str(spec["draws"])}
-    return {
-        "trial": trial.hash,
-        "status": result["status"],
-        "reason": result["reason"],
-        "selection": selection.name,
-        "kind": selection.kind,
-        "level": selection.level,
-        "forget_samples": len(selection.ids),
-        "mean_log_mrd": mean_log_mrd(selection, plan.mrd) if plan.mrd else None,
-        **spec,
-        "updates": result.get("updates"),
-        "seconds": result["seconds"],
-        **_origin(trial, result),
-        **{name: value for name, value in result.get("values", {}).items() if name not in spec},
-    }
-
-
-def _origin(trial: Trial, result: Result) -> dict[str, str | None]:
-    """What the row is of and from, see `bench.files.origin`; a trial that an earlier version ran does not say."""
-    found = result.get("origin", {})
-    return {
-        # Where the ids lie is this machine's own affair; the hash of the samples is in there.
-        "identity": json.dumps({**trial.identity, "selection": trial.selection}, sort_keys=True),
-        "packages": json.dumps(found["packages"]) if "packages" in found else None,
-        "hardware": found.get("hardware"),
-        "git_commit": found.get("git_commit"),
-    }
-
-
-def as_table(rows: Sequence[Mapping[str, Any]]) -> pa.Table:
-    """Rows that need not have the same columns; a column without any value is of numbers."""
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    columns = {name: pa.array([row.get(name) for row in rows]) for name in names}
-    return pa.table(
-        {
-            name: pa.nulls(len(rows), pa.float64()) if pa.types.is_null(column.type) else column
-            for name, column in columns.items()
-        }
-    )
-
-
-def read_sweep(folder: str | Path) -> SweepResult:
-    """A finished sweep.
-
-    Raises:
-        UserError: the folder holds none.
-    """
-    folder = Path(folder)
-    try:
-        record = json.loads((folder / "sweep.json").read_text())
-        trials, epochs, samples = (pq.read_table(folder / f"{name}.parquet") for name in TABLES)
-    except (OSError, json.JSONDecodeError, pa.ArrowException) as error:
-        raise UserError(f"{folder}: no finished sweep; expected what `mrd-bench sweep` writes") from error
-    return SweepResult(folder, trials, epochs, samples, record)

@@ -20,7 +20,8 @@ import pyarrow.compute as pc
 
 from algorithms.stopping import Thresholds, measure_memorization
 from bench.files.identity import with_spec_hash
-from bench.jobs.evaluate import EvaluateSpec, EvaluationResult, evaluate_spec
+from bench.jobs.evaluate import EvaluationResult, evaluate_spec
+from bench.jobs.evaluation_spec import EvaluateSpec
 from bench.jobs.resources import SweepResources
 from bench.jobs.score import ScoreSpec, score
 from bench.jobs.trial import Trial, make_trial
@@ -162,7 +163,7 @@ class SweepPlan:
 
     def __init__(self, spec: SweepSpec, out: Path) -> None:
         self.spec, self.out = _with_absolute_paths(spec), out
-        # A configuration of the first values, so that what is wrong in base or vary is said before anything is done.
+        # A configuration of the first values, so that a mistake in base or vary is found before anything is done.
         firsts = {name: _first(values) for name, values in spec.vary.items()}
         first = self.unlearn_spec(firsts)
         for fixed in ("model", "task", "forget_split"):
@@ -211,7 +212,7 @@ class SweepPlan:
         return naming(dataclasses.replace(names, lines=lines, path=("base",)))
 
     def _check_objective(self) -> None:
-        """A search or scheduler can see what it is to maximise."""
+        """Refuse a search or scheduler whose objective is not measured."""
         spec, objective = self.spec, self.spec.objective
         if spec.scheduler == "none" and spec.search != "optuna":
             return
@@ -232,9 +233,9 @@ class SweepPlan:
             return None
         if is_data_file(self.base.task):
             raise UserError(f"evaluate: {self.base.task!r} is a data file, and has no metrics; expected a task in base")
-        given = {"model": self.base.model, "task": self.base.task, "split": self.base.forget_split}
+        fixed = {"model": self.base.model, "task": self.base.task, "split": self.base.forget_split}
         with naming(current_naming().under("evaluate")):
-            evaluation = build(EvaluateSpec, self.spec.evaluate | given).checked()
+            evaluation = build(EvaluateSpec, self.spec.evaluate | fixed).checked()
         evaluation.metrics_of(find_task(evaluation.task)[0])
         return evaluation
 
@@ -242,10 +243,10 @@ class SweepPlan:
         """Draw the selections, by MRD where they are by MRD; measure what all trials are compared with."""
         specs = self.spec.selection_specs()
         if not needs_difficulty(specs):
-            select(specs, self.dataset, {})  # what cannot be drawn is said before anything is measured
+            select(specs, self.dataset, {})  # a selection that cannot be drawn is refused before anything is measured
         if self.spec.selections:
             # Also where it does not decide who is selected: the difficulty of every selection is part of the result.
-            found = score(
+            scores = score(
                 ScoreSpec(
                     model=self.base.model,
                     data=self.base.task,
@@ -256,7 +257,7 @@ class SweepPlan:
                 resources.replicas(),
                 progress=False,
             ).table
-            self.mrd = dict(zip(found["sample_id"].to_pylist(), found["mrd"].to_pylist(), strict=True))
+            self.mrd = dict(zip(scores["sample_id"].to_pylist(), scores["mrd"].to_pylist(), strict=True))
         chosen = select(specs, self.dataset, self.mrd)
         self.selections = {selection.name: selection for selection in chosen}
         self.paths = write_selections(chosen, self.mrd, self.out)
@@ -274,23 +275,25 @@ class SweepPlan:
             samples = [dataclasses.replace(sample, index=i) for i, sample in enumerate(samples)]
             ends = self.model.tokenizer.eos_token_id
             ma, el = measure_memorization(model, samples, self.base.el_n, ends, self.base.batch_tokens)
-            found = Thresholds.from_initial(ma, el)
-            kept = {"ma_threshold": found.ma} | ({} if math.isnan(found.el) else {"el_threshold": found.el})
+            averages = Thresholds.from_initial(ma, el)
+            thresholds = {"ma_threshold": averages.ma}
+            if not math.isnan(averages.el):
+                thresholds["el_threshold"] = averages.el
             with replacing(path) as unfinished:
-                unfinished.write_text(json.dumps(kept))
+                unfinished.write_text(json.dumps(thresholds))
         return json.loads(path.read_text())
 
     def _measure_references(self, evaluation: EvaluateSpec, resources: SweepResources) -> None:
         """The original model, and the retain-only one where there is one, on all samples that any selection has."""
-        wanted = dataclasses.replace(evaluation, original=self.base.model)
+        spec = dataclasses.replace(evaluation, original=self.base.model)
         if self.spec.selections:
             used = {name for selection in self.selections.values() for name in selection.ids}
             everyone = self.out / "selections" / "any.txt"
             with replacing(everyone) as unfinished:
                 ids = [text.sample_id for text in self.dataset.texts if text.sample_id in used]
                 unfinished.write_text("".join(f"{name}\n" for name in ids), encoding="utf-8")
-            wanted = dataclasses.replace(wanted, selection=str(everyone))
-        result = evaluate_spec(wanted, self.out / "reference.parquet", resources.replicas(), progress=False)
+            spec = dataclasses.replace(spec, selection=str(everyone))
+        result = evaluate_spec(spec, self.out / "reference.parquet", resources.replicas(), progress=False)
         self.references = _columns(result)
         self.reference_fingerprints = [
             fingerprint for role, fingerprint in result.record["spec"]["fingerprints"].items() if role != MODEL
@@ -315,8 +318,8 @@ class SweepPlan:
 
 
 def _with_absolute_paths(spec: SweepSpec) -> SweepSpec:
-    """The same sweep with what its trials are to find wherever they run. Not its identity: the same files elsewhere are
-    the same sweep."""
+    """The same sweep with paths that its trials find wherever they run. For its work, not for its identity: the same files
+    in another place are the same sweep."""
     base = with_absolute_paths(spec.base)
     vary = {
         name: [with_absolute_paths({**base, name: value})[name] for value in values]
@@ -329,12 +332,12 @@ def _with_absolute_paths(spec: SweepSpec) -> SweepSpec:
 
 def _columns(result: EvaluationResult) -> dict[str, Columns]:
     samples = result.table.filter(pc.equal(result.table["level"], "sample"))
-    found = {}
+    columns = {}
     for role in (ORIGINAL, RETAIN_ONLY):
-        own = samples.filter(pc.equal(samples["model"], role))
-        if own.num_rows:
-            found[role] = columns_in(own)
-    return found
+        of_role = samples.filter(pc.equal(samples["model"], role))
+        if of_role.num_rows:
+            columns[role] = columns_in(of_role)
+    return columns
 
 
 def _first(values: Any) -> Any:
@@ -352,9 +355,9 @@ def configurations(plan: SweepPlan) -> list[Trial]:
         configurations = [dict(zip(spec.vary, values, strict=True)) for values in crossed]
     else:
         configurations = [_drawn(spec, number) for number in range(spec.trials or 0)]
-    found = [trial for values in configurations for trial in plan.trials(values)]
+    trials = [trial for values in configurations for trial in plan.trials(values)]
     # A search in a small space may draw a configuration again.
-    return list({trial.hash: trial for trial in found}.values())
+    return list({trial.hash: trial for trial in trials}.values())
 
 
 def _drawn(spec: SweepSpec, number: int) -> dict[str, Any]:

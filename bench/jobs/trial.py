@@ -34,18 +34,18 @@ from algorithms.unlearner import Diverged, History
 from bench.files.identity import with_spec_hash
 from bench.files.origin import origin
 from bench.files.status import DIVERGED, ERROR, FINISHED, OUT_OF_MEMORY
-from bench.jobs.evaluate import EvaluateSpec, Measurement, classifiers, folder_sha256, sets_of
+from bench.jobs.evaluate import classifiers, folder_sha256
+from bench.jobs.evaluation_spec import EvaluateSpec
 from bench.jobs.resources import Resources
+from bench.jobs.trial_metrics import TrialMetrics
 from bench.jobs.unlearn import NOT_HASHED, UnlearnSpec, corpus_of, datasets_of, evaluation_of, identity_of
-from bench.metrics.table import MODEL, ORIGINAL, RETAIN_ONLY, Columns, metric_value
-from bench.metrics.values import Measured, Missing, Scores
+from bench.metrics.table import Columns
 from bench.models.find import ModelReference, find_model
-from bench.tasks.datasets import Dataset, find_task, load_dataset
+from bench.tasks.datasets import Dataset, load_dataset
 from scoring.cluster import check_versions, versions
 from scoring.errors import first_line
 from scoring.files import replacing
 from scoring.plugins import Plugin, load_plugins, loaded_plugins
-from scoring.readings import Reader
 from scoring.replica import load_model
 from scoring.work import LocalPool
 
@@ -94,44 +94,45 @@ def make_trial(
     identity = identity_of(spec, model, forget, retain)
     del identity["spec_hash"]
     if evaluation is not None:
-        # Which model is measured is the trial's own business; where the seed is not one of the metrics', nothing is.
-        asked = {key: value for key, value in dataclasses.asdict(evaluation).items() if key not in _NOT_ASKED}
-        asked |= {"harness_tasks": folder_sha256(evaluation.harness_tasks), **classifiers(evaluation)}
-        identity |= {"evaluation": asked | {"each_epoch": each_epoch, "references": list(references)}}
+        # Which model and which samples are measured follows from the rest of the trial.
+        fields = {key: value for key, value in dataclasses.asdict(evaluation).items() if key not in _OF_THE_TRIAL}
+        fields |= {"harness_tasks": folder_sha256(evaluation.harness_tasks), **classifiers(evaluation)}
+        identity |= {"evaluation": fields | {"each_epoch": each_epoch, "references": list(references)}}
     return Trial(spec, selection, evaluation, each_epoch, with_spec_hash(identity, NOT_HASHED))
 
 
-_NOT_ASKED = ("model", "task", "split", "selection", "original", "retain_model", *EvaluateSpec.EXECUTION)
+# Fields of an evaluation that a trial decides itself.
+_OF_THE_TRIAL = ("model", "task", "split", "selection", "original", "retain_model", *EvaluateSpec.EXECUTION)
 
 
 class TrialStore:
     """Results by hash, one file each, whole or not at all.
 
     Args:
-        shared: the folder of what is true anywhere; other sweeps find it there.
-        own: the folder of what is true of this sweep: what it stopped, and what went wrong on these machines.
+        shared: the folder of results that hold anywhere; other sweeps find them there.
+        local: the folder of results of this sweep alone: what it stopped, and what went wrong on these machines.
     """
 
-    def __init__(self, shared: Path, own: Path) -> None:
-        self.shared, self.own = shared, own
+    def __init__(self, shared: Path, local: Path) -> None:
+        self.shared, self.local = shared, local
 
     def find(self, key: str) -> Result | None:
         """The result of a trial, None if there is none yet."""
-        for folder in (self.shared, self.own):
+        for folder in (self.shared, self.local):
             path = folder / f"{key}.json"
             if path.is_file():
                 return json.loads(path.read_text())
         return None
 
     def write(self, key: str, result: Result) -> None:
-        folder = self.shared if result["status"] in LASTING else self.own
+        folder = self.shared if result["status"] in LASTING else self.local
         folder.mkdir(parents=True, exist_ok=True)
         with replacing(folder / f"{key}.json") as unfinished:
             unfinished.write_text(json.dumps(result))
 
     def forget_failures(self) -> None:
         """So that they are tried again."""
-        shutil.rmtree(self.own, ignore_errors=True)
+        shutil.rmtree(self.local, ignore_errors=True)
 
 
 @dataclass(frozen=True)
@@ -172,8 +173,8 @@ def run_trial(trial: Trial, shared: TrialContext, report: Report = lambda _: Non
     Args:
         report: is given the row of each epoch as it is closed.
     """
-    if found := shared.store.find(trial.hash):
-        return found
+    if earlier := shared.store.find(trial.hash):
+        return earlier
     torch.set_num_threads(shared.threads)
     started = time.perf_counter()
     result: Result
@@ -188,8 +189,8 @@ def run_trial(trial: Trial, shared: TrialContext, report: Report = lambda _: Non
     except Exception as error:
         # One trial's failure is a row of the sweep, not its end.
         text = first_line(error)
-        lacking = "not enough memory" in text or "can't allocate memory" in text
-        result = {"status": OUT_OF_MEMORY if lacking else ERROR, "reason": text}
+        out_of_memory = "not enough memory" in text or "can't allocate memory" in text
+        result = {"status": OUT_OF_MEMORY if out_of_memory else ERROR, "reason": text}
     if result["status"] not in LASTING:
         _WARM.clear()
         if shared.device == "cuda":
@@ -200,11 +201,11 @@ def run_trial(trial: Trial, shared: TrialContext, report: Report = lambda _: Non
 
 
 def _jsonable(value: Any) -> Any:
-    """The same with None for what is not a finite number."""
+    """The value with None for every number in it that is not finite: JSON has no nan."""
     if isinstance(value, dict):
-        return {key: _jsonable(each) for key, each in value.items()}
+        return {key: _jsonable(entry) for key, entry in value.items()}
     if isinstance(value, list):
-        return [_jsonable(each) for each in value]
+        return [_jsonable(entry) for entry in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
@@ -213,12 +214,14 @@ def _run(trial: Trial, shared: TrialContext, report: Report) -> Result:
     model = _model(spec.model)
     forget, retain = datasets_of(spec, model.tokenizer, _dataset)
     corpus, rejected = corpus_of(spec, model, forget, retain)
-    metrics = _Metrics(trial, shared, model) if trial.evaluation else None
+    metrics = None
+    if trial.evaluation is not None:
+        metrics = TrialMetrics(trial.evaluation, model, shared.references, shared.device)
     evaluation = evaluation_of(spec, model, corpus, retain)
     if metrics and trial.each_epoch and evaluation:
         evaluation = dataclasses.replace(evaluation, whole=metrics.of)
 
-    def closed(row: Mapping[str, Any]) -> None:
+    def epoch_closed(row: Mapping[str, Any]) -> None:
         report({**row, **derived(row)})
 
     with _folder(trial, shared) as folder:
@@ -234,7 +237,7 @@ def _run(trial: Trial, shared: TrialContext, report: Report) -> Result:
             keeps_checkpoints=spec.workers > 0,
         )
         train = _on_workers if spec.workers else _here
-        with train(job, spec, shared, closed) as (history, trained):
+        with train(job, spec, shared, epoch_closed) as (history, trained):
             values = metrics.of(trained) if metrics and not trial.each_epoch else {}
             if shared.keep_models:
                 _keep(trained, model, shared.store.shared / trial.hash)
@@ -258,41 +261,41 @@ def derived(row: Mapping[str, Any]) -> dict[str, float]:
     completeness = 1 - ROUGE-L recall on the forget set; utility = ROUGE-L recall on the retain set; balance is their
     harmonic mean. Only those that were measured.
     """
-    found = {}
+    values = {}
     if (forget := row.get("forget_rouge_l_recall")) is not None:
-        found["completeness"] = 1 - forget
+        values["completeness"] = 1 - forget
     if (retain := row.get("retain_rouge_l_recall")) is not None:
-        found["utility"] = retain
-    if len(found) == 2:
-        both = found["completeness"] + found["utility"]
-        found["balance"] = 2 * found["completeness"] * found["utility"] / both if both else 0.0
-    return found
+        values["utility"] = retain
+    if len(values) == 2:
+        total = values["completeness"] + values["utility"]
+        values["balance"] = 2 * values["completeness"] * values["utility"] / total if total else 0.0
+    return values
 
 
 @contextmanager
 def _folder(trial: Trial, shared: TrialContext) -> Iterator[Path]:
     """Where the run works: anywhere, or where all its workers see it."""
     if not trial.spec.workers:
-        with tempfile.TemporaryDirectory(prefix="mrd-bench-") as folder:
-            yield Path(folder)
+        with tempfile.TemporaryDirectory(prefix="mrd-bench-") as name:
+            yield Path(name)
         return
-    place = shared.work / trial.hash
-    place.mkdir(parents=True, exist_ok=True)
-    yield place
-    shutil.rmtree(place, ignore_errors=True)
+    folder = shared.work / trial.hash
+    folder.mkdir(parents=True, exist_ok=True)
+    yield folder
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextmanager
 def _here(
-    job: TrainingJob, spec: UnlearnSpec, shared: TrialContext, closed: Report
+    job: TrainingJob, spec: UnlearnSpec, shared: TrialContext, epoch_closed: Report
 ) -> Iterator[tuple[History, PreTrainedModel]]:
     """Train in this process; the history, and the model with whole weights."""
     weights = _weights(shared, job.source)
     model = _as_it_was(job, weights, shared.device)
     ensure_reference(job, lambda: LocalPool(model))
     if spec.lora_rank or spec.gradient_checkpointing:
-        _WARM.clear()  # it is changed in ways that putting weights back does not undo
-    unlearner = unlearner_of(job, model, Group(), report=closed, initial=weights)
+        _WARM.clear()  # this changes the model in ways that putting weights back does not undo
+    unlearner = unlearner_of(job, model, Group(), report=epoch_closed, initial=weights)
     history = unlearner.run()
     with unlearner.trained.plain() as trained:
         yield history, trained
@@ -300,24 +303,25 @@ def _here(
 
 @contextmanager
 def _on_workers(
-    job: TrainingJob, spec: UnlearnSpec, shared: TrialContext, closed: Report
+    job: TrainingJob, spec: UnlearnSpec, shared: TrialContext, epoch_closed: Report
 ) -> Iterator[tuple[History, PreTrainedModel]]:
     """Train on Ray Train workers."""
     footprint = Resources(None, spec.cpus_per_worker, spec.gpus_per_worker).footprint()
     history = train_on_ray(job, footprint)
     for row in history.epochs:
-        closed(row)
+        epoch_closed(row)
     saved = job.checkpoints.latest()
     assert saved is not None
     yield history, load_model(saved.model, "float32", shared.device)
 
 
-def _keep(trained: PreTrainedModel, model: ModelReference, place: Path) -> None:
-    shutil.rmtree(place, ignore_errors=True)
-    unfinished = place.with_name(f".{place.name}.tmp")
+def _keep(trained: PreTrainedModel, model: ModelReference, folder: Path) -> None:
+    """Save what a trial ended with, whole or not at all."""
+    shutil.rmtree(folder, ignore_errors=True)
+    unfinished = folder.with_name(f".{folder.name}.tmp")
     trained.save_pretrained(unfinished)
     model.tokenizer.save_pretrained(unfinished)
-    unfinished.rename(place)
+    unfinished.rename(folder)
 
 
 # --- Warm workers -------------------------------------------------------------------------------------------
@@ -372,63 +376,3 @@ def _dataset(source: str, split: str | None = None, tokenizer: Any = None) -> Da
 
 
 # --- Metrics of the task ------------------------------------------------------------------------------------
-
-
-class _Metrics:
-    """The metrics of a task under a model in this process."""
-
-    def __init__(self, trial: Trial, shared: TrialContext, model: ModelReference) -> None:
-        assert trial.evaluation is not None
-        self._spec, self._model, self._shared = trial.evaluation, model, shared
-        self._task, self._source = find_task(self._spec.task)
-        self._metrics = self._spec.metrics_of(self._task)
-        self._sets, _ = sets_of(self._spec, self._task, self._source, {MODEL: model}, self._metrics)
-
-    def of(self, trained: PreTrainedModel) -> dict[str, float]:
-        """Metric -> value; nan where it cannot be measured."""
-        with tempfile.TemporaryDirectory(prefix="mrd-bench-") as name:
-            model = dataclasses.replace(self._model, source="trained", revision=None, loaded=trained)
-
-            @contextmanager
-            def reader_of(source: str, revision: str | None) -> Iterator[Reader]:
-                read = trained if source == model.source else load_model(source, "float32", self._shared.device)
-                yield Reader(LocalPool(read), model.tokenizer.eos_token_id, self._spec.batch_tokens)
-
-            def piece(key: str, anything: Sequence[Any], work: Callable[[], tuple[Columns, Any]]) -> Columns:
-                return work()[0] if anything else {}
-
-            measurement = Measurement(
-                self._spec,
-                self._task,
-                self._source,
-                {MODEL: model},
-                self._sets,
-                self._metrics,
-                reader_of,
-                piece,
-                Path(name),
-                progress=False,
-            )
-            columns = measurement.columns_of(MODEL, self._on_these(ORIGINAL))
-        measured = Measured(columns, self._on_these(RETAIN_ONLY).get(RETAIN_ONLY))
-        return {name: metric_value(name, measured) for name in self._metrics}
-
-    def _on_these(self, role: str) -> dict[str, Columns]:
-        """A reference model's columns by role, of the samples that are measured here."""
-        ids = {
-            name: [record["id"] for record in records]
-            for name, records in self._sets.items()
-            if not isinstance(records, Missing)
-        }
-        known = self._shared.references.get(role)
-        if known is None:
-            return {}
-        return {role: {key: _of_ids(column, ids.get(key[0])) for key, column in known.items()}}
-
-
-def _of_ids(column: Scores | Missing, ids: Sequence[str] | None) -> Scores | Missing:
-    if isinstance(column, Missing) or ids is None:
-        return column
-    place = {name: row for row, name in enumerate(column.ids)}
-    rows = [place[name] for name in ids]
-    return Scores(tuple(ids), column.values[rows])

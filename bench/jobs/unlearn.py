@@ -167,7 +167,7 @@ def datasets_of(
 
     Args:
         tokenizer: of the model, for tasks whose texts are cut by the number of tokens.
-        load: `load_dataset`, or what remembers its results.
+        load: `load_dataset`, or a function that remembers its results.
     """
     forget = load(spec.task, spec.forget_split, tokenizer)
     if spec.selection is not None:
@@ -227,7 +227,7 @@ def _text_set(dataset: Dataset | None) -> TextSet | None:
 
 
 def room_of(spec: UnlearnSpec, model: ModelReference, corpus: Corpus) -> tuple[int, int]:
-    """Bytes of a checkpoint, and of what is kept of the initial model."""
+    """Bytes of a checkpoint, and of the reference that the initial model gives."""
     config = AutoConfig.from_pretrained(model.source, revision=model.revision)
     try:
         with torch.device("meta"):
@@ -238,9 +238,9 @@ def room_of(spec: UnlearnSpec, model: ModelReference, corpus: Corpus) -> tuple[i
     weights = sum(p.numel() for p in empty.parameters())
     states = sum(
         sample.num_scored * config.get_text_config().hidden_size * BYTES_MODEL
-        for role, wanted in Objectives.of(spec).reference().items()
+        for role, quantities in Objectives.of(spec).reference().items()
         for sample in {"forget": corpus.forget, "retain": corpus.retain, "refusal": corpus.refusals}[role]
-        for quantity in wanted
+        for quantity in quantities
         if quantity != "nll"
     )
     return weights * (BYTES_MODEL if spec.lora_rank else BYTES_MODEL + BYTES_MOMENTS), states
@@ -250,7 +250,7 @@ def room_of(spec: UnlearnSpec, model: ModelReference, corpus: Corpus) -> tuple[i
 
 
 def identity_of(spec: UnlearnSpec, model: ModelReference, forget: Dataset, retain: Dataset | None) -> dict[str, Any]:
-    """The spec with hashes in place of what names can hide, and its own hash."""
+    """The spec, with hashes of model and data in place of their names, and the hash of all that."""
     content = {k: v for k, v in dataclasses.asdict(spec).items() if k not in UnlearnSpec.EXECUTION} | {
         "schema_version": SCHEMA_VERSION,
         "model_fingerprint": model.fingerprint,

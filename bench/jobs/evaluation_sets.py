@@ -1,0 +1,107 @@
+"""The sets of records that the metrics of an evaluation speak of."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from bench.jobs.evaluation_spec import EvaluateSpec
+from bench.metrics import METRICS
+from bench.metrics.table import MODEL
+from bench.metrics.values import Missing
+from bench.models.find import ModelReference
+from bench.tasks import Record, Task
+from bench.tasks.selections import read_ids
+from bench.tasks.task import Unreachable
+from scoring.errors import UserError, unknown_name
+from scoring.records import as_text, check_ids, question_answer
+from scoring.samples import Rejected, Text, encode, evenly_spaced
+from scoring.settings import named
+
+# Quantities that lm-evaluation-harness measures.
+HARNESS = ("acc", "log_likelihood", "words")
+Sets = Mapping[str, list[Record] | Missing]
+
+
+def sets_of(
+    spec: EvaluateSpec,
+    task: Task,
+    source: str | None,
+    models: Mapping[str, ModelReference],
+    metrics: Sequence[str],
+) -> tuple[Sets, dict[str, list[Rejected]]]:
+    """The records of every set that the metrics speak of, each with an "id", and those that no model can take.
+
+    Raises:
+        UserError: a set that is there is at fault, or has no record.
+    """
+    split = spec.split or task.default_split
+    if split not in task.retain_of:
+        raise unknown_name(f"forget split of task {task.name!r}", split, task.retain_of)
+    splits = dict(task.evaluation(split))
+    if spec.mia_negatives in splits:
+        splits["negatives"] = splits[spec.mia_negatives]
+    needed = {name for metric in metrics for name, quantity in METRICS[metric].columns if quantity not in HARNESS}
+    sets: dict[str, list[Record] | Missing] = {}
+    rejected: dict[str, list[Rejected]] = {}
+    for name in sorted(needed):
+        if name not in splits:
+            # By the split's name, so that nobody wonders what the negatives are.
+            absent = spec.mia_negatives if name == "negatives" else name
+            sets[name] = Missing(f"task {task.name!r} has no {absent} set")
+            continue
+        try:
+            records = task.load(splits[name], source, models[MODEL].tokenizer)
+        except Unreachable as error:
+            sets[name] = Missing(str(error))
+            continue
+        if not records:
+            raise UserError(
+                f"{spec.task}, split {splits[name]!r}: the {name} set is empty; expected at least one record"
+            )
+        records = [{**record, "id": str(record.get("id", i))} for i, record in enumerate(records)]
+        check_ids(f"{spec.task}, split {splits[name]!r}", [record["id"] for record in records])
+        if name == "forget" and spec.selection is not None:
+            records = _selected(records, spec.selection, f"{spec.task}, split {splits[name]!r}")
+        else:
+            records = evenly_spaced(records, spec.samples)
+        sets[name], rejected[name] = _fitting(name, records, models)
+    return sets, rejected
+
+
+def _selected(records: Sequence[Record], selection: str, where: str) -> list[Record]:
+    """Those whose id is in a file, in the order of the data."""
+    known = {record["id"] for record in records}
+    chosen = read_ids(selection)
+    if unknown := next((name for name in chosen if name not in known), None):
+        raise UserError(f"{named('selection')} {selection!r}: {unknown_name(f'sample of {where}', unknown, known)}")
+    return [record for record in records if record["id"] in set(chosen)]
+
+
+def _fitting(
+    name: str, records: Sequence[Record], models: Mapping[str, ModelReference]
+) -> tuple[list[Record], list[Rejected]]:
+    """The records whose texts fit into the context of every model, whichever metric reads them; and the others."""
+    tokenizer, context = models[MODEL].tokenizer, min(model.max_length for model in models.values())
+    fit, unfit = [], []
+    for number, record in enumerate(records, start=1):
+        _, rejected = encode(_texts(name, number, record), tokenizer, context)
+        if rejected:
+            unfit.append(Rejected(record["id"], rejected[0].reason))
+        else:
+            fit.append(record)
+    if not fit:
+        raise UserError(f"{name} set: none of {len(records)} records can be used; the first: {unfit[0].reason}")
+    return fit, unfit
+
+
+def _texts(name: str, number: int, record: Record) -> list[Text]:
+    """Every pair of a question and an answer that a metric may put to a model."""
+    if "prompt" in record and "completion" not in record:
+        return [Text(record["id"], record["prompt"], ".")]
+    texts = [as_text(name, number, record)]
+    if "question" in record:
+        questions = [record[key] for key in ("question", "paraphrased_question") if record.get(key)]
+        answers = [record[key] for key in ("answer", "paraphrased_answer") if record.get(key)]
+        answers += record.get("perturbed_answer") or []
+        texts += [Text(record["id"], *question_answer(q, a)) for q in questions for a in answers]
+    return texts

@@ -1,0 +1,108 @@
+"""What is evaluated, and how."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal, Self
+
+from bench.jobs.relearn import Relearning
+from bench.models.find import ModelName, absolute_model
+from bench.tasks import Task
+from bench.tasks.datasets import DataName, absolute_source
+from scoring.errors import UserError, unknown_name
+from scoring.samples import BATCH_TOKENS
+from scoring.settings import Doc, Ge, Gt, Le, check, named
+from scoring.work import Dtype
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateSpec:
+    """What is evaluated, and how. Its hash is the evaluation's identity."""
+
+    EXECUTION: ClassVar = ("relearn_workers",)
+
+    model: Annotated[ModelName, Doc("the model that has forgotten: an embedded one, a folder, or a Hugging Face id")]
+    task: Annotated[DataName, Doc("a task (see `mrd-bench tasks`), NAME:SOURCE, or a task file (.yaml)")]
+    split: Annotated[str | None, Doc("the forget split, e.g. forget10 (default: the task's own)")] = None
+    selection: Annotated[
+        str | None,
+        Doc("text file of the ids of the samples that were forgotten, one a line (default: the whole split)"),
+    ] = None
+    original: Annotated[
+        ModelName | None, Doc("the model before it forgot; without it Relearn takes all for known that is not now")
+    ] = None
+    retain_model: Annotated[
+        ModelName | None, Doc("the gold standard: trained without the forget set; without it no Forget Quality")
+    ] = None
+    metrics: Annotated[
+        str | None, Doc("names, separated by commas (default: all of the task; see `mrd-bench metrics`)")
+    ] = None
+    samples: Annotated[int | None, Ge(1), Doc("of each set at most, evenly spaced (default: all)")] = None
+    mia_negatives: Annotated[
+        Literal["holdout", "retain"], Doc("samples that were never trained on, or the retain set")
+    ] = "holdout"
+    min_k: Annotated[float, Gt(0), Le(1), Doc("share of tokens that Min-k% takes")] = 0.2
+    el_n: Annotated[int, Ge(1), Doc("tokens in an n-gram of extraction likelihood")] = 10
+    sentence_model: Annotated[ModelName | None, Doc("embeds sentences for FA (default: all-MiniLM-L6-v2)")] = None
+    toxicity_model: Annotated[
+        ModelName | None, Doc("a text-classification model (default: the task's, unitary/toxic-bert)")
+    ] = None
+    toxicity_label: Annotated[str, Doc("whose score it is")] = "toxic"
+    harness_tasks: Annotated[
+        str | None, Doc("folder of lm-evaluation-harness task files, which go before its own of the same name")
+    ] = None
+    harness_limit: Annotated[int | None, Ge(1), Doc("questions of each of its tasks at most (default: all)")] = None
+    relearn_share: Annotated[float, Gt(0), Le(1), Doc("share of the forget set that is taught")] = Relearning.share
+    relearn_steps: Annotated[int, Ge(1), Doc("updates of relearning, 4 samples each")] = Relearning.steps
+    relearn_learning_rate: Annotated[float, Gt(0), Doc("of relearning")] = Relearning.learning_rate
+    relearn_workers: Annotated[int, Ge(0), Doc("Ray Train workers of relearning; 0 trains in this process")] = 0
+    dtype: Annotated[Dtype, Doc("of weights and activations")] = "float32"
+    batch_tokens: Annotated[int, Ge(1), Doc("padded tokens in a batch")] = BATCH_TOKENS
+    seed: Annotated[int, Ge(0), Doc("of the resampling and of relearning")] = 0
+
+    def checked(self) -> Self:
+        """The same with absolute paths.
+
+        Raises:
+            UserError: a value that cannot be.
+        """
+        check(self)
+        if self.harness_tasks is not None and not Path(self.harness_tasks).is_dir():
+            raise UserError(
+                f"{named('harness_tasks')} is {self.harness_tasks!r}, which is no folder: expected one with task files "
+                "(.yaml)"
+            )
+        located: dict[str, Any] = {"task": absolute_source(self.task)}
+        for name in ("model", "original", "retain_model", "sentence_model", "toxicity_model"):
+            if (model := getattr(self, name)) is not None:
+                located[name] = absolute_model(model)
+        for name in ("selection", "harness_tasks"):
+            if (path := getattr(self, name)) is not None:
+                located[name] = str(Path(path).absolute())
+        return dataclasses.replace(self, **located)
+
+    def relearning(self) -> Relearning:
+        return Relearning(
+            self.relearn_share, self.relearn_steps, self.relearn_learning_rate, self.seed, self.relearn_workers
+        )
+
+    def metrics_of(self, task: Task) -> tuple[str, ...]:
+        """The metrics that are wanted, in the task's order.
+
+        Raises:
+            UserError: the task has no such metric, or none is named.
+        """
+        if self.metrics is None:
+            return task.metrics
+        wanted = [name.strip() for name in self.metrics.split(",") if name.strip()]
+        if not wanted:
+            few = ",".join(task.metrics[:2])
+            raise UserError(
+                f"{named('metrics')} is {self.metrics!r}: expected names, separated by commas, such as {few}"
+            )
+        for name in wanted:
+            if name not in task.metrics:
+                raise unknown_name(f"metric of task {task.name!r}", name, task.metrics)
+        return tuple(name for name in task.metrics if name in wanted)

@@ -1,0 +1,139 @@
+"""The tables of a sweep, written when all its trials have ended."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from bench.files.origin import origin
+from bench.files.status import DIED
+from bench.jobs.sweep_plan import SweepPlan
+from bench.jobs.trial import Result, Trial, TrialStore
+from bench.jobs.unlearn import UnlearnSpec
+from bench.tasks.selections import mean_log_mrd
+from scoring.errors import UserError
+from scoring.files import replacing
+
+TABLES = ("trials", "epochs", "samples")
+
+
+@dataclass(frozen=True)
+class SweepResult:
+    """What a sweep gives back.
+
+    Attributes:
+        folder: with the tables, selections.parquet and sweep.json.
+        trials: one row a trial: hash, status, reason, selection and its difficulty, the fields of its spec, and what it
+            ended with.
+        epochs: one row an epoch of a trial; row 0 is the initial model.
+        samples: one row a forget sample of a trial.
+        record: what a reader must know: spec, counts, seconds, packages.
+    """
+
+    folder: Path
+    trials: pa.Table
+    epochs: pa.Table
+    samples: pa.Table
+    record: dict[str, Any]
+
+
+def write_tables(plan: SweepPlan, trials: Sequence[Trial], store: TrialStore, seconds: float) -> SweepResult:
+    """Put the results of all trials into tables; sweep.json comes last and says that all is there."""
+    results = [(trial, store.find(trial.hash) or _lost(trial)) for trial in trials]
+    tables = {
+        "trials": [_row(plan, trial, result) for trial, result in results],
+        "epochs": [{"trial": trial.hash, **row} for trial, result in results for row in result.get("epochs", [])],
+        "samples": [{"trial": trial.hash, **row} for trial, result in results for row in result.get("samples", [])],
+    }
+    for name, rows in tables.items():
+        with replacing(plan.out / f"{name}.parquet") as unfinished:
+            pq.write_table(as_table(rows), unfinished)
+    record = {
+        "spec": plan.identity,
+        "model": plan.base.model,
+        "counts": Counter(result["status"] for _, result in results),
+        "seconds": seconds,
+        **origin(),
+    }
+    with replacing(plan.out / "sweep.json") as unfinished:
+        unfinished.write_text(json.dumps(record, indent=2) + "\n")
+    return read_sweep(plan.out)
+
+
+def _lost(trial: Trial) -> Result:
+    return {"spec": trial.identity, "status": DIED, "reason": "its result was not written", "seconds": None}
+
+
+# Fields of a trial's spec that are columns of its row: all but where its selection is, and how it is run.
+_SPEC_COLUMNS = tuple(
+    field.name for field in dataclasses.fields(UnlearnSpec) if field.name not in (*UnlearnSpec.EXECUTION, "selection")
+)
+
+
+def _row(plan: SweepPlan, trial: Trial, result: Result) -> dict[str, Any]:
+    selection = plan.selections[trial.selection]
+    spec = {name: getattr(trial.spec, name) for name in _SPEC_COLUMNS}
+    # Of several types: a number of draws may be "auto".
+    spec |= {"settings": json.dumps(spec["settings"], sort_keys=True), "draws": str(spec["draws"])}
+    return {
+        "trial": trial.hash,
+        "status": result["status"],
+        "reason": result["reason"],
+        "selection": selection.name,
+        "kind": selection.kind,
+        "level": selection.level,
+        "forget_samples": len(selection.ids),
+        "mean_log_mrd": mean_log_mrd(selection, plan.mrd) if plan.mrd else None,
+        **spec,
+        "updates": result.get("updates"),
+        "seconds": result["seconds"],
+        **_origin(trial, result),
+        **{name: value for name, value in result.get("values", {}).items() if name not in spec},
+    }
+
+
+def _origin(trial: Trial, result: Result) -> dict[str, str | None]:
+    """The trial's identity, and where its result comes from (`bench.files.origin`); early versions did not say."""
+    made_by = result.get("origin", {})
+    return {
+        # Where the file of ids lies concerns this machine alone; the hash of the samples is in the identity.
+        "identity": json.dumps({**trial.identity, "selection": trial.selection}, sort_keys=True),
+        "packages": json.dumps(made_by["packages"]) if "packages" in made_by else None,
+        "hardware": made_by.get("hardware"),
+        "git_commit": made_by.get("git_commit"),
+    }
+
+
+def as_table(rows: Sequence[Mapping[str, Any]]) -> pa.Table:
+    """Rows that need not have the same columns; a column without any value is of numbers."""
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    columns = {name: pa.array([row.get(name) for row in rows]) for name in names}
+    return pa.table(
+        {
+            name: pa.nulls(len(rows), pa.float64()) if pa.types.is_null(column.type) else column
+            for name, column in columns.items()
+        }
+    )
+
+
+def read_sweep(folder: str | Path) -> SweepResult:
+    """A finished sweep.
+
+    Raises:
+        UserError: the folder holds none.
+    """
+    folder = Path(folder)
+    try:
+        record = json.loads((folder / "sweep.json").read_text())
+        trials, epochs, samples = (pq.read_table(folder / f"{name}.parquet") for name in TABLES)
+    except (OSError, json.JSONDecodeError, pa.ArrowException) as error:
+        raise UserError(f"{folder}: no finished sweep; expected what `mrd-bench sweep` writes") from error
+    return SweepResult(folder, trials, epochs, samples, record)

@@ -1,0 +1,93 @@
+"""The metrics of a task under the model that a trial ends with, in the process where it ran."""
+
+from __future__ import annotations
+
+import dataclasses
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from bench.jobs.evaluation_sets import sets_of
+from bench.jobs.evaluation_spec import EvaluateSpec
+from bench.jobs.measurement import Measurement
+from bench.metrics.table import MODEL, ORIGINAL, RETAIN_ONLY, Columns, metric_value
+from bench.metrics.values import Measured, Missing, Scores
+from bench.models.find import ModelReference
+from bench.tasks.datasets import find_task
+from scoring.readings import Reader
+from scoring.replica import load_model
+from scoring.work import LocalPool
+
+
+class TrialMetrics:
+    """The metrics of a task under models in this process.
+
+    Args:
+        spec: what is evaluated.
+        model: whose tokenizer the trained models have.
+        references: columns of the original and the retain-only model, by role, for metrics that compare.
+        device: where a model goes that is loaded here.
+    """
+
+    def __init__(
+        self, spec: EvaluateSpec, model: ModelReference, references: Mapping[str, Columns], device: str
+    ) -> None:
+        self._spec, self._model, self._references, self._device = spec, model, references, device
+        self._task, self._source = find_task(spec.task)
+        self._metrics = spec.metrics_of(self._task)
+        self._sets, _ = sets_of(spec, self._task, self._source, {MODEL: model}, self._metrics)
+
+    def of(self, trained: PreTrainedModel) -> dict[str, float]:
+        """Metric -> value; nan where it cannot be measured."""
+        with tempfile.TemporaryDirectory(prefix="mrd-bench-") as folder:
+            model = dataclasses.replace(self._model, source="trained", revision=None, loaded=trained)
+
+            @contextmanager
+            def reader_of(source: str, revision: str | None) -> Iterator[Reader]:
+                read = trained if source == model.source else load_model(source, "float32", self._device)
+                yield Reader(LocalPool(read), model.tokenizer.eos_token_id, self._spec.batch_tokens)
+
+            def piece(
+                key: str, contents: Sequence[Any], measure: Callable[[], tuple[Columns, dict[str, Any]]]
+            ) -> Columns:
+                return measure()[0] if contents else {}
+
+            measurement = Measurement(
+                self._spec,
+                self._task,
+                self._source,
+                {MODEL: model},
+                self._sets,
+                self._metrics,
+                reader_of,
+                piece,
+                Path(folder),
+                progress=False,
+            )
+            columns = measurement.columns_of(MODEL, self._of_reference(ORIGINAL))
+        measured = Measured(columns, self._of_reference(RETAIN_ONLY).get(RETAIN_ONLY))
+        return {name: metric_value(name, measured) for name in self._metrics}
+
+    def _of_reference(self, role: str) -> dict[str, Columns]:
+        """A reference model's columns by role, of the samples that are measured here."""
+        if role not in self._references:
+            return {}
+        ids = {
+            name: [record["id"] for record in records]
+            for name, records in self._sets.items()
+            if not isinstance(records, Missing)
+        }
+        columns = self._references[role]
+        return {role: {key: _of_ids(column, ids.get(key[0])) for key, column in columns.items()}}
+
+
+def _of_ids(column: Scores | Missing, ids: Sequence[str] | None) -> Scores | Missing:
+    """The values of these samples alone; None: of all."""
+    if isinstance(column, Missing) or ids is None:
+        return column
+    row_of = {name: row for row, name in enumerate(column.ids)}
+    return Scores(tuple(ids), column.values[[row_of[name] for name in ids]])
