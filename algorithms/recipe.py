@@ -13,10 +13,11 @@ from transformers import PreTrainedConfig
 from algorithms.objectives import ALGORITHMS, RETAIN_TERMS, find_algorithm, inputs_of, with_settings
 from algorithms.reference import needs
 from algorithms.samplers import ORDERS
+from scoring.cluster import GPU_SHARE
 from scoring.errors import UserError
 from scoring.mrd import EstimatorName, NumberOfDraws, Sigma, StatisticChoice, complete
 from scoring.samples import BATCH_TOKENS
-from scoring.settings import Doc, Ge, Gt, Known, Le, check, named
+from scoring.settings import Doc, Expected, Ge, Gt, Known, Le, check, named
 
 Unit = Literal["epochs", "steps"]
 Strategy = Literal["ddp", "fsdp"]
@@ -89,6 +90,7 @@ class Recipe:
     )
     alpha: Annotated[
         float | None,
+        Expected("a number; 1 easy first, 0 uniform, -1 hard first"),
         Doc("1 easy first (Algorithm 2), 0 uniform, -1 hard first (Appendix B) (default: the algorithm's, mostly 0)"),
     ] = None
     replacement: Annotated[bool, Doc("draw with replacement within an epoch, as Algorithm 2 does")] = True
@@ -126,7 +128,9 @@ class Recipe:
         algorithm = find_algorithm(self.algorithm)
         with_settings(algorithm.forget, self.settings)
         if self.settings.get("beta", 1.0) <= 0:
-            raise UserError(f"{named('settings')}: beta is {self.settings['beta']:g}: expected a number greater than 0")
+            raise UserError(
+                f"{named('settings')}['beta'] is {self.settings['beta']:g}: expected a number greater than 0"
+            )
         statistic, draws = complete(self.estimator, self.statistic, self.draws)
         filled: dict[str, Any] = {
             "statistic": statistic,
@@ -161,7 +165,10 @@ class Execution:
     strategy: Annotated[Strategy, Doc("ddp: a whole model a worker; fsdp: sharded (FSDP2)")] = "ddp"
     cpus_per_worker: Annotated[int, Ge(1), Doc("cores and threads of a worker")] = 1
     gpus_per_worker: Annotated[
-        float | None, Ge(0), Doc("a share of one, or several (default: 1 where there are any, else 0)")
+        float | None,
+        Ge(0),
+        Expected(GPU_SHARE),
+        Doc("a share of one, or several (default: 1 where there are any, else 0)"),
     ] = None
     batch_tokens: Annotated[
         int, Ge(2), Doc("padded tokens in a micro-batch; gradients are accumulated over as many as a batch needs")
@@ -223,7 +230,7 @@ def layer_of(recipe: Recipe, config: PreTrainedConfig) -> int | None:
     depth = config.get_text_config().num_hidden_layers
     layer = recipe.layer or max(1, round(depth * 7 / 32))
     if layer > depth:
-        raise UserError(f"layer is {layer}: the model has {depth} decoder layers")
+        raise UserError(f"{named('layer')} is {layer}: the model has {depth} decoder layers")
     return layer
 
 

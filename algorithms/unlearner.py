@@ -191,7 +191,7 @@ class Unlearner:
             if place == 0:
                 self.sampler.begin_epoch()
             if self._refresh_is_due(history.step):
-                self._refresh()
+                self.refresh()
             self.step(self.sampler.draw(history.step, self.recipe.batch_size or 1, self._left()))
             self._trust_newest_checkpoint()
             end_of_epoch = history.step % self.updates_per_epoch == 0 or history.step == self.total
@@ -400,7 +400,7 @@ class Unlearner:
         every, unit = self.recipe.refresh, self.recipe.refresh_unit
         return step == 0 or (every > 0 and _due(step, every, unit, self.updates_per_epoch))
 
-    def _refresh(self) -> None:
+    def refresh(self) -> None:
         """Measure MRD on the current weights, each worker its share of the samples."""
         with self._clock("mrd") as clock, self.trained.plain() as model:
             scores, replica = measure_mrd(model, self.corpus.forget, self.recipe, self.group, self._batch_tokens)

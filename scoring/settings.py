@@ -1,10 +1,10 @@
-"""Settings: dataclasses whose fields say what they may be and what they are for.
+"""Settings: dataclasses whose fields say which values they take and what they are for.
 
 A field is `name: Annotated[TYPE, BOUNDS..., Doc("...")] = DEFAULT`, with the bounds of annotated-types (Ge, Gt, Le,
 Lt), a Literal for a closed set of names, and Known for a registry that can grow. From it come the command-line flag,
 its help, the key of a spec file, the check, the message of the check, and the reference page in docs/.
 
-Messages call a setting what whoever set it called it: a flag, a line of a file, or an argument.
+Messages call a setting what the user called it: a flag, a line of a file, or an argument.
 """
 
 from __future__ import annotations
@@ -314,7 +314,9 @@ def _refusal(setting: Setting, value: Any, error: ValidationError) -> str:
     location = detail["loc"]
     containers = [kind for kind in map(_plain, _alternatives(setting.type)) if get_origin(kind) in (dict, list, tuple)]
     parts = _split(setting.type, value) if isinstance(value, FlagText) else value
-    if containers and location and isinstance(parts, dict | list | tuple) and detail["input"] not in (value, ""):
+    nothing_said = isinstance(value, FlagText) and not detail["input"]
+    inside = isinstance(parts, dict | list | tuple) and detail["input"] is not value and not nothing_said
+    if containers and location and inside:
         # One of the values inside is at fault, or a key.
         key = location[1] if len(location) > 1 and location[0] not in parts else location[0]
         refused, place = detail["input"], f"{place}[{key!r}]"

@@ -25,7 +25,7 @@ from algorithms.checkpoints import Checkpoint, Checkpoints
 from algorithms.corpus import Corpus, Evaluation
 from algorithms.objectives import ALGORITHMS
 from algorithms.ray_train import TrainingJob, train_here
-from algorithms.recipe import Recipe, total_updates, updates_per_epoch
+from algorithms.recipe import Execution, Recipe, total_updates, updates_per_epoch
 from algorithms.stopping import Thresholds
 from algorithms.trainable import Group, Lora, Trainable
 from algorithms.unlearner import DIRECTION, Diverged, History, Progress, Unlearner, retain_order, trainable_for
@@ -70,8 +70,15 @@ def recipe(algorithm: str = "GA", **fields: Any) -> Recipe:
     return dataclasses.replace(made, **made.resolved())
 
 
-def job(model: Path, folder: Path, made: Recipe, corpus: Corpus = CORPUS, **more: Any) -> TrainingJob:
-    return TrainingJob(made, corpus, str(model), None, folder, tokenizer(), **more)
+def job(
+    model: Path,
+    folder: Path,
+    made: Recipe,
+    corpus: Corpus = CORPUS,
+    evaluation: Evaluation | None = None,
+    **execution: Any,
+) -> TrainingJob:
+    return TrainingJob(made, Execution(**execution), corpus, str(model), None, folder, tokenizer(), evaluation)
 
 
 @dataclass
@@ -820,7 +827,7 @@ def test_measuring_difficulty_changes_nothing(plain: Path, tmp_path: Path, estim
         return found | {f"{n} trained": torch.tensor(p.requires_grad) for n, p in model.named_parameters()}
 
     before, buffers = state(), {name: b.clone() for name, b in model.named_buffers()}
-    unlearner._refresh()
+    unlearner.refresh()
     assert_bitwise(state(), before)
     assert_bitwise(dict(model.named_buffers()), buffers)
     assert not model.training
@@ -1177,7 +1184,7 @@ def test_checkpoint_is_whole_or_not_there(checkpoints: Checkpoints, stage: str, 
         if stage == "model":
             patched.setattr(model, "save_pretrained", fail)
         elif stage == "tokenizer":
-            patched.setattr(checkpoints._tokenizer, "save_pretrained", fail)
+            patched.setattr("transformers.PreTrainedTokenizerFast.save_pretrained", fail)
         elif stage == "training":
             patched.setattr("algorithms.checkpoints.save_file", fail)
         # What is no JSON fails by itself.
@@ -1258,37 +1265,40 @@ def test_seed_decides_everything(plain: Path, tmp_path: Path, fields: dict):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"algorithm": "GradDif"}, "unknown algorithm 'GradDif': .*did you mean 'GradDiff'"),
+        ({"algorithm": "GradDif"}, "algorithm is 'GradDif': expected one of GA, .*did you mean 'GradDiff'"),
         ({"settings": {"beta": 1.0}}, "unknown setting of ga 'beta': it has no settings"),
         ({"algorithm": "NPO", "settings": {"gamma": 1.0}}, "unknown setting of npo 'gamma': expected one of beta"),
-        ({"algorithm": "NPO", "settings": {"beta": math.inf}}, "setting beta of npo is inf: expected a finite number"),
-        ({"algorithm": "NPO", "settings": {"beta": "x"}}, "setting beta of npo is 'x': expected a finite number"),
-        ({"algorithm": "NPO", "settings": {"beta": 0.0}}, "setting beta is 0: expected a number greater than 0"),
-        ({"algorithm": "NPO", "settings": {"beta": -0.1}}, "setting beta is -0.1: expected a number greater than 0"),
-        ({"retain_term": "nl"}, "unknown retain term 'nl': expected one of none, nll, kl, hidden; did you mean 'nll'"),
-        ({"order": "easyfirst"}, "unknown order 'easyfirst': .*did you mean 'easy-first'"),
-        ({"dtype": "float16"}, "unknown dtype 'float16': expected one of float32, bfloat16"),
-        ({"refresh_unit": "epoch"}, "unknown refresh_unit 'epoch': .*did you mean 'epochs'"),
-        ({"check_unit": "step"}, "unknown check_unit 'step': .*did you mean 'steps'"),
-        ({"epochs": 0}, "epochs is 0: expected 1 or more"),
-        ({"max_steps": 0}, "max_steps is 0: expected 1 or more"),
-        ({"batch_size": 0}, "batch_size is 0: expected 1 or more"),
-        ({"refresh": -1}, "refresh is -1: expected 0 or more"),
-        ({"check_every": -1}, "check_every is -1: expected 0 or more"),
+        ({"algorithm": "NPO", "settings": {"beta": math.inf}}, r"settings\['beta'\] is inf: expected a finite number"),
+        ({"algorithm": "NPO", "settings": {"beta": "x"}}, r"settings\['beta'\] is 'x': expected a number"),
+        ({"algorithm": "NPO", "settings": {"beta": 0.0}}, r"settings\['beta'\] is 0: expected a number greater than 0"),
+        (
+            {"algorithm": "NPO", "settings": {"beta": -0.1}},
+            r"settings\['beta'\] is -0.1: expected a number greater than 0",
+        ),
+        ({"retain_term": "nl"}, "retain_term is 'nl': expected one of none, nll, kl, hidden; did you mean 'nll'"),
+        ({"order": "easyfirst"}, "order is 'easyfirst': expected one of .*did you mean 'easy-first'"),
+        ({"dtype": "float16"}, "dtype is 'float16': expected one of float32, bfloat16"),
+        ({"refresh_unit": "epoch"}, "refresh_unit is 'epoch': .*did you mean 'epochs'"),
+        ({"check_unit": "step"}, "check_unit is 'step': .*did you mean 'steps'"),
+        ({"epochs": 0}, "epochs is 0: expected a whole number of at least 1"),
+        ({"max_steps": 0}, "max_steps is 0: expected a whole number of at least 1"),
+        ({"batch_size": 0}, "batch_size is 0: expected a whole number of at least 1"),
+        ({"refresh": -1}, "refresh is -1: expected a whole number of at least 0"),
+        ({"check_every": -1}, "check_every is -1: expected a whole number of at least 0"),
         ({"check_every": 0}, "check_every is 0: nobody looks"),
-        ({"warmup_steps": -1}, "warmup_steps is -1: expected 0 or more"),
-        ({"lora_rank": -1}, "lora_rank is -1: expected 0 or more"),
-        ({"el_n": 0}, "el_n is 0: expected 1 or more"),
-        ({"layer": 0}, "layer is 0: expected 1 or more"),
-        ({"seed": -1}, "seed is -1: expected 0 or more"),
-        ({"learning_rate": 0.0}, "learning_rate is 0: expected a number greater than 0"),
-        ({"learning_rate": math.nan}, "learning_rate is nan: expected a number greater than 0"),
-        ({"clip_norm": 0.0}, "clip_norm is 0: expected a number greater than 0"),
-        ({"forget_weight": -1.0}, "forget_weight is -1: expected a number from 0"),
-        ({"retain_weight": math.inf}, "retain_weight is inf: expected a number from 0"),
-        ({"weight_decay": -0.1}, "weight_decay is -0.1: expected a number from 0"),
-        ({"lora_rank": 2, "lora_alpha": 0}, "lora_alpha is 0: expected a number greater than 0"),
-        ({"alpha": math.nan}, "alpha is nan: expected a number; 1 easy first, 0 uniform, -1 hard first"),
+        ({"warmup_steps": -1}, "warmup_steps is -1: expected a whole number of at least 0"),
+        ({"lora_rank": -1}, "lora_rank is -1: expected a whole number of at least 0"),
+        ({"el_n": 0}, "el_n is 0: expected a whole number of at least 1"),
+        ({"layer": 0}, "layer is 0: expected a whole number of at least 1"),
+        ({"seed": -1}, "seed is -1: expected a whole number of at least 0"),
+        ({"learning_rate": 0.0}, "learning_rate is 0.0: expected a number greater than 0"),
+        ({"learning_rate": math.nan}, "learning_rate is nan: expected a finite number greater than 0"),
+        ({"clip_norm": 0.0}, "clip_norm is 0.0: expected a number greater than 0"),
+        ({"forget_weight": -1.0}, "forget_weight is -1.0: expected a number of at least 0"),
+        ({"retain_weight": math.inf}, "retain_weight is inf: expected a finite number of at least 0"),
+        ({"weight_decay": -0.1}, "weight_decay is -0.1: expected a number of at least 0"),
+        ({"lora_rank": 2, "lora_alpha": 0}, "lora_alpha is 0: expected a whole number greater than 0"),
+        ({"alpha": math.nan}, "alpha is nan: expected a finite number; 1 easy first, 0 uniform, -1 hard first"),
         ({"lora_rank": 2, "trainable": "mlp"}, "trainable and lora_rank exclude each other"),
     ],
     ids=str,

@@ -69,8 +69,8 @@ def inputs(tmp_path: Path, model_folder: Path, data_file: Path) -> Inputs:
 FLAGS = {
     "sigma of zero": ("--sigma 0", "--sigma is 0: expected a number greater than 0"),
     "negative sigma": ("--sigma -0.5", "--sigma is -0.5: expected a number greater than 0"),
-    "sigma is nan": ("--sigma nan", "--sigma is nan: expected a number greater than 0"),
-    "sigma is infinite": ("--sigma inf", "--sigma is inf: expected a number greater than 0"),
+    "sigma is nan": ("--sigma nan", "--sigma is nan: expected a finite number greater than 0"),
+    "sigma is infinite": ("--sigma inf", "--sigma is inf: expected a finite number greater than 0"),
     "sigma is a word": ("--sigma small", "--sigma is 'small': expected a number greater than 0"),
     "one draw": (
         "--estimator monte-carlo --draws 1",
@@ -93,7 +93,7 @@ FLAGS = {
     ),
     "tolerance is nan": (
         "--draws auto --tolerance nan",
-        "--tolerance is nan: expected a number greater than 0 and below 1",
+        "--tolerance is nan: expected a finite number greater than 0 and below 1",
     ),
     "no batch tokens": ("--batch-tokens 0", "--batch-tokens is 0: expected a whole number of at least 1, or auto"),
     "no replicas of an engine that needs some": (
@@ -103,12 +103,18 @@ FLAGS = {
     "negative replicas": ("--replicas -2", "--replicas is -2: expected a whole number of at least 0"),
     "no cores": ("--cpus-per-replica 0", "--cpus-per-replica is 0: expected a whole number of at least 1"),
     "negative cores": ("--cpus-per-replica -1", "--cpus-per-replica is -1: expected a whole number of at least 1"),
-    "negative GPUs": ("--gpus-per-replica -1", "--gpus-per-replica is -1: expected a number of at least 0"),
+    "negative GPUs": (
+        "--gpus-per-replica -1",
+        "--gpus-per-replica is -1: expected a fraction of one GPU, or a whole number",
+    ),
     "one and a half GPUs": (
         "--gpus-per-replica 1.5",
         "--gpus-per-replica is 1.5: expected a fraction of one GPU, or a whole number",
     ),
-    "GPUs are nan": ("--gpus-per-replica nan", "--gpus-per-replica is nan: expected a number of at least 0"),
+    "GPUs are nan": (
+        "--gpus-per-replica nan",
+        "--gpus-per-replica is nan: expected a fraction of one GPU, or a whole number",
+    ),
     "split of a file": ("--split forget10", "split forget10: a data file has no splits"),
     "unknown flag": ("--sigm 1e-5", "unknown argument '--sigm'; did you mean --sigma"),
     "unknown flag with a value": ("--estimater=gradient", "unknown argument '--estimater=gradient'.*--estimator"),
