@@ -2,30 +2,29 @@
 
 stores -> boards of runs that can be compared -> standings under every metric, raw and at equal difficulty
 
-A board is of one task, one experiment and one setting: the same model, data and way of measuring. Within it an entry is
-an algorithm with its settings; selections of forget samples and seeds are what it is averaged over.
+A board has the runs of one task, one experiment and one setting: the same model, data and way of measuring. An entry is
+an algorithm with its settings, averaged over selections of forget samples and over seeds.
 """
 
 from __future__ import annotations
 
 import json
-import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import combinations
 from typing import Any
 
 import numpy as np
 import pyarrow.compute as pc
 
+from bench.boards.conflicts import canonical_json, conflicting_specs, setting_differences, shortened, without_repeats
 from bench.boards.standings import MetricLabel, SelectionLabel, Standing, standings
 from bench.files.status import FINISHED
 from bench.metrics import METRICS
 from bench.results.store import Results
 from scoring.errors import UserError
 
-# Fields of a run's spec in which the runs of a board are alike: the model, the data and how it is measured.
+# Fields of a run's spec that are the same for all runs of a board: the model, the data and how it is measured.
 SETTING = (
     "model_fingerprint",
     "forget_split",
@@ -37,22 +36,22 @@ SETTING = (
     "el_n",
     "evaluation",
 )
-# Those that are neither that nor of the algorithm: names of what has a hash, and what results are averaged over.
-_ASIDE = ("model", "task", "selection", "forget_sha256", "seed", "schema_version", "spec_hash")
-SAME = 1e-6  # relative; the same run on another machine differs by rounding
+# Fields that tell neither settings nor entries apart: names of things that are hashed, and what is averaged over.
+_NOT_COMPARED = ("model", "task", "selection", "forget_sha256", "seed", "schema_version", "spec_hash")
 
 
 @dataclass(frozen=True)
 class RankedRun:
-    """A run as it is shown.
+    """A run as the page shows it.
 
     Attributes:
-        run: its hash, unique.
-        entry, selection: names.
-        status: "finished", or what happened instead; reason: in one line, None of a finished one.
-        values: by metric, of those that were measured.
-        updates_until_forgotten: by sample id, for those that were forgotten; {} where it was not looked at.
-        origin: place in `Board.origins`.
+        run: the hash of its spec, unique.
+        entry, selection: their names.
+        status: "finished", or what happened instead.
+        reason: why it did not finish, in one line; None for a finished run.
+        values: the metrics that were measured, by name.
+        updates_until_forgotten: by sample id, for the samples that were forgotten; {} where forgetting was not checked.
+        origin: index into `Board.origins`.
     """
 
     run: str
@@ -69,8 +68,8 @@ class RankedRun:
 
 
 @dataclass(frozen=True)
-class Text:
-    """A forget sample: what it says, and its Memory Removal Difficulty (low: hard to forget)."""
+class SampleText:
+    """What a forget sample says, and its Memory Removal Difficulty (low: hard to forget)."""
 
     prompt: str
     completion: str
@@ -84,17 +83,17 @@ class Board:
 
     Attributes:
         name: unique on the page: "authors, fig2".
-        task, experiment: of its runs.
+        task, experiment: those of its runs.
         about: what all its runs have in common, by name: model, forget split, epochs and so on.
-        entries: name -> fields of its spec in which entries differ.
-        metrics: by name, the first of them first.
-        standings: by metric, the best entry first; those without a rank last.
-        sentences: by metric: what a reader must know, each computed from the data with its interval.
-        trade_off: the metrics of completeness and of utility that are drawn against each other; None without both.
-        runs: all, also those that failed.
+        entries: by name, the fields of the spec in which entries differ.
+        metrics: by name, the most important first.
+        standings: by metric, the best entry first, entries without a rank last.
+        sentences: by metric, what a reader must know; each is computed from the data, with its interval.
+        trade_off: the metrics of completeness and utility that are drawn against each other; None without both.
+        runs: all of them, also those that failed.
         selections: by name.
-        texts: by sample id, of all samples that any selection has and whose text is known.
-        origins: where runs come from: spec hash, model fingerprint, data hash, packages, hardware, commit, store.
+        texts: by sample id, for all samples of the selections whose text is known.
+        origins: where runs come from: model, model fingerprint, data hash, packages, hardware, commit, store.
     """
 
     name: str
@@ -108,12 +107,12 @@ class Board:
     trade_off: tuple[str, str] | None
     runs: tuple[RankedRun, ...]
     selections: Mapping[str, SelectionLabel]
-    texts: Mapping[str, Text]
+    texts: Mapping[str, SampleText]
     origins: tuple[Mapping[str, str], ...]
 
 
-# What the training loop measures by itself; all else is a metric of the task.
-_OWN = {
+# Metrics that the training loop measures itself; all others belong to the task.
+_LOOP_METRICS = {
     "completeness": MetricLabel("completeness", "1 less the ROUGE-L recall of forget answers", True),
     "utility": MetricLabel("utility", "ROUGE-L recall of retain answers", True),
     "balance": MetricLabel("balance", "harmonic mean of completeness and utility", True),
@@ -124,134 +123,66 @@ _OWN = {
     "mean_abs_delta": MetricLabel("mean |Δθ|", "mean change of a weight", False),
     "delta_norm": MetricLabel("‖Δθ‖", "norm of the change of all weights", False),
 }
-# Completeness and utility, from the averages of a task down to what the loop measures.
+# Metrics of completeness and utility; a board draws the first pair that it has: a task's averages, else the loop's own.
 TRADE_OFFS = (("uc_average", "ut_average"), ("wmdp_average", "mmlu"), ("completeness", "utility"))
 
 
 def boards(
     results: Results, task: str | None = None, experiment: str | None = None, keep_conflicts: bool = False
 ) -> tuple[list[Board], list[str]]:
-    """The boards of what stores hold, and notes on what is not on them.
+    """The boards of the runs in stores, and notes on files that were skipped and stores that contradict each other.
 
     Args:
-        keep_conflicts: show what stores contradict each other in: runs of different settings on boards of their own,
-            and of a run with two results the one of the first store.
+        keep_conflicts: show runs even where stores contradict each other: runs of different settings get boards of
+            their own, and of a run with two results the first store's is shown.
 
     Raises:
         UserError: there is no run, or stores contradict each other.
     """
-    wanted = {"task": task, "experiment": experiment}
-    rows = [row for row in results.runs.to_pylist() if all(v in (None, row[name]) for name, v in wanted.items())]
+    filters = {"task": task, "experiment": experiment}
+    rows = [row for row in results.runs.to_pylist() if all(v in (None, row[name]) for name, v in filters.items())]
     if not rows:
-        asked = "".join(f", {what} {name}" for what, name in wanted.items() if name)
-        raise UserError(f"no runs{asked}; expected runs that `mrd-bench results add` has put into the store")
+        restriction = "".join(f", {name} {value}" for name, value in filters.items() if value)
+        raise UserError(f"no runs{restriction}; expected runs that `mrd-bench results add` has put into the store")
     for row in rows:
         row["metrics"] = dict(row["metrics"] or ())
         row["identity"] = json.loads(row["spec"])
         row["setting"] = setting_of(row["identity"])
-    rows, contradicted = _once(rows)
-    groups: dict[tuple[str, str], dict[str, list[dict[str, Any]]]] = {}
+    rows, contradictions = without_repeats(rows)
+    experiments: dict[tuple[str, str], dict[str, list[dict[str, Any]]]] = {}  # (task, experiment) -> setting -> runs
     for row in rows:
-        groups.setdefault((row["task"], row["experiment"]), {}).setdefault(_key(row["setting"]), []).append(row)
-    conflicts = contradicted + [each for where, own in groups.items() if (each := _conflict(*where, own))]
+        settings = experiments.setdefault((row["task"], row["experiment"]), {})
+        settings.setdefault(canonical_json(row["setting"]), []).append(row)
+    conflicts = contradictions + [
+        conflict for key, settings in experiments.items() if (conflict := conflicting_specs(*key, settings))
+    ]
     if conflicts and not keep_conflicts:
         more = f" (and {len(conflicts) - 1} more)" if len(conflicts) > 1 else ""
         raise UserError(f"{conflicts[0]}{more}; leave out a store, name another --experiment, or --keep-conflicts")
-    details = _Details(results)
-    found = [
-        _board(*where, own, details, [json.loads(key) for key in settings])
-        for where, settings in sorted(groups.items())
-        for own in settings.values()
+    lookup = _SampleLookup(results)
+    ranked = [
+        _board(*key, runs_of_setting, lookup, [json.loads(setting) for setting in settings])
+        for key, settings in sorted(experiments.items())
+        for runs_of_setting in settings.values()
     ]
-    return found, [*conflicts, *(f"{each.path}: {each.reason}" for each in results.skipped)]
+    return ranked, [*conflicts, *(f"{file.path}: {file.reason}" for file in results.skipped)]
 
 
 def setting_of(identity: Mapping[str, Any]) -> dict[str, Any]:
-    """What runs must have in common to be compared."""
+    """The fields of a run's identity that must be the same for runs to be compared."""
     return {name: identity.get(name) for name in SETTING}
 
 
 def entry_of(identity: Mapping[str, Any]) -> dict[str, Any]:
-    """The algorithm with its settings."""
-    return {name: value for name, value in identity.items() if name not in (*SETTING, *_ASIDE)}
-
-
-def _once(rows: Sequence[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[str]]:
-    """Each run of an experiment once; and those whose results differ."""
-    first: dict[tuple[str, str, str], dict[str, Any]] = {}
-    contradicted = []
-    for row in rows:
-        known = first.setdefault((row["task"], row["experiment"], row["run"]), row)
-        if known is row or (known["status"] == row["status"] == FINISHED and _alike(known["metrics"], row["metrics"])):
-            continue
-        if known["status"] != FINISHED and row["status"] == FINISHED:
-            first[row["task"], row["experiment"], row["run"]] = row  # tried again, and it went well
-        elif known["status"] == row["status"] == FINISHED:
-            contradicted.append(
-                f"{row['task']}, {row['experiment']}: run {row['run']} has different results in {known['store']} and "
-                f"{row['store']} ({_first_difference(known['metrics'], row['metrics'])})"
-            )
-    return list(first.values()), contradicted
-
-
-def _alike(one: Mapping[str, float], other: Mapping[str, float]) -> bool:
-    return all(math.isclose(one[name], other[name], rel_tol=SAME, abs_tol=SAME) for name in one.keys() & other.keys())
-
-
-def _first_difference(one: Mapping[str, float], other: Mapping[str, float]) -> str:
-    name = next(name for name in one if name in other and not _alike({name: one[name]}, {name: other[name]}))
-    return f"{name}: {one[name]:.6g} and {other[name]:.6g}"
-
-
-def _conflict(task: str, experiment: str, settings: Mapping[str, Sequence[Mapping[str, Any]]]) -> str | None:
-    """Where stores have runs of an experiment that cannot be compared; one store may have an experiment of several."""
-    of_store: defaultdict[str, set[str]] = defaultdict(set)
-    for key, own in settings.items():
-        for row in own:
-            of_store[row["store"]].add(key)
-    for (one, of_one), (other, of_other) in combinations(of_store.items(), 2):
-        if of_one != of_other:
-            mine, theirs = json.loads(min(of_one - of_other or of_one)), json.loads(min(of_other - of_one or of_other))
-            return (
-                f"conflicting specs of {task}, {experiment} in {one} and {other}: "
-                f"{_differences([mine, theirs])}: their runs cannot be compared"
-            )
-    return None
-
-
-def _differences(settings: Sequence[Mapping[str, Any]]) -> str:
-    flat = [_flat(each) for each in settings]
-    known = dict.fromkeys(name for each in flat for name in each)
-    names = [name for name in known if len({str(each.get(name)) for each in flat}) > 1]
-    return "; ".join(f"{name} {' and '.join(_short(each.get(name)) for each in flat)}" for name in names)
-
-
-def _flat(setting: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for name, value in setting.items():
-        found |= _flat(value, f"{name}.") if isinstance(value, dict) else {prefix + name: value}
-    return found
-
-
-def _short(value: Any) -> str:
-    text = "none" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
-    return text if len(text) <= 24 else f"{text[:16]}…"
-
-
-def _brief(value: Any) -> Any:
-    """A list, such as that of refusals, by its first words."""
-    return _short(value[0]) if isinstance(value, list) and value else value
-
-
-def _key(value: Any) -> str:
-    return json.dumps(value, sort_keys=True)
+    """The fields of a run's identity that say which entry it belongs to: the algorithm with its settings."""
+    return {name: value for name, value in identity.items() if name not in (*SETTING, *_NOT_COMPARED)}
 
 
 # --- A board ------------------------------------------------------------------------------------------------
 
 
-class _Details:
-    """Samples of runs, and texts, as they are looked up."""
+class _SampleLookup:
+    """Finds the samples of a run, and the texts of samples."""
 
     def __init__(self, results: Results) -> None:
         samples = results.samples.select(["run", "sample_id", "updates_until_forgotten"]).combine_chunks()
@@ -265,21 +196,21 @@ class _Details:
         self.scores = results.scores
 
     def ids(self, run: str) -> tuple[str, ...]:
-        """Its samples, once each: a run of two experiments has them twice."""
+        """Ids of the run's samples, each once: a run of two experiments has them twice."""
         return tuple(dict.fromkeys(self._ids[self._place.get(run, slice(0))]))
 
     def until_forgotten(self, run: str) -> dict[str, int]:
-        """Updates, of its samples that were forgotten."""
+        """Updates until the run's samples were forgotten, by id of those that were."""
         place = self._place.get(run, slice(0))
-        both = zip(self._ids[place], self._until[place], strict=True)
-        return {name: updates for name, updates in both if updates is not None}
+        samples = zip(self._ids[place], self._until[place], strict=True)
+        return {name: updates for name, updates in samples if updates is not None}
 
-    def texts(self, model: str, ids: set[str]) -> dict[str, Text]:
-        """Of these samples, where a score file has them under this model."""
+    def texts(self, model: str, ids: set[str]) -> dict[str, SampleText]:
+        """Texts of these samples, as far as a score file has them under this model."""
         of_model = self.scores.filter(pc.equal(self.scores["model_fingerprint"], model))
         columns = ("sample_id", "prompt", "completion", "mrd", "num_tokens")
         return {
-            row["sample_id"]: Text(row["prompt"] or "", row["completion"] or "", row["mrd"], row["num_tokens"])
+            row["sample_id"]: SampleText(row["prompt"] or "", row["completion"] or "", row["mrd"], row["num_tokens"])
             for row in of_model.select(columns).to_pylist()
             if row["sample_id"] in ids
         }
@@ -289,21 +220,21 @@ def _board(
     task: str,
     experiment: str,
     rows: Sequence[dict[str, Any]],
-    details: _Details,
+    lookup: _SampleLookup,
     settings: Sequence[Mapping[str, Any]],
 ) -> Board:
-    entries, names = _entries(rows)
-    known = dict.fromkeys(name for row in rows for name in row["metrics"])
-    metrics = {name: shown(name) for name in sorted(known, key=_order)}
-    selections, drawn = _selections(rows, details)
+    entries, entry_names = _entries(rows)
+    measured = dict.fromkeys(name for row in rows for name in row["metrics"])
+    metrics = {name: metric_label(name) for name in sorted(measured, key=_metric_order)}
+    selections, selection_names = _selections(rows, lookup)
     origins: dict[tuple[tuple[str, str], ...], int] = {}
     runs = []
-    for row, name, selection in zip(rows, names, drawn, strict=True):
+    for row, entry, selection in zip(rows, entry_names, selection_names, strict=True):
         origin = tuple(_origin(row).items())
         runs.append(
             RankedRun(
                 row["run"],
-                name,
+                entry,
                 selection,
                 row["seed"],
                 row["status"],
@@ -311,104 +242,118 @@ def _board(
                 row["metrics"],
                 row["updates"],
                 row["seconds"],
-                details.until_forgotten(row["run"]),
+                lookup.until_forgotten(row["run"]),
                 origins.setdefault(origin, len(origins)),
             )
         )
-    places, sentences = {}, {}
+    standings_by_metric, sentences = {}, {}
     for name, metric in metrics.items():
         values = [(r.entry, r.selection, r.values[name]) for r in runs if r.status == FINISHED and name in r.values]
-        places[name], sentences[name] = standings(metric, values, list(entries), selections)
-    own = rows[0]["setting"]
-    ids = {name for each in selections.values() for name in each.ids}
-    apart = _differences([own, *(each for each in settings if each != own)]) if len(settings) > 1 else ""
-    number = [_key(each) for each in settings].index(_key(own)) + 1
+        standings_by_metric[name], sentences[name] = standings(metric, values, list(entries), selections)
+    setting = rows[0]["setting"]
+    ids = {name for selection in selections.values() for name in selection.ids}
+    others = [other for other in settings if other != setting]
+    differences = setting_differences([setting, *others]) if len(settings) > 1 else ""
+    number = [canonical_json(other) for other in settings].index(canonical_json(setting)) + 1
     return Board(
-        f"{task}, {experiment}" + (f" (setting {number} of {len(settings)})" if apart else ""),
+        f"{task}, {experiment}" + (f" (setting {number} of {len(settings)})" if differences else ""),
         task,
         experiment,
-        _about(rows, apart),
+        _about(rows, differences),
         entries,
         metrics,
-        places,
+        standings_by_metric,
         sentences,
         next((pair for pair in TRADE_OFFS if all(name in metrics for name in pair)), None),
         tuple(runs),
         selections,
-        details.texts(own["model_fingerprint"], ids),
-        tuple(dict(each) for each in origins),
+        lookup.texts(setting["model_fingerprint"], ids),
+        tuple(dict(origin) for origin in origins),
     )
 
 
 def _entries(rows: Sequence[Mapping[str, Any]]) -> tuple[dict[str, dict[str, Any]], list[str]]:
-    """Entries with the fields in which they differ, by name; and the name of each row's."""
+    """The fields in which entries differ, by the entry's name; and the name of each row's entry."""
     specs = [entry_of(row["identity"]) for row in rows]
-    keys = [_key(spec) for spec in specs]
+    keys = [canonical_json(spec) for spec in specs]
     distinct = dict(zip(keys, specs, strict=True))
     varying = [
         name
         for name in dict.fromkeys(n for spec in distinct.values() for n in spec)
-        if len({_key(spec.get(name)) for spec in distinct.values()}) > 1
+        if len({canonical_json(spec.get(name)) for spec in distinct.values()}) > 1
     ]
     names = {}
     for key, spec in distinct.items():
         siblings = [other for other in distinct.values() if other["algorithm"] == spec["algorithm"]]
         differing = [
-            name for name in varying if name != "algorithm" and len({_key(each.get(name)) for each in siblings}) > 1
+            name
+            for name in varying
+            if name != "algorithm" and len({canonical_json(sibling.get(name)) for sibling in siblings}) > 1
         ]
-        names[key] = ", ".join([spec["algorithm"], *(f"{name} {_short(spec.get(name))}" for name in differing)])
-    if len(set(names.values())) < len(names):  # shortened to the same
+        names[key] = ", ".join([spec["algorithm"], *(f"{name} {shortened(spec.get(name))}" for name in differing)])
+    if len(set(names.values())) < len(names):  # long values were shortened to the same text
         names = {key: f"{name} ({n})" for n, (key, name) in enumerate(names.items(), 1)}
-    found = {names[key]: {name: _brief(spec.get(name)) for name in varying} for key, spec in distinct.items()}
-    return found, [names[key] for key in keys]
+    fields = {names[key]: {name: _first_of_list(spec.get(name)) for name in varying} for key, spec in distinct.items()}
+    return fields, [names[key] for key in keys]
 
 
-def _selections(rows: Sequence[Mapping[str, Any]], details: _Details) -> tuple[dict[str, SelectionLabel], list[str]]:
-    """Selections by name, and the name of each row's: two of one name and different samples are told apart."""
+def _first_of_list(value: Any) -> Any:
+    """The value; of a list, such as that of refusals, the start of its first item."""
+    return shortened(value[0]) if isinstance(value, list) and value else value
+
+
+def _selections(
+    rows: Sequence[Mapping[str, Any]], lookup: _SampleLookup
+) -> tuple[dict[str, SelectionLabel], list[str]]:
+    """Selections by name, and the name of each row's selection.
+
+    Two selections that have one name and different samples get the hash of their data added.
+    """
     hashes: defaultdict[str, list[str]] = defaultdict(list)
     for row in rows:
         if row["data_sha256"] not in hashes[row["selection"]]:
             hashes[row["selection"]].append(row["data_sha256"])
-    found: dict[str, SelectionLabel] = {}
+    selections: dict[str, SelectionLabel] = {}
     names = []
     for row in rows:
-        several = len(hashes[row["selection"]]) > 1
-        name = f"{row['selection']} ({row['data_sha256'][:8]})" if several else row["selection"]
+        ambiguous = len(hashes[row["selection"]]) > 1
+        name = f"{row['selection']} ({row['data_sha256'][:8]})" if ambiguous else row["selection"]
         names.append(name)
-        if name not in found or not found[name].ids:
-            ids = details.ids(row["run"])
-            found[name] = SelectionLabel(name, row["level"] or "", row["mean_log_mrd"], ids)
-    return found, names
+        if name not in selections or not selections[name].ids:
+            ids = lookup.ids(row["run"])
+            selections[name] = SelectionLabel(name, row["level"] or "", row["mean_log_mrd"], ids)
+    return selections, names
 
 
-def _order(name: str) -> tuple[int, int, str]:
-    """Averages and what they sum up first, as tasks list them; then what the loop measures."""
-    heads = [each for pair in TRADE_OFFS for each in pair]
-    ranked = [*heads, "balance", *METRICS, *_OWN]
+def _metric_order(name: str) -> tuple[int, int, str]:
+    """Sort key of a metric: first averages and what they sum up, as tasks list them; then what the loop measures."""
+    trade_off_metrics = [metric for pair in TRADE_OFFS for metric in pair]
+    ranked = [*trade_off_metrics, "balance", *METRICS, *_LOOP_METRICS]
     return (0, ranked.index(name), name) if name in ranked else (1, 0, name)
 
 
-def shown(name: str) -> MetricLabel:
-    """What a metric is, of a task or of the training loop."""
+def metric_label(name: str) -> MetricLabel:
+    """The label of a metric of a task or of the training loop."""
     if name in METRICS:
         metric = METRICS[name]
         return MetricLabel(metric.title, metric.definition, metric.higher_is_better)
-    return _OWN.get(name, MetricLabel(name, "", True))
+    return _LOOP_METRICS.get(name, MetricLabel(name, "", True))
 
 
-def _about(rows: Sequence[Mapping[str, Any]], apart: str) -> dict[str, str]:
+def _about(rows: Sequence[Mapping[str, Any]], differences: str) -> dict[str, str]:
+    """What all rows have in common; `differences` of their setting to others, empty if there is one setting only."""
     first = rows[0]
     identities = [row["identity"] for row in rows]
-    about = {"model": first["model"], "forget split": _short(first["split"])}
+    about = {"model": first["model"], "forget split": shortened(first["split"])}
     for field in ("epochs", "learning_rate", "batch_size", "evaluate_samples"):
-        values = {_short(each.get(field)) for each in identities}
+        values = {shortened(identity.get(field)) for identity in identities}
         if len(values) == 1:
             about[field.replace("_", " ")] = values.pop()
-    return about | ({"settings differ in": apart} if apart else {})
+    return about | ({"settings differ in": differences} if differences else {})
 
 
 def _origin(row: Mapping[str, Any]) -> dict[str, str]:
-    """Spec hashes are the runs' own names."""
+    """Where a run comes from. Its spec's hash is not part of that: it is the run's name."""
     versions = ", ".join(f"{name} {version}" for name, version in json.loads(row["packages"] or "{}").items())
     return {
         "model": row["model"],

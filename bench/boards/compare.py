@@ -1,4 +1,4 @@
-"""Two sides compared on equal terms: the same selections of forget samples, the same seeds, measured alike."""
+"""Two sides compared on equal terms: the same selections of forget samples, the same seeds, the same measurement."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from bench.boards.board import entry_of, setting_of, shown
+from bench.boards.board import entry_of, metric_label, setting_of
+from bench.boards.conflicts import canonical_json
 from bench.files.status import FINISHED
 from bench.results.store import Results
 from bench.stats import selection_bias as bias
@@ -20,14 +21,14 @@ from scoring.errors import UserError, unknown_name
 
 
 @dataclass(frozen=True)
-class Paired:
+class PairedMetric:
     """Two sides under one metric.
 
     Attributes:
         metric: its name.
-        pairs: runs of either side that have a partner.
-        units: how many differences the intervals are over; unit: "selection", the differences of whose seeds are
-            averaged, or "run" where there are fewer than three selections.
+        pairs: how many runs of a side have a partner on the other.
+        units: how many differences the intervals are over.
+        unit: "selection", a difference being the mean over its seeds, or "run" with fewer than three selections.
         first, second: means over the units.
         difference: second - first, with its t interval.
         effect: Hedges' g of paired differences, mean over standard deviation; positive where the second is better.
@@ -45,59 +46,64 @@ class Paired:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What two sides have in common.
+    """Two sides under every metric that both have measured.
 
     Attributes:
-        metrics: of those that both sides have measured.
-        alone: runs of the first and of the second side without a partner.
+        metrics: one for each metric.
+        unpaired: how many runs of the first and of the second side have no partner.
     """
 
-    metrics: tuple[Paired, ...]
-    alone: tuple[int, int]
+    metrics: tuple[PairedMetric, ...]
+    unpaired: tuple[int, int]
 
 
 @dataclass(frozen=True)
 class Side:
-    """Finished runs by what they are paired by."""
+    """One side of a comparison.
+
+    Attributes:
+        name: as it is shown.
+        runs: metrics of the finished runs, by what they are paired by: setting, samples and seed.
+    """
 
     name: str
     runs: Mapping[Hashable, Mapping[str, float]]
 
 
-def entries_side(name: str, results: Results) -> Side:
+def entry_side(name: str, results: Results) -> Side:
     """The runs of one algorithm with one set of settings.
 
     Args:
         name: "NPO", or "NPO,learning_rate=1e-4" with fields of the spec.
 
     Raises:
-        UserError: there are none, or they are of several settings.
+        UserError: there are no such runs, or they have several settings.
     """
     algorithm, _, rest = name.partition(",")
-    wanted = dict(_field(each, name) for each in rest.split(",") if each)
-    rows = _rows(results)
-    known = sorted({row["algorithm"] for row in rows})
-    if algorithm not in known:
-        raise unknown_name("algorithm with finished runs", algorithm, known)
-    own = [row for row in rows if row["algorithm"] == algorithm]
-    for field, value in wanted.items():
-        if field not in own[0]["identity"]:
-            raise UserError(f"{name}: {unknown_name('field of a run', field, own[0]['identity'])}")
-        left = [row for row in own if _same(row["identity"][field], value)]
-        if not left:
-            there = sorted({str(row["identity"][field]) for row in own})
-            raise UserError(f"{name}: no run has {field} {value}; expected one of {', '.join(there)}")
-        own = left
-    kinds = {_entry(row["identity"]) for row in own}
-    if len(kinds) > 1:
-        specs = [json.loads(kind) for kind in kinds]
+    fields_wanted = dict(_field(text, name) for text in rest.split(",") if text)
+    rows = _finished_rows(results)
+    algorithms = sorted({row["algorithm"] for row in rows})
+    if algorithm not in algorithms:
+        raise unknown_name("algorithm with finished runs", algorithm, algorithms)
+    rows = [row for row in rows if row["algorithm"] == algorithm]
+    for field, value in fields_wanted.items():
+        if field not in rows[0]["identity"]:
+            raise UserError(f"{name}: {unknown_name('field of a run', field, rows[0]['identity'])}")
+        matching = [row for row in rows if _same_value(row["identity"][field], value)]
+        if not matching:
+            values = sorted({str(row["identity"][field]) for row in rows})
+            raise UserError(f"{name}: no run has {field} {value}; expected one of {', '.join(values)}")
+        rows = matching
+    entries = {_entry_key(row["identity"]) for row in rows}
+    if len(entries) > 1:
+        specs = [json.loads(entry) for entry in entries]
         fields = [field for field in specs[0] if len({json.dumps(spec.get(field)) for spec in specs}) > 1]
         values = sorted({str(spec[fields[0]]) for spec in specs})
         raise UserError(
-            f"{name} has runs of {len(kinds)} settings, which differ in {', '.join(fields)}; name one, such as "
+            f"{name} has runs of {len(entries)} settings, which differ in {', '.join(fields)}; name one, such as "
             f"{name},{fields[0]}={values[0]}"
         )
-    return Side(name, {(*_where(row), row["data_sha256"], row["seed"]): dict(row["metrics"]) for row in own})
+    return Side(name, {(*_board_key(row), row["data_sha256"], row["seed"]): dict(row["metrics"]) for row in rows})
 
 
 def store_side(name: str, results: Results) -> Side:
@@ -105,14 +111,14 @@ def store_side(name: str, results: Results) -> Side:
     return Side(
         name,
         {
-            (*_where(row), row["data_sha256"], row["seed"], _entry(row["identity"])): dict(row["metrics"])
-            for row in _rows(results)
+            (*_board_key(row), row["data_sha256"], row["seed"], _entry_key(row["identity"])): dict(row["metrics"])
+            for row in _finished_rows(results)
         },
     )
 
 
 def compare(first: Side, second: Side, metric: str | None = None) -> Comparison:
-    """The paired difference under every metric, or one.
+    """The paired difference under every metric, or under one.
 
     Raises:
         UserError: no run of one side has a partner on the other, or none of a pair has the metric.
@@ -132,20 +138,29 @@ def compare(first: Side, second: Side, metric: str | None = None) -> Comparison:
     )
 
 
-def _paired(name: str, shared: Sequence[Any], first: Side, second: Side) -> Paired:
+def _paired(name: str, shared: Sequence[Any], first: Side, second: Side) -> PairedMetric:
     keys = [key for key in shared if name in first.runs[key] and name in second.runs[key]]
-    # All of a key but the seed, which comes fifth, is one selection under one setting, of one entry.
-    groups: defaultdict[Hashable, list[tuple[float, float]]] = defaultdict(list)
+    # A key without the seed, which comes fifth, stands for one selection under one setting, of one entry.
+    pairs_of_selection: defaultdict[Hashable, list[tuple[float, float]]] = defaultdict(list)
     for key in keys:
-        groups[key[:4], key[5:]].append((first.runs[key][name], second.runs[key][name]))
+        pairs_of_selection[key[:4], key[5:]].append((first.runs[key][name], second.runs[key][name]))
     unit = "selection"
-    values = np.array([np.mean(own, axis=0) for own in groups.values()])
+    values = np.array([np.mean(pairs, axis=0) for pairs in pairs_of_selection.values()])
     if len(values) < bias.FEWEST_SELECTIONS:
-        unit, values = "run", np.array([pair for own in groups.values() for pair in own])
+        unit, values = "run", np.array([pair for pairs in pairs_of_selection.values() for pair in pairs])
     difference = values[:, 1] - values[:, 0]
-    sign = 1.0 if shown(name).higher_is_better else -1.0
-    one, two = (float(mean) for mean in values.mean(axis=0))
-    return Paired(name, len(keys), len(values), unit, one, two, t_interval(difference), paired_g(sign * difference))
+    sign = 1.0 if metric_label(name).higher_is_better else -1.0
+    first_mean, second_mean = (float(mean) for mean in values.mean(axis=0))
+    return PairedMetric(
+        name,
+        len(keys),
+        len(values),
+        unit,
+        first_mean,
+        second_mean,
+        t_interval(difference),
+        paired_g(sign * difference),
+    )
 
 
 def paired_g(differences: np.ndarray, level: float = LEVEL) -> Estimate:
@@ -153,8 +168,8 @@ def paired_g(differences: np.ndarray, level: float = LEVEL) -> Estimate:
 
         g = J mean / sd,   J = 1 - 3 / (4 (n - 1) - 1)
 
-    The interval turns round the noncentral t distribution of sqrt(n) mean / sd (Cumming & Finch 2001). nan with fewer
-    than three, or where they do not differ.
+    The interval inverts the noncentral t distribution of sqrt(n) mean / sd (Cumming & Finch 2001). nan with fewer than
+    three differences, or where they are all the same.
     """
     n = len(differences)
     if n < 3 or (spread := float(differences.std(ddof=1))) <= bias.SAME * max(1.0, float(np.abs(differences).max())):
@@ -165,7 +180,7 @@ def paired_g(differences: np.ndarray, level: float = LEVEL) -> Estimate:
     return Estimate(correction * d, *(correction * float(limit) for limit in limits))
 
 
-def _rows(results: Results) -> list[dict[str, Any]]:
+def _finished_rows(results: Results) -> list[dict[str, Any]]:
     rows = [row for row in results.runs.to_pylist() if row["status"] == FINISHED]
     if not rows:
         raise UserError("no finished runs; expected runs that `mrd-bench results add` has put into the store")
@@ -174,22 +189,27 @@ def _rows(results: Results) -> list[dict[str, Any]]:
     return rows
 
 
-def _where(row: Mapping[str, Any]) -> tuple[str, str, str]:
-    return row["task"], row["experiment"], json.dumps(setting_of(row["identity"]), sort_keys=True)
+def _board_key(row: Mapping[str, Any]) -> tuple[str, str, str]:
+    """Task, experiment and setting of a run: runs of one board have the same."""
+    return row["task"], row["experiment"], canonical_json(setting_of(row["identity"]))
 
 
-def _entry(identity: Mapping[str, Any]) -> str:
-    return json.dumps(entry_of(identity), sort_keys=True)
+def _entry_key(identity: Mapping[str, Any]) -> str:
+    return canonical_json(entry_of(identity))
 
 
-def _field(text: str, where: str) -> tuple[str, str]:
+def _field(text: str, side_name: str) -> tuple[str, str]:
+    """Name and value of "learning_rate=1e-4", a part of the name of a side."""
     name, equals, value = text.partition("=")
     if not equals:
-        raise UserError(f"{where}: {text!r}: expected field=value behind the algorithm, such as NPO,learning_rate=1e-4")
+        raise UserError(
+            f"{side_name}: {text!r}: expected field=value behind the algorithm, such as NPO,learning_rate=1e-4"
+        )
     return name.strip(), value.strip()
 
 
-def _same(value: Any, text: str) -> bool:
+def _same_value(value: Any, text: str) -> bool:
+    """Whether a spec's value is what the text says: 1e-4 is 0.0001, true is True."""
     try:
         return float(value) == float(text)
     except (TypeError, ValueError):

@@ -1,7 +1,7 @@
 """The leaderboard's page: one HTML file that needs no network, with every run and sample behind its standings.
 
-Python writes the frame, the figures and the standings by each board's first metric, which is what a reader without
-JavaScript gets; `leaderboard.js` takes the rest from the JSON in the page.
+Python writes the frame, the figures and the standings by each board's first metric: a reader without JavaScript sees
+these. `leaderboard.js` shows the rest, from the JSON in the page.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from bench.report.words import decimal, interval
 from bench.stats.estimates import Estimate
 
 HERE = Path(__file__).parent
-# What would end the script element that the JSON is in, begin another, or end a line of it.
+# Letters with which the JSON could end its script element, begin another, or end a line.
 _ESCAPES = {ord(letter): f"\\u{ord(letter):04x}" for letter in "<>&\u2028\u2029"}
 
 
@@ -42,11 +42,12 @@ def page(boards: Sequence[Board], notes: Sequence[str] = ()) -> str:
     """The whole document.
 
     Args:
-        notes: what a reader must know of the stores: files that were skipped, conflicts.
+        notes: what a reader must know about the stores: files that were skipped, conflicts.
     """
     script = (HERE / "leaderboard.js").read_text(encoding="utf-8")
     style = STYLE_SHEET + (HERE / "leaderboard.css").read_text(encoding="utf-8")
-    # Texts of samples are shown as text; should one get further, nothing but this script runs, and nothing is loaded.
+    # Texts of samples are shown as text. Should one ever get further, the policy lets nothing run but this script, and
+    # nothing be loaded.
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     policy = f"default-src 'none'; script-src 'sha256-{digest}'; style-src 'unsafe-inline'; img-src data:"
     runs = sum(len(board.runs) for board in boards)
@@ -68,7 +69,7 @@ def page(boards: Sequence[Board], notes: Sequence[str] = ()) -> str:
         + (f'<nav aria-label="Boards"><ul id="boards">{links}</ul></nav>' if len(boards) > 1 else "")
         + f'<main id="main" tabindex="-1">{body}<section id="detail" hidden></section></main>'
         + (f'<footer><h2>Notes</h2><ul id="notes">{remarks}</ul></footer>' if notes else "")
-        + f'<script type="application/json" id="data">{_json([_data(board) for board in boards])}</script>'
+        + f'<script type="application/json" id="data">{_json([_board_data(board) for board in boards])}</script>'
         f"<script>{script}</script></body></html>\n"
     )
 
@@ -86,7 +87,7 @@ def _board(board: Board, number: int) -> str:
             '<label>Metric <select class="metric"></select></label>'
             '<label>Filter <input type="search" class="filter" placeholder="entry or setting"></label>'
             '<output class="count"></output></div>'
-            f'<div class="place">{_static(board, metric)}</div>'
+            f'<div class="place">{_static_table(board, metric)}</div>'
             '<p class="explained">Entries that share a letter cannot be told apart on these selections. A rank '
             "is followed by the range of ranks that the entry can have.</p>"
             f'<div class="sentences">{sentences}</div>{_figures(board, number)}'
@@ -95,22 +96,22 @@ def _board(board: Board, number: int) -> str:
 
 
 def _figures(board: Board, number: int) -> str:
-    found = ""
+    html = ""
     if board.trade_off and marks(board):
         drawn = figures.svg(pareto(board), f"b{number}p", pareto_alt(board), pareto_inches(board))
-        found += f"<figure>{drawn}<figcaption>{escape(pareto_caption(board))}</figcaption></figure>"
+        html += f"<figure>{drawn}<figcaption>{escape(pareto_caption(board))}</figcaption></figure>"
     for n, metric in enumerate(board.trade_off or tuple(board.metrics)[:1]):
         size, alt = strips_inches(board, metric), strips_alt(board, metric)
         drawn = figures.svg(strips(board, metric), f"b{number}s{n}", alt, size)
-        found += f"<figure>{drawn}<figcaption>{escape(strips_caption(board, metric))}</figcaption></figure>"
-    return f'<div class="figures">{found}</div>'
+        html += f"<figure>{drawn}<figcaption>{escape(strips_caption(board, metric))}</figcaption></figure>"
+    return f'<div class="figures">{html}</div>'
 
 
-def _static(board: Board, metric: str) -> str:
-    """The standings, as the script shows them too."""
+def _static_table(board: Board, metric: str) -> str:
+    """The table of the standings for readers without JavaScript; the script replaces it."""
     rows = "".join(
-        "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in cells(each)) + "</tr>"
-        for each in board.standings[metric]
+        "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in cells(standing)) + "</tr>"
+        for standing in board.standings[metric]
     )
     heads = "".join(f'<th scope="col">{escape(title)}</th>' for title in columns(board.metrics[metric].title))
     return (
@@ -120,23 +121,23 @@ def _static(board: Board, metric: str) -> str:
 
 
 def columns(title: str) -> list[str]:
-    """Of the standings by a metric of this title."""
+    """Column heads of the standings by a metric of this title."""
     return ["rank", "entry", title, "at equal difficulty", "rank there", "not separable", "runs"]
 
 
-def cells(each: Standing) -> list[str]:
-    """A row of them."""
-    rank = "not compared" if each.rank is None else str(each.rank)
-    if each.best is not None and each.best != each.worst:
-        rank += f" ({each.best}–{each.worst})"
+def cells(standing: Standing) -> list[str]:
+    """The row of an entry, below `columns`."""
+    rank = "not compared" if standing.rank is None else str(standing.rank)
+    if standing.best is not None and standing.best != standing.worst:
+        rank += f" ({standing.best}–{standing.worst})"
     return [
         rank,
-        each.entry,
-        _with_interval(each.value),
-        _with_interval(each.adjusted) if each.adjusted else "–",
-        "–" if each.adjusted_rank is None else str(each.adjusted_rank),
-        each.groups or "–",
-        str(each.runs),
+        standing.entry,
+        _with_interval(standing.value),
+        _with_interval(standing.adjusted) if standing.adjusted else "–",
+        "–" if standing.adjusted_rank is None else str(standing.adjusted_rank),
+        standing.groups or "–",
+        str(standing.runs),
     ]
 
 
@@ -144,16 +145,16 @@ def _with_interval(estimate: Estimate) -> str:
     return f"{decimal(estimate.value, 3)} [{interval(estimate, 3)}]"
 
 
-# --- What the script is given -------------------------------------------------------------------------------
+# --- The data that the script reads -------------------------------------------------------------------------
 
 
 def _json(value: Any) -> str:
-    """JSON that can stand in a script element, whatever the texts in it."""
+    """JSON that can stand in a script element, whatever its texts say."""
     return json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False).translate(_ESCAPES)
 
 
-def _data(board: Board) -> dict[str, Any]:
-    """A board with names in place of nothing and numbers in place of names: runs are many."""
+def _board_data(board: Board) -> dict[str, Any]:
+    """A board as the script reads it: lists without keys, and numbers in place of names, as there are many runs."""
     entries = {name: number for number, name in enumerate(board.entries)}
     selections = {name: number for number, name in enumerate(board.selections)}
     ids = {name: n for n, name in enumerate(dict.fromkeys(i for s in board.selections.values() for i in s.ids))}
@@ -164,11 +165,11 @@ def _data(board: Board) -> dict[str, Any]:
         "metrics": [
             [name, metric.title, metric.definition, metric.higher_is_better] for name, metric in board.metrics.items()
         ],
-        "standings": [[_standing(each, entries) for each in board.standings[name]] for name in metrics],
+        "standings": [[_standing(row, entries) for row in board.standings[name]] for name in metrics],
         "sentences": [list(board.sentences[name]) for name in metrics],
         "selections": [
-            [each.name, each.level, _number(each.mean_log_mrd), [ids[name] for name in each.ids]]
-            for each in board.selections.values()
+            [label.name, label.level, _number(label.mean_log_mrd), [ids[name] for name in label.ids]]
+            for label in board.selections.values()
         ],
         "samples": [_sample(name, board) for name in ids],
         "runs": [_run(run, board, entries[run.entry], selections[run.selection], metrics) for run in board.runs],
@@ -176,19 +177,19 @@ def _data(board: Board) -> dict[str, Any]:
     }
 
 
-def _standing(each: Standing, entries: Mapping[str, int]) -> list[Any]:
+def _standing(standing: Standing, entries: Mapping[str, int]) -> list[Any]:
     return [
-        entries[each.entry],
-        each.rank,
-        each.best,
-        each.worst,
-        _estimate(each.value),
-        _estimate(each.adjusted) if each.adjusted else None,
-        each.adjusted_rank,
-        each.groups,
-        each.runs,
-        each.selections,
-        each.seeds,
+        entries[standing.entry],
+        standing.rank,
+        standing.best,
+        standing.worst,
+        _estimate(standing.value),
+        _estimate(standing.adjusted) if standing.adjusted else None,
+        standing.adjusted_rank,
+        standing.groups,
+        standing.runs,
+        standing.selections,
+        standing.seeds,
     ]
 
 

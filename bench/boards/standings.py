@@ -1,4 +1,4 @@
-"""Ranks of a board's entries under one metric: raw and at equal difficulty, with what the data can tell apart."""
+"""Ranks of a board's entries under one metric, raw and at equal difficulty, and which entries the data tell apart."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ class MetricLabel:
 
     Attributes:
         title: heading of its column.
-        definition: one line.
-        higher_is_better: of an unlearned model.
+        definition: what it measures, in one line.
+        higher_is_better: for an unlearned model.
     """
 
     title: str
@@ -39,14 +39,14 @@ class Standing:
 
     Attributes:
         entry: its name.
-        runs: with a value.
-        selections, seeds: of the runs that are compared: those that every entry has.
-        value: mean over the selections, of the mean over the seeds; t interval over the selections, nan with one.
-        rank: by the value, 1 the best; None for an entry that could not be compared.
-        best, worst: the ranks that it can have; None where there are fewer than three selections.
+        runs: how many have a value.
+        selections, seeds: how many are compared: those that every entry has.
+        value: mean over the selections of the mean over the seeds; t interval over the selections, nan with one.
+        rank: by the value, 1 is the best; None for an entry that could not be compared.
+        best, worst: the ranks that it can have; None with fewer than three selections.
         groups: letters; two entries that share one are not separable; "" where that is not known.
         adjusted: the value at the mean difficulty of all selections; None where difficulty is not known.
-        adjusted_rank: by it; None where there is none.
+        adjusted_rank: rank by the adjusted value; None without one.
     """
 
     entry: str
@@ -70,7 +70,7 @@ class SelectionLabel:
         name: unique on the board.
         level: "easy", "medium", "hard", the value of an attribute, or "".
         mean_log_mrd: its difficulty; None where it was not measured.
-        ids: of its samples, in order, without repetition.
+        ids: of its samples, in order, each once.
     """
 
     name: str
@@ -85,156 +85,154 @@ def standings(
     entries: Sequence[str],
     selections: Mapping[str, SelectionLabel],
 ) -> tuple[tuple[Standing, ...], tuple[str, ...]]:
-    """Places under one metric, and what is to be known of them.
+    """The standings under one metric, best first, and the sentences that a reader must know.
 
     Args:
         values: entry, selection and value of each run that has one.
-        entries: all of them, also those without a run that has a value.
+        entries: names of all of them, also of those without a value.
 
     Entries are compared on the selections that all of them have with the same number of seeds (`bias.ScoreTable.of`):
-    raw values of different selections would be the draw's. At equal difficulty they are compared on all they have.
+    raw values on different selections would compare the draws. At equal difficulty each is compared on all it has.
     """
     sign = 1.0 if metric.higher_is_better else -1.0
     measured = [(entry, selection, sign * value) for entry, selection, value in values]
-    own = {entry: [(s, v) for e, s, v in measured if e == entry] for entry in entries}
-    adjusted, slope, why_not = _adjusted(measured, selections)
+    adjusted, slope, reason = _adjusted_values(measured, selections)
     adjusted_order = sorted(adjusted, key=lambda entry: -adjusted[entry].value)
-    table, left_out = _table(measured)
+    table, left_out = _balanced_table(measured)
     sentences = [left_out] if left_out else []
-    found = []
+    rows = []
     for entry in entries:
-        each = own[entry]
-        found.append(
+        own_values = [(selection, value) for other, selection, value in measured if other == entry]
+        rows.append(
             Standing(
                 entry,
-                runs=len(each),
-                selections=len({selection for selection, _ in each}),
-                seeds=_fewest_seeds(each),
-                value=_turned(_mean(_by_selection(each)), sign),
+                runs=len(own_values),
+                selections=len({selection for selection, _ in own_values}),
+                seeds=_fewest_seeds(own_values),
+                value=_signed(_mean(_selection_means(own_values)), sign),
                 rank=None,
                 best=None,
                 worst=None,
                 groups="",
-                adjusted=_turned(adjusted[entry], sign) if entry in adjusted else None,
+                adjusted=_signed(adjusted[entry], sign) if entry in adjusted else None,
                 adjusted_rank=adjusted_order.index(entry) + 1 if entry in adjusted else None,
             )
         )
     if table:
         ranking = bias.separable(table)
-        sentences += _told(metric.title, table, ranking)
-        found = _compared(found, table, ranking, sign)
+        sentences += _uncertainty_sentences(metric.title, table, ranking)
+        rows = _ranked_by_table(rows, table, ranking, sign)
     else:
-        found = _by_value(found, sign)
+        rows = _ranked_by_value(rows, sign)
     if slope is not None:
         sentences.append(
-            f"Per unit of mean log MRD {metric.title} changes by {with_ci(_turned(slope, sign))}; adjusted values are "
+            f"Per unit of mean log MRD {metric.title} changes by {with_ci(_signed(slope, sign))}; adjusted values are "
             "what each entry would have at the mean difficulty of all selections."
         )
-    elif why_not:
-        sentences.append(why_not)
-    found.sort(key=lambda each: (each.rank is None, each.rank or 0))
-    return tuple(found), tuple(sentences)
+    elif reason:
+        sentences.append(reason)
+    rows.sort(key=lambda row: (row.rank is None, row.rank or 0))
+    return tuple(rows), tuple(sentences)
 
 
-def _compared(found: Sequence[Standing], table: bias.ScoreTable, ranking: bias.Ranking, sign: float) -> list[Standing]:
-    """With what the balanced table says of those that are in it."""
+def _ranked_by_table(
+    rows: Sequence[Standing], table: bias.ScoreTable, ranking: bias.Ranking, sign: float
+) -> list[Standing]:
+    """The rows with values and ranks from the balanced table, for the entries that are in it."""
     places = {rank.algorithm: (number, rank) for number, rank in enumerate(ranking.ranks, 1)}
-    groups = groups_of(list(places), ranking.pairs)
+    groups = group_letters(list(places), ranking.pairs)
     means = dict(zip(table.algorithms, table.means, strict=True))
     return [
         dataclasses.replace(
-            each,
+            row,
             selections=len(table.selections),
             seeds=table.seeds,
-            value=_turned(_mean(means[each.entry]), sign),
-            rank=places[each.entry][0],
-            best=places[each.entry][1].best,
-            worst=places[each.entry][1].worst,
-            groups=groups[each.entry],
+            value=_signed(_mean(means[row.entry]), sign),
+            rank=places[row.entry][0],
+            best=places[row.entry][1].best,
+            worst=places[row.entry][1].worst,
+            groups=groups[row.entry],
         )
-        if each.entry in places
-        else each
-        for each in found
+        if row.entry in places
+        else row
+        for row in rows
     ]
 
 
-def _table(measured: Sequence[tuple[str, str, float]]) -> tuple[bias.ScoreTable | None, str]:
-    """The balanced table of the entries that share at least three selections; and who is not in it."""
+def _balanced_table(measured: Sequence[tuple[str, str, float]]) -> tuple[bias.ScoreTable | None, str]:
+    """The table of the entries that share at least three selections, and a sentence about what is left out of it."""
     entries = list(dict.fromkeys(entry for entry, _, _ in measured))
-    kept = list(entries)
-    while len(kept) > 1:
-        chosen = [each for each in measured if each[0] in kept]
+    compared = list(entries)
+    while len(compared) > 1:
+        chosen = [row for row in measured if row[0] in compared]
         try:
             table = bias.ScoreTable.of(*(list(column) for column in zip(*chosen, strict=True)))  # type: ignore[arg-type]
         except UserError:
-            # Whoever has the fewest selections stands in the way of the others.
-            counts = {entry: len({s for e, s, _ in chosen if e == entry}) for entry in kept}
+            # Without the entries that have the fewest selections, the others may share enough.
+            counts = {entry: len({s for e, s, _ in chosen if e == entry}) for entry in compared}
             fewest = min(counts.values())
             if fewest == max(counts.values()):
                 break
-            kept = [entry for entry in kept if counts[entry] > fewest]
+            compared = [entry for entry in compared if counts[entry] > fewest]
             continue
-        parts = []
+        remarks = []
         if table.dropped:
-            parts.append(
+            remarks.append(
                 f"{len(table.dropped)} of {len(table.dropped) + len(table.selections)} selections do not have the "
                 "same number of runs of all, and are left out of the raw comparison"
             )
-        if out := [entry for entry in entries if entry not in kept]:
-            parts.append(f"{', '.join(out)}: not compared, on too few selections")
-        return table, ". ".join(parts) + "." if parts else ""
+        if excluded := [entry for entry in entries if entry not in compared]:
+            remarks.append(f"{', '.join(excluded)}: not compared, on too few selections")
+        return table, ". ".join(remarks) + "." if remarks else ""
     if len(entries) < 2:
         return None, "There is one entry, and none to compare it with."
     return None, "Ranks have no intervals: entries do not share three selections with the same number of seeds."
 
 
-def _by_value(found: Sequence[Standing], sign: float) -> list[Standing]:
-    """Ranked by the value alone."""
-    ordered = sorted(
-        (each for each in found if math.isfinite(each.value.value)), key=lambda each: -sign * each.value.value
-    )
-    place = {each.entry: number for number, each in enumerate(ordered, 1)}
-    return [dataclasses.replace(each, rank=place.get(each.entry)) for each in found]
+def _ranked_by_value(rows: Sequence[Standing], sign: float) -> list[Standing]:
+    """The rows with ranks by their value alone."""
+    ordered = sorted((row for row in rows if math.isfinite(row.value.value)), key=lambda row: -sign * row.value.value)
+    ranks = {row.entry: rank for rank, row in enumerate(ordered, 1)}
+    return [dataclasses.replace(row, rank=ranks.get(row.entry)) for row in rows]
 
 
-def _adjusted(
+def _adjusted_values(
     measured: Sequence[tuple[str, str, float]], selections: Mapping[str, SelectionLabel]
 ) -> tuple[dict[str, Estimate], Estimate | None, str]:
-    """Values at equal difficulty by entry, the slope, and why there are none."""
-    known = [
+    """Values at equal difficulty by entry, the slope, and the reason if there are none."""
+    rows = [
         (entry, selection, value, difficulty)
         for entry, selection, value in measured
         if (difficulty := selections[selection].mean_log_mrd) is not None and math.isfinite(difficulty)
     ]
-    if not known:
+    if not rows:
         return {}, None, "Not adjusted: the difficulty of the selections was not measured."
-    entries, drawn, values, difficulties = (list(column) for column in zip(*known, strict=True))
+    entries, selection_names, values, difficulties = (list(column) for column in zip(*rows, strict=True))
     try:
-        found = bias.adjusted_scores(entries, difficulties, values, drawn)
+        result = bias.adjusted_scores(entries, difficulties, values, selection_names)
     except UserError as error:
         return {}, None, f"Not adjusted: {error}."
-    return {each.algorithm: each.adjusted for each in found.scores}, found.slope, ""
+    return {score.algorithm: score.adjusted for score in result.scores}, result.slope, ""
 
 
-def _told(title: str, table: bias.ScoreTable, ranking: bias.Ranking) -> list[str]:
+def _uncertainty_sentences(title: str, table: bias.ScoreTable, ranking: bias.Ranking) -> list[str]:
+    """How much of the variance is the draw's, and how many selections the ranking would need."""
     shares = bias.variance_shares(table)
     share, bound, rest = shares.within_algorithm, "", ", the rest to the seed"
     if not math.isfinite(share.value):
         share, bound, rest = shares.within_algorithm_common, "at least ", ""
     seeds = f"{table.seeds} seeds" if table.seeds > 1 else "one seed"
-    apart = sum(pair.separable for pair in ranking.pairs)
+    separable = sum(pair.separable for pair in ranking.pairs)
     return [
         f"Of the variance of one entry's {title}, {bound}{share_with_ci(share)} is due to which samples were "
-        f"drawn{rest} "
-        f"({len(table.selections)} selections, {seeds} each).",
+        f"drawn{rest} ({len(table.selections)} selections, {seeds} each).",
         f"For this ranking to be right with a probability of 95 %, {count_with_ci(bias.selections_needed(table))} "
-        "selections "
-        f"are needed; {apart} of {len(ranking.pairs)} pairs of entries can be told apart on these.",
+        f"selections are needed; {separable} of {len(ranking.pairs)} pairs of entries can be told apart on these.",
     ]
 
 
-def groups_of(order: Sequence[str], pairs: Sequence[bias.SeparablePair]) -> dict[str, str]:
-    """Letters by entry, best first: two share one if and only if they are not separable.
+def group_letters(order: Sequence[str], pairs: Sequence[bias.SeparablePair]) -> dict[str, str]:
+    """Letters by entry, best first: two entries share one if and only if they are not separable.
 
     A letter is a largest set of entries of which no two are separable: the maximal cliques (Bron & Kerbosch 1973).
     """
@@ -250,7 +248,7 @@ def groups_of(order: Sequence[str], pairs: Sequence[bias.SeparablePair]) -> dict
             cliques.append(clique)
             return
         pivot = max(candidates | done, key=lambda entry: len(tied[entry] & candidates))
-        for entry in [each for each in order if each in candidates - tied[pivot]]:
+        for entry in [name for name in order if name in candidates - tied[pivot]]:
             grow(clique | {entry}, candidates & tied[entry], done & tied[entry])
             candidates, done = candidates - {entry}, done | {entry}
 
@@ -265,21 +263,22 @@ def _letter(number: int) -> str:
     return letter if number < 26 else f"{letter}{number // 26}"
 
 
-def _by_selection(own: Sequence[tuple[str, float]]) -> np.ndarray:
+def _selection_means(values: Sequence[tuple[str, float]]) -> np.ndarray:
+    """(selections,) means over seeds of pairs of selection and value."""
     cells: defaultdict[str, list[float]] = defaultdict(list)
-    for selection, value in own:
+    for selection, value in values:
         cells[selection].append(value)
-    return np.array([np.mean(values) for values in cells.values()])
+    return np.array([np.mean(seeds) for seeds in cells.values()])
 
 
-def _fewest_seeds(own: Sequence[tuple[str, float]]) -> int:
-    return min(Counter(selection for selection, _ in own).values(), default=0)
+def _fewest_seeds(values: Sequence[tuple[str, float]]) -> int:
+    return min(Counter(selection for selection, _ in values).values(), default=0)
 
 
 def _mean(values: np.ndarray) -> Estimate:
     return t_interval(values) if len(values) else UNKNOWN
 
 
-def _turned(estimate: Estimate, sign: float) -> Estimate:
-    """Back to the metric's own direction."""
+def _signed(estimate: Estimate, sign: float) -> Estimate:
+    """From "higher is better" back to the metric's own direction."""
     return estimate if sign > 0 else Estimate(-estimate.value, -estimate.high, -estimate.low)

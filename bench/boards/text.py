@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from bench.boards.board import Board, shown
+from bench.boards.board import Board, metric_label
 from bench.boards.compare import Comparison, Side
 from bench.report.words import decimal, interval, three_digits
 from bench.results.export import latex_table
@@ -12,35 +12,35 @@ def standings_latex(board: Board, metric: str) -> str:
     """The standings of a board as rows of a LaTeX table."""
     rows = [
         {
-            "rank": each.rank,
-            "entry": each.entry,
-            board.metrics[metric].title: decimal(each.value.value, 3),
-            "95 % CI": interval(each.value, 3),
-            "adjusted": decimal(each.adjusted.value, 3) if each.adjusted else None,
-            "adjusted rank": each.adjusted_rank,
-            "not separable": each.groups,
+            "rank": standing.rank,
+            "entry": standing.entry,
+            board.metrics[metric].title: decimal(standing.value.value, 3),
+            "95 % CI": interval(standing.value, 3),
+            "adjusted": decimal(standing.adjusted.value, 3) if standing.adjusted else None,
+            "adjusted rank": standing.adjusted_rank,
+            "not separable": standing.groups,
         }
-        for each in board.standings[metric]
+        for standing in board.standings[metric]
     ]
     return latex_table(list(rows[0]), rows)
 
 
-def comparison_lines(found: Comparison, first: Side, second: Side) -> list[str]:
-    """A line for each metric."""
+def comparison_lines(comparison: Comparison, first: Side, second: Side) -> list[str]:
+    """A comparison as a table for the terminal, a line for each metric."""
     lines = [f"{second.name} less {first.name}, paired by selection and seed"]
-    for side, alone in zip((first, second), found.alone, strict=True):
-        if alone:
-            lines.append(f"{alone} of {len(side.runs)} runs of {side.name} have no partner, and are left out")
+    for side, unpaired in zip((first, second), comparison.unpaired, strict=True):
+        if unpaired:
+            lines.append(f"{unpaired} of {len(side.runs)} runs of {side.name} have no partner, and are left out")
     head = f"{'metric':<26}{'pairs':>6}{'over':>16}{'first':>10}{'second':>10}"
     lines.append(f"{head}{'difference [95 % CI]':>30}{'g [95 % CI]':>26}")
-    for each in found.metrics:
-        arrow = "↑" if shown(each.metric).higher_is_better else "↓"
-        over = f"{each.units} {each.unit}s"
-        low, middle, high = map(three_digits, (each.difference.low, each.difference.value, each.difference.high))
+    for paired in comparison.metrics:
+        arrow = "↑" if metric_label(paired.metric).higher_is_better else "↓"
+        over = f"{paired.units} {paired.unit}s"
+        low, middle, high = map(three_digits, (paired.difference.low, paired.difference.value, paired.difference.high))
         difference = f"{middle} [{low} to {high}]"
-        effect = f"{decimal(each.effect.value)} [{interval(each.effect)}]"
+        effect = f"{decimal(paired.effect.value)} [{interval(paired.effect)}]"
         lines.append(
-            f"{each.metric + ' ' + arrow:<26}{each.pairs:>6}{over:>16}{each.first:>10.4g}{each.second:>10.4g}"
+            f"{paired.metric + ' ' + arrow:<26}{paired.pairs:>6}{over:>16}{paired.first:>10.4g}{paired.second:>10.4g}"
             f"{difference:>30}{effect:>26}"
         )
     lines.append(

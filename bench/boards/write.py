@@ -24,17 +24,19 @@ def leaderboard(
     experiment: str | None = None,
     keep_conflicts: bool = False,
 ) -> tuple[list[Board], list[str]]:
-    """Rank what result stores hold, and write the page: raw, on the selections that all share, and at equal difficulty.
+    """Rank the runs in result stores, and write the leaderboard's page.
+
+    Entries are ranked by raw values, on the selections that all of them share, and at equal difficulty.
 
     Args:
         stores: folders or URIs (s3://, gs://) of stores.
         out: folder for index.html, README.md, pictures and LaTeX tables.
         task, experiment: only this one.
-        keep_conflicts: of stores that contradict each other show both: settings on boards of their own, of a run the
-            first.
+        keep_conflicts: show runs even where stores contradict each other: runs of different settings get boards of
+            their own, and of a run with two results the first store's is shown.
 
     Returns:
-        The boards, and what a reader must know of them.
+        The boards, and notes that a reader must know.
 
     Raises:
         UserError: a path is no store, stores contradict each other, or `out` cannot be written to.
@@ -78,7 +80,7 @@ def _draw(board: Board, path: Path) -> None:
 
 
 def overview(ranked: Sequence[Board], notes: Sequence[str]) -> str:
-    """The standings of every board by its first metrics, with what must be known of them."""
+    """README.md: the standings of every board by its first metrics, with the sentences that a reader must know."""
     parts = ["# Leaderboard\n", "The page with all metrics, runs and samples is `index.html`: open it in a browser.\n"]
     for number, board in enumerate(ranked):
         parts.append(f"## {board.name}\n")
@@ -96,4 +98,4 @@ def overview(ranked: Sequence[Board], notes: Sequence[str]) -> str:
 
 def _table(board: Board, metric: str) -> str:
     title = board.metrics[metric].title
-    return markdown_table(columns(title), [cells(each) for each in board.standings[metric]]) + "\n"
+    return markdown_table(columns(title), [cells(standing) for standing in board.standings[metric]]) + "\n"

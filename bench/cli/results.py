@@ -131,7 +131,7 @@ def compare_arguments(sub: argparse.ArgumentParser) -> None:
 
 
 def compare(arguments: argparse.Namespace) -> None:
-    from bench.boards.compare import compare, entries_side, store_side
+    from bench.boards.compare import compare, entry_side, store_side
     from bench.boards.text import comparison_lines
     from bench.results.export import skipped_lines
     from bench.results.store import read_stores
@@ -139,7 +139,7 @@ def compare(arguments: argparse.Namespace) -> None:
     of = (arguments.task, arguments.experiment)
     if arguments.results:
         results = read_stores(arguments.results, *of)
-        first, second = (entries_side(name, results) for name in (arguments.first, arguments.second))
+        first, second = (entry_side(name, results) for name in (arguments.first, arguments.second))
         skipped = results.skipped
     else:
         both = [read_stores([name], *of) for name in (arguments.first, arguments.second)]

@@ -11,7 +11,7 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from bench.files.score_file import Scores
-from bench.report.figures import BLUE, INK, MUTED, ORANGE, Draw, arms
+from bench.report.figures import BLUE, INK, MUTED, ORANGE, Draw, error_bars
 from bench.report.words import sign_verdict, with_ci
 from bench.stats.estimates import Estimate, hedges_g, mean, mean_difference, partial_spearman, spearman
 from scoring.characteristics import characteristics
@@ -197,7 +197,7 @@ def by_attribute(effects: Sequence[Effect], title: str = "") -> Draw:
                 axes.errorbar(
                     x,
                     centre.value,
-                    arms([centre]),
+                    error_bars([centre]),
                     fmt=marker,
                     color=INK,
                     markerfacecolor=colour,
@@ -233,7 +233,7 @@ def forest(effects: Sequence[Effect], others: Sequence[Correlation]) -> Draw:
             axes.errorbar(
                 [estimate.value for estimate in found],
                 place + up,
-                xerr=arms(found),
+                xerr=error_bars(found),
                 fmt=marker,
                 color=colour,
                 capsize=3,

@@ -1,4 +1,4 @@
-"""The figures: functions that draw on an Axes, and what turns them into an SVG for a page or a PNG.
+"""From a function that draws on an Axes to an SVG element for a page, or a picture in a file.
 
 Colours are those of Okabe and Ito, which colour-blind readers tell apart; marks differ in shape as well. In an SVG
 for a page, ink and colours become CSS variables, so that the page's theme decides them.
@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Sequence
 from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import matplotlib as mpl
 import numpy as np
@@ -23,14 +23,11 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from bench.stats.estimates import Estimate
 
-if TYPE_CHECKING:  # what is drawn; a leaderboard is drawn without loading what trains models
-    pass
-
 Draw = Callable[[Axes], None]
 
 INK, MUTED, GRID = "#1b1d21", "#6a6e76", "#d9dbe0"
 BLUE, ORANGE, GREEN, VERMILLION = "#0072b2", "#e69f00", "#009e73", "#d55e00"
-# What the page's style sheet calls them.
+# Their names in the page's style sheet.
 CSS_NAMES = {
     INK: "--ink",
     MUTED: "--muted",
@@ -73,7 +70,7 @@ def svg(draw: Draw, name: str, alt: str, inches: tuple[float, float] = INCHES) -
     Args:
         draw: draws the figure.
         name: prefix of all ids in it, unique on the page.
-        alt: what a reader who cannot see it is told.
+        alt: description for readers who cannot see it.
     """
     stream = io.StringIO()
     with mpl.rc_context(STYLE):
@@ -83,7 +80,7 @@ def svg(draw: Draw, name: str, alt: str, inches: tuple[float, float] = INCHES) -
         figure.savefig(stream, format="svg", transparent=True, metadata={"Date": None})
     text = stream.getvalue()
     text = text[text.index("<svg") :]
-    # Its style sheet would apply to the page, and its metadata only repeats the program's name.
+    # The SVG's style sheet would apply to the whole page, and its metadata only repeats the program's name.
     text = re.sub(r"<metadata>.*?</metadata>\s*", "", text, flags=re.DOTALL)
     text = re.sub(r"<style.*?</style>\s*", "", text, flags=re.DOTALL)
     text = re.sub(r'\bid="', f'id="{name}-', text)
@@ -103,10 +100,11 @@ def picture(
     dpi: int = 100,
     polar: bool = False,
 ) -> None:
-    """A file of panels side by side, on white; `polar` ones have a centre and angles.
+    """Write a picture of panels side by side, on white.
 
     Args:
-        path: its name ends in .png or .svg, also with ".tmp" behind it.
+        path: its name ends in .png or .svg; ".tmp" may follow.
+        polar: the panels have polar axes.
     """
     form = path.name.removesuffix(".tmp").rsplit(".", 1)[-1]
     with mpl.rc_context(STYLE | {"font.size": 12, "axes.titlesize": 14, "legend.fontsize": 11}):
@@ -116,12 +114,12 @@ def picture(
             np.atleast_1d(figure.subplots(1, len(draws), subplot_kw={"polar": polar})), draws, strict=True
         ):
             draw(axes)
-        # The version of matplotlib and the date in the file would make the same picture differ.
+        # With the date or matplotlib's version in it, the same picture would differ from file to file.
         metadata = {"Date": None, "Creator": None} if form == "svg" else {"Software": None}
         figure.savefig(path, format=form, dpi=dpi, metadata=metadata)
 
 
-def arms(estimates: Sequence[Estimate]) -> np.ndarray:
-    """Lengths of error bars, (2, n); 0 where there is no interval."""
-    arms = np.array([[e.value - e.low for e in estimates], [e.high - e.value for e in estimates]])
-    return np.nan_to_num(np.clip(arms, 0, None))
+def error_bars(estimates: Sequence[Estimate]) -> np.ndarray:
+    """Lengths of error bars below and above the values, (2, n); 0 where there is no interval."""
+    lengths = np.array([[e.value - e.low for e in estimates], [e.high - e.value for e in estimates]])
+    return np.nan_to_num(np.clip(lengths, 0, None))

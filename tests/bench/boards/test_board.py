@@ -12,7 +12,7 @@ import pytest
 from scipy import stats
 
 from bench.boards.board import Board, boards
-from bench.boards.standings import Standing, groups_of
+from bench.boards.standings import Standing, group_letters
 from bench.cli import main
 from bench.results.store import read_stores
 from bench.stats.estimates import Estimate
@@ -257,7 +257,7 @@ def test_letters_are_shared_by_those_that_cannot_be_told_apart(seed: int) -> Non
     rng = np.random.default_rng(seed)
     order = [f"e{n}" for n in range(rng.integers(2, 8))]
     apart = {both: bool(rng.random() < 0.5) for both in itertools.combinations(order, 2)}
-    letters = groups_of(order, [pair(*both, clear) for both, clear in apart.items()])
+    letters = group_letters(order, [pair(*both, clear) for both, clear in apart.items()])
     for (one, other), clear in apart.items():
         assert bool(set(letters[one]) & set(letters[other])) == (not clear)
     for letter in set("".join(letters.values())):
@@ -268,7 +268,7 @@ def test_letters_are_shared_by_those_that_cannot_be_told_apart(seed: int) -> Non
 
 def test_letters_by_hand() -> None:
     """a is apart from c; b from neither."""
-    letters = groups_of(["a", "b", "c"], [pair("a", "b", False), pair("b", "c", False), pair("a", "c", True)])
+    letters = group_letters(["a", "b", "c"], [pair("a", "b", False), pair("b", "c", False), pair("a", "c", True)])
     assert letters == {"a": "a", "b": "ab", "c": "b"}
 
 

@@ -1,4 +1,4 @@
-"""Paired differences at equal selections and seeds, against numbers by hand and scipy's distributions."""
+"""PairedMetric differences at equal selections and seeds, against numbers by hand and scipy's distributions."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from bench.boards.compare import Comparison, compare, entries_side, paired_g, store_side
+from bench.boards.compare import Comparison, compare, entry_side, paired_g, store_side
 from bench.cli import main
 from bench.results.store import read_stores
 from scoring.errors import UserError
@@ -24,7 +24,7 @@ TWO = {
 
 def between(root: Path, first: str, second: str, metric: str | None = None) -> Comparison:
     results = read_stores([root])
-    return compare(entries_side(first, results), entries_side(second, results), metric)
+    return compare(entry_side(first, results), entry_side(second, results), metric)
 
 
 def test_by_hand(tmp_path: Path) -> None:
@@ -81,7 +81,7 @@ def test_partners_are_of_the_same_samples_and_seed(tmp_path: Path) -> None:
         made_run("A", "s1", 6, {}, row={"status": "diverged"}),
     ]
     found = between(write_runs(tmp_path, rows + others), "A", "B")
-    assert found.alone == (0, 3)
+    assert found.unpaired == (0, 3)
     assert found.metrics[0].pairs == 6
     assert found.metrics[0].second == pytest.approx(1.3 / 3)
 
@@ -135,7 +135,7 @@ def test_two_stores(tmp_path: Path) -> None:
     after = write_runs(tmp_path / "b", grid(better) + grid({"C": TWO["A"]}))
     sides = [store_side(str(root), read_stores([root])) for root in (before, after)]
     found = compare(*sides)
-    assert found.alone == (0, 6)
+    assert found.unpaired == (0, 6)
     assert found.metrics[0].pairs == 12
     assert found.metrics[0].units == 6
     assert found.metrics[0].difference.value == pytest.approx(0.01)
