@@ -1,4 +1,4 @@
-"""Records: what a data set holds before anything is tokenized, and how each layout becomes a text."""
+"""Records: the entries of a data set before tokenization, and how each layout becomes a text."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def _text(record: Record) -> tuple[str, None]:
     return record["text"], None
 
 
-# The fields a record may have, in the order of preference, and how they become prompt and completion.
+# The layouts of a record in order of preference: its fields, and how they become prompt and completion.
 LAYOUTS: dict[tuple[str, ...], Callable[[Record], tuple[str, str | None]]] = {
     ("prompt", "completion"): _pair,
     ("question", "answer"): _question,
@@ -34,16 +34,18 @@ LAYOUTS: dict[tuple[str, ...], Callable[[Record], tuple[str, str | None]]] = {
 
 
 def as_text(name: str, number: int, record: Record) -> Text:
-    """What is tokenized of a record; without an "id" its place is its name.
+    """The text of a record. A record without an "id" gets its position as one.
 
     Args:
-        name: of the data set, for messages.
-        number: of the record, counted from 1.
-        record: in one of the layouts.
+        name: name of the data set, for messages.
+        number: number of the record, counted from 1.
+        record: a record in one of the layouts.
 
     Raises:
         UserError: one line that names the record and field at fault.
     """
+    if not isinstance(record, Mapping):
+        raise UserError(f"{name}, record {number}: {type(record).__name__}; expected a mapping of fields")
     sample_id = record.get("id")
     sample_id = str(number - 1) if sample_id is None else str(sample_id)
     if "messages" in record:
@@ -63,31 +65,34 @@ def as_text(name: str, number: int, record: Record) -> Text:
 
 
 def _messages(name: str, number: int, turns: Any) -> tuple[dict[str, str], ...]:
-    sound = isinstance(turns, list) and all(
-        isinstance(t, dict) and isinstance(t.get("role"), str) and isinstance(t.get("content"), str) for t in turns
+    well_formed = isinstance(turns, list) and all(
+        isinstance(turn, dict) and isinstance(turn.get("role"), str) and isinstance(turn.get("content"), str)
+        for turn in turns
     )
-    if not sound or not turns or turns[-1]["role"] != "assistant":
+    if not well_formed or not turns or turns[-1]["role"] != "assistant":
         raise UserError(
             f"{name}, record {number}: 'messages' must be a list of {{'role', 'content'}} that ends with an "
             "assistant turn, which is what is scored"
         )
-    return tuple({"role": t["role"], "content": t["content"]} for t in turns)
+    return tuple({"role": turn["role"], "content": turn["content"]} for turn in turns)
 
 
 def question_answer(question: str, answer: str) -> tuple[str, str]:
-    """Prompt and completion. They are tokenized apart and joined, bos before and eos after; the completion starts
-    with the space that separates it, and its eos counts as an answer token."""
+    """Prompt and completion of a question-answer pair. They are tokenized apart and joined, with bos before and eos
+    after. The completion starts with the space that separates the two, and eos counts as one of its tokens."""
     return f"Question: {question}\nAnswer:", f" {answer}"
 
 
 def check_ids(name: str, ids: Sequence[str], places: Sequence[int] | np.ndarray | None = None) -> None:
-    """Refuse ids that name two records of the data set `name`.
+    """Refuse an id that two records share.
 
     Args:
-        places: of the ids' records, counted from 0; None: they are all records.
+        name: name of the data set, for messages.
+        ids: ids of records.
+        places: positions of these records in the data set, counted from 0; None if they are all of its records.
 
     Raises:
-        UserError: one line with the record, counted from 1.
+        UserError: one line with the second of the two records, counted from 1.
     """
     seen: set[str] = set()
     for place, sample_id in zip(range(len(ids)) if places is None else places, ids, strict=True):
@@ -97,13 +102,16 @@ def check_ids(name: str, ids: Sequence[str], places: Sequence[int] | np.ndarray 
 
 
 def texts_of(name: str, records: Iterable[Record | str]) -> list[Text]:
-    """What is tokenized of records in memory; a plain text is a record of its own.
+    """The texts of records in memory; a plain string is a record by itself.
 
     Raises:
         UserError: one line that names the record and field at fault, or an id that occurs twice.
     """
     if isinstance(records, str | Mapping):
         raise UserError(f"{name} is one record: expected a list of them")
+    if hasattr(records, "to_dict") and hasattr(records, "columns"):
+        # A DataFrame gives the names of its columns when it is gone through, and they would pass for texts.
+        raise UserError(f"{name} is a {type(records).__name__}: expected a list of records; use to_dict('records')")
     texts = [
         as_text(name, number, {"text": record} if isinstance(record, str) else record)
         for number, record in enumerate(records, start=1)
