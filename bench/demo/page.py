@@ -15,7 +15,7 @@ from bench.demo.runs import DemoRun, Unlearning, has_retain_set, kept, percent, 
 from bench.files.score_file import Scores
 from bench.jobs.draws import inflation
 from bench.report import figures
-from bench.report.attributes import LENGTH, PROBABILITY, Correlation, Effect, by_attribute, forest
+from bench.report.attributes import LENGTH, PROBABILITY, Correlation, Effect, by_attribute, forest_plot
 from bench.report.style import STYLE_SHEET
 from bench.report.words import decimal, interval, with_ci
 from bench.stats.estimates import Estimate, spearman
@@ -234,7 +234,7 @@ def _attributes(findings: Findings) -> str:
             "MRD at the low and the high level of each attribute; large marks are means with 95 % intervals.",
         )
     correlations = figures.svg(
-        forest(effects, [probability]),
+        forest_plot(effects, [probability]),
         "forest",
         "Rank correlations with MRD. " + " ".join(sentences),
         (5.0, 3.6),

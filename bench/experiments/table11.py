@@ -20,7 +20,7 @@ from bench.files.score_file import Scores
 from bench.jobs.resources import Resources
 from bench.jobs.score import ScoreSpec, score
 from bench.models.find import find_model
-from bench.report.attributes import ATTRIBUTES, Attribute, Effect, Record, attribute_effects, by_attribute, forest
+from bench.report.attributes import ATTRIBUTES, Attribute, Effect, Record, attribute_effects, by_attribute, forest_plot
 from bench.report.words import (
     decimal,
     interval_columns,
@@ -155,7 +155,7 @@ def answer(scores: Scores, dataset: Dataset, corpus: Sequence[str], spec: Table1
     ]
     panels = [
         by_attribute([_titled(each, "\n") for each in compared], f"MRD, {spec.size} of each level"),
-        forest([_titled(each, " ") for each in compared], []),
+        forest_plot([_titled(each, " ") for each in compared], []),
     ]
     table = pa.Table.from_pylist([_row(each) for each in compared])
     return Answer(table, panels, sentences, inches=(20.0, 6.0))

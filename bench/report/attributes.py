@@ -1,4 +1,4 @@
-"""Attributes of samples, and how they go with difficulty."""
+"""Attributes of samples, and how difficulty depends on them."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ class Attribute:
     """A two-valued attribute of the records, and what the paper says about it.
 
     Attributes:
-        field: of the record.
-        title: as printed.
+        field: key of the record.
+        title: its name in text.
         low, high: its two values.
-        claim: +1 if MRD is said to be higher at the high level, -1 if lower (paper, section 3.3 and Table 11).
+        claim: +1 if the paper says that MRD is higher at the high level, -1 if lower (section 3.3 and Table 11).
     """
 
     field: str
@@ -49,10 +49,10 @@ class Effect:
     """MRD at the low and the high level of an attribute.
 
     Attributes:
-        attribute: which.
+        attribute: the attribute.
         low, high: (N,), (M,) MRD of the two groups.
-        low_mean, high_mean: of the groups.
-        difference: high - low.
+        low_mean, high_mean: means of the groups.
+        difference: mean at the high level - mean at the low level.
         size: Hedges' g, positive where the high level has the higher MRD.
         correlation: Spearman's, of the level (0, 1) with MRD.
         beyond_length: the same with the number of scored tokens partialled out.
@@ -71,25 +71,25 @@ class Effect:
     with_length: Estimate
 
     def sentence(self) -> str:
+        """The paper's claim, and whether it holds here."""
         name, claim = self.attribute.title, self.attribute.claim
-        says = f"The paper says: high {name}, {'higher' if claim > 0 else 'lower'} MRD."
+        paper = f"The paper says: high {name}, {'higher' if claim > 0 else 'lower'} MRD."
         if not math.isfinite(self.difference.value):
-            return f"{says} There are too few samples to compare."
+            return f"{paper} There are too few samples to compare."
         change = self.difference.value / self.low_mean.value
         return (
-            f"{says} Here the mean MRD is {abs(change):.1%} {'higher' if change > 0 else 'lower'} at the high level, "
+            f"{paper} Here the mean MRD is {abs(change):.1%} {'higher' if change > 0 else 'lower'} at the high level, "
             f"Hedges' g {with_ci(self.size)}: {sign_verdict(self.size, claim)}. With length partialled out, rank "
-            "correlation "
-            f"{with_ci(self.beyond_length)}: {sign_verdict(self.beyond_length, claim)}."
+            f"correlation {with_ci(self.beyond_length)}: {sign_verdict(self.beyond_length, claim)}."
         )
 
 
 def attribute_effects(scores: Scores, records: Sequence[Record]) -> list[Effect]:
-    """The effect of every attribute that the records carry at both levels.
+    """The effects of the attributes that the records have at both levels.
 
     Args:
         scores: of samples whose ids are among the records'.
-        records: with their attributes.
+        records: with ids and attributes.
     """
     by_id = {record["id"]: record for record in records}
     rows = [by_id[name] for name in scores.ids]
@@ -124,11 +124,11 @@ class Correlation:
     """Spearman's rank correlation of MRD with a number that each sample has.
 
     Attributes:
-        title: of that number.
+        title: what the number is.
         mrd: its correlation with MRD.
         beyond_length: the same with the number of scored tokens partialled out; nan for the length itself.
         per_token: its correlation with MRD / tokens.
-        claim: the sign the paper gives it, 0 for none.
+        claim: the sign that the paper gives the correlation, 0 if it gives none.
     """
 
     title: str
@@ -138,6 +138,7 @@ class Correlation:
     claim: int = 0
 
     def sentence(self) -> str:
+        """The paper's claim, and whether it holds here."""
         return (
             f"The paper says: high {self.title}, {'higher' if self.claim > 0 else 'lower'} MRD. Here the rank "
             f"correlation is {with_ci(self.mrd)}: {sign_verdict(self.mrd, self.claim)}. With length partialled out, "
@@ -154,8 +155,8 @@ def correlations(scores: Scores, records: Sequence[Record], corpus: Sequence[str
 
     Args:
         scores: of samples whose ids are among the records'.
-        records: with question and answer.
-        corpus: the texts that the model was trained on, each as often as it saw it in an epoch.
+        records: with ids, questions and answers.
+        corpus: the texts that the model was trained on, each as often as the model saw it in an epoch.
     """
     by_id = {record["id"]: record for record in records}
     rows = [by_id[name] for name in scores.ids]
@@ -170,8 +171,10 @@ def correlations(scores: Scores, records: Sequence[Record], corpus: Sequence[str
         ("counted share of rare words", np.array([text.rare_words for text in texts]), +1),
     ]
     return [
-        Correlation(title, spearman(x, mrd), partial_spearman(x, mrd, length), spearman(x, per_token), claim)
-        for title, x, claim in columns
+        Correlation(
+            title, spearman(values, mrd), partial_spearman(values, mrd, length), spearman(values, per_token), claim
+        )
+        for title, values, claim in columns
     ]
 
 
@@ -179,13 +182,13 @@ def by_attribute(effects: Sequence[Effect], title: str = "") -> Draw:
     """MRD at the two levels of each attribute: samples as faint dots, means with 95 % intervals."""
 
     def draw(axes: Axes) -> None:
-        spread = np.random.default_rng(0)  # of the dots, sideways
+        jitter = np.random.default_rng(0)  # moves dots sideways, so that they do not hide each other
         groups = [(e.low, e.low_mean) for e in effects], [(e.high, e.high_mean) for e in effects]
-        for level, (colour, marker, sideways) in enumerate(((ORANGE, "s", -0.2), (BLUE, "o", 0.2))):
+        for level, (colour, marker, offset) in enumerate(((ORANGE, "s", -0.2), (BLUE, "o", 0.2))):
             for place, (values, centre) in enumerate(groups[level]):
-                x = place + sideways
+                x = place + offset
                 axes.plot(
-                    x + spread.uniform(-0.13, 0.13, len(values)),
+                    x + jitter.uniform(-0.13, 0.13, len(values)),
                     values,
                     linestyle="none",
                     marker=".",
@@ -217,23 +220,23 @@ def by_attribute(effects: Sequence[Effect], title: str = "") -> Draw:
     return draw
 
 
-def forest(effects: Sequence[Effect], others: Sequence[Correlation]) -> Draw:
-    """Rank correlations with MRD, as they are and with length partialled out, and the signs the paper gives."""
+def forest_plot(effects: Sequence[Effect], correlations: Sequence[Correlation]) -> Draw:
+    """Rank correlations with MRD, as they are and with length partialled out, and the signs that the paper gives."""
 
     def draw(axes: Axes) -> None:
-        names = [effect.attribute.title for effect in effects] + [other.title for other in others]
-        claims = [effect.attribute.claim for effect in effects] + [other.claim for other in others]
-        plain = [effect.correlation for effect in effects] + [other.mrd for other in others]
-        beyond = [effect.beyond_length for effect in effects] + [other.beyond_length for other in others]
-        place = -np.arange(len(names), dtype=float)
-        for up, found, colour, marker, label in (
+        names = [effect.attribute.title for effect in effects] + [other.title for other in correlations]
+        claims = [effect.attribute.claim for effect in effects] + [other.claim for other in correlations]
+        plain = [effect.correlation for effect in effects] + [other.mrd for other in correlations]
+        beyond = [effect.beyond_length for effect in effects] + [other.beyond_length for other in correlations]
+        heights = -np.arange(len(names), dtype=float)
+        for shift, estimates, colour, marker, label in (
             (0.14, plain, ORANGE, "s", "as it is"),
             (-0.14, beyond, BLUE, "o", "length partialled out"),
         ):
             axes.errorbar(
-                [estimate.value for estimate in found],
-                place + up,
-                xerr=error_bars(found),
+                [estimate.value for estimate in estimates],
+                heights + shift,
+                xerr=error_bars(estimates),
                 fmt=marker,
                 color=colour,
                 capsize=3,
@@ -241,10 +244,10 @@ def forest(effects: Sequence[Effect], others: Sequence[Correlation]) -> Draw:
             )
         axes.axvline(0, color=MUTED, linewidth=1)
         axes.set_xlim(-1, 1)
-        for y, claim in zip(place, claims, strict=True):
+        for y, claim in zip(heights, claims, strict=True):
             if claim:
                 axes.annotate("▶" if claim > 0 else "◀", (0.96 * claim, y), ha="center", va="center", color=MUTED)
-        axes.set_yticks(place, names)
+        axes.set_yticks(heights, names)
         axes.grid(axis="y", visible=False)
         axes.set_ylim(-len(names) + 0.4, 0.6)
         axes.set_xlabel("rank correlation (arrow: the paper's sign)")

@@ -1,9 +1,9 @@
-"""The style sheet of pages: light and dark by the reader's preference, readable from a phone's width up.
+"""The style sheet of all pages: light or dark as the reader prefers, readable from a phone's width up.
 
-A page that lets its reader choose sets data-theme to "light" or "dark" on the root element.
+A page on which the reader can choose sets data-theme to "light" or "dark" on the root element.
 """
 
-# The colours' names are those of bench.report.figures.CSS_NAMES; on dark ground they are lighter, of the same hue.
+# The colours are named as in bench.report.figures.CSS_NAMES; on a dark page they have the same hue and are lighter.
 STYLE_SHEET = """
 :root {
   color-scheme: light dark;
