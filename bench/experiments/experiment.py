@@ -10,8 +10,9 @@ from typing import Any, Protocol, TypeVar, runtime_checkable
 import pyarrow as pa
 
 from bench.jobs.resources import SweepResources
-from bench.jobs.sweep import SweepResult, sweep
+from bench.jobs.sweep import sweep
 from bench.jobs.sweep_plan import SweepSpec
+from bench.jobs.sweep_tables import SweepResult
 from bench.report.figures import Draw
 from scoring.settings import Naming, build, naming
 

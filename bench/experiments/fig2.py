@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 
 from bench.experiments.experiment import Answer, Experiment, Setting
 from bench.files.status import FINISHED
-from bench.jobs.sweep import as_table
+from bench.jobs.sweep_tables import as_table
 from bench.report.figures import BLUE, GREEN, MUTED, ORANGE, VERMILLION, Draw
 from bench.report.words import count_with_ci, share_with_ci, with_ci
 from bench.stats import selection_bias as bias

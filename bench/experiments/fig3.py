@@ -26,8 +26,8 @@ from bench.files.identity import with_spec_hash
 from bench.files.score_file import read_scores, write_scores
 from bench.files.status import FINISHED
 from bench.jobs.resources import Resources
-from bench.jobs.sweep import as_table
 from bench.jobs.sweep_plan import SweepSpec
+from bench.jobs.sweep_tables import as_table
 from bench.models.cache import trained_once
 from bench.models.embedded import FAMILIES, model_spec, train, train_tokenizer
 from bench.models.find import ModelReference, find_model

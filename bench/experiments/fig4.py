@@ -22,7 +22,7 @@ from bench.experiments.experiment import Answer, Experiment, Setting
 from bench.experiments.shared.single_samples import COLOURS, estimated
 from bench.experiments.shared.verdicts import CONTRADICTED, HOLDS, UNKNOWN, ruled, ruling
 from bench.files.status import FINISHED
-from bench.jobs.sweep import as_table
+from bench.jobs.sweep_tables import as_table
 from bench.report.figures import INK, Draw
 from bench.report.words import with_ci
 from bench.stats.estimates import FEWEST, LEVEL, Estimate, over_sets, partial_spearman, spearman

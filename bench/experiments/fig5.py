@@ -29,7 +29,7 @@ from bench.experiments.shared.single_samples import (
     unusable,
 )
 from bench.experiments.shared.verdicts import WEAK, ruled, ruling
-from bench.jobs.sweep import as_table
+from bench.jobs.sweep_tables import as_table
 from bench.report.figures import Draw
 from bench.report.words import decimal, interval, with_ci
 from bench.stats.estimates import Estimate

@@ -34,8 +34,8 @@ from bench.experiments.shared.single_samples import (
     unusable,
 )
 from bench.experiments.shared.verdicts import ruled, ruling
-from bench.jobs.sweep import as_table
 from bench.jobs.sweep_plan import SweepSpec
+from bench.jobs.sweep_tables import as_table
 from bench.models.find import ModelReference, find_model
 from bench.report.figures import INK, Draw
 from bench.report.words import decimal, interval, with_ci

@@ -20,7 +20,7 @@ from bench.experiments.shared.arms import ALL, UNIFORM, Row, plus_minus, togethe
 from bench.experiments.shared.costs import COST, SECONDS, UPDATES, ForgetSet, Ratio, Spent
 from bench.experiments.shared.verdicts import CONTRADICTED, HOLDS, UNKNOWN, by_verdict, overall
 from bench.files.status import FINISHED
-from bench.jobs.sweep import as_table
+from bench.jobs.sweep_tables import as_table
 from bench.stats.estimates import Estimate, over_seeds
 from scoring.errors import UserError
 
@@ -256,7 +256,7 @@ def _rows(
         done = [run for run in runs if run.reached]
         row: dict[str, Any] = {"algorithm": algorithm, "arm": arm, "runs": len(runs), "at_the_end": len(done)}
         for measure in (UPDATES, "training", "mrd", COST, SECONDS, "seconds_training", "seconds_mrd"):
-            mean = over_seeds([run.of(measure) for run in done])[0]
+            mean = over_seeds([run.of(measure) for run in done])
             row |= {measure: mean.value, f"{measure}_low": mean.low, f"{measure}_high": mean.high}
         ratios = {m: next((r for r in own if r.name == algorithm), None) for m, own in single.get(arm, {}).items()}
         rows.append(row | _ratio_columns(ratios) | _paper(algorithm, arm))

@@ -15,7 +15,7 @@ from bench.experiments.shared import weighted_tables
 from bench.experiments.shared.arms import Columns, Contrast, Outcome, Row, label
 from bench.experiments.shared.verdicts import CONTRADICTED, HOLDS, UNKNOWN
 from bench.files.status import FINISHED
-from bench.jobs.sweep import as_table
+from bench.jobs.sweep_tables import as_table
 from bench.report.words import decimal
 from bench.stats.estimates import LEVEL, holm
 from scoring.errors import UserError

@@ -15,7 +15,7 @@ from bench.experiments.experiment import Answer, Experiment, Setting
 from bench.experiments.shared import weighted_tables
 from bench.experiments.shared.arms import EASY_FIRST, MARKERS, UNIFORM, Columns, Outcome, arm_of_alpha, label, method
 from bench.files.status import FINISHED
-from bench.jobs.sweep import as_table
+from bench.jobs.sweep_tables import as_table
 from bench.report.figures import BLUE, GREEN, MUTED, ORANGE, VERMILLION, Draw
 from bench.stats.estimates import Estimate, over_seeds
 from scoring.errors import UserError
@@ -126,7 +126,7 @@ def _lines(by_epoch: Mapping[int, Sequence[Outcome]], metric: str, original: Map
             means: dict[int, Estimate] = {}
             for epoch, own in by_epoch.items():
                 if values := weighted_tables.values_of(own, algorithm, arm, metric):
-                    means[epoch] = over_seeds(values)[0]
+                    means[epoch] = over_seeds(values)
             # Side by side, so that intervals can be told apart.
             x = np.array(list(means)) + 0.05 * (number - (len(order) - 1) / 2)
             axes.errorbar(

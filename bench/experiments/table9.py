@@ -16,7 +16,7 @@ from bench.experiments.shared.arms import plus_minus, together
 from bench.experiments.shared.costs import COST, SECONDS, ForgetSet, Ratio, Spent
 from bench.experiments.shared.verdicts import CONTRADICTED, HOLDS, UNKNOWN
 from bench.files.status import FINISHED
-from bench.jobs.sweep import as_table
+from bench.jobs.sweep_tables import as_table
 from bench.report.figures import BLUE, VERMILLION, Draw
 from bench.stats.estimates import Estimate, over_seeds
 from scoring.errors import UserError
@@ -196,7 +196,7 @@ def _rows(
         row: dict[str, Any] = {"algorithm": name, "seeds": len(_of(found, name, COST))}
         row |= dict(zip(("forwards", "backwards", "tokens"), passes[name], strict=True))
         for measure in (COST, SECONDS):
-            mean = over_seeds(_of(found, name, measure))[0]
+            mean = over_seeds(_of(found, name, measure))
             ratio = to_first[measure][number - 1].value if number else one
             row |= {measure: mean.value, f"{measure}_low": mean.low, f"{measure}_high": mean.high}
             row |= {
@@ -212,7 +212,7 @@ def _measured(found: Sequence[Spent], order: Sequence[str], measure: str, title:
     """Of every algorithm, mean and 95 % interval; the paper's seconds, scaled to the first, beside it."""
 
     def draw(axes: Axes) -> None:
-        means = [over_seeds(_of(found, name, measure))[0] for name in order]
+        means = [over_seeds(_of(found, name, measure)) for name in order]
         y = -np.arange(len(order), dtype=float)
         axes.errorbar(
             [mean.value for mean in means],

@@ -31,7 +31,6 @@ import pyarrow.parquet as pq
 import ray
 import torch
 import torch.nn.functional as F
-from scipy import stats
 from torch import nn
 from tqdm import tqdm
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
@@ -47,7 +46,7 @@ from algorithms.unlearner import Diverged, measure_mrd, retain_order
 from bench.jobs.unlearn import UnlearnSpec, corpus_of, datasets_of, unlearn
 from bench.models.find import find_model
 from bench.speed.scoring import timed
-from bench.stats.estimates import LEVEL, Estimate, over_samples
+from bench.stats.estimates import LEVEL, Estimate, over_samples, t_interval
 from scoring.cluster import Footprint, connect, default_gpus, how_many_fit
 from scoring.errors import UserError
 from scoring.mrd import Request, estimate
@@ -658,16 +657,6 @@ def _side(ratio: Estimate, below: str, above: str) -> str:
 
 
 # --- Numbers ------------------------------------------------------------------------------------------------
-
-
-def t_interval(values: Sequence[float] | np.ndarray, level: float = LEVEL) -> Estimate:
-    """The mean and Student's t interval around it: mean ± t_{(1 + level) / 2, n - 1} s / sqrt(n). For few values,
-    where a bootstrap is too narrow."""
-    x = np.asarray(values, dtype=float)
-    if len(x) < 2:
-        return Estimate(float(x[0]) if len(x) else math.nan, math.nan, math.nan)
-    half = float(stats.t.ppf((1 + level) / 2, len(x) - 1)) * x.std(ddof=1) / math.sqrt(len(x))
-    return Estimate(float(x.mean()), float(x.mean() - half), float(x.mean() + half))
 
 
 def median(values: np.ndarray) -> Estimate:

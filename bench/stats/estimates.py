@@ -1,8 +1,9 @@
-"""Statistics of difficulty: rank correlations, effect sizes, and bootstrap intervals over samples.
+"""Numbers with intervals: rank correlations, effect sizes and means.
 
-All intervals resample the samples with replacement and are bias-corrected and accelerated (BCa, Efron 1987); where
-BCa is not defined, because a resample or the jackknife does not vary, the percentile interval stands in. Fewer than
-FEWEST samples give a value without an interval. The same data and seed give the same interval.
+Intervals over samples are bootstrap intervals: they resample the samples with replacement and are bias-corrected and
+accelerated (BCa, Efron 1987); where BCa is not defined, because a resample or the jackknife does not vary, the
+percentile interval stands in. Fewer than FEWEST samples give a value without an interval. The same data and seed give
+the same interval. Intervals over a few runs are Student's t intervals, as a bootstrap of so few is too narrow.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from scipy import stats
 RESAMPLES = 2000
 LEVEL = 0.95
 FEWEST = 10  # samples (of the smaller group): resamples of fewer are too alike, and the interval too narrow
-AT_ONCE = 4_000_000  # numbers in memory: the jackknife of BCa alone is N resamples of N - 1
+NUMBERS_IN_MEMORY = 4_000_000  # at a time: the jackknife of BCa alone is N resamples of N - 1
+ROUNDING = 1e-12  # repeats whose range is at most that, in units of their mean, do not vary
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,12 @@ class Estimate:
 
 def spearman(x: np.ndarray, y: np.ndarray, resamples: int = RESAMPLES, level: float = LEVEL, seed: int = 0) -> Estimate:
     """Spearman's rank correlation of two (N,) arrays: Pearson's, of the ranks, ties sharing their mean rank."""
-    return _bootstrapped(_spearman, (x, y), True, resamples, level, seed)
+    return _bootstrapped(rank_correlation, (x, y), True, resamples, level, seed)
+
+
+def rank_correlation(x: np.ndarray, y: np.ndarray, axis: int = -1) -> np.ndarray:
+    """Spearman's rank correlation without an interval, along an axis; nan where x or y does not vary."""
+    return _pearson(_centred_ranks(x, axis), _centred_ranks(y, axis), axis)
 
 
 def partial_spearman(
@@ -83,24 +90,49 @@ def hedges_g(x: np.ndarray, y: np.ndarray, resamples: int = RESAMPLES, level: fl
     return _bootstrapped(_hedges_g, (x, y), False, resamples, level, seed)
 
 
-def t_interval(x: np.ndarray, level: float = LEVEL) -> Estimate:
-    """The mean of (n,) and its t interval; nan ends for one value."""
-    value = float(x.mean())
+def t_interval(values: Sequence[float] | np.ndarray, level: float = LEVEL) -> Estimate:
+    """The mean of a few values and Student's t interval: mean ± t_{(1 + level) / 2, n - 1} s / sqrt(n).
+
+    The ends are nan for one value, and all is nan for none.
+    """
+    x = np.asarray(values, dtype=float)
     if len(x) < 2:
-        return Estimate(value, math.nan, math.nan)
+        return Estimate(float(x[0]) if len(x) else math.nan, math.nan, math.nan)
+    value = float(x.mean())
     half = float(stats.t.ppf((1 + level) / 2, len(x) - 1) * x.std(ddof=1) / math.sqrt(len(x)))
     return Estimate(value, value - half, value + half)
 
 
-def geometric_mean(values: np.ndarray) -> Estimate:
-    """Of positive numbers from few repeats, with Student's interval of their logarithms."""
-    logs = np.log(values)
-    arm = stats.t.ppf((1 + LEVEL) / 2, len(logs) - 1) * logs.std(ddof=1) / np.sqrt(len(logs))
-    return Estimate(*np.exp([logs.mean(), logs.mean() - arm, logs.mean() + arm]).tolist())
+def t_test(values: Sequence[float] | np.ndarray, level: float = LEVEL) -> tuple[Estimate, float]:
+    """The mean of independent runs with its t interval, and the two-sided p of a mean of 0.
+
+    nan where the data do not determine them: for a single value, and for values that do not vary, as shares of few
+    samples may not by chance.
+    """
+    x = np.asarray(values, dtype=float)
+    estimate = t_interval(x, level)
+    if len(x) < 2 or np.ptp(x) <= ROUNDING * max(1.0, abs(estimate.value)):
+        return Estimate(estimate.value, math.nan, math.nan), math.nan
+    return estimate, float(stats.ttest_1samp(x, 0.0).pvalue)
+
+
+def over_seeds(values: Sequence[float] | np.ndarray, level: float = LEVEL) -> Estimate:
+    """The mean of runs that differ by their seed, with its t interval; no interval where they do not vary."""
+    return t_test(values, level)[0]
+
+
+def geometric_mean(values: Sequence[float] | np.ndarray) -> Estimate:
+    """The geometric mean of positive numbers from a few repeats, with the t interval of their logarithms."""
+    return exponential(t_interval(np.log(values)))
+
+
+def exponential(estimate: Estimate) -> Estimate:
+    """A number that was estimated by its natural logarithm."""
+    return Estimate(*np.exp([estimate.value, estimate.low, estimate.high]).tolist())
 
 
 def holm(p: Sequence[float] | np.ndarray) -> np.ndarray:
-    """p values, (N,), corrected for their number (Holm 1979). One that is nan stays so, and counts."""
+    """p values, (N,), corrected for their number (Holm 1979). One that is nan stays nan, and counts."""
     values = np.asarray(p, dtype=float)
     order = np.argsort(values)  # nan last
     corrected = np.empty_like(values)
@@ -115,10 +147,10 @@ def over_samples(
     level: float = LEVEL,
     seed: int = 0,
 ) -> Estimate:
-    """Any statistic of a choice of samples, with its interval.
+    """Any statistic of a set of samples, with its interval.
 
     Args:
-        statistic: of the positions of the samples to use, (n,) integers, with repetitions.
+        statistic: takes the positions of the samples to use, (n,) integers with repetitions.
         count: number of samples.
     """
 
@@ -137,12 +169,12 @@ def over_sets(
 ) -> Estimate:
     """A statistic of several sets of samples, each resampled by itself, with its interval.
 
-    What a statistic takes twice from one set is resampled the same way, so that averages and differences of paired
-    values have the interval that is theirs.
+    A set is resampled once for all that the statistic takes from it, so averages and differences of paired values
+    have the interval of paired values.
 
     Args:
-        statistic: of the positions of the samples to use, (..., n) integers with repetitions for each set; reduces the
-            last axis.
+        statistic: takes the positions of the samples to use, (..., n) integers with repetitions for each set, and
+            reduces the last axis.
         counts: number of samples of each set.
     """
 
@@ -160,10 +192,10 @@ def _bootstrapped(
     level: float,
     seed: int,
 ) -> Estimate:
-    """The statistic and its interval.
+    """A statistic and its interval.
 
     Args:
-        statistic: of arrays and `axis`, reducing that axis.
+        statistic: takes the groups and `axis`, and reduces that axis.
         groups: (N,) each; of one length if `paired`.
     """
     groups = tuple(np.asarray(group, dtype=float) for group in groups)
@@ -173,12 +205,12 @@ def _bootstrapped(
     if smallest < 2:
         return Estimate(math.nan, math.nan, math.nan)
     with np.errstate(all="ignore"), warnings.catch_warnings():
-        # Degenerate resamples are answered below.
+        # Resamples that do not determine the statistic are dealt with below.
         warnings.simplefilter("ignore")
         value = float(statistic(*groups, axis=-1))
         if smallest < FEWEST:
             return Estimate(value, math.nan, math.nan)
-        drawn = stats.bootstrap(
+        bootstrap = stats.bootstrap(
             groups,
             statistic,
             paired=paired,
@@ -186,22 +218,18 @@ def _bootstrapped(
             confidence_level=level,
             method="BCa",
             vectorized=True,
-            batch=max(1, AT_ONCE // max(len(group) for group in groups)),
+            batch=max(1, NUMBERS_IN_MEMORY // max(len(group) for group in groups)),
             rng=np.random.default_rng(seed),
         )
-    low, high = float(drawn.confidence_interval.low), float(drawn.confidence_interval.high)
+    low, high = float(bootstrap.confidence_interval.low), float(bootstrap.confidence_interval.high)
     if math.isfinite(low) and math.isfinite(high):
         return Estimate(value, low, high)
-    # The percentile interval, of the resamples that determine the statistic: a few may hold one value only.
-    sound = drawn.bootstrap_distribution[np.isfinite(drawn.bootstrap_distribution)]
-    if not (math.isfinite(value) and len(sound) > resamples / 2):
+    # The percentile interval, from the resamples that determine the statistic: a few may hold one value only.
+    finite = bootstrap.bootstrap_distribution[np.isfinite(bootstrap.bootstrap_distribution)]
+    if not (math.isfinite(value) and len(finite) > resamples / 2):
         return Estimate(value, math.nan, math.nan)
-    low, high = np.quantile(sound, [(1 - level) / 2, (1 + level) / 2]).tolist()
+    low, high = np.quantile(finite, [(1 - level) / 2, (1 + level) / 2]).tolist()
     return Estimate(value, low, high)
-
-
-def _spearman(x: np.ndarray, y: np.ndarray, axis: int) -> np.ndarray:
-    return _pearson(_centred_ranks(x, axis), _centred_ranks(y, axis), axis)
 
 
 def _partial_spearman(x: np.ndarray, y: np.ndarray, z: np.ndarray, axis: int) -> np.ndarray:
@@ -215,15 +243,15 @@ def _centred_ranks(values: np.ndarray, axis: int) -> np.ndarray:
 
 
 def _residual(values: np.ndarray, z: np.ndarray, axis: int) -> np.ndarray:
-    """What is left of centred values after the regression on centred z; exactly 0 where nothing is."""
+    """What remains of centred values after the regression on centred z; exactly 0 where only rounding remains."""
     slope = (values * z).sum(axis=axis, keepdims=True) / (z * z).sum(axis=axis, keepdims=True)
     residual = values - slope * z
-    nothing = (residual**2).sum(axis=axis, keepdims=True) < 1e-12 * (values**2).sum(axis=axis, keepdims=True)
-    return np.where(nothing, 0.0, residual)
+    rounding = (residual**2).sum(axis=axis, keepdims=True) < 1e-12 * (values**2).sum(axis=axis, keepdims=True)
+    return np.where(rounding, 0.0, residual)
 
 
 def _pearson(x: np.ndarray, y: np.ndarray, axis: int) -> np.ndarray:
-    """Of centred values; nan where one of them does not vary."""
+    """Pearson's correlation of centred values; nan where one of them does not vary."""
     return (x * y).sum(axis=axis) / np.sqrt((x * x).sum(axis=axis) * (y * y).sum(axis=axis))
 
 
@@ -240,20 +268,3 @@ def _hedges_g(x: np.ndarray, y: np.ndarray, axis: int) -> np.ndarray:
     pooled = ((n - 1) * x.var(axis=axis, ddof=1) + (m - 1) * y.var(axis=axis, ddof=1)) / (n + m - 2)
     correction = 1 - 3 / (4 * (n + m) - 9)
     return correction * _mean_difference(x, y, axis) / np.sqrt(pooled)
-
-
-def over_seeds(values: Sequence[float], level: float = LEVEL) -> tuple[Estimate, float]:
-    """The mean of independent runs with its t interval, and the two-sided p of a mean of 0.
-
-    nan where the data do not determine them: for a single value, and for values that do not vary, as shares of few
-    samples may not by chance.
-    """
-    x = np.asarray(values, dtype=float)
-    if not len(x):
-        return Estimate(math.nan, math.nan, math.nan), math.nan
-    value = float(x.mean())
-    error = float(x.std(ddof=1) / math.sqrt(len(x))) if len(x) > 1 else 0.0
-    if error <= 1e-12 * max(1.0, abs(value)):
-        return Estimate(value, math.nan, math.nan), math.nan
-    half = float(stats.t.ppf((1 + level) / 2, len(x) - 1)) * error
-    return Estimate(value, value - half, value + half), float(2 * stats.t.sf(abs(value) / error, len(x) - 1))

@@ -11,11 +11,11 @@ import numpy as np
 import pyarrow as pa
 
 from bench.files.status import FINISHED
-from bench.jobs.sweep import as_table
+from bench.jobs.sweep_tables import as_table
 from bench.metrics import METRICS
 from bench.report.figures import BLUE, MUTED, VERMILLION
 from bench.report.words import decimal, with_ci
-from bench.stats.estimates import LEVEL, Estimate, holm, over_seeds
+from bench.stats.estimates import LEVEL, Estimate, holm, over_seeds, t_test
 from bench.tasks.datasets import find_task
 from scoring.errors import UserError
 
@@ -197,7 +197,7 @@ def contrasts(
     cells = [
         (algorithm, metric, list(own[metric].values())) for algorithm, own in by_algorithm.items() for metric in metrics
     ]
-    estimates = [over_seeds(values) for *_, values in cells]
+    estimates = [t_test(values) for *_, values in cells]
     corrected = holm([p for _, p in estimates])
     return [
         Contrast(algorithm, arm, against, metric, estimate, p, holm_p, len(values))
@@ -242,7 +242,7 @@ def values_of(found: Sequence[Outcome], algorithm: str, arm: str, metric: str) -
 
 def plus_minus(values: Sequence[float], places: int = 3) -> str:
     """0.812 ± 0.013: the mean and half its interval."""
-    mean = over_seeds(values)[0]
+    mean = over_seeds(values)
     half = f" ± {decimal(mean.high - mean.value, places)}" if math.isfinite(mean.high) else ""
     return decimal(mean.value, places) + half
 

@@ -18,12 +18,12 @@ from matplotlib.axes import Axes
 
 from bench.experiments.experiment import Setting
 from bench.experiments.shared.arms import Row, bars
-from bench.jobs.sweep import SweepResult
+from bench.jobs.sweep_tables import SweepResult
 from bench.jobs.unlearn import UnlearnSpec, corpus_of, datasets_of
 from bench.models.find import find_model
 from bench.report.figures import BLUE, GREEN, INK, MUTED, ORANGE, VERMILLION, Draw
 from bench.report.words import decimal, interval
-from bench.stats.estimates import LEVEL, Estimate, holm, over_seeds
+from bench.stats.estimates import LEVEL, Estimate, holm, over_seeds, t_test
 from scoring.samples import make_batches
 from scoring.settings import build
 
@@ -158,7 +158,7 @@ def ratios(measure: str, pairs: Mapping[str, Sequence[tuple[float, float]]]) -> 
     found = []
     for name, own in pairs.items():
         logs = [math.log(x / y) for x, y in own]
-        estimate, p = over_seeds(logs)
+        estimate, p = t_test(logs)
         if measure != SECONDS and len(logs) > 1 and max(logs) - min(logs) < 1e-12:
             estimate, p = Estimate(logs[0], logs[0], logs[0]), float(abs(logs[0]) < 1e-12)
         value = Estimate(*(math.exp(end) for end in (estimate.value, estimate.low, estimate.high)))
@@ -185,7 +185,7 @@ def times(estimate: Estimate) -> str:
 
 
 def mean_of(runs: Sequence[Spent], measure: str) -> Estimate:
-    return over_seeds([run.of(measure) for run in runs])[0]
+    return over_seeds([run.of(measure) for run in runs])
 
 
 # --- Pictures -----------------------------------------------------------------------------------------------

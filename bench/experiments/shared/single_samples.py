@@ -14,7 +14,7 @@ import pyarrow as pa
 
 from algorithms.stopping import Thresholds
 from bench.files.status import FINISHED
-from bench.jobs.sweep import as_table
+from bench.jobs.sweep_tables import as_table
 from bench.report.figures import BLUE, GREEN, ORANGE, VERMILLION
 from bench.stats.estimates import Estimate, partial_spearman, spearman
 from scoring.errors import UserError

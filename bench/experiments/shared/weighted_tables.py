@@ -45,7 +45,7 @@ from bench.experiments.shared.arms import (
     values_of,
 )
 from bench.experiments.shared.verdicts import CONTRADICTED, HOLDS, UNKNOWN, by_verdict, overall
-from bench.jobs.sweep import SweepResult, as_table
+from bench.jobs.sweep_tables import SweepResult, as_table
 from bench.metrics import METRICS
 from bench.metrics.table import ORIGINAL
 from bench.report.figures import BLUE, MUTED, Draw
@@ -179,7 +179,7 @@ def row_of(
         values: one for each seed.
         contrast: with the arm that it is compared with.
     """
-    mean = over_seeds(values)[0]
+    mean = over_seeds(values)
     difference = contrast.difference if contrast else Estimate(math.nan, math.nan, math.nan)
     return {
         "method": name,
@@ -334,7 +334,7 @@ def dots(
         place = [-(row + 0.6 * algorithms.index(algorithm)) for row, (algorithm, _) in enumerate(order)]
         for y, (algorithm, arm) in zip(place, order, strict=True):
             values = values_of(found, algorithm, arm, metric)
-            mean = over_seeds(values)[0]
+            mean = over_seeds(values)
             colour, marker = COLOURS.get(arm, BLUE), MARKERS.get(arm, "o")
             axes.plot(values, [y] * len(values), ".", color=colour, alpha=0.4, markersize=5)
             axes.errorbar(mean.value, y, xerr=bars([mean]), fmt=marker, color=colour, markersize=7, capsize=4)

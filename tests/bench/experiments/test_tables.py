@@ -21,11 +21,11 @@ from bench.experiments.shared.costs import COST, SECONDS, UPDATES, ForgetSet, Sp
 from bench.experiments.shared.verdicts import CONTRADICTED, HOLDS, UNKNOWN
 from bench.files.spec import read_mapping
 from bench.jobs.resources import SweepResources
-from bench.jobs.sweep import as_table
 from bench.jobs.sweep_plan import SweepSpec
+from bench.jobs.sweep_tables import as_table
 from bench.jobs.unlearn import UnlearnSpec, unlearn
 from bench.report import figures
-from bench.stats.estimates import holm
+from bench.stats.estimates import holm, over_seeds, t_test
 from bench.tasks.datasets import find_task
 from scoring.errors import UserError
 from scoring.settings import Naming, build
@@ -73,17 +73,17 @@ def drawn(answer: Answer, folder: Path) -> None:
 
 def test_intervals_over_seeds() -> None:
     # Mean 2, deviation 1, standard error 1 / sqrt(3), t(0.975, 2) = 4.302653.
-    estimate, p = weighted_tables.over_seeds([1.0, 2.0, 3.0])
+    estimate, p = t_test([1.0, 2.0, 3.0])
     assert estimate.value == 2
     assert estimate.high - 2 == pytest.approx(4.302653 / math.sqrt(3), rel=1e-6)
     assert 2 - estimate.low == pytest.approx(estimate.high - 2)
     assert p == pytest.approx(stats.ttest_1samp([1.0, 2.0, 3.0], 0.0).pvalue)
     for few in ([0.3], [0.3, 0.3, 0.3], [0.0, 0.0]):
-        estimate, p = weighted_tables.over_seeds(few)
+        estimate, p = t_test(few)
         assert estimate.value == pytest.approx(few[0])
         assert math.isnan(estimate.low)
         assert math.isnan(p)
-    assert math.isnan(weighted_tables.over_seeds([])[0].value)
+    assert math.isnan(over_seeds([]).value)
 
 
 def test_holm() -> None:

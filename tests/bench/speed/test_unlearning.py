@@ -3,7 +3,6 @@ asserted."""
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 from pathlib import Path
@@ -30,7 +29,6 @@ from bench.speed.unlearning import (
     padded,
     run_benchmark,
     set_pace,
-    t_interval,
 )
 from scoring.errors import UserError
 from scoring.samples import Sample
@@ -147,17 +145,6 @@ def test_padded_by_hand():
 
 def test_objectives_come_once():
     assert objectives_once() == [name for name in ALGORITHMS if name not in ("SGA", "CGA")]
-
-
-def test_t_interval_by_hand():
-    # s = sqrt(2.5), and t_{0.975, 4} = 2.776445 in printed tables.
-    found = t_interval([1, 2, 3, 4, 5])
-    half = 2.776445 * math.sqrt(2.5 / 5)
-    assert dataclasses.astuple(found) == pytest.approx((3, 3 - half, 3 + half), rel=1e-6)
-    assert (found.sign, t_interval([1.0, 1.1, 0.9]).sign, t_interval([-2.0, -2.0]).sign) == (1, 1, -1)
-    assert math.isnan(t_interval([7.0]).low)
-    assert t_interval([7.0]).value == 7
-    assert math.isnan(t_interval([]).value)
 
 
 def test_median_has_an_interval_from_ten_values_on():

@@ -1,12 +1,25 @@
 """Correlations and effect sizes against independent computations, and the coverage of their intervals."""
 
+import dataclasses
 import math
 
 import numpy as np
 import pytest
 from scipy import stats
 
-from bench.stats.estimates import Estimate, hedges_g, mean, mean_difference, over_samples, partial_spearman, spearman
+from bench.stats.estimates import (
+    Estimate,
+    geometric_mean,
+    hedges_g,
+    mean,
+    mean_difference,
+    over_samples,
+    over_seeds,
+    partial_spearman,
+    spearman,
+    t_interval,
+    t_test,
+)
 
 
 def correlated(rng: np.random.Generator, count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -100,6 +113,27 @@ def test_too_little_data_is_nan_not_an_error():
 def test_unequal_pairs_are_refused():
     with pytest.raises(ValueError, match="3, 4"):
         spearman(np.arange(3.0), np.arange(4.0))
+
+
+def test_t_interval_by_hand():
+    # s = sqrt(2.5), and t_{0.975, 4} = 2.776445 in printed tables.
+    estimate = t_interval([1, 2, 3, 4, 5])
+    half = 2.776445 * math.sqrt(2.5 / 5)
+    assert dataclasses.astuple(estimate) == pytest.approx((3, 3 - half, 3 + half), rel=1e-6)
+    assert (estimate.sign, t_interval([1.0, 1.1, 0.9]).sign, t_interval([-2.0, -2.0]).sign) == (1, 1, -1)
+    assert math.isnan(t_interval([7.0]).low)
+    assert t_interval([7.0]).value == 7
+    assert math.isnan(t_interval([]).value)
+
+
+def test_runs_that_differ_by_their_seed_have_that_interval():
+    values = [1.0, 2.0, 4.0]
+    assert over_seeds(values) == t_test(values)[0] == t_interval(values)
+    # Runs that are all the same do not show how much others would differ.
+    assert over_seeds([2.0, 2.0]).value == 2
+    assert math.isnan(over_seeds([2.0, 2.0]).low)
+    of_logs = t_interval(np.log(values))
+    assert geometric_mean(values).high == pytest.approx(math.exp(of_logs.high))
 
 
 # --- Coverage: the share of simulated data sets whose 95 % interval contains the truth ------------------------

@@ -130,7 +130,7 @@ def test_what_cannot_be_compared_is_one_clear_line():
         ScoreTable.of([], [], [])
     with pytest.raises(UserError, match="complete selections: 0"):
         ScoreTable.of(["GA", "NPO"], ["a", "b"], [1, 2])
-    with pytest.raises(UserError, match="probability 95: expected a number between 0 and 1"):
+    with pytest.raises(UserError, match="probability is 95: expected a number between 0 and 1"):
         selections_needed(table([[1, 2, 3], [2, 3, 5]]), probability=95)
     with pytest.raises(ValueError, match="different lengths"):
         ScoreTable.of(["GA", "NPO"], ["a"], [1.0])

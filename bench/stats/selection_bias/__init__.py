@@ -1,0 +1,50 @@
+"""How much the choice of forget samples decides a comparison of unlearning algorithms.
+
+Scores are y[algorithm, selection, seed]: a selection is one draw of forget samples, a seed is one repeated run on it.
+Higher is better; a caller whose metric is better when lower turns its sign. Selections are taken as a random draw from
+all that could have been drawn, so every interval is about new selections, not about these. Runs of one cell are taken
+as independent: a seed shared between algorithms or selections is not modelled.
+
+The same data and seed give the same interval.
+"""
+
+from bench.stats.selection_bias.adjusted import AdjustedDifference, AdjustedScore, AdjustedScores, adjusted_scores
+from bench.stats.selection_bias.needed import PairNeeded, noncentrality, selections_needed, selections_needed_pair
+from bench.stats.selection_bias.rankings import (
+    Concordance,
+    Rank,
+    Ranking,
+    Reversal,
+    SeparablePair,
+    kendalls_w,
+    reversal_rates,
+    separable,
+    wilson,
+)
+from bench.stats.selection_bias.table import FEWEST_SELECTIONS, SAME, ScoreTable
+from bench.stats.selection_bias.variance import VarianceShares, variance_shares
+
+__all__ = [
+    "FEWEST_SELECTIONS",
+    "SAME",
+    "AdjustedDifference",
+    "AdjustedScore",
+    "AdjustedScores",
+    "Concordance",
+    "PairNeeded",
+    "Rank",
+    "Ranking",
+    "Reversal",
+    "ScoreTable",
+    "SeparablePair",
+    "VarianceShares",
+    "adjusted_scores",
+    "kendalls_w",
+    "noncentrality",
+    "reversal_rates",
+    "selections_needed",
+    "selections_needed_pair",
+    "separable",
+    "variance_shares",
+    "wilson",
+]
