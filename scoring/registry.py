@@ -24,10 +24,10 @@ class Registry(MutableMapping[str, Entry]):
         UserError: a name that is taken already, or that is no name.
     """
 
-    def __init__(self, kind: str, entries: Mapping[str, Entry]) -> None:
+    def __init__(self, kind: str, entries: Mapping[str, Entry] | None = None) -> None:
         self.kind = kind
         self._entries: dict[str, Entry] = {}
-        self.update(entries)
+        self.update(entries or {})
 
     def __setitem__(self, name: str, entry: Entry) -> None:
         if not NAME.fullmatch(name):

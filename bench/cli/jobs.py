@@ -42,7 +42,7 @@ def unlearn(arguments: argparse.Namespace) -> None:
 
 
 def evaluate_arguments(parser: argparse.ArgumentParser) -> None:
-    from bench.jobs.evaluate import EvaluateSpec
+    from bench.jobs.evaluation_spec import EvaluateSpec
     from bench.jobs.resources import Resources
 
     add_settings(parser, EvaluateSpec, Resources)
@@ -51,7 +51,8 @@ def evaluate_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def evaluate(arguments: argparse.Namespace) -> None:
-    from bench.jobs.evaluate import EvaluateSpec, evaluate
+    from bench.jobs.evaluate import evaluate
+    from bench.jobs.evaluation_spec import EvaluateSpec
     from bench.jobs.evaluation_summary import print_evaluation
     from bench.jobs.resources import Resources
     from bench.tasks.datasets import find_task
@@ -126,4 +127,4 @@ def metrics(arguments: argparse.Namespace) -> None:
     for name, metric in METRICS.items():
         of = [task.name for task in TASKS.values() if name in task.metrics]
         print(f"{name:<26}{'↑' if metric.higher_is_better else '↓'} {metric.definition}")
-        print(f"{'':<28}{metric.title}; {metric.source}; tasks: {', '.join(of)}")
+        print(f"{'':<28}{metric.title}; {metric.source}; tasks: {', '.join(of) or 'those that have its sets'}")

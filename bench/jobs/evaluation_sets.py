@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from bench.jobs.evaluation_spec import EvaluateSpec
 from bench.metrics import METRICS
+from bench.metrics.harness import HARNESS
 from bench.metrics.table import MODEL
 from bench.metrics.values import Missing
 from bench.models.find import ModelReference
@@ -17,8 +18,6 @@ from scoring.records import as_text, check_ids, question_answer
 from scoring.samples import Rejected, Text, encode, evenly_spaced
 from scoring.settings import named
 
-# Quantities that lm-evaluation-harness measures.
-HARNESS = ("acc", "log_likelihood", "words")
 Sets = Mapping[str, list[Record] | Missing]
 
 

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from bench.jobs.relearn import Relearning
+from bench.metrics.choice import choose_metrics
 from bench.models.find import ModelName, absolute_model
 from bench.tasks import Task
 from bench.tasks.datasets import DataName, absolute_source
-from scoring.errors import UserError, unknown_name
+from scoring.errors import UserError
 from scoring.samples import BATCH_TOKENS
 from scoring.settings import Doc, Ge, Gt, Le, check, named
 from scoring.work import Dtype
@@ -89,20 +90,17 @@ class EvaluateSpec:
         )
 
     def metrics_of(self, task: Task) -> tuple[str, ...]:
-        """The metrics that are wanted, in the task's order.
+        """The metrics that are measured, see `bench.metrics.choice`.
 
         Raises:
             UserError: the task has no such metric, or none is named.
         """
         if self.metrics is None:
-            return task.metrics
-        wanted = [name.strip() for name in self.metrics.split(",") if name.strip()]
-        if not wanted:
+            return choose_metrics(task)
+        names = [name.strip() for name in self.metrics.split(",") if name.strip()]
+        if not names:
             few = ",".join(task.metrics[:2])
             raise UserError(
                 f"{named('metrics')} is {self.metrics!r}: expected names, separated by commas, such as {few}"
             )
-        for name in wanted:
-            if name not in task.metrics:
-                raise unknown_name(f"metric of task {task.name!r}", name, task.metrics)
-        return tuple(name for name in task.metrics if name in wanted)
+        return choose_metrics(task, names)

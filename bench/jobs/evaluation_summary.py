@@ -37,10 +37,11 @@ def _print_rows(rows: Sequence[dict[str, Any]], task: Task, columns: Sequence[st
     # At least two spaces between the columns, however long an interval is written.
     width = max([28, *(len(text) + 2 for text in texts.values())])
     print(f"{'metric':<28}" + "".join(f"{column:>{width}}" for column in columns))
+    others = [name for name in present if name not in task.metrics]
     for title, names in (
         ("unlearning completeness", task.completeness),
         ("model utility", task.utility),
-        ("further", task.further),
+        ("further", (*task.further, *sorted(others))),
     ):
         shown = [name for name in names if name in present]
         if shown:

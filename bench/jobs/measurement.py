@@ -10,13 +10,13 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from bench.jobs.evaluation_sets import HARNESS, Sets
+from bench.jobs.evaluation_sets import Sets
 from bench.jobs.evaluation_spec import EvaluateSpec
 from bench.jobs.relearn import fine_tuned
 from bench.metrics import METRICS
-from bench.metrics.harness import pool_model, run_harness
+from bench.metrics.harness import HARNESS, pool_model, run_harness
 from bench.metrics.quantities import QUANTITIES, MeasurementSetup, measure
-from bench.metrics.relearning import forgotten, nothing_relearned, relearned
+from bench.metrics.relearning import RELEARNING, forgotten, nothing_relearned, relearned
 from bench.metrics.similarity import Embedder
 from bench.metrics.table import MODEL, ORIGINAL, Columns
 from bench.metrics.toxicity import Classifier
@@ -29,7 +29,6 @@ from scoring.samples import NO_LIMIT
 
 # How much it scores at once under a model that does not say how much it can read: its own default.
 HARNESS_CONTEXT = 2048
-RELEARNING = ("forgotten", "relearned")
 RIGHT, FORGOTTEN, RELEARNED = (("forget", quantity) for quantity in ("right", *RELEARNING))
 
 

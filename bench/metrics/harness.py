@@ -1,7 +1,7 @@
 """lm-evaluation-harness on a pool of replicas: zero-shot accuracies and word perplexities, document by document.
 
-The harness says what is asked and what counts; the pool answers. Tasks whose data cannot be had are named, with the
-reason, and the others are measured.
+The harness has the questions and says which answers count; the pool answers. Tasks whose data cannot be had are named,
+with the reason, and the others are measured.
 """
 
 from __future__ import annotations
@@ -24,21 +24,23 @@ from bench.tasks.task import HarnessTask
 from scoring.errors import UserError
 from scoring.readings import Reader
 
+# The metrics of the harness's tasks that are known here.
 ACCURACY, PERPLEXITY = "acc", "word_perplexity"
-# Seconds that the Hugging Face hub has to answer in.
-PATIENCE = 5
-# The line of a task file that says what it defines.
-CLAIM = re.compile(r"""^["']?(?:task|group)["']?\s*:\s*["']?([^"'\s#]+)""", re.MULTILINE)
+# The quantities that are measured by the harness.
+HARNESS = ("acc", "log_likelihood", "words")
+HUB_TIMEOUT_S = 5
+# The line of a task file that has the name of what it defines.
+NAME_LINE = re.compile(r"""^["']?(?:task|group)["']?\s*:\s*["']?([^"'\s#]+)""", re.MULTILINE)
 
 
 @dataclass(frozen=True)
 class HarnessScores:
-    """The documents of a set of tasks, N of them, under a model.
+    """What a model makes of the N documents of a set of tasks.
 
     Attributes:
         ids: "task/number of the document".
         values: (N,) fp64. "acc": whether the answer is right; "word_perplexity": log-likelihood of the document, nats.
-        weights: (N,) fp64. "acc": 1; "word_perplexity": its words, as the task counts them.
+        weights: (N,) fp64. "acc": 1; "word_perplexity": the document's words, as the task counts them.
         tasks: task -> {"version": the harness's, "n": number of its documents}.
         metric: "acc", which is sum(values) / sum(weights), or "word_perplexity", exp(-sum(values) / sum(weights)).
     """
@@ -58,13 +60,13 @@ def pool_model(reader: Reader, tokenizer: Any, max_length: int, add_bos_token: b
     context is scored in disjoint windows.
 
     Args:
-        reader: takes the readings.
+        reader: reads on the pool.
         tokenizer: the model's Hugging Face tokenizer.
         max_length: tokens that the model can read at once.
         add_bos_token: begin texts with the BOS token; None: as the tokenizer does by itself.
 
     Raises:
-        UserError: lm_eval is not installed, or the tokenizer has neither BOS nor EOS. The model's own methods raise it
+        UserError: lm_eval is not installed, or the tokenizer has neither BOS nor EOS. The model's methods raise it
             where generation is not to be greedy, or a text to be scored is empty or longer than `max_length`.
     """
     _need_lm_eval()
@@ -75,23 +77,23 @@ def pool_model(reader: Reader, tokenizer: Any, max_length: int, add_bos_token: b
 
 def run_harness(
     lm: Any,
-    wanted: Mapping[str, Sequence[HarnessTask]],
+    sets: Mapping[str, Sequence[HarnessTask]],
     include_path: Path | None = None,
     limit: int | None = None,
 ) -> dict[str, HarnessScores | Missing]:
-    """Sets of tasks, zero-shot, all of them in one run.
+    """Measure sets of tasks, zero-shot, all of them in one run.
 
     Args:
         lm: a model of the harness, see `pool_model`.
-        wanted: set -> its tasks, whose documents are pooled. A task is the name of one, of a group or of a tag; or a
-            configuration, with "task": the name of one that is known takes that task's configuration and changes what
-            the dictionary has, any other must be complete. Its "custom_dataset" is called with keyword arguments
-            (the configuration's "metadata" and "dataset_kwargs") and gives {split: `datasets.Dataset`}.
+        sets: set -> its tasks, whose documents are pooled. A task is the name of a task, a group or a tag; or a
+            configuration with "task": where that names a known task, the configuration changes what it has of that
+            task's, any other must be complete. Its "custom_dataset" is called with keyword arguments (the
+            configuration's "metadata" and "dataset_kwargs") and gives {split: `datasets.Dataset`}.
         include_path: folder of task files (YAML), which come before the harness's own of the same name.
         limit: documents of each task at most.
 
     Returns:
-        The scores of each set. A set of which any task cannot be loaded, or gives neither metric, is Missing.
+        The scores of each set. A set is Missing if one of its tasks cannot be loaded or gives neither metric.
 
     Raises:
         UserError: lm_eval is not installed, or `include_path` is no folder.
@@ -101,38 +103,38 @@ def run_harness(
 
     with _quiet(logging.ERROR), _offline_if_unreachable():
         loader = _Loader(include_path)
-        sets = {name: loader.load(tasks) for name, tasks in wanted.items()}
+        loaded = {name: loader.load(tasks) for name, tasks in sets.items()}
     # By identity: two sets may give one name to different configurations.
-    running = {str(id(task)): task for tasks in sets.values() if isinstance(tasks, dict) for task in tasks.values()}
-    records: Mapping[str, list[dict[str, Any]]] = {}
-    if running:
+    by_id = {str(id(task)): task for tasks in loaded.values() if isinstance(tasks, dict) for task in tasks.values()}
+    documents: Mapping[str, list[dict[str, Any]]] = {}
+    if by_id:
         with _quiet(logging.WARNING):
-            loaded = {"tasks": running, "groups": {}, "group_map": {}}
-            results = evaluate(lm=lm, task_dict=loaded, limit=limit, bootstrap_iters=0, log_samples=True)
-            records = results["samples"]
+            task_dict = {"tasks": by_id, "groups": {}, "group_map": {}}
+            results = evaluate(lm=lm, task_dict=task_dict, limit=limit, bootstrap_iters=0, log_samples=True)
+            documents = results["samples"]
     return {
-        name: tasks if isinstance(tasks, Missing) else _scores(tasks, records, _metric(next(iter(tasks.values()))))
-        for name, tasks in sets.items()
+        name: tasks if isinstance(tasks, Missing) else _scores(tasks, documents, _metric(next(iter(tasks.values()))))
+        for name, tasks in loaded.items()
     }
 
 
-def _scores(tasks: Mapping[str, Any], records: Mapping[str, list[dict[str, Any]]], metric: str) -> HarnessScores:
-    ids, values, weights, about = [], [], [], {}
+def _scores(tasks: Mapping[str, Any], documents: Mapping[str, list[dict[str, Any]]], metric: str) -> HarnessScores:
+    ids, values, weights, versions = [], [], [], {}
     for name, task in tasks.items():
-        own = records[str(id(task))]
-        # A task with several filters has a record of a document for each; the first is the harness's default.
-        own = [record for record in own if record["filter"] == own[0]["filter"]]
-        about[name] = {"version": task.VERSION, "n": len(own)}
-        for record in own:
-            value, weight = record[metric] if metric == PERPLEXITY else (record[metric], 1)
-            ids.append(f"{name}/{record['doc_id']}")
+        of_task = documents[str(id(task))]
+        # A task with several filters has each document once for every filter; the first is the harness's default.
+        of_task = [document for document in of_task if document["filter"] == of_task[0]["filter"]]
+        versions[name] = {"version": task.VERSION, "n": len(of_task)}
+        for document in of_task:
+            value, weight = document[metric] if metric == PERPLEXITY else (document[metric], 1)
+            ids.append(f"{name}/{document['doc_id']}")
             values.append(value)
             weights.append(weight)
-    return HarnessScores(ids, np.array(values, dtype=float), np.array(weights, dtype=float), about, metric)
+    return HarnessScores(ids, np.array(values, dtype=float), np.array(weights, dtype=float), versions, metric)
 
 
 class _Loader:
-    """Loads tasks: configurations from the harness or a folder, data from wherever these say.
+    """Loads tasks: their configurations from the harness or a folder, their data from where these say.
 
     Args:
         include_path: see `run_harness`.
@@ -146,24 +148,24 @@ class _Loader:
         self._manager = TaskManager(include_path=include_path, include_defaults=False)
         self._index = self._manager.task_index
         if include_path is not None:
-            self._keep_broken(include_path)
+            self._index_broken_files(include_path)
         for name, entry in _known_tasks().items():
-            own = self._index.setdefault(name, entry)
+            indexed = self._index.setdefault(name, entry)
             # A folder that has some tasks of a tag does not take the others out of it.
-            if own is not entry and own.kind.name == entry.kind.name == "TAG":
-                own.tags |= entry.tags
+            if indexed is not entry and indexed.kind.name == entry.kind.name == "TAG":
+                indexed.tags |= entry.tags
         self._loaded: list[tuple[HarnessTask, dict[str, Any]]] = []
-        self._shared: dict[str, Any] = {}
+        self._tasks_by_name: dict[str, Any] = {}
 
-    def load(self, wanted: Sequence[HarnessTask]) -> dict[str, Any] | Missing:
-        """The tasks of a set by name, or why one of them cannot be had; ends at the first that cannot."""
+    def load(self, task_set: Sequence[HarnessTask]) -> dict[str, Any] | Missing:
+        """The tasks of a set by name, or why the first that cannot be had cannot."""
         tasks: dict[str, Any] = {}
-        for each in wanted:
-            name = each if isinstance(each, str) else each.get("task")
+        for harness_task in task_set:
+            name = harness_task if isinstance(harness_task, str) else harness_task.get("task")
             try:
-                for own, task in self._load(each).items():
-                    name = own
-                    if tasks.setdefault(own, task) is not task:
+                # An error names the task at fault, which may be one of a group.
+                for name, task in self._load(harness_task).items():
+                    if tasks.setdefault(name, task) is not task:
                         raise UserError("is in the set twice, in different configurations")
                     _check(task)
             # Configurations hold code of anyone's, and data libraries have errors of all kinds.
@@ -174,25 +176,26 @@ class _Loader:
             return Missing(f"lm-eval tasks of different metrics or none: {metrics}; expected one metric")
         return tasks
 
-    def _load(self, wanted: HarnessTask) -> dict[str, Any]:
-        for earlier, tasks in self._loaded:
-            if earlier == wanted:
+    def _load(self, harness_task: HarnessTask) -> dict[str, Any]:
+        """The tasks that a name or a configuration stands for, by name."""
+        for loaded, tasks in self._loaded:
+            if loaded == harness_task:
                 return tasks
-        if isinstance(wanted, str):
-            if wanted not in self._index:
-                near = difflib.get_close_matches(wanted, self._index, n=1)
+        if isinstance(harness_task, str):
+            if harness_task not in self._index:
+                near = difflib.get_close_matches(harness_task, self._index, n=1)
                 raise UserError("no such task, group or tag" + (f"; did you mean {near[0]!r}?" if near else ""))
-            tasks = self._manager.load([wanted])["tasks"]
-            tasks = {name: self._shared.setdefault(name, task) for name, task in tasks.items()}
+            tasks = self._manager.load([harness_task])["tasks"]
+            tasks = {name: self._tasks_by_name.setdefault(name, task) for name, task in tasks.items()}
         else:
-            tasks = self._manager.load([self._completed(wanted)])["tasks"]
+            tasks = self._manager.load([self._completed(harness_task)])["tasks"]
         for task in tasks.values():
             task.set_config("num_fewshot", 0)
-        self._loaded.append((wanted, tasks))
+        self._loaded.append((harness_task, tasks))
         return tasks
 
     def _completed(self, changes: dict[str, Any]) -> dict[str, Any]:
-        """A configuration with what it leaves to the task whose name it has. The manager would not look that up."""
+        """A configuration, completed by that of the task whose name it has. The manager would not look that up."""
         from lm_eval.tasks._yaml_loader import load_yaml
 
         if "task" not in changes:
@@ -200,11 +203,11 @@ class _Loader:
         entry = self._index.get(changes["task"])
         if entry is not None and entry.kind.name in ("GROUP", "TAG"):
             raise UserError("is the name of several tasks: expected that of one, to change its configuration")
-        # A copy: the harness alters what it is given.
+        # A copy: the harness changes the configuration that it gets.
         return {**(load_yaml(entry.yaml_path) if entry else {}), **copy.deepcopy(changes)}
 
-    def _keep_broken(self, folder: Path) -> None:
-        """Give files that cannot be read the names that they claim. The harness skips them, and would take its own
+    def _index_broken_files(self, folder: Path) -> None:
+        """Index files that cannot be read by the names in them. The harness skips such files, and would take its own
         tasks of these names instead."""
         from lm_eval.tasks._index import Entry, Kind
         from lm_eval.tasks._yaml_loader import load_yaml
@@ -214,35 +217,33 @@ class _Loader:
                 load_yaml(path, resolve_func=False)
             except Exception:  # whatever a YAML loader raises
                 text = path.read_text(encoding="utf-8", errors="replace")
-                for name in {
-                    path.stem,
-                    *re.findall(r"""^["']?(?:task|group)["']?\s*:\s*["']?([^"'\s#]+)""", text, re.M),
-                }:
+                for name in {path.stem, *NAME_LINE.findall(text)}:
                     self._index.setdefault(name, Entry(name, Kind.TASK, path))
 
 
 @cache
 def _known_tasks() -> Mapping[str, Any]:
-    """The harness's own tasks; it takes seconds to read their thousands of files."""
+    """The harness's own tasks, read once: their thousands of files take seconds."""
     from lm_eval.tasks import TaskManager
 
     return TaskManager().task_index
 
 
 def _metric(task: Any) -> str:
-    """Which metric a task gives. One that is not formed as it should be is another one of the same name."""
+    """Which metric a task gives. One that is aggregated in another way is another metric of the same name."""
     from lm_eval.api.metrics import mean, weighted_perplexity
 
-    formed = task.aggregation()
-    for name, form in ((ACCURACY, mean), (PERPLEXITY, weighted_perplexity)):
-        if formed.get(name) is form:
+    aggregations = task.aggregation()
+    for name, aggregation in ((ACCURACY, mean), (PERPLEXITY, weighted_perplexity)):
+        if aggregations.get(name) is aggregation:
             return name
     raise UserError(
-        f"gives {', '.join(formed)}: expected {ACCURACY!r}, a mean over documents, or {PERPLEXITY!r} among them"
+        f"gives {', '.join(aggregations)}: expected {ACCURACY!r}, a mean over documents, or {PERPLEXITY!r} among them"
     )
 
 
 def _check(task: Any) -> None:
+    """Refuse a task that cannot be measured here."""
     _metric(task)
     if getattr(task, "UNSAFE_CODE", False):
         raise UserError("runs code that a model writes; such tasks are not supported")
@@ -268,15 +269,15 @@ def _need_lm_eval() -> None:
 
 @contextmanager
 def _offline_if_unreachable() -> Iterator[None]:
-    """Offline mode while the hub does not answer. Its library would try again for 20 seconds for every data set, also
-    for those that are in the cache."""
+    """Switch to offline mode if the hub does not answer. Its library would try again for 20 seconds for every data
+    set, even for those that are in the cache."""
     from datasets import config
     from huggingface_hub import constants, get_session
 
     before = constants.HF_HUB_OFFLINE, config.HF_HUB_OFFLINE
     if not constants.HF_HUB_OFFLINE:
         try:
-            get_session().head(constants.ENDPOINT, timeout=PATIENCE)
+            get_session().head(constants.ENDPOINT, timeout=HUB_TIMEOUT_S)
         except Exception:  # the library's HTTP client, and so its errors, change from version to version
             constants.HF_HUB_OFFLINE = config.HF_HUB_OFFLINE = True
     try:
@@ -287,19 +288,19 @@ def _offline_if_unreachable() -> Iterator[None]:
 
 @contextmanager
 def _quiet(level: int) -> Iterator[None]:
-    """The harness logs from `level` on, and it and the data library draw no bars."""
+    """Let the harness log from `level` on, and draw no progress bars."""
     from datasets.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
-    from lm_eval.api import task as building
+    from lm_eval.api import task as task_module
 
     logger = logging.getLogger("lm_eval")
-    former_level, former_bar, without_bars = logger.level, building.tqdm, are_progress_bars_disabled()
+    level_before, bar_before, without_bars = logger.level, task_module.tqdm, are_progress_bars_disabled()
     logger.setLevel(level)
-    building.tqdm = partial(former_bar, disable=True)
+    task_module.tqdm = partial(bar_before, disable=True)
     disable_progress_bars()
     try:
         yield
     finally:
-        logger.setLevel(former_level)
-        building.tqdm = former_bar
+        logger.setLevel(level_before)
+        task_module.tqdm = bar_before
         if not without_bars:
             enable_progress_bars()

@@ -1,4 +1,4 @@
-"""The pool as a model of lm-evaluation-harness. Imports lm_eval, which is slow and optional: `harness` imports this.
+"""The pool as a model of lm-evaluation-harness. lm_eval is slow to import and optional: `harness` imports this late.
 
 Texts become tokens as in the harness's own transformers model, so that results agree with it.
 """
@@ -24,12 +24,12 @@ from scoring.errors import UserError
 from scoring.readings import Reader
 from scoring.samples import Sample
 
-# What a task may ask of generation: the length and the end, and greedy decoding in any words.
+# The settings of generation that a task may have: the length, the end, and what can also say greedy decoding.
 GREEDY_SETTINGS = {"until", "max_gen_toks", "do_sample", "temperature", "top_p", "top_k"}
 
 
 class PoolLM(TemplateLM):
-    """See `bench.metrics.harness.pool_model`."""
+    """A model of the harness that answers on a pool; see `bench.metrics.harness.pool_model`."""
 
     def __init__(self, reader: Reader, tokenizer: Any, max_length: int, add_bos_token: bool | None) -> None:
         super().__init__()
@@ -65,7 +65,7 @@ class PoolLM(TemplateLM):
         self, requests: Sequence[tuple[Any, list[int], list[int]]], **_: Any
     ) -> list[tuple[float, bool]]:
         scores = self._reader.likelihoods([self._sample(*request) for request in requests])
-        return [(float(each.logprobs.sum()), bool(each.hits.all())) for each in scores]
+        return [(float(score.logprobs.sum()), bool(score.hits.all())) for score in scores]
 
     def _sample(self, text: Any, context: list[int], continuation: list[int]) -> Sample:
         """The last max_length + 1 tokens: the last one is only predicted."""
@@ -93,13 +93,12 @@ class PoolLM(TemplateLM):
         prompts, limits, ends = [], [], []
         eos = None if self.eot_token_id is None else self.tokenizer.decode(self.eot_token_id)
         for request in requests:
-            context, asked = request.args
-            settings: dict[str, Any] = dict(normalize_gen_kwargs(asked, DEFAULT_MAX_GEN_TOKS))
-            foreign = sorted(settings.keys() - GREEDY_SETTINGS)
-            if foreign or settings["do_sample"]:
+            context, generation = request.args
+            settings: dict[str, Any] = dict(normalize_gen_kwargs(generation, DEFAULT_MAX_GEN_TOKS))
+            if settings.keys() - GREEDY_SETTINGS or settings["do_sample"]:
                 raise UserError(
-                    f"task {request.task_name!r} asks for generation with {asked}: expected greedy decoding, with no "
-                    f"settings but {', '.join(sorted(GREEDY_SETTINGS))}"
+                    f"task {request.task_name!r} asks for generation with {generation}: expected greedy decoding, with "
+                    f"no settings but {', '.join(sorted(GREEDY_SETTINGS))}"
                 )
             limit = settings["max_gen_toks"]
             if limit >= self.max_length:

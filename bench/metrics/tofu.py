@@ -1,7 +1,7 @@
 """TOFU's own metrics (Maini et al. 2024), from per-sample losses: of a model measured here, or of logs made elsewhere.
 
-A *loss* is the mean NLL of an answer's tokens, in nats. All functions take arrays and reduce nothing but what they
-name, so they serve single data sets and stacks of bootstrap resamples alike.
+A *loss* is the mean NLL of an answer's tokens, in nats. All functions take arrays, and reduce only the axes that they
+say, so that they serve one data set and stacks of bootstrap resamples alike.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from scoring.errors import UserError
 
 Mean = Literal["geometric", "arithmetic"]
 
-# The files of a TOFU log, and the sets they speak of.
+# Set -> its file in a TOFU log.
 LOG_FILES = {
     "forget": "eval_log_forget.json",
     "retain": "eval_log.json",
@@ -27,6 +27,8 @@ LOG_FILES = {
     "world_facts": "eval_real_world_wo_options.json",
 }
 UTILITY_SETS = ("retain", "real_authors", "world_facts")
+# Sets of questions whose wrong answers are the other options. Their answers are short, and nothing is paraphrased.
+OPTION_SETS = ("real_authors", "world_facts")
 
 
 def option_probability(loss: np.ndarray, wrong_losses: np.ndarray) -> np.ndarray:
@@ -101,17 +103,17 @@ Logs = Mapping[str, Mapping[str, Any]]
 def tofu_metrics(
     logs: Logs | str | Path, retain_logs: Logs | str | Path | None = None, mean: Mean = "geometric"
 ) -> dict[str, float]:
-    """All of TOFU's metrics from per-sample logs in the layout of TOFU's evaluation.
+    """TOFU's metrics from per-sample logs in the layout of TOFU's evaluation.
 
     Args:
         logs: a JSON file (TOFU's eval_log_aggregated.json), or its contents: set -> field -> values by sample. The
             sets are `forget`, `retain`, `real_authors`, `world_facts`, or TOFU's file names for them (LOG_FILES); a
-            set that is absent is left out, with what needs it. Fields: `avg_gt_loss` (loss of the answer),
+            set that is absent is left out, with the metrics that need it. Fields: `avg_gt_loss` (loss of the answer),
             `average_perturb_loss` (losses of the wrong answers, one list a sample), `avg_paraphrased_loss` (loss of
             the paraphrased answer; the answer's where absent) and `rougeL_recall`. The values of a field are a
             mapping by sample, or a list.
         retain_logs: of the retain-only model; needed for forget quality, only its forget set is used.
-        mean: see `truth_ratio`; forget quality takes the geometric one whatever is said here.
+        mean: see `truth_ratio`; forget quality always takes the geometric one.
 
     Returns:
         `{set}_probability`, `{set}_rouge_l_recall`, `{set}_truth_ratio` (means over samples; the forget set's truth
@@ -122,32 +124,31 @@ def tofu_metrics(
         UserError: a file cannot be read, a field is missing, or its samples are not those of the other fields.
     """
     logs, retain_logs = _read(logs), None if retain_logs is None else _read(retain_logs)
-    found: dict[str, float] = {}
+    metrics: dict[str, float] = {}
     for name, file in LOG_FILES.items():
         if name not in logs and file not in logs:
             continue
         log = _Log(name, logs)
         right, wrong = log.numbers("avg_gt_loss"), log.numbers("average_perturb_loss")
-        among_options = name in ("real_authors", "world_facts")
-        likely = option_probability(right, wrong) if among_options else mean_probability(right)
+        probability = option_probability(right, wrong) if name in OPTION_SETS else mean_probability(right)
         score = forget_truth_score if name == "forget" else retain_truth_score
-        found[f"{name}_probability"] = float(likely.mean())
-        found[f"{name}_rouge_l_recall"] = float(log.numbers("rougeL_recall").mean())
-        found[f"{name}_truth_ratio"] = float(score(truth_ratio(log.paraphrased(), wrong, mean)).mean())
+        metrics[f"{name}_probability"] = float(probability.mean())
+        metrics[f"{name}_rouge_l_recall"] = float(log.numbers("rougeL_recall").mean())
+        metrics[f"{name}_truth_ratio"] = float(score(truth_ratio(log.paraphrased(), wrong, mean)).mean())
     parts = [
-        found[f"{name}_{part}"]
+        metrics[f"{name}_{part}"]
         for name in UTILITY_SETS
         for part in ("probability", "rouge_l_recall", "truth_ratio")
-        if f"{name}_{part}" in found
+        if f"{name}_{part}" in metrics
     ]
     if len(parts) == 9:
-        found["model_utility"] = float(model_utility(parts))
+        metrics["model_utility"] = float(model_utility(parts))
     if retain_logs is not None:
-        pair = [_Log("forget", each) for each in (logs, retain_logs)]
-        ratios = [truth_ratio(log.paraphrased(), log.numbers("average_perturb_loss")) for log in pair]
-        found["forget_quality"] = forget_quality(*ratios)
-        found["ks_distance"] = ks_distance(*ratios)
-    return found
+        forget_logs = [_Log("forget", logs), _Log("forget", retain_logs)]
+        ratios = [truth_ratio(log.paraphrased(), log.numbers("average_perturb_loss")) for log in forget_logs]
+        metrics["forget_quality"] = forget_quality(*ratios)
+        metrics["ks_distance"] = ks_distance(*ratios)
+    return metrics
 
 
 def _read(logs: Logs | str | Path) -> Logs:

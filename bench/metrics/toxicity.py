@@ -12,6 +12,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from bench.metrics.values import Unmeasured
 from scoring.errors import first_line, unknown_name
+from scoring.settings import named
 
 EMBEDDED = "embedded"
 
@@ -23,8 +24,8 @@ class Classifier:
     Attributes:
         source: Hugging Face id or folder of a text-classification model; "embedded": the small one trained here, which
             knows the rudeness of the task `replies` and nothing else.
-        label: whose score is taken; of several labels each is judged by itself or all together, as the model's
-            configuration says (sigmoid or softmax).
+        label: the label whose score is taken. Several labels are scored each by itself or against each other, as the
+            model's configuration says (sigmoid or softmax).
     """
 
     source: str
@@ -46,10 +47,10 @@ class Classifier:
                 source, config=config, use_safetensors=True, trust_remote_code=False
             )
             tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-        except Exception as error:  # what a folder or a hub can get wrong has many types
+        except Exception as error:  # folders and hubs fail with errors of many types
             raise Unmeasured(
                 f"toxicity classifier {source!r} cannot be loaded ({first_line(error)}): name a folder or a Hugging "
-                "Face id of a text-classification model with --toxicity-model"
+                f"Face id of a text-classification model with {named('toxicity_model')}"
             ) from error
         labels = list(config.label2id)
         if self.label not in labels:
@@ -59,10 +60,11 @@ class Classifier:
         return pipeline("text-classification", model=model, tokenizer=tokenizer, top_k=None)
 
     def scores(self, texts: Sequence[str]) -> np.ndarray:
-        """The label's score of N texts, (N,) fp64 in [0, 1].
+        """The label's score for each of N texts, (N,) fp64 in [0, 1].
 
         Raises:
             Unmeasured: the classifier cannot be loaded, or has no such label.
         """
-        found = self._pipeline(list(texts), truncation=True, batch_size=32)
-        return np.array([next(s["score"] for s in own if s["label"] == self.label) for own in found], dtype=np.float64)
+        labelled = self._pipeline(list(texts), truncation=True, batch_size=32)
+        scores = [{label["label"]: label["score"] for label in labels}[self.label] for labels in labelled]
+        return np.array(scores, dtype=np.float64)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from scoring.errors import UserError
+from scoring.settings import named
 
 Column = tuple[str, str]
 """A set of samples and a quantity that each of them has, such as ("forget", "rouge_l_recall")."""
@@ -15,12 +16,12 @@ Column = tuple[str, str]
 
 @dataclass(frozen=True)
 class Scores:
-    """A column's values.
+    """The values of a column.
 
     Attributes:
-        ids: N names of samples.
+        ids: of the N samples.
         values: (N,) fp64; nan where the quantity does not exist for a sample.
-        texts: what the model wrote, where the quantity is of that.
+        texts: what the model wrote, where the quantity judges that.
     """
 
     ids: tuple[str, ...]
@@ -40,12 +41,12 @@ class Unmeasured(UserError):
 
 
 class Measured:
-    """One model's columns, and those of the retain-only model where there is one.
+    """The columns of one model, and those of the retain-only model where there is one.
 
     Args:
         columns: of the model.
         retain_only: of the retain-only model; None: there is none.
-        rows: set -> positions of the samples to take, (..., n), with repetitions; None: all as they are.
+        rows: set -> positions of the samples to take, (..., n), with repetitions; None: every sample once.
     """
 
     def __init__(
@@ -56,34 +57,35 @@ class Measured:
     ) -> None:
         self._columns, self._retain_only, self._rows = columns, retain_only, rows
 
-    def __call__(self, name: str, quantity: str) -> np.ndarray:
-        """(..., n) values of a quantity on the set `name`.
+    def __call__(self, set_name: str, quantity: str) -> np.ndarray:
+        """The values of a quantity on a set, (..., n).
 
         Raises:
-            Unmeasured: it is missing; says why.
+            Unmeasured: they are missing; the message says why.
         """
-        return self._drawn(self._columns, name, quantity)
+        return self._values(self._columns, set_name, quantity)
 
-    def of_retain_only(self, name: str, quantity: str) -> np.ndarray:
+    def of_retain_only(self, set_name: str, quantity: str) -> np.ndarray:
         """The same of the retain-only model."""
         if self._retain_only is None:
-            raise Unmeasured("needs a retain-only model: name one with --retain-model")
-        return self._drawn(self._retain_only, name, quantity)
+            raise Unmeasured(f"needs a retain-only model: name one with {named('retain_model')}")
+        return self._values(self._retain_only, set_name, quantity)
 
     def resampled(self, rows: Mapping[str, np.ndarray] | None) -> Measured:
-        """The same with other samples of each set; None: all as they are."""
+        """The same columns with other samples of each set; None: every sample once."""
         return Measured(self._columns, self._retain_only, rows)
 
-    def length(self, name: str) -> int:
-        """Samples of a set."""
-        return next(len(c.ids) for (own, _), c in self._columns.items() if own == name and isinstance(c, Scores))
+    def length(self, set_name: str) -> int:
+        """How many samples a set has."""
+        columns = (scores for (name, _), scores in self._columns.items() if name == set_name)
+        return next(len(scores.ids) for scores in columns if isinstance(scores, Scores))
 
-    def count(self, name: str, quantity: str) -> int:
-        """Samples of a column, without those that have no value."""
-        return int(np.isfinite(self(name, quantity)).sum())
+    def count(self, set_name: str, quantity: str) -> int:
+        """How many samples of a column have a value."""
+        return int(np.isfinite(self(set_name, quantity)).sum())
 
-    def _drawn(self, columns: Mapping[Column, Scores | Missing], name: str, quantity: str) -> np.ndarray:
-        column = columns.get((name, quantity), Missing(f"{quantity} was not measured on {name}"))
-        if isinstance(column, Missing):
-            raise Unmeasured(column.reason)
-        return column.values if self._rows is None else column.values[self._rows[name]]
+    def _values(self, columns: Mapping[Column, Scores | Missing], set_name: str, quantity: str) -> np.ndarray:
+        scores = columns.get((set_name, quantity), Missing(f"{quantity} was not measured on {set_name}"))
+        if isinstance(scores, Missing):
+            raise Unmeasured(scores.reason)
+        return scores.values if self._rows is None else scores.values[self._rows[set_name]]

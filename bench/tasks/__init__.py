@@ -1,22 +1,16 @@
-"""The unlearning tasks: each a file with a `TASK`, all of them here by name."""
+"""The unlearning tasks: each a file with a `TASK`, all of them here by name.
+
+A plugin adds one by `TASKS["mine"] = Task("mine", ...)`.
+"""
 
 from bench.tasks import safe, tofu, whp, wmdp
 from bench.tasks.embedded import authors, compounds, novel, replies
 from bench.tasks.task import HarnessTask, Task
 from scoring.records import Record
+from scoring.registry import Registry
 
 __all__ = ["TASKS", "HarnessTask", "Record", "Task"]
 
-TASKS: dict[str, Task] = {
-    task.name: task
-    for task in (
-        authors.TASK,
-        compounds.TASK,
-        novel.TASK,
-        replies.TASK,
-        tofu.TASK,
-        wmdp.TASK,
-        whp.TASK,
-        safe.TASK,
-    )
-}
+TASKS: Registry[Task] = Registry("task")
+for _module in (authors, compounds, novel, replies, tofu, wmdp, whp, safe):
+    TASKS[_module.TASK.name] = _module.TASK

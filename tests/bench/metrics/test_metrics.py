@@ -264,7 +264,7 @@ def test_perplexity_is_over_all_words():
 
 def test_forget_quality_needs_the_retain_only_model():
     ratios = {("forget", "truth_ratio"): [0.5, 0.7, 1.2]}
-    with pytest.raises(Unmeasured, match="--retain-model"):
+    with pytest.raises(Unmeasured, match="name one with retain_model"):
         value("forget_quality", ratios)
     assert value("forget_quality", ratios, ratios) == 1
 
@@ -316,7 +316,7 @@ def test_nearest_is_first_by_the_real_embedding_model():
 
 
 def test_embedding_model_that_cannot_be_had_is_said():
-    with pytest.raises(Unmeasured, match="--sentence-model"):
+    with pytest.raises(Unmeasured, match="with sentence_model"):
         Embedder("no-such-owner/no-such-model").embed(["x"])
 
 
@@ -345,5 +345,5 @@ def test_label_that_the_classifier_lacks_is_said():
 
 
 def test_classifier_that_cannot_be_had_is_said():
-    with pytest.raises(Unmeasured, match="--toxicity-model"):
+    with pytest.raises(Unmeasured, match="with toxicity_model"):
         Classifier("no-such-owner/no-such-model").scores(["x"])
