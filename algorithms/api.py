@@ -25,7 +25,7 @@ from algorithms.unlearner import Progress
 from scoring.errors import UserError
 from scoring.records import Record, texts_of
 from scoring.samples import BATCH_TOKENS, TextSet, context_length
-from scoring.settings import build
+from scoring.settings import build, named
 from scoring.work import LocalPool
 
 if TYPE_CHECKING:
@@ -91,6 +91,9 @@ def unlearn(
     """
     plain = build(Recipe, {"algorithm": algorithm, **recipe})
     plain = dataclasses.replace(plain, **plain.resolved())
+    execution = build(Execution, {"workers": 0, "batch_tokens": batch_tokens})
+    if evaluate_samples < 1:
+        raise UserError(f"{named('evaluate_samples')} is {evaluate_samples}: expected a whole number of at least 1")
     if (dtype := next(model.parameters()).dtype).itemsize < 4:
         raise UserError(f"model is in {str(dtype).removeprefix('torch.')}: its weights must be fp32; use model.float()")
     encoder = Encoder(tokenizer, context_length(model.config), model.config.get_text_config().vocab_size)
@@ -106,7 +109,7 @@ def unlearn(
     ):
         job = TrainingJob(
             plain,
-            Execution(workers=0, batch_tokens=batch_tokens),
+            execution,
             corpus,
             "",
             None,
@@ -124,6 +127,7 @@ def unlearn(
         history = unlearner.run()
         with unlearner.trained.plain() as trained:
             forgetful = trained
+        forgetful.to(unlearner.trained.device)  # a copy with merged adapters goes to the CPU when nobody looks at it
     tables = {name: table.to_pandas() for name, table in tables_of(history, corpus).items()}
     record = {
         "recipe": dataclasses.asdict(plain),
