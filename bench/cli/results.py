@@ -14,26 +14,26 @@ STORE_HELP = "folder or URI (s3://, gs://) of a result store"
 
 def results_arguments(results: argparse.ArgumentParser) -> None:
     results.set_defaults(parser=results)
-    which = results.add_subparsers(dest="what", required=True, metavar="WHAT", parser_class=Parser)
+    verbs = results.add_subparsers(dest="what", required=True, metavar="WHAT", parser_class=Parser)
 
-    def what(name: str, run: Callable[[argparse.Namespace], None], about: str) -> argparse.ArgumentParser:
-        sub = which.add_parser(name, help=about, description=about, allow_abbrev=False)
+    def verb(name: str, run: Callable[[argparse.Namespace], None], about: str) -> argparse.ArgumentParser:
+        sub = verbs.add_parser(name, help=about, description=about, allow_abbrev=False)
         sub.set_defaults(run=run, parser=sub)
         return sub
 
-    sub = what("add", _results_add, "put sweeps, runs and score files into a store")
+    sub = verb("add", _results_add, "put sweeps, runs and score files into a store")
     sub.add_argument("store", metavar="STORE", help=STORE_HELP)
     sub.add_argument("paths", nargs="+", metavar="PATH", help="folder of a sweep or a run, or a score file (.parquet)")
-    sub.add_argument("--experiment", help="that they belong to (default: named like the folder or file)")
+    sub.add_argument("--experiment", help="the experiment that they belong to (default: named like the folder or file)")
 
-    sub = what("list", _results_list, "the tasks and experiments of a store, and files that cannot be read")
+    sub = verb("list", _results_list, "the tasks and experiments of a store, and files that cannot be read")
     _stores_argument(sub)
 
-    sub = what("show", _results_show, "one run: metrics, spec, where it comes from, its samples")
+    sub = verb("show", _results_show, "one run: metrics, spec, where it comes from, its samples")
     sub.add_argument("store", metavar="STORE", help=STORE_HELP)
     sub.add_argument("run_hash", metavar="RUN", help="hash of a run, or how it begins")
 
-    sub = what("export", _results_export, "a table as CSV, JSON or LaTeX")
+    sub = verb("export", _results_export, "a table as CSV, JSON or LaTeX")
     _stores_argument(sub)
     sub.add_argument("--table", default="runs", help="runs, samples or scores (default: runs)")
     sub.add_argument("--format", default="csv", help="csv, json or latex (default: csv)")
@@ -136,16 +136,16 @@ def compare(arguments: argparse.Namespace) -> None:
     from bench.results.export import skipped_lines
     from bench.results.store import read_stores
 
-    of = (arguments.task, arguments.experiment)
+    names = (arguments.first, arguments.second)
+    restriction = (arguments.task, arguments.experiment)
     if arguments.results:
-        results = read_stores(arguments.results, *of)
-        first, second = (entry_side(name, results) for name in (arguments.first, arguments.second))
+        results = read_stores(arguments.results, *restriction)
+        first, second = (entry_side(name, results) for name in names)
         skipped = results.skipped
     else:
-        both = [read_stores([name], *of) for name in (arguments.first, arguments.second)]
-        names = (arguments.first, arguments.second)
-        first, second = (store_side(name, each) for name, each in zip(names, both, strict=True))
-        skipped = tuple(file for each in both for file in each.skipped)
+        stores = [read_stores([name], *restriction) for name in names]
+        first, second = (store_side(name, results) for name, results in zip(names, stores, strict=True))
+        skipped = tuple(file for results in stores for file in results.skipped)
     print("\n".join(comparison_lines(compare(first, second, arguments.metric), first, second)))
     for line in skipped_lines(skipped):
         print(line, file=sys.stderr)

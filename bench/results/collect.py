@@ -14,15 +14,15 @@ import pyarrow as pa
 from bench.files.score_file import read_scores
 from bench.files.status import FINISHED
 from bench.jobs.run_folder import read_run
-from bench.jobs.sweep import read_sweep
+from bench.jobs.sweep_tables import read_sweep
 from bench.jobs.trial import derived
 from bench.metrics import METRICS
 from bench.results.store import SCHEMAS, Store
 from bench.tasks.datasets import Dataset, find_task, is_data_file, load_dataset
 from scoring.errors import UserError
 
-# What the training loop measures by itself, of the columns of its last epoch.
-MEASURED = (
+# Metrics that the training loop measures itself: columns of the table of epochs.
+LOOP_METRICS = (
     "forget_rouge_l_recall",
     "forget_probability",
     "retain_rouge_l_recall",
@@ -34,7 +34,7 @@ MEASURED = (
 
 @dataclass(frozen=True)
 class Collected:
-    """Rows of a store's tables, of one task."""
+    """Rows for a store's tables, all of one task."""
 
     task: str
     runs: list[dict[str, Any]]
@@ -43,40 +43,40 @@ class Collected:
 
 
 def add(store: Store, path: str | Path, experiment: str | None = None) -> Collected:
-    """Put what lies at `path` into a store.
+    """Put a sweep, a run or a score file into a store.
 
     Args:
         path: the folder of a sweep or of a run, or a score file.
-        experiment: that it belongs to; None: named like the folder or file.
+        experiment: the experiment that it belongs to; None: named like the folder or file.
 
     Raises:
-        UserError: it is none of them, or is not finished.
+        UserError: it is none of them, or it is not finished.
     """
     path = Path(path)
     if (path / "sweep.json").is_file():
-        found = _sweep(path)
+        collected = _from_sweep(path)
     elif (path / "run.json").is_file():
-        found = _run(path)
+        collected = _from_run(path)
     elif path.is_file() and path.suffix == ".parquet":
-        found = _scores(path)
+        collected = _from_score_file(path)
     else:
         raise UserError(f"{path}: expected the folder of a finished sweep or run, or a score file (.parquet)")
-    experiment = experiment or _name(path.absolute())
-    # Runs come last: where there is a run, its samples and their difficulty are there as well.
-    if found.scores:
-        store.write("scores", pa.Table.from_pylist(found.scores, SCHEMAS["scores"]), found.task, experiment)
-    if found.samples.num_rows:
-        store.write("samples", found.samples, found.task, experiment)
-    if found.runs:
-        store.write("runs", pa.Table.from_pylist(found.runs, SCHEMAS["runs"]), found.task, experiment)
-    return found
+    experiment = experiment or _folder_name(path.absolute())
+    # Runs are written last: where there is a run, its samples and their difficulty are there as well.
+    if collected.scores:
+        store.write("scores", pa.Table.from_pylist(collected.scores, SCHEMAS["scores"]), collected.task, experiment)
+    if collected.samples.num_rows:
+        store.write("samples", collected.samples, collected.task, experiment)
+    if collected.runs:
+        store.write("runs", pa.Table.from_pylist(collected.runs, SCHEMAS["runs"]), collected.task, experiment)
+    return collected
 
 
-def _sweep(folder: Path) -> Collected:
-    swept = read_sweep(folder)
-    if "identity" not in swept.trials.column_names:
+def _from_sweep(folder: Path) -> Collected:
+    sweep = read_sweep(folder)
+    if "identity" not in sweep.trials.column_names:
         raise UserError(f"{folder}: its trials do not say what they are; run the sweep again, with the same --trials")
-    rows = swept.trials.to_pylist()
+    rows = sweep.trials.to_pylist()
     runs = [
         {
             **{name: row[name] for name in ("status", "reason", "algorithm", "selection", "kind", "level", "seed")},
@@ -84,24 +84,24 @@ def _sweep(folder: Path) -> Collected:
             **{name: row[name] for name in ("packages", "hardware", "git_commit", "model")},
             "run": row["trial"],
             "metrics": _metrics(row) if row["status"] == FINISHED else [],
-            **_identified(json.loads(row["identity"])),
+            **_identity_columns(json.loads(row["identity"])),
         }
         for row in rows
     ]
     scores: list[dict[str, Any]] = []
     if (folder / "difficulty.parquet").is_file():
         scores = _score_rows(*read_scores(folder / "difficulty.parquet"))
-    samples = swept.samples
+    samples = sweep.samples
     if samples.num_rows:
         samples = samples.rename_columns(["run" if name == "trial" else name for name in samples.column_names])
-    return Collected(_task(rows[0]["task"]), runs, samples, scores)
+    return Collected(_task_folder(rows[0]["task"]), runs, samples, scores)
 
 
-def _run(folder: Path) -> Collected:
-    done = read_run(folder)
-    spec, last = done.record["spec"], done.epochs.to_pylist()[-1]
-    ids = done.samples["sample_id"].to_pylist()
-    # The file of ids has a name of its own on every machine; the samples are what is the same.
+def _from_run(folder: Path) -> Collected:
+    result = read_run(folder)
+    spec, last_epoch = result.record["spec"], result.epochs.to_pylist()[-1]
+    ids = result.samples["sample_id"].to_pylist()
+    # The file of ids may have another name on another machine; a hash of the samples is the same everywhere.
     selection = f"of {len(ids)}, {spec['forget_sha256'][:8]}" if spec["selection"] else "all"
     run = {
         "run": spec["spec_hash"],
@@ -112,36 +112,36 @@ def _run(folder: Path) -> Collected:
         "level": "",
         "forget_samples": len(ids),
         "seed": spec["seed"],
-        "updates": done.record["updates"],
-        "seconds": sum(done.record["seconds"].values()),
-        "metrics": _metrics({**last, **derived(last)}),
+        "updates": result.record["updates"],
+        "seconds": sum(result.record["seconds"].values()),
+        "metrics": _metrics({**last_epoch, **derived(last_epoch)}),
         "model": spec["model"],
-        "packages": json.dumps(done.record["packages"]),
-        "hardware": done.record.get("hardware"),
-        "git_commit": done.record.get("git_commit"),
-        **_identified({**spec, "selection": selection}),
+        "packages": json.dumps(result.record["packages"]),
+        "hardware": result.record.get("hardware"),
+        "git_commit": result.record.get("git_commit"),
+        **_identity_columns({**spec, "selection": selection}),
     }
-    samples = done.samples.append_column("run", pa.repeat(spec["spec_hash"], len(ids)))
-    return Collected(_task(spec["task"]), [run], samples, [])
+    samples = result.samples.append_column("run", pa.repeat(spec["spec_hash"], len(ids)))
+    return Collected(_task_folder(spec["task"]), [run], samples, [])
 
 
-def _scores(path: Path) -> Collected:
+def _from_score_file(path: Path) -> Collected:
     table, spec, record = read_scores(path)
     if "estimator" not in spec:
         raise UserError(f"{path}: what `mrd-bench evaluate` writes is no score file; expected one of `mrd-bench score`")
-    return Collected(_task(spec["data"]), [], SCHEMAS["samples"].empty_table(), _score_rows(table, spec, record))
+    return Collected(_task_folder(spec["data"]), [], SCHEMAS["samples"].empty_table(), _score_rows(table, spec, record))
 
 
 def _score_rows(table: pa.Table, spec: Mapping[str, Any], record: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Scores with the texts, where the data are at hand and still the same."""
+    """Scores, with the texts of the samples if their data set can be loaded and has not changed."""
     texts = {}
     try:
         dataset = load_dataset(spec["data"], spec["split"])
         if dataset.sha256 == spec["data_sha256"]:
-            texts = _texts(dataset)
+            texts = _texts_by_id(dataset)
     except UserError:
-        pass
-    same = {
+        pass  # scores without texts are still of use
+    columns = {
         "scores": spec["spec_hash"],
         **{name: spec[name] for name in ("split", "estimator", "statistic", "sigma", "seed", "model")},
         **{name: spec[name] for name in ("model_fingerprint", "data_sha256")},
@@ -150,21 +150,21 @@ def _score_rows(table: pa.Table, spec: Mapping[str, Any], record: Mapping[str, A
         "hardware": record.get("hardware"),
         "git_commit": record.get("git_commit"),
     }
-    return [row | same | texts.get(row["sample_id"], {}) for row in table.to_pylist()]
+    return [row | columns | texts.get(row["sample_id"], {}) for row in table.to_pylist()]
 
 
-def _texts(dataset: Dataset) -> dict[str, dict[str, str]]:
-    found = {}
+def _texts_by_id(dataset: Dataset) -> dict[str, dict[str, str]]:
+    texts = {}
     for text in dataset.texts:
         prompt = text.prompt
         if text.messages:
             prompt = "\n".join(f"{turn['role']}: {turn['content']}" for turn in text.messages[:-1])
         completion = text.messages[-1]["content"] if text.messages else text.completion
-        found[text.sample_id] = {"prompt": prompt or "", "completion": completion or ""}
-    return found
+        texts[text.sample_id] = {"prompt": prompt or "", "completion": completion or ""}
+    return texts
 
 
-def _identified(identity: Mapping[str, Any]) -> dict[str, Any]:
+def _identity_columns(identity: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "split": identity["forget_split"],
         "model_fingerprint": identity["model_fingerprint"],
@@ -174,24 +174,25 @@ def _identified(identity: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _metrics(row: Mapping[str, Any]) -> list[tuple[str, float]]:
-    known: Iterable[str] = (*derived(row), *METRICS, *MEASURED)
-    return [(name, float(row[name])) for name in dict.fromkeys(known) if row.get(name) is not None]
+    names: Iterable[str] = (*derived(row), *METRICS, *LOOP_METRICS)
+    return [(name, float(row[name])) for name in dict.fromkeys(names) if row.get(name) is not None]
 
 
-def _task(name: str) -> str:
-    return _name(Path(name)) if is_data_file(name) else _name(Path(find_task(name)[0].name))
+def _task_folder(name: str) -> str:
+    """The task's folder in a store, by a task's name or the path of a data file."""
+    return _folder_name(Path(name)) if is_data_file(name) else _folder_name(Path(find_task(name)[0].name))
 
 
-def _name(path: Path) -> str:
-    """A name for a folder of the store."""
+def _folder_name(path: Path) -> str:
+    """The name of a file or folder as the name of a folder of the store."""
     return re.sub(r"[^\w.-]+", "-", path.stem if path.suffix in (".parquet", ".jsonl") else path.name) or "results"
 
 
-def summary(found: Sequence[Collected]) -> str:
-    """How much was put there, in a line."""
-    runs, samples, scores = (sum(counts) for counts in zip(*map(_counts, found), strict=True))
+def summary(collected: Sequence[Collected]) -> str:
+    """How much was put into the store, in a line."""
+    runs, samples, scores = (sum(counts) for counts in zip(*map(_counts, collected), strict=True))
     return f"{runs} runs, {samples} values of their samples, {scores} scores"
 
 
-def _counts(found: Collected) -> tuple[int, int, int]:
-    return len(found.runs), found.samples.num_rows, len(found.scores)
+def _counts(collected: Collected) -> tuple[int, int, int]:
+    return len(collected.runs), collected.samples.num_rows, len(collected.scores)

@@ -1,4 +1,4 @@
-"""What a result store holds, on the terminal and as CSV, JSON or LaTeX."""
+"""The content of a result store on the terminal and as CSV, JSON or LaTeX."""
 
 from __future__ import annotations
 
@@ -16,47 +16,50 @@ from bench.results.store import PARTITIONS, Results, Skipped
 from scoring.errors import UserError, unknown_name
 
 FORMATS = ("csv", "json", "latex")
-MANY = 20  # skipped files named on the terminal
+MOST_SKIPPED = 20  # skipped files that are named on the terminal
 
 
 def list_lines(results: Results) -> list[str]:
     """A line for each task and experiment."""
-    groups: defaultdict[tuple[str, str], list[dict[str, Any]]] = defaultdict(list)
+    runs: defaultdict[tuple[str, str], list[dict[str, Any]]] = defaultdict(list)  # by task and experiment
     columns = ["task", "experiment", "algorithm", "selection", "seed", "status"]
     for row in results.runs.select(columns).to_pylist():
-        groups[row["task"], row["experiment"]].append(row)
+        runs[row["task"], row["experiment"]].append(row)
     scored = Counter((row["task"], row["experiment"]) for row in results.scores.select(list(PARTITIONS)).to_pylist())
     lines = [
         f"{'task':<12}{'experiment':<20}{'runs':>6}{'failed':>8}{'selections':>12}{'seeds':>7}{'scores':>8}  algorithms"
     ]
-    for where in sorted({*groups, *scored}):
-        own = groups[where]
-        algorithms = ", ".join(dict.fromkeys(row["algorithm"] for row in own))
-        counts = [len(own), sum(row["status"] != FINISHED for row in own)]
-        counts += [len({row[name] for row in own}) for name in ("selection", "seed")] + [scored[where]]
+    for task, experiment in sorted({*runs, *scored}):
+        rows = runs[task, experiment]
+        algorithms = ", ".join(dict.fromkeys(row["algorithm"] for row in rows))
+        counts = [len(rows), sum(row["status"] != FINISHED for row in rows)]
+        counts += [len({row[name] for row in rows}) for name in ("selection", "seed")] + [scored[task, experiment]]
         widths = (6, 8, 12, 7, 8)
         numbers = "".join(f"{count:>{width}}" for count, width in zip(counts, widths, strict=True))
-        lines.append(f"{where[0]:<12}{where[1]:<20}{numbers}  {algorithms}")
+        lines.append(f"{task:<12}{experiment:<20}{numbers}  {algorithms}")
     return lines
 
 
 def skipped_lines(skipped: Sequence[Skipped]) -> list[str]:
     """A line for each file that was not read."""
-    lines = [f"skipped {each.path}: {each.reason}" for each in skipped[:MANY]]
-    return lines + ([f"skipped {len(skipped) - MANY} more"] if len(skipped) > MANY else [])
+    lines = [f"skipped {file.path}: {file.reason}" for file in skipped[:MOST_SKIPPED]]
+    return lines + ([f"skipped {len(skipped) - MOST_SKIPPED} more"] if len(skipped) > MOST_SKIPPED else [])
 
 
 def run_lines(results: Results, run: str) -> list[str]:
-    """All that is known of a run.
+    """All that is known about a run.
+
+    Args:
+        run: its hash, or the beginning of it.
 
     Raises:
-        UserError: there is none, or several, whose hash begins so.
+        UserError: no hash begins so, or several do.
     """
     rows = [row for row in results.runs.to_pylist() if row["run"].startswith(run)]
     if not rows:
         raise UserError(f"run {run!r} is not there; expected the hash of a run, or how it begins (see results export)")
-    if len(names := sorted({row["run"] for row in rows})) > 1:
-        raise UserError(f"run {run!r} is the beginning of {len(names)}: {', '.join(names[:5])}; give more of it")
+    if len(hashes := sorted({row["run"] for row in rows})) > 1:
+        raise UserError(f"run {run!r} is the beginning of {len(hashes)}: {', '.join(hashes[:5])}; give more of it")
     row = rows[0]
     metrics, spec = dict(row.pop("metrics") or ()), json.loads(row.pop("spec"))
     packages = json.loads(row.pop("packages") or "{}")
@@ -64,26 +67,33 @@ def run_lines(results: Results, run: str) -> list[str]:
     lines.append(f"{'packages':<22}{', '.join(f'{name} {version}' for name, version in packages.items())}")
     lines += ["metrics", *(f"  {name:<30}{_cell(value)}" for name, value in metrics.items())]
     lines += ["spec", *(f"  {name:<30}{json.dumps(value)}" for name, value in spec.items())]
-    samples = [each for each in results.samples.to_pylist() if each["run"] == row["run"]]
+    samples = [sample for sample in results.samples.to_pylist() if sample["run"] == row["run"]]
     seen: set[str] = set()
-    of_model = [each for each in results.scores.to_pylist() if each["model_fingerprint"] == row["model_fingerprint"]]
-    scores = {each["sample_id"]: each["mrd"] for each in of_model}
+    mrd_of = {
+        score["sample_id"]: score["mrd"]
+        for score in results.scores.to_pylist()
+        if score["model_fingerprint"] == row["model_fingerprint"]
+    }
     lines.append(f"{'sample':<30}{'tokens':>8}{'MRD':>12}{'updates':>9}{'until forgotten':>17}")
-    for each in samples:
-        if each["sample_id"] not in seen:  # once, also of a run that two experiments have
-            seen.add(each["sample_id"])
-            mrd = scores.get(each["sample_id"], each["mrd_initial"])
-            numbers = [each["num_tokens"], mrd, each["updates"], each["updates_until_forgotten"]]
+    for sample in samples:
+        if sample["sample_id"] not in seen:  # a run of two experiments has its samples twice
+            seen.add(sample["sample_id"])
+            mrd = mrd_of.get(sample["sample_id"], sample["mrd_initial"])
+            numbers = [sample["num_tokens"], mrd, sample["updates"], sample["updates_until_forgotten"]]
             cells = zip(map(_cell, numbers), (8, 12, 9, 17), strict=True)
-            lines.append(f"{each['sample_id']:<30}" + "".join(f"{cell:>{width}}" for cell, width in cells))
+            lines.append(f"{sample['sample_id']:<30}" + "".join(f"{cell:>{width}}" for cell, width in cells))
     return lines
 
 
 def exported(results: Results, table: str, form: str) -> str:
-    """A table as text; metrics are columns of the runs.
+    """A table as text; in the table of runs every metric is a column.
+
+    Args:
+        table: "runs", "samples" or "scores".
+        form: one of FORMATS.
 
     Raises:
-        UserError: no such table or format.
+        UserError: there is no such table or format.
     """
     tables = {"runs": results.runs, "samples": results.samples, "scores": results.scores}
     if table not in tables:
@@ -98,7 +108,7 @@ def exported(results: Results, table: str, form: str) -> str:
 
 
 def flat_rows(table: pa.Table) -> list[dict[str, Any]]:
-    """Rows with a column for each metric."""
+    """The rows of a table, with a column for each metric."""
     rows = table.to_pylist()
     if "metrics" not in table.column_names:
         return rows
@@ -131,7 +141,7 @@ _ESCAPES = {
 
 
 def latex_table(names: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> str:
-    """A LaTeX table of these columns; what LaTeX would read as its own is escaped."""
+    """A LaTeX table of these columns, with the letters escaped that mean something to LaTeX."""
 
     def line(cells: Sequence[Any]) -> str:
         texts = ["".join(_ESCAPES.get(letter, letter) for letter in _cell(cell)) for cell in cells]

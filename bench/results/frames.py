@@ -1,4 +1,4 @@
-"""The front door to result stores: their tables as data frames."""
+"""Result stores as data frames, for Python programs and notebooks."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ResultFrames:
-    """What stores hold.
+    """The content of result stores.
 
     Attributes:
-        runs: one row an unlearning run: its spec, selection, status, where it comes from, and a column for each metric.
-        samples: one row a forget sample of a run.
-        scores: one row a scored sample.
+        runs: one row for each unlearning run: spec, selection, status, where it comes from, a column for each metric.
+        samples: one row for each forget sample of a run.
+        scores: one row for each scored sample.
         skipped: files that could not be read, with the reason.
     """
 
@@ -34,7 +34,7 @@ class ResultFrames:
 def read_results(
     stores: str | Path | Sequence[str | Path], *, task: str | None = None, experiment: str | None = None
 ) -> ResultFrames:
-    """What result stores hold together.
+    """The content of result stores together.
 
     Args:
         stores: folders or URIs (s3://, gs://) of stores.

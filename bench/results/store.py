@@ -1,12 +1,13 @@
 """The result store: runs, scores and per-sample values that people share, as plain Parquet.
 
-    STORE/runs/task=T/experiment=E/KEY.parquet       one row a run
-    STORE/samples/task=T/experiment=E/KEY.parquet    one row a forget sample of a run
-    STORE/scores/task=T/experiment=E/KEY.parquet     one row a sample and model: its MRD, and what it says
+    STORE/runs/task=T/experiment=E/KEY.parquet       one row for each run
+    STORE/samples/task=T/experiment=E/KEY.parquet    one row for each forget sample of a run
+    STORE/scores/task=T/experiment=E/KEY.parquet     one row for each sample and model: its MRD and its text
 
 STORE is a folder or a URI that pyarrow opens (s3://, gs://, file://). A file is written once, whole, and never changed.
-KEY is the hash of what is in it, so any number of writers need no lock, and writing the same again changes nothing. A
-table has the same columns in every file; pandas, DuckDB and polars read `STORE/runs` as one partitioned table.
+KEY is the hash of the file's content, so any number of writers need no lock, and writing the same again changes
+nothing. A table has the same columns in every file; pandas, DuckDB and polars read `STORE/runs` as one partitioned
+table.
 """
 
 from __future__ import annotations
@@ -28,10 +29,10 @@ from pyarrow import fs
 from scoring.errors import UserError, first_line
 from scoring.files import replacing
 
-# Of the tables' columns. A file says which it has; what older versions wrote is brought up to date when it is read.
+# Version of the tables' columns. Every file names its own; an older file is brought up to date as it is read.
 SCHEMA_VERSION = 1
 VERSION_KEY, TABLE_KEY = b"mrd_bench.store_version", b"mrd_bench.store_table"
-READERS = 16  # files at once: from an object store most of the time is waiting
+READERS = 16  # files that are read at once: with an object store most of the time is waiting
 
 _ORIGIN = [
     ("model", pa.string()),
@@ -45,7 +46,7 @@ _ORIGIN = [
 SCHEMAS: dict[str, pa.Schema] = {
     "runs": pa.schema(
         [
-            ("run", pa.string()),  # its spec's hash
+            ("run", pa.string()),  # hash of its spec
             ("status", pa.string()),
             ("reason", pa.string()),
             ("algorithm", pa.string()),
@@ -79,7 +80,7 @@ SCHEMAS: dict[str, pa.Schema] = {
     ),
     "scores": pa.schema(
         [
-            ("scores", pa.string()),  # their spec's hash
+            ("scores", pa.string()),  # hash of the spec of the score file
             ("split", pa.string()),
             ("estimator", pa.string()),
             ("statistic", pa.string()),
@@ -100,7 +101,7 @@ SCHEMAS: dict[str, pa.Schema] = {
     ),
 }
 PARTITIONS = ("task", "experiment")
-# What brings a table of a version to the next one, by the version that it starts from.
+# Functions that bring a table to the next version, by the version that they start from.
 Migration = Callable[[str, pa.Table], pa.Table]
 MIGRATIONS: dict[int, Migration] = {}
 
@@ -115,11 +116,11 @@ class Skipped:
 
 @dataclass(frozen=True)
 class Results:
-    """What stores hold.
+    """The content of stores.
 
     Attributes:
-        runs, samples, scores: with the columns of SCHEMAS, and task, experiment, store.
-        skipped: what lies there and could not be read.
+        runs, samples, scores: tables with the columns of SCHEMAS, and task, experiment, store.
+        skipped: files that could not be read.
     """
 
     runs: pa.Table
@@ -132,22 +133,22 @@ class Store:
     """A store at a folder or URI.
 
     Args:
-        root: need not exist until something is written.
+        root: folder or URI; need not exist until something is written.
 
     Raises:
-        UserError: no URI that can be opened.
+        UserError: the URI cannot be opened.
     """
 
     def __init__(self, root: str | Path) -> None:
-        given = str(root).rstrip("/") or "/"
-        uri = re.match(r"([a-z][a-z0-9+.-]+://)(?:[^/@]*@)?([^?]*)", given)
-        # Shown, and part of what is published: a URI's key and options are not.
-        self.root = "".join(uri.groups()) if uri else given
+        address = str(root).rstrip("/") or "/"
+        uri = re.match(r"([a-z][a-z0-9+.-]+://)(?:[^/@]*@)?([^?]*)", address)
+        # The root is shown and published: without a URI's key and options.
+        self.root = "".join(uri.groups()) if uri else address
         try:
             if uri:
-                self._fs, self._path = fs.FileSystem.from_uri(given)
+                self._fs, self._path = fs.FileSystem.from_uri(address)
             else:
-                self._fs, self._path = fs.LocalFileSystem(), os.path.abspath(given)
+                self._fs, self._path = fs.LocalFileSystem(), os.path.abspath(address)
         except (pa.ArrowException, OSError, ValueError) as error:
             raise UserError(
                 f"store {self.root!r} cannot be opened: {first_line(error)}; expected a folder or a URI such as "
@@ -155,16 +156,16 @@ class Store:
             ) from error
 
     def write(self, name: str, table: pa.Table, task: str, experiment: str) -> str:
-        """Write rows of the table `name` as one file; its path. Rows of one call are there together or not at all.
+        """Write rows of the table `name` as one file, all of them or none, and give back its path.
 
         Raises:
             UserError: the store cannot be written to, or the experiment's name cannot be a folder's.
         """
         table = _cast(table, SCHEMAS[name]).combine_chunks()
-        key = hashlib.sha256(name.encode() + _stream(table)).hexdigest()[:24]
-        labelled = table.replace_schema_metadata({VERSION_KEY: str(SCHEMA_VERSION), TABLE_KEY: name})
+        key = hashlib.sha256(name.encode() + _ipc_bytes(table)).hexdigest()[:24]
+        with_metadata = table.replace_schema_metadata({VERSION_KEY: str(SCHEMA_VERSION), TABLE_KEY: name})
         sink = pa.BufferOutputStream()
-        pq.write_table(labelled, sink, compression="zstd", write_page_checksum=True)
+        pq.write_table(with_metadata, sink, compression="zstd", write_page_checksum=True)
         folder = "/".join([self._path, name, *_partition(task, experiment)])
         path = f"{folder}/{key}.parquet"
         try:
@@ -173,7 +174,7 @@ class Store:
                 with replacing(Path(path)) as unfinished:
                     unfinished.write_bytes(sink.getvalue())
             else:
-                # An object appears when all of it has been sent; in one piece, so that nothing can fail between two.
+                # An object appears once all of it has been sent; one write, so that it cannot fail between two.
                 with self._fs.open_output_stream(path) as stream:
                     stream.write(sink.getvalue())
         except (pa.ArrowException, OSError) as error:
@@ -181,29 +182,28 @@ class Store:
         return path
 
     def read(self, task: str | None = None, experiment: str | None = None) -> Results:
-        """All rows, of one task or experiment if they are named.
+        """All rows, or those of one task or experiment.
 
         Raises:
             UserError: there is no store.
         """
-        whole: dict[str, pa.Table] = {
-            name: _labelled(schema.empty_table(), ("", ""), "") for name, schema in SCHEMAS.items()
-        }
+        tables: dict[str, pa.Table] = {}
         skipped: list[Skipped] = []
-        for name in SCHEMAS:
-            paths = self._files(name)
-            wanted = [path for path in paths if _is_wanted(path[len(self._path) + 1 :], task, experiment)]
+        for name, schema in SCHEMAS.items():
+            paths = [path for path in self._files(name) if _is_of(path[len(self._path) + 1 :], task, experiment)]
             with ThreadPoolExecutor(READERS) as threads:
-                read = list(threads.map(lambda path, name=name: self._read(name, path), wanted))
-            skipped += [each for each in read if isinstance(each, Skipped)]
-            parts: defaultdict[tuple[str, str], list[pa.Table]] = defaultdict(list)
-            for each in read:
-                if not isinstance(each, Skipped):
-                    parts[each[0]].append(each[1])
-            whole[name] = _joined(
-                [whole[name], *(_labelled(pa.concat_tables(own), where, self.root) for where, own in parts.items())]
-            )
-        return Results(whole["runs"], whole["samples"], whole["scores"], tuple(skipped))
+                outcomes = list(threads.map(lambda path, name=name: self._read(name, path), paths))
+            by_partition: defaultdict[tuple[str, str], list[pa.Table]] = defaultdict(list)
+            for outcome in outcomes:
+                if isinstance(outcome, Skipped):
+                    skipped.append(outcome)
+                else:
+                    partition, rows = outcome
+                    by_partition[partition].append(rows)
+            empty = _with_place(schema.empty_table(), ("", ""), "")
+            parts = [_with_place(pa.concat_tables(rows), where, self.root) for where, rows in by_partition.items()]
+            tables[name] = _joined([empty, *parts])
+        return Results(tables["runs"], tables["samples"], tables["scores"], tuple(skipped))
 
     def _files(self, name: str) -> list[str]:
         try:
@@ -212,10 +212,10 @@ class Store:
                 self._check_is_store()
                 return []
             selector = fs.FileSelector(f"{self._path}/{name}", recursive=True)
-            files = [each.path for each in self._fs.get_file_info(selector) if each.type == fs.FileType.File]
+            files = [file.path for file in self._fs.get_file_info(selector) if file.type == fs.FileType.File]
         except (pa.ArrowException, OSError) as error:
             raise UserError(f"store {self.root!r} cannot be read: {first_line(error)}") from error
-        # Hidden ones are someone's unfinished work.
+        # Hidden files are still being written.
         return sorted(path for path in files if not path.rsplit("/", 1)[-1].startswith("."))
 
     def _check_is_store(self) -> None:
@@ -227,7 +227,7 @@ class Store:
             )
 
     def _read(self, name: str, path: str) -> tuple[tuple[str, str], pa.Table] | Skipped:
-        """Partition and rows of a file."""
+        """The partition and the rows of a file, or why it was skipped."""
         relative = path[len(self._path) + 1 :]
         shown = f"{self.root}/{relative}"
         partition = _partition_of(relative)
@@ -246,10 +246,10 @@ class Store:
                     return Skipped(
                         shown, f"schema {version} of a newer mrd-bench; this one reads up to {SCHEMA_VERSION}: upgrade"
                     )
-                # ParquetFile.read hands out what could be decoded before an error only as an error: all or nothing.
+                # ParquetFile.read raises if any part cannot be decoded: all rows of a file or none.
                 table = file.read()
-            for each in range(version, SCHEMA_VERSION):
-                table = MIGRATIONS[each](name, table)
+            for old in range(version, SCHEMA_VERSION):
+                table = MIGRATIONS[old](name, table)
             table = _cast(table, SCHEMAS[name])
         except (pa.ArrowException, OSError, ValueError, KeyError) as error:
             return Skipped(shown, f"damaged: {first_line(error)}")
@@ -257,13 +257,13 @@ class Store:
 
 
 def merge(results: Sequence[Results]) -> Results:
-    """What several stores hold."""
-    runs, samples, scores = (_joined([getattr(each, name) for each in results]) for name in SCHEMAS)
-    return Results(runs, samples, scores, tuple(skipped for each in results for skipped in each.skipped))
+    """The content of several stores as one."""
+    runs, samples, scores = (_joined([getattr(result, name) for result in results]) for name in SCHEMAS)
+    return Results(runs, samples, scores, tuple(file for result in results for file in result.skipped))
 
 
 def read_stores(roots: Sequence[str | Path], task: str | None = None, experiment: str | None = None) -> Results:
-    """What is in stores together.
+    """The content of stores together, or of one task or experiment.
 
     Raises:
         UserError: one of them is no store.
@@ -272,37 +272,40 @@ def read_stores(roots: Sequence[str | Path], task: str | None = None, experiment
 
 
 def _partition(task: str, experiment: str) -> list[str]:
-    for what, value in zip(PARTITIONS, (task, experiment), strict=True):
+    """The folders in which rows of a task and experiment lie, as readers of partitioned tables know them."""
+    for name, value in zip(PARTITIONS, (task, experiment), strict=True):
         if not re.fullmatch(r"[\w.-]+", value):
-            raise UserError(f"{what} {value!r}: expected letters, digits, - _ and . alone, as it names a folder")
+            raise UserError(f"{name} {value!r}: expected letters, digits, - _ and . alone, as it names a folder")
     return [f"{name}={value}" for name, value in zip(PARTITIONS, (task, experiment), strict=True)]
 
 
 def _partition_of(relative: str) -> tuple[str, str] | None:
-    """Task and experiment of a file of a store, by its path in there."""
-    found = re.fullmatch(r"\w+/task=([^/]+)/experiment=([^/]+)/[^/]+", relative)
-    return (unquote(found[1]), unquote(found[2])) if found else None
+    """Task and experiment of a file, by its path in the store."""
+    match = re.fullmatch(r"\w+/task=([^/]+)/experiment=([^/]+)/[^/]+", relative)
+    return (unquote(match[1]), unquote(match[2])) if match else None
 
 
-def _is_wanted(relative: str, task: str | None, experiment: str | None) -> bool:
-    found = _partition_of(relative)
-    wanted = (task, experiment)
-    return found is None or all(w in (None, f) for w, f in zip(wanted, found, strict=True))
+def _is_of(relative: str, task: str | None, experiment: str | None) -> bool:
+    """Whether a file may have rows of this task and experiment; one in the wrong place may, and is reported later."""
+    partition = _partition_of(relative)
+    if partition is None:
+        return True
+    return task in (None, partition[0]) and experiment in (None, partition[1])
 
 
 def _cast(table: pa.Table, schema: pa.Schema) -> pa.Table:
-    """The table with exactly these columns; one that it lacks is null."""
+    """The table with exactly these columns; a column that it lacks is null."""
     if table.schema.equals(schema):
         return table
     columns = [
-        table[each.name].cast(each.type) if each.name in table.column_names else pa.nulls(table.num_rows, each.type)
-        for each in schema
+        table[field.name].cast(field.type) if field.name in table.column_names else pa.nulls(table.num_rows, field.type)
+        for field in schema
     ]
     return pa.table(columns, schema=schema)
 
 
-def _labelled(table: pa.Table, partition: tuple[str, str], store: str) -> pa.Table:
-    """With where the rows lie, as columns."""
+def _with_place(table: pa.Table, partition: tuple[str, str], store: str) -> pa.Table:
+    """The table with columns that say where its rows lie: task, experiment and store."""
     for column, value in (*zip(PARTITIONS, partition, strict=True), ("store", store)):
         table = table.append_column(column, pa.repeat(value, table.num_rows).dictionary_encode())
     return table
@@ -312,7 +315,8 @@ def _joined(parts: Sequence[pa.Table]) -> pa.Table:
     return pa.concat_tables(parts).unify_dictionaries()
 
 
-def _stream(table: pa.Table) -> bytes:
+def _ipc_bytes(table: pa.Table) -> bytes:
+    """The table as an Arrow stream: the same bytes for the same rows."""
     sink = pa.BufferOutputStream()
     with pa.ipc.new_stream(sink, table.schema) as stream:
         stream.write_table(table)
