@@ -39,3 +39,10 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def data_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """24 prompt-completion pairs of random words; not to be changed."""
     return write_jsonl(tmp_path_factory.mktemp("data") / "pairs.jsonl", pairs(24))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Who uses the shared Ray needs Ray."""
+    for item in items:
+        if "cluster" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.ray)

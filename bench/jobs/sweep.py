@@ -1,6 +1,6 @@
-"""Sweeps: the cross of algorithms, selections, seeds and settings, on Ray Tune.
+"""Sweeps: the cross of algorithms, selections, seeds and settings.
 
-    spec -> plan -> trials whose result is not there yet, on warm workers -> tables
+    spec -> plan -> trials whose result is not there yet, on Ray Tune or in this process -> tables
 
 Every trial is a row, also one that failed or was stopped, with its spec. A trial is known by its hash: what this or
 another sweep has finished is not done again, so the same command continues a sweep that was killed.
@@ -9,41 +9,30 @@ another sweep has finished is not done again, so the same command continues a sw
 from __future__ import annotations
 
 import dataclasses
-import logging
-import os
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import ray
-from ray import tune
-from ray.tune.schedulers import ASHAScheduler
+import torch
 from tqdm import tqdm
 
 from bench.files.folders import OwnedFolder
 from bench.files.spec import spec_file
-from bench.files.status import DIED, STOPPED
 from bench.jobs.resources import SweepResources
 from bench.jobs.run_folder import full_disks_said_plainly
-from bench.jobs.search import OBJECTIVE, WORST, Search, domain_of
+from bench.jobs.search import Search
 from bench.jobs.sweep_plan import SweepPlan, SweepSpec, configurations
 from bench.jobs.sweep_tables import SweepResult, read_sweep, write_tables
-from bench.jobs.trial import Result, Trial, TrialContext, TrialStore, run_trial, shareable_weights
+from bench.jobs.trial import Trial, TrialContext, TrialStore, run_trial, shareable_weights
 from bench.jobs.unlearn import corpus_of, datasets_of, room_of
 from bench.models.find import find_model
 from bench.report.words import size_of
-from scoring.cluster import connect, how_many_fit
 from scoring.errors import UserError
 from scoring.files import shown
-from scoring.plugins import load_plugins
 from scoring.settings import build, named
 
-# How often a trial whose worker dies is begun anew before its row says so.
-MAX_DEATHS = 2
 BYTES_RESULT = 300_000  # of a trial, on disk, for a selection of a few hundred samples
 
 
@@ -85,6 +74,8 @@ def sweep(
         spec = build(SweepSpec, spec)
     spec, resources, out = spec.checked(), (resources or SweepResources()).checked(), Path(out).absolute()
     plan = SweepPlan(spec, out)
+    if resources.in_this_process:
+        _check_in_this_process(plan)
     store = TrialStore(Path(trials).absolute() if trials else out.parent / "trials", out / "failed")
     with _SweepFolder(out, plan.identity) as folder, full_disks_said_plainly(out):
         if retry_failed and store.local.is_dir():
@@ -99,8 +90,12 @@ def sweep(
         waiting = [trial for trial in all_trials if not store.find(trial.hash)]
         _check_room(plan, all_trials, waiting, store)
         search = Search(plan) if spec.search == "optuna" else None
-        if waiting or (search and search.left):
-            _run(plan, all_trials, waiting, search, store, resources, progress)
+        if resources.in_this_process:
+            _run_here(plan, waiting, len(all_trials), store, resources, progress)
+        elif waiting or (search and search.left):
+            from bench.jobs.sweep_on_tune import run_on_tune
+
+            run_on_tune(plan, all_trials, waiting, search, store, resources, progress)
         if search:
             all_trials = search.trials()
         result = write_tables(plan, all_trials, store, time.perf_counter() - started)
@@ -127,199 +122,39 @@ def _check_room(plan: SweepPlan, trials: Sequence[Trial], waiting: Sequence[Tria
         )
 
 
-# --- Ray Tune -----------------------------------------------------------------------------------------------
+def _check_in_this_process(plan: SweepPlan) -> None:
+    """Refuse what only Ray can run."""
+    for what, possible in (
+        (f"{named('search')} {plan.spec.search}", plan.spec.search != "optuna"),
+        (f"{named('scheduler')} {plan.spec.scheduler}", plan.spec.scheduler == "none"),
+        (f"{named('base')}: workers {plan.base.workers}", plan.base.workers == 0),
+    ):
+        if not possible:
+            raise UserError(f"{what} needs Ray, and {named('concurrent')} is 0: expected at least 1")
 
 
-def _run(
-    plan: SweepPlan,
-    trials: Sequence[Trial],
-    waiting: Sequence[Trial],
-    search: Search | None,
-    store: TrialStore,
-    resources: SweepResources,
-    progress: bool,
+def _run_here(
+    plan: SweepPlan, waiting: Sequence[Trial], total: int, store: TrialStore, resources: SweepResources, progress: bool
 ) -> None:
-    """Run the trials that have no result yet, or the configurations that a search has left.
+    """Run the trials without a result one by one in this process.
 
     Args:
-        trials: all of the sweep.
-        waiting: those of them without a result.
+        total: trials of the sweep, with those that have one.
     """
-    connect()
-    footprint = resources.footprint()
-    has_workers = plan.base.workers > 0
-    concurrent = resources.concurrent or (1 if has_workers else how_many_fit(footprint, "trial"))
-    models = [find_model(name) for name in {trial.spec.model for trial in waiting} or {plan.base.model}]
     shared = TrialContext(
-        # Put once; Ray keeps one copy a node, and its processes read it where it is.
-        {model.source: ray.put(shareable_weights(model)) for model in models},
+        {model.source: shareable_weights(model) for model in map(find_model, {trial.spec.model for trial in waiting})},
         plan.references,
         store,
         plan.out / ".work",
-        footprint.cpus,
-        "cuda" if footprint.gpus else "cpu",
+        resources.cpus_per_trial,
+        resources.replicas().device(),
         plan.spec.keep_models,
     )
-    objective = None if plan.spec.scheduler == "none" else plan.spec.objective
-    if search is None:
-        watch: _Watch = _Trials(shared.store, waiting, len(trials), progress)
-        work = tune.with_parameters(_one_trial, trials=list(waiting), shared=shared, objective=objective)
-        space: dict[str, Any] = {"number": tune.grid_search(list(range(len(waiting))))}
-        search_by: dict[str, Any] = {"scheduler": _scheduler(plan)}
-    else:
-        watch = _Configurations(search, progress)
-        work = tune.with_parameters(_every_selection, plan=plan, shared=shared)
-        space = {name: domain_of(values) for name, values in plan.spec.vary.items()}
-        search_by = {"search_alg": search.algorithm(), "num_samples": search.left, "metric": OBJECTIVE, "mode": "max"}
-    # A trial with workers of its own takes no core here, where its workers may need them all; Tune wants it to take
-    # something.
-    bundles = [{"memory": 1.0}] if has_workers else [{"CPU": footprint.cpus, "GPU": footprint.gpus}]
-    storage = plan.out / ".tune"
-    shutil.rmtree(storage, ignore_errors=True)
-    with _environment(), watch:
-        tune.Tuner(
-            tune.with_resources(work, tune.PlacementGroupFactory(bundles)),
-            param_space=space,
-            tune_config=tune.TuneConfig(max_concurrent_trials=concurrent, reuse_actors=resources.reuse, **search_by),
-            run_config=tune.RunConfig(
-                name="sweep",
-                storage_path=str(storage),
-                failure_config=tune.FailureConfig(max_failures=MAX_DEATHS),
-                callbacks=[watch],
-                verbose=0,
-            ),
-        ).fit()
-    shutil.rmtree(storage, ignore_errors=True)
-
-
-@contextmanager
-def _environment() -> Iterator[None]:
-    """Within the context Ray Tune leaves writing results to us, and an interrupt ends the sweep."""
-    variables = {
-        "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
-        "TUNE_DISABLE_SIGINT_HANDLER": "1",
-        "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # the last report is not of an epoch
-        "RAY_AIR_NEW_OUTPUT": "0",  # the new one is not silent at verbosity 0
-    }
-    before = {name: os.environ.get(name) for name in variables}
-    os.environ.update(variables)
-    logger = logging.getLogger("ray.tune")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)  # a trial that died is a row
+    threads = torch.get_num_threads()
     try:
-        yield
+        with tqdm(total=total, initial=total - len(waiting), unit="trial", desc="sweep", disable=not progress) as bar:
+            for trial in waiting:
+                run_trial(trial, shared)
+                bar.update()
     finally:
-        logger.setLevel(level)
-        for name, value in before.items():
-            os.environ.pop(name, None) if value is None else os.environ.update({name: value})
-
-
-def _scheduler(plan: SweepPlan) -> ASHAScheduler | None:
-    if plan.spec.scheduler == "none":
-        return None
-    return ASHAScheduler(
-        time_attr="epoch",
-        metric=plan.spec.objective,
-        mode="max",
-        # Beyond the last epoch: a trial that gets there has finished, and is not stopped.
-        max_t=(plan.base.epochs or 0) + 1,
-        grace_period=plan.spec.grace_epochs,
-        reduction_factor=plan.spec.reduction,
-    )
-
-
-def _one_trial(config: dict[str, Any], trials: Sequence[Trial], shared: TrialContext, objective: str | None) -> None:
-    """What a warm worker does with a trial: run it, and tell a scheduler what every epoch reached."""
-
-    def report(row: Mapping[str, Any]) -> None:
-        # Row 0 is the initial model.
-        if objective and row["epoch"]:
-            tune.report({"epoch": row["epoch"], objective: row[objective], "row": dict(row)})
-
-    result = run_trial(trials[config["number"]], shared, report)
-    # Tune complains on the terminal about a trial that reports nothing.
-    tune.report({"status": result["status"]})
-
-
-def _every_selection(config: dict[str, Any], plan: SweepPlan, shared: TrialContext) -> None:
-    """What a warm worker does with a configuration of an adaptive search: run it on every selection, so that the search
-    compares configurations and not the samples they drew."""
-    load_plugins(shared.plugins)
-    try:
-        trials = plan.trials(config)
-    except UserError as error:
-        # Values that do not go together: nothing that a search should come back to.
-        tune.report({OBJECTIVE: WORST, "trials": 0, "reason": str(error)})
-        return
-    results = [run_trial(trial, shared) for trial in trials]
-    reached = [result.get("values", {}).get(plan.spec.objective) for result in results]
-    values = [value for value in reached if value is not None]
-    mean = float(np.mean(values)) if len(values) == len(reached) else WORST
-    tune.report({OBJECTIVE: mean, "trials": len(trials)})
-
-
-class _Watch(tune.Callback):
-    """The progress bar of a sweep."""
-
-    def __init__(self, total: int, done: int, unit: str, shown: bool) -> None:
-        self._bar: Any = tqdm(total=total, initial=done, unit=unit, desc="sweep", disable=not shown)
-
-    def __enter__(self) -> _Watch:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.close()
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {}  # Tune saves its callbacks, and never reads them again here
-
-    def setup(self, *_: Any, **__: Any) -> None:
-        pass
-
-
-class _Trials(_Watch):
-    """Keeps what only the driver knows: which trials were stopped, and whose worker died."""
-
-    def __init__(self, store: TrialStore, waiting: Sequence[Trial], total: int, shown: bool) -> None:
-        super().__init__(total, total - len(waiting), "trial", shown)
-        self._store, self._waiting = store, waiting
-        self._rows: dict[str, list[dict[str, Any]]] = {}
-
-    def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **_: Any) -> None:
-        if "row" in result:
-            self._rows.setdefault(trial.trial_id, []).append(result["row"])
-
-    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
-        self._ended(trial, STOPPED, "behind the others after epoch {epoch}")
-
-    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
-        self._ended(
-            trial, DIED, f"its worker died {MAX_DEATHS + 1} times; out of memory? Give it more, or fewer at once"
-        )
-
-    def _ended(self, tuned: Any, status: str, reason: str) -> None:
-        trial = self._waiting[tuned.config["number"]]
-        if self._store.find(trial.hash) is None:
-            epochs = self._rows.get(tuned.trial_id, [])
-            result: Result = {"spec": trial.identity, "status": status, "epochs": epochs, "seconds": None}
-            if epochs:
-                result |= {"values": epochs[-1], "updates": epochs[-1]["step"]}
-            result["reason"] = reason.format(epoch=epochs[-1]["epoch"] if epochs else 0)
-            self._store.write(trial.hash, result)
-        self._bar.update()
-
-
-class _Configurations(_Watch):
-    """Keeps what an adaptive search has tried."""
-
-    def __init__(self, search: Search, shown: bool) -> None:
-        super().__init__(search.total, search.total - search.left, "configuration", shown)
-        self._search = search
-
-    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
-        self._search.add(trial.config, trial.last_result[OBJECTIVE], trial.last_result.get("reason"))
-        self._bar.update()
-
-    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
-        self._search.add(trial.config, WORST, f"its worker died {MAX_DEATHS + 1} times")
-        self._bar.update()
+        torch.set_num_threads(threads)

@@ -318,8 +318,8 @@ class SweepPlan:
 
 
 def _with_absolute_paths(spec: SweepSpec) -> SweepSpec:
-    """The same sweep with paths that its trials find wherever they run. For its work, not for its identity: the same files
-    in another place are the same sweep."""
+    """The same sweep with paths that its trials find wherever they run. For its work, not for its identity: the same
+    files in another place are the same sweep."""
     base = with_absolute_paths(spec.base)
     vary = {
         name: [with_absolute_paths({**base, name: value})[name] for value in values]

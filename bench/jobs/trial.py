@@ -20,10 +20,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import ray
 import torch
 from transformers import PreTrainedModel
 
@@ -48,6 +47,9 @@ from scoring.files import replacing
 from scoring.plugins import Plugin, load_plugins, loaded_plugins
 from scoring.replica import load_model
 from scoring.work import LocalPool
+
+if TYPE_CHECKING:
+    import ray
 
 # What is true of the trial wherever it runs, and so is shared between sweeps.
 LASTING = (FINISHED, DIVERGED)
@@ -140,7 +142,7 @@ class TrialContext:
     """What all trials of a sweep are given.
 
     Attributes:
-        weights: of each model by its source, by name, in Ray's object store: one copy a node.
+        weights: of each model by its source, by name: in Ray's object store, one copy a node, or in this process.
         references: columns of the original and the retain-only model on each selection, by role; for metrics that
             compare.
         store: where results go.
@@ -153,7 +155,7 @@ class TrialContext:
         plugins: files that add to the registries.
     """
 
-    weights: Mapping[str, ray.ObjectRef]
+    weights: Mapping[str, ray.ObjectRef | Mapping[str, np.ndarray]]
     references: Mapping[str, Columns]
     store: TrialStore
     work: Path
@@ -338,9 +340,14 @@ def shareable_weights(model: ModelReference) -> dict[str, np.ndarray]:
 
 def _weights(shared: TrialContext, source: str) -> dict[str, torch.Tensor]:
     """The initial weights: the memory is shared with all processes of the node, and nobody writes to it."""
+    arrays = shared.weights[source]
+    if not isinstance(arrays, Mapping):
+        import ray
+
+        arrays = ray.get(arrays)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*not writable.*")
-        return {name: torch.from_numpy(array) for name, array in ray.get(shared.weights[source]).items()}
+        return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
 
 def _as_it_was(job: TrainingJob, weights: Mapping[str, torch.Tensor], device: str) -> PreTrainedModel:

