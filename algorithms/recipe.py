@@ -15,7 +15,7 @@ from algorithms.reference import needs
 from algorithms.samplers import ORDERS
 from scoring.cluster import GPU_SHARE
 from scoring.errors import UserError
-from scoring.mrd import EstimatorName, NumberOfDraws, Sigma, StatisticChoice, complete
+from scoring.mrd import EstimatorName, NumberOfDraws, Sigma, StatisticChoice, statistic_and_draws
 from scoring.samples import BATCH_TOKENS
 from scoring.settings import Doc, Expected, Ge, Gt, Known, Le, check, named
 
@@ -131,7 +131,7 @@ class Recipe:
             raise UserError(
                 f"{named('settings')}['beta'] is {self.settings['beta']:g}: expected a number greater than 0"
             )
-        statistic, draws = complete(self.estimator, self.statistic, self.draws)
+        statistic, draws = statistic_and_draws(self.estimator, self.statistic, self.draws)
         filled: dict[str, Any] = {
             "statistic": statistic,
             "draws": draws,

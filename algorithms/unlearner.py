@@ -29,7 +29,7 @@ from algorithms.samplers import Sampler
 from algorithms.stopping import Thresholds, measure_memorization
 from algorithms.trainable import Group, Lora, Trainable
 from scoring.errors import UserError
-from scoring.mrd import Request, Until, estimate, estimate_until, reduce_draws
+from scoring.mrd import estimate, reduce_draws, request_for
 from scoring.replica import TransformersReplica
 from scoring.samples import BATCH_TOKENS, Batch, Sample, collate, make_batches
 
@@ -616,15 +616,10 @@ def measure_mrd(
     batches = make_batches(samples, batch_tokens)[group.rank :: group.size]
     found: dict[int, float] = {}
     if batches:
-        if recipe.draws == "auto":
-            until = Until(recipe.statistic, 0.05)  # type: ignore[arg-type]
-            request = Request(recipe.estimator, recipe.sigma, recipe.seed, 0, until.most)
-            draws = estimate_until(replica, batches, request, until)
-        else:
-            draws = estimate(
-                replica, batches, Request(recipe.estimator, recipe.sigma, recipe.seed, 0, int(recipe.draws or 1))
-            )
-        mrd, _ = reduce_draws(draws.values, recipe.statistic)  # type: ignore[arg-type]
+        assert recipe.statistic is not None
+        request, precision = request_for(recipe.estimator, recipe.statistic, recipe.sigma, recipe.seed, recipe.draws)
+        draws = estimate(replica, batches, request, precision=precision)
+        mrd, _ = reduce_draws(draws.values, recipe.statistic)
         found = dict(zip(draws.indices.tolist(), mrd.tolist(), strict=True))
     found = group.gathered(found)
     return np.array([found[s.index] for s in samples]), replica

@@ -10,10 +10,12 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
+from scoring.eval_mode import in_eval_mode
 from scoring.generation import greedy_continuations
 from scoring.logprob import scored_logprobs
 from scoring.samples import BATCH_TOKENS, Sample, make_batches
 
+# How much longer than the true answer a written answer may be.
 EXTRA_TOKENS = 20
 
 
@@ -31,7 +33,7 @@ class AnswerScores:
 
 
 def score_answers(model: PreTrainedModel, tokenizer: Any, samples: Sequence[Sample]) -> AnswerScores:
-    """Both scores of every sample. The model is in eval mode meanwhile, and afterwards as it was.
+    """Both scores of every sample. The model is in eval mode meanwhile, and afterwards in the mode it was in.
 
     Args:
         model: a causal LM.
@@ -41,14 +43,9 @@ def score_answers(model: PreTrainedModel, tokenizer: Any, samples: Sequence[Samp
     Raises:
         UserError: a question does not fit into the model's context.
     """
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
+    with in_eval_mode(model):
         written = written_answers(model, tokenizer, samples)
         probability = answer_probability(model, samples)
-    finally:
-        for module in training:
-            module.training = True
     return AnswerScores(rouge_l_recall(written, true_answers(tokenizer, samples)), probability)
 
 
@@ -75,8 +72,11 @@ def rouge_l_recall(written: Sequence[str], truth: Sequence[str]) -> np.ndarray:
     from rouge_score.rouge_scorer import RougeScorer  # loads nltk, which takes a while
 
     scorer = RougeScorer(["rougeL"], use_stemmer=True)
-    pairs = zip(written, truth, strict=True)
-    return np.array([scorer.score(target=y, prediction=w)["rougeL"].recall for w, y in pairs], dtype=np.float64)
+    recalls = [
+        scorer.score(target=true_answer, prediction=answer)["rougeL"].recall
+        for answer, true_answer in zip(written, truth, strict=True)
+    ]
+    return np.array(recalls, dtype=np.float64)
 
 
 @torch.no_grad()
@@ -97,7 +97,7 @@ def answer_probability(
     """
     device = next(model.parameters()).device
     probability = np.empty(len(samples))
-    # A sample's own index is its place in the data set, of which `samples` may be any part.
+    # Indices are renumbered: `samples` may be any part of the data set that they count.
     for batch in make_batches([replace(sample, index=i) for i, sample in enumerate(samples)], batch_tokens):
         summed = scored_logprobs(model, batch.to(device)).double().sum(-1).cpu()
         probability[batch.indices.numpy()] = mean_probability(-(summed / batch.mask.sum(-1)).numpy())
@@ -111,8 +111,9 @@ def written_answers(
     batch_tokens: int = 16384,
     extra_tokens: int = EXTRA_TOKENS,
 ) -> list[str]:
-    """What the model writes, by greedy decoding, after all that stands before the first scored token; at most as many
-    tokens as `answer_limits` says.
+    """What the model writes after each sample's question by greedy decoding, up to the length of `answer_limits`.
+
+    The question is all that stands before the first scored token.
 
     Args:
         model: a causal LM in eval mode.
@@ -125,7 +126,7 @@ def written_answers(
         N texts without special tokens and surrounding white space, in the order of `samples`.
 
     Raises:
-        UserError: what stands before the first scored token does not fit into the model's context.
+        UserError: a question does not fit into the model's context.
     """
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     limits = answer_limits(samples, context, extra_tokens=extra_tokens)
@@ -146,19 +147,19 @@ def answer_limits(
     Args:
         samples: N samples; the scored tokens are the true answer.
         context: tokens that the model can read; None: no limit.
-        new_tokens: how many are wanted; None: `extra_tokens` more than the true answer has.
-        extra_tokens: see there.
+        new_tokens: the number wanted for every sample; None: `extra_tokens` more than its true answer has.
+        extra_tokens: see `new_tokens`.
 
     Returns:
-        N numbers: what is wanted as far as the context reaches, but 1 at least, so that a question which does not fit
-        is an error of generation and not an empty answer.
+        N limits: the number wanted, or what the context has room for if that is less, but 1 at least, so that a
+        question which does not fit is an error of generation and not an empty answer.
     """
-    wanted = [sample.num_scored + extra_tokens if new_tokens is None else new_tokens for sample in samples]
+    limits = [sample.num_scored + extra_tokens if new_tokens is None else new_tokens for sample in samples]
     if context is None:
-        return wanted
+        return limits
     # The last new token needs no position.
-    rooms = [context + 1 - len(question) for question in question_ids(samples)]
-    return [max(1, min(pair)) for pair in zip(wanted, rooms, strict=True)]
+    room = [context + 1 - len(question) for question in question_ids(samples)]
+    return [max(1, min(pair)) for pair in zip(limits, room, strict=True)]
 
 
 def true_answers(tokenizer: Any, samples: Sequence[Sample]) -> list[str]:
@@ -168,4 +169,5 @@ def true_answers(tokenizer: Any, samples: Sequence[Sample]) -> list[str]:
 
 def decoded(tokenizer: Any, tokens: np.ndarray) -> str:
     """Tokens as text, without special tokens and surrounding white space."""
-    return tokenizer.decode(tokens.tolist(), skip_special_tokens=True).strip()
+    text: str = tokenizer.decode(tokens.tolist(), skip_special_tokens=True)
+    return text.strip()

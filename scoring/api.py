@@ -1,6 +1,6 @@
 """The front door: how hard is each record to forget, under a model that is loaded already.
 
-    records -> samples -> batches -> draws of a replica -> one row a record
+    records -> samples -> batches -> draws of a replica -> one row per record
 
 The command line goes the same way, with records from a file and replicas on a cluster.
 """
@@ -20,18 +20,19 @@ import pyarrow.compute as pc
 import torch
 from tqdm import tqdm
 
+from scoring.eval_mode import in_eval_mode
 from scoring.mrd import (
+    DEFAULT_TOLERANCE,
     ESTIMATORS,
     Draws,
     EstimatorName,
     NumberOfDraws,
-    Request,
     Sigma,
     Statistic,
     StatisticChoice,
-    Until,
-    complete,
     reduce_draws,
+    request_for,
+    statistic_and_draws,
 )
 from scoring.records import Record, texts_of
 from scoring.sample_file import Batches
@@ -56,7 +57,7 @@ if TYPE_CHECKING:
 
 # Draws in one task: enough to share the noise and the base log-probs, few enough to share the work.
 DRAWS_PER_TASK = 10
-# Batches in one task: estimators that perturb pay for the noise once a task, the others need no such sharing.
+# Batches in one task, by whether the estimator perturbs: one that does makes its noise once per task.
 BATCHES_PER_TASK = {True: 64, False: 1}
 
 
@@ -76,7 +77,7 @@ class ScoreSettings:
     draws: NumberOfDraws = None
     tolerance: Annotated[
         float, Gt(0), Lt(1), Doc("of the median relative standard error over the samples, for draws auto")
-    ] = 0.05
+    ] = DEFAULT_TOLERANCE
     seed: Annotated[int, Doc("addresses the noise")] = 0
     tokens: Annotated[Tokens, Doc("which are scored: the answer's, as in the unlearning loss, or all")] = "answer"
     batch_tokens: Annotated[
@@ -85,41 +86,41 @@ class ScoreSettings:
     allow_lost_perturbation: Annotated[bool, Doc("score although storage rounds the noise away")] = False
 
     def completed(self, differentiates: bool = True) -> Self:
-        """The same with the fields filled in that others decide: estimator, statistic and draws.
+        """The settings with defaults filled in for estimator, statistic and draws.
 
         Args:
-            differentiates: whether the engine can.
+            differentiates: whether the engine can differentiate.
 
         Raises:
-            UserError: a value that cannot be, or a combination that does not exist.
+            UserError: a value that is not allowed, or a combination that does not exist.
         """
         check(self)
         estimator = self.estimator or ("gradient" if differentiates else "monte-carlo")
-        statistic, draws = complete(estimator, self.statistic, self.draws)
+        statistic, draws = statistic_and_draws(estimator, self.statistic, self.draws)
         return replace(self, estimator=estimator, statistic=statistic, draws=draws)
 
     def chosen(self) -> tuple[EstimatorName, Statistic]:
-        """Of completed settings."""
+        """Estimator and statistic of completed settings."""
         assert self.estimator is not None
         assert self.statistic is not None
         return self.estimator, self.statistic
 
 
-class Finished(Protocol):
-    """Where finished tasks are kept, so that a run that was stopped goes on."""
+class FinishedTasks(Protocol):
+    """The results of finished tasks, so that a run that was stopped can go on."""
 
     def has(self, key: str) -> bool:
         """Whether a task is finished."""
 
     def keep(self, task: DrawTask, draws: Draws, facts: Facts) -> None:
-        """Keep what a task gave."""
+        """Keep the result of a task."""
 
     def draws(self, task: DrawTask) -> Draws:
-        """What a task gave."""
+        """The result of a task."""
 
 
-class InMemory:
-    """Finished tasks of a run that is not continued."""
+class FinishedInMemory:
+    """The results of finished tasks in memory, for a run that is never continued."""
 
     def __init__(self) -> None:
         self._draws: dict[str, Draws] = {}
@@ -145,7 +146,7 @@ def score(
     statistic: Statistic | None = None,
     sigma: float = 1e-5,
     draws: int | Literal["auto"] | None = None,
-    tolerance: float = 0.05,
+    tolerance: float = DEFAULT_TOLERANCE,
     seed: int = 0,
     tokens: Tokens = "answer",
     batch_tokens: int = BATCH_TOKENS,
@@ -155,24 +156,25 @@ def score(
     """Memory Removal Difficulty of records under a loaded model, in this process.
 
     Args:
-        model: a transformers causal LM, on any device; afterwards it is as it was.
+        model: a transformers causal LM, on any device; it is left unchanged.
         tokenizer: its tokenizer.
-        records: each with the fields prompt and completion, question and answer, messages, or text, and perhaps an id;
-            a plain text is a record of its own.
-        estimator, statistic: see `scoring.mrd`; None takes the estimator's own.
+        records: records with the fields prompt and completion, question and answer, messages, or text, and perhaps
+            an id; a plain string is a record by itself.
+        estimator: see `scoring.mrd`.
+        statistic: see `scoring.mrd`; None takes the estimator's default.
         sigma: standard deviation of the perturbation of every weight.
-        draws: K of an estimator that draws, or "auto": until the standard error is within `tolerance`.
-        tolerance: of the median relative standard error over the samples.
-        seed: addresses the noise.
+        draws: K, for an estimator that draws; or "auto": until the standard error is within `tolerance`.
+        tolerance: bound on the median relative standard error over the samples, for draws "auto".
+        seed: seed of the noise.
         tokens: "answer" scores the completion and its end token, as the unlearning loss does, "all" every token.
         batch_tokens: padded tokens in a batch.
         allow_lost_perturbation: score although the weights' dtype rounds the noise away.
         progress: show a bar.
 
     Returns:
-        One row a record, in their order: sample_id, num_tokens, tokens_saturated, nll (nats), mrd, mrd_stderr,
-        mrd_per_token, draws, and the reason where a record cannot be scored, whose numbers are nan. `attrs` has the
-        settings and what was noticed on the way.
+        One row per record, in their order: sample_id, num_tokens, tokens_saturated, nll (nats), mrd, mrd_stderr,
+        mrd_per_token, draws, reason. A record that cannot be scored has nan for numbers, and the reason. `attrs` has
+        the settings and the facts that the replica noticed, see `scoring.work.Facts`.
 
     Raises:
         UserError: one line: a setting or a record at fault, or no record that can be scored.
@@ -192,23 +194,25 @@ def score(
     batches = make_batches(samples, batch_tokens)
     shards = shards_of(batches, estimator)
     tasks = draw_tasks(settings, len(shards))
-    kept = InMemory()
-    with as_it_was(model), LocalPool(model, allow_lost_perturbation=allow_lost_perturbation) as pool:
-        run_tasks(pool, tasks, shards, kept, f"scoring ({settings.estimator})" if progress else None)
-    # A sample's index is its place among all records.
-    rows = {sample.index: row for row, sample in enumerate(samples)}
+    finished = FinishedInMemory()
+    with _left_unchanged(model), LocalPool(model, allow_lost_perturbation=allow_lost_perturbation) as pool:
+        run_tasks(pool, tasks, shards, finished, f"scoring ({settings.estimator})" if progress else None)
+    # A sample's index is its position among all records; its row is the position among those that are scored.
+    row_of = {sample.index: row for row, sample in enumerate(samples)}
     table, unsound = score_table(
         pa.array([sample.sample_id for sample in samples]),
         np.array([sample.num_scored for sample in samples]),
-        score_columns(tasks, kept, settings, len(samples), lambda places: np.array([rows[i] for i in places.tolist()])),
+        score_columns(
+            tasks, finished, settings, len(samples), lambda indices: np.array([row_of[i] for i in indices.tolist()])
+        ),
     )
-    return _in_order(table, ids, [*rejected, *unsound], settings, kept.facts)
+    return _in_order(table, ids, [*rejected, *unsound], settings, finished.facts)
 
 
 def samples_of(
     model: PreTrainedModel, tokenizer: Any, records: Iterable[Record | str], tokens: Tokens = "answer"
 ) -> tuple[list[Sample], list[Rejected], list[str]]:
-    """The samples of records, those that cannot be scored, and the ids of all.
+    """The samples of records, the records that cannot be scored, and the ids of all records.
 
     Raises:
         UserError: a record at fault, or no record that can be scored.
@@ -222,99 +226,107 @@ def samples_of(
 
 
 @contextmanager
-def as_it_was(model: PreTrainedModel) -> Iterator[None]:
-    """Within the context the model is in eval mode; afterwards it, and torch, are as they were."""
-    training = [module for module in model.modules() if module.training]
+def _left_unchanged(model: PreTrainedModel) -> Iterator[None]:
+    """Within the context a replica can use the model; afterwards its mode and torch's precision are as before."""
     precision = torch.get_float32_matmul_precision()
-    model.eval()
     try:
-        yield
+        with in_eval_mode(model):
+            yield
     finally:
         torch.set_float32_matmul_precision(precision)
-        for module in training:
-            module.training = True
 
 
 # --- From batches to columns --------------------------------------------------------------------------------
 
 
 def shards_of(batches: Sequence[Batch], estimator: EstimatorName) -> list[Sequence[Batch]]:
-    """The batches of each task."""
+    """The batches, cut into the shards of tasks."""
     size = BATCHES_PER_TASK[ESTIMATORS[estimator].perturbs]
     return [batches[first : first + size] for first in range(0, len(batches), size)]
 
 
-def draw_tasks(settings: ScoreSettings, shards: int) -> list[DrawTask]:
-    """Every shard's draws, cut into ranges; with draws "auto" a shard decides for itself and is one task.
+def draw_tasks(settings: ScoreSettings, num_shards: int) -> list[DrawTask]:
+    """The tasks of all shards: one for each range of draws; with draws "auto" one, which decides when to stop.
 
     Args:
-        settings: completed.
+        settings: completed settings.
+        num_shards: number of shards.
     """
     estimator, statistic = settings.chosen()
-    if settings.draws == "auto":
-        until = Until(statistic, settings.tolerance)
-        request = Request(estimator, settings.sigma, settings.seed, 0, until.most)
-        return [DrawTask(shard, request, until) for shard in range(shards)]
-    draws = settings.draws or 1
+    request, precision = request_for(
+        estimator, statistic, settings.sigma, settings.seed, settings.draws, settings.tolerance
+    )
+    if precision is not None:
+        return [DrawTask(shard, request, precision) for shard in range(num_shards)]
+    draws = request.last_draw
     ranges = [(first, min(first + DRAWS_PER_TASK, draws)) for first in range(0, draws, DRAWS_PER_TASK)]
     return [
-        DrawTask(shard, Request(estimator, settings.sigma, settings.seed, first, last))
-        for shard in range(shards)
+        DrawTask(shard, replace(request, first_draw=first, last_draw=last))
+        for shard in range(num_shards)
         for first, last in ranges
     ]
 
 
 def run_tasks(
-    pool: Pool, tasks: Sequence[DrawTask], shards: Sequence[Sequence[Batch]], finished: Finished, bar: str | None
+    pool: Pool,
+    tasks: Sequence[DrawTask],
+    shards: Sequence[Sequence[Batch]],
+    finished: FinishedTasks,
+    title: str | None,
 ) -> None:
-    """Do the tasks that are not finished.
+    """Do the tasks that are not finished, and keep their results.
 
     Args:
         pool: the replicas.
-        bar: the title of a progress bar; None shows none.
+        tasks: all tasks.
+        shards: the batches of each shard.
+        finished: the results so far.
+        title: the title of a progress bar; None shows none.
     """
     todo = [task for task in tasks if not finished.has(task.key)]
-    # Work in sample-draws, so that the bar moves with the work whatever the shards' sizes.
+    # The bar counts samples times draws, so that it moves evenly although shards differ in size.
     sizes = {task.key: _samples_in(shards[task.shard]) * _draws_of(task) for task in todo}
     unit = "sample-draw" if any(_draws_of(task) > 1 for task in todo) else "sample"
-    with tqdm(total=sum(sizes.values()), unit=unit, desc=bar, disable=bar is None) as shown:
+    with tqdm(total=sum(sizes.values()), unit=unit, desc=title, disable=title is None) as bar:
         for task, draws, facts in pool.run(todo, shards):
             finished.keep(task, draws, facts)
-            shown.update(sizes[task.key])
+            bar.update(sizes[task.key])
 
 
 def _samples_in(shard: Sequence[Batch]) -> int:
-    """Nothing is read of batches that are on disk."""
+    """The number of samples in a shard; batches on disk are not read."""
     return shard.num_samples if isinstance(shard, Batches) else sum(len(batch) for batch in shard)
 
 
 def _draws_of(task: DrawTask) -> int:
-    return 1 if task.until else task.request.last_draw - task.request.first_draw
+    return 1 if task.precision else task.request.last_draw - task.request.first_draw
 
 
 def score_columns(
     tasks: Sequence[DrawTask],
-    finished: Finished,
+    finished: FinishedTasks,
     settings: ScoreSettings,
     count: int,
     rows_of: Callable[[np.ndarray], np.ndarray],
 ) -> dict[str, np.ndarray]:
-    """Reduce what the tasks gave to columns of `count` samples.
+    """Reduce the results of the tasks to columns of `count` samples: nll, mrd, mrd_stderr, tokens_saturated, draws.
 
     Args:
-        tasks: shard by shard, and within a shard in the order of their draws.
-        settings: completed.
-        rows_of: data-set positions -> rows, both (n,).
+        tasks: the tasks, shard by shard, and within a shard in the order of their draws.
+        finished: their results.
+        settings: completed settings.
+        count: number of samples.
+        rows_of: positions in the data set -> rows of the columns, both (n,).
     """
     _, statistic = settings.chosen()
     columns = {name: np.empty(count) for name in ("nll", "mrd", "mrd_stderr")}
     columns |= {name: np.empty(count, dtype=np.int64) for name in ("tokens_saturated", "draws")}
-    for _, of_shard in groupby(tasks, key=lambda task: task.shard):
-        draws = reduce(Draws.followed_by, (finished.draws(task) for task in of_shard))
+    for _, tasks_of_shard in groupby(tasks, key=lambda task: task.shard):
+        draws = reduce(Draws.followed_by, (finished.draws(task) for task in tasks_of_shard))
         mrd, stderr = reduce_draws(draws.values, statistic)
         rows = rows_of(draws.indices)
-        made = draws.values.shape[1] if settings.draws else 0
-        for name, values in zip(columns, (draws.nll, mrd, stderr, draws.saturated, made), strict=True):
+        num_draws = draws.values.shape[1] if settings.draws else 0
+        for name, values in zip(columns, (draws.nll, mrd, stderr, draws.saturated, num_draws), strict=True):
             columns[name][rows] = values
     return columns
 
@@ -322,10 +334,11 @@ def score_columns(
 def score_table(
     sample_ids: pa.Array, num_tokens: np.ndarray, columns: Mapping[str, np.ndarray]
 ) -> tuple[pa.Table, list[Rejected]]:
-    """One row for each sample whose numbers mean something; and the samples of the others.
+    """The score table, one row per sample whose scores are valid; and the other samples, with the reason.
 
     Args:
-        sample_ids, num_tokens: of N samples.
+        sample_ids: ids of N samples.
+        num_tokens: scored tokens of each, (N,).
         columns: see `score_columns`.
     """
     table = pa.table(
@@ -348,8 +361,8 @@ def score_table(
     }
     rejected = [
         Rejected(name, reason)
-        for reason, where in reasons.items()
-        for name in table.filter(where)["sample_id"].to_pylist()
+        for reason, applies in reasons.items()
+        for name in table.filter(applies)["sample_id"].to_pylist()
     ]
     return table.filter(pc.and_not(finite, saturated)) if rejected else table, rejected
 
@@ -357,12 +370,12 @@ def score_table(
 def _in_order(
     table: pa.Table, ids: Sequence[str], rejected: Sequence[Rejected], settings: ScoreSettings, facts: Facts
 ) -> pd.DataFrame:
-    """The rows in the order of the records, also of those that could not be scored."""
+    """The rows in the order of the records, with a row for each that could not be scored."""
     if not table.num_rows:
         raise nothing_scored("records", rejected)
     frame: pd.DataFrame = table.to_pandas().set_index("sample_id").reindex(ids).reset_index(names="sample_id")
-    reasons = {each.sample_id: each.reason for each in rejected}
-    # Whole numbers that can be missing.
+    reasons = {rejection.sample_id: rejection.reason for rejection in rejected}
+    # Int64 is pandas' type of whole numbers that can be missing.
     counts = dict.fromkeys(("num_tokens", "tokens_saturated", "draws"), "Int64") if rejected else {}
     frame = frame.astype(counts).assign(reason=np.array([reasons.get(name) for name in ids], dtype=object))
     frame.attrs = {"settings": asdict(settings), "facts": asdict(facts)}

@@ -1,4 +1,4 @@
-"""How many tokens of a batch fit into a replica's memory: measured on small batches, and carried on from there."""
+"""How many tokens of a batch fit into a replica's memory: measured on two small batches, and extrapolated."""
 
 from __future__ import annotations
 
@@ -17,43 +17,52 @@ from scoring.samples import Batch, Sample, collate
 if TYPE_CHECKING:
     from scoring.replica import TransformersReplica
 
-# Tokens of the first of two measurements, and what is never left: smaller batches are slow, larger ones gain nothing.
-FIRST, LEAST, MOST = 512, 256, 65536
-# Of what is free: allocators cannot use all of it.
-USABLE = 0.7
+# Tokens of the first of the two measured batches.
+FIRST_TOKENS = 512
+# Smaller batches are slow, larger ones gain nothing.
+LEAST_TOKENS, MOST_TOKENS = 256, 65536
+# The share of the free memory that is used: allocators cannot use all of it.
+USABLE_SHARE = 0.7
 SIGMA = 1e-5
 
 
 @dataclass(frozen=True)
-class FitWork:
-    """A work for a replica: the largest batch that fits.
+class BatchSizeTask:
+    """A task for a replica: find the largest batch that fits.
 
     Attributes:
-        estimator: of MRD.
-        length: tokens of the longest sample; all of a batch are taken to be as long.
-        shared: replicas that share a CPU's memory.
+        estimator: the estimator of MRD that the batches are for.
+        length: tokens of the longest sample; all samples of a batch are taken to be as long.
+        sharing: how many replicas share the memory of a CPU.
     """
 
     estimator: EstimatorName
     length: int
-    shared: int = 1
+    sharing: int = 1
 
     shard = 0
     key = "fit"
 
     def do(self, replica: Any, batches: Sequence[Batch], cache: dict[str, Any]) -> int:
-        """Tokens, padding counted. An engine that cuts batches itself, as vLLM's does, takes any."""
-        # Here, as in the pool: who only asks for a work need not load the models' code.
+        """Tokens of the batch, padding counted; a fixed number for vLLM's engine, which cuts batches itself."""
+        # Imported here, so that a driver that only hands out tasks does not load the code of models.
         from scoring.replica import TransformersReplica
 
         if not isinstance(replica, TransformersReplica):
-            return LEAST * 16
-        return fitting_tokens(replica, self.estimator, self.length, free_bytes(replica.device) / self.shared)
+            return LEAST_TOKENS * 16
+        return fitting_tokens(replica, self.estimator, self.length, free_bytes(replica.device) / self.sharing)
 
 
 def fitting_tokens(replica: TransformersReplica, estimator: EstimatorName, length: int, free: float) -> int:
-    """Tokens of the largest batch of samples of a length whose tensors take `USABLE` of so many free bytes; a power of
-    two, so that a run that is continued finds the same number though a little more or less is free."""
+    """Tokens of the largest batch that fits, when every sample has the same length.
+
+    Its tensors take at most `USABLE_SHARE` of the free memory. The result is a power of two, so that a run that is
+    continued finds the same number although a little more or less is free.
+
+    Args:
+        length: tokens of each sample.
+        free: free memory, bytes.
+    """
     rng = np.random.default_rng(0)
     scored = np.arange(max(2, length)) > 0
     vocabulary = replica.model.config.get_text_config().vocab_size
@@ -63,18 +72,18 @@ def fitting_tokens(replica: TransformersReplica, estimator: EstimatorName, lengt
         batch = collate([Sample(str(i), row, scored, i) for i, row in enumerate(ids)])
         return peak_bytes(lambda: estimate(replica, [batch], Request(estimator, SIGMA, 0, 0, 1)), replica.device)
 
-    rows = max(1, FIRST // len(scored))
-    # Copies of the weights that are made once must not count as the batch's.
+    rows = max(1, FIRST_TOKENS // len(scored))
+    # The first call makes copies of the weights, which must not count as the batch's.
     peak(rows)
     small, large = peak(rows), peak(2 * rows)
-    each = max(1.0, (large - small) / (rows * len(scored)))
-    fixed = small - each * rows * len(scored)
-    tokens = int(np.clip((USABLE * free - fixed) / each, LEAST, MOST))
+    bytes_per_token = max(1.0, (large - small) / (rows * len(scored)))
+    fixed = small - bytes_per_token * rows * len(scored)
+    tokens = int(np.clip((USABLE_SHARE * free - fixed) / bytes_per_token, LEAST_TOKENS, MOST_TOKENS))
     return 1 << (tokens.bit_length() - 1)
 
 
 def peak_bytes(work: Callable[[], object], device: torch.device) -> float:
-    """Of the tensors that `work` makes on a device, at their most."""
+    """The most bytes that the tensors made by `work` take on a device at any time."""
     if device.type != "cuda":
         with TensorMemory() as memory:
             work()
@@ -87,7 +96,7 @@ def peak_bytes(work: Callable[[], object], device: torch.device) -> float:
 
 
 def free_bytes(device: torch.device) -> float:
-    """Memory of a device that nobody uses."""
+    """Bytes of a device's memory that are not in use."""
     if device.type != "cuda":
         return float(psutil.virtual_memory().available)
     free, _ = torch.cuda.mem_get_info(device)

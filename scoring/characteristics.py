@@ -1,4 +1,4 @@
-"""What a sample's text is like: length, syntactic complexity, occurrence frequency, rare words.
+"""Characteristics of a sample's text: length, syntactic complexity, occurrence frequency, rare words.
 
 The attributes by which the paper groups samples in Table 11. It does not say how it measured them; these are
 counts that can be checked by hand, against a reference corpus (the fine-tuning set, say), without a model or
@@ -116,7 +116,7 @@ def initial_probability(logprobs: torch.Tensor, mask: torch.Tensor) -> torch.Ten
 
 
 class _Reference:
-    """Counts over the corpus."""
+    """Counts over the reference corpus."""
 
     def __init__(self, corpus: Iterable[str]) -> None:
         self.words: Counter[str] = Counter()
@@ -162,8 +162,8 @@ def _describe(
 
 def _words(text: str) -> list[str]:
     """Lower-case words; composed and decomposed accents are one spelling, and so are "Lane" and "Lane's"."""
-    found = _WORD.findall(unicodedata.normalize("NFC", text).casefold().replace("’", "'"))
-    return [word.removesuffix("'s") for word in found]
+    words = _WORD.findall(unicodedata.normalize("NFC", text).casefold().replace("’", "'"))
+    return [word.removesuffix("'s") for word in words]
 
 
 def _content(words: Sequence[str]) -> list[str]:
@@ -177,13 +177,13 @@ def _ngrams(words: Sequence[str], n: int) -> list[tuple[str, ...]]:
 def _syntax(text: str) -> tuple[float, float, float]:
     """Subordinate markers per sentence, separators per sentence, words per clause."""
     sentences = [s for s in _SENTENCE_END.split(text) if _WORD.search(s)]
-    words = markers = 0
+    num_words = markers = 0
     for sentence in sentences:
-        found = _words(sentence)
-        words += len(found)
-        asks = sentence.rstrip("\"'”’)] \n").endswith("?")
-        markers += sum(word in SUBORDINATE_MARKERS for word in (found[1:] if asks else found))
+        words = _words(sentence)
+        num_words += len(words)
+        is_question = sentence.rstrip("\"'”’)] \n").endswith("?")
+        markers += sum(word in SUBORDINATE_MARKERS for word in (words[1:] if is_question else words))
     if not sentences:
         return 0.0, 0.0, 0.0
     clauses = len(sentences) + markers + text.count(";")
-    return markers / len(sentences), len(_SEPARATOR.findall(text)) / len(sentences), words / clauses
+    return markers / len(sentences), len(_SEPARATOR.findall(text)) / len(sentences), num_words / clauses

@@ -1,4 +1,4 @@
-"""Joining a Ray cluster, or starting one here; and what fits on it. Ray is loaded when it is needed first."""
+"""Joining a Ray cluster or starting a local one, and how much fits on it. Ray is imported only when it is needed."""
 
 from __future__ import annotations
 
@@ -9,24 +9,24 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
-from typing import Any
+from typing import Any, Literal
 
 from scoring.errors import UserError, first_line
 from scoring.settings import named
 
 JOIN_TIMEOUT_S = 60.0
-# On which numbers depend; that Ray and Python are the same everywhere Ray sees to itself.
+# The packages that results depend on. Ray itself refuses nodes with another version of Ray or Python.
 PACKAGES = ("torch", "transformers", "numpy")
 
 
 def connect(num_cpus: int | None = None) -> None:
     """Join the cluster that RAY_ADDRESS names (as under `ray job submit`), else start a private local one.
 
-    A private one is asked for by name: a bare `ray.init()` would follow the address file of a dead cluster and
+    A local cluster is requested by name: a bare `ray.init()` would follow the address file of a dead cluster and
     wait for it.
 
     Args:
-        num_cpus: size of a local cluster; all cores by default. Ignored when joining one.
+        num_cpus: cores of a local cluster; all by default. Ignored when joining one.
 
     Raises:
         UserError: the cluster does not answer within a minute, or cannot be started.
@@ -40,7 +40,7 @@ def connect(num_cpus: int | None = None) -> None:
         return
     # Silences a note about a future default for GPUs; replicas choose their device themselves.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    # In this thread: the processes of a local cluster end with the thread that started them.
+    # In this thread, not in one of its own: the processes of a local cluster end with the thread that started them.
     try:
         ray.init(
             address="local",
@@ -56,52 +56,55 @@ def connect(num_cpus: int | None = None) -> None:
 def _join(address: str) -> None:
     """Join a running cluster.
 
-    Whether it answers is asked in a process of its own: an attempt that hangs in Ray cannot be taken back, and a
-    process that leaves one behind in a thread may crash when it ends.
+    A separate process checks first whether the cluster answers: an attempt that hangs inside Ray cannot be cancelled,
+    and leaving it behind in a thread may crash this process at its end.
     """
-    where = f"the Ray cluster at RAY_ADDRESS={address}"
-    ask = [sys.executable, "-m", "ray.scripts.scripts", "health-check", "--address", address]
+    cluster = f"the Ray cluster at RAY_ADDRESS={address}"
+    command = [sys.executable, "-m", "ray.scripts.scripts", "health-check", "--address", address]
     try:
-        asked = subprocess.run(ask, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=JOIN_TIMEOUT_S)
-        answers, why = asked.returncode == 0, (asked.stderr.strip().splitlines() or [""])[-1]
+        check = subprocess.run(
+            command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=JOIN_TIMEOUT_S
+        )
+        answers, reason = check.returncode == 0, (check.stderr.strip().splitlines() or [""])[-1]
     except subprocess.TimeoutExpired:
-        answers, why = False, f"nothing within {JOIN_TIMEOUT_S:.0f} s"
+        answers, reason = False, f"nothing within {JOIN_TIMEOUT_S:.0f} s"
     import ray
 
     if not answers:
         raise UserError(
-            f"{where} did not answer ({why or 'not healthy'}): check that its head is running, or unset RAY_ADDRESS "
-            "to run locally"
+            f"{cluster} did not answer ({reason or 'not healthy'}): check that its head is running, or unset "
+            "RAY_ADDRESS to run locally"
         )
     try:
         ray.init(logging_level=logging.ERROR)
     except Exception as error:
-        raise UserError(f"{where} cannot be joined: {first_line(error)}; unset RAY_ADDRESS to run locally") from error
+        raise UserError(f"{cluster} cannot be joined: {first_line(error)}; unset RAY_ADDRESS to run locally") from error
 
 
 @dataclass(frozen=True)
 class Footprint:
-    """What one replica takes: CPU cores (= threads) and GPUs."""
+    """What one replica or worker occupies: CPU cores (and as many threads) and GPUs."""
 
     cpus: int = 1
     gpus: float = 0.0
 
     def device(self) -> str:
-        """Where a model of this footprint goes, as `scoring.replica.load_model` takes it."""
+        """The device of a model, as `scoring.replica.load_model` takes it."""
         return "cpu" if not self.gpus else "cuda" if self.gpus <= 1 else "auto"
 
     def ray_options(self) -> dict[str, Any]:
-        """For `.options()` of an actor or task: a place of its own, also where a trial of a sweep asks for it."""
+        """Keyword arguments for `.options()` of an actor or task. The default scheduling strategy keeps what a trial
+        of a sweep starts out of the trial's own placement group."""
         return {"num_cpus": self.cpus, "num_gpus": self.gpus, "scheduling_strategy": "DEFAULT"}
 
 
 def versions() -> dict[str, str]:
-    """Of the packages that numbers depend on, here; without "+cpu" and the like, as a head may lack GPUs."""
+    """The versions of `PACKAGES` in this process, without "+cpu" and the like: a head node may lack GPUs."""
     return {name: version(name).partition("+")[0] for name in PACKAGES}
 
 
 def check_versions(driver_versions: Mapping[str, str]) -> None:
-    """Refuse to work on a node whose packages are others than the driver's.
+    """Refuse to work on a node whose packages differ from the driver's.
 
     Raises:
         UserError: one line that names node, package and both versions.
@@ -111,30 +114,34 @@ def check_versions(driver_versions: Mapping[str, str]) -> None:
     here = versions()
     different = [name for name in here if here[name] != driver_versions[name]]
     if different:
-        found = ", ".join(f"{name} {here[name]} (the driver has {driver_versions[name]})" for name in different)
+        differences = ", ".join(f"{name} {here[name]} (the driver has {driver_versions[name]})" for name in different)
         raise UserError(
-            f"node {ray.util.get_node_ip_address()} has {found}: install the same versions on all nodes, as "
+            f"node {ray.util.get_node_ip_address()} has {differences}: install the same versions on all nodes, as "
             "constraints.txt pins them"
         )
 
 
 def default_gpus() -> float:
-    """GPUs of a replica when none are named: one where the cluster has any."""
+    """GPUs of a replica when the user names none: 1 if the cluster has any, else 0."""
     import ray
 
     return 1.0 if ray.cluster_resources().get("GPU", 0.0) >= 1 else 0.0
 
 
+# What a number of GPUs may be, in words.
+GPU_SHARE = "a fraction of one GPU, or a whole number"
+
+
 def is_gpu_share(gpus: float) -> bool:
-    """Whether Ray can give it: it shares one GPU in fractions, and gives several whole."""
+    """Whether Ray can assign so many GPUs: a fraction of one, or a whole number."""
     return 0 <= gpus <= 1 or (gpus > 1 and gpus % 1 == 0)
 
 
-def how_many_fit(footprint: Footprint, what: str = "replica") -> int:
-    """Replicas (or workers) that fit on the cluster as it is now, node by node.
+def how_many_fit(footprint: Footprint, kind: Literal["replica", "worker", "trial"] = "replica") -> int:
+    """How many replicas (workers, trials) fit on the cluster as it is now, counted node by node.
 
     Raises:
-        UserError: no single node can hold one. (Ray itself would wait for such a node for ever.)
+        UserError: no single node can hold one. (Ray itself would wait for such a node forever.)
     """
     import ray
 
@@ -149,8 +156,8 @@ def how_many_fit(footprint: Footprint, what: str = "replica") -> int:
         largest = max((node.get("GPU", 0.0) for node in nodes), default=0.0)
         cores = max((node.get("CPU", 0.0) for node in nodes), default=0.0)
         raise UserError(
-            f"a {what} of {footprint.cpus} CPU and {footprint.gpus:g} GPU fits on no node: the largest of "
+            f"a {kind} of {footprint.cpus} CPU and {footprint.gpus:g} GPU fits on no node: the largest of "
             f"{len(nodes)} node(s) has {cores:g} CPU and {largest:g} GPU; lower "
-            f"{named(f'cpus_per_{what}')} or {named(f'gpus_per_{what}')}, or add a node"
+            f"{named(f'cpus_per_{kind}')} or {named(f'gpus_per_{kind}')}, or add a node"
         )
     return fits

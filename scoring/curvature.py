@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from scoring.logprob import scored_logprobs
 from scoring.perturbation import fill_signs_
-from scoring.sample_gradients import every_row_counts
+from scoring.sample_gradients import without_padding_index
 from scoring.samples import Batch
 
 
@@ -24,8 +24,8 @@ def _signs(model: PreTrainedModel, seed: int, draw: int) -> dict[str, torch.Tens
 
 
 @contextmanager
-def _eager_attention(model: PreTrainedModel):
-    """The fused attention kernels cannot be differentiated twice."""
+def _eager_attention(model: PreTrainedModel) -> Iterator[None]:
+    """Within the context attention is computed without fused kernels, which cannot be differentiated twice."""
     implementation = model.config._attn_implementation
     model.set_attn_implementation("eager")
     try:
@@ -35,39 +35,43 @@ def _eager_attention(model: PreTrainedModel):
 
 
 @torch.no_grad()
-def along_signs(model: PreTrainedModel, batch: Batch, seed: int, draw: int) -> torch.Tensor:
+def second_derivatives_along_signs(model: PreTrainedModel, batch: Batch, seed: int, draw: int) -> torch.Tensor:
     """d^2/ds^2 P_t(theta + s v) at s = 0 along random signs v, (B, S)."""
     weights = {name: p.detach() for name, p in model.named_parameters()}
     signs = _signs(model, seed, draw)
 
-    def along(step: torch.Tensor) -> torch.Tensor:
+    def logprobs(step: torch.Tensor) -> torch.Tensor:
         moved = {f"model.{name}": w + step * signs[name] for name, w in weights.items()}
-        return functional_call(_LogProbs(model), moved, (batch,))
+        values: torch.Tensor = functional_call(_LogProbs(model), moved, (batch,))
+        return values
 
     def slope(step: torch.Tensor) -> torch.Tensor:
-        return jvp(along, (step,), (torch.ones_like(step),))[1]
+        derivative: torch.Tensor = jvp(logprobs, (step,), (torch.ones_like(step),))[1]
+        return derivative
 
     zero = torch.zeros((), device=batch.input_ids.device, dtype=next(model.parameters()).dtype)
     with _eager_attention(model), _TwiceDifferentiable():
-        return jvp(slope, (zero,), (torch.ones_like(zero),))[1]
+        curvature: torch.Tensor = jvp(slope, (zero,), (torch.ones_like(zero),))[1]
+    return curvature
 
 
 @torch.enable_grad()
-def summed_by_reverse_mode(model: PreTrainedModel, batch: Batch, seed: int, draw: int) -> float:
-    """The sum over tokens of what `along_signs` gives, by differentiating a gradient."""
+def second_derivative_sum_by_reverse_mode(model: PreTrainedModel, batch: Batch, seed: int, draw: int) -> float:
+    """The sum over tokens of `second_derivatives_along_signs`, by differentiating a gradient."""
     signs = _signs(model, seed, draw)
-    # All of them, as forward mode does, also those that are not being trained.
+    # All parameters, as forward mode does, frozen ones too.
     parameters = {name: p.detach().requires_grad_() for name, p in model.named_parameters()}
 
-    def along(scalar: torch.Tensor, again: bool) -> torch.Tensor:
-        gradients = torch.autograd.grad(scalar, list(parameters.values()), create_graph=again, allow_unused=True)
+    def derivative(scalar: torch.Tensor, create_graph: bool) -> torch.Tensor:
+        gradients = torch.autograd.grad(scalar, list(parameters.values()), create_graph=create_graph, allow_unused=True)
         pairs = zip(gradients, parameters, strict=True)
         return torch.stack([(g * signs[name]).sum() for g, name in pairs if g is not None]).sum()
 
-    with _eager_attention(model), every_row_counts(model):
+    with _eager_attention(model), without_padding_index(model):
         moved = {f"model.{name}": p for name, p in parameters.items()}
         logprobs = functional_call(_LogProbs(model), moved, (batch,))
-        return along(along(logprobs.sum(), True), False).item()
+        slope = derivative(logprobs.sum(), create_graph=True)
+        return derivative(slope, create_graph=False).item()
 
 
 class _LogProbs(nn.Module):
@@ -100,10 +104,16 @@ def _silu(x: torch.Tensor, inplace: bool = False) -> torch.Tensor:
 
 
 class _TwiceDifferentiable(TorchFunctionMode):
-    """Spells out the fused functions that torch cannot differentiate twice in forward mode: silu's derivative has
-    none, and layer_norm's holds its mean and variance fixed, without a word."""
+    """Replaces the fused functions that torch cannot differentiate twice in forward mode by plain arithmetic: the
+    derivative of silu has no derivative, and that of layer_norm silently holds mean and variance fixed."""
 
-    _SPELLED_OUT: ClassVar = {F.silu: _silu, F.layer_norm: _layer_norm}
+    _REPLACEMENTS: ClassVar[dict[Callable[..., Any], Callable[..., Any]]] = {
+        F.silu: _silu,
+        F.layer_norm: _layer_norm,
+    }
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        return self._SPELLED_OUT.get(func, func)(*args, **(kwargs or {}))
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        function: Callable[..., Any] = self._REPLACEMENTS.get(func, func)
+        return function(*args, **(kwargs or {}))

@@ -1,9 +1,9 @@
 """Greedy continuations of many prompts at once.
 
-An own loop instead of transformers' `generate`, for two reasons. `generate` takes over what a model's
-generation_config.json says (a repetition penalty, suppressed tokens), also for greedy decoding, while the
-metrics ask for the argmax of the model's distribution and nothing else. And it computes finished rows until
-the whole batch ends, which is costly for extraction likelihood, where every prompt has a limit of its own.
+This is not transformers' `generate`, for two reasons. `generate` applies a model's generation_config.json (a
+repetition penalty, suppressed tokens) even to greedy decoding, while the metrics ask for the argmax of the model's
+distribution and nothing else. And it goes on computing finished rows until the whole batch ends, which is costly for
+extraction likelihood, where every prompt has its own limit.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ def greedy_continuations(
     eos_token_id: int | None,
     batch_tokens: int = 16384,
 ) -> list[np.ndarray]:
-    """What the model writes after each prompt when it always takes its most likely token.
+    """What the model writes after each prompt if it always takes its most likely token.
 
-    A row's result does not depend on the rows it is batched with, save that batches of different shape round
-    differently: where two logits tie to within rounding, either may win.
+    A row's result does not depend on the rows beside it, except that batches of different shape round differently:
+    where two logits tie to within rounding, either may win.
 
     Args:
         model: a transformers causal LM in eval mode.
         prompts: token ids, each (T_i,) int64 with T_i >= 1.
-        max_new_tokens: the most tokens to write, for all prompts or one number for each; 0 writes nothing.
-        eos_token_id: the token that ends a row; None: only the limit does.
+        max_new_tokens: the most tokens to write, one number for all prompts or one for each; 0 writes nothing.
+        eos_token_id: the token that ends a row; None: only the limit ends it.
         batch_tokens: rows times (prompt + new) tokens in one batch. A longer row gets a batch of its own.
 
     Returns:
@@ -56,10 +56,15 @@ def greedy_continuations(
 
 
 def check_fit(context: int | None, prompts: Sequence[np.ndarray], limits: Sequence[int]) -> None:
-    """Refuse prompts that are empty, or do not fit into a context of so many tokens with what is to be written.
+    """Refuse prompts that are empty, or do not fit into the context together with the tokens to be written.
+
+    Args:
+        context: tokens that the model can read; None: no limit.
+        prompts: token ids, each (T_i,).
+        limits: the most tokens to write after each prompt.
 
     Raises:
-        UserError: see above.
+        UserError: one line with the first such prompt.
     """
     for i, (prompt, limit) in enumerate(zip(prompts, limits, strict=True)):
         if len(prompt) == 0:
@@ -75,22 +80,23 @@ def check_fit(context: int | None, prompts: Sequence[np.ndarray], limits: Sequen
 def group_prompts(
     prompts: Sequence[np.ndarray], limits: Sequence[int], batch_tokens: int, rows: int | None = None
 ) -> Iterator[list[int]]:
-    """Positions of prompts of similar length that are decoded together; those that write nothing are left out.
+    """Group prompts of similar length to be decoded together: their positions. Prompts with limit 0 are left out.
 
     Args:
         prompts, limits, batch_tokens: see `greedy_continuations`.
-        rows: prompts in a group at most.
+        rows: the most prompts in a group.
     """
     group: list[int] = []
-    most = 0
+    highest_limit = 0
     order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), limits[i]))
     for i in order:
         if limits[i] <= 0:
             continue
-        most = max(most, limits[i])
-        if group and ((len(group) + 1) * (len(prompts[i]) + most) > batch_tokens or len(group) == rows):
+        highest_limit = max(highest_limit, limits[i])
+        full = (len(group) + 1) * (len(prompts[i]) + highest_limit) > batch_tokens or len(group) == rows
+        if group and full:
             yield group
-            group, most = [], limits[i]
+            group, highest_limit = [], limits[i]
         group.append(i)
     if group:
         yield group
@@ -99,7 +105,7 @@ def group_prompts(
 def _decode(
     model: PreTrainedModel, prompts: Sequence[np.ndarray], limits: Sequence[int], eos_token_id: int | None
 ) -> list[list[int]]:
-    """One batch. Padding is on the left, so that every row's next token is predicted at the last column."""
+    """Decode one batch. Padding is on the left, so that the last column predicts every row's next token."""
     longest = max(len(p) for p in prompts)
     ids = np.zeros((len(prompts), longest), dtype=np.int64)
     attended = np.zeros((len(prompts), longest), dtype=np.int64)
@@ -111,8 +117,8 @@ def _decode(
     position_ids = (mask.cumsum(1) - 1).clamp_min(0)
     cache = DynamicCache(config=model.config)
     written: list[list[int]] = [[] for _ in prompts]
-    # The prompt that each row of the shrinking batch belongs to.
-    rows = list(range(len(prompts)))
+    # The prompt of each row: rows leave the batch as they end.
+    prompt_of_row = list(range(len(prompts)))
     while True:
         output = model(
             input_ids=input_ids,
@@ -123,20 +129,20 @@ def _decode(
             logits_to_keep=1,
         )
         tokens = output.logits[:, -1].argmax(-1)
-        going = []
-        for place, (row, token) in enumerate(zip(rows, tokens.tolist(), strict=True)):
+        unfinished = []
+        for row, (prompt_number, token) in enumerate(zip(prompt_of_row, tokens.tolist(), strict=True)):
             if token == eos_token_id:
                 continue
-            written[row].append(token)
-            if len(written[row]) < limits[row]:
-                going.append(place)
-        if not going:
+            written[prompt_number].append(token)
+            if len(written[prompt_number]) < limits[prompt_number]:
+                unfinished.append(row)
+        if not unfinished:
             return written
-        if len(going) < len(rows):
-            kept = torch.tensor(going, device=device)
-            cache.batch_select_indices(kept)
-            tokens, mask, position_ids = tokens[kept], mask[kept], position_ids[kept]
-            rows = [rows[place] for place in going]
+        if len(unfinished) < len(prompt_of_row):
+            selected = torch.tensor(unfinished, device=device)
+            cache.batch_select_indices(selected)
+            tokens, mask, position_ids = tokens[selected], mask[selected], position_ids[selected]
+            prompt_of_row = [prompt_of_row[row] for row in unfinished]
         input_ids = tokens.unsqueeze(-1)
-        mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
+        mask = torch.cat([mask, mask.new_ones(len(prompt_of_row), 1)], dim=1)
         position_ids = position_ids[:, -1:] + 1

@@ -10,6 +10,7 @@ which never subtracts two nearly equal numbers: its relative error stays near th
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
@@ -19,7 +20,7 @@ from transformers import PreTrainedModel
 
 from scoring.samples import Batch
 
-# Vocabulary columns handled at a time: bounds the temporaries of a 256k-token vocabulary.
+# Vocabulary columns computed at a time, which bounds the temporaries of a 256k-token vocabulary.
 VOCABULARY_CHUNK = 32768
 
 
@@ -38,43 +39,42 @@ def token_logprobs(logits: torch.Tensor, targets: torch.Tensor, chunk: int = VOC
     """
     precise = torch.float64 if logits.dtype == torch.float64 else torch.float32
     target = targets.unsqueeze(-1)
-    own = logits.gather(-1, target).to(precise)
+    target_logit = logits.gather(-1, target).to(precise)
     pieces = []
     for start in range(0, logits.shape[-1], chunk):
-        gaps = logits[..., start : start + chunk].to(precise) - own
-        # The token itself is no rival. Its column alone is overwritten, in place: a mask of all columns would take a
-        # quarter of the time.
+        gaps = logits[..., start : start + chunk].to(precise) - target_logit
+        # The sum leaves the target itself out. Only its column is overwritten, in place: to mask all columns would
+        # cost a quarter of the whole time.
         column = (target - start).clamp(0, gaps.shape[-1] - 1)
-        rival = logits.gather(-1, column + start).to(precise) - own
-        rival = rival.masked_fill(column + start == target, -torch.inf)
-        pieces.append(torch.logsumexp(gaps.scatter_(-1, column, rival), dim=-1))
+        gap = logits.gather(-1, column + start).to(precise) - target_logit
+        gap = gap.masked_fill(column + start == target, -torch.inf)
+        pieces.append(torch.logsumexp(gaps.scatter_(-1, column, gap), dim=-1))
     log_odds_against = pieces[0] if len(pieces) == 1 else torch.logsumexp(torch.stack(pieces), dim=0)
     return -_softplus(log_odds_against)
 
 
 def _softplus(x: torch.Tensor) -> torch.Tensor:
-    """log(1 + e^x) to full relative accuracy; torch's own switches to x itself above a threshold, which is
-    exact there, and loses nothing below."""
+    """log(1 + e^x) to full relative accuracy: torch returns x itself above the threshold, which is exact from 40 on."""
     return F.softplus(x, threshold=40.0)
 
 
 @contextmanager
-def _head_sees_only(model: PreTrainedModel, positions: torch.Tensor):
+def _head_sees_only(model: PreTrainedModel, positions: torch.Tensor) -> Iterator[None]:
     """Within the context the output head gets only the scored positions: (B, T, d) becomes (B, S, d).
 
-    Logits of prompt tokens are never formed; what the model does after its head (soft-capping, scaling) acts
-    on the smaller tensor.
+    Logits of prompt tokens are never computed; what the model does after its head (soft-capping, scaling) acts on the
+    smaller tensor.
     """
     head = model.get_output_embeddings()
     if head is None:
         raise TypeError(f"{type(model).__name__} has no output embeddings: not a causal language model")
 
-    def pick(_: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    def select(_: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
         hidden = args[0]
         rows = torch.arange(hidden.shape[0], device=hidden.device).unsqueeze(-1)
         return (hidden[rows, positions.to(hidden.device)], *args[1:])
 
-    handle = head.register_forward_pre_hook(pick)
+    handle = head.register_forward_pre_hook(select)
     try:
         yield
     finally:
@@ -90,9 +90,9 @@ def scored_logits(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
     rows, length = batch.input_ids.shape
     position_ids = torch.arange(length, device=batch.input_ids.device).expand(rows, length)
     with _head_sees_only(model, batch.positions):
-        return model(input_ids=batch.input_ids, position_ids=position_ids, use_cache=False).logits.to(
-            batch.input_ids.device
-        )
+        output = model(input_ids=batch.input_ids, position_ids=position_ids, use_cache=False)
+    logits: torch.Tensor = output.logits
+    return logits.to(batch.input_ids.device)
 
 
 def scored_logprobs(model: PreTrainedModel, batch: Batch) -> torch.Tensor:

@@ -25,8 +25,8 @@ def memorization_accuracy(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
 
         MA(x) = Sum_t 1{argmax f(. | x_<t; theta) = x_t} / (number of scored tokens)
 
-    Tirumala et al. 2022; the paper scores all tokens but the first. Among tied logits the one that argmax
-    names counts.
+    Tirumala et al. 2022; the paper scores all tokens but the first. Of tied logits the one that argmax returns
+    counts.
 
     Args:
         model: a causal LM in eval mode.
@@ -35,8 +35,8 @@ def memorization_accuracy(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
     Returns:
         (B,) fp64, between 0 and 1.
     """
-    right = (scored_logits(model, batch).argmax(-1) == batch.targets) & batch.mask
-    return right.sum(-1).double() / batch.mask.sum(-1)
+    hits = (scored_logits(model, batch).argmax(-1) == batch.targets) & batch.mask
+    return hits.sum(-1).double() / batch.mask.sum(-1)
 
 
 def ngram_overlap(
@@ -66,11 +66,12 @@ def ngram_overlap(
         UserError: n below 1, or an unknown denominator.
     """
     _check_ngrams(n, denominator)
-    written, present = _ngrams(generated, n), _ngrams(reference, n)
-    if not written or not present:
+    in_generated, in_reference = _ngrams(generated, n), _ngrams(reference, n)
+    if not in_generated or not in_reference:
         return 0.0
-    known = set(present)
-    return sum(gram in known for gram in written) / len(written if denominator == "generated" else present)
+    known = set(in_reference)
+    count = len(in_generated if denominator == "generated" else in_reference)
+    return sum(ngram in known for ngram in in_generated) / count
 
 
 def _check_ngrams(n: int, denominator: str) -> None:
@@ -94,7 +95,7 @@ def extraction_likelihood(
     scored_only: bool = False,
     batch_tokens: int = 16384,
 ) -> torch.Tensor:
-    """EL_n: how much of a sample's rest the model writes by itself, averaged over where it is made to begin.
+    """EL_n: how much of the rest of a sample the model writes by itself, averaged over where it begins.
 
         EL_n(x) = (1/(T-n)) Sum_{t=1}^{T-n} OVERLAP_n(greedy continuation of x_<t, x_>=t)
 
@@ -134,9 +135,9 @@ def extraction_likelihood(
     def write(prompts: Sequence[np.ndarray], limits: Sequence[int]) -> list[np.ndarray]:
         return greedy_continuations(model, prompts, limits, eos_token_id, batch_tokens)
 
-    # Smaller batches than for decoding: logits are formed at every position, not only at the last.
-    most = max(1, batch_tokens // 8)
-    return extraction_likelihood_by(hits, write, samples, most, n, eos_token_id, denominator, scored_only)
+    # Smaller batches than for decoding: logits are computed at every position, not only at the last.
+    hit_tokens = max(1, batch_tokens // 8)
+    return extraction_likelihood_by(hits, write, samples, hit_tokens, n, eos_token_id, denominator, scored_only)
 
 
 def extraction_likelihood_by(
@@ -149,19 +150,19 @@ def extraction_likelihood_by(
     denominator: Denominator = "generated",
     scored_only: bool = False,
 ) -> torch.Tensor:
-    """EL_n for a model that is asked from outside; see `extraction_likelihood`.
+    """EL_n of any model that gives hits and continuations, whatever its engine; see `extraction_likelihood`.
 
     Args:
-        hits: whether the model's most likely tokens are the scored ones of a batch, (B, S) bool.
-        write: greedy continuations of prompts up to limits, without the end token.
-        batch_tokens: padded tokens in such a batch.
+        hits: whether each scored token of a batch is the model's most likely one, (B, S) bool.
+        write: greedy continuations of prompts, with one limit each, without the end token.
+        batch_tokens: padded tokens in a batch for `hits`.
     """
     _check_ngrams(n, denominator)
-    # The shortest prefix of each sample, and where the continuation of each longer one leaves the text.
+    # The shortest prefix of each sample; and for it and each longer one, where its continuation leaves the text.
     firsts = [int(np.argmax(s.scored)) if scored_only else 1 for s in samples]
     departures = [
-        _departures(sample, right)[first - 1 : max(0, sample.length - n)]
-        for sample, right, first in zip(samples, _predicted(hits, samples, batch_tokens), firsts, strict=True)
+        _departures(sample, predicted)[first - 1 : max(0, sample.length - n)]
+        for sample, predicted, first in zip(samples, _predicted(hits, samples, batch_tokens), firsts, strict=True)
     ]
     starts = [
         (row, int(at)) for row, sample in enumerate(samples) for at in np.unique(departures[row]) if at < sample.length
@@ -169,8 +170,8 @@ def extraction_likelihood_by(
     prompts = [samples[row].input_ids[:at] for row, at in starts]
     limits = [samples[row].length - at for row, at in starts]
     written = write(prompts, limits)
-    # A continuation below its limit has ended itself: the end token is its last.
-    own_words = {
+    # A continuation shorter than its limit has ended with the end token.
+    continuations = {
         start: tokens if eos_token_id is None or len(tokens) == limit else np.append(tokens, eos_token_id)
         for start, tokens, limit in zip(starts, written, limits, strict=True)
     }
@@ -180,16 +181,16 @@ def extraction_likelihood_by(
     for row, (sample, first) in enumerate(zip(samples, firsts, strict=True)):
         overlaps = []
         for start, at in enumerate(departures[row].tolist(), start=first):
-            generated = np.concatenate([sample.input_ids[start:at], own_words.get((row, at), nothing)])
+            generated = np.concatenate([sample.input_ids[start:at], continuations.get((row, at), nothing)])
             generated = _through_end(generated, eos_token_id)
             overlaps.append(ngram_overlap(generated, sample.input_ids[start:], n, denominator))
         scores.append(np.mean(overlaps) if overlaps else np.nan)
     return torch.tensor(scores, dtype=torch.float64)
 
 
-def _departures(sample: Sample, right: np.ndarray) -> np.ndarray:
-    """For prefixes of 1 to T-1 tokens, the first token from there on that is predicted wrongly; T if none."""
-    wrong = np.where(right, sample.length, np.arange(1, sample.length))
+def _departures(sample: Sample, predicted: np.ndarray) -> np.ndarray:
+    """For prefixes of 1 to T-1 tokens, the position of the next token that is predicted wrongly; T if none is."""
+    wrong = np.where(predicted, sample.length, np.arange(1, sample.length))
     return np.minimum.accumulate(wrong[::-1])[::-1]
 
 
@@ -201,16 +202,16 @@ def _through_end(tokens: np.ndarray, eos_token_id: int | None) -> np.ndarray:
 
 def _predicted(hits: Callable[[Batch], np.ndarray], samples: Sequence[Sample], batch_tokens: int) -> list[np.ndarray]:
     """Whether the model's argmax is the true token, for every token but the first, (T-1,) for each sample."""
-    whole = []
+    all_scored = []
     for i, sample in enumerate(samples):
         scored = np.ones(sample.length, dtype=bool)
         scored[0] = False
-        whole.append(replace(sample, scored=scored, index=i))
-    right: list[np.ndarray] = [np.empty(0, dtype=bool)] * len(samples)
-    for batch in make_batches(whole, batch_tokens):
+        all_scored.append(replace(sample, scored=scored, index=i))
+    predicted: list[np.ndarray] = [np.empty(0, dtype=bool)] * len(samples)
+    for batch in make_batches(all_scored, batch_tokens):
         for i, row in zip(batch.indices.tolist(), hits(batch), strict=True):
-            right[i] = row[: samples[i].length - 1]
-    return right
+            predicted[i] = row[: samples[i].length - 1]
+    return predicted
 
 
 def min_k_percent(logprobs: torch.Tensor, mask: torch.Tensor, k: float = 0.2) -> torch.Tensor:
@@ -231,7 +232,7 @@ def min_k_percent(logprobs: torch.Tensor, mask: torch.Tensor, k: float = 0.2) ->
     """
     if not 0 < k <= 1:
         raise UserError(f"min-k% got k = {k:g}: expected a share of tokens in (0, 1], such as 0.2")
-    # 0.29 * 100 is 28.999999999999996: what is a whole number but for rounding counts as one.
+    # 0.29 * 100 is 28.999999999999996: the small addend keeps floor from losing a token to rounding.
     counts = (k * mask.sum(-1).double() + 1e-9).floor().clamp_min(1).unsqueeze(-1)
     # nan sorts behind every number.
     ascending = logprobs.double().masked_fill(~mask, torch.nan).sort(-1).values

@@ -1,4 +1,4 @@
-"""Peak memory of tensors while something runs."""
+"""The peak memory of tensors while something runs."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from torch.utils._pytree import tree_leaves
 class TensorMemory(TorchDispatchMode):
     """Counts the bytes of the tensors that operations create within the context: `live` now, `peak` at most.
 
-    Counted from the operations' results, so it is exact to the byte where the process's resident size would show
-    the allocator's habits; a kernel's inner workspace is not seen.
+    It counts the operations' results, so it is exact to the byte, while the process's resident size depends on the
+    allocator. A kernel's inner workspace is not counted.
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        TorchDispatchMode.__init__(self)
         self.live = 0
         self.peak = 0
         self._known: weakref.WeakSet[torch.UntypedStorage] = weakref.WeakSet()
 
     def count(self, *tensors: torch.Tensor) -> None:
-        """Take tensors that exist already into account, a shared storage once."""
+        """Count tensors that exist already, too; storage that they share counts once."""
         for tensor in tensors:
             storage = tensor.untyped_storage()
             if storage not in self._known:

@@ -33,7 +33,10 @@ from scoring.settings import Doc, Ge, Gt, named
 Statistic = Literal["mean_abs", "abs_mean"]
 EstimatorName = Literal["monte-carlo", "antithetic", "gradient", "curvature"]
 
-# Settings of all that measures MRD.
+# Largest median relative standard error of draws "auto".
+DEFAULT_TOLERANCE = 0.05
+
+# Settings that scoring and unlearning share.
 Sigma = Annotated[float, Gt(0), Doc("standard deviation of the perturbation of every weight; the paper uses 1e-5")]
 NumberOfDraws = Annotated[
     Annotated[int, Ge(0)] | Literal["auto"] | None,
@@ -46,12 +49,12 @@ StatisticChoice = Annotated[
 
 @dataclass(frozen=True)
 class Estimator:
-    """What an estimator is for, and what it costs.
+    """Which statistics an estimator gives, and by how many draws.
 
     Attributes:
         statistics: the statistics it estimates; the first is its default.
-        default_draws: draws when none are asked for; 0 if it draws nothing.
-        perturbs: it moves stored weights, so they must hold sigma: fp32, not bfloat16.
+        default_draws: the number of draws if the user names none; 0 if it draws nothing.
+        perturbs: whether it moves stored weights, which must then hold sigma: fp32, not bfloat16.
     """
 
     statistics: tuple[Statistic, ...]
@@ -65,36 +68,36 @@ ESTIMATORS: dict[EstimatorName, Estimator] = {
     "gradient": Estimator(("mean_abs",), 0, False),
     "curvature": Estimator(("abs_mean",), 8, False),
 }
-STATISTICS: tuple[Statistic, ...] = ("mean_abs", "abs_mean")
 
 
 def no_gradients(estimator: str) -> UserError:
-    """What to say where vLLM is asked to differentiate."""
+    """The error for an estimator that differentiates on an engine, vLLM, that cannot."""
     return UserError(
         f"{named('estimator')} {estimator} differentiates, which vLLM does not: use {named('engine')} transformers, or "
         f"{named('estimator')} monte-carlo or antithetic"
     )
 
 
-def complete(
+def statistic_and_draws(
     estimator: EstimatorName, statistic: Statistic | None, draws: int | Literal["auto"] | None
 ) -> tuple[Statistic, int | Literal["auto"]]:
-    """Statistic and draws, with the estimator's own where none are given; 0 draws for one that draws nothing.
+    """Fill in the estimator's defaults where statistic or draws are None; 0 draws for an estimator that draws nothing.
 
     Raises:
-        UserError: the estimator does not estimate the statistic, or a single draw, which has no standard error.
+        UserError: the estimator does not estimate the statistic; or there is a single draw, which has no standard
+            error.
     """
-    known = ESTIMATORS[estimator]
-    statistic = statistic or known.statistics[0]
-    if statistic not in known.statistics:
-        able = [name for name, other in ESTIMATORS.items() if statistic in other.statistics]
+    defaults = ESTIMATORS[estimator]
+    statistic = statistic or defaults.statistics[0]
+    if statistic not in defaults.statistics:
+        alternatives = [name for name, other in ESTIMATORS.items() if statistic in other.statistics]
         raise UserError(
             f"{named('estimator')} {estimator} does not estimate {statistic}: it is for "
-            f"{', '.join(known.statistics)}; for {statistic} use {' or '.join(able)}"
+            f"{', '.join(defaults.statistics)}; for {statistic} use {' or '.join(alternatives)}"
         )
-    if not known.default_draws:
+    if not defaults.default_draws:
         return statistic, 0
-    draws = known.default_draws if draws is None else draws
+    draws = defaults.default_draws if draws is None else draws
     if draws != "auto" and draws < 2:
         raise UserError(
             f"{named('draws')} is {draws}: expected a whole number of at least 2, so that a standard error exists, or "
@@ -104,7 +107,7 @@ def complete(
 
 
 class Perturbable(Protocol):
-    """What the estimators ask of a model replica."""
+    """What the estimators need from a model replica."""
 
     def logprobs(self, batch: Batch) -> torch.Tensor:
         """P_t under the current weights, (B, S); 0 at padding and at saturated tokens."""
@@ -122,7 +125,7 @@ class Perturbable(Protocol):
         """theta <- base, bitwise."""
 
     def report_rounding(self, share: float) -> None:
-        """Take note of how large the rounding of log-probs is, relative to the scores."""
+        """Record how large the rounding of log-probs is, relative to the scores."""
 
     def log_abs_gradient_norms(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """||grad Sum_t log|P_t||| over all parameters, (B,); and P_t, (B, S), of the same forward pass."""
@@ -141,14 +144,14 @@ def relative_change(base: torch.Tensor, moved: torch.Tensor) -> np.ndarray:
 
 def _over_base(base: torch.Tensor, numerator: torch.Tensor) -> np.ndarray:
     """Sum_t numerator_t / P_t over the tokens with P_t < 0."""
-    kept = base < 0
-    terms = numerator.double() / torch.where(kept, base, -1.0).double()
-    return torch.where(kept, terms, 0.0).sum(-1).cpu().numpy()
+    nonzero = base < 0
+    terms = numerator.double() / torch.where(nonzero, base, -1.0).double()
+    return torch.where(nonzero, terms, 0.0).sum(-1).cpu().numpy()
 
 
 @dataclass(frozen=True)
 class Draws:
-    """What one replica measured on a list of batches; rows in batch order.
+    """The values that one replica drew for the samples of some batches; rows in batch order.
 
     Attributes:
         indices: (N,) data-set positions.
@@ -169,12 +172,12 @@ class Draws:
 
 @dataclass(frozen=True)
 class Request:
-    """What is to be estimated.
+    """What a replica is to estimate.
 
     Attributes:
         estimator: a key of ESTIMATORS.
         sigma: standard deviation of the perturbation.
-        seed: addresses the noise.
+        seed: seed of the noise.
         first_draw, last_draw: the draws k with first_draw <= k < last_draw.
     """
 
@@ -186,13 +189,35 @@ class Request:
 
 
 @dataclass(frozen=True)
-class Until:
-    """When to stop drawing: the median relative standard error over the samples is at most `tolerance`."""
+class Precision:
+    """When there are enough draws: the median relative standard error over the samples is at most `tolerance`.
+
+    Attributes:
+        statistic: the statistic whose standard error counts.
+        tolerance: the largest median relative standard error.
+        draws_per_step: draws between two looks at the error.
+        most_draws: the limit at which drawing ends in any case.
+    """
 
     statistic: Statistic
     tolerance: float
-    step: int = 25
-    most: int = 2000
+    draws_per_step: int = 25
+    most_draws: int = 2000
+
+
+def request_for(
+    estimator: EstimatorName,
+    statistic: Statistic,
+    sigma: float,
+    seed: int,
+    draws: int | Literal["auto"] | None,
+    tolerance: float = DEFAULT_TOLERANCE,
+) -> tuple[Request, Precision | None]:
+    """The request for all draws of a sample; and the precision to draw to, for draws "auto"."""
+    if draws == "auto":
+        precision = Precision(statistic, tolerance)
+        return Request(estimator, sigma, seed, 0, precision.most_draws), precision
+    return Request(estimator, sigma, seed, 0, draws or 1), None
 
 
 def base_logprobs(replica: Perturbable, batches: Sequence[Batch], estimator: EstimatorName) -> list[torch.Tensor]:
@@ -211,21 +236,25 @@ def estimate(
     batches: Sequence[Batch],
     request: Request,
     base: Sequence[torch.Tensor] | None = None,
+    precision: Precision | None = None,
 ) -> Draws:
-    """Run an estimator over batches, one pass of all of them per draw, and leave the weights as they were.
+    """Run an estimator over batches, one pass over all of them per draw, and leave the weights as they were.
 
     Args:
-        replica: holds the model.
+        replica: the replica of the model.
         batches: the samples.
         request: what to estimate.
-        base: the unperturbed log-probs of each batch where they are known already.
+        base: the unperturbed log-probs of each batch if they are known already; None computes them.
+        precision: draw until this precision is reached, whatever the draws of the request; None makes those.
     """
+    if precision is not None:
+        return _estimate_to_precision(replica, batches, request, base, precision)
     if request.estimator == "gradient":
         values, base = _gradient(replica, batches, request)
     else:
         if base is None:
             base = base_logprobs(replica, batches, request.estimator)
-        values = _DRAWERS[request.estimator](replica, batches, base, request)
+        values = _DRAWING_ESTIMATORS[request.estimator](replica, batches, base, request)
     return Draws(
         indices=np.concatenate([batch.indices.cpu().numpy() for batch in batches]),
         values=values,
@@ -236,28 +265,29 @@ def estimate(
     )
 
 
-def estimate_until(
+def _estimate_to_precision(
     replica: Perturbable,
     batches: Sequence[Batch],
     request: Request,
-    until: Until,
-    base: Sequence[torch.Tensor] | None = None,
+    base: Sequence[torch.Tensor] | None,
+    precision: Precision,
 ) -> Draws:
-    """Draw in steps until the standard error is small enough (`draws="auto"`), `until.most` draws at the most."""
+    """Draw in steps until the standard error is small enough (`draws="auto"`), or `most_draws` are made."""
     if base is None:
         base = base_logprobs(replica, batches, request.estimator)
     draws: Draws | None = None
-    for first in range(0, until.most, until.step):
-        step = replace(request, first_draw=first, last_draw=min(first + until.step, until.most))
+    for first in range(0, precision.most_draws, precision.draws_per_step):
+        last = min(first + precision.draws_per_step, precision.most_draws)
+        step = replace(request, first_draw=first, last_draw=last)
         more = estimate(replica, batches, step, base)
         draws = more if draws is None else draws.followed_by(more)
-        if median_relative_error(draws.values, until.statistic) <= until.tolerance:
+        if median_relative_error(draws.values, precision.statistic) <= precision.tolerance:
             break
     assert draws is not None
     return draws
 
 
-def _changes(replica: Perturbable, batches: Sequence[Batch], base: Sequence[torch.Tensor]) -> np.ndarray:
+def _relative_changes(replica: Perturbable, batches: Sequence[Batch], base: Sequence[torch.Tensor]) -> np.ndarray:
     """Delta of the current perturbation for all samples, (N,)."""
     return np.concatenate([relative_change(p, replica.logprobs(batch)) for p, batch in zip(base, batches, strict=True)])
 
@@ -265,13 +295,13 @@ def _changes(replica: Perturbable, batches: Sequence[Batch], base: Sequence[torc
 def _monte_carlo(
     replica: Perturbable, batches: Sequence[Batch], base: Sequence[torch.Tensor], request: Request
 ) -> np.ndarray:
-    """Algorithm 1, with each draw's noise shared by all samples: that halves nothing of its accuracy per sample
-    and makes the noise cost one pass over the weights instead of one per sample."""
+    """Algorithm 1, with each draw's noise shared by all samples: a sample's estimate is as accurate as with noise of
+    its own, and the noise costs one pass over the weights instead of one per sample."""
     columns = []
     try:
         for draw in range(request.first_draw, request.last_draw):
             replica.perturb(request.sigma, request.seed, draw)
-            columns.append(_changes(replica, batches, base))
+            columns.append(_relative_changes(replica, batches, base))
     finally:
         replica.restore()
     return np.stack(columns, axis=1)
@@ -284,15 +314,15 @@ def _antithetic(
     try:
         for draw in range(request.first_draw, request.last_draw):
             replica.perturb(request.sigma, request.seed, draw)
-            ahead = _changes(replica, batches, base)
+            forward = _relative_changes(replica, batches, base)
             replica.mirror()
-            columns.append((ahead + _changes(replica, batches, base)) / 2)
+            columns.append((forward + _relative_changes(replica, batches, base)) / 2)
     finally:
         replica.restore()
     values = np.stack(columns, axis=1)
-    # The perturbed log-probs are rounded too, and part of that is common to all draws: how much is not known, but
-    # no more than the rounding of the unperturbed ones, which is.
-    rounding = np.median(np.abs(_changes(replica, batches, base)))
+    # The perturbed log-probs are rounded too, and part of that rounding is common to all draws. How much is not known,
+    # but it is at most the rounding of the unperturbed ones, which is measured here.
+    rounding = np.median(np.abs(_relative_changes(replica, batches, base)))
     replica.report_rounding(float(rounding / max(np.median(np.abs(values.mean(axis=1))), np.finfo(float).tiny)))
     return values
 
@@ -300,7 +330,7 @@ def _antithetic(
 def _gradient(
     replica: Perturbable, batches: Sequence[Batch], request: Request
 ) -> tuple[np.ndarray, list[torch.Tensor]]:
-    """The closed form, and the log-probs that its forward pass gave."""
+    """The closed form, and the log-probs of its forward pass."""
     pairs = [replica.log_abs_gradient_norms(batch) for batch in batches]
     norms = np.concatenate([norm.double().cpu().numpy() for norm, _ in pairs])
     return (request.sigma * math.sqrt(2 / math.pi) * norms)[:, None], [logprobs for _, logprobs in pairs]
@@ -321,7 +351,7 @@ def _curvature(
     return np.stack(columns, axis=1) * (request.sigma**2 / 2)
 
 
-_DRAWERS = {
+_DRAWING_ESTIMATORS = {
     "monte-carlo": _monte_carlo,
     "antithetic": _antithetic,
     "curvature": _curvature,
@@ -341,7 +371,7 @@ def reduce_draws(values: np.ndarray, statistic: Statistic) -> tuple[np.ndarray, 
 
 
 def median_relative_error(values: np.ndarray, statistic: Statistic) -> float:
-    """The median over samples of standard error / value: what `draws="auto"` brings under its tolerance (the
+    """The median over samples of standard error / value, which `draws="auto"` brings below its tolerance (the
     paper's "stable K", Table 12)."""
     score, error = reduce_draws(values, statistic)
     with np.errstate(divide="ignore", invalid="ignore"):

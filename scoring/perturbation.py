@@ -30,19 +30,21 @@ def fill_signs_(tensor: torch.Tensor, seed: int, draw: int, name: str) -> torch.
     return tensor.bernoulli_(0.5, generator=generator).mul_(2).sub_(1)
 
 
-def squared_distance(moved: torch.Tensor, kept: torch.Tensor) -> float:
-    """Sum of (moved - kept)^2 in fp64. In pieces: an fp64 copy of a whole embedding matrix would be the largest thing
+def squared_distance(moved: torch.Tensor, base: torch.Tensor) -> float:
+    """Sum of (moved - base)^2 in fp64. In pieces: an fp64 copy of a whole embedding matrix would be the largest tensor
     in memory."""
-    pairs = zip(moved.flatten().split(1 << 20), kept.flatten().split(1 << 20), strict=True)
-    return sum((one.double() - other.double()).square_().sum().item() for one, other in pairs)
+    total = 0.0
+    for moved_piece, base_piece in zip(moved.flatten().split(1 << 20), base.flatten().split(1 << 20), strict=True):
+        total += (moved_piece.double() - base_piece.double()).square_().sum().item()
+    return total
 
 
 class Perturbation:
     """Moves a model's weights to theta + delta_k and back.
 
-    Holds one copy of the weights (the base). Noise is generated in the live tensors themselves and the base
-    added to it, so no third copy ever exists. Restoring copies the base: bitwise the same after any number of
-    draws, where subtracting the noise again would drift. Tied weights are one parameter and get one noise.
+    It holds one copy of the weights, the base. Noise is generated in the live tensors and the base added to it, so
+    there is never a third copy. Restoring copies the base: the weights are bitwise the same after any number of draws,
+    while subtracting the noise would drift. Tied weights are one parameter and get one noise.
     """
 
     def __init__(self, model: nn.Module) -> None:

@@ -1,8 +1,8 @@
-"""Plugins: files of one's own that add algorithms, samplers, metrics or tasks to the registries.
+"""Plugins: the user's files that add algorithms, samplers, metrics or tasks to the registries.
 
-A plugin is a Python file that is run once in every process of a job: in the driver, and in each of Ray's workers, to
-which its text travels, so that it need not be on every node. Packages offer theirs by an entry point of the group
-`mrd_bench.plugins` that names a module. What was loaded is part of a run's identity, by the hash of its text.
+A plugin is a Python file that is run once in every process of a job: in the driver, and in each of Ray's workers. Its
+text is sent to them, so the file need not be on every node. Packages offer plugins by an entry point of the group
+`mrd_bench.plugins` that names a module. Loaded plugins are part of a run's identity, by the hashes of their texts.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ class Plugin:
     """A file that adds to the registries.
 
     Attributes:
-        name: of the file, for messages.
-        text: what is in it.
-        module: where it is installed as a module of that name; None for a file.
+        name: the name of the file, for messages.
+        text: the source code in it.
+        module: the name of the module, for a plugin of an installed package; None for a file.
     """
 
     name: str
@@ -44,15 +44,15 @@ _LOADED: dict[str, Plugin] = {}
 
 
 def loaded_plugins() -> tuple[Plugin, ...]:
-    """Those of this process, in the order in which they were loaded."""
+    """The plugins of this process, in the order in which they were loaded."""
     return tuple(_LOADED.values())
 
 
 def read_plugin(path: str | Path) -> Plugin:
-    """A plugin file.
+    """Read a plugin file.
 
     Raises:
-        UserError: it cannot be read.
+        UserError: the file cannot be read.
     """
     try:
         return Plugin(str(path), Path(path).read_text(encoding="utf-8"))
@@ -61,16 +61,17 @@ def read_plugin(path: str | Path) -> Plugin:
 
 
 def installed_plugins() -> list[Plugin]:
-    """Those that installed packages offer.
+    """The plugins that installed packages offer.
 
     Raises:
-        UserError: a module of that name cannot be found.
+        UserError: the module of one cannot be imported.
     """
     plugins = []
-    for point in sorted(entry_points(group=GROUP), key=lambda point: (point.value, point.name)):
-        module = _imported(point.name, point.module)
+    for entry_point in sorted(entry_points(group=GROUP), key=lambda entry_point: (entry_point.value, entry_point.name)):
+        module = _imported(entry_point.name, entry_point.module)
         file = getattr(module, "__file__", None)
-        plugins.append(Plugin(point.name, Path(file).read_text(encoding="utf-8") if file else "", point.module))
+        text = Path(file).read_text(encoding="utf-8") if file else ""
+        plugins.append(Plugin(entry_point.name, text, entry_point.module))
     return plugins
 
 
@@ -78,7 +79,7 @@ def load_plugins(plugins: Iterable[Plugin]) -> None:
     """Run each plugin that this process has not run yet.
 
     Raises:
-        UserError: one fails; the message names the file, the line and the error.
+        UserError: a plugin fails; the message names the file, the line and the error.
     """
     for plugin in plugins:
         if plugin.sha256 in _LOADED:
@@ -98,7 +99,7 @@ def _imported(name: str, module: str) -> ModuleType:
 
 
 def _run(plugin: Plugin) -> None:
-    # A name of its own, by which pickle finds its classes in every process.
+    # A unique module name, by which pickle finds the plugin's classes in every process.
     module = ModuleType(f"mrd_bench_plugin_{plugin.sha256[:16]}")
     module.__file__ = plugin.name
     sys.modules[module.__name__] = module

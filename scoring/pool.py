@@ -1,9 +1,9 @@
 """Ray actors that hold replicas, and the queue that feeds them.
 
-Work is cut into tasks before it is distributed (a group of batches, a range of draws), each task's result depends
-on the task alone, and results are put together in task order. So the scores are the same for any number of
-replicas and any schedule. A replica that dies is replaced and its task done again; replicas that the cluster
-cannot place yet join when it can.
+Work is cut into tasks before it is distributed (a group of batches, a range of draws), a task's result depends on
+the task alone, and results are put together in the order of the tasks. So the scores are the same for any number of
+replicas and any schedule. A replica that dies is replaced and its task done again; replicas for which the cluster has
+no room yet join when it has.
 """
 
 from __future__ import annotations
@@ -22,55 +22,58 @@ from scoring.errors import UserError, first_line
 from scoring.plugins import load_plugins
 from scoring.samples import Batch
 from scoring.settings import Naming, adopt, current_naming, named
-from scoring.work import AnyWork, Facts, Replica, ReplicaSpec, Work, Worker
+from scoring.work import AnyTask, Facts, Replica, ReplicaSpec, ReplicaTask, TaskRunner
 
 MAX_ATTEMPTS = 4
-# What a call to a replica raises when its process or node is gone. Ray's memory monitor and a result lost with its
-# node have types of their own.
+# What a call to a replica raises when its process or node is gone, when Ray's memory monitor has ended it, or when its
+# result was lost with a node.
 DEATHS = (RayActorError, OutOfMemoryError, NodeDiedError, ObjectLostError)
 
 
 class ReplicaActor:
-    """One replica in a process of its own."""
+    """The process of one replica."""
 
     def __init__(self, footprint: Footprint, names: Naming) -> None:
         adopt(names)
         # Ray fixes OMP_NUM_THREADS per worker; torch started from it must agree, or two replicas share cores.
         torch.set_num_threads(footprint.cpus)
         self._footprint = footprint
-        self._worker: Worker | None = None
+        self._runner: TaskRunner | None = None
 
     def load(self, spec: ReplicaSpec, driver_versions: Mapping[str, str]) -> int:
-        """Load a model, in place of the one that is there; the process id, for those who watch. Not in __init__, so
-        that errors arrive typed.
+        """Load a model in place of the present one. Not in `__init__`, so that errors keep their type.
 
         Args:
-            driver_versions: of the driver's packages.
+            spec: the model.
+            driver_versions: versions of the driver's packages.
+
+        Returns:
+            The id of this process.
         """
         check_versions(driver_versions)
         load_plugins(spec.plugins)
         if spec.engine == "vllm":
-            self._worker = Worker(self._vllm_replica(spec))
+            self._runner = TaskRunner(self._vllm_replica(spec))
         else:
             from scoring.replica import TransformersReplica, load_model
 
-            self._worker = None  # memory is for one model
+            self._runner = None  # memory may hold one model only
             model = load_model(spec.source, spec.dtype, self._footprint.device(), spec.revision)
-            self._worker = Worker(TransformersReplica(model, spec.allow_lost_perturbation))
+            self._runner = TaskRunner(TransformersReplica(model, spec.allow_lost_perturbation))
         return os.getpid()
 
     def _vllm_replica(self, spec: ReplicaSpec) -> Replica:
-        """A vLLM replica: the one that is there with other weights, where they are of the same shape."""
+        """A vLLM replica: the present one with new weights if they are of the same shape, else a new one."""
         from scoring.vllm_replica import OtherShape, VllmReplica
 
-        old = None if self._worker is None else self._worker.replica
-        if isinstance(old, VllmReplica):
+        present = None if self._runner is None else self._runner.replica
+        if isinstance(present, VllmReplica):
             try:
-                old.refresh(spec.source, spec.revision)
-                return old
+                present.refresh(spec.source, spec.revision)
+                return present
             except OtherShape:
-                old.close()
-        # The engine's processes share what Ray gave.
+                present.close()
+        # The engine's processes share the cores of this actor.
         os.environ["OMP_NUM_THREADS"] = str(max(1, self._footprint.cpus // spec.tensor_parallel))
         return VllmReplica(
             spec.source,
@@ -82,10 +85,10 @@ class ReplicaActor:
             spec.allow_lost_perturbation,
         )
 
-    def run(self, work: Work, batches: list[Batch], run: int) -> tuple[Any, Facts]:
-        """See `Worker.do`."""
-        assert self._worker is not None
-        return self._worker.do(work, batches, run)
+    def run(self, task: ReplicaTask, batches: list[Batch], run_number: int) -> tuple[Any, Facts]:
+        """See `TaskRunner.run`."""
+        assert self._runner is not None
+        return self._runner.run(task, batches, run_number)
 
 
 class ReplicaPool:
@@ -94,8 +97,8 @@ class ReplicaPool:
     Args:
         spec: the model.
         footprint: CPU cores and GPUs of one replica.
-        replicas: how many are wanted; None for as many as fit. More than fit now is no error: the rest join when
-            nodes do.
+        replicas: how many to use; None uses as many as fit. More than fit now is no error: the rest join when nodes
+            do.
 
     Raises:
         UserError: no node can hold a replica.
@@ -105,11 +108,12 @@ class ReplicaPool:
         fits = how_many_fit(footprint)
         self._spec = spec
         self._footprint = footprint
-        self._wanted = replicas or fits
-        self._loading: dict[ray.ObjectRef, Any] = {}
+        self._replicas = replicas or fits
+        # The actors that are loading, by the reference of the call.
+        self._loading: dict[ray.ObjectRef[Any], Any] = {}
         self._idle: list[Any] = []
         self._deaths_in_a_row = 0
-        self._runs = 0
+        self._run_number = 0
         self.replaced = 0
 
     def __enter__(self) -> ReplicaPool:
@@ -125,7 +129,7 @@ class ReplicaPool:
             spec: of the same engine.
         """
         self._spec = spec
-        # What still loads is loaded once more: an actor does one thing after the other.
+        # Actors that are still loading load once more afterwards: an actor does one call after the other.
         actors = [*self._loading.values(), *self._idle]
         self._loading, self._idle = {}, []
         for actor in actors:
@@ -137,23 +141,24 @@ class ReplicaPool:
             ray.kill(actor)
         self._loading, self._idle = {}, []
 
-    def run(self, tasks: Sequence[AnyWork], shards: Sequence[Sequence[Batch]]) -> Iterator[tuple[AnyWork, Any, Facts]]:
+    def run(self, tasks: Sequence[AnyTask], shards: Sequence[Sequence[Batch]]) -> Iterator[tuple[AnyTask, Any, Facts]]:
         """Results as they finish, in no particular order.
 
         Raises:
             UserError: a task's own error (a lost perturbation, say), or replicas that keep dying.
         """
-        self._runs += 1
+        self._run_number += 1
         waiting = deque(tasks)
-        left = Counter(task.shard for task in tasks)
+        unfinished = Counter(task.shard for task in tasks)
         attempts: Counter[str] = Counter()
-        stored: dict[int, ray.ObjectRef] = {}
-        running: dict[ray.ObjectRef, tuple[AnyWork, Any]] = {}
-        for _ in range(min(self._wanted, len(tasks)) - len(self._idle) - len(self._loading)):
+        # The shards in the object store, and the task and actor of each call that is under way.
+        stored: dict[int, ray.ObjectRef[Any]] = {}
+        running: dict[ray.ObjectRef[Any], tuple[AnyTask, Any]] = {}
+        for _ in range(min(self._replicas, len(tasks)) - len(self._idle) - len(self._loading)):
             self._start()
         try:
             while waiting or running:
-                self._deal(waiting, running, stored, shards)
+                self._hand_out(waiting, running, stored, shards)
                 (reference,), _ = ray.wait([*self._loading, *running], num_returns=1)
                 if reference in self._loading:
                     self._finish_loading(reference)
@@ -163,7 +168,7 @@ class ReplicaPool:
                     result, facts = ray.get(reference)
                 except RayTaskError as error:
                     self._idle.append(actor)
-                    raise _plain(error) from None
+                    raise _unwrapped(error) from None
                 except DEATHS as error:
                     self._replace()
                     attempts[task.key] += 1
@@ -175,30 +180,30 @@ class ReplicaPool:
                     waiting.appendleft(task)
                     continue
                 self._idle.append(actor)
-                left[task.shard] -= 1
-                if not left[task.shard]:
+                unfinished[task.shard] -= 1
+                if not unfinished[task.shard]:
                     del stored[task.shard]
-                # Before the caller takes its time over the result.
-                self._deal(waiting, running, stored, shards)
+                # Before the result is handed over, so that no replica is idle while the caller works on it.
+                self._hand_out(waiting, running, stored, shards)
                 yield task, result, facts
         finally:
-            # Left early: what still runs is of no use to anyone, and its replica is in an unknown state.
+            # If the caller stops early, nobody needs what still runs, and its replica is in an unknown state.
             for _, actor in running.values():
                 ray.kill(actor)
 
-    def _deal(
+    def _hand_out(
         self,
-        waiting: deque[AnyWork],
-        running: dict[ray.ObjectRef, tuple[AnyWork, Any]],
-        stored: dict[int, ray.ObjectRef],
+        waiting: deque[AnyTask],
+        running: dict[ray.ObjectRef[Any], tuple[AnyTask, Any]],
+        stored: dict[int, ray.ObjectRef[Any]],
         shards: Sequence[Sequence[Batch]],
     ) -> None:
-        """Give every idle replica a task. A group of batches is put in the object store once."""
+        """Give every idle replica a task. A shard is put in the object store once."""
         while self._idle and waiting:
             task, actor = waiting.popleft(), self._idle.pop()
             if task.shard not in stored:
                 stored[task.shard] = ray.put(list(shards[task.shard]))
-            running[actor.run.remote(task, stored[task.shard], self._runs)] = task, actor
+            running[actor.run.remote(task, stored[task.shard], self._run_number)] = task, actor
 
     def _start(self) -> None:
         options = self._footprint.ray_options()
@@ -212,14 +217,14 @@ class ReplicaPool:
         self.replaced += 1
         self._start()
 
-    def _finish_loading(self, reference: ray.ObjectRef) -> None:
+    def _finish_loading(self, reference: ray.ObjectRef[Any]) -> None:
         actor = self._loading.pop(reference)
         try:
             ray.get(reference)
         except RayTaskError as error:
-            raise _plain(error) from None
+            raise _unwrapped(error) from None
         except DEATHS as error:
-            # A lost node takes all that were loading on it along: that is one attempt, not several.
+            # A lost node ends all replicas that were loading on it: together they count as one attempt.
             self._deaths_in_a_row += 1
             if self._deaths_in_a_row >= MAX_ATTEMPTS * (len(self._loading) + 1):
                 raise UserError(f"replicas die while loading the model: {first_line(error)}") from None
@@ -229,8 +234,8 @@ class ReplicaPool:
         self._idle.append(actor)
 
 
-def _plain(error: RayTaskError) -> BaseException:
-    """The exception that the replica raised, without Ray's wrapping where it is the user's to mend."""
+def _unwrapped(error: RayTaskError) -> BaseException:
+    """The exception that the replica raised, without Ray's wrapping if it is the user's to mend."""
     cause = error.cause
     if isinstance(cause, UserError):
         return type(cause)(*cause.args)

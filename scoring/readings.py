@@ -1,6 +1,6 @@
-"""Readings: what a model says, and how likely it finds what others say, taken on all replicas of a pool at once.
+"""Readings of a model, taken on all replicas of a pool at once: how likely it finds given texts, and what it writes.
 
-Work is cut before it is distributed, by the samples alone, so a reading does not depend on the number of replicas.
+How the work is cut depends on the samples alone, so a reading does not depend on the number of replicas.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from scoring.generation import group_prompts
 from scoring.samples import BATCH_TOKENS, Batch, Sample, make_batches
 from scoring.work import Pool, Replica
 
-# Prompts decoded together, at most: few enough that a small data set keeps several replicas busy.
-ROWS = 64
+# The most prompts decoded together: few enough that a small data set keeps several replicas busy.
+PROMPTS_PER_TASK = 64
 T = TypeVar("T")
 
 
@@ -41,8 +41,8 @@ class TokenScores:
 
 
 @dataclass(frozen=True)
-class LikelihoodWork:
-    """The scores of every token of a group of batches."""
+class LikelihoodTask:
+    """Score every scored token of a shard."""
 
     shard: int
 
@@ -55,14 +55,14 @@ class LikelihoodWork:
         for batch in batches:
             logprobs, hits = replica.token_scores(batch)
             for row, index in enumerate(batch.indices.tolist()):
-                own = batch.mask[row].numpy()
-                scores.append((index, TokenScores(logprobs[row][own], hits[row][own])))
+                mask = batch.mask[row].numpy()
+                scores.append((index, TokenScores(logprobs[row][mask], hits[row][mask])))
         return scores
 
 
 @dataclass(frozen=True)
-class ContinuationWork:
-    """What is written after a group of prompts."""
+class ContinuationTask:
+    """Continue a group of prompts by greedy decoding."""
 
     shard: int
     indices: tuple[int, ...]
@@ -80,8 +80,8 @@ class ContinuationWork:
 
 
 @dataclass(frozen=True)
-class ExtractionWork:
-    """EL_n of a group of batches."""
+class ExtractionTask:
+    """Measure EL_n of the samples of a shard."""
 
     shard: int
     n: int
@@ -99,9 +99,11 @@ class ExtractionWork:
 
 @dataclass(frozen=True)
 class _Row:
-    """Samples that are the same up to their last token: one of them, and all that is to be scored.
+    """Samples that are the same except for their last token, and are read as one row.
 
-    `columns` numbers the scored tokens, each named by the position that predicts it and its id.
+    Attributes:
+        sample: one of the samples.
+        columns: (position that predicts it, token id) of each scored token of any of them -> its column.
     """
 
     sample: Sample
@@ -109,33 +111,33 @@ class _Row:
 
 
 def _merged(samples: Sequence[Sample]) -> tuple[list[_Row], list[tuple[int, list[int]]]]:
-    """The rows that N samples need, and for each sample the number of its row and the columns of its own tokens."""
+    """The rows that N samples need; and for each sample, the number of its row and the columns of its scored tokens."""
     rows: list[_Row] = []
     row_of: dict[bytes, int] = {}
     places: list[tuple[int, list[int]]] = [(0, [])] * len(samples)
-    # In an order of their own, so that a row does not depend on that of the samples.
+    # Sorted by their tokens, so that rows do not depend on the order of the samples.
     for i in sorted(range(len(samples)), key=lambda i: (samples[i].input_ids.tobytes(), samples[i].scored.tobytes())):
         sample = samples[i]
         row = row_of.setdefault(sample.input_ids[:-1].tobytes(), len(rows))
         if row == len(rows):
             rows.append(_Row(replace(sample, index=row)))
         columns = rows[row].columns
-        where = np.flatnonzero(sample.scored)
-        scored = zip((where - 1).tolist(), sample.input_ids[where].tolist(), strict=True)
+        scored_places = np.flatnonzero(sample.scored)
+        scored = zip((scored_places - 1).tolist(), sample.input_ids[scored_places].tolist(), strict=True)
         places[i] = row, [columns.setdefault(token, len(columns)) for token in scored]
     return rows, places
 
 
 def _batches_of_rows(rows: Sequence[_Row], batch_tokens: int) -> list[Batch]:
-    """Batches that lack the samples' last tokens and score all columns of their rows."""
+    """Batches of rows without their last tokens, which score all columns of each row."""
     batches = []
     for batch in make_batches([row.sample for row in rows], batch_tokens):
         columns = [list(rows[index].columns) for index in batch.indices.tolist()]
-        scored = np.zeros((len(batch), max(len(own) for own in columns), 2), dtype=np.int64)
+        scored = np.zeros((len(batch), max(len(tokens) for tokens in columns), 2), dtype=np.int64)
         mask = np.zeros(scored.shape[:2], dtype=bool)
-        for i, own in enumerate(columns):
-            scored[i, : len(own)] = own
-            mask[i, : len(own)] = True
+        for i, tokens in enumerate(columns):
+            scored[i, : len(tokens)] = tokens
+            mask[i, : len(tokens)] = True
         positions, targets = torch.from_numpy(scored).unbind(-1)
         batches.append(
             replace(
@@ -154,8 +156,8 @@ class Reader:
     """Takes readings of one model.
 
     Args:
-        pool: its replicas.
-        eos_token_id: the token that ends what is written.
+        pool: replicas of the model.
+        eos_token_id: the token that ends a continuation; None: only the limit ends it.
         batch_tokens: padded tokens in a batch.
         progress: show a bar for each kind of reading.
     """
@@ -181,8 +183,8 @@ class Reader:
         """
         rows, places = _merged(samples)
         batches = _batches_of_rows(rows, self._batch_tokens)
-        works = [LikelihoodWork(shard) for shard in range(len(batches))]
-        results = self._run(works, [[batch] for batch in batches], len(rows), "log-probabilities")
+        tasks = [LikelihoodTask(shard) for shard in range(len(batches))]
+        results = self._run(tasks, [[batch] for batch in batches], len(rows), "log-probabilities")
         scores = self._in_order(results, len(rows))
         return [TokenScores(scores[row].logprobs[columns], scores[row].hits[columns]) for row, columns in places]
 
@@ -199,40 +201,40 @@ class Reader:
         Raises:
             UserError: a prompt is empty, or does not fit into the model's context with its new tokens.
         """
-        nothing = [i for i, limit in enumerate(limits) if limit <= 0]
-        # The long ones first, so that the last to finish has little left to do.
-        groups = list(group_prompts(prompts, limits, self._batch_tokens * 4, ROWS))[::-1]
-        works = [
-            ContinuationWork(
+        unwritten = [i for i, limit in enumerate(limits) if limit <= 0]
+        # Long prompts first, so that the task that ends last is a short one.
+        groups = list(group_prompts(prompts, limits, self._batch_tokens * 4, PROMPTS_PER_TASK))[::-1]
+        tasks = [
+            ContinuationTask(
                 shard, tuple(group), tuple(prompts[i] for i in group), tuple(limits[i] for i in group), self._eos
             )
             for shard, group in enumerate(groups)
         ]
-        written = dict(self._run(works, [[] for _ in works], len(prompts) - len(nothing), "greedy answers"))
-        written |= {i: np.empty(0, dtype=np.int64) for i in nothing}
+        written = dict(self._run(tasks, [[] for _ in tasks], len(prompts) - len(unwritten), "greedy answers"))
+        written |= {i: np.empty(0, dtype=np.int64) for i in unwritten}
         return [written[i] for i in range(len(prompts))]
 
     def extraction(self, samples: Sequence[Sample], n: int) -> np.ndarray:
         """EL_n of N samples, (N,) fp64, see `extraction_likelihood`."""
         shards = self._shards(samples)
-        works = [ExtractionWork(shard, n, self._eos) for shard in range(len(shards))]
-        values = self._run(works, shards, len(samples), "extraction likelihood")
+        tasks = [ExtractionTask(shard, n, self._eos) for shard in range(len(shards))]
+        values = self._run(tasks, shards, len(samples), "extraction likelihood")
         return np.array(self._in_order(values, len(samples)), dtype=np.float64)
 
     def _shards(self, samples: Sequence[Sample]) -> list[list[Batch]]:
-        # A sample's own index is its place in its data set; here it is its place in what was asked.
+        # Indices are renumbered: here they are positions in `samples`, not in a data set.
         numbered = [replace(sample, index=i) for i, sample in enumerate(samples)]
         return [[batch] for batch in make_batches(numbered, self._batch_tokens)]
 
     def _run(
-        self, works: Sequence[Any], shards: Sequence[Sequence[Batch]], count: int, what: str
+        self, tasks: Sequence[Any], shards: Sequence[Sequence[Batch]], count: int, title: str
     ) -> Iterator[tuple[int, Any]]:
-        with tqdm(total=count, unit="sample", desc=what, disable=not self._progress or not count) as bar:
-            for _, results, _ in self._pool.run(works, shards):
+        with tqdm(total=count, unit="sample", desc=title, disable=not self._progress or not count) as bar:
+            for _, results, _ in self._pool.run(tasks, shards):
                 bar.update(len(results))
                 yield from results
 
     @staticmethod
     def _in_order(results: Iterator[tuple[int, T]], count: int) -> list[T]:
-        found = dict(results)
-        return [found[i] for i in range(count)]
+        result_of = dict(results)
+        return [result_of[i] for i in range(count)]

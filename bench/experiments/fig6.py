@@ -46,8 +46,9 @@ from bench.tasks.datasets import load_dataset
 from scoring.errors import UserError
 from scoring.mrd import Statistic, reduce_draws
 from scoring.samples import encode, evenly_spaced
+from scoring.work import Dtype
 
-COARSE = "bfloat16"
+COARSE: Dtype = "bfloat16"
 CLOSED_FORM = {"mean_abs": "gradient", "abs_mean": "curvature"}
 DRAWN = (("monte-carlo", "mean_abs"), ("monte-carlo", "abs_mean"), ("antithetic", "abs_mean"))
 COUNTED = (*DRAWN, ("curvature", "abs_mean"))

@@ -113,7 +113,7 @@ class Parts:
 
 
 class DrawParts(Parts):
-    """The finished tasks of scoring, as `scoring.api.Finished` wants them."""
+    """The finished tasks of scoring, as `scoring.api.FinishedTasks` wants them."""
 
     def keep(self, task: DrawTask, draws: Draws, facts: Facts) -> None:
         """A task's result as a part."""

@@ -32,13 +32,13 @@ from bench.stats.estimates import Estimate, over_samples
 from scoring.errors import UserError
 from scoring.mrd import ESTIMATORS, Draws, EstimatorName, Request, Statistic, reduce_draws, scaling_slope
 from scoring.samples import BATCH_TOKENS, Sample, make_batches
-from scoring.work import DrawTask, ReplicaSpec
+from scoring.work import DrawTask, Dtype, ReplicaSpec
 
 SCHEMA_VERSION = 1
 # sd / mean of |x|, x normal: how far one draw of mean_abs is off, relatively. The standard error of K draws is this
 # over sqrt(K), whatever the model and the sample, as long as the change is linear in the perturbation.
 HALF_NORMAL_SPREAD = math.sqrt(math.pi / 2 - 1)
-EXACT = "float32"  # coarser dtypes are measured to show what storage rounds away, so it may be lost there
+EXACT: Dtype = "float32"  # coarser dtypes are measured to show what storage rounds away, so it may be lost there
 # Draws in one task: few, since those of `curvature` are dear and all replicas shall have work.
 DRAWS_PER_TASK = 4
 
@@ -57,7 +57,7 @@ class Point:
     estimator: EstimatorName
     sigma: float
     draws: int = 1
-    dtype: str = EXACT
+    dtype: Dtype = EXACT
 
 
 @dataclass(frozen=True)

@@ -25,12 +25,12 @@ from bench.jobs.resources import Resources, check_dtype
 from bench.models.find import ModelName, ModelReference, absolute_model, find_model
 from bench.tasks.datasets import DataName, Texts, absolute_source, check_dataset, open_texts
 from scoring.api import ScoreSettings, draw_tasks, run_tasks, score_columns, score_table, shards_of
-from scoring.batch_size import FitWork
+from scoring.batch_size import BatchSizeTask
 from scoring.cluster import how_many_fit
 from scoring.files import replacing
 from scoring.mrd import ESTIMATORS, no_gradients
 from scoring.sample_file import SampleFile
-from scoring.samples import Rejected, Sample, check_tokens, encoded, nothing_scored
+from scoring.samples import Rejected, Sample, check_tokens, iter_encoded, nothing_scored
 from scoring.settings import Doc
 from scoring.work import Dtype, ReplicaSpec
 
@@ -167,7 +167,7 @@ def _identity(spec: ScoreSpec, texts: Texts, model: ModelReference) -> dict[str,
 
 def _samples(texts: Texts, spec: ScoreSpec, model: ModelReference, rejected: list[Rejected]) -> Iterator[Sample]:
     """The samples that can be scored; the others are added to `rejected`."""
-    for sample in encoded(texts, model.tokenizer, model.max_length, spec.tokens):
+    for sample in iter_encoded(texts, model.tokenizer, model.max_length, spec.tokens):
         if isinstance(sample, Sample):
             yield sample
         else:
@@ -187,7 +187,7 @@ def _batch_tokens(
             sharing = 1
             if not resources.in_this_process and not (footprint := resources.footprint()).gpus:
                 sharing = min(resources.replicas or 1000, how_many_fit(footprint))
-            ((_, tokens, _),) = list(pool.run([FitWork(estimator, samples.longest, sharing)], [[]]))
+            ((_, tokens, _),) = list(pool.run([BatchSizeTask(estimator, samples.longest, sharing)], [[]]))
         with replacing(kept) as unfinished:
             unfinished.write_text(str(tokens))
     return int(kept.read_text())

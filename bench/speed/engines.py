@@ -31,10 +31,10 @@ from scoring.mrd import Request
 from scoring.pool import ReplicaPool
 from scoring.readings import Reader
 from scoring.samples import BATCH_TOKENS, encode, make_batches
-from scoring.work import DrawTask, ReplicaSpec
+from scoring.work import DrawTask, Engine, ReplicaSpec
 
 SIGMA = 1e-4
-ENGINES = ("transformers", "vllm")
+ENGINES: tuple[Engine, ...] = ("transformers", "vllm")
 TURNS = 5
 DRAWS = 4
 NEW_TOKENS = 24

@@ -12,7 +12,15 @@ import torch
 
 from bench.cli import main
 from bench.files.score_file import FACTS_KEY
-from scoring.batch_size import LEAST, MOST, USABLE, FitWork, fitting_tokens, free_bytes, peak_bytes
+from scoring.batch_size import (
+    LEAST_TOKENS,
+    MOST_TOKENS,
+    USABLE_SHARE,
+    BatchSizeTask,
+    fitting_tokens,
+    free_bytes,
+    peak_bytes,
+)
 from scoring.mrd import Request, estimate
 from scoring.replica import TransformersReplica
 from scoring.samples import Sample, collate
@@ -31,21 +39,21 @@ def peak_of(replica: TransformersReplica, estimator: str, tokens: int) -> float:
 @pytest.mark.parametrize("estimator", ["gradient", "monte-carlo", "antithetic", "curvature"])
 def test_what_is_found_fits_and_twice_as_much_would_not(estimator: str) -> None:
     replica = TransformersReplica(tiny_model())  # type: ignore[arg-type]
-    free = peak_of(replica, estimator, 3000) / USABLE
+    free = peak_of(replica, estimator, 3000) / USABLE_SHARE
     tokens = fitting_tokens(replica, estimator, LENGTH, free)
     # 3,000 fit, so the power of two below does.
     assert tokens == 2048
-    assert peak_of(replica, estimator, tokens) <= USABLE * free
-    assert peak_of(replica, estimator, 2 * tokens) > USABLE * free
+    assert peak_of(replica, estimator, tokens) <= USABLE_SHARE * free
+    assert peak_of(replica, estimator, 2 * tokens) > USABLE_SHARE * free
 
 
 def test_the_ends() -> None:
     replica = TransformersReplica(tiny_model())  # type: ignore[arg-type]
-    assert fitting_tokens(replica, "gradient", LENGTH, 1.0) == LEAST
-    assert fitting_tokens(replica, "gradient", LENGTH, 1e15) == MOST
+    assert fitting_tokens(replica, "gradient", LENGTH, 1.0) == LEAST_TOKENS
+    assert fitting_tokens(replica, "gradient", LENGTH, 1e15) == MOST_TOKENS
     assert free_bytes(torch.device("cpu")) > 1e8
     # An engine that cuts its own batches.
-    assert FitWork("monte-carlo", LENGTH).do(object(), [], {}) == 4096
+    assert BatchSizeTask("monte-carlo", LENGTH).do(object(), [], {}) == 4096
 
 
 def test_score(cluster: None, model_folder: Path, data_file: Path, tmp_path: Path) -> None:
@@ -57,7 +65,7 @@ def test_score(cluster: None, model_folder: Path, data_file: Path, tmp_path: Pat
         assert main([*command.split(), "--batch-tokens", size]) == 0
         tables[size] = pq.read_table(out)
     tokens = json.loads(tables["auto"].schema.metadata[FACTS_KEY])["batch_tokens"]
-    assert LEAST <= tokens <= MOST
+    assert LEAST_TOKENS <= tokens <= MOST_TOKENS
     assert tokens & (tokens - 1) == 0
     assert json.loads(tables["4096"].schema.metadata[FACTS_KEY])["batch_tokens"] == 4096
     np.testing.assert_allclose(tables["auto"]["mrd"].to_numpy(), tables["4096"]["mrd"].to_numpy(), rtol=1e-5)

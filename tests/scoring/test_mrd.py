@@ -12,10 +12,9 @@ from torch import nn
 
 from scoring.errors import UserError
 from scoring.mrd import (
+    Precision,
     Request,
-    Until,
     estimate,
-    estimate_until,
     median_relative_error,
     reduce_draws,
     relative_change,
@@ -336,15 +335,17 @@ def test_auto_stops_at_the_tolerance():
     model, batches = tiny_model(), make_batches(random_samples(20), 200)
     replica = TransformersReplica(model)
     request = Request("monte-carlo", 1e-4, 0)
-    rough = estimate_until(replica, batches, request, Until("mean_abs", 0.1, step=10))
-    fine = estimate_until(replica, batches, request, Until("mean_abs", 0.05, step=10))
+    rough = estimate(replica, batches, request, precision=Precision("mean_abs", 0.1, draws_per_step=10))
+    fine = estimate(replica, batches, request, precision=Precision("mean_abs", 0.05, draws_per_step=10))
     assert median_relative_error(rough.values, "mean_abs") <= 0.1
     assert median_relative_error(fine.values, "mean_abs") <= 0.05
     # (0.756 / tolerance)^2: 57 and 229.
     assert 40 <= rough.values.shape[1] <= 80
     assert 180 <= fine.values.shape[1] <= 280
     assert np.array_equal(rough.values, fine.values[:, : rough.values.shape[1]])
-    bounded = estimate_until(replica, batches, request, Until("abs_mean", 0.01, step=10, most=25))
+    bounded = estimate(
+        replica, batches, request, precision=Precision("abs_mean", 0.01, draws_per_step=10, most_draws=25)
+    )
     assert bounded.values.shape[1] == 25
 
 
