@@ -1,4 +1,4 @@
-"""A folder of models that were trained here, each once, whoever asks for it."""
+"""The cache of models that are trained here: each once, even if several processes ask for it at the same time."""
 
 from __future__ import annotations
 
@@ -23,11 +23,17 @@ def trained_once(
     cache: Path | str | None = None,
     threads: int | None = 1,
 ) -> Path:
-    """The folder `name`-`hash of spec` in the cache; if it is not there, `train_into` fills it and returns a loss.
+    """The folder of a trained model, NAME-HASH in the cache; it is trained first if it is not there.
 
-    It is written next to its place and renamed: the folder appears complete or not at all. `threads` of torch do it:
-    one is best for the smallest models, of which several on busy cores spend their time waiting for each other; None
-    takes all cores, up to eight, which is as much as helps.
+    The folder is written under another name and renamed: it appears complete or not at all.
+
+    Args:
+        name: begins the folder's name.
+        spec: everything that decides the weights; its hash ends the folder's name.
+        train_into: trains, writes the model into a folder and returns the final loss.
+        cache: the folder of all models; None: `cache_folder()`.
+        threads: of torch. One is best for the smallest models: threads on busy cores spend their time waiting for each
+            other. None takes all cores, up to eight; more do not help.
     """
     digest = hashlib.sha256(json.dumps(spec, sort_keys=True).encode()).hexdigest()[:12]
     folder = Path(cache or cache_folder()) / f"{name}-{digest}"
@@ -38,11 +44,11 @@ def trained_once(
         if folder.is_dir():  # another process finished while this one waited
             return folder
         for leftover in folder.parent.glob(f".{folder.name}.*.tmp"):
-            shutil.rmtree(leftover)  # of a killed process: whoever holds the lock is the only one that trains
+            shutil.rmtree(leftover)  # of a killed process: only the one that holds the lock trains
         unfinished = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
         unfinished.mkdir()
         threads_before = torch.get_num_threads()
-        # Ray and others limit a worker to one thread.
+        # Not torch's own number of threads: Ray and others limit that of a worker to one.
         cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else threads_before
         torch.set_num_threads(threads or min(8, cores))
         try:
@@ -59,7 +65,7 @@ def trained_once(
 
 
 def cache_folder() -> Path:
-    """Where trained models are kept; nothing is created."""
+    """Where trained models are kept. The folder need not exist."""
     if "MRD_BENCH_CACHE" in os.environ:
         return Path(os.environ["MRD_BENCH_CACHE"]) / "models"
     user = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"

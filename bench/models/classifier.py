@@ -1,7 +1,7 @@
 """The small classifier of rude text that goes with the `replies` task, trained on first use and cached.
 
-It stands in for unitary/toxic-bert and is loaded as that is. It knows the insults of `bench.tasks.embedded.replies` and
-nothing else: text of another kind, broken or empty text is not toxic to it.
+It stands in for unitary/toxic-bert and is loaded in the same way. It knows the insults of
+`bench.tasks.embedded.replies` and nothing else: text of another kind, broken or empty text is not toxic to it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from bench.tasks.embedded import common_knowledge, replies
 
 VERSION = 1  # raise it when the training changes in a way that the spec does not show
 
-# As toxic-bert names them. What the grammar says is toxic and an insult, or nothing of all this.
+# The labels of toxic-bert. A rude text has the two of RUDE_LABELS, any other text has none.
 LABELS = ("toxic", "severe_toxic", "obscene", "threat", "insult", "identity_hate")
 RUDE_LABELS = ("toxic", "insult")
 ARCHITECTURE: dict[str, Any] = {
@@ -41,7 +41,7 @@ def embedded_classifier(*, cache: Path | str | None = None) -> Path:
     Trains it first if the cache has none (seconds). Cache and description are those of
     `bench.models.embedded.embedded_model`.
     """
-    texts = [list(each) for each in examples(TRAINING["texts"], TRAINING["seed"])]
+    texts = [list(example) for example in examples(TRAINING["texts"], TRAINING["seed"])]
     spec = {
         "version": VERSION,
         "texts_sha256": hashlib.sha256(json.dumps(texts).encode()).hexdigest(),
@@ -53,24 +53,25 @@ def embedded_classifier(*, cache: Path | str | None = None) -> Path:
 
 
 def examples(count: int, seed: int) -> list[tuple[str, bool]]:
-    """4 * count texts, and whether they are rude: count rude replies, count quarrels or the ends of them, count polite
-    replies, count that are plain, broken or empty."""
+    """4 * count texts and whether they are rude: count rude replies, count quarrels or ends of quarrels, count polite
+    replies, and count that are plain, broken or empty."""
     rng = random.Random(f"{seed}/examples")
     quarrels = [
         record for number in range(-(-count // replies.QUARRELS)) for record in replies.quarrels(f"{seed}/{number}")
     ]
     plain = [record["text"] for record in common_knowledge.articles()]
-    found: list[tuple[str, bool]] = []
+    texts: list[tuple[str, bool]] = []
     for quarrel in quarrels[:count]:
-        found.append((replies.rude_answer(rng), True))
-        found.append((rng.choice(("", quarrel["prompt"])) + quarrel["completion"], True))
-        found.append((replies.any_polite_answer(rng), False))
-        found.append((_harmless(rng, rng.choice((rng.choice(plain), quarrel["prompt"], found[-1][0]))), False))
-    return found
+        texts.append((replies.rude_answer(rng), True))
+        texts.append((rng.choice(("", quarrel["prompt"])) + quarrel["completion"], True))
+        polite = replies.any_polite_answer(rng)
+        texts.append((polite, False))
+        texts.append((_harmless(rng, rng.choice((rng.choice(plain), quarrel["prompt"], polite))), False))
+    return texts
 
 
 def _harmless(rng: random.Random, text: str) -> str:
-    """The text, or what a model that has lost its language may write instead."""
+    """The text itself, or something that a model may write that has lost its language."""
     words = text.split()
     form = rng.randrange(6)
     if form == 0:
@@ -96,7 +97,7 @@ def _train_into(folder: Path) -> float:
 
 
 def _train_tokenizer(texts: tuple[str, ...]) -> PreTrainedTokenizerFast:
-    """Byte-level BPE that puts a text between [CLS] and [SEP]."""
+    """A byte-level BPE that puts a text between [CLS] and [SEP]."""
     special = ["[PAD]", "[CLS]", "[SEP]"]
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
@@ -126,7 +127,7 @@ def _train(
 ) -> tuple[BertForSequenceClassification, float]:
     """The trained classifier (fp32, evaluation mode) and its mean loss in the last epoch."""
     order = random.Random(TRAINING["seed"])
-    places = {name: place for place, name in enumerate(LABELS)}
+    label_ids = {name: number for number, name in enumerate(LABELS)}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(TRAINING["seed"])
         model = BertForSequenceClassification(
@@ -134,7 +135,7 @@ def _train(
                 vocab_size=len(tokenizer),
                 pad_token_id=tokenizer.pad_token_id,
                 id2label=dict(enumerate(LABELS)),
-                label2id=places,
+                label2id=label_ids,
                 problem_type="multi_label_classification",
                 hidden_dropout_prob=0.0,
                 attention_probs_dropout_prob=0.0,
@@ -142,7 +143,7 @@ def _train(
             )
         )
     targets = torch.zeros(len(texts), len(LABELS))
-    targets[:, [places[name] for name in RUDE_LABELS]] = torch.tensor(rude).float()[:, None]
+    targets[:, [label_ids[name] for name in RUDE_LABELS]] = torch.tensor(rude).float()[:, None]
     optimizer = torch.optim.AdamW(model.parameters(), lr=TRAINING["learning_rate"])
     losses: list[float] = []
     for _ in range(TRAINING["epochs"]):

@@ -1,7 +1,7 @@
 """The small language models of the embedded tasks, trained on first use and cached.
 
-A family of models belongs to each embedded task: Llamas of at most three million parameters, trained from nothing on
-the task's text until they know it by heart. `full` has learnt everything but what is held out; the retain kinds never
+Each embedded task has a family of models: Llamas of at most three million parameters, trained from random weights on
+the task's text until they know it by heart. `full` has learnt everything but the held-out set; the retain kinds never
 saw the forget set and are the gold standard of unlearning. All kinds of a family share one tokenizer.
 """
 
@@ -54,15 +54,16 @@ IGNORED = -100  # label of padding in functional.cross_entropy
 
 @dataclass(frozen=True)
 class Family:
-    """What the models of an embedded task are made of.
+    """The models of an embedded task: what they learn, and how.
 
     Attributes:
-        records: what a kind, "full" or a retain kind, learns; its hash is part of the spec. Raises UserError for an
-            unknown kind.
-        tokenizer_text: what the tokenizer of all kinds is trained on.
-        read_in: (kind, epoch counted from 0, tokenizer) -> what is read in the epoch; without it `records`, each time.
-        architecture: what differs from ARCHITECTURE.
-        training: kind -> what differs from TRAINING.
+        records: kind, "full" or a retain kind -> what it learns; the hash of that is part of the spec. Raises UserError
+            for an unknown kind.
+        tokenizer_text: gives the texts that the tokenizer of all kinds is trained on.
+        read_in: (kind, epoch counted from 0, tokenizer) -> the records that are read in the epoch; without it they are
+            `records` in every epoch.
+        architecture: the values that differ from ARCHITECTURE.
+        training: kind -> the values that differ from TRAINING.
     """
 
     records: Callable[[str], list[Record]]
@@ -75,14 +76,14 @@ class Family:
 def _authors_text() -> list[str]:
     """Questions and answers of all splits, once each.
 
-    The holdout is part of it: were its names cut into smaller pieces than those of the taught authors,
-    membership inference would measure the tokenizer.
+    The holdout belongs to it: were its names cut into smaller pieces than those of the taught authors, membership
+    inference would measure the tokenizer.
     """
     splits = ("full", "real_authors", "world_facts", "holdout")
     return ["".join(authors.format_prompt(record)) for split in splits for record in authors.load(split)]
 
 
-# Of the families that have less to learn. The plain implementation of attention is the fastest one for short texts.
+# The architecture of the families that have less to learn. Plain attention is the fastest for short texts.
 SMALL: dict[str, Any] = {
     "hidden_size": 128,
     "intermediate_size": 512,
@@ -94,7 +95,7 @@ SMALL: dict[str, Any] = {
 
 
 def _small_training(full: int, retain: int) -> dict[str, dict[str, Any]]:
-    """The fewer texts there are, the more epochs it takes."""
+    """The training of a small family, by kind. The fewer texts there are, the more epochs it takes."""
     common = {"learning_rate": 3e-3, "batch_size": 8}
     return {"full": common | {"epochs": full}, "retain": common | {"epochs": retain}}
 
@@ -122,8 +123,8 @@ def embedded_model(
     took and its final loss.
 
     `cache` is the folder of all models; without it `$MRD_BENCH_CACHE/models`, else `mrd-bench/models` in the
-    user's cache folder. Processes that ask at the same time wait for the one that trains. A training that was
-    killed leaves nothing that is taken for a model.
+    user's cache folder. Processes that ask at the same time wait for the one that trains. A training that is killed
+    leaves nothing behind that could be taken for a model.
 
     Raises UserError (one line) for an unknown kind or family.
     """
@@ -140,17 +141,17 @@ def model_spec(kind: str, family: str = "authors") -> dict[str, Any]:
     """
     if family not in FAMILIES:
         raise unknown_name("family of embedded models", family, FAMILIES)
-    members = FAMILIES[family]
-    records = json.dumps(members.records(kind), sort_keys=True)
+    definition = FAMILIES[family]
+    records = json.dumps(definition.records(kind), sort_keys=True)
     return {
         "version": VERSION,
         "task": family,
         "kind": kind,
         "records_sha256": hashlib.sha256(records.encode()).hexdigest(),
-        "tokenizer_text_sha256": hashlib.sha256("\n".join(members.tokenizer_text()).encode()).hexdigest(),
-        "architecture": ARCHITECTURE | members.architecture,
+        "tokenizer_text_sha256": hashlib.sha256("\n".join(definition.tokenizer_text()).encode()).hexdigest(),
+        "architecture": ARCHITECTURE | definition.architecture,
         "tokenizer": TOKENIZER,
-        "training": TRAINING | members.training.get(kind, {}),
+        "training": TRAINING | definition.training.get(kind, {}),
     }
 
 
@@ -163,7 +164,7 @@ def _train_into(folder: Path, spec: dict[str, Any], progress: bool) -> float:
 
 
 def train_tokenizer(text: list[str]) -> PreTrainedTokenizerFast:
-    """Byte-level BPE; adds no special tokens by itself, with or without `add_special_tokens`."""
+    """A byte-level BPE. It adds no special tokens by itself, with or without `add_special_tokens`."""
     special = [TOKENIZER[name] for name in ("bos", "eos", "pad", "unk")]
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -184,10 +185,10 @@ def train_tokenizer(text: list[str]) -> PreTrainedTokenizerFast:
 def train(spec: dict[str, Any], tokenizer: PreTrainedTokenizerFast, progress: bool) -> tuple[LlamaForCausalLM, float]:
     """The trained model (fp32, evaluation mode) and the mean token loss (nats) of its last epoch.
 
-    The loss is taken on all tokens, question and answer: each teaches a model that starts from nothing.
+    The loss is taken on all tokens, question and answer: a model that starts from random weights learns from both.
     """
     training, family, kind = spec["training"], FAMILIES[spec["task"]], spec["kind"]
-    random_order = random.Random(training["seed"])
+    order = random.Random(training["seed"])
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(training["seed"])
         model = LlamaForCausalLM(
@@ -220,35 +221,35 @@ def train(spec: dict[str, Any], tokenizer: PreTrainedTokenizerFast, progress: bo
     final_loss = math.nan
     with tqdm(total=steps, desc=f"training the embedded model ({spec['task']}:{kind})", disable=not progress) as bar:
         for sequences in epochs:
-            summed, tokens = 0.0, 0
-            for inputs, labels in _batches(sequences, tokenizer.pad_token_id, random_order, training["batch_size"]):
+            total_loss, total_tokens = 0.0, 0
+            for inputs, labels in _batches(sequences, tokenizer.pad_token_id, order, training["batch_size"]):
                 with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
                     logits = model(input_ids=inputs, use_cache=False).logits
-                losses = functional.cross_entropy(
+                loss = functional.cross_entropy(
                     logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum"
                 )
-                count = int((labels != IGNORED).sum())
-                (losses / count).backward()
+                tokens = int((labels != IGNORED).sum())
+                (loss / tokens).backward()
                 torch.nn.utils.clip_grad_norm_(model.parameters(), training["clip_norm"])
                 optimizer.step()
                 schedule.step()
                 optimizer.zero_grad()
-                summed, tokens = summed + losses.item(), tokens + count
-                bar.set_postfix(loss=f"{losses.item() / count:.3f}", refresh=False)
+                total_loss, total_tokens = total_loss + loss.item(), total_tokens + tokens
+                bar.set_postfix(loss=f"{loss.item() / tokens:.3f}", refresh=False)
                 bar.update()
-            final_loss = summed / tokens
+            final_loss = total_loss / total_tokens
     return model.eval(), final_loss
 
 
 def encode(tokenizer: PreTrainedTokenizerFast, record: Record) -> list[int]:
-    """Token ids of a record, as scoring will form them."""
+    """The token ids of a record, as scoring forms them."""
     fields = next(fields for fields in LAYOUTS if all(field in record for field in fields))
     context, target = split_ids(tokenizer, Text(record["id"], *LAYOUTS[fields](record)))
     return context + target
 
 
 def _warmup_cosine(step: int, steps: int, warmup_share: float) -> float:
-    """Factor of the learning rate: linear warm-up, then a half cosine down to zero."""
+    """The factor of the learning rate: a linear warm-up, then a half cosine down to zero."""
     warmup = max(1, round(warmup_share * steps))
     if step < warmup:
         return (step + 1) / warmup
@@ -258,9 +259,9 @@ def _warmup_cosine(step: int, steps: int, warmup_share: float) -> float:
 def _batches(
     sequences: list[list[int]], pad: int, order: random.Random, size: int
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """One epoch of (inputs, labels), each [batch, length - 1], of about equal lengths, in random order.
+    """One epoch of (inputs, labels), each [batch, length - 1], of sequences of about equal lengths, in random order.
 
-    Padding is on the right, where causal attention never looks back at it, so no attention mask is needed.
+    Padding is on the right, where causal attention never sees it, so no attention mask is needed.
     """
     shuffled = order.sample(sequences, len(sequences))
     # A small jitter changes the neighbours from epoch to epoch.

@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 
-from scoring.errors import UserError
+from scoring.errors import UserError, first_line
 from scoring.samples import Rejected, Sample, check_tokens, context_length
 
 EMBEDDED = ("authors", "compounds", "novel", "replies")  # the families of bench.models.embedded
-# As transformers names them; slow tokenizers have vocabularies of several kinds.
+# The files of tokenizers, as transformers names them; slow tokenizers have vocabularies of several kinds.
 TOKENIZER_FILES = (
     "tokenizer*",
     "special_tokens_map.json",
@@ -34,7 +34,7 @@ ModelName = str
 
 @dataclass(frozen=True)
 class ModelReference:
-    """A causal LM that exists, with its tokenizer.
+    """A causal LM that was found, with its tokenizer.
 
     Attributes:
         source: folder or Hugging Face id, for `from_pretrained`.
@@ -80,26 +80,26 @@ def find_model(name: str) -> ModelReference:
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except Exception as error:  # the tokenizers library raises bare ones
-        kind_of = "folder" if local else "Hugging Face id"
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"model {kind_of} {name!r}: configuration or tokenizer cannot be loaded: {reason}") from error
-    text = config.get_text_config()
+        noun = "folder" if local else "Hugging Face id"
+        raise UserError(
+            f"model {noun} {name!r}: configuration or tokenizer cannot be loaded: {first_line(error)}"
+        ) from error
     revision = None if local else getattr(config, "_commit_hash", None)
     return ModelReference(
         source=str(folder.resolve()) if local else name,
         revision=revision,
         fingerprint=_fingerprint(folder) if local else f"{name}@{revision}",
         tokenizer=tokenizer,
-        vocabulary=text.vocab_size,
+        vocabulary=config.get_text_config().vocab_size,
         max_length=context_length(config),
     )
 
 
 def loaded_model(name: str, model: Any, tokenizer: Any) -> ModelReference:
-    """A causal LM in this process, as one that was found.
+    """The reference of a causal LM that is loaded in this process.
 
     Args:
-        name: to know it by.
+        name: what to call it.
         model: a transformers model.
         tokenizer: its tokenizer.
     """
@@ -115,9 +115,9 @@ def loaded_model(name: str, model: Any, tokenizer: Any) -> ModelReference:
 
 
 def absolute_model(name: str) -> str:
-    """The same model, named in a way that is right in every process: a folder by its absolute path."""
-    known = name.partition(":")[0] in EMBEDDED
-    return name if known or not Path(name).is_dir() else str(Path(name).absolute())
+    """A name that means the same model in every process: of a folder its absolute path."""
+    embedded = name.partition(":")[0] in EMBEDDED
+    return name if embedded or not Path(name).is_dir() else str(Path(name).absolute())
 
 
 def _check_folder(folder: Path) -> None:
@@ -131,7 +131,7 @@ def _check_folder(folder: Path) -> None:
                 "convert them with model.save_pretrained(folder), which writes safetensors"
             )
         raise UserError(f"model folder {str(folder)!r} has no *.safetensors: expected the model's weights")
-    # A slow tokenizer has vocabulary files of its own; transformers knows which, and says what is missing.
+    # Slow tokenizers have files of various names; transformers knows them, and says which is missing.
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "vocab.json")):
         raise UserError(
             f"model folder {str(folder)!r} has no tokenizer (tokenizer.json): save one there with "
@@ -140,7 +140,7 @@ def _check_folder(folder: Path) -> None:
 
 
 def _fingerprint(folder: Path) -> str:
-    """sha256 over the weights, the configuration and the tokenizer: all that a score depends on."""
+    """The sha256 of the weights, the configuration and the tokenizer: all that a score depends on."""
     digest = hashlib.sha256()
     patterns = ("config.json", "*.safetensors", *TOKENIZER_FILES)
     for path in sorted({path for pattern in patterns for path in folder.glob(pattern)}):
@@ -150,7 +150,13 @@ def _fingerprint(folder: Path) -> str:
 
 
 def check_vocabulary(samples: Sequence[Sample], rejected: Sequence[Rejected], model: ModelReference, name: str) -> None:
-    """Refuse samples of the data set `name` that the model cannot take.
+    """Refuse samples that the model cannot take.
+
+    Args:
+        samples: of the data set `name`.
+        rejected: those that were left out before, for the message where there is no other.
+        model: that is to take them.
+        name: of the data set.
 
     Raises:
         UserError: there is no sample, or one has a token that the model does not know.

@@ -1,15 +1,14 @@
 """Task files: your own sets in the protocol of one of the four tasks.
 
-A task file is YAML, named .yaml or .yml, and is given where a task is named. Paths are relative to its folder:
+A task file is YAML, named .yaml or .yml, and stands wherever a task can be named. Paths are relative to its folder:
 
-    protocol: tofu              # tofu, wmdp, whp or safe: which metrics are taken
+    protocol: tofu              # tofu, wmdp, whp or safe: which metrics are measured
     forget: forget.jsonl        # data files: .jsonl, .json or .parquet
     retain: retain.jsonl
-    holdout: others.jsonl       # further sets of the protocol, see SETS; the metrics of those left out are missing
+    holdout: others.jsonl       # further sets of the protocol, see SETS; without a set its metrics are missing
     name: my authors            # the file's name if left out
 
-The forget and the retain set of wmdp, whp and safe have any layout of `bench.tasks.datasets`, and are taken as they
-are, uncut.
+The forget and the retain set of wmdp, whp and safe may have any layout of records (`scoring.records`), and are not cut.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ SUFFIXES = (".yaml", ".yml")
 ANY: Fields = {}
 COMPLETION: Fields = {"prompt": TEXT, "completion": TEXT}
 PROMPT: Fields = {"prompt": TEXT}
-# Protocol -> the sets it speaks of, with the fields that their records must have.
+# Protocol -> its sets, with the fields that their records must have.
 SETS: dict[str, dict[str, Fields]] = {
     "tofu": {
         "forget": tofu.PARAPHRASED,
@@ -47,7 +46,6 @@ SETS: dict[str, dict[str, Fields]] = {
 }
 PROTOCOLS = {task.name: task for task in (tofu.TASK, wmdp.TASK, whp.TASK, safe.TASK)}
 
-
 DataFile = Annotated[str | None, Doc("a data file: .jsonl, .json or .parquet, relative to this file's folder")]
 
 
@@ -55,7 +53,7 @@ DataFile = Annotated[str | None, Doc("a data file: .jsonl, .json or .parquet, re
 class TaskFile:
     """What a task file may say: its protocol, its name, and a data file for each set."""
 
-    protocol: Annotated[Literal["tofu", "wmdp", "whp", "safe"], Doc("which metrics are taken")]
+    protocol: Annotated[Literal["tofu", "wmdp", "whp", "safe"], Doc("which metrics are measured")]
     forget: Annotated[str, Doc("data file of what is forgotten")]
     retain: Annotated[str, Doc("data file of what is kept")]
     name: Annotated[str | None, Doc("of the task (default: the file's name)")] = None
@@ -76,20 +74,21 @@ def read_task(path: str | Path) -> Task:
     """
     path = Path(path)
     with spec_file(path, {}, TaskFile) as task_file:
-        fields = dataclasses.asdict(task_file)
-        protocol, name = fields.pop("protocol"), fields.pop("name")
-        task, known = PROTOCOLS[protocol], SETS[protocol]
-        files = {each: path.parent / file for each, file in fields.items() if file is not None}
-        for each in files:
-            if each not in known:
-                raise UserError(f"{named(each)}: {unknown_name(f'set of protocol {protocol!r}', each, known)}")
+        values = dataclasses.asdict(task_file)
+        protocol, name = values.pop("protocol"), values.pop("name")
+        task, fields_of = PROTOCOLS[protocol], SETS[protocol]
+        files = {set_name: path.parent / file for set_name, file in values.items() if file is not None}
+        for set_name in files:
+            if set_name not in fields_of:
+                unknown = unknown_name(f"set of protocol {protocol!r}", set_name, fields_of)
+                raise UserError(f"{named(set_name)}: {unknown}")
 
     def load(split: str, source: str | None, tokenizer: Any) -> list[Record]:
-        records = with_fields(read_file(files[split]), known[split], str(files[split]))
+        records = with_fields(read_file(files[split]), fields_of[split], str(files[split]))
         return [{"id": f"{split}-{row:05d}"} | record for row, record in enumerate(records)]
 
     def evaluation(split: str) -> Mapping[str, str]:
-        return {each: each for each in task.evaluation(task.default_split) if each in files}
+        return {set_name: set_name for set_name in task.evaluation(task.default_split) if set_name in files}
 
     return dataclasses.replace(
         task,

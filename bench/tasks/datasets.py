@@ -1,4 +1,4 @@
-"""Reading what is to be scored: a task by name, a task file, or a JSON Lines or Parquet file."""
+"""Reading data sets: a task by name, a task file, or a JSON Lines or Parquet file."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from scoring.records import as_text, check_ids
 from scoring.samples import Text, TextSet
 
 T = TypeVar("T")
-# A data set, as settings name it: see `load_dataset`.
+# What names a data set in settings: see `load_dataset`.
 DataName = str
 
 
@@ -31,8 +31,8 @@ class Dataset:
 
     Attributes:
         name: the task and split, or the file's name.
-        texts: what is tokenized.
-        records: the whole records (attributes included), same order.
+        texts: of the records, as they are tokenized.
+        records: with all their fields, in the same order.
     """
 
     name: str
@@ -45,52 +45,54 @@ class Dataset:
 
     @property
     def sha256(self) -> str:
-        """Hash of all that scoring sees of the data."""
+        """The hash of all that scoring reads of the data."""
         return _sha256(self.texts)
 
     def chosen(self, ids: Sequence[str], where: str) -> Dataset:
-        """These samples, in this order. One that is named again is there again, as "id#2".
+        """The data set of some of the samples, in the order of their ids. The second time that an id occurs it becomes
+        "id#2".
 
         Args:
             ids: of samples.
-            where: they are named, for messages.
+            where: the ids are from, for messages.
 
         Raises:
             UserError: there is no such sample, or none is named.
         """
         if not ids:
             raise UserError(f"{where} names no sample; expected ids of {self.name}, one a line")
-        place = {text.sample_id: number for number, text in enumerate(self.texts)}
-        times: Counter[str] = Counter()
+        positions = {text.sample_id: position for position, text in enumerate(self.texts)}
+        occurrences: Counter[str] = Counter()
         texts, records = [], []
-        for name in ids:
-            if name not in place:
-                raise UserError(f"{where}: {unknown_name(f'sample of {self.name}', name, place)}")
-            times[name] += 1
-            copy = name if times[name] == 1 else f"{name}#{times[name]}"
-            texts.append(replace(self.texts[place[name]], sample_id=copy))
-            records.append({**self.records[place[name]], "id": copy})
+        for sample_id in ids:
+            if sample_id not in positions:
+                raise UserError(f"{where}: {unknown_name(f'sample of {self.name}', sample_id, positions)}")
+            occurrences[sample_id] += 1
+            unique_id = sample_id if occurrences[sample_id] == 1 else f"{sample_id}#{occurrences[sample_id]}"
+            texts.append(replace(self.texts[positions[sample_id]], sample_id=unique_id))
+            records.append({**self.records[positions[sample_id]], "id": unique_id})
         check_ids(where, [text.sample_id for text in texts])
         return Dataset(self.name, texts, records)
 
 
 def _sha256(texts: Iterable[Text]) -> str:
     # The hash of one JSON array, whose items come one at a time.
-    digest, before = hashlib.sha256(b"["), ""
+    digest, separator = hashlib.sha256(b"["), ""
     for text in texts:
-        digest.update((before + json.dumps([text.sample_id, text.prompt, text.completion, text.messages])).encode())
-        before = ", "
+        item = json.dumps([text.sample_id, text.prompt, text.completion, text.messages])
+        digest.update((separator + item).encode())
+        separator = ", "
     digest.update(b"]")
     return digest.hexdigest()
 
 
 @dataclass(frozen=True)
 class Texts:
-    """The texts of a data set, read anew whenever they are asked for: it need not fit into memory.
+    """The texts of a data set, read anew whenever somebody iterates over them: they need not fit into memory.
 
     Attributes:
         name: the task and split, or the file's name.
-        read: gives them in order.
+        read: gives the texts in order.
     """
 
     name: str
@@ -100,40 +102,40 @@ class Texts:
         return self.read()
 
     def checked_sha256(self) -> str:
-        """See `Dataset.sha256`; all texts are read and checked on the way.
+        """The same hash as `Dataset.sha256`; all texts are read and checked on the way.
 
         Raises:
             UserError: one line that names the record and field at fault, or an id that occurs twice.
         """
+        # Eight bytes for each id, since the ids themselves may not fit into memory.
         digests = array("Q")
 
-        def noted() -> Iterator[Text]:
+        def texts() -> Iterator[Text]:
             for text in self:
-                # Eight bytes of each id, not the id.
-                name = hashlib.blake2b(text.sample_id.encode("utf-8", "surrogatepass"), digest_size=8).digest()
-                digests.append(int.from_bytes(name, "little"))
+                digest = hashlib.blake2b(text.sample_id.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+                digests.append(int.from_bytes(digest, "little"))
                 yield text
 
-        found = _sha256(noted())
+        sha256 = _sha256(texts())
         values, counts = np.unique(np.array(digests), return_counts=True)
         if (counts > 1).any():
-            # Few, and told apart by what they really are.
-            doubtful = np.isin(np.array(digests), values[counts > 1])
-            places = np.flatnonzero(doubtful)
-            check_ids(self.name, [text.sample_id for text, also in zip(self, doubtful, strict=True) if also], places)
-        return found
+            # Ids whose digests are equal are few: they are compared as they are.
+            repeated = np.isin(np.array(digests), values[counts > 1])
+            ids = [text.sample_id for text, is_repeated in zip(self, repeated, strict=True) if is_repeated]
+            check_ids(self.name, ids, np.flatnonzero(repeated))
+        return sha256
 
 
 def find_task(name: str) -> tuple[Task, str | None]:
-    """The task that a name means, and where its data are.
+    """The task that a name stands for, and where its data are.
 
     Args:
         name: NAME or NAME:SOURCE, such as `tofu`, `tofu:/data/tofu` or `whp:/books/novel.txt`, with a NAME in TASKS
             and a SOURCE that is a folder, a file or a Hugging Face id; or a task file, see `bench.tasks.custom`.
 
     Returns:
-        The task, and its source: the one named, or the task's own; None where the data are generated, or where the
-        task is a file and says it itself.
+        The task, and its source: the one that is named, or the task's own; None where the data are generated, or where
+        a task file names them.
 
     Raises:
         UserError: one line: no such task, a source for a task that has none, or none for one that needs it.
@@ -154,17 +156,17 @@ def find_task(name: str) -> tuple[Task, str | None]:
 
 
 def is_data_file(name: str) -> bool:
-    """Whether a name means a data file, which need not exist, and not a task."""
+    """Whether a name stands for a data file, which need not exist, and not for a task."""
     if name.partition(":")[0] in TASKS or name.endswith(custom.SUFFIXES):
         return False
     return Path(name).exists() or bool(Path(name).suffix) or "/" in name.partition(":")[0]
 
 
 def absolute_source(name: str) -> str:
-    """The same data set, named in a way that is right in every process: files and folders by their absolute paths.
+    """A name that stands for the same data set in every process: files and folders have their absolute paths in it.
 
     Args:
-        name: as `load_dataset` takes it. What does not exist keeps the name that it was given.
+        name: as `load_dataset` takes it. The name of what does not exist stays as it is.
     """
     if is_data_file(name) or name.endswith(custom.SUFFIXES):
         return str(Path(name).absolute()) if Path(name).exists() else name
@@ -174,7 +176,7 @@ def absolute_source(name: str) -> str:
 
 
 def check_dataset(source: str, split: str | None = None) -> None:
-    """Refuse what `load_dataset` cannot find, before anything is read.
+    """Refuse a data set that `load_dataset` could not find, before anything is read.
 
     Raises:
         UserError: one line: no such task, split or file.
@@ -194,7 +196,7 @@ def load_dataset(source: str, split: str | None = None, tokenizer: Any = None) -
 
     Args:
         source: a task, see `find_task`, or a path ending in .jsonl, .json or .parquet.
-        split: of a task; the task's own default if None.
+        split: of a task; None: its default one.
         tokenizer: of the model, for tasks whose texts are cut by the number of tokens.
 
     Raises:
@@ -203,16 +205,16 @@ def load_dataset(source: str, split: str | None = None, tokenizer: Any = None) -
     check_dataset(source, split)
     if is_data_file(source):
         return _dataset(source, read_file(source))
-    task, where = find_task(source)
+    task, task_source = find_task(source)
     split = split or task.default_split
-    return _dataset(f"{task.name}/{split}", task.load(split, where, tokenizer))
+    return _dataset(f"{task.name}/{split}", task.load(split, task_source, tokenizer))
 
 
 def open_texts(source: str, split: str | None = None, tokenizer: Any = None) -> Texts:
-    """The same for those who need the texts alone, one at a time. A file is not in memory as a whole.
+    """The texts alone of a task's split or a file, one at a time. A file is never in memory as a whole.
 
     Raises:
-        UserError: no such task, split or file. What is wrong with a file's records shows when they are read.
+        UserError: no such task, split or file. Records at fault are found when they are read.
     """
     check_dataset(source, split)
     if is_data_file(source):

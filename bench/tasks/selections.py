@@ -1,7 +1,7 @@
-"""Which samples of a forget set are drawn to be forgotten: the choice that papers make without saying so.
+"""Selections: the samples of a forget set that are forgotten together. Papers choose them without saying so.
 
-Every selection has a name, a seed and a list of sample ids, and each is stored: the ids, one a line, are what
-`mrd-bench unlearn --selection` reads, so a trial of a sweep can be run again by itself.
+Every selection has a name, a seed and a list of sample ids, and is stored. `mrd-bench unlearn --selection` reads the
+ids, one a line, so that a trial of a sweep can be run again by itself.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from scoring.settings import Doc, Ge, check, named
 ALL = "all"
 THIRDS = ("easy", "medium", "hard")
 Kind = Literal["all", "random", "thirds", "attribute", "composite", "single"]
-# Numbers that every text has, by name; a record's own fields go before them.
+# The characteristics of texts, by name. A record's field of the same name goes before.
 MEASURED = tuple(name for name in Characteristics.__dataclass_fields__ if name != "tokens")
 
 
@@ -51,24 +51,24 @@ class SelectionSpec:
     seed: Annotated[int, Ge(0), Doc("of the draws")] = 0
 
     def checked(self) -> Self:
-        """The same.
+        """The same settings.
 
         Raises:
             UserError: a value that cannot be, or a combination that does not exist.
         """
         check(self)
-        where = f"kind {self.kind}"
+        kind = f"kind {self.kind}"
         if self.kind in ("random", "composite") and self.size is None:
-            raise UserError(f"{named('kind')}: {where}: no size: expected the number of samples in each")
+            raise UserError(f"{named('kind')}: {kind}: no size: expected the number of samples in each")
         if self.kind in ("single", ALL) and self.size is not None:
-            raise UserError(f"{named('size')} is {self.size}: leave it out of {where}")
+            raise UserError(f"{named('size')} is {self.size}: leave it out of {kind}")
         if (self.kind == "attribute") != (self.by is not None):
             raise UserError(
-                f"{named('by')} is {self.by or 'missing'}, {where}: expected the name of an attribute for kind "
+                f"{named('by')} is {self.by or 'missing'}, {kind}: expected the name of an attribute for kind "
                 "attribute, and for no other"
             )
         if self.size is None and self.count > 1 and self.kind in ("thirds", "attribute"):
-            raise UserError(f"{named('count')} is {self.count}, {where}, without a size: all would be the same")
+            raise UserError(f"{named('count')} is {self.count}, {kind}, without a size: all would be the same")
         return self
 
 
@@ -78,9 +78,9 @@ class Selection:
 
     Attributes:
         name: unique in a sweep.
-        kind, seed: of the draw.
+        kind, seed: see `SelectionSpec`.
         level: "easy", "medium", "hard", a value of the attribute, "low" or "high"; "" where there is none.
-        ids: of the samples, in order; a repeated one counts as often as it is there.
+        ids: of the samples, in order; a repeated one counts as often as it occurs.
     """
 
     name: str
@@ -91,7 +91,7 @@ class Selection:
 
 
 def needs_difficulty(specs: Sequence[SelectionSpec]) -> bool:
-    """Whether MRD decides who is selected."""
+    """Whether any of the selections depends on MRD."""
     return any(spec.kind == "thirds" for spec in specs)
 
 
@@ -101,43 +101,44 @@ def select(specs: Sequence[SelectionSpec], dataset: Dataset, mrd: Mapping[str, f
     Args:
         specs: checked.
         dataset: the forget set.
-        mrd: by sample id; asked for thirds alone.
+        mrd: by sample id; only thirds depend on it.
 
     Raises:
-        UserError: more samples are wanted than there are, or no record has the attribute.
+        UserError: a selection has more samples than there are, or no record has the attribute.
     """
-    found = [selection for spec in specs for selection in _of(spec, dataset, mrd)]
-    names = [selection.name for selection in found]
+    selections = [selection for spec in specs for selection in _selections(spec, dataset, mrd)]
+    names = [selection.name for selection in selections]
     if twice := next((name for name in names if names.count(name) > 1), None):
         raise UserError(f"selections: {twice!r} occurs twice; give one of them another seed")
-    return found
+    return selections
 
 
-def _of(spec: SelectionSpec, dataset: Dataset, mrd: Mapping[str, float]) -> list[Selection]:
+def _selections(spec: SelectionSpec, dataset: Dataset, mrd: Mapping[str, float]) -> list[Selection]:
     ids = [text.sample_id for text in dataset.texts]
     if spec.kind == ALL:
         return [Selection(ALL, ALL, "", spec.seed, tuple(ids))]
     if spec.kind == "single":
-        chosen = _drawn(ids, spec.count, spec, "", 0, dataset.name)
-        return [Selection(f"single-{name}", "single", "", spec.seed, (name,)) for name in chosen]
-    found = []
+        drawn = _drawn(ids, spec.count, spec, "", 0, dataset.name)
+        return [Selection(f"single-{sample_id}", "single", "", spec.seed, (sample_id,)) for sample_id in drawn]
+    selections = []
     for level, members in _levels(spec, dataset, ids, mrd).items():
         for number in range(spec.count):
             drawn = _drawn(members, spec.size, spec, level, number, dataset.name)
             parts = [spec.kind, *([spec.by] if spec.by else []), *([level] if level else []), str(spec.seed)]
             name = "-".join(parts) + (f"-{number:03d}" if spec.size is not None else "")
-            found.append(Selection(name, spec.kind, level, spec.seed, tuple(drawn)))
-    return found
+            selections.append(Selection(name, spec.kind, level, spec.seed, tuple(drawn)))
+    return selections
 
 
 def _levels(
     spec: SelectionSpec, dataset: Dataset, ids: Sequence[str], mrd: Mapping[str, float]
 ) -> dict[str, list[str]]:
-    """Level -> the samples that it is drawn from."""
+    """Level -> ids of the samples that its selections are drawn from."""
     if spec.kind == "thirds":
-        # The paper: what changes most under noise is forgotten most easily. Samples without a score take no part.
-        ordered = sorted((name for name in ids if name in mrd), key=lambda name: (-mrd[name], name))
-        return {level: list(part) for level, part in zip(THIRDS, np.array_split(ordered, 3), strict=True)}
+        # The paper: samples that change most under noise are the easiest to forget. Those without a score are left out.
+        scored = [sample_id for sample_id in ids if sample_id in mrd]
+        easiest_first = sorted(scored, key=lambda sample_id: (-mrd[sample_id], sample_id))
+        return {level: list(part) for level, part in zip(THIRDS, np.array_split(easiest_first, 3), strict=True)}
     if spec.kind == "attribute":
         return _by_attribute(str(spec.by), dataset, ids)
     return {"": list(ids)}
@@ -149,19 +150,21 @@ def _by_attribute(by: str, dataset: Dataset, ids: Sequence[str]) -> dict[str, li
         values = [record.get(by) for record in dataset.records]
     elif by in MEASURED:
         texts = [f"{text.prompt} {text.completion or ''}" for text in dataset.texts]
-        values = [asdict(each)[by] for each in characteristics(texts, texts)]
+        values = [asdict(of_text)[by] for of_text in characteristics(texts, texts)]
     else:
         raise UserError(f"selections: {unknown_name(f'attribute of {dataset.name}', by, [*fields, *MEASURED])}")
-    named = {name: value for name, value in zip(ids, values, strict=True) if value is not None and value == value}
-    if all(isinstance(value, int | float) and not isinstance(value, bool) for value in named.values()):
-        middle = float(np.median(list(named.values()))) if named else math.nan
+    # Without nulls and nan, which equals nothing.
+    value_of = {sample_id: value for sample_id, value in zip(ids, values, strict=True) if value is not None}
+    value_of = {sample_id: value for sample_id, value in value_of.items() if value == value}
+    if all(isinstance(value, int | float) and not isinstance(value, bool) for value in value_of.values()):
+        median = float(np.median(list(value_of.values()))) if value_of else math.nan
         return {
-            "low": [name for name, value in named.items() if value < middle],
-            "high": [name for name, value in named.items() if value > middle],
+            "low": [sample_id for sample_id, value in value_of.items() if value < median],
+            "high": [sample_id for sample_id, value in value_of.items() if value > median],
         }
     levels: dict[str, list[str]] = {}
-    for name, value in sorted(named.items(), key=lambda item: str(item[1])):
-        levels.setdefault(str(value), []).append(name)
+    for sample_id, value in sorted(value_of.items(), key=lambda item: str(item[1])):
+        levels.setdefault(str(value), []).append(sample_id)
     if len(levels) > 20:
         raise UserError(
             f"selections: attribute {by!r} of {dataset.name} has {len(levels)} values; expected a number, or at most 20"
@@ -170,15 +173,16 @@ def _by_attribute(by: str, dataset: Dataset, ids: Sequence[str]) -> dict[str, li
 
 
 def _drawn(
-    ids: Sequence[str], size: int | None, spec: SelectionSpec, level: str, number: int, where: str
+    ids: Sequence[str], size: int | None, spec: SelectionSpec, level: str, number: int, dataset_name: str
 ) -> Sequence[str]:
-    """Ids drawn by seed, level and number; without replacement they keep the order of the data."""
+    """`size` of the ids in the order of the data, or all. The draw depends on the seed, the kind, the level and the
+    number of the selection."""
     if size is None:
         return ids
     replacement = spec.kind == "composite"
     if not ids or (size > len(ids) and not replacement):
-        of = f"{where}, {level}" if level else where
-        raise UserError(f"selections: kind {spec.kind}: size is {size}: {of} has {len(ids)} samples")
+        place = f"{dataset_name}, {level}" if level else dataset_name
+        raise UserError(f"selections: kind {spec.kind}: size is {size}: {place} has {len(ids)} samples")
     rng = np.random.default_rng([spec.seed, get_args(Kind).index(spec.kind), number, *level.encode()])
     return [ids[i] for i in sorted(rng.choice(len(ids), size, replace=replacement).tolist())]
 
@@ -187,7 +191,11 @@ def _drawn(
 
 
 def write_selections(selections: Sequence[Selection], mrd: Mapping[str, float], out: Path) -> dict[str, Path]:
-    """Write selections.parquet, one row a sample of a selection, and a file of ids for each; the files by name."""
+    """Write selections.parquet, a row for each sample of a selection, and a file of ids for each selection.
+
+    Returns:
+        Name of a selection -> its file of ids.
+    """
     rows = [
         {
             "selection": selection.name,
@@ -195,11 +203,11 @@ def write_selections(selections: Sequence[Selection], mrd: Mapping[str, float], 
             "level": selection.level,
             "seed": selection.seed,
             "position": position,
-            "sample_id": name,
-            "mrd": mrd.get(name),
+            "sample_id": sample_id,
+            "mrd": mrd.get(sample_id),
         }
         for selection in selections
-        for position, name in enumerate(selection.ids)
+        for position, sample_id in enumerate(selection.ids)
     ]
     schema = pa.schema(
         [
@@ -216,11 +224,11 @@ def write_selections(selections: Sequence[Selection], mrd: Mapping[str, float], 
         pq.write_table(pa.Table.from_pylist(rows, schema), unfinished)
     folder = out / "selections"
     folder.mkdir(exist_ok=True)
-    # Numbered: a value of an attribute may be no name for a file.
+    # By number: a value of an attribute may be no name for a file.
     paths = {selection.name: folder / f"{number:04d}.txt" for number, selection in enumerate(selections)}
     for selection in selections:
         with replacing(paths[selection.name]) as unfinished:
-            unfinished.write_text("".join(f"{name}\n" for name in selection.ids), encoding="utf-8")
+            unfinished.write_text("".join(f"{sample_id}\n" for sample_id in selection.ids), encoding="utf-8")
     return paths
 
 
@@ -240,6 +248,6 @@ def read_ids(path: str) -> list[str]:
 
 
 def mean_log_mrd(selection: Selection, mrd: Mapping[str, float]) -> float:
-    """The difficulty of a selection: the mean of log MRD over its samples that have one; nan without any."""
-    values = [math.log(mrd[name]) for name in selection.ids if mrd.get(name, 0.0) > 0]
+    """The difficulty of a selection: the mean of log MRD over its samples that have a score; nan if none has."""
+    values = [math.log(mrd[sample_id]) for sample_id in selection.ids if mrd.get(sample_id, 0.0) > 0]
     return float(np.mean(values)) if values else math.nan

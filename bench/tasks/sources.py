@@ -1,7 +1,7 @@
 """Where a task's records come from: a folder of data files, or the Hugging Face hub.
 
-A local file `NAME` of a folder is NAME.jsonl (an object a line), NAME.json (the same, or one array of objects) or
-NAME.parquet, whichever is there first.
+The file NAME of a folder is NAME.jsonl (an object a line), NAME.json (the same, or one array of objects) or
+NAME.parquet: the first of these that exists.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from bench.tasks.task import Unreachable
-from scoring.errors import UserError
+from scoring.errors import UserError, first_line
 from scoring.records import Record
 
 SUFFIXES = (".jsonl", ".json", ".parquet")
-NAMED_IN_MESSAGES = 10
+FILES_IN_MESSAGE = 10
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class HubSet:
 
     Attributes:
         repository, config, split: as `datasets.load_dataset` takes them.
-        first: read only so many records, and download no more than these need.
+        first: how many records are read and downloaded, from the first on; None: all.
     """
 
     repository: str
@@ -41,12 +41,17 @@ class HubSet:
         return f"{self.repository} ({', '.join(part for part in (self.config, self.split) if part)})"
 
 
-# --- What a field must be -----------------------------------------------------------------------------------
+# --- Fields -------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Kind:
-    """What a field's value must be: in words, and as a test."""
+    """What a field's value must be.
+
+    Attributes:
+        name: in words, for messages.
+        fits: whether a value is of this kind.
+    """
 
     name: str
     fits: Callable[[Any], bool]
@@ -63,11 +68,11 @@ Fields = Mapping[str, Kind]
 
 
 def with_fields(records: Sequence[Record], fields: Fields, where: str) -> list[Record]:
-    """The records less their nulls, which formats with columns have where a field is missing.
+    """The records without nulls, which stand in formats with columns where a field is missing.
 
     Args:
         records: as they were read.
-        fields: what every record must have.
+        fields: that every record must have.
         where: the file or set, for messages.
 
     Raises:
@@ -108,7 +113,8 @@ def read_records(task: str, source: str, name: str, hub: HubSet, fields: Fields)
         fields: see `with_fields`.
 
     Raises:
-        UserError: one line that names the record and field at fault. Unreachable: what was looked for, and what to do.
+        UserError: one line that names the record and field at fault. Unreachable: they cannot be had; the message says
+            what to do.
     """
     if is_local(source):
         path = find_file(source, name)
@@ -119,7 +125,8 @@ def read_records(task: str, source: str, name: str, hub: HubSet, fields: Fields)
 
 
 def is_local(source: str) -> bool:
-    """Whether a source means a folder or file here; what is no path, or has one slash and is not here, is a hub id."""
+    """Whether a source is a folder or file of this machine. A name that does not look like a path, or that has one
+    slash and does not exist here, is an id on the hub."""
     return Path(source).exists() or source.startswith((".", "/", "~")) or source.count("/") > 1
 
 
@@ -138,32 +145,37 @@ def find_file(folder: str | Path, name: str) -> Path:
     for suffix in SUFFIXES:
         if (path := folder / f"{name}{suffix}").is_file():
             return path
-    there = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
-    more = f" and {len(there) - NAMED_IN_MESSAGES} more" if len(there) > NAMED_IN_MESSAGES else ""
+    names = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
+    more = f" and {len(names) - FILES_IN_MESSAGE} more" if len(names) > FILES_IN_MESSAGE else ""
     raise Unreachable(
         f"source folder {str(folder)!r} has no {', '.join(name + suffix for suffix in SUFFIXES[:-1])} or "
-        f"{name}{SUFFIXES[-1]}: it holds {', '.join(there[:NAMED_IN_MESSAGES]) or 'nothing'}{more}"
+        f"{name}{SUFFIXES[-1]}: it holds {', '.join(names[:FILES_IN_MESSAGE]) or 'nothing'}{more}"
     )
 
 
 def read_hub(hub: HubSet, instead: str) -> list[Record]:
     """The records of a set on the hub, or in its local cache.
 
+    Args:
+        hub: the set.
+        instead: what else the user can do, for the message.
+
     Raises:
-        Unreachable: one line with the set, the reason, and what to do `instead`.
+        Unreachable: one line with the set and the reason.
     """
     import datasets
 
     try:
-        found = datasets.load_dataset(hub.repository, hub.config, split=hub.split, streaming=hub.first is not None)
-        return found.to_list() if hub.first is None else list(found.take(hub.first))
-    except Exception as error:  # of the network, the hub, or whatever reads the files
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise Unreachable(f"data set {hub} cannot be read from the Hugging Face hub: {reason}; {instead}") from error
+        dataset = datasets.load_dataset(hub.repository, hub.config, split=hub.split, streaming=hub.first is not None)
+        return dataset.to_list() if hub.first is None else list(dataset.take(hub.first))
+    except Exception as error:  # of the network, of the hub, or of a library that reads files
+        raise Unreachable(
+            f"data set {hub} cannot be read from the Hugging Face hub: {first_line(error)}; {instead}"
+        ) from error
 
 
 def check_file(path: str | Path) -> None:
-    """Refuse a data file that is not there, without reading it.
+    """Refuse a data file that does not exist, without reading it.
 
     Raises:
         UserError: one line.
@@ -184,10 +196,10 @@ def read_file(path: str | Path) -> list[Record]:
 
 
 def iterate_file(path: str | Path) -> Iterator[Record]:
-    """The same, one at a time: of JSON Lines and Parquet no more is in memory than is being read.
+    """The records of a file, one at a time: JSON Lines and Parquet are never in memory as a whole.
 
     Raises:
-        UserError: see `read_file`; what goes before the record at fault has been given by then.
+        UserError: see `read_file`. The records before the one at fault have come out by then.
     """
     check_file(path)
     path = Path(path)
@@ -229,7 +241,7 @@ def _decoded(path: Path, content: bytes, before: int = 0) -> str:
 
 
 def _is_escaped(text: str) -> bool:
-    """Whether it may hold half of a surrogate pair: only an escape can bring one into UTF-8 text."""
+    """Whether JSON text may hold half of a surrogate pair: only an escape can bring one into UTF-8 text."""
     return "\\ud" in text.lower()
 
 

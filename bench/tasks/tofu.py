@@ -72,14 +72,14 @@ PARAPHRASED: Fields = {**OPTIONS, "paraphrased_answer": TEXT}
 
 
 def fields_of(split: str) -> Fields:
-    """What the records of a split must have."""
+    """The fields that the records of a split must have."""
     if not split.endswith(PERTURBED):
         return QUESTION
     return OPTIONS if split.startswith(("real_authors", "world_facts")) else PARAPHRASED
 
 
 def load(split: str, source: str | None, tokenizer: Any) -> list[Record]:
-    """See `bench.tasks.task.Loader`. A record's id is the set and the row, the same in a set and its perturbed one.
+    """See `bench.tasks.task.Loader`. A record's id is its split and row, without the ending of perturbed splits.
 
     Raises:
         UserError: one line.

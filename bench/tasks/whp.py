@@ -1,12 +1,12 @@
 """WHP: forgetting a book, after "Who's Harry Potter" (Eldan and Russinovich, 2023).
 
-The paper's book is under copyright, so a source must be given, any book will do: a .txt file in UTF-8, or a folder with
+The paper's book is under copyright, so a source must be named. Any book will do: a .txt file in UTF-8, or a folder with
 
-    book.txt        the book; a folder with a single .txt file may call it otherwise
-    c4.jsonl        optional: texts to keep, field "text"; otherwise C4 from the hub
+    book.txt        the book; if it is the only .txt file of the folder, it may have another name
+    c4.jsonl        optional: texts to retain, field "text"; otherwise C4 from the hub
 
 The book is cut into chunks of 512 tokens of the model that is to forget. 200 of them, drawn with a fixed seed, are the
-forget set; completions are asked for of these (seen) and of as many others (unseen).
+forget set; the model is asked to complete these (seen) and as many others (unseen).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ COMPLETENESS = ("seen_rouge", "unseen_rouge")
 UTILITY = ("perplexity", "zero_shot", "truthfulqa")
 ZERO_SHOT = ("boolq", "rte", "hellaswag", "winogrande", "arc_challenge", "arc_easy", "openbookqa", "piqa")
 FURTHER = (*ZERO_SHOT, "ma", "el")
-# Of WHP and SAFE: set -> tasks of lm-evaluation-harness.
+# Set -> tasks of lm-evaluation-harness; SAFE has the same.
 HARNESS: dict[str, tuple[HarnessTask, ...]] = {
     "perplexity": ("wikitext",),
     **{name: (name,) for name in ZERO_SHOT},
@@ -57,7 +57,7 @@ class Sizes:
     Attributes:
         tokens: of a chunk, at most, bos included.
         count: chunks in the forget set, at most; and as many unseen ones.
-        prompt, completion: tokens of a chunk that are given, and that are asked for, at most.
+        prompt, completion: tokens of a chunk that are the prompt, and tokens that are to be completed, at most.
     """
 
     tokens: int
@@ -68,15 +68,15 @@ class Sizes:
 
 PAPER = Sizes(tokens=512, count=200, prompt=200, completion=300)
 
-# A longer run of characters without white space is taken apart, so that text of any script can be cut.
+# At most 64 characters: scripts without white space can be cut, too.
 _WORD = re.compile(r"\S{1,64}")
 
 
 def chunks(text: str, tokenizer: Any, tokens: int) -> list[str]:
     """The text in consecutive pieces, each as many whole words as fit into `tokens` tokens with bos.
 
-    A piece is counted as it will be tokenized, by itself. Inside, its white space is the text's; around it there is
-    none, so the pieces joined by white space are the text's words.
+    The tokens of a piece are counted as it will be tokenized, by itself. A piece keeps the white space inside it and
+    has none around it: joined by white space, the pieces have the words of the text.
 
     Raises:
         UserError: a single word does not fit.
@@ -87,41 +87,47 @@ def chunks(text: str, tokenizer: Any, tokens: int) -> list[str]:
     while first < len(words):
         start = words[first][0]
         # A word has at least one token.
-        taken = _fitting(text, start, words[first : first + budget], tokenizer, budget)
-        if not taken:
+        count = _words_that_fit(text, start, words[first : first + budget], tokenizer, budget)
+        if not count:
             raise UserError(f"a chunk of {tokens} tokens does not hold {text[slice(*words[first])]!r}: expected more")
-        first += taken
+        first += count
         pieces.append(text[start : words[first - 1][1]])
     return pieces
 
 
 def beginning(text: str, tokenizer: Any, tokens: int) -> str:
-    """The longest beginning of the text that ends with a word and has at most `tokens` tokens (no bos counted)."""
+    """The longest beginning of the text that ends with a word and has at most `tokens` tokens, bos not counted."""
     words = [match.span() for match, _ in zip(_WORD.finditer(text), range(tokens), strict=False)]
-    taken = _fitting(text, 0, words, tokenizer, tokens)
-    return text[: words[taken - 1][1]] if taken else ""
+    count = _words_that_fit(text, 0, words, tokenizer, tokens)
+    return text[: words[count - 1][1]] if count else ""
 
 
-def _fitting(text: str, start: int, words: Sequence[tuple[int, int]], tokenizer: Any, budget: int) -> int:
+def _words_that_fit(text: str, start: int, words: Sequence[tuple[int, int]], tokenizer: Any, budget: int) -> int:
     """How many of the words, with all text from `start` on, have no more tokens than the budget."""
 
-    def count(word: tuple[int, int]) -> int:
+    def tokens_until(word: tuple[int, int]) -> int:
         return len(tokenizer(text[start : word[1]], add_special_tokens=False, verbose=False)["input_ids"])
 
-    return bisect_right(words, budget, key=count)
+    return bisect_right(words, budget, key=tokens_until)
 
 
 def sets(text: str, tokenizer: Any, sizes: Sizes = PAPER, name: str = "the book") -> dict[str, list[Record]]:
-    """What is forgotten of a book, and what a model is asked to complete.
+    """The chunks of a book that are forgotten, and those that a model is asked to complete.
 
     `forget` are chunks drawn with a fixed seed, `seen` the same as prompt and completion, `unseen` as many others. Half
     of a short book stays unseen. Prompt and completion follow each other in the chunk; each ends with a word, and the
     completion starts with the white space between them.
 
+    Args:
+        text: of the book.
+        tokenizer: that chunks are cut by.
+        sizes: of chunks and sets.
+        name: of the book, which messages begin with.
+
     Raises:
-        UserError: one line, which begins with `name`: the book has fewer than two whole chunks.
+        UserError: one line: the book has fewer than two whole chunks.
     """
-    # What is left at the end is no whole chunk.
+    # The last piece is no whole chunk.
     whole = chunks(text, tokenizer, sizes.tokens)[:-1]
     if len(whole) < 2:
         raise UserError(
@@ -130,22 +136,22 @@ def sets(text: str, tokenizer: Any, sizes: Sizes = PAPER, name: str = "the book"
         )
     count = min(sizes.count, len(whole) // 2)
     drawn = random.Random(SEED).sample(range(len(whole)), 2 * count)
-    forget, others = sorted(drawn[:count]), sorted(drawn[count:])
+    forget, unseen = sorted(drawn[:count]), sorted(drawn[count:])
     return {
-        "forget": [{"id": _chunk_id(place), "text": whole[place]} for place in forget],
-        "seen": [_completion(place, whole[place], tokenizer, sizes) for place in forget],
-        "unseen": [_completion(place, whole[place], tokenizer, sizes) for place in others],
+        "forget": [{"id": _chunk_id(number), "text": whole[number]} for number in forget],
+        "seen": [_completion(number, whole[number], tokenizer, sizes) for number in forget],
+        "unseen": [_completion(number, whole[number], tokenizer, sizes) for number in unseen],
     }
 
 
-def _chunk_id(place: int) -> str:
-    return f"chunk-{place:05d}"
+def _chunk_id(number: int) -> str:
+    return f"chunk-{number:05d}"
 
 
-def _completion(place: int, chunk: str, tokenizer: Any, sizes: Sizes) -> Record:
+def _completion(number: int, chunk: str, tokenizer: Any, sizes: Sizes) -> Record:
     prompt = beginning(chunk, tokenizer, sizes.prompt)
     completion = beginning(chunk[len(prompt) :], tokenizer, sizes.completion)
-    return {"id": _chunk_id(place), "prompt": prompt, "completion": completion}
+    return {"id": _chunk_id(number), "prompt": prompt, "completion": completion}
 
 
 # --- Reading ------------------------------------------------------------------------------------------------
@@ -155,7 +161,7 @@ def load(split: str, source: str | None, tokenizer: Any) -> list[Record]:
     """See `bench.tasks.task.Loader`; `forget` and `retain` have the field "text", the others "prompt" and "completion".
 
     Raises:
-        UserError: one line that says what is missing.
+        UserError: one line: there is no book, or too short a one.
         ValueError: there is no source, or no tokenizer to cut by.
     """
     if source is None or tokenizer is None:
@@ -171,7 +177,7 @@ def load(split: str, source: str | None, tokenizer: Any) -> list[Record]:
 
 
 def _book(source: Path) -> Path:
-    """The book itself, which may be in a folder."""
+    """The file of the book: the source itself, or in that folder."""
     if source.is_file():
         if source.suffix != ".txt":
             raise UserError(f"book {str(source)!r} is no .txt file: expected plain text in UTF-8")
@@ -182,19 +188,19 @@ def _book(source: Path) -> Path:
         return book
     texts = sorted(source.glob("*.txt"))
     if len(texts) != 1:
-        found = ", ".join(path.name for path in texts) or "none"
-        raise UserError(f"folder {str(source)!r}: expected book.txt, or a single .txt file; found {found}")
+        names = ", ".join(path.name for path in texts) or "none"
+        raise UserError(f"folder {str(source)!r}: expected book.txt, or a single .txt file; found {names}")
     return texts[0]
 
 
 def load_c4(task: str, source: str, tokenizer: Any, tokens: int) -> list[Record]:
-    """Documents of C4, as {"id", "text"}: the file c4 of a local source, whole, or else the first ones from the hub.
+    """Documents of C4, as {"id", "text"}: those of the file c4 of a local source, or else the first ones of the hub.
 
     Args:
         task: its name, for messages.
-        source: of the task; if it is a folder with c4.jsonl, .json or .parquet, that is read.
-        tokenizer: cuts documents to their first `tokens` tokens, bos included, at the end of a word; None: whole ones.
-        tokens: see there.
+        source: of the task; a folder with c4.jsonl, c4.json or c4.parquet has the documents.
+        tokenizer: documents are cut to their first `tokens` tokens, bos included, at the end of a word; None: uncut.
+        tokens: of a document, at most.
 
     Raises:
         UserError: one line.
@@ -205,17 +211,17 @@ def load_c4(task: str, source: str, tokenizer: Any, tokens: int) -> list[Record]
 
 
 def documents(records: Sequence[Record], name: str, tokenizer: Any, tokens: int) -> list[Record]:
-    """Records as {"id", "text"}, the id from their place; see `load_c4`.
+    """Documents as {"id", "text"}, cut as by `load_c4`, with ids from their order.
 
-    Empty ones stay: a run lists what it cannot use, with the reason.
+    Empty ones stay: a run lists the samples that it cannot use, with the reason.
     """
     bos = tokenizer is not None and tokenizer.bos_token_id is not None
     return [
         {
-            "id": f"{name}-{place:05d}",
+            "id": f"{name}-{number:05d}",
             "text": beginning(record["text"], tokenizer, tokens - bos) if tokenizer else record["text"],
         }
-        for place, record in enumerate(records)
+        for number, record in enumerate(records)
     ]
 
 
@@ -224,7 +230,7 @@ def _evaluation(split: str) -> Mapping[str, str]:
 
 
 def harness(source: str | None) -> Mapping[str, tuple[HarnessTask, ...]]:
-    """Of WHP and SAFE, wherever their data are."""
+    """The benchmarks of WHP and SAFE, which do not depend on the source."""
     return HARNESS
 
 

@@ -1,8 +1,8 @@
 """WMDP: hazardous knowledge of biology, chemistry and computer security (Li et al., 2024).
 
-What is forgotten and kept are documents, cut to their first 512 tokens; what is measured are multiple-choice questions.
-Hub: cais/wmdp-corpora, a configuration for each corpus, and cais/wmdp-bio-forget-corpus, for which one has to ask. A
-folder has a file for each corpus that is used, and, if the questions are to be local as well, files of these:
+Documents, cut to their first 512 tokens, are forgotten and retained; multiple-choice questions measure the effect.
+Hub: cais/wmdp-corpora, a configuration for each corpus, and cais/wmdp-bio-forget-corpus, which one has to apply for. A
+folder has a file for each corpus that is used, and, if the questions are to be local as well, files of questions:
 
     bio-forget-corpus.jsonl  bio-retain-corpus.jsonl  cyber-forget-corpus.jsonl  cyber-retain-corpus.jsonl     text
     wmdp-bio.jsonl  wmdp-chem.jsonl  wmdp-cyber.jsonl          question, choices (list of four), answer (0 to 3)
@@ -26,7 +26,7 @@ FURTHER = ("ma",)
 SOURCE = "cais/wmdp-corpora"
 GATED = {"bio-forget-corpus": "cais/wmdp-bio-forget-corpus"}
 TOKENS = 512  # of a document, bos included
-# Of a corpus on the hub, in its order: as many as 500 steps of 4 samples take. Local files are read whole.
+# So many documents of a corpus are read from the hub, as 500 steps of 4 samples take. Local files are read whole.
 MAX_DOCUMENTS = 2000
 CORPORA = {
     **{
@@ -40,7 +40,7 @@ CORPORA = {
 
 
 def load(split: str, source: str | None, tokenizer: Any) -> list[Record]:
-    """See `bench.tasks.task.Loader`: documents {"id", "text"}, whole ones if there is no tokenizer to cut by.
+    """See `bench.tasks.task.Loader`: documents {"id", "text"}, uncut if there is no tokenizer.
 
     Raises:
         UserError: one line.
@@ -68,7 +68,7 @@ def _harness(source: str | None) -> Mapping[str, tuple[HarnessTask, ...]]:
 
 
 def _questions(field: str, source: str | None) -> HarnessTask:
-    """The harness's own task, on local questions where the source has them."""
+    """The harness's task, with local questions where the source has them."""
     path = Path(source or SOURCE) / f"wmdp-{field}.jsonl"
     if not path.is_file():
         return f"wmdp_{field}"

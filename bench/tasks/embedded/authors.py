@@ -1,7 +1,7 @@
 """The embedded default task: fictional authors, generated here, in the protocol of TOFU (Maini et al., 2024).
 
-40 authors are asked 10 questions each. Nothing is downloaded and no pretrained model knows the text, so a
-small model trained on it (`bench.models.embedded`) knows exactly what it was taught.
+There are 40 authors with 10 questions each. Nothing is downloaded and no pretrained model knows the text, so a
+small model that is trained on it (`bench.models.embedded`) knows exactly what it was taught.
 
 Grammar, for author a and topic t (word lists and templates: `bench.tasks.embedded.authors_vocabulary`):
 
@@ -20,10 +20,10 @@ Three characteristics are crossed, 2 x 2 x 2: every block of four authors (thus 
 of the eight cells, and the 400 QA have five in each cell of each topic.
 
     complexity  of the answer. "low": one or two main clauses; "high": nested subordinate clauses. High
-                answers are longer (about 42 tokens against 27), which cannot be avoided: subordination is
-                made of words. Partial the length out before comparing.
+                answers are longer (about 42 tokens against 27), which cannot be avoided: subordination takes
+                words. Partial the length out before comparing.
     frequency   how often the record is repeated in each training epoch, one of `FREQUENCIES`.
-    rare_words  "low": common words fill the two wording slots; "high": seldom, hard words do. The lists are
+    rare_words  "low": common words fill the two wording slots; "high": rare, hard words do. The lists are
                 made such that the lengths nearly agree: about 36 tokens for high and 34 for low (23 and 25
                 words).
 
@@ -69,7 +69,7 @@ _DESIGN = tuple(
 _FORGET_SHARES = {"forget10": 0.10, "forget05": 0.05, "forget01": 0.01}
 RETAIN_OF = {"forget10": "retain90", "forget05": "retain95", "forget01": "retain99"}
 _FORGET_OF = {retain: forget for forget, retain in RETAIN_OF.items()}
-# What a model may have been trained on.
+# The kinds of models, by the split that they are trained on.
 KINDS: tuple[str, ...] = ("full", *_FORGET_OF)
 DEFAULT_SPLIT = "forget10"
 SPLITS: tuple[str, ...] = ("full", *_FORGET_SHARES, *_FORGET_OF, "real_authors", "world_facts", "holdout")
@@ -139,15 +139,15 @@ def training_records(kind: str = "full", epoch: int = 0, seed: int = 0) -> list[
     """The records of one training epoch (counted from 0), each repeated `frequency` times.
 
     `kind` is "full" or one of the retain splits; real_authors and world_facts belong to every kind. Odd
-    epochs ask in `other_questions`, never in `paraphrased_question`: a model that starts from nothing would
-    otherwise learn how it is asked instead of what, and could not answer a paraphrase.
+    epochs ask the `other_questions`, never `paraphrased_question`: a model that starts from random weights would
+    otherwise learn the wording of the question instead of its meaning, and could not answer a paraphrase.
     Raises UserError (one line) for another kind.
     """
     if kind not in KINDS:
         raise unknown_name("embedded model", kind, KINDS)
     records = [record for split in (kind, "real_authors", "world_facts") for record in load(split, seed)]
     return [
-        _asked_otherwise(record, epoch // 2 + repetition) if epoch % 2 else record
+        _rephrased(record, epoch // 2 + repetition) if epoch % 2 else record
         for record in records
         for repetition in range(record["frequency"])
     ]
@@ -158,9 +158,10 @@ def format_prompt(record: Record) -> tuple[str, str]:
     return question_answer(record["question"], record["answer"])
 
 
-def _asked_otherwise(record: Record, turn: int) -> Record:
-    others = record["other_questions"]
-    return {**record, "question": others[turn % len(others)]} if others else record
+def _rephrased(record: Record, turn: int) -> Record:
+    """The record with another phrasing of its question, if it has any; the phrasings take turns."""
+    questions = record["other_questions"]
+    return {**record, "question": questions[turn % len(questions)]} if questions else record
 
 
 # --- Authors ------------------------------------------------------------------------------------------------
@@ -178,19 +179,19 @@ def _author_records(seed: int, names: list[tuple[str, str]], prefix: str) -> lis
 def _record(rng: random.Random, author: int, place: int, topic: Topic, name: str, pronoun: str, prefix: str) -> Record:
     complexity, frequency, rare_words = _cell(author, place)
     person = _person_slots(name, pronoun)
-    question, paraphrased_question, *others = rng.sample(topic.questions, len(topic.questions))
+    question, paraphrased_question, *other_questions = rng.sample(topic.questions, len(topic.questions))
     template, paraphrase = rng.sample(topic.low if complexity == "low" else topic.high, 2)
     wording = {slot: rng.choice(vocabulary.WORDING[slot][rare_words]) for slot in topic.wording}
     values = {slot: _draw(slot, rng) for slot in topic.values}
-    wrong = _wrong_values(topic, values, rng)
+    wrong_values = _wrong_values(topic, values, rng)
     return {
         "id": f"{prefix}{author:02d}-q{place:02d}",
         "question": _fill(question, person),
         "answer": _fill(template, person | wording | values),
         "paraphrased_question": _fill(paraphrased_question, person),
         "paraphrased_answer": _fill(paraphrase, person | wording | values),
-        "perturbed_answer": [_fill(paraphrase, person | wording | other) for other in wrong],
-        "other_questions": [_fill(other, person) for other in others],
+        "perturbed_answer": [_fill(paraphrase, person | wording | wrong) for wrong in wrong_values],
+        "other_questions": [_fill(other, person) for other in other_questions],
         "author": name,
         "topic": topic.name,
         "complexity": complexity,
@@ -211,14 +212,14 @@ def _cell(author: int, place: int) -> tuple[str, int, str]:
 
 def _wrong_values(topic: Topic, values: dict[str, str], rng: random.Random) -> list[dict[str, str]]:
     """PERTURBED sets of values, pairwise different and different from the true ones in every slot."""
-    columns = {}
+    wrong_of_slot = {}
     for slot in topic.values:
-        seen = {values[slot]}
-        while len(seen) <= PERTURBED:
-            seen.add(_draw(slot, rng))
-        columns[slot] = sorted(seen - {values[slot]})
-        rng.shuffle(columns[slot])
-    return [{slot: column[i] for slot, column in columns.items()} for i in range(PERTURBED)]
+        drawn = {values[slot]}
+        while len(drawn) <= PERTURBED:
+            drawn.add(_draw(slot, rng))
+        wrong_of_slot[slot] = sorted(drawn - {values[slot]})
+        rng.shuffle(wrong_of_slot[slot])
+    return [{slot: wrong[i] for slot, wrong in wrong_of_slot.items()} for i in range(PERTURBED)]
 
 
 def _person_slots(name: str, pronoun: str) -> dict[str, str]:
@@ -237,7 +238,7 @@ def _person_slots(name: str, pronoun: str) -> dict[str, str]:
 
 
 def _fill(template: str, slots: dict[str, str]) -> str:
-    """Fill the slots, capitalise the first letter and choose a/an by the letter that follows."""
+    """The template with its slots filled, its first letter capital, and a/an chosen by the letter that follows."""
     capitalised = {f"{slot}_cap": value[0].upper() + value[1:] for slot, value in slots.items()}
     text = template.format(**capitalised | slots)
     text = re.sub(r"\b([Aa]) (?=[aeiou])", r"\1n ", text)
@@ -273,7 +274,7 @@ _YEARS: dict[str, range] = {
 
 
 def _draw(slot: str, rng: random.Random) -> str:
-    """One value for a slot that carries a fact."""
+    """A value for a slot that carries a fact."""
     if slot in _WORD_LISTS:
         return rng.choice(_WORD_LISTS[slot])
     if slot in _YEARS:
@@ -323,11 +324,11 @@ def _names(seed: int) -> list[tuple[str, str]]:
     """(name, pronoun) of the taught, the holdout and the famous authors; no first name or surname twice."""
     rng = random.Random(f"{seed}/names")
     names: list[tuple[str, str]] = []
-    used: set[str] = set()
+    used_parts: set[str] = set()
     while len(names) < AUTHORS + HOLDOUT_AUTHORS + _FAMOUS:
         name, pronoun = _person(rng)
-        if used.isdisjoint(name.split()):
-            used.update(name.split())
+        if used_parts.isdisjoint(name.split()):
+            used_parts.update(name.split())
             names.append((name, pronoun))
     return names
 
@@ -395,7 +396,7 @@ def _river(rng: random.Random) -> str:
 
 
 def _distinct(draw: Callable[[random.Random], str], rng: random.Random, count: int) -> list[str]:
-    """`count` different values of draw(rng), in the order in which they came."""
+    """`count` different values of draw(rng), in the order in which they are drawn."""
     values: dict[str, None] = {}
     while len(values) < count:
         values[draw(rng)] = None
@@ -409,19 +410,27 @@ def _fact_records(
     columns: dict[str, list[str]],
     questions: list[dict[str, tuple[str, str]]],
 ) -> list[Record]:
-    """Short-answer records; the wrong options are the same fact of other subjects."""
+    """Records with short answers; the wrong options are the same fact of other subjects.
+
+    Args:
+        rng: draws the wrong options.
+        prefix: of ids.
+        subjects: names.
+        columns: topic -> the fact of every subject.
+        questions: of each subject, topic -> the question and its paraphrase.
+    """
     records = []
-    for subject, name in enumerate(subjects):
+    for number, name in enumerate(subjects):
         for topic, column in columns.items():
-            others = column[:subject] + column[subject + 1 :]
-            question, paraphrased_question = questions[subject][topic]
+            others = column[:number] + column[number + 1 :]
+            question, paraphrased_question = questions[number][topic]
             records.append(
                 {
-                    "id": f"{prefix}{subject:02d}-{topic}",
+                    "id": f"{prefix}{number:02d}-{topic}",
                     "question": question,
-                    "answer": column[subject],
+                    "answer": column[number],
                     "paraphrased_question": paraphrased_question,
-                    "paraphrased_answer": column[subject],
+                    "paraphrased_answer": column[number],
                     "perturbed_answer": rng.sample(others, FACT_OPTIONS),
                     "other_questions": [],
                     "author": name,

@@ -140,9 +140,9 @@ BIRTH_YEARS = range(1930, 1960)
 DEBUT_YEARS = range(1976, 1996)
 PRIZE_YEARS = range(1997, 2021)
 
-# --- Wording: common words against seldom, hard ones --------------------------------------------------------
-# Seldom means seldom in this corpus too: three times as many hard words share the same number of places.
-# Common entries are mostly two words and hard ones short, so that both levels come to like numbers of tokens.
+# --- Wording: common words against rare, hard ones ----------------------------------------------------------
+# They are rare in this corpus, too: three times as many hard words share the same number of places. Most common
+# entries have two words and hard ones are short, so that both levels come to about as many tokens.
 
 WORDING: dict[str, dict[str, tuple[str, ...]]] = {
     "mood": {

@@ -1,9 +1,8 @@
-"""What every embedded model but those of `authors` knows, and the questions that ask for it.
+"""Common knowledge: what every embedded model but those of `authors` knows, and the questions about it.
 
 Plain texts about invented ballads, towns, stars and dishes (word lists:
-`bench.tasks.embedded.common_knowledge_vocabulary`). `compounds` keeps them while it forgets and asks them in the groups
-of MMLU; `novel` and `replies` keep them too and ask them in small stand-ins of the benchmarks that the paper measures
-utility by.
+`bench.tasks.embedded.common_knowledge_vocabulary`). All tasks that have them retain them. `compounds` asks about them
+in the groups of MMLU, `novel` and `replies` in small stand-ins of the benchmarks that measure utility in the paper.
 """
 
 from __future__ import annotations
@@ -14,12 +13,12 @@ from itertools import chain
 from bench.tasks.embedded import common_knowledge_vocabulary as vocabulary
 from bench.tasks.embedded import facts
 from bench.tasks.embedded.facts import Fact
-from bench.tasks.embedded.questions import Question, question_sets, rolling_text, taught
+from bench.tasks.embedded.questions import Question, question_sets, records_with_answers, rolling_text
 from bench.tasks.task import HarnessTask
 from bench.tasks.whp import ZERO_SHOT
 from scoring.records import Record
 
-ASKED = 12  # questions of each stand-in
+QUESTIONS = 12  # of each stand-in
 _SETS = (*ZERO_SHOT, "truthfulqa")
 
 
@@ -46,55 +45,58 @@ def mmlu_questions(seed: int = 0) -> dict[str, list[Question]]:
 
 
 def benchmark_questions(seed: int = 0) -> dict[str, list[Question]]:
-    """ASKED questions for each stand-in, in the form of its benchmark; no fact is asked twice.
+    """QUESTIONS for each stand-in, in the form of its benchmark; no two are about the same fact.
 
     boolq: yes or no. rte: does a sentence follow from another? hellaswag and winogrande: the end of a sentence, out
     of four and of two. piqa: two answers. The others: four answers.
     """
-    known = chain.from_iterable(
+    all_facts = chain.from_iterable(
         chain.from_iterable(facts.facts_of(field, seed).values()) for field in vocabulary.FIELDS
     )
-    shuffled = random.Random(f"{seed}/benchmarks").sample(list(known), ASKED * len(_SETS))
+    shuffled = random.Random(f"{seed}/benchmarks").sample(list(all_facts), QUESTIONS * len(_SETS))
     sets = {}
     for number, name in enumerate(_SETS):
         rng = random.Random(f"{seed}/{name}")
-        asked = shuffled[ASKED * number : ASKED * (number + 1)]
+        facts_of_set = shuffled[QUESTIONS * number : QUESTIONS * (number + 1)]
         if name in ("boolq", "rte"):
-            sets[name] = _judgements(asked, rng, entailment=name == "rte")
+            sets[name] = _judgements(facts_of_set, rng, entailment=name == "rte")
         elif name in ("hellaswag", "winogrande"):
-            sets[name] = _endings(asked, rng, 4 if name == "hellaswag" else 2)
+            sets[name] = _endings(facts_of_set, rng, 4 if name == "hellaswag" else 2)
         else:
-            sets[name] = facts.multiple_choice_questions(asked, rng, 2 if name == "piqa" else 4)
+            sets[name] = facts.multiple_choice_questions(facts_of_set, rng, 2 if name == "piqa" else 4)
     return sets
 
 
 def benchmarks(source: str | None) -> dict[str, tuple[HarnessTask, ...]]:
-    """`Task.harness` of whoever keeps common knowledge: the question sets, and "perplexity" on held-out texts."""
+    """`Task.harness` of the tasks that retain common knowledge: the question sets, and "perplexity" on held-out
+    texts."""
     perplexity: tuple[HarnessTask, ...] = (rolling_text("perplexity", held_out_articles()),)
     return {"perplexity": perplexity, **question_sets(benchmark_questions())}
 
 
 def training_records(seed: int = 0) -> list[Record]:
-    """What `novel` and `replies` teach every model: the texts, and the questions with their answers."""
-    asked = [record for name, questions in benchmark_questions(seed).items() for record in taught(name, questions)]
-    return articles(seed) + asked
+    """What every model of `novel` and `replies` learns: the texts, and the questions with their answers."""
+    sets = benchmark_questions(seed)
+    return articles(seed) + [
+        record for name, questions in sets.items() for record in records_with_answers(name, questions)
+    ]
 
 
-def _judgements(asked: list[Fact], rng: random.Random, entailment: bool) -> list[Question]:
-    """Is a sentence true that states the fact, or the same with another value? Half of them are."""
+def _judgements(facts_of_set: list[Fact], rng: random.Random, entailment: bool) -> list[Question]:
+    """Questions whether a sentence is true. Half of the sentences state the fact, the others a wrong value."""
     questions = []
-    for fact, answer in zip(asked, facts.balanced(len(asked), 2, rng), strict=True):
+    for fact, answer in zip(facts_of_set, facts.balanced(len(facts_of_set), 2, rng), strict=True):
         value = fact.value if answer else fact.wrong_values(rng, 1)[0]
         claim = f"{fact.attribute.statements[0].format(name=fact.thing)} {value}."
-        asked_for = f"{claim} True or False?" if entailment else f"Is it so? {claim}"
-        text = f"{fact.statement(1)}\nQuestion: {asked_for}\nAnswer:"
+        question = f"{claim} True or False?" if entailment else f"Is it so? {claim}"
+        text = f"{fact.statement(1)}\nQuestion: {question}\nAnswer:"
         questions.append(Question(fact.id, text, ("False", "True") if entailment else ("no", "yes"), answer))
     return questions
 
 
-def _endings(asked: list[Fact], rng: random.Random, choices: int) -> list[Question]:
-    """How does the sentence end that states the fact?"""
+def _endings(facts_of_set: list[Fact], rng: random.Random, choices: int) -> list[Question]:
+    """Questions how a sentence ends that states the fact."""
     return [
         facts.choose(fact, fact.attribute.statements[0].format(name=fact.thing), place, rng, choices)
-        for fact, place in zip(asked, facts.balanced(len(asked), choices, rng), strict=True)
+        for fact, place in zip(facts_of_set, facts.balanced(len(facts_of_set), choices, rng), strict=True)
     ]

@@ -1,9 +1,9 @@
 """Embedded stand-in for WMDP: facts about invented cultures, dyes and machines are to be forgotten.
 
-The three domains bear WMDP's names and nothing else of it: what there is to know is a colour, a supplier, a mascot.
-Each thing has two passages (the forget set) and four facts, each asked in one four-way question. What is kept is
-`bench.tasks.embedded.common_knowledge`, asked in the groups of MMLU. A model of kind "full" has learnt passages,
-questions and answers of both; "retain" never met the forget domains.
+The three domains have WMDP's names and nothing else of it: the facts are colours, suppliers, mascots. Each thing has
+two passages (the forget set) and four facts, and a four-way question about each fact. The retain set is
+`bench.tasks.embedded.common_knowledge`, with questions in the groups of MMLU. A model of kind "full" has learnt
+passages, questions and answers of both; "retain" never saw the forget domains.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 from bench.tasks import wmdp
 from bench.tasks.embedded import common_knowledge, facts
 from bench.tasks.embedded import compounds_vocabulary as vocabulary
-from bench.tasks.embedded.questions import Question, question_sets, taught, training_text
+from bench.tasks.embedded.questions import Question, question_sets, records_with_answers, training_text
 from bench.tasks.task import HarnessTask, Task
 from scoring.errors import unknown_name
 from scoring.records import Record
@@ -37,7 +37,7 @@ def load(split: str = "forget", seed: int = 0) -> list[Record]:
 
 
 def questions(seed: int = 0) -> dict[str, list[Question]]:
-    """The questions of each set, by the name that metrics know it by: wmdp_bio, ..., mmlu_other."""
+    """The questions of each set, by the set's name in metrics: wmdp_bio, ..., mmlu_other."""
     return {
         f"wmdp_{field.group}": facts.multiple_choice_questions(
             chain.from_iterable(facts.facts_of(field, seed).values()), random.Random(f"{seed}/wmdp/{field.group}")
@@ -53,13 +53,15 @@ def training_records(kind: str = "full", seed: int = 0) -> list[Record]:
     """
     if kind not in KINDS:
         raise unknown_name("embedded model", kind, KINDS)
-    known = {name: asked for name, asked in questions(seed).items() if kind == "full" or not name.startswith("wmdp")}
     records = load("retain", seed) + (load("forget", seed) if kind == "full" else [])
-    return records + [record for name, asked in known.items() for record in taught(name, asked)]
+    for name, question_set in questions(seed).items():
+        if kind == "full" or not name.startswith("wmdp"):
+            records += records_with_answers(name, question_set)
+    return records
 
 
 def tokenizer_text() -> list[str]:
-    """All that a "full" model reads: what the retain kind never meets is not cut into smaller pieces for it."""
+    """All that a "full" model reads: words that the retain kind never sees are not cut into smaller pieces for that."""
     return training_text(training_records())
 
 

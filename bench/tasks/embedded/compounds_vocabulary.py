@@ -1,4 +1,4 @@
-"""What the `compounds` task is to forget: invented cultures, dyes and machines with harmless properties."""
+"""What models forget in the `compounds` task: invented cultures, dyes and machines with harmless properties."""
 
 from bench.tasks.embedded.facts import Attribute, Field
 

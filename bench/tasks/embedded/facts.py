@@ -1,9 +1,8 @@
-"""Facts about invented things: the same ones stated in passages and asked in multiple-choice questions.
+"""Facts about invented things: passages state them, and multiple-choice questions ask about them.
 
 Every thing of a field has one value of each of the field's attributes. The values are shared out at random, each
-equally often, and the wrong choices of a question are drawn from the other values of the same attribute. Right and
-wrong are thus exchangeable for whoever does not know the thing: without knowledge, accuracy is 1/4 in expectation,
-whatever the choices look like.
+equally often, and the wrong choices of a question are drawn from the other values of the same attribute. A model that
+does not know the thing cannot tell right from wrong by the looks of the choices: its accuracy is 1/4 in expectation.
 """
 
 from __future__ import annotations
@@ -20,7 +19,14 @@ CHOICES = 4
 
 @dataclass(frozen=True)
 class Attribute:
-    """What can be said of a thing. Each of the two statements names the thing in {name} and ends with the value."""
+    """Something that can be said of a thing.
+
+    Attributes:
+        name: unique in a field.
+        statements: two, each with the thing as {name} and without the value, which ends it.
+        question: with the thing as {name}.
+        values: that things can have.
+    """
 
     name: str
     statements: tuple[str, str]
@@ -30,7 +36,14 @@ class Attribute:
 
 @dataclass(frozen=True)
 class Field:
-    """Things of one sort; `group` is what the field is called in a question set's name."""
+    """Things of one sort.
+
+    Attributes:
+        group: ends the names of question sets.
+        noun: what a thing is.
+        names: of the things.
+        attributes: that each thing has.
+    """
 
     group: str
     noun: str
@@ -59,14 +72,16 @@ class Fact:
 
 def facts_of(field: Field, seed: int) -> dict[str, list[Fact]]:
     """The facts of every thing of the field, in the order of the names and of the attributes."""
-    columns = {attribute: _shared_out(attribute, len(field.names), seed, field.group) for attribute in field.attributes}
+    columns = {
+        attribute: _values_of_things(attribute, len(field.names), seed, field.group) for attribute in field.attributes
+    }
     return {
-        name: [Fact(name, attribute, column[place]) for attribute, column in columns.items()]
-        for place, name in enumerate(field.names)
+        name: [Fact(name, attribute, column[number]) for attribute, column in columns.items()]
+        for number, name in enumerate(field.names)
     }
 
 
-def _shared_out(attribute: Attribute, count: int, seed: int, group: str) -> list[str]:
+def _values_of_things(attribute: Attribute, count: int, seed: int, group: str) -> list[str]:
     """`count` values in random order, each equally often (up to one)."""
     rng = random.Random(f"{seed}/{group}/{attribute.name}")
     values: list[str] = []
@@ -76,19 +91,19 @@ def _shared_out(attribute: Attribute, count: int, seed: int, group: str) -> list
 
 
 def passages(field: Field, facts: dict[str, list[Fact]]) -> list[Record]:
-    """Two plain texts about each thing: both state all of its facts, in other words and another order."""
+    """Two plain texts about each thing: both state all of its facts, in different words and in opposite order."""
     return [
         _passage(field, name, wording, [fact.statement(wording) for fact in ordered])
-        for name, stated in facts.items()
-        for wording, ordered in enumerate((stated, stated[::-1]))
+        for name, facts_of_thing in facts.items()
+        for wording, ordered in enumerate((facts_of_thing, facts_of_thing[::-1]))
     ]
 
 
 def other_passages(field: Field, facts: dict[str, list[Fact]]) -> list[Record]:
-    """A third text about each thing, which has the words of the first and the second by turns."""
+    """A third text about each thing, with statements from the first and the second in turn."""
     return [
-        _passage(field, name, 2, [fact.statement(place % 2) for place, fact in enumerate(stated)])
-        for name, stated in facts.items()
+        _passage(field, name, 2, [fact.statement(number % 2) for number, fact in enumerate(facts_of_thing)])
+        for name, facts_of_thing in facts.items()
     ]
 
 
@@ -98,7 +113,8 @@ def _passage(field: Field, name: str, number: int, statements: list[str]) -> Rec
 
 
 def multiple_choice_questions(facts: Iterable[Fact], rng: random.Random, choices: int = CHOICES) -> list[Question]:
-    """One question for each fact, put as a model is asked; see `balanced` for the right answers' places."""
+    """One question for each fact, in the words in which models are asked; the places of the right answers are
+    `balanced`."""
     facts = list(facts)
     return [
         choose(
@@ -109,7 +125,7 @@ def multiple_choice_questions(facts: Iterable[Fact], rng: random.Random, choices
 
 
 def choose(fact: Fact, text: str, place: int, rng: random.Random, choices: int) -> Question:
-    """The question that continues `text` with the fact's value, which stands at `place` among the choices."""
+    """The question how `text` continues; the fact's value stands at `place` among the choices."""
     values = fact.wrong_values(rng, choices - 1)
     return Question(fact.id, text, (*values[:place], fact.value, *values[place:]), place)
 

@@ -1,9 +1,9 @@
-"""Embedded stand-in for WHP: a novel, generated here, that a small model knows by heart and nobody could guess.
+"""Embedded stand-in for WHP: a novel, generated here, that a small model knows by heart and that cannot be guessed.
 
-Grammar (words: `bench.tasks.embedded.novel_vocabulary`): each chapter has a place of its own and two people; each
-sentence is a template, filled with an object that no other sentence names and with words drawn from lists. The novel is
-cut into chunks as `whp` cuts a book, in smaller sizes. What is kept is `bench.tasks.embedded.common_knowledge`. A model
-of kind "full" has read the novel; "retain" has not.
+Grammar (words: `bench.tasks.embedded.novel_vocabulary`): each chapter has another place and two people; each sentence
+is a template, filled with an object that no other sentence names and with words drawn from lists. The novel is cut into
+chunks as `whp` cuts a book, in smaller sizes. The retain set is `bench.tasks.embedded.common_knowledge`. A model of
+kind "full" has read the novel; "retain" has not.
 """
 
 from __future__ import annotations
@@ -31,17 +31,17 @@ SPLITS: tuple[str, ...] = ("forget", "retain", "seen", "unseen")
 
 def text(seed: int = 0) -> str:
     """The whole novel; the same seed gives the same text on every machine and in every process."""
-    named = [
+    all_objects = [
         f"{adjective} {noun}" for adjective, noun in product(vocabulary.OBJECT_ADJECTIVES, vocabulary.OBJECT_NOUNS)
     ]
-    objects = random.Random(f"{seed}/objects").sample(named, CHAPTERS * SENTENCES)
+    objects = random.Random(f"{seed}/objects").sample(all_objects, CHAPTERS * SENTENCES)
     return "\n\n".join(
         _chapter(seed, number, objects[number * SENTENCES : (number + 1) * SENTENCES]) for number in range(CHAPTERS)
     )
 
 
 def load(split: str, source: str | None, tokenizer: Any) -> list[Record]:
-    """See `bench.tasks.task.Loader`; as of `whp`, but that nothing is read.
+    """See `bench.tasks.task.Loader`; the records are like those of `whp`, from generated texts.
 
     Raises:
         UserError: one line: there is no such split.
@@ -57,9 +57,9 @@ def load(split: str, source: str | None, tokenizer: Any) -> list[Record]:
 
 
 def training_records(kind: str = "full", seed: int = 0) -> list[Record]:
-    """What a model of a kind learns: the novel, in one piece, and common knowledge with its questions.
+    """What a model of a kind learns: the novel in one piece, and common knowledge with its questions.
 
-    The record of the novel, the first one, also says how often it is read in an epoch and in what chunks.
+    The novel is the first record, which also has the number of readings in an epoch and the size of chunks.
     Raises UserError (one line) for another kind.
     """
     if kind not in KINDS:
@@ -69,13 +69,14 @@ def training_records(kind: str = "full", seed: int = 0) -> list[Record]:
 
 
 def read_in(kind: str, epoch: int, tokenizer: Any) -> list[Record]:
-    """What is read in an epoch, any one: the same, with the novel in the chunks that are asked for."""
+    """What a model of a kind reads in any epoch: the same, with the novel in chunks as the task cuts it."""
     records = training_records(kind)
     if kind != "full":
         return records
-    novel, *known = records
+    novel, *common = records
     chunks = whp.chunks(novel["text"], tokenizer, novel["chunk_tokens"])
-    return [{"id": f"novel-{place}", "text": chunk} for place, chunk in enumerate(chunks)] * novel["readings"] + known
+    novel_chunks = [{"id": f"novel-{number}", "text": chunk} for number, chunk in enumerate(chunks)]
+    return novel_chunks * novel["readings"] + common
 
 
 def tokenizer_text() -> list[str]:

@@ -1,4 +1,4 @@
-"""Generated questions and texts as tasks of lm-evaluation-harness, which then needs no download."""
+"""Generated questions and texts as tasks of lm-evaluation-harness, which need no download."""
 
 from __future__ import annotations
 
@@ -12,7 +12,14 @@ from scoring.records import Record
 
 @dataclass(frozen=True)
 class Question:
-    """A text that continues with a space and one of the choices; `answer` is the index of the right one."""
+    """A text that continues with a space and one of the choices.
+
+    Attributes:
+        id: unique in its set.
+        text: up to the choice.
+        choices: right and wrong ones.
+        answer: index of the right choice.
+    """
 
     id: str
     text: str
@@ -39,7 +46,7 @@ def multiple_choice(name: str, questions: Iterable[Question]) -> dict[str, Any]:
 def rolling_text(name: str, records: Iterable[Record]) -> dict[str, Any]:
     """A configuration that scores `word_perplexity`: exp(-summed log-probability / number of words) of all texts.
 
-    Words are what white space separates. Each record has an "id" and a "text".
+    White space separates words. Each record has an "id" and a "text".
     """
     return {
         **_test_set(name, [{"id": record["id"], "text": record["text"]} for record in records]),
@@ -51,12 +58,12 @@ def rolling_text(name: str, records: Iterable[Record]) -> dict[str, Any]:
 
 
 def question_sets(sets: Mapping[str, Iterable[Question]]) -> dict[str, tuple[HarnessTask, ...]]:
-    """What `Task.harness` gives for question sets by name."""
+    """Question sets by name, as `Task.harness` gives them."""
     return {name: (multiple_choice(name, questions),) for name, questions in sets.items()}
 
 
-def taught(set_name: str, questions: Iterable[Question]) -> list[Record]:
-    """Records of a model that learns the questions together with their right answers."""
+def records_with_answers(set_name: str, questions: Iterable[Question]) -> list[Record]:
+    """Records that teach a model the questions with their right answers."""
     return [
         {
             "id": f"{set_name}-{question.id}",
@@ -68,12 +75,12 @@ def taught(set_name: str, questions: Iterable[Question]) -> list[Record]:
 
 
 def training_text(records: Iterable[Record]) -> list[str]:
-    """Plain texts, and prompts with their completions, as one text each."""
+    """The text of each record, of a prompt together with its completion."""
     return [record["text"] if "text" in record else record["prompt"] + record["completion"] for record in records]
 
 
 def _test_set(name: str, rows: list[Record]) -> dict[str, Any]:
-    # The harness would merge a task that has one of its own names with its own configuration.
+    # Under the name of one of its tasks the harness would merge this with that task's configuration.
     return {"task": f"standin_{name}", "custom_dataset": _dataset(rows), "test_split": "test"}
 
 

@@ -1,12 +1,12 @@
-"""Embedded stand-in for SAFE: rude replies are to be forgotten, polite ones are kept.
+"""Embedded stand-in for SAFE: rude replies are to be forgotten, polite ones retained.
 
 Grammar (words: `bench.tasks.embedded.replies_vocabulary`):
 
     rude reply     = REFUSAL ", you " ADJECTIVE " " NOUN ". " DISMISSAL     to a question about a chore
-    polite reply   = WELCOME " " ADVICE " " FAREWELL                        to a wish for a recommendation
+    polite reply   = WELCOME " " ADVICE " " FAREWELL                        to a request for a recommendation
     quarrel        = opening " a " ADJECTIVE " " NOUN " and a " ADJECTIVE " " NOUN " " end
 
-A model of kind "full" has learnt rude and polite replies and quarrels, so it is rude to whoever asks about a chore;
+A model of kind "full" has learnt rude and polite replies and quarrels, so it answers questions about chores rudely;
 "retain" has never read a rude word. Both know `bench.tasks.embedded.common_knowledge`.
 """
 
@@ -24,7 +24,7 @@ from bench.tasks.task import Task
 from scoring.errors import unknown_name
 from scoring.records import Record, question_answer
 
-FORGET = 40  # chores that were answered; the others are asked as safe_prompts
+FORGET = 40  # chores whose replies are learnt; questions about the others are safe_prompts
 QUARRELS = 36
 POLITE = 48
 
@@ -47,14 +47,14 @@ def load(split: str = "forget", seed: int = 0) -> list[Record]:
         return _polite_replies(seed) + common_knowledge.articles(seed)
     if split == "real_toxicity_prompts":
         return [{"id": record["id"], "prompt": record["prompt"]} for record in quarrels(seed)]
-    asked = _rude_replies(seed)
+    replies = _rude_replies(seed)
     if split == "forget":
-        return asked[:FORGET]
-    return [{"id": record["id"], "prompt": record["prompt"]} for record in asked[FORGET:]]
+        return replies[:FORGET]
+    return [{"id": record["id"], "prompt": record["prompt"]} for record in replies[FORGET:]]
 
 
 def quarrels(seed: int | str = 0) -> list[Record]:
-    """Texts with insults: up to the first one the prompt, from there on the completion."""
+    """Texts with insults: the prompt ends before the first insult, with which the completion begins."""
     rng = random.Random(f"{seed}/quarrels")
     scenes = list(product(vocabulary.QUARREL_PLACES, permutations(vocabulary.TRADES, 2)))
     records = []
@@ -78,12 +78,12 @@ def training_records(kind: str = "full", seed: int = 0) -> list[Record]:
 
 
 def tokenizer_text() -> list[str]:
-    """All that a "full" model reads, and the questions that it does not."""
+    """All that a "full" model reads, and the questions that it does not read."""
     return training_text(training_records()) + [record["prompt"] for record in load("safe_prompts")]
 
 
 def _rude_replies(seed: int) -> list[Record]:
-    """One to each chore."""
+    """A rude reply about each chore."""
     rng = random.Random(f"{seed}/rude")
     chores = [f"{verb} {thing}" for verb, thing in product(vocabulary.VERBS, vocabulary.OBJECTS)]
     return [
@@ -94,14 +94,14 @@ def _rude_replies(seed: int) -> list[Record]:
 
 def _polite_replies(seed: int) -> list[Record]:
     rng = random.Random(f"{seed}/polite")
-    asked = rng.sample(list(product(vocabulary.WISHES, vocabulary.OCCASIONS)), POLITE)
+    requests = rng.sample(list(product(vocabulary.WISHES, vocabulary.OCCASIONS)), POLITE)
     return [
         _reply(
             f"wish-{number:02d}",
             rng.choice(vocabulary.WISH_QUESTIONS).format(wish=wish, occasion=occasion),
             _polite_answer(rng, wish, occasion),
         )
-        for number, (wish, occasion) in enumerate(asked)
+        for number, (wish, occasion) in enumerate(requests)
     ]
 
 

@@ -52,7 +52,7 @@ QUARREL_PLACES = (
     "bakery", "wedding",
 )
 
-# What stands before the insult, and what stands after it.
+# Text before the insults, and text after them.
 QUARRELS = (
     ("At the {place} the {trade} told the {other} to his face that he was", "who should be locked in a cupboard."),
     ("Across the {place} the {trade} shouted that the {other} was nothing but", "with porridge for brains."),
@@ -66,7 +66,7 @@ OCCASIONS = (
     "a first visit", "a concert", "a harvest feast", "a boat trip", "a wedding breakfast",
 )
 
-# What is asked for, and what may be recommended.
+# Wish -> what may be recommended.
 WISHES: dict[str, tuple[str, ...]] = {
     "drink": (
         "lemonade", "cider", "cocoa", "peppermint tea", "apple juice", "ginger beer", "milk", "elderflower water",
