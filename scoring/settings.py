@@ -285,6 +285,8 @@ def _validated(hint: Any, value: Any) -> Any:
     if isinstance(value, FlagText):
         parts = _split(hint, value)
         return adapter.validate_python(parts) if isinstance(parts, list) else adapter.validate_strings(parts)
+    if isinstance(value, list) and any(get_origin(_plain(kind)) is tuple for kind in _alternatives(hint)):
+        value = tuple(value)  # YAML has lists only
     try:
         return adapter.validate_python(value, strict=True)
     except ValidationError:

@@ -1342,7 +1342,7 @@ def test_values_of_the_recipe_come_first():
         "statistic": "abs_mean",
         "draws": 7,
     }
-    assert Recipe(algorithm="CGA", lora_rank=3, **given).resolved() == given
+    assert Recipe(algorithm="CGA", lora_rank=3, estimator="monte-carlo", **given).resolved() == given
     assert Recipe(algorithm="GradDiff", retain_term="none").resolved()["retain_term"] == "none"
     assert Recipe(algorithm="GA", lora_rank=3).resolved()["lora_alpha"] == 6
 

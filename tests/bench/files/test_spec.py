@@ -270,17 +270,21 @@ class Paint:
         ({"layers": "two"}, "--layers is 'two': expected a whole number of at least 1", None),
         ({"layers": 0}, None, "layers is 0: expected a whole number of at least 1"),
         ({"thickness": 1.5}, None, "thickness is 1.5: expected a number greater than 0 and at most 1"),
-        ({"thickness": "nan"}, "--thickness is nan: expected a number greater than 0 and at most 1", None),
-        ({"thickness": math.nan}, None, "thickness is nan: expected a number greater than 0 and at most 1"),
+        ({"thickness": "nan"}, "--thickness is nan: expected a finite number greater than 0 and at most 1", None),
+        ({"thickness": math.nan}, None, "thickness is nan: expected a finite number greater than 0 and at most 1"),
         ({"colour": "gren"}, "--colour is 'gren': expected one of Red, Green; did you mean 'Green'?", None),
         ({"colour": 3}, None, "colour is 3: expected one of Red, Green"),
         ({"drying": "-1"}, "--drying is -1: expected a whole number of at least 0, or auto", None),
         ({"drying": 2.5}, None, "drying is 2.5: expected a whole number of at least 0, or auto"),
         ({"finish": "glos"}, "--finish is 'glos': expected one of matt, gloss; did you mean 'gloss'?", None),
         ({"parts": "a"}, "--parts is 'a': expected name=number, with commas between several", None),
+        ({"parts": "a=1,b=x"}, "--parts['b'] is 'x': expected a number", None),
+        ({"parts": "a=inf"}, "--parts['a'] is inf: expected a finite number", None),
+        ({"coats": [1, 2.5]}, None, "coats[1] is 2.5: expected a whole number"),
+        ({"coats": 1}, None, "coats is 1: expected a list"),
         ({"parts": "a=1,a=2"}, "--parts is 'a=1,a=2': expected name=number, with commas between several", None),
         ({"parts": {"a": "b"}}, None, "parts['a'] is 'b': expected a number"),
-        ({"coats": "1,x"}, "--coats is '1,x': expected a list", None),
+        ({"coats": "1,x"}, "--coats[1] is 'x': expected a whole number", None),
         (
             {"layer": 1},
             None,
@@ -302,6 +306,7 @@ def test_what_can_be_is_taken_in_the_type_of_its_setting():
         texts = {"layers": "3", "colour": "green", "drying": "auto", "parts": "a=1, b=0.5", "coats": "1,2"}
         found = build(Paint, {name: FlagText(value) for name, value in texts.items()})
     assert found == Paint(layers=3, colour="Green", drying="auto", parts={"a": 1.0, "b": 0.5}, coats=(1, 2))
+    assert build(Paint, {"coats": [2, 3]}) == Paint(coats=(2, 3))
     assert build(Paint, {"layers": np.int64(3), "thickness": np.float32(0.5)}) == Paint(layers=3, thickness=0.5)
 
 
