@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo test browser lint format setup vllm-cpu gpu-check clean
+.PHONY: demo test browser lint format docs setup vllm-cpu gpu-check clean
 
 demo: $(READY)
 	$(BIN)/mrd-bench demo
@@ -27,6 +27,10 @@ lint: $(READY)
 format: $(READY)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# The reference page, from the code that it describes.
+docs: $(READY)
+	$(BIN)/python -m bench.cli.reference
 
 setup: $(READY)
 
