@@ -15,7 +15,7 @@ from matplotlib.axes import Axes
 from bench.boards.board import Board
 from bench.boards.standings import Standing
 from bench.report.figures import BLUE, GREEN, INK, MUTED, ORANGE, VERMILLION, Draw, error_bars
-from bench.report.words import decimal, three_digits
+from bench.report.words import decimal, listed, three_digits
 from bench.stats.estimates import Estimate
 
 MOST_ENTRIES = 30  # in a figure
@@ -297,11 +297,6 @@ def _levels(board: Board) -> list[str]:
 
 
 # --- Pieces -------------------------------------------------------------------------------------------------
-
-
-def listed(names: Sequence[str]) -> str:
-    """Names as a list in a sentence: "A, B and C"."""
-    return " and ".join(filter(None, [", ".join(names[:-1]), *names[-1:]]))
 
 
 def _has_rank(standing: Standing) -> bool:

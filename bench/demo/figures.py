@@ -17,27 +17,27 @@ from bench.files.score_file import Scores
 from bench.jobs.draws import ScalingLine
 from bench.report.figures import BLUE, GREEN, INK, MUTED, ORANGE, VERMILLION, Draw
 
-MARKED = 5  # hardest and easiest samples set apart
+EXTREMES = 5  # hardest and easiest samples that are marked
 
 
 def difficulty(scores: Scores, title: str = "") -> Draw:
-    """MRD of every sample, sorted, with 95 % intervals of the sampling error; the extremes are set apart."""
+    """MRD of every sample, sorted, with 95 % intervals of the sampling error; the extremes are marked."""
 
     def draw(axes: Axes) -> None:
         mrd, error = scores["mrd"], scores["mrd_stderr"]
         order = np.argsort(mrd, kind="stable")
         rank = np.arange(1, len(order) + 1)
-        marked = min(MARKED, len(order) // 2)
+        extremes = min(EXTREMES, len(order) // 2)
         groups = (
-            (slice(0, marked), VERMILLION, "v", "hardest"),
-            (slice(marked, len(order) - marked), MUTED, "o", "between"),
-            (slice(len(order) - marked, None), BLUE, "^", "easiest"),
+            (slice(0, extremes), VERMILLION, "v", "hardest"),
+            (slice(extremes, len(order) - extremes), MUTED, "o", "between"),
+            (slice(len(order) - extremes, None), BLUE, "^", "easiest"),
         )
-        for part, colour, marker, label in groups:
+        for group, colour, marker, label in groups:
             axes.errorbar(
-                rank[part],
-                mrd[order][part],
-                1.96 * error[order][part],
+                rank[group],
+                mrd[order][group],
+                1.96 * error[order][group],
                 fmt=marker,
                 color=colour,
                 markersize=5,
@@ -56,8 +56,8 @@ def estimators(first: Scores, second: Scores) -> Draw:
     """One estimator's scores against another's, with 95 % intervals of the sampling error and the diagonal."""
 
     def draw(axes: Axes) -> None:
-        value = dict(zip(second.ids, second["mrd"].tolist(), strict=True))
-        x = np.array([value.get(name, math.nan) for name in first.ids])
+        mrd_of = dict(zip(second.ids, second["mrd"].tolist(), strict=True))
+        x = np.array([mrd_of.get(name, math.nan) for name in first.ids])
         axes.errorbar(
             x,
             first["mrd"],
@@ -88,7 +88,7 @@ def scaling(lines: Sequence[ScalingLine], title: str = "") -> Draw:
             axes.plot(line.sigmas, np.median(line.scores, axis=1), color=colour, marker=marker, label=label)
         axes.set_xscale("log")
         axes.set_yscale("log")
-        # Room for the legend above the lines.
+        # Room above the lines for the legend.
         low, high = axes.get_ylim()
         axes.set_ylim(low, high * (high / low) ** 0.45)
         axes.yaxis.set_major_locator(LogLocator(10, numticks=8))
@@ -101,15 +101,15 @@ def scaling(lines: Sequence[ScalingLine], title: str = "") -> Draw:
     return draw
 
 
-def recall_by_epoch(runs: Sequence[DemoRun], which: Literal["forget", "retain"], title: str = "") -> Draw:
-    """ROUGE-L recall against epochs: a colour for each algorithm, a dash and a mark for each alpha."""
+def recall_by_epoch(runs: Sequence[DemoRun], which_set: Literal["forget", "retain"], title: str = "") -> Draw:
+    """ROUGE-L recall of the forget or retain set by epoch: a colour for each algorithm, a dash and a mark for alpha."""
 
     def draw(axes: Axes) -> None:
         for run, style in zip(runs, _run_styles(runs), strict=True):
-            _run_line(axes, run, run.epochs, _recall(run, which), style)
+            _run_line(axes, run, run.epochs, _recall(run, which_set), style)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_xlabel("epochs")
-        axes.set_ylabel(f"ROUGE-L recall, {which} set")
+        axes.set_ylabel(f"ROUGE-L recall, {which_set} set")
         _run_legend(axes, runs, title)
 
     return draw
@@ -121,7 +121,7 @@ def trade_off(runs: Sequence[DemoRun], title: str = "") -> Draw:
     def draw(axes: Axes) -> None:
         for run, style in zip(runs, _run_styles(runs), strict=True):
             _run_line(axes, run, run.forget_recall, run.retain_recall, style)
-        # Forgetting goes on from left to right, as in the other figures.
+        # Time goes from left to right, as in the other figures.
         axes.invert_xaxis()
         axes.set_xlabel("ROUGE-L recall, forget set (reversed)")
         axes.set_ylabel("ROUGE-L recall, retain set")
@@ -130,13 +130,17 @@ def trade_off(runs: Sequence[DemoRun], title: str = "") -> Draw:
     return draw
 
 
-def _recall(run: DemoRun, which: Literal["forget", "retain"]) -> np.ndarray:
-    return run.forget_recall if which == "forget" else run.retain_recall
+def _recall(run: DemoRun, which_set: Literal["forget", "retain"]) -> np.ndarray:
+    return run.forget_recall if which_set == "forget" else run.retain_recall
 
 
 RUN_COLOURS = (BLUE, ORANGE, GREEN, VERMILLION)
 ALPHA_STYLES: tuple[tuple[Any, str], ...] = (("-", "o"), ("--", "^"), (":", "s"))
-RING: dict[str, Any] = {"marker": "o", "markersize": 11, "markerfacecolor": "none"}  # around an early end
+RING: dict[str, Any] = {
+    "marker": "o",
+    "markersize": 11,
+    "markerfacecolor": "none",
+}  # around the end of a run that ended early
 
 
 def _run_styles(runs: Sequence[DemoRun]) -> list[tuple[str, Any, str]]:
@@ -154,7 +158,7 @@ def _run_styles(runs: Sequence[DemoRun]) -> list[tuple[str, Any, str]]:
 
 def _run_line(axes: Axes, run: DemoRun, x: np.ndarray, y: np.ndarray, style: tuple[str, Any, str]) -> None:
     colour, dash, marker = style
-    # Open marks on the dashed line: where two lines lie on one another both are seen.
+    # Open marks on dashed lines: where two lines coincide, both can be seen.
     fill = colour if dash == "-" else "none"
     axes.plot(x, y, color=colour, linestyle=dash, marker=marker, markersize=5, markerfacecolor=fill, linewidth=1.3)
     if run.ended_early:
@@ -162,28 +166,28 @@ def _run_line(axes: Axes, run: DemoRun, x: np.ndarray, y: np.ndarray, style: tup
 
 
 def _run_legend(axes: Axes, runs: Sequence[DemoRun], title: str) -> None:
-    """Above the axes, where no line can run through it: a row of algorithms, and one of alphas."""
+    """Draw a legend above the axes, where no line can cross it: a row of algorithms, and one of alphas."""
     styles = _run_styles(runs)
     colours = {run.algorithm: style[0] for run, style in zip(runs, styles, strict=True)}
     alphas = {run.alpha: style[1:] for run, style in zip(runs, styles, strict=True)}
-    algorithms = [Line2D([], [], color=colour, linewidth=3, label=name) for name, colour in colours.items()]
-    others = [
+    algorithm_lines = [Line2D([], [], color=colour, linewidth=3, label=name) for name, colour in colours.items()]
+    alpha_lines = [
         Line2D([], [], color=INK, linestyle=dash, marker=marker, markersize=5, label=f"alpha {alpha:g}")
         for alpha, (dash, marker) in alphas.items()
     ]
-    for handle in others[1:]:
+    for handle in alpha_lines[1:]:
         handle.set_markerfacecolor("none")
     if any(run.ended_early for run in runs):
-        others.append(Line2D([], [], color=INK, linestyle="none", label="ended early", **RING))
-    # Two legends rather than one: its columns would be as wide as the widest entry of both rows. The first is kept
-    # when the second comes, and not clipped to the axes: only then does the layout leave room for it.
-    axes.add_artist(_row_above(axes, others, 0.1)).set_clip_on(False)
-    letter = _row_above(axes, algorithms, 1.7).prop.get_size_in_points()
+        alpha_lines.append(Line2D([], [], color=INK, linestyle="none", label="ended early", **RING))
+    # Two legends, as the columns of one would be as wide as the widest entry of both rows. add_artist keeps the first
+    # one when the second is drawn, and only if it is not clipped to the axes does the layout leave room for it.
+    axes.add_artist(_row_above(axes, alpha_lines, 0.1)).set_clip_on(False)
+    letter = _row_above(axes, algorithm_lines, 1.7).prop.get_size_in_points()
     axes.set_title(title, pad=4.2 * letter)
 
 
 def _row_above(axes: Axes, handles: Sequence[Line2D], height: float) -> Legend:
-    """A legend of one row, so many letters above the axes."""
+    """Draw a legend of one row, `height` times the size of its letters above the axes."""
     return axes.legend(
         handles=handles,
         loc="lower center",

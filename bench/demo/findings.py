@@ -1,7 +1,4 @@
-"""What score files say: agreement of estimators, scaling with sigma, difficulty by attribute, with intervals.
-
-Each finding is data first and a sentence second; the sentence is written from the data.
-"""
+"""What the demo's page shows of scores: three estimators and how they agree, scaling with sigma, attributes."""
 
 from __future__ import annotations
 
@@ -14,11 +11,6 @@ from bench.files.score_file import Scores
 from bench.jobs.draws import ScalingLine
 from bench.report.attributes import Correlation, Effect, Record
 from bench.stats.estimates import Estimate, spearman
-
-# --- Scaling with sigma -------------------------------------------------------------------------------------
-
-
-# --- Agreement of estimators --------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -38,34 +30,31 @@ class Agreement:
 
 
 def agreement(first: Scores, second: Scores) -> Agreement:
-    """How two estimators agree; the samples that both scored."""
-    value = dict(zip(second.ids, second["mrd"].tolist(), strict=True))
-    shared = [(mrd, value[name]) for name, mrd in zip(first.ids, first["mrd"].tolist(), strict=True) if name in value]
-    a, b = np.array(shared).T
-    return Agreement(first.spec["estimator"], second.spec["estimator"], spearman(a, b), float(np.median(a / b)))
-
-
-# --- The whole ----------------------------------------------------------------------------------------------
+    """How two estimators agree on the samples that both scored."""
+    mrd_of = dict(zip(second.ids, second["mrd"].tolist(), strict=True))
+    shared = [(mrd, mrd_of[name]) for name, mrd in zip(first.ids, first["mrd"].tolist(), strict=True) if name in mrd_of]
+    x, y = np.array(shared).T
+    return Agreement(first.spec["estimator"], second.spec["estimator"], spearman(x, y), float(np.median(x / y)))
 
 
 @dataclass(frozen=True)
 class Findings:
-    """What the page shows.
+    """What the page shows of scores.
 
     Attributes:
         monte_carlo, gradient, curvature: scores of one split by three estimators.
-        whole: scores of the split for the attributes, by `gradient`.
-        records: by sample id, of all these samples.
-        scaling: the scaling check.
-        scaling_draws: its draws (pairs, for antithetic) at each sigma.
-        effects, correlations: of `whole`.
-        model: what is known about the model, printed as it is.
+        attribute_scores: scores of the split that is compared by attribute, by `gradient`.
+        records: all these samples, by id.
+        scaling: the lines of the check that MRD follows sigma.
+        scaling_draws: draws (pairs, for antithetic) at each sigma of that check.
+        effects, correlations: of attributes with `attribute_scores`.
+        model: facts about the model, by name, printed as they are.
     """
 
     monte_carlo: Scores
     gradient: Scores
     curvature: Scores
-    whole: Scores
+    attribute_scores: Scores
     records: Mapping[str, Record]
     scaling: Sequence[ScalingLine]
     scaling_draws: int

@@ -1,8 +1,8 @@
-"""The demo: the embedded task under the embedded model, scored, checked, unlearned and put on one page.
+"""The demo: scores, checks and unlearns the embedded task under the embedded model, and puts all on one page.
 
     score a forget set three ways -> check the scaling with sigma -> score all samples -> unlearn -> findings -> page
 
-Every step continues where it was stopped; a second run finds all results and only writes the page again.
+Every step continues where it was stopped; with all results there, a second run only writes the page again.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ from scoring.samples import encode
 from scoring.settings import named
 
 MODEL = TASK = "authors"
-# Where each statistic can be measured: below, rounding; above, terms of higher order. bfloat16 is there to show
-# what rounding does to the very sigma that the paper uses (1e-5).
+# Sigmas at which each statistic can be measured: below them rounding decides, above them terms of higher order.
+# bfloat16 shows what rounding does at the sigma that the paper uses (1e-5).
 SMALL, LARGE = (1e-6, 3e-6, 1e-5, 3e-5, 1e-4), (1e-5, 3e-5, 1e-4, 3e-4, 1e-3)
 SCALING: tuple[tuple[EstimatorName, str, str, tuple[float, ...]], ...] = (
     ("monte-carlo", "mean_abs", "float32", SMALL),
@@ -56,7 +56,7 @@ SCALING: tuple[tuple[EstimatorName, str, str, tuple[float, ...]], ...] = (
 
 ALPHAS = (0.0, 1.0)
 SHOWN_ESTIMATORS: tuple[EstimatorName, ...] = ("monte-carlo", "gradient", "curvature")
-POLL_S = 1.0  # between looks at the updates of runs
+POLL_S = 1.0  # between looks at the progress of runs
 
 
 @dataclass(frozen=True)
@@ -65,16 +65,16 @@ class Sizes:
 
     Attributes:
         draws: K of Monte Carlo.
-        whole: the split that is compared by attribute.
+        attribute_split: the split that is compared by attribute.
         scaling_samples: samples of the scaling check, evenly spaced over the split.
-        scaling_draws: its draws (pairs, for antithetic) at each sigma.
-        algorithms: of unlearning, each at ALPHAS.
-        epochs: of unlearning.
+        scaling_draws: draws (pairs, for antithetic) at each sigma of the scaling check.
+        algorithms: algorithms of unlearning, each at ALPHAS.
+        epochs: epochs of unlearning.
         evaluated: samples of the forget and of the retain set that are answered after each epoch.
     """
 
     draws: int = 200
-    whole: str = "full"
+    attribute_split: str = "full"
     scaling_samples: int = 10
     scaling_draws: int = 12
     algorithms: tuple[str, ...] = ("GA", "GradDiff", "PO", "NPO")
@@ -92,14 +92,14 @@ def run_demo(
     """Measure and unlearn, and write `out`/index.html, the pictures, the score files and the runs in unlearning/.
 
     Raises:
-        UserError: one line; an unknown split, or `out` holds a demo of another one.
+        UserError: the split is unknown, or `out` holds a demo of another one.
     """
     out = Path(out)
     resources = resources or Resources()
     records = load_dataset(TASK, split).records
     if not overwrite:
         _check_folder(out, split)
-    # Found before the cluster starts: training it takes all cores.
+    # Before the cluster starts: if the model must be trained first, that takes all cores.
     model = find_model(MODEL)
 
     print(f"1/5 Memory Removal Difficulty of {len(records)} samples ({TASK}/{split}), by three estimators")
@@ -121,14 +121,14 @@ def run_demo(
     print("2/5 Does MRD follow sigma? In float32, and in bfloat16")
     scaling_lines = scaling_check(out / "scaling.parquet", model, split, sizes, resources)
 
-    print(f"3/5 Difficulty by attribute, on {TASK}/{sizes.whole}")
-    whole_spec = ScoreSpec(model=MODEL, data=TASK, split=sizes.whole, estimator="gradient")
-    score(whole_spec, out / "scores-whole.parquet", resources, overwrite)
-    whole = Scores.read(out / "scores-whole.parquet")
-    whole_records = load_dataset(TASK, sizes.whole).records
+    print(f"3/5 Difficulty by attribute, on {TASK}/{sizes.attribute_split}")
+    attribute_spec = ScoreSpec(model=MODEL, data=TASK, split=sizes.attribute_split, estimator="gradient")
+    score(attribute_spec, out / "scores-whole.parquet", resources, overwrite)
+    attribute_scores = Scores.read(out / "scores-whole.parquet")
+    attribute_records = load_dataset(TASK, sizes.attribute_split).records
     corpus = [f"{record['question']} {record['answer']}" for record in authors.training_records()]
 
-    specs, skipped = _unlearning_specs(split, sizes)
+    specs, skipped = unlearning_specs(split, sizes)
     names = [*dict.fromkeys(spec.algorithm for spec in specs), *(f"not {name} (no retain set)" for name in skipped)]
     print(f"4/5 Unlearning {TASK}/{split}, alpha 0 and 1, {sizes.epochs} epochs: {', '.join(names)}")
     folders = unlearn_side_by_side(specs, out / "unlearning", resources, overwrite)
@@ -139,13 +139,13 @@ def run_demo(
         monte_carlo=scores["monte-carlo"],
         gradient=scores["gradient"],
         curvature=scores["curvature"],
-        whole=whole,
-        records={record["id"]: record for record in [*whole_records, *records]},
+        attribute_scores=attribute_scores,
+        records={record["id"]: record for record in [*attribute_records, *records]},
         scaling=scaling_lines,
         scaling_draws=sizes.scaling_draws,
-        effects=attribute_effects(whole, whole_records),
-        correlations=correlations(whole, whole_records, corpus),
-        model=_describe(model),
+        effects=attribute_effects(attribute_scores, attribute_records),
+        correlations=correlations(attribute_scores, attribute_records, corpus),
+        model=_model_facts(model),
     )
     runs = [DemoRun.read(folder) for folder in folders]
     unlearning = Unlearning(runs, predictions(runs, findings.gradient), skipped)
@@ -154,7 +154,7 @@ def run_demo(
     panels = [
         difficulty(findings.monte_carlo, f"Difficulty of {len(records)} samples, 95 % CI"),
         scaling(findings.scaling, "Does MRD follow sigma?"),
-        by_attribute(findings.effects, f"By attribute, {whole.table.num_rows} samples"),
+        by_attribute(findings.effects, f"By attribute, {attribute_scores.table.num_rows} samples"),
     ]
     with replacing(out / "difficulty.png") as unfinished:
         figures.picture(panels, unfinished)
@@ -174,10 +174,11 @@ def run_demo(
 
 
 def _check_folder(out: Path, split: str) -> None:
-    made = out / "scores-monte-carlo.parquet"
-    if made.is_file() and (found := read_scores(made)[1]["split"]) != split:
+    """Refuse a folder that holds the demo of another split."""
+    score_file = out / "scores-monte-carlo.parquet"
+    if score_file.is_file() and (other_split := read_scores(score_file)[1]["split"]) != split:
         raise UserError(
-            f"{named('out')} {out} holds the demo of split {found!r}: choose another folder for {split!r}, or "
+            f"{named('out')} {out} holds the demo of split {other_split!r}: choose another folder for {split!r}, or "
             f"{named('overwrite')}"
         )
 
@@ -185,7 +186,7 @@ def _check_folder(out: Path, split: str) -> None:
 def scaling_check(
     path: Path, model: ModelReference, split: str, sizes: Sizes, resources: Resources
 ) -> list[ScalingLine]:
-    """Measure the lines of SCALING on a few samples and write `path`, or read it if it holds just that.
+    """Measure the lines of SCALING on a few samples and write `path`, or read it if it holds them already.
 
     The draws of all sigmas have the same directions, so the slope is not blurred by sampling.
     """
@@ -201,8 +202,8 @@ def scaling_check(
     return [scaling_line(list(islice(drawn, len(sigmas))), statistic) for _, statistic, _, sigmas in SCALING]
 
 
-def _unlearning_specs(split: str, sizes: Sizes) -> tuple[list[UnlearnSpec], list[str]]:
-    """The runs, and the algorithms left out because they need a retain set that the split has not."""
+def unlearning_specs(split: str, sizes: Sizes) -> tuple[list[UnlearnSpec], list[str]]:
+    """The runs, and the algorithms left out because they need a retain set and the split has none."""
     specs = [
         UnlearnSpec(
             model=MODEL,
@@ -226,26 +227,26 @@ def _unlearning_specs(split: str, sizes: Sizes) -> tuple[list[UnlearnSpec], list
 def unlearn_side_by_side(
     specs: Sequence[UnlearnSpec], folder: Path, resources: Resources, overwrite: bool = False
 ) -> list[Path]:
-    """Make each run a Ray task, as many at a time as there are to be replicas, and give back their folders.
+    """Run each spec as a Ray task, as many at a time as there are replicas, and give back the folders of the runs.
 
-    Each has a folder of its own in `folder`, which must be visible from every node. Finished runs are found, stopped
-    ones continue; a task whose worker dies is started again by Ray, and continues as well.
+    Each run has a folder of its own in `folder`, which every node must see. Finished runs are left as they are, stopped
+    runs continue; if the worker of a run dies, Ray starts it again, and it continues too.
 
     Args:
-        overwrite: begin anew.
+        overwrite: begin all runs anew.
 
     Raises:
-        UserError: the first that a run ends with; the others are stopped.
+        UserError: a run has ended with it; the other runs are stopped.
     """
     if overwrite and folder.is_dir():
         shutil.rmtree(folder)
     folders = [folder / f"{spec.algorithm}-alpha{spec.alpha:g}" for spec in specs]
     waiting = []
-    for spec, place in zip(specs, folders, strict=True):
-        if (place / "run.json").is_file():
-            unlearn(spec, place)  # says that it is this run, or that it is another
+    for spec, run_folder in zip(specs, folders, strict=True):
+        if (run_folder / "run.json").is_file():
+            unlearn(spec, run_folder)  # reports a finished run, or raises if it is that of another spec
         else:
-            waiting.append((spec, place))
+            waiting.append((spec, run_folder))
     if not waiting:
         return folders
 
@@ -258,14 +259,14 @@ def unlearn_side_by_side(
         try:
             while waiting or running:
                 while waiting and len(running) < at_once:
-                    spec, place = waiting.pop(0)
-                    running[task.remote(spec, place.resolve(), footprint.cpus)] = place
+                    spec, run_folder = waiting.pop(0)
+                    running[task.remote(spec, run_folder.resolve(), footprint.cpus)] = run_folder
                 done, _ = ray.wait(list(running), timeout=POLL_S)
                 for reference in done:
                     del running[reference]
                     ray.get(reference)
                     bar.update()
-                bar.set_postfix({place.name: _updates(place) for place in running.values()})
+                bar.set_postfix({run_folder.name: _updates(run_folder) for run_folder in running.values()})
         except RayTaskError as error:
             raise (error.cause if isinstance(error.cause, UserError) else error) from None
         finally:
@@ -275,18 +276,19 @@ def unlearn_side_by_side(
 
 
 def _unlearn(spec: UnlearnSpec, folder: Path, threads: int) -> None:
-    # As in a replica: torch must agree with what Ray gave the task, or two of them share cores.
+    # As in a replica: with more threads than Ray gave the task cores, two tasks would compete for cores.
     torch.set_num_threads(threads)
     unlearn(spec, folder, progress=False)
 
 
 def _updates(folder: Path) -> int:
-    """Updates that a run has saved so far."""
+    """Number of updates that a run has saved so far."""
     steps = sorted((folder / "checkpoints").glob("step-*"))
     return int(steps[-1].name.removeprefix("step-")) if steps else 0
 
 
-def _describe(model: ModelReference) -> dict[str, str]:
+def _model_facts(model: ModelReference) -> dict[str, str]:
+    """Facts about the embedded model for the page, by name."""
     folder = Path(model.source)
     with safe_open(folder / "model.safetensors", "pt") as weights:
         parameters = sum(int(np.prod(weights.get_slice(name).get_shape())) for name in weights.keys())  # noqa: SIM118

@@ -1,6 +1,6 @@
-"""What unlearning runs say: forgetting and keeping epoch by epoch, what they took, and MRD against it.
+"""The demo's unlearning runs: recall epoch by epoch, the updates they took, and MRD against these.
 
-A run is one seed: what differs between two of them has no interval here, and the sentences claim nothing beyond it.
+Every run has one seed, so a difference between two runs has no interval, and the sentences claim nothing beyond it.
 """
 
 from __future__ import annotations
@@ -16,25 +16,25 @@ import numpy as np
 from algorithms.recipe import Recipe, total_updates, updates_per_epoch
 from bench.files.score_file import Scores
 from bench.jobs.run_folder import read_run
-from bench.report.words import decimal, sign_verdict, with_ci
+from bench.report.words import decimal, listed, sign_verdict, with_ci
 from bench.stats.estimates import Estimate, partial_spearman, spearman
 
 # Remark 3.4 of the paper: the updates that a sample takes are inversely proportional to its MRD.
-CLAIM = -1
+CLAIMED_SIGN = -1
 
 
 @dataclass(frozen=True)
 class DemoRun:
-    """A finished run, epoch by epoch; row 0 is the initial model, and a run that ended early has fewer rows.
+    """A finished run, epoch by epoch. Row 0 is the initial model; a run that ended early has fewer rows.
 
     Attributes:
         spec: what was run.
         record: see bench.jobs.run_folder.UnlearnResult.
-        epochs, updates: (E,) made until then.
-        forgotten: (E,) share of the forget set.
+        epochs, updates: (E,) numbers of them so far.
+        forgotten: (E,) share of the forget set that is forgotten.
         forget_recall, forget_probability, retain_recall, retain_probability: (E,) ROUGE-L recall and probability of
             answers, means over the samples evaluated; nan where not measured.
-        mean_abs_delta: (E,) of the weights, against the initial model.
+        mean_abs_delta: (E,) mean change of a weight of the initial model.
         ids: of the N forget samples.
         tokens: (N,) scored tokens.
         until_forgotten: (N,) updates that drew the sample until it was forgotten; inf where it never was.
@@ -56,10 +56,10 @@ class DemoRun:
 
     @classmethod
     def read(cls, folder: str | Path) -> DemoRun:
-        """The run that a folder holds.
+        """Read the run in a folder.
 
         Raises:
-            UserError: it holds none that is finished.
+            UserError: there is no finished run in it.
         """
         result = read_run(folder)
         rows = result.epochs.to_pylist()
@@ -97,8 +97,8 @@ class DemoRun:
         return f"{self.algorithm} at alpha {self.alpha:g}"
 
     @property
-    def planned(self) -> int:
-        """Updates, had nothing ended early."""
+    def planned_updates(self) -> int:
+        """Updates that the run makes if it does not end early."""
         return total_updates(len(self.ids), self._recipe())
 
     @property
@@ -107,29 +107,29 @@ class DemoRun:
 
     @property
     def ended_early(self) -> bool:
-        return self.updates[-1] < self.planned
+        return self.updates[-1] < self.planned_updates
 
     def _recipe(self) -> Recipe:
-        """As much of it as counts updates."""
+        """The part of the recipe that determines the number of updates."""
         return Recipe(**{name: self.spec[name] for name in ("algorithm", "epochs", "max_steps", "batch_size")})
 
 
 def has_retain_set(runs: Iterable[DemoRun]) -> bool:
-    """Whether any run measured what was kept."""
+    """Whether any run measured recall on a retain set."""
     return any(np.isfinite(run.retain_recall).any() for run in runs)
 
 
 # --- What the runs did --------------------------------------------------------------------------------------
 
 
-def recipe(runs: Sequence[DemoRun]) -> str:
-    """How all these runs were made; they differ in algorithm and alpha alone."""
+def recipe_text(runs: Sequence[DemoRun]) -> str:
+    """How all these runs were made; they differ only in algorithm and alpha."""
     run = runs[0]
     spec = run.spec
     thresholds = {name: math.nan if value is None else value for name, value in run.record["thresholds"].items()}
     alphas = " and ".join(f"alpha {alpha:g}" for alpha in dict.fromkeys(run.alpha for run in runs))
     text = (
-        f"{_listed(dict.fromkeys(run.algorithm for run in runs))}, each at {alphas}: AdamW, learning rate "
+        f"{listed(dict.fromkeys(run.algorithm for run in runs))}, each at {alphas}: AdamW, learning rate "
         f"{spec['learning_rate']:g}, batches of {spec['batch_size']}, up to {spec['epochs']} epochs of "
         f"{run.updates_per_epoch} updates, seed {spec['seed']}. A batch is drawn "
         f"{'with' if spec['replacement'] else 'without'} replacement with probabilities proportional to MRD to the "
@@ -144,27 +144,28 @@ def recipe(runs: Sequence[DemoRun]) -> str:
     return text
 
 
-def kept(runs: Sequence[DemoRun]) -> str:
-    """Who kept the retain set best at the end, and who forgot most."""
+def best_runs_text(runs: Sequence[DemoRun]) -> str:
+    """Which runs kept the retain set best at the end, and which forgot most."""
     if not has_retain_set(runs):
         return "This split has no retain set: what was kept is not measured."
-    least = min(round(run.forget_recall[-1], 2) for run in runs)
-    most = max(round(run.retain_recall[-1], 2) for run in runs)
-    keepers = [run for run in runs if round(run.retain_recall[-1], 2) == most]
-    forgetters = [run for run in runs if round(run.forget_recall[-1], 2) == least]
+    lowest_forget = min(round(run.forget_recall[-1], 2) for run in runs)
+    highest_retain = max(round(run.retain_recall[-1], 2) for run in runs)
+    best_keepers = [run for run in runs if round(run.retain_recall[-1], 2) == highest_retain]
+    best_forgetters = [run for run in runs if round(run.forget_recall[-1], 2) == lowest_forget]
     text = (
-        f"At the end the retain set's ROUGE-L recall is highest, {most:.2f}, after {_listed(r.name for r in keepers)}, "
-        f"with a forget recall of {_range(r.forget_recall[-1] for r in keepers)}. The forget recall is lowest, "
-        f"{least:.2f}, after {_listed(r.name for r in forgetters)}, with a retain recall of "
-        f"{_range(r.retain_recall[-1] for r in forgetters)}."
+        f"At the end the retain set's ROUGE-L recall is highest, {highest_retain:.2f}, after "
+        f"{listed(run.name for run in best_keepers)}, with a forget recall of "
+        f"{_range(run.forget_recall[-1] for run in best_keepers)}. The forget recall is lowest, "
+        f"{lowest_forget:.2f}, after {listed(run.name for run in best_forgetters)}, with a retain recall of "
+        f"{_range(run.retain_recall[-1] for run in best_forgetters)}."
     )
-    if not any(keeper is forgetter for keeper in keepers for forgetter in forgetters):
+    if not any(keeper is forgetter for keeper in best_keepers for forgetter in best_forgetters):
         text += " No run has both."
     return text
 
 
-def saved(runs: Sequence[DemoRun]) -> list[str]:
-    """Whether alpha 1 ended with fewer updates than alpha 0: a sentence for each algorithm, and one for all."""
+def update_sentences(runs: Sequence[DemoRun]) -> list[str]:
+    """Whether alpha 1 took fewer updates than alpha 0: a sentence for each algorithm, and one for all."""
     sentences, differences = [], []
     by_alpha = {(run.algorithm, run.alpha): run for run in runs}
     for algorithm in dict.fromkeys(run.algorithm for run in runs):
@@ -180,9 +181,9 @@ def saved(runs: Sequence[DemoRun]) -> list[str]:
                 f"{abs(difference)} {'fewer' if difference < 0 else 'more'} ({shares})."
             )
         else:
-            all_of_them = "" if easy.ended_early else "all "
+            every = "" if easy.ended_early else "all "
             sentences.append(
-                f"{algorithm}: {all_of_them}{easy.updates[-1]:.0f} updates at alpha 1 and at alpha 0 ({shares})."
+                f"{algorithm}: {every}{easy.updates[-1]:.0f} updates at alpha 1 and at alpha 0 ({shares})."
             )
     if sentences:
         fewer, more = (sum(sign * d > 0 for d in differences) for sign in (-1, 1))
@@ -194,7 +195,7 @@ def saved(runs: Sequence[DemoRun]) -> list[str]:
     return sentences
 
 
-# --- Did MRD say it beforehand? -----------------------------------------------------------------------------
+# --- Does MRD predict the updates? --------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -202,9 +203,10 @@ class Prediction:
     """MRD before unlearning against the updates that samples took, over the forget samples of a run.
 
     Attributes:
-        run: its name.
-        samples, never: how many there are, and how many were never forgotten.
-        correlation: Spearman's, of MRD with the updates until forgotten; never is one more than the largest.
+        run: name of the run.
+        samples: how many there are.
+        never: how many of them were never forgotten.
+        correlation: Spearman's, of MRD with the updates until forgotten; never counts as one more than the largest.
         beyond_length: the same with the number of scored tokens partialled out.
     """
 
@@ -217,23 +219,24 @@ class Prediction:
     def sentence(self) -> str:
         if self.never == self.samples:
             return f"{self.run}: no sample was forgotten, so there is nothing to compare."
-        late = f" Never forgotten: {self.never} of {self.samples} samples." if self.never else ""
+        rest = f" Never forgotten: {self.never} of {self.samples} samples." if self.never else ""
         return (
-            f"{self.run}: rank correlation {with_ci(self.correlation)}: {sign_verdict(self.correlation, CLAIM)}. "
-            "With length "
-            f"partialled out, {with_ci(self.beyond_length)}: {sign_verdict(self.beyond_length, CLAIM)}.{late}"
+            f"{self.run}: rank correlation {with_ci(self.correlation)}: "
+            f"{sign_verdict(self.correlation, CLAIMED_SIGN)}. "
+            f"With length partialled out, {with_ci(self.beyond_length)}: "
+            f"{sign_verdict(self.beyond_length, CLAIMED_SIGN)}.{rest}"
         )
 
 
 def predictions(runs: Iterable[DemoRun], scores: Scores) -> list[Prediction]:
-    """One for each run at alpha 0, whose draws do not depend on MRD.
+    """A prediction for each run at alpha 0, where the draws do not depend on MRD.
 
     Args:
-        runs: any.
-        scores: of the initial model: a run at alpha 0 measures none itself.
+        runs: at any alpha.
+        scores: of the initial model, as a run at alpha 0 measures no MRD.
     """
     mrd_of = dict(zip(scores.ids, scores["mrd"].tolist(), strict=True))
-    found = []
+    predicted = []
     for run in runs:
         if run.alpha != 0:
             continue
@@ -241,9 +244,9 @@ def predictions(runs: Iterable[DemoRun], scores: Scores) -> list[Prediction]:
         mrd = np.array([mrd_of[run.ids[place]] for place in places])
         until, tokens = run.until_forgotten[places], run.tokens[places]
         never = np.isinf(until)
-        # Censored: they would have taken longer than any other, nobody knows how long; as ranks, tied last.
+        # Samples never forgotten would have taken longer than all others, nobody knows how long: ranked last, tied.
         until = np.where(never, (until[~never].max() if not never.all() else 0) + 1, until)
-        found.append(
+        predicted.append(
             Prediction(
                 run.name,
                 len(places),
@@ -252,17 +255,17 @@ def predictions(runs: Iterable[DemoRun], scores: Scores) -> list[Prediction]:
                 partial_spearman(mrd, until, tokens),
             )
         )
-    return found
+    return predicted
 
 
 @dataclass(frozen=True)
 class Unlearning:
-    """What the page shows of it.
+    """What the page shows of unlearning.
 
     Attributes:
         runs: of one forget set by one recipe, differing in algorithm and alpha.
-        predictions: of these.
-        skipped: algorithms that were to run and need a retain set, which the split has not.
+        predictions: of these runs.
+        skipped: algorithms that did not run, as they need a retain set and the split has none.
     """
 
     runs: Sequence[DemoRun]
@@ -270,17 +273,17 @@ class Unlearning:
     skipped: Sequence[str] = ()
 
     def skipped_sentence(self) -> str:
-        """Why algorithms are missing; empty if none is."""
+        """Why algorithms are missing; empty if none are."""
         if not self.skipped:
             return ""
-        return f"{_listed(self.skipped)} {'need' if len(self.skipped) > 1 else 'needs'} a retain set: not run."
+        return f"{listed(self.skipped)} {'need' if len(self.skipped) > 1 else 'needs'} a retain set: not run."
 
 
 # --- Words --------------------------------------------------------------------------------------------------
 
 
 def table_lines(runs: Sequence[DemoRun]) -> list[str]:
-    """The end of each run for the terminal, under a head."""
+    """A table of how each run ended, for the terminal."""
     lines = [f"{'unlearning':<22}{'forget recall':>14}{'retain recall':>14}{'forgotten':>11}{'updates':>9}"]
     lines += [
         f"{run.name:<22}{decimal(run.forget_recall[-1]):>14}{decimal(run.retain_recall[-1]):>14}"
@@ -291,20 +294,16 @@ def table_lines(runs: Sequence[DemoRun]) -> list[str]:
 
 
 def percent(share: float) -> str:
-    """97.5%."""
+    """A share in percent: "97.5%"."""
     return f"{100 * share:.3g}%"
 
 
 def _period(count: int, unit: str) -> str:
+    """Words for "every ...": (1, "epochs") is "epoch", (2, "epochs") is "2 epochs"."""
     return unit.removesuffix("s") if count == 1 else f"{count} {unit}"
 
 
-def _listed(names: Iterable[str]) -> str:
-    *others, last = names
-    return f"{', '.join(others)} and {last}" if others else last
-
-
 def _range(values: Iterable[float]) -> str:
-    """0.05, or 0.05 to 0.08."""
+    """The range of values as text: "0.05 to 0.08", or "0.05" if that is all."""
     ordered = sorted(values)
     return " to ".join(dict.fromkeys((decimal(ordered[0]), decimal(ordered[-1]))))

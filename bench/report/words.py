@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from bench.stats.estimates import Estimate
+
+NO_EFFECT_SHOWN = "not separable from no effect"
 
 
 def decimal(value: float, digits: int = 2) -> str:
@@ -40,7 +42,7 @@ def three_digits(value: float) -> str:
 def sign_verdict(estimate: Estimate, claim: int) -> str:
     """Whether the sign that the paper claims is the one that was measured."""
     if estimate.sign == 0:
-        return "not separable from no effect"
+        return NO_EFFECT_SHOWN
     return "the claim holds" if estimate.sign == claim else "the opposite of the claim"
 
 
@@ -82,6 +84,12 @@ def count_with_ci(estimate: Estimate) -> str:
         return "no number" if math.isinf(value) else f"{value:.0f}"
 
     return f"{whole(estimate.value)} [95 % CI {whole(estimate.low)} to {whole(estimate.high)}]"
+
+
+def listed(names: Iterable[str]) -> str:
+    """Names in a sentence: "A, B and C"."""
+    names = list(names)
+    return " and ".join(filter(None, [", ".join(names[:-1]), *names[-1:]]))
 
 
 def size_of(num_bytes: float) -> str:

@@ -20,8 +20,8 @@ from scipy import stats
 from bench.demo.figures import RING, difficulty, recall_by_epoch, scaling, trade_off
 from bench.demo.findings import Findings
 from bench.demo.page import page as whole_page
-from bench.demo.run import Sizes, _unlearning_specs, run_demo, unlearn_side_by_side
-from bench.demo.runs import DemoRun, Unlearning, kept, predictions, recipe, saved, table_lines
+from bench.demo.run import Sizes, unlearning_specs, run_demo, unlearn_side_by_side
+from bench.demo.runs import DemoRun, Unlearning, best_runs_text, predictions, recipe_text, table_lines, update_sentences
 from bench.files.score_file import Scores
 from bench.jobs.draws import ScalingLine, inflation
 from bench.jobs.resources import Resources
@@ -94,7 +94,7 @@ def findings(mrd: np.ndarray, rows: list[dict] | None = None, nll: np.ndarray | 
         monte_carlo=scores(mrd * 1.01, tokens, "monte-carlo"),
         gradient=exact,
         curvature=scores(mrd**2, tokens, "curvature"),
-        whole=exact,
+        attribute_scores=exact,
         records={row["id"]: row for row in rows},
         scaling=[line(1.0), line(2.0, "abs_mean"), line(0.1, dtype="bfloat16")],
         scaling_draws=4,
@@ -319,7 +319,7 @@ def test_correlations_are_scipys():
     mrd = by_level("frequency", 1)
     data = findings(mrd)
     length = data.correlations[0]
-    tokens = data.whole["num_tokens"]
+    tokens = data.attribute_scores["num_tokens"]
     assert length.mrd.value == pytest.approx(stats.spearmanr(tokens, mrd).statistic)
     assert length.per_token.value == pytest.approx(stats.spearmanr(tokens, mrd / tokens).statistic)
 
@@ -408,7 +408,7 @@ def test_curves_are_those_of_the_tables(tmp_path):
     assert found.tokens.tolist() == [20, 21, 22, 23]
     assert found.until_forgotten.tolist() == [3, 2, math.inf, 0]
     # 4 samples in batches of 2, 4 epochs.
-    assert (found.updates_per_epoch, found.planned, found.ended_early) == (2, 8, True)
+    assert (found.updates_per_epoch, found.planned_updates, found.ended_early) == (2, 8, True)
 
 
 def test_a_run_to_the_end_without_a_retain_set(tmp_path):
@@ -447,45 +447,45 @@ def test_a_line_ends_where_its_run_did_and_is_marked_there():
 def test_who_kept_most_and_who_forgot_most():
     careful = run("GradDiff", 0.0, (1.0, 0.6), (1.0, 0.95))
     harsh = run("GA", 1.0, (1.0, 0.1), (1.0, 0.3))
-    sentence = kept([careful, harsh])
+    sentence = best_runs_text([careful, harsh])
     assert "highest, 0.95, after GradDiff at alpha 0, with a forget recall of 0.60." in sentence
     assert "lowest, 0.10, after GA at alpha 1, with a retain recall of 0.30." in sentence
     assert sentence.endswith("No run has both.")
     best = run("PO", 0.0, (1.0, 0.05), (1.0, 0.952))
-    sentence = kept([careful, harsh, best])
+    sentence = best_runs_text([careful, harsh, best])
     assert (
         "highest, 0.95, after GradDiff at alpha 0 and PO at alpha 0, with a forget recall of 0.05 to 0.60" in sentence
     )
     assert "lowest, 0.05, after PO at alpha 0, with a retain recall of 0.95." in sentence
     assert "No run has both" not in sentence
-    assert "not measured" in kept([run(retain=None)])
+    assert "not measured" in best_runs_text([run(retain=None)])
 
 
 def test_fewer_updates_with_mrd_or_more():
     short, long = (1.0, 0.5), (1.0, 0.7, 0.5)
     retain = (1.0, 1.0, 1.0)
 
-    def with_ci(uniform: tuple[float, ...], easy: tuple[float, ...], epochs: int = 3) -> list[str]:
-        return saved(
+    def sentences(uniform: tuple[float, ...], easy: tuple[float, ...], epochs: int = 3) -> list[str]:
+        return update_sentences(
             [
                 run("NPO", 0.0, uniform, retain[: len(uniform)], epochs=epochs),
                 run("NPO", 1.0, easy, retain[: len(easy)], epochs=epochs, forgotten=0.975),
             ]
         )
 
-    fewer, summary = with_ci(long, short)
+    fewer, summary = sentences(long, short)
     assert fewer == "NPO: 2 updates at alpha 1, 4 at alpha 0, 2 fewer (forgotten: 97.5% and 100%)."
     assert "fewer updates than alpha 0 for 1 of 1 algorithms, with more for 0" in summary
     assert "one seed" in summary
     assert "mrd-bench benchmark unlearning" in summary
-    more, summary = with_ci(short, long)
+    more, summary = sentences(short, long)
     assert more == "NPO: 4 updates at alpha 1, 2 at alpha 0, 2 more (forgotten: 97.5% and 100%)."
     assert "for 0 of 1 algorithms, with more for 1" in summary
-    same, summary = with_ci(long, long)
+    same, summary = sentences(long, long)
     assert same == "NPO: 4 updates at alpha 1 and at alpha 0 (forgotten: 97.5% and 100%)."
     assert "for 0 of 1 algorithms, with more for 0" in summary
-    assert with_ci(long, long, epochs=2)[0].startswith("NPO: all 4 updates at alpha 1 and at alpha 0")
-    assert saved([run("NPO", 1.0)]) == []
+    assert sentences(long, long, epochs=2)[0].startswith("NPO: all 4 updates at alpha 1 and at alpha 0")
+    assert update_sentences([run("NPO", 1.0)]) == []
 
 
 def test_mrd_is_held_against_the_updates():
@@ -522,7 +522,7 @@ def test_samples_never_forgotten_are_tied_last():
 
 
 def test_the_recipe_is_the_runs():
-    sentence = recipe([run("GA", 0.0), run("GA", 1.0), run("NPO", 0.0), run("NPO", 1.0)])
+    sentence = recipe_text([run("GA", 0.0), run("GA", 1.0), run("NPO", 0.0), run("NPO", 1.0)])
     assert sentence.startswith("GA and NPO, each at alpha 0 and alpha 1: AdamW, learning rate 5e-05, batches of 4, ")
     assert "up to 2 epochs of 2 updates" in sentence
     assert "again every 2 epochs" in sentence
@@ -531,7 +531,7 @@ def test_the_recipe_is_the_runs():
     assert "by heart" not in sentence
     knows_all = run()
     knows_all.record["thresholds"]["ma"] = 1.0
-    assert "by heart" in recipe([knows_all])
+    assert "by heart" in recipe_text([knows_all])
 
 
 def test_the_section_shows_every_run_and_sentence():
@@ -543,7 +543,12 @@ def test_the_section_shows_every_run_and_sentence():
     text = _Parsed(whole_page(data, shown)).text
     for each in runs:
         assert each.name in text
-    for sentence in (recipe(runs), kept(runs), *saved(runs), *(p.sentence() for p in shown.predictions)):
+    for sentence in (
+        recipe_text(runs),
+        best_runs_text(runs),
+        *update_sentences(runs),
+        *(p.sentence() for p in shown.predictions),
+    ):
         assert sentence in text
     assert len(shown.predictions) == 4
     assert "Remark 3.4" in text
@@ -564,12 +569,12 @@ def test_without_a_retain_set_the_page_has_only_what_was_measured():
 
 
 def test_a_split_without_a_retain_set_leaves_out_what_needs_one():
-    specs, skipped = _unlearning_specs("forget05", Sizes())
+    specs, skipped = unlearning_specs("forget05", Sizes())
     assert [(spec.algorithm, spec.alpha) for spec in specs] == [
         (name, alpha) for name in ("GA", "GradDiff", "PO", "NPO") for alpha in (0.0, 1.0)
     ]
     assert skipped == []
-    specs, skipped = _unlearning_specs("world_facts", Sizes())
+    specs, skipped = unlearning_specs("world_facts", Sizes())
     assert [(spec.algorithm, spec.alpha) for spec in specs] == [
         (name, alpha) for name in ("GA", "NPO") for alpha in (0.0, 1.0)
     ]
@@ -593,7 +598,13 @@ def test_the_picture_has_three_panels_and_is_reproducible(tmp_path):
 
 def test_the_demo_from_end_to_end(tmp_path: Path, cluster, capsys):
     sizes = Sizes(
-        draws=4, whole="forget05", scaling_samples=2, scaling_draws=2, algorithms=("GA",), epochs=2, evaluated=2
+        draws=4,
+        attribute_split="forget05",
+        scaling_samples=2,
+        scaling_draws=2,
+        algorithms=("GA",),
+        epochs=2,
+        evaluated=2,
     )
     alone = Resources(replicas=1)  # what takes the time is to start them
     demo = tmp_path / "demo"
@@ -602,10 +613,10 @@ def test_the_demo_from_end_to_end(tmp_path: Path, cluster, capsys):
     scored = {f"scores-{name}.parquet" for name in ("monte-carlo", "gradient", "curvature", "whole")}
     assert made == scored | {"scaling.parquet", "index.html", "difficulty.png", "forgetting.png", "unlearning"}
     assert {path.name for path in (demo / "unlearning").iterdir()} == {"GA-alpha0", "GA-alpha1"}
-    with_ci = capsys.readouterr().out
-    assert str(demo / "index.html") in with_ci
-    assert "hardest to forget" in with_ci
-    assert "GA at alpha 1" in with_ci
+    output = capsys.readouterr().out
+    assert str(demo / "index.html") in output
+    assert "hardest to forget" in output
+    assert "GA at alpha 1" in output
 
     text = _Parsed((demo / "index.html").read_text(encoding="utf-8")).text
     assert "4 samples of authors/forget01" in text
@@ -626,7 +637,7 @@ def test_the_demo_from_end_to_end(tmp_path: Path, cluster, capsys):
     assert not (tmp_path / "other").exists()
 
     # An unfinished run of another spec is found by the task itself: its error is one line, as if raised here.
-    specs, _ = _unlearning_specs("forget01", sizes)
+    specs, _ = unlearning_specs("forget01", sizes)
     other = demo / "unlearning" / "GA-alpha0"
     (other / "run.json").unlink()
     (other / "spec.json").write_text(json.dumps({"spec_hash": "another"}))
