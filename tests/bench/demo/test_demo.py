@@ -20,7 +20,7 @@ from scipy import stats
 from bench.demo.figures import RING, difficulty, recall_by_epoch, scaling, trade_off
 from bench.demo.findings import Findings
 from bench.demo.page import page as whole_page
-from bench.demo.run import Sizes, unlearning_specs, run_demo, unlearn_side_by_side
+from bench.demo.run import Sizes, run_demo, unlearn_side_by_side, unlearning_specs
 from bench.demo.runs import DemoRun, Unlearning, best_runs_text, predictions, recipe_text, table_lines, update_sentences
 from bench.files.score_file import Scores
 from bench.jobs.draws import ScalingLine, inflation
