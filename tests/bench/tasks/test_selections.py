@@ -134,7 +134,7 @@ def test_a_repeated_id_is_there_again() -> None:
         ({"kind": "randon", "size": 2}, "did you mean 'random'"),
         ({"kind": "random"}, "no size"),
         ({"kind": "composite"}, "no size"),
-        ({"kind": "random", "size": 0}, "size is 0: expected 1 or more"),
+        ({"kind": "random", "size": 0}, "size is 0: expected a whole number of at least 1"),
         ({"kind": "random", "size": 7}, "size is 7: made has 6 samples"),
         ({"kind": "thirds", "size": 3}, "size is 3: made, easy has 2 samples"),
         ({"kind": "thirds", "count": 2}, "without a size"),

@@ -93,7 +93,7 @@ def rudeness(texts: list[str]) -> np.ndarray:
 def test_same_records_in_processes_with_different_hash_seeds():
     program = """
 import dataclasses, json
-from bench.tasks import common_knowledge, compounds, novel, replies
+from bench.tasks.embedded import common_knowledge, compounds, novel, replies
 questions = {**compounds.questions(3), **common_knowledge.benchmark_questions(3)}
 print(json.dumps([
     [compounds.load(split, 3) for split in compounds.SPLITS],

@@ -673,13 +673,13 @@ def test_protocols(tmp_path: Path, protocol: str) -> None:
 
 
 FILES: dict[str, tuple[dict[str, str], str]] = {
-    "protocol": ({"protocol": "tofo"}, "mine.yaml: unknown protocol 'tofo': .*did you mean 'tofu'"),
+    "protocol": ({"protocol": "tofo"}, "mine.yaml, line 1: protocol is 'tofo': .*did you mean 'tofu'"),
     "set of another protocol": (
         {"seen": "f.jsonl"},
-        "mine.yaml: unknown set of protocol 'tofu' 'seen': expected one of forget, retain, real_authors",
+        "mine.yaml, line 4: seen: unknown set of protocol 'tofu' 'seen': expected one of forget, retain, real_authors",
     ),
-    "field": ({"forgot": "f.jsonl"}, "mine.yaml: unknown field 'forgot': .*did you mean 'forget'"),
-    "type": ({"holdout": "3"}, "mine.yaml: holdout is 3: expected text"),
+    "field": ({"forgot": "f.jsonl"}, "mine.yaml, line 4: unknown field 'forgot': .*did you mean 'forget'"),
+    "type": ({"holdout": "3"}, "mine.yaml, line 4: holdout is 3: expected text; put it in quotes"),
     "no file": ({"forget": "nowhere.jsonl"}, "nowhere.jsonl' does not exist"),
     "an empty file": ({"forget": "empty.jsonl"}, "empty.jsonl: the data file is empty"),
     "fields of the protocol": (
