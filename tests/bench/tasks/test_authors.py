@@ -64,7 +64,7 @@ def test_records_have_the_same_keys_and_plain_text(split):
 
 def test_same_records_in_processes_with_different_hash_seeds():
     program = (
-        "import json; from bench.tasks import authors;"
+        "import json; from bench.tasks.embedded import authors;"
         "print(json.dumps([authors.load(split, seed=3) for split in authors.SPLITS]))"
     )
     outputs = [
