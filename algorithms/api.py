@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING, Any
 from tqdm import tqdm
 
 from algorithms.corpus import REFUSALS, Encoder, answers_evaluation, make_corpus
+from algorithms.group import ALONE
+from algorithms.history import Progress
 from algorithms.ray_train import TrainingJob, ensure_reference, unlearner_of
 from algorithms.recipe import Execution, Recipe, total_updates
 from algorithms.tables import tables_of
-from algorithms.trainable import Group
-from algorithms.unlearner import Progress
 from scoring.errors import UserError
 from scoring.records import Record, texts_of
 from scoring.samples import BATCH_TOKENS, TextSet, context_length
@@ -35,15 +35,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Unlearned:
-    """What an unlearning run gives back.
+    """The result of an unlearning run.
 
     Attributes:
-        model: that has forgotten: the one that was given, trained in place; with adapters, a copy with them merged.
-        steps: one row an update: loss terms, samples drawn, tokens, seconds.
-        epochs: one row an epoch, and row 0 for the initial model: what was evaluated, and how far the weights moved.
-        samples: one row a forget sample: how often it was drawn, and when it was forgotten.
+        model: the model that has forgotten: the given one, trained in place; with adapters a copy, with them merged.
+        steps: one row per update: loss terms, samples drawn, tokens, seconds.
+        epochs: one row per epoch, and row 0 for the initial model: metrics, and how far the weights have moved.
+        samples: one row per forget sample: how often it was drawn, and when it was forgotten.
         difficulty: MRD of every sample at every refresh.
-        record: what a reader must know: recipe, thresholds, seconds, passes, notes, samples that were left out.
+        record: recipe, thresholds, seconds, passes, notes, and the samples that were left out.
     """
 
     model: PreTrainedModel
@@ -73,12 +73,12 @@ def unlearn(
     Args:
         model: a transformers causal LM in fp32.
         tokenizer: its tokenizer.
-        forget: records, as `scoring.score` takes them.
-        retain: what is to be kept; needed by algorithms with a retain term.
+        forget: the records to forget, as `scoring.score` takes them.
+        retain: the records to retain; algorithms with a retain term need them.
         algorithm: a key of `algorithms.objectives.ALGORITHMS`, such as "NPO".
-        refusals: answers for PO and IdkDPO.
+        refusals: the answers that PO and IdkDPO teach.
         evaluate: measure ROUGE-L recall and probability of the answers after each epoch.
-        evaluate_samples: of each set at most, evenly spaced.
+        evaluate_samples: the most samples of each set that are evaluated, evenly spaced.
         batch_tokens: padded tokens in a micro-batch.
         progress: show a bar.
         recipe: further fields of `algorithms.recipe.Recipe`, such as `epochs=4`, `alpha=1` or `seed=1`.
@@ -89,8 +89,8 @@ def unlearn(
     Raises:
         UserError: one line: a setting, a record or the model at fault, or training diverged.
     """
-    plain = build(Recipe, {"algorithm": algorithm, **recipe})
-    plain = dataclasses.replace(plain, **plain.resolved())
+    settings = build(Recipe, {"algorithm": algorithm, **recipe})
+    settings = dataclasses.replace(settings, **settings.resolved())
     execution = build(Execution, {"workers": 0, "batch_tokens": batch_tokens})
     if evaluate_samples < 1:
         raise UserError(f"{named('evaluate_samples')} is {evaluate_samples}: expected a whole number of at least 1")
@@ -99,23 +99,23 @@ def unlearn(
     encoder = Encoder(tokenizer, context_length(model.config), model.config.get_text_config().vocab_size)
     forget_texts = TextSet("forget", texts_of("forget", forget))
     retain_texts = None if retain is None else TextSet("retain", texts_of("retain", retain))
-    corpus, unused = make_corpus(plain, encoder, forget_texts, retain_texts, refusals)
+    corpus, unused = make_corpus(settings, encoder, forget_texts, retain_texts, refusals)
     evaluation = answers_evaluation(encoder, corpus, retain_texts, evaluate_samples) if evaluate else None
-    total = total_updates(len(corpus.forget), plain)
+    total = total_updates(len(corpus.forget), settings)
     model.eval()
     with (
         tempfile.TemporaryDirectory(prefix="mrd-bench-") as folder,
-        tqdm(total=total, unit="update", desc=f"unlearning ({plain.algorithm})", disable=not progress) as bar,
+        tqdm(total=total, unit="update", desc=f"unlearning ({settings.algorithm})", disable=not progress) as bar,
     ):
         job = TrainingJob(
-            plain,
+            settings,
             execution,
             corpus,
-            "",
-            None,
-            Path(folder),
-            tokenizer,
-            evaluation,
+            source="",
+            revision=None,
+            folder=Path(folder),
+            tokenizer=tokenizer,
+            evaluation=evaluation,
             keeps_checkpoints=False,
         )
 
@@ -123,14 +123,12 @@ def unlearn(
             bar.update(progress.step - bar.n)
 
         ensure_reference(job, lambda: LocalPool(model), model.config)
-        unlearner = unlearner_of(job, model, Group(), show)
+        unlearner = unlearner_of(job, model, ALONE, show)
         history = unlearner.run()
-        with unlearner.trained.plain() as trained:
-            forgetful = trained
-        forgetful.to(unlearner.trained.device)  # a copy with merged adapters goes to the CPU when nobody looks at it
+        unlearned_model = unlearner.trained.finished_model()
     tables = {name: table.to_pandas() for name, table in tables_of(history, corpus).items()}
     record = {
-        "recipe": dataclasses.asdict(plain),
+        "recipe": dataclasses.asdict(settings),
         "updates": history.step,
         "thresholds": history.thresholds,
         "seconds": history.seconds,
@@ -138,4 +136,4 @@ def unlearn(
         "notes": history.notes,
         "rejected": unused,
     }
-    return Unlearned(forgetful, **tables, record=record)
+    return Unlearned(unlearned_model, **tables, record=record)

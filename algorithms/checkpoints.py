@@ -1,12 +1,12 @@
 """Checkpoints: folders that appear whole or not at all. The newest is kept, and the one before it until an update
-has shown that the newest can be trained on.
+has shown that training can go on from the newest.
 
     step-00000012/
         model/                   loads with AutoModelForCausalLM.from_pretrained; fp32, adapters merged
         training.safetensors     optimizer moments, and adapters
         history.json             everything else: the step, the sampler, the record of the run
 
-No random state: every random number is addressed by the seed and the step.
+There is no random state: every random number depends on the seed and the step.
 """
 
 from __future__ import annotations
@@ -25,7 +25,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A finished checkpoint."""
+    """A whole checkpoint.
+
+    Attributes:
+        folder: the folder of the checkpoint.
+    """
 
     folder: Path
 
@@ -35,24 +39,26 @@ class Checkpoint:
 
     def weights(self) -> dict[str, torch.Tensor]:
         """The model's weights by name."""
-        found: dict[str, torch.Tensor] = {}
+        weights: dict[str, torch.Tensor] = {}
         for path in sorted(self.model.glob("*.safetensors")):
-            found |= load_file(str(path))
-        return found
+            weights |= load_file(str(path))
+        return weights
 
     def training(self) -> dict[str, torch.Tensor]:
+        """Optimizer moments and adapters, as `Trainable.state` gave them."""
         return load_file(str(self.folder / "training.safetensors"))
 
     def history(self) -> dict[str, Any]:
-        return json.loads((self.folder / "history.json").read_text())
+        history: dict[str, Any] = json.loads((self.folder / "history.json").read_text())
+        return history
 
 
 class Checkpoints:
     """The checkpoints of one run.
 
     Args:
-        folder: where they are; visible from every worker's node.
-        tokenizer: is saved with each model.
+        folder: the folder that has them; it must be visible from every worker's node.
+        tokenizer: the tokenizer, which is saved with each model.
     """
 
     def __init__(self, folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -60,16 +66,16 @@ class Checkpoints:
         self._tokenizer = tokenizer
 
     def latest(self) -> Checkpoint | None:
-        """The newest whole one."""
+        """The newest whole checkpoint; None if there is none."""
         finished = sorted(self.folder.glob("step-*"))
         return Checkpoint(finished[-1]) if finished else None
 
     def save(
         self, step: int, model: PreTrainedModel, training: Mapping[str, torch.Tensor], history: Mapping[str, Any]
     ) -> None:
-        """Write one. One worker calls it, and the following."""
+        """Write a checkpoint. Only one worker calls this method and the following ones."""
         for leftover in self.folder.glob(".*.tmp"):
-            shutil.rmtree(leftover)  # of a killed process
+            shutil.rmtree(leftover)  # from a process that was killed
         unfinished = self.folder / f".step-{step:08d}.tmp"
         unfinished.mkdir(parents=True)
         model.save_pretrained(unfinished / "model")
@@ -79,19 +85,18 @@ class Checkpoints:
         unfinished.rename(self.folder / f"step-{step:08d}")
 
     def keep_newest(self) -> None:
-        """Remove all but the newest."""
+        """Remove all checkpoints but the newest."""
         for path in sorted(self.folder.glob("step-*"))[:-1]:
             _remove(path)
 
-    def distrust(self, step: int) -> None:
-        """Remove the checkpoint of this step, whose weights gave a loss that nothing can be done with, unless it is
-        the only one."""
+    def discard(self, step: int) -> None:
+        """Remove the checkpoint of this step, if there is one and it is not the only one: training diverged there."""
         if len(list(self.folder.glob("step-*"))) > 1:
             _remove(self.folder / f"step-{step:08d}")
 
 
 class NoCheckpoints(Checkpoints):
-    """Of a run that is too short to be continued: nothing is kept, so that nothing has to be written."""
+    """The checkpoints of a run so short that it is never continued: none are written."""
 
     def __init__(self) -> None:
         pass
@@ -105,12 +110,12 @@ class NoCheckpoints(Checkpoints):
     def keep_newest(self) -> None:
         pass
 
-    def distrust(self, step: int) -> None:
+    def discard(self, step: int) -> None:
         pass
 
 
 def _remove(folder: Path) -> None:
-    """Whole or not at all, for whoever looks at the names."""
+    """Remove a folder so that nobody sees it half removed: it is renamed first."""
     if folder.is_dir():
         leftover = folder.with_name(f".{folder.name}.tmp")
         folder.rename(leftover)

@@ -1,4 +1,4 @@
-"""From texts to the samples that a run trains on: what is forgotten, the refusals that answer it, what is kept."""
+"""From texts to the samples of a run: those to forget, refusals in place of their answers, and those to retain."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedModel
 
+from algorithms.group import Group
 from algorithms.recipe import Objectives, Recipe
 from scoring.answers import score_answers
 from scoring.errors import UserError
-from scoring.samples import Rejected, Sample, Text, TextSet, check_tokens, encode, evenly_spaced
+from scoring.samples import Rejected, Sample, Text, TextSet, encode, encode_checked, evenly_spaced
 from scoring.settings import named
 
-# Refusals of the paper's Table 3 come first.
+# The refusals of the paper's Table 3 come first.
 REFUSALS = (
     "I'm not informed about that subject.",
     "I don't have the details on that issue.",
@@ -34,13 +35,13 @@ REFUSALS = (
 
 @dataclass(frozen=True)
 class Corpus:
-    """The samples; every `index` is the position in its list.
+    """The samples of a run; the `index` of each is its position in its list.
 
     Attributes:
-        forget: N samples to be forgotten.
-        refusals: for each of them the same question with a refusal; empty if the algorithm needs none.
-        retain: samples to be kept; empty if the algorithm needs none.
-        eos_token_id: ends a continuation when EL is measured.
+        forget: N samples to forget.
+        refusals: for each of them the same question with a refusal as its answer; empty if the algorithm needs none.
+        retain: samples to retain; empty if the algorithm needs none.
+        eos_token_id: the token that ends a continuation when EL is measured.
     """
 
     forget: Sequence[Sample]
@@ -51,13 +52,13 @@ class Corpus:
 
 @dataclass(frozen=True)
 class Encoder:
-    """What turns texts into samples that a model can take.
+    """Turns texts into samples that a model can read.
 
     Attributes:
         tokenizer: a Hugging Face tokenizer.
         max_length: the model's context length in tokens.
-        vocabulary: tokens that the model embeds.
-        name: of the tokenizer, for messages.
+        vocabulary: number of tokens that the model embeds.
+        name: name of the tokenizer, for messages.
     """
 
     tokenizer: Any
@@ -66,24 +67,26 @@ class Encoder:
     name: str = "the tokenizer"
 
     def samples(self, texts: TextSet) -> tuple[list[Sample], list[Rejected]]:
-        """Samples whose index is their position among those that could be encoded.
+        """The samples of texts, each with its position among them as its index; and the texts that cannot be used.
 
         Raises:
-            UserError: none could, or the model does not know a token.
+            UserError: no text can be used, or the model does not know a token.
         """
-        samples, rejected = encode(texts.texts, self.tokenizer, self.max_length)
-        largest = max((int(sample.input_ids.max()) for sample in samples), default=-1)
-        check_tokens(len(samples), largest, rejected, self.vocabulary, self.name, texts.name)
-        return [replace(sample, index=place) for place, sample in enumerate(samples)], rejected
+        samples, rejected = encode_checked(texts, self.tokenizer, self.max_length, self.vocabulary, self.name)
+        return [replace(sample, index=position) for position, sample in enumerate(samples)], rejected
 
 
 def make_corpus(
     recipe: Recipe, encoder: Encoder, forget: TextSet, retain: TextSet | None, phrases: Sequence[str] = REFUSALS
 ) -> tuple[Corpus, list[dict[str, str]]]:
-    """The samples of a resolved recipe; and those that cannot be used, with their set and the reason.
+    """Make the samples of a run; and list the texts that cannot be used, with their set and the reason.
 
     Args:
-        phrases: of which each sample gets one, by seed and sample, where the objective needs refusals.
+        recipe: a resolved recipe.
+        encoder: turns texts into samples.
+        forget: texts to forget.
+        retain: texts to retain; None is an error if the recipe has a retain term.
+        phrases: refusals. If the objective needs refusals, each sample gets one of them, by seed and sample.
 
     Raises:
         UserError: a set has no sample that can be used, or a sample has no question that could be refused.
@@ -92,26 +95,27 @@ def make_corpus(
     samples, rejected = encoder.samples(forget)
     refusals: list[Sample] = []
     if objectives.needs_refusals:
-        texts = {text.sample_id: text for text in forget.texts}
-        refused = [_refused(texts[sample.sample_id], phrases, recipe.seed, forget.name) for sample in samples]
-        refusals, unfit = encode(refused, encoder.tokenizer, encoder.max_length)
-        if unfit:
-            raise UserError(f"{forget.name}, {unfit[0].sample_id!r}: with a refusal as its answer: {unfit[0].reason}")
-    kept: list[Sample] = []
-    also_rejected: list[Rejected] = []
+        text_of = {text.sample_id: text for text in forget.texts}
+        refused = [_refused(text_of[sample.sample_id], phrases, recipe.seed, forget.name) for sample in samples]
+        refusals, too_long = encode(refused, encoder.tokenizer, encoder.max_length)
+        if too_long:
+            first = too_long[0]
+            raise UserError(f"{forget.name}, {first.sample_id!r}: with a refusal as its answer: {first.reason}")
+    retain_samples: list[Sample] = []
+    retain_rejected: list[Rejected] = []
     if objectives.retain is not None:
         if retain is None:
             raise UserError(
                 f"algorithm {recipe.algorithm} has a retain term and there is no retain set: give "
                 f"{named('retain')}, or take {named('retain_term')} none"
             )
-        kept, also_rejected = encoder.samples(retain)
+        retain_samples, retain_rejected = encoder.samples(retain)
     unused = [
-        {"set": name, "sample_id": each.sample_id, "reason": each.reason}
-        for name, group in (("forget", rejected), ("retain", also_rejected))
-        for each in group
+        {"set": set_name, "sample_id": rejection.sample_id, "reason": rejection.reason}
+        for set_name, rejections in (("forget", rejected), ("retain", retain_rejected))
+        for rejection in rejections
     ]
-    return Corpus(samples, refusals, kept, encoder.tokenizer.eos_token_id), unused
+    return Corpus(samples, refusals, retain_samples, encoder.tokenizer.eos_token_id), unused
 
 
 def _refused(text: Text, phrases: Sequence[str], seed: int, name: str) -> Text:
@@ -136,9 +140,10 @@ class Evaluation:
     Attributes:
         sets: name -> samples.
         measure: model, samples -> metric -> (N,). Every sample's value depends on that sample alone.
-        every: epochs from one measurement to the next, from the initial model on; the last is always made, and 0 makes
-            no other.
-        whole: model -> metric -> value, of what is no mean over samples; the first worker measures it. None: none.
+        every: epochs from one measurement to the next, counted from the initial model; the last epoch is always
+            measured, and with 0 no other.
+        whole: model -> metric -> value, for metrics that are no mean over samples; the first worker measures them.
+            None: there are none.
     """
 
     sets: Mapping[str, Sequence[Sample]]
@@ -146,20 +151,39 @@ class Evaluation:
     every: int = 1
     whole: Callable[[PreTrainedModel], Mapping[str, float]] | None = None
 
+    def results(self, model: PreTrainedModel, group: Group) -> dict[str, float]:
+        """Measure a model: set_metric -> mean over the set, and the metrics of `whole`. Each worker measures its share
+        of the samples, and all get the results."""
+        results: dict[str, float] = {}
+        for set_name, samples in self.sets.items():
+            mine = range(group.rank, len(samples), group.size)
+            metrics = self.measure(model, [samples[i] for i in mine]) if mine else {}
+            values_of_sample = group.gathered(
+                {i: {name: float(values[row]) for name, values in metrics.items()} for row, i in enumerate(mine)}
+            )
+            for name in next(iter(values_of_sample.values())):
+                values = [values_of_sample[i][name] for i in sorted(values_of_sample)]
+                results[f"{set_name}_{name}"] = float(np.mean(values))
+        if self.whole:
+            results |= group.gathered({0: dict(self.whole(model))} if group.rank == 0 else {})[0]
+        return results
+
 
 def answers_evaluation(
-    encoder: Encoder, corpus: Corpus, retain: TextSet | None, most: int | None, every: int = 1
+    encoder: Encoder, corpus: Corpus, retain: TextSet | None, max_samples: int | None, every: int = 1
 ) -> Evaluation:
-    """ROUGE-L recall of the greedy answers and the true answers' probability, on the forget and the retain set.
+    """Measure ROUGE-L recall of the greedy answers and the true answers' probability, on forget and retain set.
 
     Args:
-        retain: what is to be kept; None leaves it out.
-        most: samples of each set, evenly spaced; None: all.
-        every: see Evaluation.
+        encoder: turns texts into samples.
+        corpus: the samples of the run.
+        retain: texts to retain; None leaves the retain set out.
+        max_samples: the most samples of each set, evenly spaced; None: all.
+        every: see `Evaluation`.
     """
-    sets = {"forget": evenly_spaced(corpus.forget, most)}
+    sets = {"forget": evenly_spaced(corpus.forget, max_samples)}
     if retain is not None:
-        sets["retain"] = evenly_spaced(corpus.retain or encoder.samples(retain)[0], most)
+        sets["retain"] = evenly_spaced(corpus.retain or encoder.samples(retain)[0], max_samples)
     return Evaluation(sets, partial(_answers, encoder.tokenizer), every)
 
 

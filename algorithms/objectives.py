@@ -4,9 +4,9 @@ An objective is a pure function of tensors, with no model inside, and is minimis
 (B,). The loss of a batch is the mean over its samples, so it does not depend on how the batch is cut into
 micro-batches or spread over workers.
 
-The signature of an objective is all that the training loop has to know of it: its positional parameters are
-what the loop gives it, keys of INPUTS; its keyword-only parameters with defaults are its settings, which a spec
-may override. Adding an algorithm is one function and one line in ALGORITHMS.
+The signature of an objective tells the training loop all about it: its positional parameters are the inputs that
+the loop gives it, keys of INPUTS; its keyword-only parameters with defaults are its settings, which a spec may
+override. Adding an algorithm is one function and one line in ALGORITHMS.
 
 Written here: P_t = log p_t of a scored token, l_t = -P_t, l = mean_t l_t and L = Sum_t l_t of one sample, all over
 its scored tokens only. Padding never contributes, whatever is stored there, and gets a gradient of 0. The
@@ -28,10 +28,10 @@ from scoring.errors import UserError, unknown_name
 from scoring.registry import Registry
 from scoring.sample_gradients import mean_negative_log_likelihood, negative_log_likelihood
 
-# An objective: tensors of INPUTS, then settings -> (B,).
+# An objective: inputs, then settings -> one term per sample, (B,).
 Objective = Callable[..., torch.Tensor]
 
-# What the training loop can give an objective. S and R: scored tokens of the longest sample of the batch.
+# The inputs that the training loop can give an objective. S, R: scored tokens of the longest sample or refusal.
 INPUTS: dict[str, str] = {
     "logprobs": "(B, S) fp32 nats: log-probs P_t of the sample's scored tokens; 0 where mask is False",
     "mask": "(B, S) bool: which entries are scored tokens and not padding; at least one a sample",
@@ -46,16 +46,18 @@ INPUTS: dict[str, str] = {
     "refusal_reference_nll": "(B,) fp64 nats: summed NLL of the same refusal under the initial model",
     "direction": "(d,): RMU's random unit vector u",
 }
+# The names of inputs that belong to a sample's refusal begin so.
+REFUSAL_PREFIX = "refusal_"
 
 
 def _precise(tensor: torch.Tensor) -> torch.Tensor:
-    """fp32 at least."""
+    """The tensor in fp32; fp64 stays."""
     return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
 def _blank(tensor: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """(B, S) or (B, S, n) with zeros at padding, fp32 at least. Done before any arithmetic: a nan that is masked
-    only afterwards still makes gradients nan, as 0 * nan."""
+    """A (B, S) or (B, S, n) tensor with zeros at padding, in fp32 at least. This comes before any arithmetic: a nan
+    that is masked only afterwards still makes gradients nan, as 0 * nan."""
     return _precise(tensor).masked_fill(~mask if tensor.dim() == mask.dim() else ~mask.unsqueeze(-1), 0.0)
 
 
@@ -140,9 +142,9 @@ def undial(
 ) -> torch.Tensor:
     """Self-distillation with adjusted logits: cross-entropy to softmax(reference_logits - beta onehot(target)),
     the mean over the answer's tokens. Dong et al. 2024."""
-    own = targets.masked_fill(~mask, 0).unsqueeze(-1)  # -100, say, is no index
+    indices = targets.masked_fill(~mask, 0).unsqueeze(-1)  # padding may hold -100, which is no index
     teacher = _blank(reference_logits, mask)
-    teacher = teacher.scatter(-1, own, teacher.gather(-1, own) - beta)
+    teacher = teacher.scatter(-1, indices, teacher.gather(-1, indices) - beta)
     cross_entropy = -(teacher.softmax(-1) * _blank(logits, mask).log_softmax(-1)).sum(-1)
     return _token_mean(cross_entropy, mask)
 
@@ -190,12 +192,12 @@ def hidden_mse(hidden: torch.Tensor, mask: torch.Tensor, reference_hidden: torch
     return _token_mean(difference.square().mean(-1), mask)
 
 
-# What an algorithm can add on the retain set. The names are those that a spec uses.
+# The terms that an algorithm can add on the retain set, by the names that a spec uses.
 RETAIN_TERMS: Registry[Objective] = Registry("retain term", {"nll": nll, "kl": kl, "hidden": hidden_mse})
 
 
 def inputs_of(function: Objective) -> tuple[str, ...]:
-    """What the training loop has to give an objective: its positional parameters, keys of INPUTS, in order.
+    """The inputs of an objective: its positional parameters, keys of INPUTS, in order.
 
     Raises:
         TypeError: a parameter that is not in INPUTS.
@@ -212,7 +214,7 @@ def inputs_of(function: Objective) -> tuple[str, ...]:
 
 
 def settings_of(function: Objective) -> dict[str, float]:
-    """The settings of an objective and their values: its keyword-only parameters and their defaults.
+    """The settings of an objective and their defaults: its keyword-only parameters.
 
     Raises:
         TypeError: a keyword-only parameter without a default.
@@ -244,8 +246,9 @@ def with_settings(function: Objective, settings: Mapping[str, float]) -> Objecti
 
 
 def _name(function: Objective) -> str:
-    """The name of a function, or of the function under its changed settings."""
-    return getattr(function, "func", function).__name__
+    """The name of a function, also if some of its settings were changed."""
+    name: str = getattr(function, "func", function).__name__
+    return name
 
 
 @dataclass(frozen=True)
@@ -266,7 +269,7 @@ class Algorithm:
             spec's default.
 
     Raises:
-        TypeError: a function that asks for something not in INPUTS, or has a setting without a default.
+        TypeError: a function with an input that is not in INPUTS, or a setting without a default.
         UserError: an unknown retain term.
     """
 
@@ -286,7 +289,7 @@ class Algorithm:
             settings_of(function)
 
 
-# Epochs are those of the MRD paper on TOFU: 4 for NPO, 5 for the others.
+# The epochs are those of the MRD paper on TOFU: 4 for NPO, 5 for the others.
 ALGORITHMS: Registry[Algorithm] = Registry(
     "algorithm",
     {
@@ -304,7 +307,7 @@ ALGORITHMS: Registry[Algorithm] = Registry(
         "UNDIAL": Algorithm(undial),
         "WGA": Algorithm(wga, "nll"),
         "SatImp": Algorithm(satimp, "nll"),
-        # Learns the forget set again: what an attacker, and the metric Relearn, do to a model that has forgotten.
+        # Learns the forget set again, as an attacker and the metric Relearn do with a model that has forgotten.
         "Relearn": Algorithm(nll),
     },
 )

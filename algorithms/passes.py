@@ -1,14 +1,14 @@
-"""One forward pass of a causal LM, and what an objective can take from it.
+"""One forward pass of a causal LM, and the outputs that an objective can take from it.
 
-The output head sees the scored positions only, whatever is asked for, and an objective on the hidden states of a
-layer runs the model up to that layer and no further.
+The output head sees only the scored positions, whatever the outputs, and for an objective on the hidden states of a
+layer the model runs up to that layer and no further.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -18,12 +18,13 @@ from scoring.errors import UserError
 from scoring.logprob import scored_logits, token_logprobs
 from scoring.samples import Batch
 
-# What a pass can yield; the names are those of the objectives' inputs.
-OUTPUTS = ("logprobs", "logits", "hidden")
+# The outputs of a pass; objectives call their inputs by the same names.
+Output = Literal["logprobs", "logits", "hidden"]
+OUTPUTS: tuple[Output, ...] = ("logprobs", "logits", "hidden")
 
 
-class Passes(nn.Module):
-    """A causal LM whose forward takes a Batch: what is wrapped for several workers.
+class ForwardPass(nn.Module):
+    """A causal LM as a module whose forward takes a Batch, so that it can be wrapped for several workers.
 
     Args:
         model: the causal LM.
@@ -35,26 +36,26 @@ class Passes(nn.Module):
         self.model = model
         self.layer = layer
 
-    def forward(self, batch: Batch, wanted: Collection[str]) -> dict[str, torch.Tensor]:
-        """The wanted of OUTPUTS: logprobs (B, S), 0 at padding; logits (B, S, V); hidden (B, S, d)."""
-        found: dict[str, torch.Tensor] = {}
-        if "hidden" in wanted:
+    def forward(self, batch: Batch, names: Sequence[Output]) -> dict[str, torch.Tensor]:
+        """The named outputs: logprobs (B, S), 0 at padding; logits (B, S, V); hidden (B, S, d)."""
+        outputs: dict[str, torch.Tensor] = {}
+        if "hidden" in names:
             assert self.layer is not None
-            found["hidden"] = layer_output(self.model, batch, self.layer)
-        if "logits" in wanted or "logprobs" in wanted:
+            outputs["hidden"] = layer_output(self.model, batch, self.layer)
+        if "logits" in names or "logprobs" in names:
             logits = scored_logits(self.model, batch)
-            if "logits" in wanted:
-                found["logits"] = logits
-            if "logprobs" in wanted:
-                found["logprobs"] = token_logprobs(logits, batch.targets).masked_fill(~batch.mask, 0.0)
-        return found
+            if "logits" in names:
+                outputs["logits"] = logits
+            if "logprobs" in names:
+                outputs["logprobs"] = token_logprobs(logits, batch.targets).masked_fill(~batch.mask, 0.0)
+        return outputs
 
 
 def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
     """The model's list of decoder layers.
 
     Raises:
-        UserError: it has none that can be told.
+        UserError: there is no list of as many modules as the model has layers.
     """
     count = model.config.get_text_config().num_hidden_layers
     for module in model.modules():
@@ -65,10 +66,10 @@ def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
 
 def layer_output(model: PreTrainedModel, batch: Batch, layer: int) -> torch.Tensor:
     """Output of decoder layer `layer` (1 is the first) at the positions that predict the scored tokens, (B, S, d)."""
-    seen: list[torch.Tensor] = []
+    hidden: list[torch.Tensor] = []
 
     def keep(_: nn.Module, __: Any, output: Any) -> None:
-        seen.append(output[0] if isinstance(output, tuple) else output)
+        hidden.append(output[0] if isinstance(output, tuple) else output)
 
     handle = decoder_layers(model)[layer - 1].register_forward_hook(keep)
     try:
@@ -77,12 +78,12 @@ def layer_output(model: PreTrainedModel, batch: Batch, layer: int) -> torch.Tens
     finally:
         handle.remove()
     rows = torch.arange(len(batch), device=batch.positions.device).unsqueeze(-1)
-    return seen[0][rows, batch.positions]
+    return hidden[0][rows, batch.positions]
 
 
 @contextmanager
 def _only_first_layers(model: PreTrainedModel, count: int) -> Iterator[None]:
-    """Within the context the model consists of its first `count` layers (and its embeddings and head)."""
+    """Within the context the model has only its first `count` layers (and its embeddings and head)."""
     layers = decoder_layers(model)
     owner, name = next(
         (module, name) for module in model.modules() for name, child in module.named_children() if child is layers
@@ -95,11 +96,11 @@ def _only_first_layers(model: PreTrainedModel, count: int) -> Iterator[None]:
 
 
 def last_hidden(model: PreTrainedModel, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-    """What the output head is given at the scored positions, (B, S, d), and the logits, (B, S, V)."""
-    seen: list[torch.Tensor] = []
+    """The input of the output head at the scored positions, (B, S, d), and the logits, (B, S, V)."""
+    hidden: list[torch.Tensor] = []
 
     def keep(_: nn.Module, args: tuple[torch.Tensor, ...], __: Any) -> None:
-        seen.append(args[0])
+        hidden.append(args[0])
 
     head = model.get_output_embeddings()
     if head is None:
@@ -109,14 +110,14 @@ def last_hidden(model: PreTrainedModel, batch: Batch) -> tuple[torch.Tensor, tor
         logits = scored_logits(model, batch)
     finally:
         handle.remove()
-    return seen[0], logits
+    return hidden[0], logits
 
 
 class Head:
-    """The initial model's output head: turns kept hidden states into the logits that the model gave.
+    """The initial model's output head, which turns stored hidden states into the logits that the model gave.
 
-    A few thousand numbers a token are kept that way instead of the whole vocabulary, and the reference costs one
-    matrix product a step instead of a second model.
+    So a few thousand numbers per token are stored instead of one for each token of the vocabulary, and the reference
+    costs one matrix product per step instead of a second model.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:

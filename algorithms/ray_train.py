@@ -1,7 +1,7 @@
 """A run of unlearning in this process, or as a Ray Train job on several workers.
 
-Both end with the same checkpoint in the run's folder, and both continue from what they find there: after a killed
-worker (Ray Train starts the group again), after a killed driver (the same command), and with another number of
+Both leave the same last checkpoint in the run's folder, and both continue from the newest one there: after a killed
+worker (Ray Train starts the group again), after a killed driver (by the same command), and with another number of
 workers. So the folder must be visible from every node.
 """
 
@@ -13,7 +13,7 @@ import shutil
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -24,26 +24,30 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, PreTrain
 
 from algorithms.checkpoints import Checkpoints, NoCheckpoints
 from algorithms.corpus import Corpus, Evaluation
+from algorithms.group import ALONE, Group
+from algorithms.history import History, Progress
 from algorithms.passes import Head
 from algorithms.recipe import Execution, Objectives, Recipe, layer_of, total_updates
-from algorithms.reference import Reference, compute_reference
-from algorithms.trainable import Group
-from algorithms.unlearner import Diverged, History, Progress, Unlearner, retain_order, trainable_for
+from algorithms.reference import Reference, Role, compute_reference
+from algorithms.samplers import retain_order
+from algorithms.trainable import trainable_for
+from algorithms.unlearner import Diverged, Unlearner
 from scoring.cluster import Footprint, check_versions, how_many_fit, versions
 from scoring.errors import UserError, first_line
 from scoring.files import replacing
 from scoring.plugins import Plugin, load_plugins, loaded_plugins
 from scoring.replica import load_model
+from scoring.samples import Sample
 from scoring.settings import adopt, current_naming, named
 from scoring.work import LocalPool, Pool, ReplicaSpec
 
-# Ray Train answers a report when it looks at its workers next: the default of two seconds would be waited for.
+# How often Ray Train looks at its workers. It answers their reports then; by default they would wait two seconds.
 POLL_S = "0.1"
-# Time that workers have to start when the cluster said there is room; Ray itself would wait for ever.
+# How long workers may take to start on a cluster that has room for them; Ray itself would wait forever.
 START_TIMEOUT_S = "300"
 PROGRESS_S = 0.3
-# Where a worker leaves an error that would come again on every start.
-MISTAKE = ".mistake.txt"
+# The file in which a worker leaves an error that would come again on every start.
+LASTING_ERROR = ".mistake.txt"
 
 
 @dataclass(frozen=True)
@@ -51,14 +55,14 @@ class TrainingJob:
     """Everything that a worker needs to know.
 
     Attributes:
-        recipe: resolved.
-        execution: how it is carried out.
+        recipe: a resolved recipe.
+        execution: how the recipe is carried out.
         corpus: the samples.
-        source, revision: the initial model, see scoring.replica.load_model.
-        folder: of the run, an absolute path: checkpoints, reference and progress are kept there.
-        tokenizer: is saved with the model.
-        evaluation: measured after each epoch; None measures nothing.
-        keeps_checkpoints: False for a run so short that it is begun anew where it was stopped.
+        source, revision: the initial model, see `scoring.replica.load_model`.
+        folder: the absolute path of the run's folder, which has checkpoints, reference and progress.
+        tokenizer: the tokenizer, which is saved with the model.
+        evaluation: what to measure after each epoch; None measures nothing.
+        keeps_checkpoints: False for a run so short that it begins again if it was stopped.
         plugins: files that add to the registries, see `scoring.plugins`.
     """
 
@@ -95,19 +99,19 @@ def train_here(
 
     Args:
         observe: is shown the progress after each update.
-        report: is given the row of each epoch; what a Ray Tune trial passes on.
+        report: is given the row of each epoch, which a Ray Tune trial passes on.
     """
     model = load_model(job.source, "float32", device, job.revision)
     ensure_reference(job, lambda: LocalPool(model))
-    return unlearner_of(job, model, Group(), observe, report).run()
+    return unlearner_of(job, model, ALONE, observe, report).run()
 
 
 def train_on_ray(job: TrainingJob, footprint: Footprint, observe: Observe = lambda _: None) -> History:
-    """Run the job on Ray Train workers; needs a connected cluster.
+    """Run the job on Ray Train workers; this process must be connected to a cluster.
 
     Args:
         footprint: CPU cores and GPUs of a worker, and of a replica that computes the reference.
-        observe: is shown the progress every now and then.
+        observe: is shown the progress from time to time.
 
     Raises:
         UserError: the workers do not fit on the cluster, training diverged, or workers keep dying.
@@ -127,10 +131,10 @@ def train_on_ray(job: TrainingJob, footprint: Footprint, observe: Observe = lamb
     ensure_reference(job, lambda: ReplicaPool(spec, footprint, workers))
     os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = POLL_S
     os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = START_TIMEOUT_S
-    # Ray Train's own record. A name of its own each time: what there is to continue is in the checkpoints.
+    # Ray Train's record of the run. Its name is new each time, so that Ray continues nothing: the checkpoints do.
     storage = job.folder / ".ray"
     trainer = TorchTrainer(
-        _worker,  # type: ignore[arg-type]
+        _train_in_worker,  # type: ignore[arg-type]  # Ray passes its result on, which its types do not say
         train_loop_config={
             "job": job,
             "threads": footprint.cpus,
@@ -149,17 +153,17 @@ def train_on_ray(job: TrainingJob, footprint: Footprint, observe: Observe = lamb
             failure_config=FailureConfig(max_failures=max_failures, controller_failure_limit=1),  # type: ignore[call-arg]
         ),
     )
-    (job.folder / MISTAKE).unlink(missing_ok=True)
-    with _watched(job.folder, observe):
+    (job.folder / LASTING_ERROR).unlink(missing_ok=True)
+    with _progress_shown(job.folder, observe):
         try:
             result: Any = trainer.fit()
-        except Exception as error:  # the controller's own types differ between versions
+        except Exception as error:  # its type differs between versions of Ray
             raise UserError(
-                f"Ray Train gave up (workers are started again {max_failures} times): {_cause(error)}"
+                f"Ray Train gave up (workers are started again {max_failures} times): {_last_line(error)}"
             ) from error
         finally:
             shutil.rmtree(storage, ignore_errors=True)
-            (job.folder / MISTAKE).unlink(missing_ok=True)
+            (job.folder / LASTING_ERROR).unlink(missing_ok=True)
     if message := (result.return_value or {}).get("error"):
         raise UserError(message)
     saved = job.checkpoints.latest()
@@ -167,8 +171,8 @@ def train_on_ray(job: TrainingJob, footprint: Footprint, observe: Observe = lamb
     return History(**saved.history())
 
 
-def _worker(config: dict[str, Any]) -> dict[str, Any]:
-    """What each worker does. An error that would come again ends as a value: what is raised, Ray Train tries again."""
+def _train_in_worker(config: dict[str, Any]) -> dict[str, Any]:
+    """Train in a worker. An error that would come again is returned: for one that is raised, Ray Train starts again."""
     import ray.train
     import ray.train.torch
 
@@ -192,37 +196,38 @@ def _worker(config: dict[str, Any]) -> dict[str, Any]:
     def report(row: Mapping[str, Any]) -> None:
         ray.train.report({key: value for key, value in row.items() if isinstance(value, int | float)})
 
-    mistake = job.folder / MISTAKE
-    if mistake.is_file():
-        return {"error": mistake.read_text()}
+    lasting_error = job.folder / LASTING_ERROR
+    if lasting_error.is_file():
+        return {"error": lasting_error.read_text()}
     try:
         check_versions(config["driver_versions"])
         load_plugins(job.plugins)
         unlearner_of(job, load_model(job.source, "float32", device, job.revision), group, show, report).run()
     except Diverged as error:
-        return {"error": str(error)}  # all workers know the sums, and are here
+        return {"error": str(error)}  # all workers know the sums, so all of them end here
     except Exception as error:
-        if _lost_contact(error) and not mistake.is_file():
+        if _lost_contact(error) and not lasting_error.is_file():
             raise  # another worker has died: Ray Train starts the group again
-        if not mistake.is_file():
-            with replacing(mistake) as unfinished:
-                unfinished.write_text(_cause_of(error))
+        if not lasting_error.is_file():
+            with replacing(lasting_error) as unfinished:
+                unfinished.write_text(_failure_message(error))
         if torch.distributed.is_initialized():
             if torch.distributed.get_backend() == "nccl":
-                raise  # the others wait on their GPUs, and only Ray Train can end them: started again, they see it
-            # The others may be waiting for this one: it leaves, and they see why.
+                # The others wait on their GPUs, and only Ray Train can end them. Started again, they read the file.
+                raise
+            # The others may be waiting for this worker: it leaves the group, and they read the file.
             torch.distributed.destroy_process_group()
-        return {"error": mistake.read_text()}
+        return {"error": lasting_error.read_text()}
     return {"error": None}
 
 
 def _lost_contact(error: Exception) -> bool:
-    """Whether a collective operation failed, and not this worker's own work. Gloo raises bare RuntimeErrors."""
-    named = any(name in str(error) for name in ("gloo", "NCCL", "Connection closed by peer"))
-    return isinstance(error, torch.distributed.DistError) or (isinstance(error, RuntimeError) and named)
+    """Whether a collective operation failed, not a computation of this worker. Gloo raises bare RuntimeErrors."""
+    is_named = any(name in str(error) for name in ("gloo", "NCCL", "Connection closed by peer"))
+    return isinstance(error, torch.distributed.DistError) or (isinstance(error, RuntimeError) and is_named)
 
 
-def _cause_of(error: Exception) -> str:
+def _failure_message(error: Exception) -> str:
     if isinstance(error, UserError):
         return str(error)
     return f"training failed in a worker: {type(error).__name__}: {first_line(error)}"
@@ -236,17 +241,20 @@ def unlearner_of(
     report: Report = lambda _: None,
     initial: Mapping[str, torch.Tensor] | None = None,
 ) -> Unlearner:
-    """The job on this worker, ready to run. The reference must be there.
+    """The job on this worker, ready to run. The reference must have been computed.
 
     Args:
-        initial: the model's weights by name on the CPU, where somebody holds them already; None makes a copy.
+        model: the initial model, which is trained in place.
+        group: this worker.
+        observe, report: see `Unlearner`.
+        initial: the model's weights by name on the CPU, if the caller holds them already; None makes a copy.
     """
     objectives = Objectives.of(job.recipe)
     if initial is None:
-        own = model.named_parameters() if not group.rank else ()
-        initial = {name: p.detach().to("cpu", copy=True) for name, p in own}
+        parameters = model.named_parameters() if not group.rank else ()
+        initial = {name: p.detach().to("cpu", copy=True) for name, p in parameters}
     head = Head(model) if "reference_logits" in objectives.inputs else None
-    reference = Reference(job.reference_path) if objectives.reference() else None
+    reference = Reference(job.reference_path) if objectives.reference_quantities() else None
     trained = trainable_for(job.recipe, model, group, job.execution.gradient_checkpointing)
     return Unlearner(
         job.recipe,
@@ -256,29 +264,29 @@ def unlearner_of(
         reference,
         head,
         job.checkpoints,
-        job.evaluation,
-        observe,
-        report,
-        job.execution.batch_tokens,
-        job.execution.checkpoint_every,
+        evaluation=job.evaluation,
+        observe=observe,
+        report=report,
+        batch_tokens=job.execution.batch_tokens,
+        checkpoint_every=job.execution.checkpoint_every,
     )
 
 
 def ensure_reference(job: TrainingJob, make_pool: Callable[[], Pool], config: PreTrainedConfig | None = None) -> None:
-    """Compute what the initial model says of the samples, unless an earlier start of this run has done so.
+    """Compute the quantities of the initial model that the objectives need, unless an earlier start of this run has.
 
     Args:
         make_pool: gives replicas of the initial model.
-        config: of the model, where it is loaded already.
+        config: the model's configuration, if it is loaded already.
     """
-    wanted = Objectives.of(job.recipe).reference()
-    if not wanted or job.reference_path.is_file():
+    quantities = Objectives.of(job.recipe).reference_quantities()
+    if not quantities or job.reference_path.is_file():
         return
     corpus = job.corpus
-    # Only those that will be drawn.
+    # Of the retain set only the samples that will be drawn.
     draws = total_updates(len(corpus.forget), job.recipe) * (job.recipe.batch_size or 1)
     drawn = set(retain_order(0, draws, len(corpus.retain), job.recipe.seed)) if corpus.retain else set()
-    samples = {
+    samples: dict[Role, Sequence[Sample]] = {
         "forget": corpus.forget,
         "refusal": corpus.refusals,
         "retain": [sample for sample in corpus.retain if sample.index in drawn],
@@ -286,30 +294,30 @@ def ensure_reference(job: TrainingJob, make_pool: Callable[[], Pool], config: Pr
     config = config or AutoConfig.from_pretrained(job.source, revision=job.revision)
     layer = layer_of(job.recipe, config)
     with make_pool() as pool:
-        compute_reference(job.reference_path, samples, wanted, layer, pool, job.execution.batch_tokens)
+        compute_reference(job.reference_path, samples, quantities, layer, pool, job.execution.batch_tokens)
 
 
-# --- Progress, by way of a file that the first worker writes ------------------------------------------------
+# --- Progress, read from a file that the first worker writes ------------------------------------------------
 
 
 @contextmanager
-def _watched(folder: Path, observe: Observe) -> Iterator[None]:
-    """Within the context `observe` is shown what the first worker reports."""
+def _progress_shown(folder: Path, observe: Observe) -> Iterator[None]:
+    """Within the context `observe` is shown the progress of the first worker."""
     path = folder / "progress.json"
     path.unlink(missing_ok=True)
     done = threading.Event()
 
-    def look(seen: str = "") -> str:
+    def show_news(last_text: str) -> str:
         text = path.read_text() if path.is_file() else ""
-        if text and text != seen:
+        if text and text != last_text:
             observe(Progress(**json.loads(text)))
         return text
 
     def watch() -> None:
-        seen = ""
+        last_text = ""
         while not done.wait(PROGRESS_S):
-            seen = look(seen)
-        look(seen)
+            last_text = show_news(last_text)
+        show_news(last_text)
 
     thread = threading.Thread(target=watch, daemon=True)
     thread.start()
@@ -321,6 +329,6 @@ def _watched(folder: Path, observe: Observe) -> Iterator[None]:
         path.unlink(missing_ok=True)
 
 
-def _cause(error: BaseException) -> str:
+def _last_line(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[-1] if lines else type(error).__name__

@@ -1,4 +1,4 @@
-"""How a model is made to forget, as plain values, and what they say about objectives, layers and numbers of updates."""
+"""How a model is made to forget, as settings, and the objectives, layer and number of updates that follow from them."""
 
 from __future__ import annotations
 
@@ -10,8 +10,16 @@ from typing import Annotated, Any, Literal
 import torch
 from transformers import PreTrainedConfig
 
-from algorithms.objectives import ALGORITHMS, RETAIN_TERMS, find_algorithm, inputs_of, with_settings
-from algorithms.reference import needs
+from algorithms.group import Strategy
+from algorithms.objectives import (
+    ALGORITHMS,
+    REFUSAL_PREFIX,
+    RETAIN_TERMS,
+    find_algorithm,
+    inputs_of,
+    with_settings,
+)
+from algorithms.reference import Quantity, Role, needed_quantities
 from algorithms.samplers import ORDERS
 from scoring.cluster import GPU_SHARE
 from scoring.errors import UserError
@@ -20,9 +28,6 @@ from scoring.samples import BATCH_TOKENS
 from scoring.settings import Doc, Expected, Ge, Gt, Known, Le, check, named
 
 Unit = Literal["epochs", "steps"]
-Strategy = Literal["ddp", "fsdp"]
-# Begins the names of what an objective is given of a sample's refusal.
-REFUSAL = "refusal_"
 DEFAULT_BATCH_SIZE = 4
 
 
@@ -40,7 +45,7 @@ def _orders() -> Iterable[str]:
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """How a model is made to forget. None takes the algorithm's own value."""
+    """How a model is made to forget. None takes the algorithm's default."""
 
     algorithm: Annotated[str, Known(_algorithms), Doc("see the table of algorithms")]
     settings: Annotated[dict[str, float], Doc("of the objective, such as beta=0.1; several: beta1=5,beta2=1")] = field(
@@ -119,10 +124,10 @@ class Recipe:
     seed: Annotated[int, Ge(0), Doc("of everything that is drawn")] = 0
 
     def resolved(self) -> dict[str, Any]:
-        """The fields that the algorithm decides, filled in.
+        """The fields whose defaults depend on the algorithm, with their values.
 
         Raises:
-            UserError: a value that cannot be, or a combination that does not exist.
+            UserError: a value that is not allowed, or a combination that does not exist.
         """
         check(self)
         algorithm = find_algorithm(self.algorithm)
@@ -136,13 +141,13 @@ class Recipe:
             "statistic": statistic,
             "draws": draws,
             "retain_term": self.retain_term or algorithm.retain or "none",
-            "forget_weight": _or(self.forget_weight, algorithm.forget_weight),
-            "retain_weight": _or(self.retain_weight, algorithm.retain_weight),
-            # A number of updates alone is not cut by the algorithm's epochs.
-            "epochs": _or(self.epochs, None if self.max_steps else algorithm.epochs),
-            "batch_size": _or(self.batch_size, algorithm.batch_size or DEFAULT_BATCH_SIZE),
-            "alpha": float(_or(self.alpha, algorithm.alpha or 0.0)),
-            "lora_alpha": _or(self.lora_alpha, 2 * self.lora_rank) if self.lora_rank else None,
+            "forget_weight": _value_or(self.forget_weight, algorithm.forget_weight),
+            "retain_weight": _value_or(self.retain_weight, algorithm.retain_weight),
+            # If only a number of updates is given, the algorithm's epochs do not limit it.
+            "epochs": _value_or(self.epochs, None if self.max_steps else algorithm.epochs),
+            "batch_size": _value_or(self.batch_size, algorithm.batch_size or DEFAULT_BATCH_SIZE),
+            "alpha": float(_value_or(self.alpha, algorithm.alpha or 0.0)),
+            "lora_alpha": _value_or(self.lora_alpha, 2 * self.lora_rank) if self.lora_rank else None,
         }
         if self.early_stopping and not self.check_every:
             raise UserError(
@@ -159,7 +164,7 @@ class Recipe:
 
 @dataclass(frozen=True, kw_only=True)
 class Execution:
-    """How a recipe is carried out. None of it changes what the model ends with, beyond rounding."""
+    """How a recipe is carried out. None of it changes the resulting model, beyond rounding."""
 
     workers: Annotated[int, Ge(0), Doc("Ray Train workers; 0 trains in this process")] = 1
     strategy: Annotated[Strategy, Doc("ddp: a whole model a worker; fsdp: sharded (FSDP2)")] = "ddp"
@@ -178,13 +183,19 @@ class Execution:
     max_failures: Annotated[int, Ge(0), Doc("how often workers are started again when one dies")] = 3
 
 
-def _or(value: Any, default: Any) -> Any:
+def _value_or(value: Any, default: Any) -> Any:
     return default if value is None else value
 
 
 @dataclass(frozen=True)
 class Objectives:
-    """The two terms of a resolved recipe and what they must be given."""
+    """The objectives of a resolved recipe and their inputs.
+
+    Attributes:
+        forget: the objective on the forget set.
+        retain: the objective on the retain set; None: the retain set is not used.
+        forget_inputs, retain_inputs: the names of their inputs, see `algorithms.objectives.INPUTS`.
+    """
 
     forget: Callable[..., torch.Tensor]
     retain: Callable[..., torch.Tensor] | None
@@ -208,22 +219,22 @@ class Objectives:
 
     @property
     def needs_refusals(self) -> bool:
-        return any(name.startswith(REFUSAL) for name in self.forget_inputs)
+        return any(name.startswith(REFUSAL_PREFIX) for name in self.forget_inputs)
 
     @property
     def needs_layer(self) -> bool:
         return "hidden" in self.inputs
 
-    def reference(self) -> dict[str, tuple[str, ...]]:
-        """Role -> what of the initial model must be known, see `algorithms.reference`."""
-        return needs({"forget": self.forget_inputs, "retain": self.retain_inputs})
+    def reference_quantities(self) -> dict[Role, tuple[Quantity, ...]]:
+        """Role -> the quantities of the initial model that the objectives need, see `algorithms.reference`."""
+        return needed_quantities({"forget": self.forget_inputs, "retain": self.retain_inputs})
 
 
 def layer_of(recipe: Recipe, config: PreTrainedConfig) -> int | None:
-    """The layer of a model that the objectives look at, None if they look at none.
+    """The decoder layer whose output the objectives need, counted from 1; None if they need none.
 
     Raises:
-        UserError: the model has not so many.
+        UserError: the model has not so many layers.
     """
     if not Objectives.of(recipe).needs_layer:
         return None
@@ -235,13 +246,13 @@ def layer_of(recipe: Recipe, config: PreTrainedConfig) -> int | None:
 
 
 def updates_per_epoch(forget_samples: int, recipe: Recipe) -> int:
-    """Updates that it takes to draw as many samples as there are. The same for every sampler, and however many are
-    forgotten."""
+    """The updates that it takes to draw as many samples as there are: the same for every sampler, and however many
+    samples are forgotten."""
     return math.ceil(forget_samples / (recipe.batch_size or 1))
 
 
 def total_updates(forget_samples: int, recipe: Recipe) -> int:
-    """Updates of a run in which nothing stops early."""
+    """The updates of a run that does not stop early."""
     limits = [recipe.max_steps] if recipe.max_steps else []
     if recipe.epochs:
         limits.append(recipe.epochs * updates_per_epoch(forget_samples, recipe))

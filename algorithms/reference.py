@@ -1,8 +1,8 @@
-"""What the initial model says of the samples, computed once before training.
+"""What the initial model gives for the samples, computed once before training.
 
 NPO and IdkDPO need the summed log-probability of each sample, one number. The objectives that compare whole
-distributions (UNDIAL, KL on the retain set) get the hidden states before the output head, and RMU those of its
-layer. No second model runs during training.
+distributions (UNDIAL, KL on the retain set) need the hidden states before the output head, and RMU those of its layer.
+No second model runs during training.
 """
 
 from __future__ import annotations
@@ -10,13 +10,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from safetensors import safe_open
 from safetensors.numpy import save_file
+from transformers import PreTrainedModel
 
+from algorithms.objectives import REFUSAL_PREFIX
 from algorithms.passes import Head, last_hidden, layer_output
 from scoring.errors import UserError
 from scoring.logprob import scored_logprobs
@@ -25,31 +27,36 @@ from scoring.samples import BATCH_TOKENS, Batch, Sample, make_batches
 from scoring.settings import named
 from scoring.work import Pool
 
-# The input of an objective -> (which samples, what of them); see algorithms.objectives.INPUTS. `own` are the samples
-# that the objective is computed on.
-NEEDS = {
-    "reference_nll": ("own", "nll"),
-    "reference_logits": ("own", "last"),
-    "reference_hidden": ("own", "layer"),
-    "refusal_reference_nll": ("refusal", "nll"),
+# The sets that objectives are computed on; and the roles of samples, which have refusals as well.
+SetName = Literal["forget", "retain"]
+Role = Literal["forget", "refusal", "retain"]
+# What is stored of a sample: summed NLL, hidden states before the output head, hidden states of RMU's layer.
+Quantity = Literal["nll", "last", "layer"]
+# Which quantity of the initial model an input of an objective needs; see algorithms.objectives.INPUTS.
+QUANTITY_OF_INPUT: dict[str, Quantity] = {
+    "reference_nll": "nll",
+    "reference_logits": "last",
+    "reference_hidden": "layer",
+    "refusal_reference_nll": "nll",
 }
-# The kept hidden states must give the model's logits again: relative to the largest logit.
+# How far logits from the stored hidden states may be from the model's, relative to the largest logit.
 HEAD_TOLERANCE = 1e-4
 
 
 @dataclass(frozen=True)
-class ReferenceWork:
-    """One group of batches of one role, for a replica.
+class ReferenceTask:
+    """Compute quantities of samples of one role, for a replica.
 
     Attributes:
-        role: "forget", "refusal" or "retain".
-        wanted: of "nll", "last" and "layer".
-        layer: of "layer", counted from 1.
+        shard: the number of the shard.
+        role: the role of the samples.
+        quantities: the quantities.
+        layer: the decoder layer of the quantity "layer", counted from 1.
     """
 
     shard: int
-    role: str
-    wanted: tuple[str, ...]
+    role: Role
+    quantities: tuple[Quantity, ...]
     layer: int | None = None
 
     @property
@@ -61,31 +68,33 @@ class ReferenceWork:
         self, replica: TransformersReplica, batches: Sequence[Batch], cache: dict[str, Any]
     ) -> dict[int, dict[str, np.ndarray]]:
         """Position of each sample -> "nll" (), "last" (S, d), "layer" (S, d)."""
-        model, found = replica.model, {}
+        model = replica.model
+        values_of_sample = {}
         for batch in batches:
-            here = batch.to(replica.device)
+            on_device = batch.to(replica.device)
             values: dict[str, torch.Tensor] = {}
-            if "nll" in self.wanted:
+            if "nll" in self.quantities:
                 replica.forwards += 1
-                values["nll"] = -scored_logprobs(model, here).double().sum(-1)
-            if "last" in self.wanted:
+                values["nll"] = -scored_logprobs(model, on_device).double().sum(-1)
+            if "last" in self.quantities:
                 replica.forwards += 1
-                values["last"], logits = last_hidden(model, here)
+                values["last"], logits = last_hidden(model, on_device)
                 _check_head(model, values["last"], logits)
-            if "layer" in self.wanted:
+            if "layer" in self.quantities:
                 assert self.layer is not None
                 replica.forwards += 1
-                values["layer"] = layer_output(model, here, self.layer)
+                values["layer"] = layer_output(model, on_device, self.layer)
             for row, index in enumerate(batch.indices.tolist()):
                 tokens = int(batch.mask[row].sum())
-                found[index] = {
+                values_of_sample[index] = {
                     name: (value[row] if value.dim() == 1 else value[row, :tokens].float()).cpu().numpy()
                     for name, value in values.items()
                 }
-        return found
+        return values_of_sample
 
 
-def _check_head(model: Any, hidden: torch.Tensor, logits: torch.Tensor) -> None:
+def _check_head(model: PreTrainedModel, hidden: torch.Tensor, logits: torch.Tensor) -> None:
+    """Refuse a model whose logits are not those of its output head."""
     error = (Head(model)(hidden) - logits).abs().max() / logits.abs().max()
     if not error <= HEAD_TOLERANCE:
         raise UserError(
@@ -95,56 +104,59 @@ def _check_head(model: Any, hidden: torch.Tensor, logits: torch.Tensor) -> None:
 
 
 class Reference:
-    """The kept values, by role and sample position, in one safetensors file that is read as it is needed."""
+    """The stored values by role and sample position, in one safetensors file that is read as it is needed."""
 
     def __init__(self, path: Path) -> None:
         self._file: Any = safe_open(str(path), "numpy")
 
-    def nll(self, role: str, indices: Sequence[int]) -> torch.Tensor:
+    def nll(self, role: Role, indices: Sequence[int]) -> torch.Tensor:
         """Summed NLL of samples, (B,) fp64 nats."""
         return torch.from_numpy(self._file.get_tensor(f"{role}.nll")[indices])
 
-    def states(self, role: str, what: str, indices: Sequence[int], width: int) -> torch.Tensor:
+    def states(
+        self, role: Role, quantity: Literal["last", "layer"], indices: Sequence[int], width: int
+    ) -> torch.Tensor:
         """Hidden states "last" or "layer" of samples, padded with zeros to `width` tokens: (B, width, d) fp32."""
-        rows = [torch.from_numpy(self._file.get_tensor(f"{role}.{what}.{i}")) for i in indices]
-        states = torch.zeros(len(rows), width, rows[0].shape[-1])
-        for row, value in enumerate(rows):
-            states[row, : len(value)] = value
+        stored = [torch.from_numpy(self._file.get_tensor(f"{role}.{quantity}.{i}")) for i in indices]
+        states = torch.zeros(len(stored), width, stored[0].shape[-1])
+        for row, states_of_sample in enumerate(stored):
+            states[row, : len(states_of_sample)] = states_of_sample
         return states
 
 
-def needs(objectives: Mapping[str, Sequence[str]]) -> dict[str, tuple[str, ...]]:
-    """Which quantities of which samples the objectives' inputs ask for.
+def needed_quantities(inputs_of_set: Mapping[SetName, Sequence[str]]) -> dict[Role, tuple[Quantity, ...]]:
+    """Which quantities of which samples the objectives need.
 
     Args:
-        objectives: role ("forget", "retain") -> names of the objective's inputs.
+        inputs_of_set: set -> names of the inputs of its objective.
 
     Returns:
-        role -> quantities, without roles that need nothing.
+        role -> quantities, without roles of which nothing is needed.
     """
-    found: dict[str, set[str]] = {}
-    for role, inputs in objectives.items():
+    needed: dict[Role, set[Quantity]] = {}
+    for set_name, inputs in inputs_of_set.items():
         for name in inputs:
-            if name in NEEDS:
-                samples, quantity = NEEDS[name]
-                found.setdefault(role if samples == "own" else samples, set()).add(quantity)
-    return {role: tuple(sorted(quantities)) for role, quantities in found.items()}
+            if name in QUANTITY_OF_INPUT:
+                role: Role = "refusal" if name.startswith(REFUSAL_PREFIX) else set_name
+                needed.setdefault(role, set()).add(QUANTITY_OF_INPUT[name])
+    return {role: tuple(sorted(quantities)) for role, quantities in needed.items()}
 
 
 def compute_reference(
     path: Path,
-    samples: Mapping[str, Sequence[Sample]],
-    wanted: Mapping[str, tuple[str, ...]],
+    samples: Mapping[Role, Sequence[Sample]],
+    quantities: Mapping[Role, tuple[Quantity, ...]],
     layer: int | None,
     pool: Pool,
     batch_tokens: int = BATCH_TOKENS,
 ) -> int:
-    """Write what is wanted of each role's samples to `path`.
+    """Compute quantities of each role's samples and write them to `path`.
 
     Args:
+        path: the safetensors file to write.
         samples: role -> samples; a sample's position is its `index`.
-        wanted: see `needs`.
-        layer: of "layer".
+        quantities: role -> quantities, see `needed_quantities`.
+        layer: the decoder layer of the quantity "layer", counted from 1.
         pool: replicas of the initial model.
         batch_tokens: padded tokens in a batch.
 
@@ -152,29 +164,25 @@ def compute_reference(
         The number of forward passes.
     """
     shards: list[list[Batch]] = []
-    works = []
-    for role, quantities in wanted.items():
+    tasks = []
+    for role, quantities_of_role in quantities.items():
         for batch in make_batches(samples[role], batch_tokens):
-            works.append(ReferenceWork(len(shards), role, quantities, layer))
+            tasks.append(ReferenceTask(len(shards), role, quantities_of_role, layer))
             shards.append([batch])
     arrays: dict[str, np.ndarray] = {}
-    numbers = {role: np.zeros(1 + max(s.index for s in samples[role])) for role in wanted}
+    nlls = {role: np.zeros(1 + max(sample.index for sample in samples[role])) for role in quantities}
     forwards = 0
-
-    def keep(work: ReferenceWork, found: dict[int, dict[str, np.ndarray]]) -> None:
-        for index, values in found.items():
+    for task, values_of_sample, facts in pool.run(tasks, shards):
+        forwards += facts.forwards
+        for index, values in values_of_sample.items():
             for name, value in values.items():
                 if name == "nll":
-                    numbers[work.role][index] = value
+                    nlls[task.role][index] = value
                 else:
-                    arrays[f"{work.role}.{name}.{index}"] = value
-
-    for work, states, facts in pool.run(works, shards):
-        keep(work, states)
-        forwards += facts.forwards
-    for role, quantities in wanted.items():
-        if "nll" in quantities:
-            arrays[f"{role}.nll"] = numbers[role]
+                    arrays[f"{task.role}.{name}.{index}"] = value
+    for role, quantities_of_role in quantities.items():
+        if "nll" in quantities_of_role:
+            arrays[f"{role}.nll"] = nlls[role]
     unfinished = path.with_name(f".{path.name}.tmp")
     save_file(arrays, str(unfinished))
     unfinished.replace(path)

@@ -8,8 +8,8 @@ with alpha = 1 for Algorithm 2 (easy first), 0 for uniform draws, -1 for Appendi
 to the updates that a sample needs, I_i ~ 1/MRD_i), with or without replacement within an epoch; and three fixed
 orders. A sampler is an endless stream: it decides which samples an update sees, never how many updates there are.
 
-Draws are addressed by (seed, step), not taken from a running generator. What a sampler has to remember is thereby
-the difficulties and what is drawn already, and a resumed run draws what an undisturbed one would have drawn.
+Draws depend on (seed, step) and not on a running generator. So a sampler has to remember only the difficulties and the
+samples already drawn, and a resumed run draws the samples that an undisturbed one would have drawn.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -24,8 +25,8 @@ import numpy as np
 from scoring.errors import UserError, unknown_name
 from scoring.registry import Registry
 
-# N, MRD by position (N,), and random numbers that are the same throughout a run -> all positions, (N,), those to be
-# drawn first in front. MRD is None for an order that does not depend on it.
+# N, MRD by position (N,), a generator that gives the same numbers throughout a run -> all positions, (N,), in the order
+# in which they are drawn. MRD is None for an order that does not depend on it.
 Ranking = Callable[[int, np.ndarray | None, np.random.Generator], np.ndarray]
 
 
@@ -34,8 +35,8 @@ class Order:
     """A way of going through the forget samples.
 
     Attributes:
-        about: one line.
-        ranking: of a fixed order; None for weighted draws.
+        about: a description in one line.
+        ranking: the ranking of a fixed order; None for weighted draws.
         by_difficulty: whether a fixed order depends on MRD.
     """
 
@@ -68,29 +69,29 @@ ORDERS: Registry[Order] = Registry(
     },
 )
 
-# Keep the two uses of a seed apart from each other and from whatever else a run seeds with it.
-_DRAW, _PERMUTATION = 2101, 2102
+# Keep the uses of a seed apart from each other and from whatever else a run seeds with it.
+_DRAW, _PERMUTATION, _RETAIN_ORDER = 2101, 2102, 101
 
 
 class Sampler:
     """Draws positions of forget samples.
 
-    weighted    p_i as above. With replacement all draws are independent. Without, successive draws with p_i among
-                what is left: no sample comes twice before every active one has come.
+    weighted    p_i as above. With replacement all draws are independent. Without, each draw is by p_i among the samples
+                that are left: no sample comes twice before every active one has come.
     easy-first  descending MRD, ties by position.
     hard-first  ascending MRD, ties by position.
     random      one permutation, kept throughout.
 
-    Weighted draws without replacement and the fixed orders go through the active samples in passes. When a pass is
-    through, in the middle of a batch too, the next begins, and a batch never holds a sample twice. New difficulties
-    reorder what is left of a pass.
+    Weighted draws without replacement and the fixed orders go through the active samples in passes. When a pass ends,
+    even in the middle of a batch, the next begins; a batch never holds a sample twice. New difficulties reorder the
+    samples that are left in a pass.
 
     Args:
         count: N, the forget samples.
         order: one of ORDERS.
         alpha: the exponent, any real number; for weighted draws.
         replacement: whether a sample may come again at once; for weighted draws.
-        seed: addresses the draws, 0 or more.
+        seed: seed of the draws, 0 or more.
 
     Raises:
         UserError: no samples, an unknown order, alpha not finite, or a negative seed.
@@ -110,7 +111,7 @@ class Sampler:
         self._order = ORDERS[order]
         self.count, self.order, self.alpha, self.replacement, self.seed = count, order, alpha, replacement, seed
         self._difficulty: np.ndarray | None = None
-        # Of the current pass. A set rather than an index: it outlives a refresh that reorders the samples.
+        # The samples drawn in this pass. A mask and not a place in the ranking: a refresh reorders the samples.
         self._drawn = np.zeros(count, dtype=bool)
 
     @property
@@ -122,11 +123,11 @@ class Sampler:
         """Draw by these difficulties from now on.
 
         Args:
-            mrd: (N,) one per sample, by position; not looked at if the draws do not depend on it.
+            mrd: (N,) MRD by position; not used if the draws do not depend on it.
             sample_ids: N names, for messages.
 
         Returns:
-            What the user should know about scores that leave the draws undetermined; mostly nothing.
+            Notes for the user about difficulties of 0, which p_i does not rank; mostly none.
 
         Raises:
             ValueError: not N difficulties, or not N names.
@@ -139,9 +140,9 @@ class Sampler:
             return []
         wrong = np.flatnonzero(~(np.isfinite(mrd) & (mrd >= 0)))
         if len(wrong):
-            named = ", ".join(str(sample_ids[i]) for i in wrong[:3]) + (", ..." if len(wrong) > 3 else "")
+            names = ", ".join(str(sample_ids[i]) for i in wrong[:3]) + (", ..." if len(wrong) > 3 else "")
             raise UserError(
-                f"difficulty of {len(wrong)} of {self.count} samples ({named}) is not a finite number >= 0: the model "
+                f"difficulty of {len(wrong)} of {self.count} samples ({names}) is not a finite number >= 0: the model "
                 "has diverged, or the sample's log-probabilities are not finite; lower the learning rate, or leave "
                 "these samples out"
             )
@@ -154,16 +155,16 @@ class Sampler:
         if zeros == 0 or (self._order.ranking is not None and zeros < self.count):
             return []
         if zeros == self.count:
-            how = "drawn uniformly" if self._order.ranking is None else "taken in the order of the data"
-            return [f"all {self.count} samples have difficulty 0 (every scored token is saturated): {how}"]
+            effect = "drawn uniformly" if self._order.ranking is None else "taken in the order of the data"
+            return [f"all {self.count} samples have difficulty 0 (every scored token is saturated): {effect}"]
         if self.alpha < 0:
-            how = "drawn as the smallest positive difficulty is"
+            effect = "drawn as the smallest positive difficulty is"
         else:
-            how = "not drawn while others are active" if self.replacement else "drawn last in each epoch"
-        return [f"{zeros} of {self.count} samples have difficulty 0 (every scored token is saturated): {how}"]
+            effect = "not drawn while others are active" if self.replacement else "drawn last in each epoch"
+        return [f"{zeros} of {self.count} samples have difficulty 0 (every scored token is saturated): {effect}"]
 
     def probabilities(self, active: np.ndarray) -> np.ndarray:
-        """p_i of one draw from the active samples; without replacement, of the first of a pass.
+        """p_i of a draw from the active samples; without replacement, of the first draw of a pass.
 
         Args:
             active: (N,) bool, samples not forgotten yet.
@@ -174,22 +175,23 @@ class Sampler:
 
         Raises:
             ValueError: no sample is active.
-            RuntimeError: the difficulties are needed and not set.
+            RuntimeError: the draws need difficulties, and none are set.
         """
         active = self._checked(active)
-        weights = np.exp(self._log_weights(active) if self._order.ranking is None else _uniform(active))
-        return weights / weights.sum()
+        weights: np.ndarray = np.exp(self._log_weights(active) if self._order.ranking is None else _uniform(active))
+        probabilities: np.ndarray = weights / weights.sum()
+        return probabilities
 
     def begin_epoch(self) -> None:
-        """Begin a new pass, whether the last one is through or not."""
+        """Begin a new pass, whether the last one has ended or not."""
         self._drawn[:] = False
 
     def draw(self, step: int, size: int, active: np.ndarray) -> np.ndarray:
         """The samples of one update.
 
         Args:
-            step: counts the updates; addresses the randomness.
-            size: the samples asked for, 1 or more.
+            step: number of the update, which with the seed determines the draw.
+            size: number of samples to draw, 1 or more.
             active: (N,) bool, samples not forgotten yet.
 
         Returns:
@@ -198,7 +200,7 @@ class Sampler:
 
         Raises:
             ValueError: no sample is active, or size is below 1.
-            RuntimeError: the difficulties are needed and not set.
+            RuntimeError: the draws need difficulties, and none are set.
         """
         active = self._checked(active)
         if size < 1:
@@ -208,19 +210,19 @@ class Sampler:
             return rng.choice(self.count, size, p=self.probabilities(active))
         ranked = self._ranking(rng, active)
         ranked = ranked[active[ranked]]
-        batch = ranked[~self._drawn[ranked]][:size]
+        batch: np.ndarray = ranked[~self._drawn[ranked]][:size]
         self._drawn[batch] = True
         if len(batch) < min(size, len(ranked)):
-            # The pass is through. The new one starts with the samples that are not in this batch: it has yet to draw
-            # those that are.
-            more = ranked[~np.isin(ranked, batch)][: size - len(batch)]
+            # The pass has ended. The new one begins with samples that are not in this batch; those that are come later
+            # in the pass.
+            next_pass = ranked[~np.isin(ranked, batch)][: size - len(batch)]
             self.begin_epoch()
-            self._drawn[more] = True
-            batch = np.concatenate([batch, more])
+            self._drawn[next_pass] = True
+            batch = np.concatenate([batch, next_pass])
         return batch
 
     def _ranking(self, rng: np.random.Generator, active: np.ndarray) -> np.ndarray:
-        """All positions, (N,), those to be drawn first in front."""
+        """All positions, (N,), in the order in which they are drawn."""
         if self._order.ranking is not None:
             mrd = self._known_difficulty() if self._order.by_difficulty else None
             rng = np.random.default_rng([self.seed, _PERMUTATION])
@@ -230,18 +232,20 @@ class Sampler:
                     f"order {self.order!r} does not rank each of {self.count} positions once: got {ranking}"
                 )
             return ranking
-        # Descending log w_i + G_i with standard Gumbel G_i is exactly the order of successive draws with p_i among
-        # what is left, from any subset of the samples (Efraimidis & Spirakis 2006, whose keys u^(1/w_i) these are,
-        # as -log(-log .)). Samples of weight 0 come last, in uniform order: the limit of ever smaller weights.
+        # To sort by descending log w_i + G_i with standard Gumbel G_i is the same as to draw one after the other by
+        # p_i among the samples that are left, from any subset of the samples (Efraimidis & Spirakis 2006, whose keys
+        # u^(1/w_i) these are, as -log(-log .)). Samples of weight 0 come last, in uniform order: the limit of ever
+        # smaller weights.
         weights = self._log_weights(active)
         drawable = np.isfinite(weights)
         keys = np.where(drawable, weights, 0.0) + rng.gumbel(size=self.count)
-        return np.lexsort((-keys, ~drawable))
+        order: np.ndarray = np.lexsort((-keys, ~drawable))
+        return order
 
     def _log_weights(self, active: np.ndarray) -> np.ndarray:
         """alpha log MRD_i less its maximum over the active samples, (N,); -inf where p_i is 0.
 
-        In log space, since MRD^alpha overflows: (1e-70)^-5.
+        In log space, because MRD^alpha may overflow, as (1e-70)^-5 does.
         """
         if not self.needs_difficulty:
             return _uniform(active)
@@ -272,14 +276,14 @@ class Sampler:
         return active
 
     def state(self) -> dict[str, Any]:
-        """What `restore` needs to go on from here, JSON-able: the difficulties, and what this pass has drawn."""
+        """The state that `restore` needs, JSON: the difficulties, and the samples that this pass has drawn."""
         return {
             "difficulty": None if self._difficulty is None else self._difficulty.tolist(),
             "drawn": np.flatnonzero(self._drawn).tolist(),
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Go on from a `state()` of a sampler with the same arguments."""
+        """Go on from the `state()` of a sampler with the same arguments."""
         difficulty = state["difficulty"]
         self._difficulty = None if difficulty is None else np.array(difficulty, dtype=np.float64)
         self._drawn[:] = False
@@ -289,3 +293,14 @@ class Sampler:
 def _uniform(active: np.ndarray) -> np.ndarray:
     """Equal log-weights for the active samples, -inf for the others."""
     return np.where(active, 0.0, -np.inf)
+
+
+def retain_order(first: int, count: int, size: int, seed: int) -> list[int]:
+    """The order of the retain samples: positions `first` to `first + count - 1` of the endless sequence of random
+    permutations of `size` samples."""
+    return [int(_permutation(place // size, size, seed)[place % size]) for place in range(first, first + count)]
+
+
+@lru_cache(maxsize=4)
+def _permutation(turn: int, size: int, seed: int) -> np.ndarray:
+    return np.random.default_rng([seed, _RETAIN_ORDER, turn]).permutation(size)

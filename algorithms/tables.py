@@ -1,31 +1,31 @@
-"""The record of a run as tables."""
+"""The record of a run as Arrow tables."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
 
 from algorithms.corpus import Corpus
-from algorithms.unlearner import History
+from algorithms.history import History
 
 
 def tables_of(history: History, corpus: Corpus) -> dict[str, pa.Table]:
-    """Name -> table.
+    """The tables by name.
 
-    steps       one row an update: loss terms, samples drawn, tokens, passes, seconds
-    epochs      one row an epoch, and row 0 for the initial model: what was evaluated, how far the weights have moved,
-                passes and seconds so far
-    samples     one row a forget sample, see `sample_table`
+    steps       one row per update: loss terms, samples drawn, tokens, passes, seconds
+    epochs      one row per epoch, and row 0 for the initial model: metrics, how far the weights have moved, passes and
+                seconds so far
+    samples     one row per forget sample, see `sample_table`
     difficulty  MRD of every sample at every refresh
     """
     return {
         "steps": pa.Table.from_pylist(history.steps, _step_schema()),
         "epochs": pa.Table.from_pylist(history.epochs, _epoch_schema(history.epochs)),
         "samples": sample_table(history, corpus),
-        "difficulty": _difficulty(history, corpus),
+        "difficulty": _difficulty_table(history, corpus),
     }
 
 
@@ -50,7 +50,7 @@ def _step_schema() -> pa.Schema:
 
 
 def _epoch_schema(rows: Sequence[Mapping[str, Any]]) -> pa.Schema:
-    """Numbers, whichever of them this run knows; not every epoch knows all."""
+    """All numbers that any epoch has; a row may lack some."""
     names = dict.fromkeys(name for row in rows for name in row)
     whole = ("epoch", "step", "tokens")
     return pa.schema(
@@ -62,18 +62,18 @@ def _epoch_schema(rows: Sequence[Mapping[str, Any]]) -> pa.Schema:
 
 
 def sample_table(history: History, corpus: Corpus) -> pa.Table:
-    """One row a forget sample: its tokens, how often it was drawn, the update after which it was forgotten, and its
-    MRD, MA and EL on the initial model and when last measured."""
+    """One row per forget sample: its tokens, how often it was drawn, the update after which it was forgotten, its MRD
+    on the initial model, and MA and EL on the initial model and when last measured."""
 
-    def memory(when: str, what: str) -> pa.Array:
-        """Of each sample; null where it was not measured: EL is not where MA alone says that it is not forgotten."""
-        values = history.memory[when][what] if history.memory else [np.inf] * len(corpus.forget)
+    def memory(when: Literal["initial", "last"], measure: Literal["ma", "el"]) -> pa.Array:
+        """MA or EL of each sample; null if not measured. EL is not if MA alone shows that the sample is remembered."""
+        values = history.memory[when][measure] if history.memory else [np.inf] * len(corpus.forget)
         return pa.array([None if np.isinf(value) else value for value in values], pa.float64())
 
     return pa.table(
         {
-            "sample_id": [s.sample_id for s in corpus.forget],
-            "num_tokens": [s.num_scored for s in corpus.forget],
+            "sample_id": [sample.sample_id for sample in corpus.forget],
+            "num_tokens": [sample.num_scored for sample in corpus.forget],
             "updates": history.drawn,
             "updates_until_forgotten": pa.array(history.drawn_until_forgotten, pa.int64()),
             "forgotten_at_step": pa.array(history.forgotten_at, pa.int64()),
@@ -88,9 +88,9 @@ def sample_table(history: History, corpus: Corpus) -> pa.Table:
     )
 
 
-def _difficulty(history: History, corpus: Corpus) -> pa.Table:
+def _difficulty_table(history: History, corpus: Corpus) -> pa.Table:
     """MRD of every sample at every refresh."""
-    ids = [s.sample_id for s in corpus.forget]
+    ids = [sample.sample_id for sample in corpus.forget]
     rows = [
         {"step": entry["step"], "sample_id": name, "mrd": mrd}
         for entry in history.mrd

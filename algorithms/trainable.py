@@ -1,21 +1,20 @@
-"""A model under training: full weights or LoRA, in one process or spread over several.
+"""A model in training: full weights or LoRA, in one process or spread over several.
 
-One global batch gives the same update for any number of workers: losses are divided by the size of the global batch
-and gradients are summed. What looks at the model between updates (MRD, stopping, evaluation, checkpoints) gets a
-plain transformers model with whole weights, whatever the training is spread over.
+A global batch gives the same update for any number of workers: losses are divided by the size of the global batch and
+gradients are summed. Between updates MRD, stopping rule, evaluation and checkpoints get a transformers model with whole
+weights, however the training is spread.
 """
 
 from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -23,64 +22,35 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from algorithms.passes import Passes, decoder_layers
+from algorithms.group import ALONE, Group
+from algorithms.passes import ForwardPass, Output, decoder_layers
+from algorithms.recipe import Recipe, layer_of
 from scoring.errors import UserError
 from scoring.samples import Batch
-
-STRATEGIES = ("ddp", "fsdp")
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Lora:
-    """Low-rank adapters (Hu et al. 2022) on all linear layers but the head, or on those that `targets` names."""
+    """Low-rank adapters (Hu et al. 2022) on all linear layers except the head, or on those that match `targets`."""
 
     rank: int
     alpha: int
     targets: str | None = None
 
 
-@dataclass(frozen=True)
-class Group:
-    """This process among its fellows; the default is one that works alone."""
-
-    rank: int = 0
-    size: int = 1
-    strategy: str = "ddp"
-
-    def gathered(self, mine: Mapping[int, T]) -> dict[int, T]:
-        """The union of all workers' results."""
-        if self.size == 1:
-            return dict(mine)
-        parts: list[Any] = [None] * self.size
-        dist.all_gather_object(parts, dict(mine))
-        return {key: value for part in parts for key, value in part.items()}
-
-    def summed(self, values: torch.Tensor) -> torch.Tensor:
-        """The sum over all workers, in place."""
-        if self.size > 1:
-            dist.all_reduce(values)
-        return values
-
-    def wait(self) -> None:
-        """Until all workers are here."""
-        if self.size > 1:
-            dist.barrier()
-
-
 class Trainable:
-    """Weights, optimizer and how they are spread.
+    """Weights and optimizer, spread over the workers.
 
     Args:
-        model: the initial model in fp32, on this worker's device; it is taken over, not copied.
+        model: the initial model in fp32, on this worker's device; it is trained in place, not copied.
         group: this worker.
         lora: adapters instead of full weights.
         trainable: regular expression searched in parameter names: only matching ones are trained.
-        layer: see Passes.
-        learning_rate, weight_decay: of AdamW.
-        bfloat16: forward and backward by autocast; weights, gradients and optimizer stay in fp32.
+        layer: see `ForwardPass`.
+        learning_rate, weight_decay: settings of AdamW.
+        bfloat16: compute forward and backward by autocast; weights, gradients and optimizer stay in fp32.
         gradient_checkpointing: recompute activations in the backward pass.
-        seed: of the adapters' initial values.
+        seed: seed of the adapters' initial values.
 
     Raises:
         UserError: no parameter matches `trainable`, or the adapters cannot be put on.
@@ -89,7 +59,7 @@ class Trainable:
     def __init__(
         self,
         model: PreTrainedModel,
-        group: Group = Group(),
+        group: Group = ALONE,
         *,
         lora: Lora | None = None,
         trainable: str | None = None,
@@ -108,19 +78,19 @@ class Trainable:
         if trainable is not None:
             _freeze_all_but(self.model, trainable)
         sharded = group.size > 1 and group.strategy == "fsdp"
-        # Holds whole weights for those who look at the model: adapters merged, shards put together.
+        # A copy for `whole_model`, which gets the whole weights: adapters merged, shards put together.
         self._whole: Any = copy.deepcopy(self._adapted or self.model).cpu() if lora or sharded else None
         self._recomputing = _checkpoint_activations(self.model) if gradient_checkpointing else []
-        passes = Passes(self.model, layer)
-        self._passes: nn.Module = passes
+        forward_pass = ForwardPass(self.model, layer)
+        self._forward: nn.Module = forward_pass
         if sharded:
             for block in decoder_layers(self.model):
                 fully_shard(block)
             fully_shard(self.model)
         elif group.size > 1:
             # The layers above `layer` take no part in a pass that ends there.
-            self._passes = DistributedDataParallel(
-                passes,
+            self._forward = DistributedDataParallel(
+                forward_pass,
                 device_ids=[self.device] if self.device.type == "cuda" else None,
                 find_unused_parameters=layer is not None,
             )
@@ -129,46 +99,47 @@ class Trainable:
             self._parameters.values(), lr=learning_rate, weight_decay=weight_decay, fused=True
         )
 
-    def forward(self, batch: Batch, wanted: Collection[str]) -> dict[str, torch.Tensor]:
-        """See Passes."""
+    def forward(self, batch: Batch, names: Sequence[Output]) -> dict[str, torch.Tensor]:
+        """The named outputs for a batch; see `ForwardPass`."""
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self._bfloat16):
-            return self._passes(batch.to(self.device), wanted)
+            outputs: dict[str, torch.Tensor] = self._forward(batch.to(self.device), names)
+        return outputs
 
     @contextmanager
     def accumulating(self, last: bool) -> Iterator[None]:
-        """Around one forward and backward: workers exchange gradients in the last one of a step only."""
+        """The context of one forward and backward: workers exchange gradients only in the last one of a step."""
         if isinstance(self.model, FSDPModule):
             self.model.set_requires_gradient_sync(last)
-        quiet = isinstance(self._passes, DistributedDataParallel) and not last
-        with self._passes.no_sync() if quiet else nullcontext():  # type: ignore[operator]
+        keeps_gradients = isinstance(self._forward, DistributedDataParallel) and not last
+        with self._forward.no_sync() if keeps_gradients else nullcontext():  # type: ignore[operator]
             yield
 
-    def clip(self, most: float | None) -> float:
-        """Scale the gradient down to norm `most`; the norm before that, over all workers."""
-        norm = nn.utils.clip_grad_norm_(self._parameters.values(), torch.inf if most is None else most)
+    def clip(self, max_norm: float | None) -> float:
+        """Scale the gradient down to the norm `max_norm`; returns the norm before that, over all workers."""
+        norm = nn.utils.clip_grad_norm_(self._parameters.values(), torch.inf if max_norm is None else max_norm)
         return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
 
     def step(self, learning_rate: float) -> None:
-        """One update of AdamW; gradients are cleared."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
+        """Make one update of AdamW and clear the gradients."""
+        for parameters in self.optimizer.param_groups:
+            parameters["lr"] = learning_rate
         self.optimizer.step()
         self.optimizer.zero_grad()
 
     def is_finite(self) -> bool:
-        """Whether all trained weights are numbers, on all workers; they call it together."""
+        """Whether all trained weights are finite on all workers, which call it together."""
         local = (p.to_local() if isinstance(p, DTensor) else p for p in self._parameters.values())
-        broken = torch.stack([(~w.detach().isfinite()).any() for w in local]).any().to(torch.int32)
-        return not self.group.summed(broken).item()
+        has_non_finite = torch.stack([(~w.detach().isfinite()).any() for w in local]).any().to(torch.int32)
+        return not self.group.summed(has_non_finite).item()
 
     @contextmanager
-    def plain(self) -> Iterator[PreTrainedModel]:
-        """The model with whole weights, in eval mode; all workers enter together.
+    def whole_model(self) -> Iterator[PreTrainedModel]:
+        """Gives the model with whole weights, in eval mode; all workers enter together.
 
-        A copy where the weights are sharded or adapters have to be merged, and the model itself elsewhere.
+        It is a copy if the weights are sharded or adapters have to be merged, else the model itself.
         """
         if self._whole is None:
-            # Recomputation goes without the cache that decoding needs.
+            # Layers that recompute activations cannot use the cache that decoding needs.
             for layer in self._recomputing:
                 layer.training = False
             try:
@@ -188,24 +159,31 @@ class Trainable:
         finally:
             whole.to("cpu")
 
+    def finished_model(self) -> PreTrainedModel:
+        """The model with whole weights on the device of the training, to keep when the training is over."""
+        with self.whole_model() as whole:
+            model: Any = whole
+        finished: PreTrainedModel = model.to(self.device)
+        return finished
+
     def state(self) -> dict[str, torch.Tensor]:
-        """What `plain` does not tell of the training: optimizer moments, and adapters; whole, on the CPU. All workers
-        call it together."""
-        found: dict[str, Any] = {
+        """The state of the training that `whole_model` lacks: optimizer moments and adapters, as whole tensors on the
+        CPU. All workers call it together."""
+        tensors: dict[str, Any] = {
             f"optimizer.{name}.{key}": value
             for name, p in self._parameters.items()
             for key, value in self.optimizer.state.get(p, {}).items()
         }
         if self._adapted is not None:
-            found |= {f"adapter.{name}": p for name, p in self._parameters.items()}
-        return {name: value.contiguous().clone() for name, value in _on_cpu(found).items()}
+            tensors |= {f"adapter.{name}": p for name, p in self._parameters.items()}
+        return {name: value.contiguous().clone() for name, value in _on_cpu(tensors).items()}
 
     def restore(self, weights: Mapping[str, torch.Tensor], state: Mapping[str, torch.Tensor]) -> None:
         """Continue from a checkpoint.
 
         Args:
-            weights: the model's trainable weights by name; not used for adapters.
-            state: what `state` gave.
+            weights: the model's trainable weights by name; not used with adapters.
+            state: a result of `state`.
         """
         with torch.no_grad():
             for name, p in self._parameters.items():
@@ -214,7 +192,7 @@ class Trainable:
             moments = {key: state.get(f"optimizer.{name}.{key}") for key in ("step", "exp_avg", "exp_avg_sq")}
             if moments["step"] is not None:
                 self.optimizer.state[p] = {
-                    # The counter is a number of its own, on the device where fused AdamW keeps it.
+                    # The step counter is a scalar, on the device where fused AdamW keeps it.
                     key: value.to(self.device) if key == "step" else _like(value, p)
                     for key, value in moments.items()
                     if value is not None
@@ -222,12 +200,12 @@ class Trainable:
 
 
 def _on_cpu(tensors: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-    """Whole tensors on the CPU, put together one after the other: a device need not hold them all."""
+    """Whole tensors on the CPU, put together one after the other, so that no device has to hold them all."""
     return {name: (t.full_tensor() if isinstance(t, DTensor) else t).detach().cpu() for name, t in tensors.items()}
 
 
 def _like(value: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
-    """A whole tensor in the shape that a parameter has on this worker."""
+    """A whole tensor, or this worker's shard of it, as a parameter has it on this worker."""
     value = value.to(p.device, p.dtype)
     return distribute_tensor(value, p.device_mesh, p.placements) if isinstance(p, DTensor) else value.clone()
 
@@ -238,8 +216,8 @@ def _freeze_all_but(model: PreTrainedModel, pattern: str) -> None:
     except re.error as error:
         raise UserError(f"trainable: {pattern!r} is not a regular expression: {error}") from error
     if not matching:
-        some = ", ".join(name for name, _ in list(model.named_parameters())[:3])
-        raise UserError(f"trainable: {pattern!r} matches no parameter of the model; its names look like {some}")
+        first_names = ", ".join(name for name, _ in list(model.named_parameters())[:3])
+        raise UserError(f"trainable: {pattern!r} matches no parameter of the model; its names look like {first_names}")
     for name, p in model.named_parameters():
         p.requires_grad_(name in matching)
 
@@ -265,10 +243,10 @@ def _with_adapters(model: PreTrainedModel, lora: Lora, seed: int) -> Any:
 
 
 def _checkpoint_activations(model: PreTrainedModel) -> list[nn.Module]:
-    """Recompute the decoder layers' activations in the backward pass; the layers.
+    """Recompute the decoder layers' activations in the backward pass; returns the layers.
 
-    transformers does so in training mode only, which would also switch dropout on; so the layers alone are set to
-    it, and not the modules inside them.
+    transformers recomputes in training mode only, which would also switch dropout on. So only the layers are put in
+    training mode, not the modules inside them.
     """
     model.gradient_checkpointing_enable({"use_reentrant": False})
     layers: list[nn.Module] = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
@@ -279,3 +257,27 @@ def _checkpoint_activations(model: PreTrainedModel) -> list[nn.Module]:
         if isinstance(getattr(layer, "dropout", None), float):
             layer.dropout = 0.0  # type: ignore[assignment]
     return layers
+
+
+def trainable_for(
+    recipe: Recipe, model: PreTrainedModel, group: Group, gradient_checkpointing: bool = False
+) -> Trainable:
+    """The initial model, made ready for training by a resolved recipe."""
+    layer = layer_of(recipe, model.config)
+    pattern = recipe.trainable
+    if pattern is None and layer is not None and not recipe.lora_rank:
+        # RMU moves the layer and the two before it: their numbers stand between dots, counted from 0.
+        pattern = r"\.(" + "|".join(str(i) for i in range(max(0, layer - 3), layer)) + r")\."
+    lora = Lora(recipe.lora_rank, recipe.lora_alpha or 0, recipe.lora_targets) if recipe.lora_rank else None
+    return Trainable(
+        model,
+        group,
+        lora=lora,
+        trainable=pattern,
+        layer=layer,
+        learning_rate=recipe.learning_rate,
+        weight_decay=recipe.weight_decay,
+        bfloat16=recipe.dtype == "bfloat16",
+        gradient_checkpointing=gradient_checkpointing,
+        seed=recipe.seed,
+    )

@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from bench.boards.write import leaderboard
     from bench.jobs.evaluate import EvaluationResult, evaluate
     from bench.jobs.resources import Resources, SweepResources
-    from bench.jobs.sweep import SweepResult, sweep
+    from bench.jobs.sweep import sweep
+    from bench.jobs.sweep_tables import SweepResult
     from bench.results.frames import ResultFrames, read_results
 
 __all__ = [

@@ -41,10 +41,10 @@ from scoring.samples import (
     Batch,
     Rejected,
     Sample,
+    TextSet,
     Tokens,
-    check_tokens,
     context_length,
-    encode,
+    encode_checked,
     make_batches,
     nothing_scored,
 )
@@ -217,12 +217,12 @@ def samples_of(
     Raises:
         UserError: a record at fault, or no record that can be scored.
     """
-    texts = texts_of("records", records)
-    ids = [text.sample_id for text in texts]
-    samples, rejected = encode(texts, tokenizer, context_length(model.config), tokens)
-    largest = max((int(sample.input_ids.max()) for sample in samples), default=-1)
-    check_tokens(len(samples), largest, rejected, model.config.get_text_config().vocab_size, "the tokenizer", "records")
-    return samples, rejected, ids
+    texts = TextSet("records", texts_of("records", records))
+    vocabulary = model.config.get_text_config().vocab_size
+    samples, rejected = encode_checked(
+        texts, tokenizer, context_length(model.config), vocabulary, "the tokenizer", tokens
+    )
+    return samples, rejected, [text.sample_id for text in texts.texts]
 
 
 @contextmanager

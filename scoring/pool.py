@@ -18,11 +18,12 @@ import torch
 from ray.exceptions import NodeDiedError, ObjectLostError, OutOfMemoryError, RayActorError, RayTaskError
 
 from scoring.cluster import Footprint, check_versions, how_many_fit, versions
+from scoring.engine import Replica
 from scoring.errors import UserError, first_line
 from scoring.plugins import load_plugins
 from scoring.samples import Batch
 from scoring.settings import Naming, adopt, current_naming, named
-from scoring.work import AnyTask, Facts, Replica, ReplicaSpec, ReplicaTask, TaskRunner
+from scoring.work import AnyTask, Facts, ReplicaSpec, ReplicaTask, TaskRunner
 
 MAX_ATTEMPTS = 4
 # What a call to a replica raises when its process or node is gone, when Ray's memory monitor has ended it, or when its

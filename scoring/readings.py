@@ -13,9 +13,10 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from scoring.engine import Replica
 from scoring.generation import group_prompts
 from scoring.samples import BATCH_TOKENS, Batch, Sample, make_batches
-from scoring.work import Pool, Replica
+from scoring.work import Pool
 
 # The most prompts decoded together: few enough that a small data set keeps several replicas busy.
 PROMPTS_PER_TASK = 64

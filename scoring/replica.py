@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from scoring.curvature import second_derivative_sum_by_reverse_mode, second_derivatives_along_signs
+from scoring.engine import Dtype, Replica
 from scoring.errors import UserError
 from scoring.generation import greedy_continuations
 from scoring.logprob import scored_logits, scored_logprobs, token_logprobs
@@ -30,7 +31,6 @@ from scoring.sample_gradients import (
 )
 from scoring.samples import Batch, Sample
 from scoring.settings import named
-from scoring.work import Dtype, Replica
 
 DTYPES: dict[Dtype, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
@@ -219,6 +219,11 @@ class TransformersReplica:
         """theta <- base - delta_k."""
         assert self._perturbation is not None
         self._perturbation.mirror()
+
+    def release_base(self) -> None:
+        """Let go of the copy of the base weights, which the next perturbation makes again. Only while the weights are
+        at their base."""
+        self._perturbation = None
 
     @torch.no_grad()
     def restore(self) -> None:

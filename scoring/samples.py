@@ -136,6 +136,20 @@ def encode(
     return samples, rejected
 
 
+def encode_checked(
+    texts: TextSet, tokenizer: Any, max_length: int, vocabulary: int, tokenizer_name: str, tokens: Tokens = "answer"
+) -> tuple[list[Sample], list[Rejected]]:
+    """The results of `encode`, for a model that embeds `vocabulary` tokens.
+
+    Raises:
+        UserError: there is no sample, or one has a token that the model does not know.
+    """
+    samples, rejected = encode(texts.texts, tokenizer, max_length, tokens)
+    largest = max((int(sample.input_ids.max()) for sample in samples), default=-1)
+    check_tokens(len(samples), largest, rejected, vocabulary, tokenizer_name, texts.name)
+    return samples, rejected
+
+
 def iter_encoded(
     texts: Iterable[Text], tokenizer: Any, max_length: int, tokens: Tokens = "answer"
 ) -> Iterator[Sample | Rejected]:

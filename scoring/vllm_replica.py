@@ -22,6 +22,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
+from scoring.engine import Dtype, Replica
 from scoring.errors import UserError, first_line
 from scoring.generation import check_fit
 from scoring.logprob import scored_logprobs
@@ -30,7 +31,6 @@ from scoring.mrd import no_gradients
 from scoring.replica import DTYPES, TransformersReplica, check_survival, load_model
 from scoring.samples import BATCH_TOKENS, Batch, Sample, collate
 from scoring.settings import named
-from scoring.work import Dtype, Replica
 
 # Tokens in one step of the engine, and the longest sequence that it has room for.
 STEP_TOKENS = BATCH_TOKENS

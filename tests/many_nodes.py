@@ -19,8 +19,9 @@ import torch
 from ray.cluster_utils import Cluster
 
 from bench.jobs.resources import SweepResources
-from bench.jobs.sweep import SweepResult, sweep
+from bench.jobs.sweep import sweep
 from bench.jobs.sweep_plan import SweepSpec
+from bench.jobs.sweep_tables import SweepResult
 from bench.jobs.unlearn import UnlearnSpec, unlearn
 from scoring.cluster import Footprint, connect, how_many_fit
 from scoring.errors import UserError

@@ -166,7 +166,7 @@ def _balanced_table(measured: Sequence[tuple[str, str, float]]) -> tuple[bias.Sc
     while len(compared) > 1:
         chosen = [row for row in measured if row[0] in compared]
         try:
-            table = bias.ScoreTable.of(*(list(column) for column in zip(*chosen, strict=True)))  # type: ignore[arg-type]
+            table = bias.ScoreTable.of(*(list(column) for column in zip(*chosen, strict=True)))
         except UserError:
             # Without the entries that have the fewest selections, the others may share enough.
             counts = {entry: len({s for e, s, _ in chosen if e == entry}) for entry in compared}

@@ -29,10 +29,11 @@ from bench.jobs.resources import Resources
 from bench.models.find import ModelReference
 from bench.report.words import with_ci
 from bench.stats.estimates import Estimate, over_samples
+from scoring.engine import Dtype
 from scoring.errors import UserError
 from scoring.mrd import ESTIMATORS, Draws, EstimatorName, Request, Statistic, reduce_draws, scaling_slope
 from scoring.samples import BATCH_TOKENS, Sample, make_batches
-from scoring.work import DrawTask, Dtype, ReplicaSpec
+from scoring.work import DrawTask, ReplicaSpec
 
 SCHEMA_VERSION = 1
 # sd / mean of |x|, x normal: how far one draw of mean_abs is off, relatively. The standard error of K draws is this

@@ -12,10 +12,10 @@ from bench.metrics.choice import choose_metrics
 from bench.models.find import ModelName, absolute_model
 from bench.tasks import Task
 from bench.tasks.datasets import DataName, absolute_source
+from scoring.engine import Dtype
 from scoring.errors import UserError
 from scoring.samples import BATCH_TOKENS
 from scoring.settings import Doc, Ge, Gt, Le, check, named
-from scoring.work import Dtype
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Self
 
 from scoring.cluster import GPU_SHARE, Footprint, connect, default_gpus, is_gpu_share
+from scoring.engine import Dtype, Engine
 from scoring.errors import UserError
 from scoring.settings import Doc, Expected, Ge, check, named
-from scoring.work import Dtype, Engine, LocalPool, Pool, ReplicaSpec
+from scoring.work import LocalPool, Pool, ReplicaSpec
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -30,8 +30,8 @@ from safetensors import SafetensorError
 
 from algorithms.checkpoints import Checkpoints
 from algorithms.corpus import Corpus
+from algorithms.history import History
 from algorithms.tables import tables_of
-from algorithms.unlearner import History
 from bench.files.folders import OwnedFolder
 from bench.files.origin import origin
 from bench.report.words import size_of
@@ -46,7 +46,7 @@ class UnlearnResult:
 
     Attributes:
         folder: with model/, the tables and run.json.
-        steps, epochs, samples: the tables, see the README.
+        steps, epochs, samples: the tables, see docs/unlearning.md.
         record: facts that a reader must know: spec, thresholds, seconds, passes, notes, packages.
     """
 

@@ -27,12 +27,13 @@ from bench.tasks.datasets import DataName, Texts, absolute_source, check_dataset
 from scoring.api import ScoreSettings, draw_tasks, run_tasks, score_columns, score_table, shards_of
 from scoring.batch_size import BatchSizeTask
 from scoring.cluster import how_many_fit
+from scoring.engine import Dtype
 from scoring.files import replacing
 from scoring.mrd import ESTIMATORS, no_gradients
 from scoring.sample_file import SampleFile
 from scoring.samples import Rejected, Sample, check_tokens, iter_encoded, nothing_scored
 from scoring.settings import Doc
-from scoring.work import Dtype, ReplicaSpec
+from scoring.work import ReplicaSpec
 
 SCHEMA_VERSION = 1
 

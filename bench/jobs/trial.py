@@ -26,10 +26,11 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
+from algorithms.group import Group
+from algorithms.history import History
 from algorithms.ray_train import TrainingJob, ensure_reference, train_on_ray, unlearner_of
 from algorithms.tables import sample_table
-from algorithms.trainable import Group
-from algorithms.unlearner import Diverged, History
+from algorithms.unlearner import Diverged
 from bench.files.identity import with_spec_hash
 from bench.files.origin import origin
 from bench.files.status import DIVERGED, ERROR, FINISHED, OUT_OF_MEMORY
@@ -299,7 +300,7 @@ def _here(
         _WARM.clear()  # this changes the model in ways that putting weights back does not undo
     unlearner = unlearner_of(job, model, Group(), report=epoch_closed, initial=weights)
     history = unlearner.run()
-    with unlearner.trained.plain() as trained:
+    with unlearner.trained.whole_model() as trained:
         yield history, trained
 
 

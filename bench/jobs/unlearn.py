@@ -20,10 +20,10 @@ from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from algorithms.corpus import REFUSALS, Corpus, Encoder, Evaluation, answers_evaluation, make_corpus
+from algorithms.history import History, Progress
 from algorithms.objectives import algorithm_name
 from algorithms.ray_train import TrainingJob, train_here, train_on_ray
 from algorithms.recipe import Execution, Objectives, Recipe, total_updates
-from algorithms.unlearner import History, Progress
 from bench.files.identity import with_spec_hash
 from bench.jobs.resources import Resources, check_gpus
 from bench.jobs.run_folder import RunFolder, UnlearnResult, full_disks_said_plainly, read_run
@@ -238,7 +238,7 @@ def room_of(spec: UnlearnSpec, model: ModelReference, corpus: Corpus) -> tuple[i
     weights = sum(p.numel() for p in empty.parameters())
     states = sum(
         sample.num_scored * config.get_text_config().hidden_size * BYTES_MODEL
-        for role, quantities in Objectives.of(spec).reference().items()
+        for role, quantities in Objectives.of(spec).reference_quantities().items()
         for sample in {"forget": corpus.forget, "retain": corpus.retain, "refusal": corpus.refusals}[role]
         for quantity in quantities
         if quantity != "nll"

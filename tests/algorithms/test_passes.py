@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import nn
 
-from algorithms.passes import Head, Passes, decoder_layers, last_hidden, layer_output
+from algorithms.passes import ForwardPass, Head, decoder_layers, last_hidden, layer_output
 from scoring.errors import UserError
 from scoring.samples import Batch, Sample, collate
 from tests.tiny_models import ARCHITECTURES, VOCABULARY, random_samples, tiny_model
@@ -193,7 +193,7 @@ def test_soft_capping_by_hand():
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "gemma2", "opt"])
 def test_passes_yield_what_is_wanted(architecture: str, batch: Batch):
     model: Any = tiny_model(architecture)
-    passes = Passes(model, layer=1)
+    passes = ForwardPass(model, layer=1)
     exact = copy.deepcopy(model).double()
     for wanted in (["logprobs"], ["logits"], ["hidden"], ["logprobs", "logits"], ["hidden", "logits", "logprobs"], []):
         found = passes(batch, wanted)
@@ -222,7 +222,7 @@ def test_passes_yield_what_is_wanted(architecture: str, batch: Batch):
 def test_padding_has_no_gradient(architecture: str, batch: Batch):
     """The gradient of summed log-probs is the sum of those of the samples by themselves."""
     model = tiny_model(architecture)
-    Passes(model)(batch, ["logprobs"])["logprobs"].sum().backward()
+    ForwardPass(model)(batch, ["logprobs"])["logprobs"].sum().backward()
     found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
     for sample in SAMPLES:
@@ -236,5 +236,5 @@ def test_padding_has_no_gradient(architecture: str, batch: Batch):
 def test_one_pass_for_logits_and_logprobs(batch: Batch):
     model: Any = tiny_model("llama")
     with counted({"model": model}) as calls:
-        Passes(model, layer=1)(batch, ["logits", "logprobs"])
+        ForwardPass(model, layer=1)(batch, ["logits", "logprobs"])
     assert calls == {"model": 1}

@@ -15,13 +15,13 @@ import torch
 from algorithms.objectives import inputs_of, kl, npo, undial
 from algorithms.passes import Head
 from algorithms.recipe import Objectives, Recipe
-from algorithms.reference import Reference, compute_reference, needs
+from algorithms.reference import Reference, compute_reference, needed_quantities
 from scoring.cluster import Footprint
 from scoring.errors import UserError
 from scoring.pool import ReplicaPool
-from scoring.replica import TransformersReplica, load_model
+from scoring.replica import load_model
 from scoring.samples import Sample
-from scoring.work import ReplicaSpec
+from scoring.work import LocalPool, ReplicaSpec
 from tests.tiny_models import ARCHITECTURES, random_samples, tiny_model
 
 LAYER, HIDDEN = 1, 32
@@ -57,7 +57,7 @@ def in_fp64(model: Any, sample: Sample) -> dict[str, np.ndarray]:
 def compute(
     model: Any, path: Path, wanted: Mapping[str, tuple[str, ...]] = WANTED, samples: Mapping = SAMPLES
 ) -> tuple[Reference, int]:
-    forwards = compute_reference(path, samples, wanted, LAYER, TransformersReplica(model), BATCH_TOKENS)
+    forwards = compute_reference(path, samples, wanted, LAYER, LocalPool(model), BATCH_TOKENS)
     return Reference(path), forwards
 
 
@@ -263,13 +263,16 @@ def test_every_architecture_is_accepted(architecture: str, tmp_path: Path):
     ],
 )
 def test_needs(objectives: dict[str, Sequence[str]], expected: dict[str, tuple[str, ...]]):
-    assert needs(objectives) == expected
+    assert needed_quantities(objectives) == expected
 
 
 def test_needs_of_real_objectives():
-    found = needs({"forget": inputs_of(undial), "retain": inputs_of(kl)})
+    found = needed_quantities({"forget": inputs_of(undial), "retain": inputs_of(kl)})
     assert found == {"forget": ("last",), "retain": ("last",)}
-    assert needs({"forget": inputs_of(npo), "retain": inputs_of(npo)}) == {"forget": ("nll",), "retain": ("nll",)}
+    assert needed_quantities({"forget": inputs_of(npo), "retain": inputs_of(npo)}) == {
+        "forget": ("nll",),
+        "retain": ("nll",),
+    }
 
 
 @pytest.mark.parametrize(
@@ -289,4 +292,4 @@ def test_needs_of_real_objectives():
 )
 def test_needs_of_algorithms(algorithm: str, retain_term: str | None, expected: dict[str, tuple[str, ...]]):
     recipe = Recipe(algorithm=algorithm, retain_term=retain_term)
-    assert Objectives.of(dataclasses.replace(recipe, **recipe.resolved())).reference() == expected
+    assert Objectives.of(dataclasses.replace(recipe, **recipe.resolved())).reference_quantities() == expected

@@ -23,12 +23,16 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from algorithms.checkpoints import Checkpoint, Checkpoints
 from algorithms.corpus import Corpus, Evaluation
+from algorithms.group import Group
+from algorithms.history import History, Progress
+from algorithms.loss import DIRECTION
 from algorithms.objectives import ALGORITHMS
 from algorithms.ray_train import TrainingJob, train_here
 from algorithms.recipe import Execution, Recipe, total_updates, updates_per_epoch
+from algorithms.samplers import retain_order
 from algorithms.stopping import Thresholds
-from algorithms.trainable import Group, Lora, Trainable
-from algorithms.unlearner import DIRECTION, Diverged, History, Progress, Unlearner, retain_order, trainable_for
+from algorithms.trainable import Lora, Trainable, trainable_for
+from algorithms.unlearner import Diverged, Unlearner
 from scoring.errors import UserError
 from scoring.memorization import extraction_likelihood, memorization_accuracy
 from scoring.mrd import ESTIMATORS, Request, estimate, reduce_draws
@@ -424,10 +428,10 @@ def test_activations_are_recomputed(architecture: str, bfloat16: bool):
         calls.append(count["forward"])
         gradients.append({name: p.grad.clone() for name, p in model.named_parameters()})
         for _ in range(2):
-            with trained.plain() as whole:
+            with trained.whole_model() as whole:
                 assert whole is model
                 assert not any(m.training for m in whole.modules())
-        with pytest.raises(FloatingPointError), trained.plain():
+        with pytest.raises(FloatingPointError), trained.whole_model():
             raise FloatingPointError
         assert [m for m in model.modules() if m.training] == (layers if recomputing else [])
     assert calls == [2, 4]
@@ -1160,13 +1164,13 @@ def test_distrusted_checkpoint(checkpoints: Checkpoints):
     """It goes, the one before it is the newest again; but the only one stays."""
     model: Any = tiny_model()
     checkpoints.save(3, model, {}, {"step": 3})
-    checkpoints.distrust(3)
+    checkpoints.discard(3)
     assert steps_kept(checkpoints) == [3]
     checkpoints.save(5, model, {}, {"step": 5})
     # Diverged two updates later: what was saved before has been trained on.
-    checkpoints.distrust(7)
+    checkpoints.discard(7)
     assert steps_kept(checkpoints) == [3, 5]
-    checkpoints.distrust(5)
+    checkpoints.discard(5)
     assert steps_kept(checkpoints) == [3]
     assert latest_step(checkpoints) == 3
 

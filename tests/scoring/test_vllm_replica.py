@@ -21,7 +21,8 @@ from safetensors.torch import load_file, save_file
 
 from bench.cli import main
 from bench.files.score_file import FACTS_KEY
-from bench.jobs.evaluate import EvaluateSpec, evaluate_spec
+from bench.jobs.evaluate import evaluate_spec
+from bench.jobs.evaluation_spec import EvaluateSpec
 from bench.jobs.resources import Resources
 from bench.jobs.unlearn import UnlearnSpec, unlearn
 from scoring.cluster import Footprint

@@ -1,0 +1,58 @@
+"""What is measured of the whole model between updates; each worker measures its share of the samples."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+
+from algorithms.group import Group
+from algorithms.recipe import Recipe
+from scoring.mrd import estimate, reduce_draws, request_for
+from scoring.replica import TransformersReplica
+from scoring.samples import Sample, make_batches
+
+
+def measure_mrd(
+    model: PreTrainedModel, samples: Sequence[Sample], recipe: Recipe, group: Group, batch_tokens: int
+) -> tuple[np.ndarray, TransformersReplica]:
+    """MRD of samples under a model in fp32, (N,); and the replica by which this worker measured its share.
+
+    Args:
+        recipe: a resolved recipe: its estimator, statistic, sigma, draws and seed are used.
+        batch_tokens: padded tokens in a batch.
+    """
+    replica = TransformersReplica(model)
+    batches = make_batches(samples, batch_tokens)[group.rank :: group.size]
+    mine: dict[int, float] = {}
+    if batches:
+        assert recipe.statistic is not None
+        request, precision = request_for(recipe.estimator, recipe.statistic, recipe.sigma, recipe.seed, recipe.draws)
+        draws = estimate(replica, batches, request, precision=precision)
+        mrd, _ = reduce_draws(draws.values, recipe.statistic)
+        mine = dict(zip(draws.indices.tolist(), mrd.tolist(), strict=True))
+    mrd_of = group.gathered(mine)
+    return np.array([mrd_of[sample.index] for sample in samples]), replica
+
+
+def weight_change(model: PreTrainedModel, initial: Mapping[str, torch.Tensor], group: Group) -> dict[str, float | None]:
+    """How far the weights are from the initial model's: mean |Δθ| over all of them, and ‖Δθ‖.
+
+    Args:
+        initial: the initial model's weights by name, at the first worker; the others need none.
+    """
+    total, squares, count = 0.0, 0.0, 0
+    for name, p in model.named_parameters():
+        if name in initial:
+            difference = (p.detach().cpu() - initial[name]).double()
+            total += difference.abs().sum().item()
+            squares += difference.square().sum().item()
+            count += difference.numel()
+    change = {
+        "mean_abs_delta": total / count if count else None,
+        "delta_norm": math.sqrt(squares) if count else None,
+    }
+    return group.gathered({0: change} if group.rank == 0 else {})[0]
