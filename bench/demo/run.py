@@ -38,6 +38,7 @@ from bench.report.attributes import attribute_effects, by_attribute, correlation
 from bench.tasks.datasets import load_dataset
 from bench.tasks.embedded import authors
 from scoring.cluster import connect, how_many_fit
+from scoring.engine import Dtype
 from scoring.errors import UserError
 from scoring.files import replacing
 from scoring.mrd import EstimatorName
@@ -48,7 +49,7 @@ MODEL = TASK = "authors"
 # Sigmas at which each statistic can be measured: below them rounding decides, above them terms of higher order.
 # bfloat16 shows what rounding does at the sigma that the paper uses (1e-5).
 SMALL, LARGE = (1e-6, 3e-6, 1e-5, 3e-5, 1e-4), (1e-5, 3e-5, 1e-4, 3e-4, 1e-3)
-SCALING: tuple[tuple[EstimatorName, str, str, tuple[float, ...]], ...] = (
+SCALING: tuple[tuple[EstimatorName, str, Dtype, tuple[float, ...]], ...] = (
     ("monte-carlo", "mean_abs", "float32", SMALL),
     ("antithetic", "abs_mean", "float32", LARGE),
     ("monte-carlo", "mean_abs", "bfloat16", SMALL),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, TypeVar, runtime_checkable
@@ -21,21 +22,25 @@ T = TypeVar("T")
 
 @runtime_checkable
 class Checked(Protocol):
-    """Settings with checks of their own."""
+    """Settings that check themselves."""
 
     def checked(self) -> Any:
-        """The same, or a UserError."""
+        """The same settings.
+
+        Raises:
+            UserError: a value or a combination that is not allowed.
+        """
 
 
 @dataclass(frozen=True)
-class Setting:
-    """What an experiment is given.
+class Setup:
+    """What an experiment is run with.
 
     Attributes:
         name: of the experiment.
-        values: the preset's section of its spec file.
+        values: the preset's section of the spec file.
         names: how messages call the values.
-        work: a folder of its own for what it measures on the way; what is there already is not measured again.
+        work: the experiment's own folder for its measurements; what is in it is not measured again.
         trials: the folder of trials that all sweeps share.
         resources: of trials, and of replicas.
         progress: show bars.
@@ -50,28 +55,36 @@ class Setting:
     progress: bool = True
 
     def sweep(self, key: str = "sweep", resources: SweepResources | None = None) -> SweepResult:
-        """The sweep that the spec file describes under `key`, run or found."""
-        with naming(self.names.under(key)):
+        """The sweep that the spec file describes under `key`; trials that have been run before are read."""
+        with self.section(key):
             spec = build(SweepSpec, self.values[key])
             return sweep(spec, self.work / key, self.trials, resources or self.resources, self.progress)
 
+    def sweep_keys(self) -> list[str]:
+        """The sections of the spec file that are sweeps, in order: algorithms may need different settings."""
+        return [key for key in self.values if key.startswith("sweep")]
+
     def spec(self, kind: type[T], key: str) -> T:
-        """What the spec file says under `key`, as a dataclass of its own."""
-        with naming(self.names.under(key)):
+        """The settings in the spec file under `key`, checked."""
+        with self.section(key):
             spec = build(kind, self.values.get(key, {}))
             return spec.checked() if isinstance(spec, Checked) else spec
+
+    def section(self, key: str) -> AbstractContextManager[None]:
+        """A context in which messages name settings of the section `key`, with their lines in the spec file."""
+        return naming(self.names.under(key))
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What an experiment found.
+    """An experiment's answer to its question.
 
     Attributes:
-        table: one row for what the picture shows, with the numbers behind it.
+        table: the numbers behind the picture.
         panels: of the picture, from left to right.
         sentences: the answer, each number with its interval; the last says whether the paper's claim holds here.
-        polar: whether the panels have a centre and angles.
-        inches: of the picture; None: 5 by 5 for each panel.
+        polar: the panels have a centre and angles.
+        inches: width and height of the picture; None: 5 by 5 for each panel.
         tables: further tables by name.
     """
 
@@ -91,12 +104,12 @@ class Experiment:
         name: as on the command line, such as "fig2".
         title: a few words.
         question: in one sentence.
-        claim: what the paper says, in one sentence.
-        run: answers it.
+        claim: the paper's answer, in one sentence.
+        run: gives the answer of this code.
     """
 
     name: str
     title: str
     question: str
     claim: str
-    run: Callable[[Setting], Answer]
+    run: Callable[[Setup], Answer]

@@ -1,7 +1,7 @@
 """Figure 3: do metrics of training difficulty and MRD order groups of samples as the true unlearning difficulty does?
 
 The true difficulty of a group is mean |Δθ| when all of its samples are forgotten; a metric of a group is the mean over
-its samples. Groups are draws of their own from one forget set, so intervals are about further groups of that set.
+its samples. Groups are independent draws from one forget set, so intervals are about further groups of that set.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Self
 
 import numpy as np
 import pyarrow as pa
@@ -19,27 +19,25 @@ from matplotlib.axes import Axes
 from scipy import stats
 from transformers import PreTrainedModel
 
-from bench.experiments.experiment import Answer, Experiment, Setting
-from bench.experiments.shared.single_samples import estimated
-from bench.experiments.shared.verdicts import CONTRADICTED, HOLDS, UNKNOWN, ruled, ruling
+from bench.experiments.experiment import Answer, Experiment, Setup
+from bench.experiments.shared.verdicts import CONTRADICTED, HOLDS, UNKNOWN, correlation_verdict, verdict_here
 from bench.files.identity import with_spec_hash
-from bench.files.score_file import read_scores, write_scores
+from bench.files.score_file import write_scores
 from bench.files.status import FINISHED
-from bench.jobs.resources import Resources
+from bench.jobs.draws import read_finished
 from bench.jobs.sweep_plan import SweepSpec
 from bench.jobs.sweep_tables import as_table
 from bench.models.cache import trained_once
 from bench.models.embedded import FAMILIES, model_spec, train, train_tokenizer
 from bench.models.find import ModelReference, find_model
 from bench.report.figures import BLUE, GREEN, INK, MUTED, ORANGE, VERMILLION, Draw
-from bench.report.words import with_ci
-from bench.stats.estimates import Estimate, over_sets, partial_spearman, spearman
+from bench.report.words import interval_columns, with_ci
+from bench.stats.estimates import Estimate, over_sets, partial_spearman, rank_correlation, spearman
 from bench.tasks.datasets import load_dataset
-from scoring.cluster import connect
 from scoring.errors import UserError
-from scoring.pool import ReplicaPool
 from scoring.replica import TransformersReplica, load_model
-from scoring.samples import Batch, encode, make_batches
+from scoring.samples import BATCH_TOKENS, Batch, encode, make_batches
+from scoring.settings import Doc, Ge, check, named
 from scoring.training_difficulty import el2n, grand, vog
 from scoring.work import ReplicaSpec
 
@@ -49,12 +47,12 @@ MRD = "MRD"
 
 @dataclass(frozen=True)
 class Metric:
-    """One that orders groups.
+    """A metric that orders groups.
 
     Attributes:
         column: of the table of groups.
         title: as printed.
-        harder: +1 if a higher value is said to mean harder, -1 if a lower one.
+        harder: +1 if a higher value should mean harder, -1 if a lower one.
         colour: of its line.
     """
 
@@ -74,37 +72,50 @@ METRICS = (
 
 @dataclass(frozen=True, kw_only=True)
 class Fig3Spec:
-    """How training difficulty is measured. VoG asks for earlier states of the model's training.
+    """How training difficulty is measured. VoG needs earlier states of the model's training."""
 
-    Attributes:
-        checkpoints: models, as for find_model, from the earliest on; the model itself is the last.
-        epochs: of an embedded model instead: trainings from the same initial weights on the same data that end after
-            so many epochs, each with a learning-rate schedule of its own, which stand in for checkpoints.
-        batch_tokens: padded tokens in a batch.
-    """
+    checkpoints: Annotated[
+        list[str],
+        Doc("earlier states of the model: folders or Hugging Face ids, the earliest first, without the model itself"),
+    ] = field(default_factory=list)
+    epochs: Annotated[
+        list[Annotated[int, Ge(1)]],
+        Doc(
+            "instead of checkpoints, for an embedded model: trainings from the same initial weights on the same data "
+            "that end after so many epochs, each with its own learning-rate schedule"
+        ),
+    ] = field(default_factory=list)
+    batch_tokens: Annotated[int, Ge(1), Doc("padded tokens in a batch")] = BATCH_TOKENS
 
-    checkpoints: list[str] = field(default_factory=list)
-    epochs: list[int] = field(default_factory=list)
-    batch_tokens: int = 4096
+    def checked(self) -> Self:
+        """The same.
+
+        Raises:
+            UserError: a value that is not allowed.
+        """
+        check(self)
+        return self
 
 
-def run(setting: Setting) -> Answer:
-    result = setting.sweep()
-    metrics = measure(setting, setting.spec(Fig3Spec, "metrics"), setting.spec(SweepSpec, "sweep").base)
-    selections = pq.read_table(result.folder / "selections.parquet")
-    return answer(groups(result.trials, selections, metrics))
+def run(setup: Setup) -> Answer:
+    sweep = setup.sweep()
+    spec, base = setup.spec(Fig3Spec, "metrics"), setup.spec(SweepSpec, "sweep").base
+    with setup.section("metrics"):
+        metrics = measure(setup, spec, base)
+    selections = pq.read_table(sweep.folder / "selections.parquet")
+    return answer(groups_of(sweep.trials, selections, metrics))
 
 
 # --- Training difficulty ------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class Work:
-    """GraNd, EL2N and VoG of a group of batches.
+class TrainingDifficulty:
+    """The task of a replica to measure GraNd, EL2N and VoG of the samples of a shard.
 
     Attributes:
-        shard: see `scoring.work.Work`.
-        checkpoints: source and revision of the earlier states of the replica's model; none: no VoG.
+        shard: see `scoring.work.ReplicaTask`.
+        checkpoints: source and revision of the earlier states of the replica's model; without any there is no VoG.
     """
 
     shard: int
@@ -115,18 +126,18 @@ class Work:
         return f"training-difficulty-{self.shard:06d}"
 
     def do(
-        self, replica: TransformersReplica, batches: Sequence[Batch], kept: dict[str, Any]
+        self, replica: TransformersReplica, batches: Sequence[Batch], cache: dict[str, Any]
     ) -> list[dict[str, np.ndarray]]:
-        """For each batch its samples' values by column."""
-        found = []
+        """Column -> values of the samples, for each batch."""
+        columns = []
         for batch in batches:
-            here = batch.to(replica.device)
-            scores = {"grand": grand(replica.model, here), "el2n": el2n(replica.model, here)}
+            on_device = batch.to(replica.device)
+            scores = {"grand": grand(replica.model, on_device), "el2n": el2n(replica.model, on_device)}
             if self.checkpoints:
-                scores["vog"] = vog(self._states(replica), here)
+                scores["vog"] = vog(self._states(replica), on_device)
             values = {name: score.cpu().numpy() for name, score in scores.items()}
-            found.append({"index": batch.indices.numpy(), **values})
-        return found
+            columns.append({"index": batch.indices.numpy(), **values})
+        return columns
 
     def _states(self, replica: TransformersReplica) -> Iterator[PreTrainedModel]:
         for source, revision in self.checkpoints:
@@ -134,34 +145,34 @@ class Work:
         yield replica.model
 
 
-def measure(setting: Setting, spec: Fig3Spec, base: dict[str, Any]) -> pa.Table:
-    """GraNd, EL2N and VoG of every sample of the forget set: sample_id, num_tokens and a column for each.
+def measure(setup: Setup, spec: Fig3Spec, base: dict[str, Any]) -> pa.Table:
+    """GraNd, EL2N and VoG of every sample of the forget set: sample_id, num_tokens and a column for each metric.
 
-    What `training-difficulty.parquet` holds already is read.
+    If `training-difficulty.parquet` has these numbers already, it is read.
 
     Raises:
         UserError: a checkpoint that does not exist, or epochs of a model that is not an embedded one.
     """
     model = find_model(base["model"])
     dataset = load_dataset(base["task"], base.get("forget_split"), model.tokenizer)
-    names = [*spec.checkpoints, *(_shorter_training(base["model"], epochs, setting.progress) for epochs in spec.epochs)]
-    checkpoints = [find_model(name) for name in names]
+    shorter = [_shorter_training(base["model"], epochs, setup.progress) for epochs in spec.epochs]
+    checkpoints = [find_model(source) for source in (*spec.checkpoints, *shorter)]
     identity = with_spec_hash(
         {
             "schema_version": SCHEMA_VERSION,
             "model_fingerprint": model.fingerprint,
-            "checkpoints": [each.fingerprint for each in checkpoints],
+            "checkpoints": [checkpoint.fingerprint for checkpoint in checkpoints],
             "data_sha256": dataset.sha256,
             "batch_tokens": spec.batch_tokens,
         },
         (),
     )
-    path = setting.work / "training-difficulty.parquet"
-    if (known := _known(path, identity)) is not None:
-        return known
+    path = setup.work / "training-difficulty.parquet"
+    if (measured := read_finished(path, identity)) is not None:
+        return measured
     samples, _ = encode(dataset.texts, model.tokenizer, model.max_length)
     shards = [[batch] for batch in make_batches(samples, spec.batch_tokens)]
-    values = _on_replicas(setting, model, checkpoints, shards)
+    values = _on_replicas(setup, model, checkpoints, shards)
     order = np.argsort(values.pop("index"))
     table = pa.table(
         {
@@ -175,33 +186,23 @@ def measure(setting: Setting, spec: Fig3Spec, base: dict[str, Any]) -> pa.Table:
 
 
 def _on_replicas(
-    setting: Setting, model: ModelReference, checkpoints: Sequence[ModelReference], shards: Sequence[Sequence[Batch]]
+    setup: Setup, model: ModelReference, checkpoints: Sequence[ModelReference], shards: Sequence[Sequence[Batch]]
 ) -> dict[str, np.ndarray]:
-    connect()
-    sources = tuple((each.source, each.revision) for each in checkpoints)
-    spread = setting.resources
-    footprint = Resources(spread.concurrent, spread.cpus_per_trial, spread.gpus_per_trial).footprint()
-    with ReplicaPool(ReplicaSpec(model.source, model.revision), footprint, spread.concurrent) as pool:
-        works = [Work(shard, sources) for shard in range(len(shards))]
-        parts = [part for _, result, _ in pool.run(works, shards) for part in result]
-    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-
-
-def _known(path: Path, identity: dict[str, Any]) -> pa.Table | None:
-    """What the file holds, if it is of this identity."""
-    if not path.is_file():
-        return None
-    table, spec, _ = read_scores(path)
-    return table if spec["spec_hash"] == identity["spec_hash"] else None
+    """The columns of all samples, in the order in which batches were done."""
+    sources = tuple((checkpoint.source, checkpoint.revision) for checkpoint in checkpoints)
+    with setup.resources.replicas().pool(ReplicaSpec(model.source, model.revision)) as pool:
+        tasks = [TrainingDifficulty(shard, sources) for shard in range(len(shards))]
+        batches = [columns for _, result, _ in pool.run(tasks, shards) for columns in result]
+    return {name: np.concatenate([columns[name] for columns in batches]) for name in batches[0]}
 
 
 def _shorter_training(name: str, epochs: int, progress: bool) -> str:
-    """Folder of an embedded model whose training ended after so many epochs; cached as the model is."""
+    """The folder of an embedded model whose training ended after so many epochs; cached as the model is."""
     family, _, kind = name.partition(":")
     if family not in FAMILIES:
         raise UserError(
-            f"metrics: epochs {epochs}: {name!r} is not an embedded model, which alone can be trained again; name "
-            "checkpoints instead"
+            f"{named('epochs')} has {epochs}: {name!r} is not an embedded model, and no other can be trained again; "
+            f"set {named('checkpoints')} instead"
         )
     spec = model_spec(kind or "full", family)
     spec |= {"training": spec["training"] | {"epochs": epochs}}
@@ -219,21 +220,20 @@ def _shorter_training(name: str, epochs: int, progress: bool) -> str:
 # --- The answer ---------------------------------------------------------------------------------------------
 
 
-def groups(trials: pa.Table, selections: pa.Table, metrics: pa.Table) -> pa.Table:
+def groups_of(trials: pa.Table, selections: pa.Table, metrics: pa.Table) -> pa.Table:
     """One row for each group that finished: its difficulty, and the means of the metrics over its samples.
 
     Args:
-        trials, selections: tables of a sweep over random selections, see `bench.jobs.sweep`; of several runs of a
-        group,
-            by seed, the mean is taken.
+        trials, selections: tables of a sweep over random selections, see `bench.jobs.sweep_tables`. Several runs of a
+            group, which differ by their seed, are averaged.
         metrics: see `measure`.
     """
-    known = {row["sample_id"]: row for row in metrics.to_pylist()}
+    metrics_of = {row["sample_id"]: row for row in metrics.to_pylist()}
     columns = [name for name in metrics.column_names if name != "sample_id"]
     members: dict[str, list[dict[str, Any]]] = {}
     for row in selections.to_pylist():
-        if row["sample_id"] in known:
-            members.setdefault(row["selection"], []).append(known[row["sample_id"]] | {"mrd": row["mrd"]})
+        if row["sample_id"] in metrics_of:
+            members.setdefault(row["selection"], []).append(metrics_of[row["sample_id"]] | {"mrd": row["mrd"]})
     runs: dict[str, list[dict[str, Any]]] = {}
     for row in trials.to_pylist():
         if row["status"] == FINISHED:
@@ -242,19 +242,20 @@ def groups(trials: pa.Table, selections: pa.Table, metrics: pa.Table) -> pa.Tabl
         [
             {
                 "group": name,
-                "samples": own[0]["forget_samples"],
-                "mean_abs_delta": float(np.mean([row["mean_abs_delta"] for row in own])),
-                "updates": float(np.mean([row["updates"] for row in own])),
-                "forgotten": all(row["forgotten"] == 1 for row in own),
-                **{column: _mean([sample[column] for sample in members[name]]) for column in (*columns, "mrd")},
+                "samples": seeds[0]["forget_samples"],
+                "mean_abs_delta": float(np.mean([row["mean_abs_delta"] for row in seeds])),
+                "updates": float(np.mean([row["updates"] for row in seeds])),
+                "forgotten": all(row["forgotten"] == 1 for row in seeds),
+                **{
+                    column: _mean_of_known([sample[column] for sample in members[name]]) for column in (*columns, "mrd")
+                },
             }
-            for name, own in runs.items()
+            for name, seeds in runs.items()
         ]
     )
 
 
-def _mean(values: Sequence[float | None]) -> float:
-    """Of those that are known."""
+def _mean_of_known(values: Sequence[float | None]) -> float:
     known = [value for value in values if value is not None and math.isfinite(value)]
     return float(np.mean(known)) if known else math.nan
 
@@ -264,11 +265,11 @@ class Ordering:
     """How a metric orders the groups.
 
     Attributes:
-        metric: which.
+        metric: the metric.
         ranks: (n,) of the groups, 1 the easiest by the metric.
         correlation: Spearman's, with the difficulty; +1 if the metric's order from easy to hard is the true one.
         beyond_length: the same with the mean number of scored tokens partialled out.
-        mrd_ahead: correlation of MRD - |correlation| of this metric, whichever way round it orders; None for MRD.
+        mrd_ahead: correlation of MRD - |correlation| of this metric, in whichever direction it orders; None for MRD.
     """
 
     metric: Metric
@@ -279,22 +280,23 @@ class Ordering:
 
 
 def orderings(table: pa.Table) -> list[Ordering]:
-    """Of the metrics that were measured, MRD first; groups that were not forgotten at the cap share the last rank."""
-    hard = difficulty(table)
+    """How each measured metric orders the groups, MRD first; groups that were not forgotten at the cap share the last
+    rank."""
+    hard = difficulties(table)
     tokens = table["num_tokens"].to_numpy()
     hardness = {
         metric: metric.harder * table[metric.column].to_numpy()
         for metric in METRICS
         if metric.column in table.column_names
     }
-    ours = hardness[METRICS[0]]
+    by_mrd = hardness[METRICS[0]]
 
-    def ahead_of(other: np.ndarray) -> Estimate:
-        def of_rows(rows: list[np.ndarray]) -> np.ndarray:
-            drawn = hard[rows[0]]
-            return _spearman(ours[rows[0]], drawn) - np.abs(_spearman(other[rows[0]], drawn))
+    def mrd_ahead_of(other: np.ndarray) -> Estimate:
+        def advantage(sets: list[np.ndarray]) -> np.ndarray:
+            rows = sets[0]
+            return rank_correlation(by_mrd[rows], hard[rows]) - np.abs(rank_correlation(other[rows], hard[rows]))
 
-        return over_sets(of_rows, [len(hard)])
+        return over_sets(advantage, [len(hard)])
 
     return [
         Ordering(
@@ -302,63 +304,56 @@ def orderings(table: pa.Table) -> list[Ordering]:
             stats.rankdata(values),
             spearman(values, hard),
             partial_spearman(values, hard, tokens),
-            None if metric.title == MRD else ahead_of(values),
+            None if metric.title == MRD else mrd_ahead_of(values),
         )
         for metric, values in hardness.items()
     ]
 
 
-def difficulty(table: pa.Table) -> np.ndarray:
+def difficulties(table: pa.Table) -> np.ndarray:
     """(n,) mean |Δθ|; inf for groups that were not forgotten at the cap."""
     return np.where(np.array(table["forgotten"].to_pylist()), table["mean_abs_delta"].to_numpy(), np.inf)
 
 
-def _spearman(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Spearman's correlation, (..., n) each -> (...); nan where one of them does not vary."""
-    x, y = (stats.rankdata(values, axis=-1) for values in (x, y))
-    x, y = (ranks - ranks.mean(axis=-1, keepdims=True) for ranks in (x, y))
-    return (x * y).sum(axis=-1) / np.sqrt((x**2).sum(axis=-1) * (y**2).sum(axis=-1))
-
-
 def answer(table: pa.Table) -> Answer:
-    """From a table of groups, see `groups`.
+    """From a table of groups, see `groups_of`.
 
     Raises:
         UserError: fewer than two groups.
     """
     if table.num_rows < 2:
         raise UserError(f"{table.num_rows} groups finished: expected at least 2 to put in order")
-    found = orderings(table)
-    hard = difficulty(table)
-    sentences = [_headline(table, found), _length(found), *_others(found)]
-    if len(found) < len(METRICS):
+    by_metric = orderings(table)
+    hard = difficulties(table)
+    sentences = [_headline(table, by_metric), _beyond_length(by_metric), *_mrd_ahead(by_metric)]
+    if len(by_metric) < len(METRICS):
         sentences.append("VoG is left out: no earlier states of the model's training are named.")
-    if kept := int(np.isinf(hard).sum()):
+    if capped := int(np.isinf(hard).sum()):
         sentences.append(
-            f"{kept} of {len(hard)} groups were not wholly forgotten at the cap: they need more than was measured, and "
-            "share the last rank."
+            f"{capped} of {len(hard)} groups were not wholly forgotten at the cap: they need more than was measured, "
+            "and share the last rank."
         )
-    sentences.append(_claim(found))
-    ranks = {f"rank_{each.metric.column}": each.ranks for each in found} | {"rank_difficulty": stats.rankdata(hard)}
-    for name, column in ranks.items():
+    sentences.append(_claim(by_metric))
+    ranks = {f"rank_{ordering.metric.column}": ordering.ranks for ordering in by_metric}
+    for name, column in (ranks | {"rank_difficulty": stats.rankdata(hard)}).items():
         table = table.append_column(name, pa.array(column))
     correlations = as_table(
         [
             {
-                "metric": each.metric.title,
-                **estimated("spearman", each.correlation),
-                **estimated("length_partialled_out", each.beyond_length),
-                **(estimated("mrd_ahead", each.mrd_ahead) if each.mrd_ahead else {}),
+                "metric": ordering.metric.title,
+                **interval_columns("spearman", ordering.correlation),
+                **interval_columns("length_partialled_out", ordering.beyond_length),
+                **(interval_columns("mrd_ahead", ordering.mrd_ahead) if ordering.mrd_ahead else {}),
             }
-            for each in found
+            for ordering in by_metric
         ]
     )
-    panels = [_rank_lines(hard, found), _dots(found)]
+    panels = [_rank_lines(hard, by_metric), _correlation_dots(by_metric)]
     return Answer(table, panels, sentences, inches=(14.0, 5.5), tables={"fig3-correlations": correlations})
 
 
-def _headline(table: pa.Table, found: Sequence[Ordering]) -> str:
-    parts = ", ".join(f"{each.metric.title} {with_ci(each.correlation)}" for each in found)
+def _headline(table: pa.Table, by_metric: Sequence[Ordering]) -> str:
+    parts = ", ".join(f"{ordering.metric.title} {with_ci(ordering.correlation)}" for ordering in by_metric)
     return (
         f"**Rank correlation with the true difficulty of {table.num_rows} groups of {table['samples'][0].as_py()} "
         f"samples: {parts}**. All are turned so that +1 means: easy to hard by the metric is easy to hard in truth; "
@@ -367,15 +362,15 @@ def _headline(table: pa.Table, found: Sequence[Ordering]) -> str:
     )
 
 
-def _length(found: Sequence[Ordering]) -> str:
-    parts = ", ".join(f"{each.metric.title} {with_ci(each.beyond_length)}" for each in found)
+def _beyond_length(by_metric: Sequence[Ordering]) -> str:
+    parts = ", ".join(f"{ordering.metric.title} {with_ci(ordering.beyond_length)}" for ordering in by_metric)
     return (
         f"With the mean number of scored tokens partialled out: {parts}. MRD sums over tokens, GraNd and EL2N do not."
     )
 
 
-def _others(found: Sequence[Ordering]) -> list[str]:
-    parts = [f"{each.metric.title} {with_ci(each.mrd_ahead)}" for each in found if each.mrd_ahead]
+def _mrd_ahead(by_metric: Sequence[Ordering]) -> list[str]:
+    parts = [f"{ordering.metric.title} {with_ci(ordering.mrd_ahead)}" for ordering in by_metric if ordering.mrd_ahead]
     if not parts:
         return []
     return [
@@ -384,51 +379,51 @@ def _others(found: Sequence[Ordering]) -> list[str]:
     ]
 
 
-def _claim(found: Sequence[Ordering]) -> str:
-    ours, *others = found
-    beyond = ruling(ours.beyond_length, +1)
+def _claim(by_metric: Sequence[Ordering]) -> str:
+    mrd, *others = by_metric
     text = (
-        f"The paper's claim: MRD orders the groups as their difficulty does: {ruling(ours.correlation, +1)} here "
-        f"(beyond what length explains: {beyond})"
+        "The paper's claim: MRD orders the groups as their difficulty does: "
+        f"{correlation_verdict(mrd.correlation, +1)} here (beyond what length explains: "
+        f"{correlation_verdict(mrd.beyond_length, +1)})"
     )
     if others:
-        rulings = {each.metric.title: _is_behind(each) for each in others}
-        text += f"; metrics of training difficulty do not order them as well: {ruled(rulings)}"
+        verdicts = {ordering.metric.title: _behind_verdict(ordering) for ordering in others}
+        text += f"; metrics of training difficulty do not order them as well: {verdict_here(verdicts)}"
     return f"{text}."
 
 
-def _is_behind(each: Ordering) -> str:
+def _behind_verdict(ordering: Ordering) -> str:
     """Whether a metric orders the groups less well than MRD does.
 
-    That it does not is only said of one that orders them at all: the size of a correlation is above 0 by chance alone.
+    CONTRADICTED only for a metric that orders them at all: the size of a correlation is above 0 by chance alone.
     """
-    sign = each.mrd_ahead.sign if each.mrd_ahead else 0
+    sign = ordering.mrd_ahead.sign if ordering.mrd_ahead else 0
     if sign < 0:
-        return CONTRADICTED if each.correlation.sign else UNKNOWN
+        return CONTRADICTED if ordering.correlation.sign else UNKNOWN
     return HOLDS if sign > 0 else UNKNOWN
 
 
 # --- Pictures -----------------------------------------------------------------------------------------------
 
 
-def _rank_lines(hard: np.ndarray, found: Sequence[Ordering]) -> Draw:
+def _rank_lines(hard: np.ndarray, by_metric: Sequence[Ordering]) -> Draw:
     """Ranks by each metric, groups in the order of their difficulty."""
 
     def draw(axes: Axes) -> None:
         order = np.argsort(hard, kind="stable")
         place = np.arange(1, len(order) + 1)
         axes.plot(place, place, color=INK, linestyle="--", linewidth=1, label="the true order")
-        for each in reversed(found):
-            ours = each.metric.title == MRD
+        for ordering in reversed(by_metric):
+            is_mrd = ordering.metric.title == MRD
             axes.plot(
                 place,
-                each.ranks[order],
-                color=each.metric.colour,
-                marker="o" if ours else ".",
-                markersize=6 if ours else 5,
-                linewidth=2.2 if ours else 1.1,
-                alpha=1.0 if ours else 0.75,
-                label=each.metric.title,
+                ordering.ranks[order],
+                color=ordering.metric.colour,
+                marker="o" if is_mrd else ".",
+                markersize=6 if is_mrd else 5,
+                linewidth=2.2 if is_mrd else 1.1,
+                alpha=1.0 if is_mrd else 0.75,
+                label=ordering.metric.title,
             )
         ticks = np.unique(np.linspace(1, len(order), 6).round())
         axes.set_xticks(ticks)
@@ -442,23 +437,23 @@ def _rank_lines(hard: np.ndarray, found: Sequence[Ordering]) -> Draw:
     return draw
 
 
-def _dots(found: Sequence[Ordering]) -> Draw:
+def _correlation_dots(by_metric: Sequence[Ordering]) -> Draw:
     """Rank correlations with the difficulty, with 95 % intervals."""
 
     def draw(axes: Axes) -> None:
-        place = -np.arange(len(found), dtype=float)
+        heights = -np.arange(len(by_metric), dtype=float)
         for up, marker, filled, label in ((0.12, "s", True, "as it is"), (-0.12, "o", False, "length partialled out")):
-            for y, each in zip(place, found, strict=True):
-                estimate = each.correlation if filled else each.beyond_length
-                colour = each.metric.colour
+            for y, ordering in zip(heights, by_metric, strict=True):
+                estimate = ordering.correlation if filled else ordering.beyond_length
+                colour = ordering.metric.colour
                 inside = colour if filled else "white"
                 axes.plot([estimate.low, estimate.high], [y + up] * 2, color=colour, linewidth=1.5)
                 axes.plot(estimate.value, y + up, marker, color=colour, markerfacecolor=inside, markersize=8)
             axes.plot([], [], marker, color=MUTED, markerfacecolor=MUTED if filled else "white", label=label)
         axes.axvline(0, color=MUTED, linewidth=1)
         axes.set_xlim(-1, 1)
-        axes.set_ylim(-len(found) + 0.4, 1.0)
-        axes.set_yticks(place, [each.metric.title for each in found])
+        axes.set_ylim(-len(by_metric) + 0.4, 1.0)
+        axes.set_yticks(heights, [ordering.metric.title for ordering in by_metric])
         axes.grid(axis="y", visible=False)
         axes.set_xlabel("rank correlation with the true difficulty (95 % CI)")
         axes.set_title("Agreement with it")

@@ -1,8 +1,8 @@
 """Figure 4: how unequal are sets of samples in the change of the weights that it takes to forget them?
 
-Composites are drawn with replacement from one forget set and unlearned to the stopping rule. Each is a draw of its own,
-so intervals are about further composites of the same forget set. Runs of one composite differ by their seed: what
-composites differ by beyond that is their own.
+Composites are drawn with replacement from one forget set and unlearned to the stopping rule. The draws are independent,
+so intervals are about further composites of the same forget set. Runs of one composite differ by their seed; only what
+composites differ by beyond that is due to their samples.
 """
 
 from __future__ import annotations
@@ -18,31 +18,31 @@ import numpy as np
 import pyarrow as pa
 from matplotlib.axes import Axes
 
-from bench.experiments.experiment import Answer, Experiment, Setting
-from bench.experiments.shared.single_samples import COLOURS, estimated
-from bench.experiments.shared.verdicts import CONTRADICTED, HOLDS, UNKNOWN, ruled, ruling
+from bench.experiments.experiment import Answer, Experiment, Setup
+from bench.experiments.shared.single_samples import COLOURS
+from bench.experiments.shared.verdicts import HOLDS, UNKNOWN, correlation_verdict, range_verdict, verdict_here
 from bench.files.status import FINISHED
 from bench.jobs.sweep_tables import as_table
 from bench.report.figures import INK, Draw
-from bench.report.words import with_ci
+from bench.report.words import interval_columns, with_ci
 from bench.stats.estimates import FEWEST, LEVEL, Estimate, over_sets, partial_spearman, spearman
 from scoring.errors import UserError
 
 # Composites whose standard deviation is under a tenth of their mean are not "vastly different".
-LARGE = 0.1
+LARGE_VARIATION = 0.1
 DRAWS = 10_000
 
 
 @dataclass(frozen=True)
 class Spread:
-    """What it took one algorithm to make composites forgotten.
+    """How much one algorithm changed the weights until composites were forgotten.
 
     Attributes:
-        algorithm: which.
+        algorithm: its name.
         composites: (n,) names.
         changes: (n, seeds), mean |Δθ| when the run ended.
         mean_log_mrd, tokens: (n,) the mean of log MRD over a composite's samples, and the sum of their scored tokens.
-        forgotten: (n,) whether all their samples were, with every seed; the change of others is a lower bound.
+        forgotten: (n,) whether all samples were forgotten with every seed; if not, the change is a lower bound.
     """
 
     algorithm: str
@@ -62,29 +62,32 @@ class Spread:
         return self.changes.mean(axis=1)
 
     @property
-    def ranked(self) -> np.ndarray:
-        """(n,) the same, with the last rank for what was not forgotten."""
+    def difficulties(self) -> np.ndarray:
+        """(n,) the means; inf, the tied last rank, for composites that were not forgotten."""
         return np.where(self.forgotten, self.means, math.inf)
 
     def variation(self) -> Estimate:
         """Standard deviation between composites over their mean.
 
-        With several seeds the part of the variance that they explain is taken off (one-way random effects,
+        With several seeds, the part of the variance that they explain is taken off (one-way random effects,
         (MS_between - MS_within) / seeds, and 0 where that is negative); with one seed it is part of the number.
         """
         return self._estimate(lambda between, _, mean: np.sqrt(between) / mean)
 
-    def share(self) -> Estimate:
-        """Share of the variance of one run's change that is the composite's own (intraclass correlation); nan with
+    def composite_share(self) -> Estimate:
+        """Share of the variance of one run's change that is due to the composite (intraclass correlation); nan with
         one seed."""
         return self._estimate(lambda between, within, _: between / (between + within))
 
-    def _estimate(self, number: Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]) -> Estimate:
+    def _estimate(self, statistic: Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]) -> Estimate:
         """A number made of the variances between composites and between seeds, and of the mean.
 
         The interval is a generalized one (Weerahandi 1993): MS* = MS df / chi^2_df of both mean squares, with the df
         between composites lowered to what the jackknife of the variance shows, as changes need not be normal. (A
         bootstrap of a standard deviation misses in one of ten cases at 24 composites.)
+
+        Args:
+            statistic: of the variance between composites, the variance within them, and the mean.
         """
         count, seeds, means = *self.changes.shape, self.means
         variance = means.var(ddof=1)
@@ -92,7 +95,7 @@ class Spread:
 
         def at(variance: float | np.ndarray, within: float | np.ndarray, mean: float | np.ndarray) -> np.ndarray:
             noise = within / seeds if seeds > 1 else 0.0
-            return number(np.maximum(0.0, variance - noise), np.asarray(within), np.asarray(mean))
+            return statistic(np.maximum(0.0, variance - noise), np.asarray(within), np.asarray(mean))
 
         value = float(at(variance, within, means.mean()))
         if count < FEWEST or not math.isfinite(value) or not variance:
@@ -101,63 +104,64 @@ class Spread:
         df = _degrees_of_freedom(means)
         variances = variance * df / rng.chisquare(df, DRAWS)
         df_within = count * max(1, seeds - 1)
-        drawn = at(
+        simulated = at(
             variances,
             within * df_within / rng.chisquare(df_within, DRAWS),
             means.mean() + np.sqrt(variances / count) * rng.normal(size=DRAWS),
         )
-        low, high = np.quantile(drawn, [(1 - LEVEL) / 2, (1 + LEVEL) / 2]).tolist()
+        low, high = np.quantile(simulated, [(1 - LEVEL) / 2, (1 + LEVEL) / 2]).tolist()
         return Estimate(value, low, high)
 
-    def ratio(self) -> Estimate:
+    def percentile_ratio(self) -> Estimate:
         """The 90th percentile of the composites' means over their 10th."""
 
-        def of_rows(rows: list[np.ndarray]) -> np.ndarray:
-            high, low = np.quantile(self.means[rows[0]], [0.9, 0.1], axis=-1)
+        def ratio(sets: list[np.ndarray]) -> np.ndarray:
+            high, low = np.quantile(self.means[sets[0]], [0.9, 0.1], axis=-1)
             return high / low
 
-        return over_sets(of_rows, [len(self.changes)])
+        return over_sets(ratio, [len(self.changes)])
 
 
 def _degrees_of_freedom(values: np.ndarray) -> float:
-    """Of the variance of (n,): n - 1, or fewer where the jackknife of its logarithm varies more than chi^2 would."""
+    """The degrees of freedom of the variance of (n,): n - 1, or fewer where the jackknife of its logarithm varies more
+    than chi^2 would."""
     count = len(values)
     logs = np.log([np.delete(values, place).var(ddof=1) for place in range(count)])
     error = (count - 1) / count * float(((logs - logs.mean()) ** 2).sum())
     return min(count - 1.0, 2 / error) if error > 0 else count - 1.0
 
 
-def run(setting: Setting) -> Answer:
-    result = setting.sweep()
-    return answer(result.trials, result.samples)
+def run(setup: Setup) -> Answer:
+    sweep = setup.sweep()
+    return answer(sweep.trials, sweep.samples)
 
 
 def answer(trials: pa.Table, samples: pa.Table) -> Answer:
     """From the trials of a sweep over algorithms, composites and seeds, and their samples."""
-    found = spreads(trials, samples)
-    sentences = [_headline(found), _numbers(found), _mrd(found)]
-    if len(found) > 1:
-        sentences.append(_agreement(found))
-    if kept := sum(int((~each.forgotten).sum()) for each in found):
+    spreads = spreads_of(trials, samples)
+    sentences = [_headline(spreads), _inequality(spreads), _relation_to_mrd(spreads)]
+    if len(spreads) > 1:
+        sentences.append(_agreement(spreads))
+    if capped := sum(int((~spread.forgotten).sum()) for spread in spreads):
         sentences.append(
-            f"{kept} of {sum(len(each.composites) for each in found)} composites were not wholly forgotten at the cap: "
-            "their change is a lower bound, and in rank correlations they share the last rank."
+            f"{capped} of {sum(len(spread.composites) for spread in spreads)} composites were not wholly forgotten at "
+            "the cap: their change is a lower bound, and in rank correlations they share the last rank."
         )
-    if lost := trials.num_rows - sum(each.changes.size for each in found):
+    if lost := trials.num_rows - sum(spread.changes.size for spread in spreads):
         sentences.append(f"{lost} of {trials.num_rows} trials are left out: they, or another seed, did not finish.")
-    sentences.append(_claim(found))
-    rows = [row for each in found for row in _rows(each)]
-    largest = max(float(each.means.max()) for each in found)
+    sentences.append(_claim(spreads))
+    rows = [row for spread in spreads for row in _rows(spread)]
+    largest = max(float(spread.means.max()) for spread in spreads)
     return Answer(
         as_table(rows),
-        [_polar(each, COLOURS[number % len(COLOURS)], largest) for number, each in enumerate(found)],
+        [_polar(spread, COLOURS[number % len(COLOURS)], largest) for number, spread in enumerate(spreads)],
         sentences,
         polar=True,
-        tables={"fig4-spread": as_table([_summary(each) for each in found])},
+        tables={"fig4-spread": as_table([_summary(spread) for spread in spreads])},
     )
 
 
-def spreads(trials: pa.Table, samples: pa.Table) -> list[Spread]:
+def spreads_of(trials: pa.Table, samples: pa.Table) -> list[Spread]:
     """One for each algorithm; composites with fewer finished seeds than others are left out.
 
     Raises:
@@ -170,34 +174,34 @@ def spreads(trials: pa.Table, samples: pa.Table) -> list[Spread]:
     for row in trials.to_pylist():
         if row["status"] == FINISHED:
             cells.setdefault(row["algorithm"], {}).setdefault(row["selection"], []).append(row)
-    found = []
+    spreads = []
     for algorithm, composites in cells.items():
         seeds = max(map(len, composites.values()))
-        kept = {name: rows for name, rows in composites.items() if len(rows) == seeds}
-        if len(kept) < 2:
+        complete = {name: rows for name, rows in composites.items() if len(rows) == seeds}
+        if len(complete) < 2:
             continue
-        first = [rows[0] for rows in kept.values()]
-        found.append(
+        first = [rows[0] for rows in complete.values()]
+        spreads.append(
             Spread(
                 algorithm,
-                tuple(kept),
-                np.array([[row["mean_abs_delta"] for row in rows] for rows in kept.values()]),
+                tuple(complete),
+                np.array([[row["mean_abs_delta"] for row in rows] for rows in complete.values()]),
                 np.array([row["mean_log_mrd"] for row in first], dtype=float),
                 np.array([tokens[row["trial"]] for row in first], dtype=float),
-                np.array([all(row["forgotten"] == 1 for row in rows) for rows in kept.values()]),
+                np.array([all(row["forgotten"] == 1 for row in rows) for rows in complete.values()]),
             )
         )
-    if not found:
+    if not spreads:
         raise UserError("no algorithm has two composites that finished: there is nothing to compare")
-    return found
+    return spreads
 
 
 # --- Sentences ----------------------------------------------------------------------------------------------
 
 
-def _headline(found: Sequence[Spread]) -> str:
-    parts = ", ".join(f"{with_ci(each.variation())} with {each.algorithm}" for each in found)
-    seeds = found[0].seeds
+def _headline(spreads: Sequence[Spread]) -> str:
+    parts = ", ".join(f"{with_ci(spread.variation())} with {spread.algorithm}" for spread in spreads)
+    seeds = spreads[0].seeds
     noise = (
         f"{seeds} runs each, the noise of their seeds taken off"
         if seeds > 1
@@ -205,29 +209,31 @@ def _headline(found: Sequence[Spread]) -> str:
     )
     return (
         "**The change of the weights that it takes to forget a composite (mean |Δθ|) has a coefficient of variation of "
-        f"{parts}** between {len(found[0].composites)} composites ({noise})."
+        f"{parts}** between {len(spreads[0].composites)} composites ({noise})."
     )
 
 
-def _numbers(found: Sequence[Spread]) -> str:
+def _inequality(spreads: Sequence[Spread]) -> str:
     parts = []
-    for each in found:
-        means = each.means
-        own = f", {with_ci(each.share())} of the variance of a run is the composite's own" if each.seeds > 1 else ""
+    for spread in spreads:
+        share = ""
+        if spread.seeds > 1:
+            share = f", {with_ci(spread.composite_share())} of the variance of a run is the composite's own"
         parts.append(
-            f"{each.algorithm}: the 90th percentile is {with_ci(each.ratio())} times the 10th, and the largest "
-            f"{means.max() / means.min():.2f} times the smallest{own}"
+            f"{spread.algorithm}: the 90th percentile is {with_ci(spread.percentile_ratio())} times the 10th, and the "
+            f"largest {spread.means.max() / spread.means.min():.2f} times the smallest{share}"
         )
     return f"{'; '.join(parts)}. The ratio of the extremes grows with the number of composites, and has no interval."
 
 
-def _mrd(found: Sequence[Spread]) -> str:
+def _relation_to_mrd(spreads: Sequence[Spread]) -> str:
     parts = []
-    for each in found:
-        plain = spearman(each.mean_log_mrd, each.ranked)
-        beyond = partial_spearman(each.mean_log_mrd, each.ranked, each.tokens)
+    for spread in spreads:
+        correlation = spearman(spread.mean_log_mrd, spread.difficulties)
+        beyond = partial_spearman(spread.mean_log_mrd, spread.difficulties, spread.tokens)
         parts.append(
-            f"{with_ci(plain)} with {each.algorithm} ({with_ci(beyond)} with the number of tokens partialled out)"
+            f"{with_ci(correlation)} with {spread.algorithm} ({with_ci(beyond)} with the number of tokens partialled "
+            "out)"
         )
     return (
         "Rank correlation of a composite's mean log MRD with its change, which the paper's definition makes negative: "
@@ -235,19 +241,19 @@ def _mrd(found: Sequence[Spread]) -> str:
     )
 
 
-def _agreement(found: Sequence[Spread]) -> str:
+def _agreement(spreads: Sequence[Spread]) -> str:
     parts = [
         f"{with_ci(correlation)} between {first} and {second}"
-        for (first, second), correlation in agreement(found).items()
+        for (first, second), correlation in agreements_of(spreads).items()
     ]
     return f"Rank correlation of the changes of the same composites: {', '.join(parts)}."
 
 
-def agreement(found: Sequence[Spread]) -> dict[tuple[str, str], Estimate]:
+def agreements_of(spreads: Sequence[Spread]) -> dict[tuple[str, str], Estimate]:
     """Two algorithms -> Spearman's correlation of the changes, over the composites of both."""
     correlations = {}
-    for first, second in combinations(found, 2):
-        x, y = (dict(zip(each.composites, each.ranked.tolist(), strict=True)) for each in (first, second))
+    for first, second in combinations(spreads, 2):
+        x, y = (dict(zip(spread.composites, spread.difficulties.tolist(), strict=True)) for spread in (first, second))
         shared = [name for name in x if name in y]
         correlations[first.algorithm, second.algorithm] = spearman(
             np.array([x[name] for name in shared]), np.array([y[name] for name in shared])
@@ -255,66 +261,70 @@ def agreement(found: Sequence[Spread]) -> dict[tuple[str, str], Estimate]:
     return correlations
 
 
-def _claim(found: Sequence[Spread]) -> str:
-    spread = ruled({each.algorithm: _ruling(each) for each in found})
+def _claim(spreads: Sequence[Spread]) -> str:
+    different = verdict_here({spread.algorithm: _variation_verdict(spread) for spread in spreads})
     text = (
-        f"The paper's claim: composites need vastly different changes: {spread} (taken to mean a coefficient of "
-        f"variation above {LARGE:g})."
+        f"The paper's claim: composites need vastly different changes: {different} (taken to mean a coefficient of "
+        f"variation above {LARGE_VARIATION:g})."
     )
-    if found[0].seeds == 1:
+    if spreads[0].seeds == 1:
         text += " With one seed, composites cannot be told from noise."
-    mrd = ruled({each.algorithm: ruling(spearman(each.mean_log_mrd, each.ranked), -1) for each in found})
-    return f"{text} That MRD tells which ones need less: {mrd}."
+    by_mrd = verdict_here(
+        {
+            spread.algorithm: correlation_verdict(spearman(spread.mean_log_mrd, spread.difficulties), -1)
+            for spread in spreads
+        }
+    )
+    return f"{text} That MRD tells which ones need less: {by_mrd}."
 
 
-def _ruling(each: Spread) -> str:
-    estimate = each.variation()
-    if estimate.high < LARGE:
-        return CONTRADICTED
-    return HOLDS if estimate.low > LARGE and each.seeds > 1 else UNKNOWN
+def _variation_verdict(spread: Spread) -> str:
+    verdict = range_verdict(spread.variation(), LARGE_VARIATION, math.inf)
+    # With one seed its noise is part of the variation.
+    return UNKNOWN if verdict == HOLDS and spread.seeds == 1 else verdict
 
 
 # --- Rows and picture ---------------------------------------------------------------------------------------
 
 
-def _rows(each: Spread) -> list[dict[str, Any]]:
+def _rows(spread: Spread) -> list[dict[str, Any]]:
     return [
         {
-            "algorithm": each.algorithm,
+            "algorithm": spread.algorithm,
             "composite": name,
             "seed": seed,
             "mean_abs_delta": float(change),
-            "mean_log_mrd": float(each.mean_log_mrd[place]),
-            "tokens": int(each.tokens[place]),
-            "forgotten": bool(each.forgotten[place]),
+            "mean_log_mrd": float(spread.mean_log_mrd[place]),
+            "tokens": int(spread.tokens[place]),
+            "forgotten": bool(spread.forgotten[place]),
         }
-        for place, name in enumerate(each.composites)
-        for seed, change in enumerate(each.changes[place])
+        for place, name in enumerate(spread.composites)
+        for seed, change in enumerate(spread.changes[place])
     ]
 
 
-def _summary(each: Spread) -> dict[str, Any]:
+def _summary(spread: Spread) -> dict[str, Any]:
     return {
-        "algorithm": each.algorithm,
-        "composites": len(each.composites),
-        "seeds": each.seeds,
-        "mean": float(each.changes.mean()),
-        **estimated("variation", each.variation()),
-        **estimated("own_share", each.share()),
-        **estimated("percentile_ratio", each.ratio()),
-        "extremes_ratio": float(each.means.max() / each.means.min()),
+        "algorithm": spread.algorithm,
+        "composites": len(spread.composites),
+        "seeds": spread.seeds,
+        "mean": float(spread.changes.mean()),
+        **interval_columns("variation", spread.variation()),
+        **interval_columns("own_share", spread.composite_share()),
+        **interval_columns("percentile_ratio", spread.percentile_ratio()),
+        "extremes_ratio": float(spread.means.max() / spread.means.min()),
     }
 
 
-def _polar(each: Spread, colour: str, largest: float) -> Draw:
+def _polar(spread: Spread, colour: str, largest: float) -> Draw:
     """A point for each composite, its distance from the centre the mean |Δθ|; all panels reach to the largest."""
 
     def draw(axes: Axes) -> None:
         power = math.floor(math.log10(largest))
-        radius = each.means / 10.0**power
+        radius = spread.means / 10.0**power
         angle = np.linspace(0, 2 * np.pi, len(radius), endpoint=False)
         for forgotten in (True, False):
-            shown = each.forgotten == forgotten
+            shown = spread.forgotten == forgotten
             axes.plot(
                 angle[shown],
                 radius[shown],
@@ -328,7 +338,7 @@ def _polar(each: Spread, colour: str, largest: float) -> Draw:
         axes.plot(circle, np.full_like(circle, radius.mean()), color=INK, linewidth=1, linestyle="--")
         axes.set_xticklabels([])
         axes.set_ylim(0, 1.1 * largest / 10.0**power)
-        axes.set_title(f"{each.algorithm}\nmean |Δθ| in $10^{{{power}}}$, dashed: their mean", loc="center")
+        axes.set_title(f"{spread.algorithm}\nmean |Δθ| in $10^{{{power}}}$, dashed: their mean", loc="center")
 
     return draw
 

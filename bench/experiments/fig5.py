@@ -1,7 +1,6 @@
 """Figure 5: does MRD predict how many updates it takes to forget a sample?
 
-Samples are unlearned one at a time, all with the same settings, until the stop rule says that they are forgotten. What
-is said here about runs of single samples and about verdicts serves figures 3, 4 and 7 too.
+Samples are unlearned one at a time, all with the same settings, until the stop rule says that they are forgotten.
 """
 
 from __future__ import annotations
@@ -14,77 +13,74 @@ import pyarrow as pa
 from matplotlib.axes import Axes
 from matplotlib.ticker import FixedFormatter, FixedLocator, MaxNLocator, NullFormatter, NullLocator
 
-from bench.experiments.experiment import Answer, Experiment, Setting
+from bench.experiments.experiment import Answer, Experiment, Setup
 from bench.experiments.shared.single_samples import (
     COLOURS,
     MARKERS,
     Relation,
-    agreements,
-    estimated,
-    left_out,
+    agreements_of,
+    count_unusable,
+    left_out_sentences,
     relation_row,
-    relations,
+    relations_of,
     run_table,
-    runs,
-    unusable,
+    single_sample_runs,
 )
-from bench.experiments.shared.verdicts import WEAK, ruled, ruling
+from bench.experiments.shared.verdicts import WEAK, correlation_verdict, verdict_here
 from bench.jobs.sweep_tables import as_table
 from bench.report.figures import Draw
-from bench.report.words import decimal, interval, with_ci
+from bench.report.words import decimal, interval, interval_columns, with_ci
 from bench.stats.estimates import Estimate
 from scoring.errors import UserError
 
-TASKS = ("tofu", "wmdp")  # sweeps that a preset may describe: of these tasks, or of their stand-ins
+# Sections of the spec file that may describe a sweep: over one of these tasks, or over what stands in for it.
+TASKS = ("tofu", "wmdp")
+Agreements = Mapping[tuple[str, str, str], Estimate]
 
 
-# --- Verdicts -----------------------------------------------------------------------------------------------
-
-
-# --- Runs ---------------------------------------------------------------------------------------------------
-
-
-# --- The answer ---------------------------------------------------------------------------------------------
-
-
-def run(setting: Setting) -> Answer:
-    measured = {}
+def run(setup: Setup) -> Answer:
+    tables = {}
     for key in TASKS:
-        if key in setting.values:
-            result = setting.sweep(key)
-            measured[result.trials["task"][0].as_py()] = result.trials, result.samples
-    if not measured:
-        raise UserError(f"{setting.names.start()}expected a sweep under {' or '.join(TASKS)}")
-    return answer(measured)
+        if key in setup.values:
+            sweep = setup.sweep(key)
+            tables[sweep.trials["task"][0].as_py()] = sweep.trials, sweep.samples
+    if not tables:
+        raise UserError(f"{setup.names.start()}expected a sweep under {' or '.join(TASKS)}")
+    return answer(tables)
 
 
-def answer(measured: Mapping[str, tuple[pa.Table, pa.Table]]) -> Answer:
-    """From task -> the trials and the samples of a sweep over single samples."""
-    found = [run for task, (trials, samples) in measured.items() for run in runs(trials, samples, task)]
-    lost = sum(unusable(trials) for trials, _ in measured.values())
-    related, agreed = relations(found, "updates"), agreements(found, "updates")
+def answer(sweeps: Mapping[str, tuple[pa.Table, pa.Table]]) -> Answer:
+    """The answer from sweeps over single samples.
+
+    Args:
+        sweeps: task -> trials and samples.
+    """
+    runs = [run for task, (trials, samples) in sweeps.items() for run in single_sample_runs(trials, samples, task)]
+    lost = sum(count_unusable(trials) for trials, _ in sweeps.values())
+    relations, agreements = relations_of(runs, "updates"), agreements_of(runs, "updates")
     sentences = [
-        _headline(related),
-        *(_by_task(task, related, agreed) for task in measured),
-        *left_out(found, lost),
-        _claim(related, agreed),
+        _headline(relations),
+        *(_of_task(task, relations, agreements) for task in sweeps),
+        *left_out_sentences(runs, lost),
+        _claim(relations, agreements),
     ]
     tables = {
-        "fig5-correlations": as_table([relation_row(each, "task") for each in related]),
+        "fig5-correlations": as_table([relation_row(relation, "task") for relation in relations]),
         "fig5-agreement": as_table(
             [
-                {"task": task, "first": first, "second": second, **estimated("spearman", each)}
-                for (task, first, second), each in agreed.items()
+                {"task": task, "first": first, "second": second, **interval_columns("spearman", correlation)}
+                for (task, first, second), correlation in agreements.items()
             ]
         ),
     }
-    panels = [_scatter(task, related) for task in measured]
-    return Answer(run_table(found, "task"), panels, sentences, tables=tables, inches=(6.0 * len(panels), 5.5))
+    panels = [_scatter(task, relations) for task in sweeps]
+    return Answer(run_table(runs, "task"), panels, sentences, tables=tables, inches=(6.0 * len(panels), 5.5))
 
 
-def _headline(related: Sequence[Relation]) -> str:
+def _headline(relations: Sequence[Relation]) -> str:
     parts = [
-        f"{with_ci(each.correlation)} for {each.group}, {each.algorithm} ({len(each.runs)} samples)" for each in related
+        f"{with_ci(relation.correlation)} for {relation.group}, {relation.algorithm} ({len(relation.runs)} samples)"
+        for relation in relations
     ]
     return (
         f"**Rank correlation of MRD with the number of updates until a sample is forgotten: {'; '.join(parts)}**. The "
@@ -92,17 +88,18 @@ def _headline(related: Sequence[Relation]) -> str:
     )
 
 
-def _by_task(task: str, related: Sequence[Relation], agreed: Mapping[tuple[str, str, str], Estimate]) -> str:
-    own = [each for each in related if each.group == task]
-    needed = [run.updates for each in own for run in each.runs if run.forgotten]
-    span = f"took {min(needed):g} to {max(needed):g} updates" if needed else "were never forgotten"
+def _of_task(task: str, relations: Sequence[Relation], agreements: Agreements) -> str:
+    of_task = [relation for relation in relations if relation.group == task]
+    updates = [run.updates for relation in of_task for run in relation.runs if run.forgotten]
+    span = f"took {min(updates):g} to {max(updates):g} updates" if updates else "were never forgotten"
     beyond = "; ".join(
-        f"{with_ci(each.beyond_length)} with {each.algorithm} (the length alone: {with_ci(each.with_length)})"
-        for each in own
+        f"{with_ci(relation.beyond_length)} with {relation.algorithm} "
+        f"(the length alone: {with_ci(relation.with_length)})"
+        for relation in of_task
     )
     order = [
-        f" {first} and {second} order the samples alike with a rank correlation of {with_ci(each)}."
-        for (group, first, second), each in agreed.items()
+        f" {first} and {second} order the samples alike with a rank correlation of {with_ci(correlation)}."
+        for (group, first, second), correlation in agreements.items()
         if group == task
     ]
     return (
@@ -111,28 +108,33 @@ def _by_task(task: str, related: Sequence[Relation], agreed: Mapping[tuple[str, 
     )
 
 
-def _claim(related: Sequence[Relation], agreed: Mapping[tuple[str, str, str], Estimate]) -> str:
-    first = ruled({f"{each.group} with {each.algorithm}": ruling(each.correlation, -1) for each in related})
-    beyond = ruled({f"{each.group} with {each.algorithm}": ruling(each.beyond_length, -1) for each in related})
+def _claim(relations: Sequence[Relation], agreements: Agreements) -> str:
+    by_mrd = verdict_here({relation.name: correlation_verdict(relation.correlation, -1) for relation in relations})
+    beyond = verdict_here({relation.name: correlation_verdict(relation.beyond_length, -1) for relation in relations})
     text = (
-        f"The paper's claim: the higher the MRD, the fewer updates: {first} (beyond what length explains: {beyond}). "
+        f"The paper's claim: the higher the MRD, the fewer updates: {by_mrd} (beyond what length explains: {beyond}). "
         f"It counts as contradicted where even the end of the interval is weaker than {decimal(-WEAK, 1)}."
     )
-    if agreed:
-        order = ruled({f"{task}, {one} and {other}": ruling(each, +1) for (task, one, other), each in agreed.items()})
+    if agreements:
+        order = verdict_here(
+            {
+                f"{task}, {first} and {second}": correlation_verdict(correlation, +1)
+                for (task, first, second), correlation in agreements.items()
+            }
+        )
         text += f" That difficulty is the sample's own, the same order under different algorithms: {order}."
     return text
 
 
-def _scatter(task: str, related: Sequence[Relation]) -> Draw:
-    """Updates against MRD; open marks on top are samples that were not forgotten at the cap."""
+def _scatter(task: str, relations: Sequence[Relation]) -> Draw:
+    """Updates against MRD; open marks are samples that were not forgotten at the cap."""
 
     def draw(axes: Axes) -> None:
-        own = [each for each in related if each.group == task]
-        for each, colour, marker in zip(own, cycle(COLOURS), cycle(MARKERS), strict=False):
-            label = f"{each.algorithm}: {decimal(each.correlation.value)} ({interval(each.correlation)})"
+        of_task = [relation for relation in relations if relation.group == task]
+        for relation, colour, marker in zip(of_task, cycle(COLOURS), cycle(MARKERS), strict=False):
+            label = f"{relation.algorithm}: {decimal(relation.correlation.value)} ({interval(relation.correlation)})"
             for forgotten in (True, False):
-                shown = [run for run in each.runs if run.forgotten == forgotten]
+                shown = [run for run in relation.runs if run.forgotten == forgotten]
                 axes.plot(
                     [run.mrd for run in shown],
                     [run.updates for run in shown],
@@ -143,9 +145,9 @@ def _scatter(task: str, related: Sequence[Relation]) -> Draw:
                     label=label if forgotten else None,
                 )
         axes.set_xscale("log")
-        _plain_ticks(axes, [run.mrd for each in own for run in each.runs])
+        _set_four_ticks(axes, [run.mrd for relation in of_task for run in relation.runs])
         low, high = axes.get_ylim()
-        axes.set_ylim(low, high + 0.08 * (len(own) + 1) * (high - low))
+        axes.set_ylim(low, high + 0.08 * (len(of_task) + 1) * (high - low))
         axes.yaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_xlabel("MRD (log scale)")
         axes.set_ylabel("updates until forgotten (open: more)")
@@ -155,8 +157,8 @@ def _scatter(task: str, related: Sequence[Relation]) -> Draw:
     return draw
 
 
-def _plain_ticks(axes: Axes, values: Sequence[float]) -> None:
-    """Of a logarithmic axis that may span less than a decade: four labels, evenly spaced."""
+def _set_four_ticks(axes: Axes, values: Sequence[float]) -> None:
+    """Four labels, evenly spaced, for a logarithmic axis that may span less than a decade."""
     places: list[float] = np.geomspace(min(values), max(values), 4).tolist() if values else []
     axes.xaxis.set_major_locator(FixedLocator(places))
     axes.xaxis.set_major_formatter(FixedFormatter([f"{place:.2g}" for place in places]))

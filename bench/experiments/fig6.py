@@ -1,7 +1,7 @@
 """Figure 6: how much does MRD depend on sigma, and from how many draws is it stable?
 
 Measured on the same samples along the same directions, in float32 and in bfloat16, by all estimators of both
-statistics; and settled on the way: sigma = 1e-5 or 1, K = 100 or 200, E|.| or |E.|.
+statistics. That also decides where the paper contradicts itself: sigma = 1e-5 or 1, K = 100 or 200, E|.| or |E.|.
 """
 
 from __future__ import annotations
@@ -10,14 +10,14 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, cast
+from typing import Annotated, Any, Self, cast
 
 import numpy as np
 import pyarrow as pa
 from matplotlib.axes import Axes
 
-from bench.experiments.experiment import Answer, Experiment, Setting
-from bench.experiments.shared.verdicts import CONTRADICTED, HOLDS, lies_within
+from bench.experiments.experiment import Answer, Experiment, Setup
+from bench.experiments.shared.verdicts import CONTRADICTED, HOLDS, UNKNOWN, range_verdict
 from bench.jobs.draws import (
     EXACT,
     EXPECTED_SLOPE,
@@ -30,8 +30,7 @@ from bench.jobs.draws import (
     measure_draws,
     scaling_line,
 )
-from bench.jobs.resources import Resources
-from bench.models.find import find_model
+from bench.models.find import ModelName, find_model
 from bench.report.figures import BLUE, GREEN, GRID, INK, MUTED, ORANGE, VERMILLION, Draw
 from bench.report.words import (
     decimal,
@@ -42,92 +41,90 @@ from bench.report.words import (
     with_ci,
 )
 from bench.stats.estimates import Estimate, over_sets, spearman
-from bench.tasks.datasets import load_dataset
+from bench.tasks.datasets import DataName, load_dataset
+from scoring.engine import Dtype
 from scoring.errors import UserError
 from scoring.mrd import Statistic, reduce_draws
 from scoring.samples import encode, evenly_spaced
-from scoring.work import Dtype
+from scoring.settings import Doc, Ge, Gt, check, named
 
 COARSE: Dtype = "bfloat16"
 CLOSED_FORM = {"mean_abs": "gradient", "abs_mean": "curvature"}
 DRAWN = (("monte-carlo", "mean_abs"), ("monte-carlo", "abs_mean"), ("antithetic", "abs_mean"))
 COUNTED = (*DRAWN, ("curvature", "abs_mean"))
-PAPERS_LEVEL = 0.64  # around which MRD is said to fluctuate
+PAPER_LEVEL = 0.64  # the paper says that MRD fluctuates around it
 MEDIAN_OF_NORMAL = 0.6745  # of |x|, x normal
-FLAT = (-SLOPE_TOLERANCE, SLOPE_TOLERANCE)  # slope of what does not depend on sigma
-# What a score that still is the closed form may differ from it by, as a factor.
-SAME = 2.0
+FLAT = (-SLOPE_TOLERANCE, SLOPE_TOLERANCE)  # slopes of numbers that do not depend on sigma
+CLOSE = 2.0  # a score within this factor of the closed form measures the same thing
+
+Sigma = Annotated[float, Gt(0)]
+Count = Annotated[int, Ge(1)]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Fig6Spec:
-    """What is measured.
+    """What is measured."""
 
-    Attributes:
-        model, task, split: whose samples.
-        samples: how many, evenly spaced over the split.
-        sigmas, coarse_sigmas: in float32 and in bfloat16.
-        fit: statistic -> the lowest and highest sigma of its slope.
-        sigma: of Monte Carlo, where draws are counted; the paper's other one is `other_sigma`.
-        pair_sigma: of antithetic, where pairs are counted.
-        draws, pairs: of Monte Carlo and antithetic at the remaining sigmas.
-        directions, coarse_directions: of curvature.
-        counts, pair_counts, direction_counts: K at which the error is taken.
-        stable, tolerance: MRD is stable if with so many draws its relative standard error is at most that.
-        fewer, more: K that are set against each other.
-        seed: addresses the noise.
-    """
+    model: Annotated[ModelName, Doc("an embedded model, a folder, or a Hugging Face id")]
+    task: Annotated[DataName, Doc("whose samples are scored")]
+    split: Annotated[str | None, Doc("of the task (default: the task's own)")] = None
+    samples: Annotated[int, Ge(1), Doc("how many, evenly spaced over the split")]
+    sigmas: Annotated[list[Sigma], Doc("in float32")]
+    coarse_sigmas: Annotated[list[Sigma], Doc("in bfloat16")]
+    fit: Annotated[
+        dict[str, list[float]], Doc("statistic -> the lowest and the highest sigma that its slope is fitted to")
+    ]
+    sigma: Annotated[float, Gt(0), Doc("of Monte Carlo, where draws are counted")] = 1e-5
+    other_sigma: Annotated[float, Gt(0), Doc("the other sigma that the paper names")] = 1.0
+    pair_sigma: Annotated[float, Gt(0), Doc("of antithetic, where pairs are counted")] = 1e-4
+    draws: Annotated[int, Ge(2), Doc("of Monte Carlo at the remaining sigmas")] = 8
+    pairs: Annotated[int, Ge(2), Doc("of antithetic at the remaining sigmas")] = 4
+    directions: Annotated[int, Ge(2), Doc("of curvature in float32")] = 8
+    coarse_directions: Annotated[int, Ge(1), Doc("of curvature in bfloat16")] = 1
+    counts: Annotated[list[Count], Doc("K at which the error of Monte Carlo is measured")]
+    pair_counts: Annotated[list[Count], Doc("K at which the error of antithetic is measured")]
+    direction_counts: Annotated[list[Count], Doc("K at which the error of curvature is measured")]
+    stable: Annotated[int, Ge(1), Doc("K from which on MRD is claimed to be stable")] = 100
+    tolerance: Annotated[float, Gt(0), Doc("the largest relative standard error that counts as stable")] = 0.1
+    fewer: Annotated[int, Ge(1), Doc("one K that the paper names")] = 100
+    more: Annotated[int, Ge(1), Doc("another K that the paper names")] = 200
+    seed: Annotated[int, Ge(0), Doc("addresses the noise")] = 0
 
-    model: str
-    task: str
-    split: str | None = None
-    samples: int
-    sigmas: list[float]
-    coarse_sigmas: list[float]
-    fit: dict[str, list[float]]
-    sigma: float = 1e-5
-    other_sigma: float = 1.0
-    pair_sigma: float = 1e-4
-    draws: int = 8
-    pairs: int = 4
-    directions: int = 8
-    coarse_directions: int = 1
-    counts: list[int]
-    pair_counts: list[int]
-    direction_counts: list[int]
-    stable: int = 100
-    tolerance: float = 0.1
-    fewer: int = 100
-    more: int = 200
-    seed: int = 0
-
-    def checked(self) -> Fig6Spec:
+    def checked(self) -> Self:
         """The same.
 
         Raises:
-            UserError: a value that another one needs is missing.
+            UserError: a value that is not allowed, or that lacks another one.
         """
+        check(self)
         if sorted(self.fit) != sorted(EXPECTED_SLOPE):
-            raise UserError(f"fit names {', '.join(self.fit) or 'nothing'}: expected {', '.join(EXPECTED_SLOPE)}")
+            raise UserError(
+                f"{named('fit')} has {', '.join(self.fit) or 'no statistic'}: expected {', '.join(EXPECTED_SLOPE)}"
+            )
         for statistic, ends in self.fit.items():
             if len(ends) != 2 or any(len(_between(values, ends)) < 2 for values in (self.sigmas, self.coarse_sigmas)):
                 raise UserError(
-                    f"fit: {statistic} is {ends}: expected [low, high] with two sigmas or more of each dtype"
+                    f"{named('fit')}[{statistic!r}] is {ends}: expected [low, high] with two sigmas or more of each "
+                    "dtype"
                 )
         for name in ("sigma", "other_sigma", "pair_sigma"):
             if getattr(self, name) not in self.sigmas:
-                raise UserError(f"{name} is {getattr(self, name):g}: expected one of sigmas")
+                raise UserError(f"{named(name)} is {getattr(self, name):g}: expected one of {named('sigmas')}")
         for name in ("fewer", "more", "stable"):
             if getattr(self, name) not in self.counts:
-                raise UserError(f"{name} is {getattr(self, name)}: expected one of counts")
-        if min(self.draws, self.pairs, self.directions) < 2:
-            raise UserError("draws, pairs and directions: expected at least 2 of each")
+                raise UserError(f"{named(name)} is {getattr(self, name)}: expected one of {named('counts')}")
+        for name in ("pair_counts", "direction_counts"):
+            if not getattr(self, name):
+                raise UserError(f"{named(name)} is empty: expected numbers of draws")
         if max(self.direction_counts) > self.directions / 2:
-            raise UserError(f"direction_counts: expected at most half of directions, {self.directions}")
+            raise UserError(
+                f"{named('direction_counts')} has {max(self.direction_counts)}: expected at most half of "
+                f"{named('directions')}, {self.directions}"
+            )
         return self
 
     def points(self) -> list[Point]:
-        """All of them; the longest tasks first, so that no replica is left with one at the end."""
+        """All points; the longest tasks first, so that no replica is left with one at the end."""
         exact = [Point("curvature", self.sigma, self.directions), Point("gradient", self.sigma)]
         exact += [Point("antithetic", sigma, self._pairs(sigma)) for sigma in self.sigmas]
         exact += [Point("monte-carlo", sigma, self._draws(sigma)) for sigma in self.sigmas]
@@ -149,51 +146,55 @@ def _between(sigmas: Sequence[float], ends: Sequence[float]) -> list[float]:
     return [sigma for sigma in sigmas if ends[0] <= sigma <= ends[1]]
 
 
-def run(setting: Setting) -> Answer:
-    spec = setting.spec(Fig6Spec, "sensitivity").checked()
+def run(setup: Setup) -> Answer:
+    spec = setup.spec(Fig6Spec, "sensitivity")
     model = find_model(spec.model)
     dataset = load_dataset(spec.task, spec.split, model.tokenizer)
     samples, _ = encode(evenly_spaced(dataset.texts, spec.samples), model.tokenizer, model.max_length)
-    shared = setting.resources
-    drawn = measure_draws(
-        setting.work / "draws.parquet",
+    draws = measure_draws(
+        setup.work / "draws.parquet",
         model,
         samples,
         spec.points(),
-        Resources(shared.concurrent, shared.cpus_per_trial, shared.gpus_per_trial),
+        setup.resources.replicas(),
         spec.seed,
-        setting.progress,
+        setup.progress,
     )
-    return answer(drawn, np.array([sample.num_scored for sample in samples]), spec)
+    return answer(draws, np.array([sample.num_scored for sample in samples]), spec)
 
 
-def answer(drawn: Sequence[PointDraws], tokens: np.ndarray, spec: Fig6Spec) -> Answer:
-    """From the draws at spec.points() of samples with so many scored tokens, (N,)."""
-    found = SigmaAndDraws.of(drawn, tokens, spec)
-    by_sigma, by_draws = found.by_sigma(), found.by_draws()
+def answer(draws: Sequence[PointDraws], tokens: np.ndarray, spec: Fig6Spec) -> Answer:
+    """The answer from the draws at all points of a spec.
+
+    Args:
+        draws: at spec.points().
+        tokens: (N,) how many scored tokens the samples have.
+    """
+    sensitivity = Sensitivity.of(draws, tokens, spec)
+    by_sigma, by_count = sensitivity.by_sigma(), sensitivity.by_count()
     sentences = [
-        found.scaling(),
-        found.either_sigma(),
-        found.either_count(by_draws),
-        found.either_statistic(by_draws),
-        found.claim_sigma(),
-        found.claim_draws(),
+        sensitivity.scaling(),
+        sensitivity.either_sigma(),
+        sensitivity.either_count(by_count),
+        sensitivity.either_statistic(by_count),
+        sensitivity.claim_on_sigma(),
+        sensitivity.claim_on_draws(),
     ]
-    tables = {"fig6-draws": pa.Table.from_pylist([each.row() for each in by_draws])}
+    tables = {"fig6-draws": pa.Table.from_pylist([error.row() for error in by_count])}
     panels = [
-        _against_sigma(found, "mean_abs", "(a) mean_abs, E|·|, against sigma"),
-        _against_sigma(found, "abs_mean", "(a) abs_mean, |E·|, against sigma"),
-        _against_draws(by_draws, "(b) Error, against draws"),
+        _against_sigma(sensitivity, "mean_abs", "(a) mean_abs, E|·|, against sigma"),
+        _against_sigma(sensitivity, "abs_mean", "(a) abs_mean, |E·|, against sigma"),
+        _against_draws(by_count, "(b) Error, against draws"),
     ]
     return Answer(pa.Table.from_pylist(by_sigma), panels, sentences, inches=(18.0, 6.0), tables=tables)
 
 
 @dataclass(frozen=True)
-class DrawCount:
+class CountError:
     """The error of an estimator after so many draws.
 
     Attributes:
-        estimator, statistic, draws: of which.
+        estimator, statistic, draws: the estimator, what its draws are reduced to, and how many there are.
         error: median over the samples, and over all runs of so many draws, of |score / reference - 1|.
         stderr: median over the samples of standard error / score, of the first such run.
         rank: rank correlation of the first such run with the reference.
@@ -209,34 +210,41 @@ class DrawCount:
     exponent: Estimate
 
     def row(self) -> dict[str, Any]:
-        named = {"relative_error": self.error, "relative_stderr": self.stderr, "rank": self.rank}
-        row: dict[str, Any] = {"estimator": self.estimator, "statistic": self.statistic, "draws": self.draws}
-        for name, estimate in (named | {"error_exponent": self.exponent}).items():
-            row |= interval_columns(name, estimate)
-        return row
+        return {
+            "estimator": self.estimator,
+            "statistic": self.statistic,
+            "draws": self.draws,
+            **interval_columns("relative_error", self.error),
+            **interval_columns("relative_stderr", self.stderr),
+            **interval_columns("rank", self.rank),
+            **interval_columns("error_exponent", self.exponent),
+        }
 
 
 @dataclass(frozen=True)
-class SigmaAndDraws:
-    """The draws, and what is read off them.
+class Sensitivity:
+    """The draws, and the numbers and sentences that follow from them.
 
     Attributes:
-        drawn: by estimator, dtype and sigma.
-        tokens: (N,), scored ones.
+        draws: by estimator, dtype and sigma.
+        tokens: (N,) how many scored tokens the samples have.
         spec: what was drawn.
     """
 
-    drawn: Mapping[tuple[str, str, float], PointDraws]
+    draws: Mapping[tuple[str, str, float], PointDraws]
     tokens: np.ndarray
     spec: Fig6Spec
 
     @classmethod
-    def of(cls, drawn: Sequence[PointDraws], tokens: np.ndarray, spec: Fig6Spec) -> SigmaAndDraws:
-        return cls({(each.point.estimator, each.point.dtype, each.point.sigma): each for each in drawn}, tokens, spec)
+    def of(cls, draws: Sequence[PointDraws], tokens: np.ndarray, spec: Fig6Spec) -> Sensitivity:
+        by_point: dict[tuple[str, str, float], PointDraws] = {
+            (at.point.estimator, at.point.dtype, at.point.sigma): at for at in draws
+        }
+        return cls(by_point, tokens, spec)
 
     @cached_property
     def slopes(self) -> dict[tuple[str, str, str], Estimate]:
-        """Of every line, over the sigmas that it is fitted to."""
+        """Estimator, statistic and dtype -> slope over the sigmas that it is fitted to."""
         return {
             (estimator, statistic, dtype): self.line(estimator, statistic, dtype, fitted=True).slope()
             for dtype in (EXACT, COARSE)
@@ -244,8 +252,8 @@ class SigmaAndDraws:
         }
 
     def closed_form(self, statistic: str, dtype: str = EXACT) -> np.ndarray:
-        """At spec.sigma, (N,)."""
-        return self.drawn[CLOSED_FORM[statistic], dtype, self.spec.sigma].mrd(statistic)
+        """The closed form at spec.sigma, (N,)."""
+        return self.draws[CLOSED_FORM[statistic], dtype, self.spec.sigma].mrd(statistic)
 
     def expected(self, statistic: str, sigma: float) -> np.ndarray:
         """The closed form at another sigma, (N,)."""
@@ -255,11 +263,11 @@ class SigmaAndDraws:
         return self.spec.sigmas if dtype == EXACT else self.spec.coarse_sigmas
 
     def line(self, estimator: str, statistic: str, dtype: str, fitted: bool = False) -> ScalingLine:
-        """All sigmas with as many draws each, or those that the slope is fitted to."""
-        most = self.spec.pairs if estimator == "antithetic" else self.spec.draws
+        """A statistic at all sigmas, or at those that the slope is fitted to, by the same number of draws."""
+        count = self.spec.pairs if estimator == "antithetic" else self.spec.draws
         sigmas = _between(self.sigmas(dtype), self.spec.fit[statistic]) if fitted else self.sigmas(dtype)
-        at = [self.drawn[estimator, dtype, sigma] for sigma in sigmas]
-        return scaling_line([dataclasses.replace(each, values=each.values[:, :most]) for each in at], statistic)
+        draws = [self.draws[estimator, dtype, sigma] for sigma in sigmas]
+        return scaling_line([dataclasses.replace(at, values=at.values[:, :count]) for at in draws], statistic)
 
     def by_sigma(self) -> list[dict[str, Any]]:
         """A row for each estimator, statistic, dtype and sigma."""
@@ -268,118 +276,118 @@ class SigmaAndDraws:
             for estimator, statistic in DRAWN:
                 slope = self.slopes[estimator, statistic, dtype]
                 for sigma in self.sigmas(dtype):
-                    at = self.drawn[estimator, dtype, sigma]
+                    at = self.draws[estimator, dtype, sigma]
                     rows.append(self._row(at, statistic) | interval_columns("slope", slope))
             for statistic, estimator in CLOSED_FORM.items():
                 unknown = Estimate(np.nan, np.nan, np.nan)
-                at = self.drawn[estimator, dtype, self.spec.sigma]
+                at = self.draws[estimator, dtype, self.spec.sigma]
                 rows.append(self._row(at, statistic) | interval_columns("slope", unknown))
         return rows
 
     def _row(self, at: PointDraws, statistic: str) -> dict[str, Any]:
         point, mrd = at.point, at.mrd(statistic)
-        row: dict[str, Any] = {
+        expected = self.expected(statistic, point.sigma)
+        return {
             "estimator": point.estimator,
             "statistic": statistic,
             "dtype": point.dtype,
             "sigma": point.sigma,
             "draws": at.values.shape[1],
             "perturbation_survival": at.survival,
+            **interval_columns("mrd", _median(mrd)),
+            **interval_columns("ratio", _median(mrd / expected)),
+            **interval_columns("rank", spearman(mrd, expected)),
+            **interval_columns("rank_of_tokens", spearman(mrd, self.tokens)),
         }
-        expected = self.expected(statistic, point.sigma)
-        for name, estimate in {
-            "mrd": _median(mrd),
-            "ratio": _median(mrd / expected),
-            "rank": spearman(mrd, expected),
-            "rank_of_tokens": spearman(mrd, self.tokens),
-        }.items():
-            row |= interval_columns(name, estimate)
-        return row
 
-    def by_draws(self) -> list[DrawCount]:
+    def by_count(self) -> list[CountError]:
+        """The errors of each estimator and statistic after each number of draws."""
         spec = self.spec
         counts = {"monte-carlo": spec.counts, "antithetic": spec.pair_counts, "curvature": spec.direction_counts}
         sigma = {"monte-carlo": spec.sigma, "antithetic": spec.pair_sigma, "curvature": spec.sigma}
         return [
-            each
+            error
             for estimator, statistic in COUNTED
-            for each in counted(
-                self.drawn[estimator, EXACT, sigma[estimator]],
+            for error in count_errors(
+                self.draws[estimator, EXACT, sigma[estimator]],
                 statistic,
                 self.expected(statistic, sigma[estimator]),
                 counts[estimator],
-                own=estimator == CLOSED_FORM[statistic],
+                against_own_mean=estimator == CLOSED_FORM[statistic],
             )
         ]
 
     # --- Sentences --------------------------------------------------------------------------------------------
 
     def scaling(self) -> str:
-        """Slopes, and what storage in bfloat16 does."""
+        """The slopes, and the effect of storage in bfloat16."""
         lines = [
             self.line(estimator, statistic, dtype, fitted=True)
             for dtype in (EXACT, COARSE)
             for estimator, statistic in (DRAWN[0], DRAWN[2])
         ]
-        rounded = [
-            f"{CLOSED_FORM[statistic]} by {percent_with_ci(_median(np.abs(here / self.closed_form(statistic) - 1)))}"
-            for statistic in CLOSED_FORM
-            for here in [self._coarse(statistic)]
-        ]
+        rounded = []
+        for statistic, estimator in CLOSED_FORM.items():
+            moved = _median(np.abs(self._coarse_closed_form(statistic) / self.closed_form(statistic) - 1))
+            rounded.append(f"{estimator} by {percent_with_ci(moved)}")
         return (
             f"**Against sigma**, {len(self.tokens)} samples. {' '.join(line.sentence() for line in lines)} "
             f"{inflation(lines)} The estimators that differentiate are proportional to the power of sigma by "
             f"construction; {COARSE} moves {' and '.join(rounded)} (median)."
         )
 
-    def _coarse(self, statistic: str) -> np.ndarray:
-        """Against the same directions in float32, the closed form that bfloat16 gives, (N,)."""
-        at = self.drawn[CLOSED_FORM[statistic], COARSE, self.spec.sigma]
-        same = self.drawn[CLOSED_FORM[statistic], EXACT, self.spec.sigma].values[:, : at.values.shape[1]]
-        exact = _score(same, statistic)
-        return self.closed_form(statistic) * at.mrd(statistic) / exact
+    def _coarse_closed_form(self, statistic: str) -> np.ndarray:
+        """The closed form in bfloat16, (N,): that in float32 times the ratio of both along the same directions."""
+        coarse = self.draws[CLOSED_FORM[statistic], COARSE, self.spec.sigma]
+        exact = self.draws[CLOSED_FORM[statistic], EXACT, self.spec.sigma].values[:, : coarse.values.shape[1]]
+        return self.closed_form(statistic) * coarse.mrd(statistic) / _score(exact, statistic)
 
     def either_sigma(self) -> str:
+        """What MRD measures at either of the paper's two sigmas."""
         spec = self.spec
+        meaning = {
+            HOLDS: "the closed form is measured",
+            CONTRADICTED: "something else is measured",
+            UNKNOWN: f"what is measured {UNKNOWN}",
+        }
         parts = []
         for sigma in (spec.sigma, spec.other_sigma):
-            at = self.drawn["monte-carlo", EXACT, sigma]
+            at = self.draws["monte-carlo", EXACT, sigma]
             mrd = _score(at.values[:, : spec.stable], "mean_abs")
             expected = self.expected("mean_abs", sigma)
             ratio = _median(mrd / expected)
-            same = lies_within(ratio, 1 / SAME, SAME)
-            means = {HOLDS: "the closed form is measured", CONTRADICTED: "something else is measured"}
             parts.append(
                 f"At sigma {sigma:g} MRD has a median of {np.median(mrd):.3g}, {number_with_ci(ratio)} times the "
-                "closed "
-                f"form; its rank correlation with that is {with_ci(spearman(mrd, expected))}, with the number of "
-                "scored "
-                f"tokens {with_ci(spearman(mrd, self.tokens))}: {means.get(same, 'what is measured cannot be told')}."
+                f"closed form; its rank correlation with that is {with_ci(spearman(mrd, expected))}, with the number "
+                f"of scored tokens {with_ci(spearman(mrd, self.tokens))}: "
+                f"{meaning[range_verdict(ratio, 1 / CLOSE, CLOSE)]}."
             )
         title = (
             f"**Sigma {spec.sigma:g} or {spec.other_sigma:g}** (mean_abs by Monte Carlo, {EXACT}, K = {spec.stable})."
         )
         return " ".join([title, *parts])
 
-    def either_count(self, by_draws: Sequence[DrawCount]) -> str:
+    def either_count(self, by_count: Sequence[CountError]) -> str:
+        """The error after either of the paper's two numbers of draws."""
         spec = self.spec
-        fewer, more = (_at(by_draws, *DRAWN[0], count) for count in (spec.fewer, spec.more))
-        law = MEDIAN_OF_NORMAL * HALF_NORMAL_SPREAD
+        fewer, more = (_error_at(by_count, *DRAWN[0], count) for count in (spec.fewer, spec.more))
+        one_draw = MEDIAN_OF_NORMAL * HALF_NORMAL_SPREAD
         return (
             f"**K = {spec.fewer} or {spec.more}** (mean_abs by Monte Carlo, sigma {spec.sigma:g}). A score is off by "
             f"{percent_with_ci(fewer.error)} or {percent_with_ci(more.error)} of the closed form, median over "
-            "samples, where "
-            f"independent draws give {law / spec.fewer**0.5:.1%} and {law / spec.more**0.5:.1%}; the error falls as K "
-            f"to the power of {with_ci(fewer.exponent)}, expected \N{MINUS SIGN}0.50. Rank correlation with the closed "
-            f"form: {with_ci(fewer.rank)} or {with_ci(more.rank)}."
+            f"samples, where independent draws give {one_draw / spec.fewer**0.5:.1%} and "
+            f"{one_draw / spec.more**0.5:.1%}; the error falls as K to the power of {with_ci(fewer.exponent)}, "
+            f"expected \N{MINUS SIGN}0.50. Rank correlation with the closed form: {with_ci(fewer.rank)} or "
+            f"{with_ci(more.rank)}."
         )
 
-    def either_statistic(self, by_draws: Sequence[DrawCount]) -> str:
+    def either_statistic(self, by_count: Sequence[CountError]) -> str:
+        """What it takes to estimate either of the paper's two statistics."""
         spec = self.spec
-        naive = _at(by_draws, *DRAWN[1], spec.more)
-        pairs = _at(by_draws, *DRAWN[2], max(spec.pair_counts))
-        directions = _at(by_draws, *COUNTED[3], max(spec.direction_counts))
-        curved = _relative_stderr(self.drawn["curvature", EXACT, spec.sigma].values, "abs_mean")
+        naive = _error_at(by_count, *DRAWN[1], spec.more)
+        pairs = _error_at(by_count, *DRAWN[2], max(spec.pair_counts))
+        directions = _error_at(by_count, *COUNTED[3], max(spec.direction_counts))
+        curvature_stderr = _relative_stderr(self.draws["curvature", EXACT, spec.sigma].values, "abs_mean")
         needed = spec.more * (naive.error.value / spec.tolerance) ** 2
         rank = spearman(self.closed_form("mean_abs"), self.closed_form("abs_mean"))
         return (
@@ -387,83 +395,88 @@ class SigmaAndDraws:
             f"{percent_with_ci(naive.error)}: noise of first order; about {needed:.1g} draws would bring that to "
             f"{spec.tolerance:.0%}. {max(spec.pair_counts)} antithetic pairs at sigma {spec.pair_sigma:g} are off by "
             f"{percent_with_ci(pairs.error)} from the curvature along {spec.directions} directions (which has a "
-            "standard error "
-            f"of {percent_with_ci(curved)} itself), and the curvature along {max(spec.direction_counts)} by "
-            f"{percent_with_ci(directions.error)}. Rank correlation of the two closed forms: {with_ci(rank)}."
+            f"standard error of {percent_with_ci(curvature_stderr)} itself), and the curvature along "
+            f"{max(spec.direction_counts)} by {percent_with_ci(directions.error)}. Rank correlation of the two closed "
+            f"forms: {with_ci(rank)}."
         )
 
-    def claim_sigma(self) -> str:
+    def claim_on_sigma(self) -> str:
         exact, coarse = (self.line(*DRAWN[0], dtype, fitted=True) for dtype in (EXACT, COARSE))
         slope, coarse_slope = exact.slope(), coarse.slope()
-        kept = self.drawn[DRAWN[0][0], COARSE, float(coarse.sigmas[0])].survival
-        storage = "" if kept is None else f", where storage keeps {kept:.0%} of the smallest perturbation"
-        flatter = {
+        survival = self.draws[DRAWN[0][0], COARSE, float(coarse.sigmas[0])].survival
+        storage = "" if survival is None else f", where storage keeps {survival:.0%} of the smallest perturbation"
+        meaning = {
             HOLDS: "nearer to flat than to proportional, and there it is rounding that is measured",
             CONTRADICTED: "nearer to proportional than to flat",
+            UNKNOWN: f"whether that is nearer to flat {UNKNOWN}",
         }
         return (
-            f"The claim that MRD (mean_abs) does not depend on sigma {lies_within(slope, *FLAT)} here: in {EXACT} "
+            f"The claim that MRD (mean_abs) does not depend on sigma {range_verdict(slope, *FLAT)} here: in {EXACT} "
             f"{_change(exact)}, a slope of {with_ci(slope)} where a number without dependence has 0. In {COARSE} "
             f"{_change(coarse)}, slope {with_ci(coarse_slope)}{storage}: "
-            f"{flatter.get(lies_within(coarse_slope, -0.5, 0.5), 'whether that is nearer to flat cannot be told')}."
+            f"{meaning[range_verdict(coarse_slope, -0.5, 0.5)]}."
         )
 
-    def claim_draws(self) -> str:
+    def claim_on_draws(self) -> str:
         spec = self.spec
         parts = []
         for statistic in ("mean_abs", "abs_mean"):
-            values = self.drawn["monte-carlo", EXACT, spec.sigma].values[:, : spec.stable]
+            values = self.draws["monte-carlo", EXACT, spec.sigma].values[:, : spec.stable]
             stderr = _relative_stderr(values, statistic)
-            claim = lies_within(stderr, 0.0, spec.tolerance)
-            parts.append(f"{claim} here for {statistic}, with a relative standard error of {percent_with_ci(stderr)}")
+            verdict = range_verdict(stderr, 0.0, spec.tolerance)
+            parts.append(f"{verdict} here for {statistic}, with a relative standard error of {percent_with_ci(stderr)}")
         return (
             f"The claim that MRD by Monte Carlo is stable from K = {spec.stable} on (relative standard error at most "
             f"{spec.tolerance:.0%}, median of samples; the paper gives none) {parts[0]}; it {parts[1]}."
         )
 
 
-def counted(
-    drawn: PointDraws, statistic: str, reference: np.ndarray, counts: Sequence[int], own: bool = False
-) -> list[DrawCount]:
+def count_errors(
+    draws: PointDraws,
+    statistic: str,
+    reference: np.ndarray,
+    counts: Sequence[int],
+    against_own_mean: bool = False,
+) -> list[CountError]:
     """The error after each number of draws.
 
     Errors are taken over all disjoint runs of so many draws. The intervals are over samples: these share the noise,
     but their gradients are nearly orthogonal, so that their errors are not the same.
 
     Args:
-        drawn: all draws.
+        draws: all of them.
         statistic: which the draws are reduced to.
         reference: (N,), what the scores should be.
         counts: at most as many as there are draws.
-        own: the reference is the mean of these very draws, which makes it look closer than it is, by a factor of
-            sqrt(1 - K / all draws); it is divided out.
+        against_own_mean: the reference is the mean of these very draws, which makes it look closer than it is, by a
+            factor of sqrt(1 - K / all draws); it is divided out.
     """
-    values = drawn.values
+    values = draws.values
     samples, total = values.shape
 
     def errors(count: int) -> np.ndarray:
         """(runs, N)."""
         runs = values[:, : total // count * count].reshape(samples, -1, count)
         mrd = np.stack([_score(runs[:, r], statistic) for r in range(runs.shape[1])])
-        return np.abs(mrd / reference - 1) / (np.sqrt(1 - count / total) if own else 1.0)
+        return np.abs(mrd / reference - 1) / (np.sqrt(1 - count / total) if against_own_mean else 1.0)
 
-    off = {count: errors(count) for count in counts}
+    errors_of = {count: errors(count) for count in counts}
 
-    def median_of(count: int) -> Callable[[list[np.ndarray]], np.ndarray]:
-        return lambda rows: np.median(off[count][:, rows[0]], axis=(0, -1))
+    def median_error(count: int) -> Callable[[list[np.ndarray]], np.ndarray]:
+        return lambda sets: np.median(errors_of[count][:, sets[0]], axis=(0, -1))
 
-    def exponent(rows: list[np.ndarray]) -> np.ndarray:
-        error = np.log(np.stack([median_of(count)(rows) for count in counts]))
-        size = np.log(counts) - np.mean(np.log(counts))
-        return np.tensordot(size, error, 1) / (size @ size)
+    def exponent(sets: list[np.ndarray]) -> np.ndarray:
+        log_errors = np.log(np.stack([median_error(count)(sets) for count in counts]))
+        log_counts = np.log(counts) - np.mean(np.log(counts))
+        return np.tensordot(log_counts, log_errors, 1) / (log_counts @ log_counts)
 
     power = over_sets(exponent, [samples])
     return [
-        DrawCount(
-            drawn.point.estimator,
+        CountError(
+            draws.point.estimator,
             statistic,
             count,
-            over_sets(median_of(count), [samples]),
+            over_sets(median_error(count), [samples]),
             _relative_stderr(values[:, :count], statistic),
             spearman(_score(values[:, :count], statistic), reference),
             power,
@@ -480,12 +493,12 @@ def _change(line: ScalingLine) -> str:
 
 
 def _score(values: np.ndarray, statistic: str) -> np.ndarray:
-    """(N, K) -> (N,)."""
+    """MRD from draws, (N, K) -> (N,)."""
     return reduce_draws(values, cast(Statistic, statistic))[0]
 
 
 def _relative_stderr(values: np.ndarray, statistic: str) -> Estimate:
-    """Median over samples, of (N, K) draws; of one draw it is not known."""
+    """Standard error / MRD of (N, K) draws, median over samples; nan for one draw."""
     if values.shape[1] < 2:
         return Estimate(np.nan, np.nan, np.nan)
     mrd, stderr = reduce_draws(values, cast(Statistic, statistic))
@@ -493,13 +506,13 @@ def _relative_stderr(values: np.ndarray, statistic: str) -> Estimate:
 
 
 def _median(values: np.ndarray) -> Estimate:
-    """Of (N,), with its interval over samples."""
-    return over_sets(lambda rows: np.median(values[rows[0]], axis=-1), [len(values)])
+    """The median of (N,), with its interval over samples."""
+    return over_sets(lambda sets: np.median(values[sets[0]], axis=-1), [len(values)])
 
 
-def _at(by_draws: Sequence[DrawCount], estimator: str, statistic: str, draws: int) -> DrawCount:
-    wanted = (estimator, statistic, draws)
-    return next(each for each in by_draws if (each.estimator, each.statistic, each.draws) == wanted)
+def _error_at(by_count: Sequence[CountError], estimator: str, statistic: str, draws: int) -> CountError:
+    key = (estimator, statistic, draws)
+    return next(error for error in by_count if (error.estimator, error.statistic, error.draws) == key)
 
 
 # --- Panels -------------------------------------------------------------------------------------------------
@@ -519,44 +532,46 @@ COUNT_LINES = {
 SHORT = {EXACT: "fp32", COARSE: "bf16"}
 
 
-def _against_sigma(found: SigmaAndDraws, statistic: str, title: str) -> Draw:
+def _against_sigma(sensitivity: Sensitivity, statistic: str, title: str) -> Draw:
+    spec = sensitivity.spec
+
     def draw(axes: Axes) -> None:
         for (estimator, dtype), (colour, marker, dash) in LINES.items():
             if (estimator, statistic) not in DRAWN:
                 continue
-            line = found.line(estimator, statistic, dtype)
-            slope = found.slopes[estimator, statistic, dtype]
+            line = sensitivity.line(estimator, statistic, dtype)
+            slope = sensitivity.slopes[estimator, statistic, dtype]
             label = f"{estimator}, {SHORT[dtype]}: {decimal(slope.value)} [{interval(slope)}]"
             median = np.median(line.scores, axis=1)
             axes.plot(line.sigmas, median, dash, color=colour, marker=marker, markersize=6, label=label)
-        name, sigmas = CLOSED_FORM[statistic], np.array(found.spec.sigmas)
-        exact = np.median(found.closed_form(statistic))
+        name, sigmas = CLOSED_FORM[statistic], np.array(spec.sigmas)
+        exact = np.median(sensitivity.closed_form(statistic))
         power = EXPECTED_SLOPE[statistic]
-        axes.plot(sigmas, exact * (sigmas / found.spec.sigma) ** power, "--", color=INK, label=f"{name}: {power:g}")
-        axes.axhline(PAPERS_LEVEL, color=MUTED, linestyle=":", label=f"the paper: about {PAPERS_LEVEL:g} throughout")
+        axes.plot(sigmas, exact * (sigmas / spec.sigma) ** power, "--", color=INK, label=f"{name}: {power:g}")
+        axes.axhline(PAPER_LEVEL, color=MUTED, linestyle=":", label=f"the paper: about {PAPER_LEVEL:g} throughout")
         axes.set_xscale("log")
         axes.set_yscale("log")
         axes.set_xlabel("sigma")
         axes.set_ylabel("MRD, median of samples")
         axes.set_title(title)
-        axes.axvspan(*found.spec.fit[statistic], color=GRID, alpha=0.5, zorder=0)
+        axes.axvspan(*spec.fit[statistic], color=GRID, alpha=0.5, zorder=0)
         _legend_below(axes, "slope over the grey range [95 % CI]")
 
     return draw
 
 
-def _against_draws(by_draws: Sequence[DrawCount], title: str) -> Draw:
+def _against_draws(by_count: Sequence[CountError], title: str) -> Draw:
     def draw(axes: Axes) -> None:
         for (estimator, statistic), (colour, marker) in COUNT_LINES.items():
-            mine = [each for each in by_draws if (each.estimator, each.statistic) == (estimator, statistic)]
-            label = f"{estimator}, {statistic}: {decimal(mine[0].exponent.value)} [{interval(mine[0].exponent)}]"
-            error = [each.error for each in mine]
-            counts = [each.draws for each in mine]
-            axes.plot(counts, [e.value for e in error], color=colour, marker=marker, markersize=6, label=label)
-            axes.vlines(counts, [e.low for e in error], [e.high for e in error], color=colour, linewidth=1.5)
-        counts = sorted({each.draws for each in by_draws})
-        law = MEDIAN_OF_NORMAL * HALF_NORMAL_SPREAD / np.sqrt(counts)
-        axes.plot(counts, law, "--", color=INK, label="independent draws, mean_abs: \N{MINUS SIGN}0.50")
+            errors = [error for error in by_count if (error.estimator, error.statistic) == (estimator, statistic)]
+            exponent = errors[0].exponent
+            label = f"{estimator}, {statistic}: {decimal(exponent.value)} [{interval(exponent)}]"
+            counts, medians = [error.draws for error in errors], [error.error for error in errors]
+            axes.plot(counts, [m.value for m in medians], color=colour, marker=marker, markersize=6, label=label)
+            axes.vlines(counts, [m.low for m in medians], [m.high for m in medians], color=colour, linewidth=1.5)
+        counts = sorted({error.draws for error in by_count})
+        independent = MEDIAN_OF_NORMAL * HALF_NORMAL_SPREAD / np.sqrt(counts)
+        axes.plot(counts, independent, "--", color=INK, label="independent draws, mean_abs: \N{MINUS SIGN}0.50")
         axes.set_xscale("log")
         axes.set_yscale("log")
         axes.set_xlabel("draws K (antithetic: pairs, curvature: directions)")

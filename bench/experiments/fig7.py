@@ -1,8 +1,8 @@
 """Figure 7: does MRD order sentences, paragraphs and long texts as the difficulty of forgetting them does?
 
-Texts of a level are so many consecutive records of a task, joined. Each is unlearned by itself until forgotten, and
-what counts as forgotten is decided by the averages over its own level. The difficulty of a text is mean |Δθ| when it is
-forgotten, as in Figures 3 and 4.
+A text of a level is made of so many consecutive records of a task. Each text is unlearned by itself until forgotten,
+and counts as forgotten below the averages over its level. The difficulty of a text is mean |Δθ| when it is forgotten,
+as in Figures 3 and 4.
 """
 
 from __future__ import annotations
@@ -13,114 +13,113 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import cycle
 from pathlib import Path
+from typing import Annotated, Self
 
 import numpy as np
 import pyarrow as pa
 from matplotlib.axes import Axes
 from scipy import stats
 
-from bench.experiments.experiment import Answer, Experiment, Setting
+from bench.experiments.experiment import Answer, Experiment, Setup
 from bench.experiments.shared.single_samples import (
     COLOURS,
     MARKERS,
     Relation,
     SingleSampleRun,
-    difficulty,
-    left_out,
+    count_unusable,
+    difficulties,
+    left_out_sentences,
     relation_row,
-    relations,
+    relations_of,
     run_table,
-    runs,
-    unusable,
+    single_sample_runs,
 )
-from bench.experiments.shared.verdicts import ruled, ruling
+from bench.experiments.shared.verdicts import correlation_verdict, verdict_here
 from bench.jobs.sweep_plan import SweepSpec
 from bench.jobs.sweep_tables import as_table
 from bench.models.find import ModelReference, find_model
 from bench.report.figures import INK, Draw
 from bench.report.words import decimal, interval, with_ci
-from bench.stats.estimates import mean, partial_spearman, spearman
-from bench.tasks.datasets import load_dataset
+from bench.stats.estimates import Estimate, mean
+from bench.tasks.datasets import DataName, load_dataset
 from scoring.errors import UserError
 from scoring.files import replacing
 from scoring.records import Record
 from scoring.samples import Text, encode, evenly_spaced
+from scoring.settings import Doc, Ge, check, named
 
 
 @dataclass(frozen=True, kw_only=True)
 class Fig7Spec:
-    """Which texts are made.
+    """Which texts are made."""
 
-    Attributes:
-        task, split: of the records that are joined.
-        levels: level -> how many records a text of it has, from the shortest on.
-        count: texts of each level, evenly spaced over the split.
-    """
+    task: Annotated[DataName, Doc("whose records are joined")]
+    levels: Annotated[
+        dict[str, Annotated[int, Ge(1)]], Doc("level -> how many records a text of it has, from the shortest on")
+    ]
+    count: Annotated[int, Ge(1), Doc("texts of each level, evenly spaced over the split")]
+    split: Annotated[str | None, Doc("of the task (default: the task's own)")] = None
 
-    task: str
-    levels: dict[str, int]
-    count: int
-    split: str | None = None
-
-    def checked(self) -> Fig7Spec:
+    def checked(self) -> Self:
         """The same.
 
         Raises:
-            UserError: no level, or a number below 1.
+            UserError: a value that is not allowed, or no level.
         """
+        check(self)
         if not self.levels:
-            raise UserError("texts: levels is empty: expected level: number of records")
-        for name, value in (*self.levels.items(), ("count", self.count)):
-            if value < 1:
-                raise UserError(f"texts: {name} is {value}: expected 1 or more")
+            raise UserError(f"{named('levels')} is empty: expected level: number of records")
         return self
 
 
-def run(setting: Setting) -> Answer:
-    spec = setting.spec(Fig7Spec, "texts").checked()
-    sweep = setting.spec(SweepSpec, "sweep")
-    model = find_model(sweep.base["model"])
+def run(setup: Setup) -> Answer:
+    spec = setup.spec(Fig7Spec, "texts")
+    sweep_spec = setup.spec(SweepSpec, "sweep")
+    model = find_model(sweep_spec.base["model"])
     texts = load_dataset(spec.task, spec.split, model.tokenizer).texts
-    paths = {level: setting.work / f"texts-{records}.jsonl" for level, records in spec.levels.items()}
-    # All of them first: a text that does not fit is not found after an hour.
-    for level, records in spec.levels.items():
-        _write(paths[level], joined(texts, records, spec.count), level, model)
-    measured = {}
+    paths = {level: setup.work / f"texts-{records}.jsonl" for level, records in spec.levels.items()}
+    # The texts of all levels first, so that one that does not fit is not noticed after an hour.
+    with setup.section("texts"):
+        for level, records in spec.levels.items():
+            _write(paths[level], joined(texts, records, spec.count), level, model)
+    sweeps = {}
     for level, path in paths.items():
-        base = sweep.base | {"task": str(path.absolute())}
+        base = sweep_spec.base | {"task": str(path.absolute())}
         key = f"sweep-{path.stem}"
-        own = dataclasses.replace(setting, values={key: {**setting.values["sweep"], "base": base}})
-        result = own.sweep(key)
-        measured[level] = result.trials, result.samples
-    return answer(measured, spec.levels, model.max_length)
+        of_level = dataclasses.replace(setup, values={key: {**setup.values["sweep"], "base": base}})
+        sweep = of_level.sweep(key)
+        sweeps[level] = sweep.trials, sweep.samples
+    return answer(sweeps, spec.levels, model.max_length)
 
 
 # --- Texts --------------------------------------------------------------------------------------------------
 
 
 def joined(texts: Sequence[Text], records: int, count: int) -> list[Record]:
-    """`count` texts of `records` consecutive texts each, none of which shares one with another.
+    """`count` texts of `records` consecutive texts each, without overlap.
 
-    The first prompt is what is conditioned on, and all that follows is scored: one record alone is what it was. Plain
-    texts are joined to a plain text.
+    The first prompt is the prompt of the joined text, and all that follows is scored, so one record alone stays what
+    it is. Plain texts are joined to a plain text.
 
     Raises:
         UserError: there are too few texts, or chats among them.
     """
-    whole = [texts[start : start + records] for start in range(0, len(texts) - records + 1, records)]
-    if len(whole) < count:
+    groups = [texts[start : start + records] for start in range(0, len(texts) - records + 1, records)]
+    if len(groups) < count:
         raise UserError(
-            f"texts: count is {count}: {len(texts)} records give {len(whole)} texts of {records}; lower it, or choose "
-            "a larger split"
+            f"{named('count')} is {count}: {len(texts)} records give {len(groups)} texts of {records}; lower it, or "
+            "choose a larger split"
         )
-    return [_join(group) for group in evenly_spaced(whole, count)]
+    return [_join(group) for group in evenly_spaced(groups, count)]
 
 
 def _join(group: Sequence[Text]) -> Record:
     first = group[0]
     name = first.sample_id if len(group) == 1 else f"{first.sample_id}+{len(group) - 1}"
     if any(text.messages is not None for text in group):
-        raise UserError(f"texts: {first.sample_id!r} is a chat: expected prompts with completions, or plain texts")
+        raise UserError(
+            f"{named('task')}: {first.sample_id!r} is a chat; expected prompts with completions, or plain texts"
+        )
     if first.completion is None:
         return {"id": name, "text": " ".join(text.prompt for text in group)}
     rest = "".join(f"\n{text.prompt}{text.completion or ''}" for text in group[1:])
@@ -128,7 +127,7 @@ def _join(group: Sequence[Text]) -> Record:
 
 
 def _write(path: Path, records: Sequence[Record], level: str, model: ModelReference) -> None:
-    """A data file.
+    """Write the texts of a level to a data file.
 
     Raises:
         UserError: the model's context does not hold one of the texts.
@@ -137,49 +136,49 @@ def _write(path: Path, records: Sequence[Record], level: str, model: ModelRefere
         unfinished.write_text("".join(f"{json.dumps(record)}\n" for record in records), encoding="utf-8")
     _, rejected = encode(load_dataset(str(path)).texts, model.tokenizer, model.max_length)
     if rejected:
-        raise UserError(
-            f"texts: {level}, {rejected[0].sample_id!r}: {rejected[0].reason}; expected a level of fewer records"
-        )
+        text = rejected[0]
+        raise UserError(f"{named('levels')}[{level!r}]: {text.sample_id!r} has {text.reason}; expected fewer records")
 
 
 # --- The answer ---------------------------------------------------------------------------------------------
 
 
-def answer(measured: Mapping[str, tuple[pa.Table, pa.Table]], levels: Mapping[str, int], context: int) -> Answer:
-    """From the trials and samples of a sweep over single texts for each level.
+def answer(sweeps: Mapping[str, tuple[pa.Table, pa.Table]], levels: Mapping[str, int], context: int) -> Answer:
+    """The answer from a sweep over single texts for each level.
 
     Args:
-        measured: by level.
-        levels: how many records its texts have.
+        sweeps: level -> trials and samples.
+        levels: level -> how many records a text of it has.
         context: tokens that the model can read.
     """
-    found = [run for level, (trials, samples) in measured.items() for run in runs(trials, samples, level)]
-    lost = sum(unusable(trials) for trials, _ in measured.values())
-    related = relations(found, "change")
+    runs = [run for level, (trials, samples) in sweeps.items() for run in single_sample_runs(trials, samples, level)]
+    lost = sum(count_unusable(trials) for trials, _ in sweeps.values())
+    relations = relations_of(runs, "change")
     sentences = [
-        _headline(related, levels),
-        _sizes(found, measured, context),
-        _length(related),
-        *_pooled(found),
-        *left_out(found, lost),
-        _claim(related),
+        _headline(relations, levels),
+        _before_any_update(runs, sweeps, context),
+        _beyond_length(relations),
+        *_all_levels_together(runs),
+        *left_out_sentences(runs, lost),
+        _claim(relations),
     ]
     return Answer(
-        run_table(found, "level"),
-        [_ranks(level, related, levels) for level in measured],
+        run_table(runs, "level"),
+        [_rank_dots(level, relations, levels) for level in sweeps],
         sentences,
-        tables={"fig7-correlations": as_table([relation_row(each, "level") for each in related])},
+        tables={"fig7-correlations": as_table([relation_row(relation, "level") for relation in relations])},
     )
 
 
-def _named(each: Relation, levels: Mapping[str, int]) -> str:
-    records = levels[each.group]
-    return f"{each.group} ({records} record{'s' if records > 1 else ''}), {each.algorithm}"
+def _count_records(count: int) -> str:
+    return f"{count} record{'s' if count > 1 else ''}"
 
 
-def _headline(related: Sequence[Relation], levels: Mapping[str, int]) -> str:
+def _headline(relations: Sequence[Relation], levels: Mapping[str, int]) -> str:
     parts = "; ".join(
-        f"{with_ci(each.correlation)} for {_named(each, levels)}, {len(each.runs)} texts" for each in related
+        f"{with_ci(relation.correlation)} for {relation.group} ({_count_records(levels[relation.group])}), "
+        f"{relation.algorithm}, {len(relation.runs)} texts"
+        for relation in relations
     )
     return (
         f"**Rank correlation of MRD with the difficulty of a text: {parts}**. The difficulty is mean |Δθ| when the "
@@ -187,16 +186,18 @@ def _headline(related: Sequence[Relation], levels: Mapping[str, int]) -> str:
     )
 
 
-def _sizes(found: Sequence[SingleSampleRun], measured: Mapping[str, tuple[pa.Table, pa.Table]], context: int) -> str:
+def _before_any_update(
+    runs: Sequence[SingleSampleRun], sweeps: Mapping[str, tuple[pa.Table, pa.Table]], context: int
+) -> str:
     parts = []
-    for level, (_, samples) in measured.items():
-        known = dict(zip(samples["sample_id"].to_pylist(), samples["ma_initial"].to_pylist(), strict=True))
-        mrd = {run.sample: run.mrd for run in found if run.group == level}
+    for level, (_, samples) in sweeps.items():
+        accuracy = dict(zip(samples["sample_id"].to_pylist(), samples["ma_initial"].to_pylist(), strict=True))
+        mrd = {run.sample: run.mrd for run in runs if run.group == level}
         parts.append(
-            f"{level}: mean MRD {with_ci(mean(np.array(list(mrd.values()))), 4)}, memorization accuracy "
-            f"{with_ci(mean(np.array(list(known.values()), dtype=float)))}"
+            f"{level}: mean MRD {with_ci(_mean_of_samples(mrd), 4)}, memorization accuracy "
+            f"{with_ci(_mean_of_samples(accuracy))}"
         )
-    longest = max((run.tokens for run in found), default=0)
+    longest = max((run.tokens for run in runs), default=0)
     return (
         f"Before any update, {'; '.join(parts)}. The longest text has {longest} scored tokens, of the {context} that "
         "the model's context holds. Joined texts were not trained on as such: a model that knows their parts need not "
@@ -204,75 +205,81 @@ def _sizes(found: Sequence[SingleSampleRun], measured: Mapping[str, tuple[pa.Tab
     )
 
 
-def _length(related: Sequence[Relation]) -> str:
+def _mean_of_samples(values: Mapping[str, float]) -> Estimate:
+    """The mean of the values by sample, so that several runs of a sample count once."""
+    return mean(np.array(list(values.values()), dtype=float))
+
+
+def _beyond_length(relations: Sequence[Relation]) -> str:
     parts = "; ".join(
-        f"{with_ci(each.beyond_length)} for {each.group}, {each.algorithm} (the length alone: "
-        f"{with_ci(each.with_length)})"
-        for each in related
+        f"{with_ci(relation.beyond_length)} for {relation.group}, {relation.algorithm} (the length alone: "
+        f"{with_ci(relation.with_length)})"
+        for relation in relations
     )
     return f"With the number of tokens partialled out within a level: {parts}."
 
 
-def _pooled(found: Sequence[SingleSampleRun]) -> list[str]:
-    """What ranking all levels together gives, for each algorithm: mostly a ranking by length."""
+def _all_levels_together(runs: Sequence[SingleSampleRun]) -> list[str]:
+    """The correlation over the texts of all levels, for each algorithm: mostly that of their lengths."""
     parts = []
-    for algorithm in dict.fromkeys(run.algorithm for run in found):
-        own = [run for run in found if run.algorithm == algorithm and not run.below]
-        mrd, tokens = np.array([run.mrd for run in own]), np.array([float(run.tokens) for run in own])
-        hard = difficulty(own, "change")
+    for algorithm in dict.fromkeys(run.algorithm for run in runs):
+        relation = Relation.of("all", algorithm, [run for run in runs if run.algorithm == algorithm], "change")
         parts.append(
-            f"{with_ci(spearman(mrd, hard))} with {algorithm}, and {with_ci(partial_spearman(mrd, hard, tokens))} "
-            "with the "
-            "number of tokens partialled out"
+            f"{with_ci(relation.correlation)} with {algorithm}, and {with_ci(relation.beyond_length)} with the number "
+            "of tokens partialled out"
         )
     return [f"All levels ranked together: {'; '.join(parts)}."] if parts else []
 
 
-def _claim(related: Sequence[Relation]) -> str:
-    several = len({each.algorithm for each in related}) > 1
-    names = [f"{each.group} with {each.algorithm}" if several else each.group for each in related]
-    plain = ruled({name: ruling(each.correlation, -1) for name, each in zip(names, related, strict=True)})
-    beyond = ruled({name: ruling(each.beyond_length, -1) for name, each in zip(names, related, strict=True)})
+def _claim(relations: Sequence[Relation]) -> str:
+    several = len({relation.algorithm for relation in relations}) > 1
+    named_relations = {relation.name if several else relation.group: relation for relation in relations}
+    by_mrd = verdict_here(
+        {name: correlation_verdict(relation.correlation, -1) for name, relation in named_relations.items()}
+    )
+    beyond = verdict_here(
+        {name: correlation_verdict(relation.beyond_length, -1) for name, relation in named_relations.items()}
+    )
     return (
-        f"The paper's claim: MRD orders texts by their difficulty at every level: {plain} (beyond what length "
+        f"The paper's claim: MRD orders texts by their difficulty at every level: {by_mrd} (beyond what length "
         f"explains: {beyond})."
     )
 
 
-def _ranks(level: str, related: Sequence[Relation], levels: Mapping[str, int]) -> Draw:
+def _rank_dots(level: str, relations: Sequence[Relation], levels: Mapping[str, int]) -> Draw:
     """Rank by MRD against rank by difficulty; on the diagonal both are the same."""
 
     def draw(axes: Axes) -> None:
-        own = [each for each in related if each.group == level]
-        for each, colour, marker in zip(own, cycle(COLOURS), cycle(MARKERS), strict=False):
-            label = f"{each.algorithm}: {decimal(-each.correlation.value)} ({_turned(each)})"
+        of_level = [relation for relation in relations if relation.group == level]
+        for relation, colour, marker in zip(of_level, cycle(COLOURS), cycle(MARKERS), strict=False):
+            agreement = _with_sign_turned(relation.correlation)
+            label = f"{relation.algorithm}: {decimal(agreement.value)} ({interval(agreement)})"
             axes.plot(
-                stats.rankdata(difficulty(each.runs, "change")),
-                stats.rankdata([-run.mrd for run in each.runs]),
+                stats.rankdata(difficulties(relation.runs, "change")),
+                stats.rankdata([-run.mrd for run in relation.runs]),
                 marker,
                 color=colour,
                 alpha=0.8,
                 label=label,
             )
-        count = max((len(each.runs) for each in own), default=1)
+        count = max((len(relation.runs) for relation in of_level), default=1)
         axes.plot([1, count], [1, count], color=INK, linestyle="--", linewidth=1)
         ticks = np.unique(np.linspace(1, count, 5).round())
         axes.set_xticks(ticks)
         axes.set_yticks(ticks)
         axes.set_xlim(0, count + 1)
-        axes.set_ylim(0, (count + 1) * (1.1 + 0.08 * len(own)))
+        axes.set_ylim(0, (count + 1) * (1.1 + 0.08 * len(of_level)))
         axes.set_xlabel("rank by difficulty (high: hard)")
         axes.set_ylabel("rank by MRD (high: low MRD)")
-        axes.set_title(f"{level}, {levels[level]} record{'s' if levels[level] > 1 else ''}")
+        axes.set_title(f"{level}, {_count_records(levels[level])}")
         axes.legend(loc="upper left", title="agreement (95 % CI)", alignment="left")
 
     return draw
 
 
-def _turned(each: Relation) -> str:
-    """The interval of the agreement of the two ranks: that of the correlation with its sign turned."""
-    found = each.correlation
-    return interval(dataclasses.replace(found, value=-found.value, low=-found.high, high=-found.low))
+def _with_sign_turned(correlation: Estimate) -> Estimate:
+    """The agreement of the two ranks: both are high where the text is hard, which is where MRD is low."""
+    return Estimate(-correlation.value, -correlation.high, -correlation.low)
 
 
 EXPERIMENT = Experiment(

@@ -1,8 +1,8 @@
-"""The experiments by name, and running them: a table, a picture and a paragraph each, with the spec that made them.
+"""The experiments by name, and how they are run: each leaves a table, a picture and a paragraph, with their spec.
 
-OUT/NAME/spec.yaml  NAME.parquet  NAME.png, .svg  finding.md  the answer; record.json comes last: all is there
+OUT/NAME/spec.yaml  NAME.parquet  NAME.png, .svg  finding.md  the answer; record.json comes last and says it is whole
 OUT/README.md                                             all findings, figures first
-OUT/work/NAME, OUT/trials                                 what was measured on the way, for the next start
+OUT/work/NAME, OUT/trials                                 measurements, which the next start reads
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import yaml
 
-from bench.experiments.experiment import Answer, Experiment, Setting
+from bench.experiments.experiment import Answer, Experiment, Setup
 from bench.files.folders import locked
 from bench.files.identity import with_spec_hash
 from bench.files.origin import origin
@@ -33,7 +33,7 @@ SPECS = Path(__file__).parent / "specs"
 ALL = "all"
 SCHEMA_VERSION = 1
 
-# Each is a module of this package.
+# Each name is a module of this package.
 FIGURES = ("fig2", "fig3", "fig4", "fig5", "fig6", "fig7")
 TABLES = (
     "table1",
@@ -60,13 +60,15 @@ def reproduce(
     spec: str | Path | None = None,
     progress: bool = True,
 ) -> list[Path]:
-    """Answer a question of the paper, or all of them; the folders of the answers.
+    """Answer a question of the paper, or all of them, and give the folders of the answers.
 
     Args:
         name: of an experiment, or "all".
         preset: "demo", on the embedded tasks in minutes, or "paper", at the paper's scale.
-        out: folder; the same call goes on where it was stopped.
-        spec: a file in place of the experiment's own, with a section named like the preset; for one experiment.
+        out: a folder; the same call continues where it was stopped.
+        resources: how trials, and replicas, are spread.
+        spec: a file instead of the experiment's own, with a section named like the preset; for one experiment.
+        progress: show bars.
 
     Raises:
         UserError: no such experiment or preset, a spec at fault, or `out` holds answers of another preset.
@@ -79,55 +81,57 @@ def reproduce(
         raise UserError(f"{named('spec')} is for one experiment: name it instead of all")
     out = Path(out).absolute()
     chosen = list(EXPERIMENTS.values()) if name == ALL else [EXPERIMENTS[name]]
-    # All of them first: a mistake in the last one's spec is not found after an hour.
-    settings = [
-        _setting(each, preset, Path(spec) if spec else SPECS / f"{each.name}.yaml", out, resources, progress)
-        for each in chosen
+    # All specs are read first, so that a mistake in the last one is not noticed after an hour.
+    setups = [
+        _setup(experiment, preset, Path(spec) if spec else SPECS / f"{experiment.name}.yaml", out, resources, progress)
+        for experiment in chosen
     ]
     with locked(out / "work", out, "run"):
-        folders = [_answered(*each, preset, out) for each in zip(chosen, settings, strict=True)]
+        folders = [
+            _answer_once(experiment, setup, preset, out) for experiment, setup in zip(chosen, setups, strict=True)
+        ]
         _write_overview(out, preset)
     return folders
 
 
-def _setting(
+def _setup(
     experiment: Experiment, preset: str, path: Path, out: Path, resources: SweepResources | None, progress: bool
-) -> Setting:
+) -> Setup:
     sections, lines = read_mapping(path)
     if unknown := next((name for name in sections if name not in PRESETS), None):
         raise UserError(f"{path}: {unknown_name('preset', str(unknown), PRESETS)}")
     values = sections.get(preset)
     if not isinstance(values, dict):
         raise UserError(f"{path}: no section {preset!r}: expected a mapping of what the experiment is given")
-    spread = (resources or SweepResources()).checked()
+    resources = (resources or SweepResources()).checked()
     work = out / "work" / experiment.name
     names = Naming(file=str(path), lines=lines, path=(preset,))
-    return Setting(experiment.name, values, names, work, out / "trials", spread, progress)
+    return Setup(experiment.name, values, names, work, out / "trials", resources, progress)
 
 
-def _answered(experiment: Experiment, setting: Setting, preset: str, out: Path) -> Path:
-    """Run an experiment unless its answer is there; its folder."""
+def _answer_once(experiment: Experiment, setup: Setup, preset: str, out: Path) -> Path:
+    """Run an experiment unless its answer is there, and give the folder of the answer."""
     folder = out / experiment.name
     identity = with_spec_hash(
-        {"experiment": experiment.name, "preset": preset, "values": setting.values, "schema_version": SCHEMA_VERSION},
+        {"experiment": experiment.name, "preset": preset, "values": setup.values, "schema_version": SCHEMA_VERSION},
         (),
     )
-    record = folder / "record.json"
-    if record.is_file():
-        found = json.loads(record.read_text())
-        if found["spec_hash"] == identity["spec_hash"]:
+    path = folder / "record.json"
+    if path.is_file():
+        record = json.loads(path.read_text())
+        if record["spec_hash"] == identity["spec_hash"]:
             print(f"{experiment.name}: {folder} is there already", flush=True)
             return folder
         raise UserError(
-            f"{named('out')} {out} holds {experiment.name} by another spec (preset {found['preset']}): choose another "
+            f"{named('out')} {out} holds {experiment.name} by another spec (preset {record['preset']}): choose another "
             f"folder, or remove {folder}"
         )
     print(f"{experiment.name}: {experiment.question}", flush=True)
     started = time.perf_counter()
-    setting.work.mkdir(parents=True, exist_ok=True)
-    answer = experiment.run(setting)
+    setup.work.mkdir(parents=True, exist_ok=True)
+    answer = experiment.run(setup)
     folder.mkdir(parents=True, exist_ok=True)
-    _write(experiment, answer, setting, identity, time.perf_counter() - started, folder)
+    _write(experiment, answer, setup, identity, time.perf_counter() - started, folder)
     print("\n".join(answer.sentences), flush=True)
     return folder
 
@@ -135,7 +139,7 @@ def _answered(experiment: Experiment, setting: Setting, preset: str, out: Path) 
 def _write(
     experiment: Experiment,
     answer: Answer,
-    setting: Setting,
+    setup: Setup,
     identity: dict[str, Any],
     seconds: float,
     folder: Path,
@@ -148,7 +152,7 @@ def _write(
         with replacing(folder / f"{experiment.name}.{suffix}") as unfinished:
             figures.picture(answer.panels, unfinished, inches, polar=answer.polar)
     with replacing(folder / "spec.yaml") as unfinished:
-        unfinished.write_text(yaml.safe_dump({identity["preset"]: setting.values}, sort_keys=False), encoding="utf-8")
+        unfinished.write_text(yaml.safe_dump({identity["preset"]: setup.values}, sort_keys=False), encoding="utf-8")
     with replacing(folder / "finding.md") as unfinished:
         unfinished.write_text(_finding(experiment, answer.sentences), encoding="utf-8")
     with replacing(folder / "record.json") as unfinished:
@@ -163,10 +167,10 @@ def _finding(experiment: Experiment, sentences: Sequence[str]) -> str:
 
 
 def _write_overview(out: Path, preset: str) -> None:
-    """README.md: every finding that is there."""
-    there = [name for name in EXPERIMENTS if (out / name / "record.json").is_file()]
+    """Write README.md with every finding in the folder."""
+    finished = [name for name in EXPERIMENTS if (out / name / "record.json").is_file()]
     parts = [f"# The paper's figures and tables, preset {preset}\n"]
-    for name in there:
+    for name in finished:
         text = (out / name / "finding.md").read_text(encoding="utf-8")
         parts.append(text.replace(f"]({name}.png)", f"]({name}/{name}.png)"))
     with replacing(out / "README.md") as unfinished:

@@ -1,4 +1,4 @@
-"""Table 4: what MRD-weighted sampling changes from epoch to epoch; trials of Table 1, measured after each."""
+"""Table 4: what MRD-weighted sampling changes from epoch to epoch, in trials of Table 1 measured after each."""
 
 from __future__ import annotations
 
@@ -11,24 +11,37 @@ import pyarrow as pa
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
-from bench.experiments.experiment import Answer, Experiment, Setting
+from bench.experiments.experiment import Answer, Experiment, Setup
 from bench.experiments.shared import weighted_tables
-from bench.experiments.shared.arms import EASY_FIRST, MARKERS, UNIFORM, Columns, Outcome, arm_of_alpha, label, method
+from bench.experiments.shared.arms import (
+    EASY_FIRST,
+    MARKERS,
+    UNIFORM,
+    Columns,
+    Outcome,
+    arm_of_alpha,
+    contrasts,
+    finished_outcomes,
+    merged,
+    method_name,
+    methods_of,
+    metric_label,
+    values_of,
+)
 from bench.files.status import FINISHED
 from bench.jobs.sweep_tables import as_table
-from bench.report.figures import BLUE, GREEN, MUTED, ORANGE, VERMILLION, Draw
+from bench.report.figures import BLUE, GREEN, MUTED, ORANGE, VERMILLION, Draw, error_bars
 from bench.stats.estimates import Estimate, over_seeds
 from scoring.errors import UserError
 
 COLOURS = (VERMILLION, BLUE, GREEN, ORANGE)
 
 
-def run(setting: Setting) -> Answer:
-    found = weighted_tables.sweeps(setting)
-    trials, epochs = (
-        weighted_tables.together([getattr(sweep, name) for sweep in found]) for name in ("trials", "epochs")
-    )
-    return answer(trials, epochs, Columns.of(trials["task"][0].as_py(), trials), weighted_tables.original_of(found[0]))
+def run(setup: Setup) -> Answer:
+    sweeps = [setup.sweep(key) for key in setup.sweep_keys()]
+    trials, epochs = merged([sweep.trials for sweep in sweeps]), merged([sweep.epochs for sweep in sweeps])
+    columns = Columns.of(trials["task"][0].as_py(), trials)
+    return answer(trials, epochs, columns, weighted_tables.original_metrics(sweeps[0]))
 
 
 def answer(trials: pa.Table, epochs: pa.Table, columns: Columns, original: Mapping[str, Any]) -> Answer:
@@ -38,33 +51,32 @@ def answer(trials: pa.Table, epochs: pa.Table, columns: Columns, original: Mappi
         epochs: one row an epoch of a trial; row 0 is the initial model.
         original: metric -> value of the model before it forgets.
     """
-    found, lost = weighted_tables.outcomes(trials, columns.all)
-    by_epoch = at_epochs(trials, epochs, columns.all)
-    # A run as a whole: what it is worth at the epochs that it goes through, on average.
-    paths = path_means(by_epoch, columns.all)
-    single, average = (
-        weighted_tables.contrasts(paths, columns.judged, EASY_FIRST, UNIFORM, each) for each in (False, True)
-    )
+    outcomes, lost_sentence = finished_outcomes(trials, columns.all)
+    by_epoch = outcomes_by_epoch(trials, epochs, columns.all)
+    # A run is judged as a whole: by its means over the epochs.
+    means = means_over_epochs(by_epoch, columns.all)
+    single = contrasts(means, columns.judged, EASY_FIRST, UNIFORM)
+    average = contrasts(means, columns.judged, EASY_FIRST, UNIFORM, average=True)
     if not single:
         raise UserError("no algorithm has finished trials with alpha 0 and with alpha 1 and the same seed")
-    first = by_epoch[min(by_epoch)]
-    early = weighted_tables.contrasts(first, columns.judged, EASY_FIRST, UNIFORM)
-    seeds = len({outcome.seed for outcome in found})
+    first, last = min(by_epoch), max(by_epoch)
+    early = contrasts(by_epoch[first], columns.judged, EASY_FIRST, UNIFORM)
+    seeds = len({outcome.seed for outcome in outcomes})
     rows = {
-        f"{method(algorithm, arm)}, epoch {epoch}": [
-            weighted_tables.values_of(own, algorithm, arm, name) for name in columns.all
+        f"{method_name(algorithm, arm)}, epoch {epoch}": [
+            values_of(at_epoch, algorithm, arm, name) for name in columns.all
         ]
-        for algorithm, arm in weighted_tables.methods(found)
-        for epoch, own in by_epoch.items()
-        if any(outcome.algorithm == algorithm for outcome in own)
+        for algorithm, arm in methods_of(outcomes)
+        for epoch, at_epoch in by_epoch.items()
+        if any(outcome.algorithm == algorithm for outcome in at_epoch)
     }
     sentences = [
-        weighted_tables.markdown_table(rows, columns, original, seeds),
-        f"Mean over epochs 1 to {max(by_epoch)}. {weighted_tables.by_algorithm(single, columns)}",
-        f"After epoch {min(by_epoch)} alone. {weighted_tables.by_algorithm(early, columns)}",
+        weighted_tables.table_of_means(rows, columns, original, seeds),
+        f"Mean over epochs 1 to {last}. {weighted_tables.differences_by_algorithm(single, columns)}",
+        f"After epoch {first} alone. {weighted_tables.differences_by_algorithm(early, columns)}",
     ]
-    if lost:
-        sentences.append(lost)
+    if lost_sentence:
+        sentences.append(lost_sentence)
     sentences.append(
         weighted_tables.claim(
             single, average, columns, "at the same epoch runs that draw by MRD have forgotten more and kept more"
@@ -73,78 +85,82 @@ def answer(trials: pa.Table, epochs: pa.Table, columns: Columns, original: Mappi
     table = as_table(
         [
             {"epoch": epoch, **row}
-            for epoch, own in by_epoch.items()
-            for row in weighted_tables.rows_of(own, columns, original)
+            for epoch, at_epoch in by_epoch.items()
+            for row in weighted_tables.rows_of(at_epoch, columns, original)
             if row["method"] != "Original"
         ]
     )
-    panels = [_lines(by_epoch, metric, original) for metric in columns.judged]
+    panels = [_metric_lines(by_epoch, metric, original) for metric in columns.judged]
     return Answer(table, panels, sentences, inches=(6.0 * len(panels), 5.0))
 
 
-def at_epochs(trials: pa.Table, epochs: pa.Table, metrics: Sequence[str]) -> dict[int, list[Outcome]]:
-    """Epoch, from 1 on -> what the trials that finished had reached then.
+def outcomes_by_epoch(trials: pa.Table, epochs: pa.Table, metrics: Sequence[str]) -> dict[int, list[Outcome]]:
+    """Epoch, from 1 on -> the metrics of the finished trials after it.
 
     Raises:
         UserError: the metrics were not measured after every epoch.
     """
-    known = {row["trial"]: row for row in trials.to_pylist()}
-    found: dict[int, list[Outcome]] = {}
+    trial_of = {trial["trial"]: trial for trial in trials.to_pylist()}
+    by_epoch: dict[int, list[Outcome]] = {}
     for row in epochs.to_pylist():
         values = {name: row[name] for name in metrics if row.get(name) is not None}
-        trial = known[row["trial"]]
+        trial = trial_of[row["trial"]]
         if row["epoch"] and values and trial["status"] == FINISHED:
             outcome = Outcome(trial["algorithm"], arm_of_alpha(trial), trial["seed"], values)
-            found.setdefault(row["epoch"], []).append(outcome)
-    if not found:
+            by_epoch.setdefault(row["epoch"], []).append(outcome)
+    if not by_epoch:
         raise UserError("no metric of the task was measured after the epochs: expected each_epoch: true in the sweep")
-    return dict(sorted(found.items()))
+    return dict(sorted(by_epoch.items()))
 
 
-def path_means(by_epoch: Mapping[int, Sequence[Outcome]], metrics: Sequence[str]) -> list[Outcome]:
-    """Every run with its means over the epochs."""
+def means_over_epochs(by_epoch: Mapping[int, Sequence[Outcome]], metrics: Sequence[str]) -> list[Outcome]:
+    """Every run with the means of its metrics over the epochs; without metrics that an epoch lacks."""
     runs: dict[tuple[str, str, int], list[Mapping[str, float]]] = {}
-    for own in by_epoch.values():
-        for outcome in own:
+    for at_epoch in by_epoch.values():
+        for outcome in at_epoch:
             runs.setdefault((outcome.algorithm, outcome.arm, outcome.seed), []).append(outcome.values)
     return [
         Outcome(
             *run,
-            {name: float(np.mean([v[name] for v in values])) for name in metrics if all(name in v for v in values)},
+            {
+                name: float(np.mean([values[name] for values in epochs]))
+                for name in metrics
+                if all(name in values for values in epochs)
+            },
         )
-        for run, values in runs.items()
+        for run, epochs in runs.items()
     ]
 
 
-def _lines(by_epoch: Mapping[int, Sequence[Outcome]], metric: str, original: Mapping[str, Any]) -> Draw:
+def _metric_lines(by_epoch: Mapping[int, Sequence[Outcome]], metric: str, original: Mapping[str, Any]) -> Draw:
     """A metric by epoch: a colour for each algorithm, dashed where it draws uniformly; 95 % intervals over seeds."""
 
     def draw(axes: Axes) -> None:
-        order = weighted_tables.methods([outcome for own in by_epoch.values() for outcome in own])
-        colours = dict(zip(dict.fromkeys(algorithm for algorithm, _ in order), cycle(COLOURS), strict=False))
-        for number, (algorithm, arm) in enumerate(order):
+        methods = methods_of([outcome for at_epoch in by_epoch.values() for outcome in at_epoch])
+        colours = dict(zip(dict.fromkeys(algorithm for algorithm, _ in methods), cycle(COLOURS), strict=False))
+        for number, (algorithm, arm) in enumerate(methods):
             means: dict[int, Estimate] = {}
-            for epoch, own in by_epoch.items():
-                if values := weighted_tables.values_of(own, algorithm, arm, metric):
+            for epoch, at_epoch in by_epoch.items():
+                if values := values_of(at_epoch, algorithm, arm, metric):
                     means[epoch] = over_seeds(values)
             # Side by side, so that intervals can be told apart.
-            x = np.array(list(means)) + 0.05 * (number - (len(order) - 1) / 2)
+            x = np.array(list(means)) + 0.05 * (number - (len(methods) - 1) / 2)
             axes.errorbar(
                 x,
                 [mean.value for mean in means.values()],
-                weighted_tables.bars(list(means.values())),
+                error_bars(list(means.values())),
                 color=colours[algorithm],
                 linestyle="--" if arm == UNIFORM else "-",
                 marker=MARKERS.get(arm, "D"),
                 markerfacecolor="none" if arm == UNIFORM else colours[algorithm],
                 capsize=3,
-                label=method(algorithm, arm),
+                label=method_name(algorithm, arm),
             )
         if metric in original:
             axes.plot(0, original[metric], "D", color=MUTED, label="original")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_xlabel("epochs")
-        axes.set_ylabel(f"{label(metric)}, 95 % CI")
+        axes.set_ylabel(f"{metric_label(metric)}, 95 % CI")
         axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3, borderaxespad=0.1)
 
     return draw

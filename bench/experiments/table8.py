@@ -6,7 +6,7 @@ import dataclasses
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any, Self
 
 import numpy as np
 import pyarrow as pa
@@ -14,80 +14,71 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import NullFormatter, ScalarFormatter
 from tqdm import tqdm
 
-from bench.experiments.experiment import Answer, Experiment, Setting
-from bench.experiments.shared.verdicts import lies_within
+from bench.experiments.experiment import Answer, Experiment, Setup
+from bench.experiments.shared.verdicts import range_verdict
 from bench.files.identity import with_spec_hash
 from bench.files.parts import Parts
 from bench.files.score_file import write_scores
 from bench.jobs.draws import read_finished
-from bench.jobs.resources import Resources
-from bench.models.find import find_model
+from bench.models.find import ModelName, find_model
 from bench.report.figures import BLUE, GREEN, MUTED, Draw
 from bench.report.words import interval_columns, markdown_table, number_with_ci
 from bench.stats.estimates import Estimate, geometric_mean
-from bench.tasks.datasets import load_dataset
+from bench.tasks.datasets import DataName, load_dataset
 from scoring.api import DRAWS_PER_TASK
-from scoring.cluster import connect
 from scoring.errors import UserError
 from scoring.mrd import EstimatorName, Request, base_logprobs, estimate
-from scoring.pool import ReplicaPool
 from scoring.replica import TransformersReplica
 from scoring.samples import Batch, Sample, collate, encode, evenly_spaced
+from scoring.settings import Doc, Ge, Gt, check, named
 from scoring.work import Facts, ReplicaSpec
 
 ESTIMATORS: tuple[EstimatorName, ...] = ("monte-carlo", "gradient")
-PAPERS_SECONDS = {8: 210, 16: 152, 32: 127, 64: 115, 128: 83}  # Table 8, on another machine
+PAPER_SECONDS = {8: 210, 16: 152, 32: 127, 64: 115, 128: 83}  # Table 8, on another machine
 FEWEST_REPEATS = 3
 
 
 @dataclass(frozen=True, kw_only=True)
 class Table8Spec:
-    """What is timed.
+    """What is timed."""
 
-    Attributes:
-        model, task, split: whose samples.
-        samples: how many, evenly spaced over the split; None: all.
-        batch_sizes: samples in a batch, ascending.
-        draws: K of Monte Carlo whose time is reported.
-        timed_draws: draws that are timed; the rest is in proportion, every draw costs the same.
-        repeats: how often everything is timed, in turn.
-        sigma: of Monte Carlo.
-    """
+    model: Annotated[ModelName, Doc("an embedded model, a folder, or a Hugging Face id")]
+    task: Annotated[DataName, Doc("whose samples are scored")]
+    split: Annotated[str | None, Doc("of the task (default: the task's own)")] = None
+    samples: Annotated[int | None, Ge(1), Doc("how many, evenly spaced over the split (default: all)")] = None
+    batch_sizes: Annotated[list[Annotated[int, Ge(1)]], Doc("samples in a batch, ascending")]
+    draws: Annotated[int, Ge(1), Doc("K of Monte Carlo whose time is reported")] = 200
+    timed_draws: Annotated[
+        int, Ge(1), Doc("draws that are timed; the time of all is in proportion, as every draw costs the same")
+    ] = DRAWS_PER_TASK
+    repeats: Annotated[int, Ge(FEWEST_REPEATS), Doc("how often everything is timed, in turn")] = FEWEST_REPEATS
+    sigma: Annotated[float, Gt(0), Doc("of Monte Carlo")] = 1e-5
 
-    model: str
-    task: str
-    split: str | None = None
-    samples: int | None = None
-    batch_sizes: list[int]
-    draws: int = 200
-    timed_draws: int = DRAWS_PER_TASK
-    repeats: int = FEWEST_REPEATS
-    sigma: float = 1e-5
-
-    def checked(self) -> Table8Spec:
+    def checked(self) -> Self:
         """The same.
 
         Raises:
-            UserError: a value out of range.
+            UserError: a value that is not allowed.
         """
+        check(self)
         sizes = self.batch_sizes
-        if len(sizes) < 2 or sizes != sorted(set(sizes)) or sizes[0] < 1:
-            raise UserError(f"batch_sizes is {sizes}: expected two or more different ones, ascending")
-        if self.repeats < FEWEST_REPEATS:
-            raise UserError(f"repeats is {self.repeats}: expected {FEWEST_REPEATS} or more, for an interval")
-        if not 1 <= self.timed_draws <= self.draws:
-            raise UserError(f"timed_draws is {self.timed_draws}: expected 1 to {self.draws}, the draws")
+        if len(sizes) < 2 or sizes != sorted(set(sizes)):
+            raise UserError(f"{named('batch_sizes')} is {sizes}: expected two or more different ones, ascending")
+        if self.timed_draws > self.draws:
+            raise UserError(
+                f"{named('timed_draws')} is {self.timed_draws}: expected at most {named('draws')}, {self.draws}"
+            )
         return self
 
 
 @dataclass(frozen=True)
 class Timing:
-    """A work for a replica: one estimator over the batches of one size.
+    """The task of a replica to time one estimator over the batches of one size.
 
     Attributes:
         shard: the number of the batch size.
-        estimator, sigma, draws: of which.
-        repeat: of how many; negative for the first one, which is not counted.
+        estimator, sigma, draws: what is timed.
+        repeat: the number of the repeat; negative for the warm-up, which is not counted.
     """
 
     shard: int
@@ -101,93 +92,96 @@ class Timing:
         return f"{self.repeat:03d}-{self.shard:03d}-{self.estimator}"
 
     def do(self, replica: TransformersReplica, batches: Sequence[Batch], cache: dict[str, Any]) -> tuple[float, float]:
-        """Seconds of what is done once, and of all draws; each returns its numbers, so that a GPU has finished."""
+        """Seconds of what is done once, and of all draws. Both wait for their numbers, so a GPU has finished."""
         started = time.perf_counter()
         if self.estimator == "gradient":
             estimate(replica, batches, Request(self.estimator, self.sigma, 0))
             return time.perf_counter() - started, 0.0
         base = [logprobs.cpu() for logprobs in base_logprobs(replica, batches, self.estimator)]
         base = [logprobs.to(replica.device) for logprobs in base]
-        once = time.perf_counter()
+        drawing = time.perf_counter()
         estimate(replica, batches, Request(self.estimator, self.sigma, 0, 0, self.draws), base)
-        return once - started, time.perf_counter() - once
+        return drawing - started, time.perf_counter() - drawing
 
 
-def run(setting: Setting) -> Answer:
-    spec = setting.spec(Table8Spec, "timing").checked()
-    return answer(measure(spec, setting), spec)
+def run(setup: Setup) -> Answer:
+    spec = setup.spec(Table8Spec, "timing")
+    return answer(measure(spec, setup), spec)
 
 
-def measure(spec: Table8Spec, setting: Setting) -> pa.Table:
+def measure(spec: Table8Spec, setup: Setup) -> pa.Table:
     """A row for each repeat, batch size and estimator, timed in one replica that is loaded and warm."""
     model = find_model(spec.model)
     dataset = load_dataset(spec.task, spec.split, model.tokenizer)
     samples, _ = encode(evenly_spaced(dataset.texts, spec.samples), model.tokenizer, model.max_length)
-    groups = [in_batches(samples, size) for size in spec.batch_sizes]
+    shards = [in_batches(samples, size) for size in spec.batch_sizes]
     content = dataclasses.asdict(spec) | {"model_fingerprint": model.fingerprint, "data_sha256": dataset.sha256}
-    works = [
-        # There and back: what drifts over a repeat strikes both ends alike.
+    tasks = [
+        # Batch sizes go up and down in turn: a machine that slows down strikes both ends alike.
         Timing(shard, estimator, spec.sigma, spec.timed_draws, repeat)
         for repeat in range(spec.repeats)
-        for shard in range(len(groups))[:: -1 if repeat % 2 else 1]
+        for shard in range(len(shards))[:: -1 if repeat % 2 else 1]
         for estimator in ESTIMATORS
     ]
-    path = setting.work / "timings.parquet"
+    path = setup.work / "timings.parquet"
     identity = with_spec_hash(content, ("model", "task", "split"))
-    if (found := read_finished(path, identity)) is not None:
-        return found
+    if (timings := read_finished(path, identity)) is not None:
+        return timings
     with Parts(path, identity) as parts:
-        todo = [work for work in works if not parts.has(work.key)]
+        todo = [task for task in tasks if not parts.has(task.key)]
         if todo:
-            connect()
-            for work, (once, drawn), facts in _timed(todo, groups, ReplicaSpec(model.source, model.revision), setting):
-                row = _row(work, spec, groups[work.shard], once, drawn, facts)
-                parts.write(work.key, pa.Table.from_pylist([row]), {})
-        table = pa.concat_tables([parts.read(work.key)[0] for work in works]).replace_schema_metadata()
-        write_scores(table, path, identity, {})
+            replica = ReplicaSpec(model.source, model.revision)
+            for task, (once, drawing), facts in _time_in_turn(todo, shards, replica, setup):
+                row = timing_row(task, spec, shards[task.shard], once, drawing, facts)
+                parts.write(task.key, pa.Table.from_pylist([row]), {})
+        timings = pa.concat_tables([parts.read(task.key)[0] for task in tasks]).replace_schema_metadata()
+        write_scores(timings, path, identity, {})
         parts.remove()
-    return table
+    return timings
 
 
-def _timed(
-    works: Sequence[Timing], groups: Sequence[Sequence[Batch]], replica: ReplicaSpec, setting: Setting
+def _time_in_turn(
+    tasks: Sequence[Timing], shards: Sequence[Sequence[Batch]], replica: ReplicaSpec, setup: Setup
 ) -> Iterator[tuple[Timing, tuple[float, float], Facts]]:
-    """One after the other, in one replica."""
-    shared = setting.resources
-    footprint = Resources(None, shared.cpus_per_trial, shared.gpus_per_trial).footprint()
-    # The first time pays for checks and memory; every size, since each has shapes of its own.
-    first = [dataclasses.replace(work, draws=1, repeat=-1) for work in works if work.repeat == works[-1].repeat]
+    """The results of the tasks, one after the other, in one replica."""
+    # The first time pays for checks and memory, with every batch size again, since the shapes are others.
+    warm_up = [dataclasses.replace(task, draws=1, repeat=-1) for task in tasks if task.repeat == tasks[-1].repeat]
     with (
-        ReplicaPool(replica, footprint, 1) as pool,
-        tqdm(total=len(works), unit="timing", disable=not setting.progress) as bar,
+        setup.resources.replicas().pool(replica, replicas=1) as pool,
+        tqdm(total=len(tasks), unit="timing", disable=not setup.progress) as bar,
     ):
-        for work, seconds, facts in pool.run([*first, *works], groups):
-            if work.repeat >= 0:
-                yield work, seconds, facts
+        for task, seconds, facts in pool.run([*warm_up, *tasks], shards):
+            if task.repeat >= 0:
+                yield task, seconds, facts
                 bar.update()
 
 
 def in_batches(samples: Sequence[Sample], size: int) -> list[Batch]:
-    """Batches of so many samples of similar length, the last of what is left."""
+    """Batches of `size` samples of similar length; the last one may have fewer."""
     ordered = sorted(samples, key=lambda sample: (sample.length, sample.index))
     return [collate(ordered[start : start + size]) for start in range(0, len(ordered), size)]
 
 
-def _row(
-    work: Timing, spec: Table8Spec, batches: Sequence[Batch], once: float, drawn: float, facts: Facts
+def timing_row(
+    task: Timing, spec: Table8Spec, batches: Sequence[Batch], once: float, drawing: float, facts: Facts
 ) -> dict[str, Any]:
-    # Passes over one batch become passes over the set; one of them is done once, the others for every draw.
+    """The row of a timing.
+
+    Args:
+        once, drawing: seconds of what is done once, and of the timed draws.
+    """
+    # Passes over a batch become passes over the set. One of the forwards is done once, the others for every draw.
     forwards, backwards = facts.forwards / len(batches), facts.backwards / len(batches)
-    scale = spec.draws / work.draws if work.estimator == "monte-carlo" else 0.0
+    scale = spec.draws / task.draws if task.estimator == "monte-carlo" else 0.0
     return {
-        "repeat": work.repeat,
-        "estimator": work.estimator,
-        "batch_size": spec.batch_sizes[work.shard],
+        "repeat": task.repeat,
+        "estimator": task.estimator,
+        "batch_size": spec.batch_sizes[task.shard],
         "batch_tokens": max(batch.input_ids.numel() for batch in batches),
         "batches": len(batches),
         "samples": sum(len(batch) for batch in batches),
-        "seconds": once + drawn * scale,
-        "timed_seconds": once + drawn,
+        "seconds": once + drawing * scale,
+        "timed_seconds": once + drawing,
         "forwards": 1 + (forwards - 1) * scale if scale else forwards,
         "backwards": backwards,
     }
@@ -195,12 +189,12 @@ def _row(
 
 @dataclass(frozen=True)
 class BatchCost:
-    """An estimator at a batch size.
+    """The time of an estimator at a batch size.
 
     Attributes:
-        estimator, batch_size: which.
+        estimator, batch_size: the estimator and the number of samples in a batch.
         seconds: (repeats,), in the order of the repeats.
-        row: what all repeats have in common.
+        row: of the first repeat; the counts are the same in all.
     """
 
     estimator: str
@@ -208,50 +202,51 @@ class BatchCost:
     seconds: np.ndarray
     row: Mapping[str, Any]
 
+    @property
+    def mean_seconds(self) -> Estimate:
+        return geometric_mean(self.seconds)
+
+
+# By estimator and batch size.
+Costs = Mapping[tuple[str, int], BatchCost]
+
 
 def answer(timings: pa.Table, spec: Table8Spec) -> Answer:
     """From the rows of `measure`."""
-    costs: dict[tuple[str, int], BatchCost] = {
-        (estimator, size): _cost(timings, estimator, size) for estimator in ESTIMATORS for size in spec.batch_sizes
+    costs: Costs = {
+        (estimator, size): batch_cost(timings, estimator, size) for estimator in ESTIMATORS for size in spec.batch_sizes
     }
-    table = pa.Table.from_pylist([_line(each) for each in costs.values()])
-    panels = [_seconds(costs, spec), _relative(costs, spec)]
-    sentences = [_range(costs, spec), _passes(costs, spec), _markdown(costs, spec), _claim(costs, spec)]
+    table = pa.Table.from_pylist([_row(cost) for cost in costs.values()])
+    panels = [_seconds_by_size(costs, spec), _seconds_relative(costs, spec)]
+    sentences = [_headline(costs, spec), _passes(costs, spec), _table(costs, spec), _claim(costs, spec)]
     return Answer(table, panels, sentences, inches=(12.0, 5.0), tables={"table8-repeats": timings})
 
 
-def _cost(timings: pa.Table, estimator: str, size: int) -> BatchCost:
+def batch_cost(timings: pa.Table, estimator: str, size: int) -> BatchCost:
     rows = [row for row in timings.to_pylist() if (row["estimator"], row["batch_size"]) == (estimator, size)]
     rows.sort(key=lambda row: row["repeat"])
     return BatchCost(estimator, size, np.array([row["seconds"] for row in rows]), rows[0])
 
 
-def ratio(over: BatchCost, under: BatchCost) -> Estimate:
-    """Of times, repeat by repeat: what disturbs a repeat disturbs both."""
-    return geometric_mean(over.seconds / under.seconds)
+def time_ratio(cost: BatchCost, other: BatchCost) -> Estimate:
+    """How many times as long one takes as the other, repeat by repeat: a disturbance of a repeat concerns both."""
+    return geometric_mean(cost.seconds / other.seconds)
 
 
-def _line(each: BatchCost) -> dict[str, Any]:
-    shared = ("samples", "batches", "batch_tokens", "forwards", "backwards")
-    row: dict[str, Any] = {"estimator": each.estimator, "batch_size": each.batch_size}
-    return row | interval_columns("seconds", geometric_mean(each.seconds)) | {name: each.row[name] for name in shared}
+def _row(cost: BatchCost) -> dict[str, Any]:
+    counts = ("samples", "batches", "batch_tokens", "forwards", "backwards")
+    row: dict[str, Any] = {"estimator": cost.estimator, "batch_size": cost.batch_size}
+    return row | interval_columns("seconds", cost.mean_seconds) | {name: cost.row[name] for name in counts}
 
 
-Costs = Mapping[tuple[str, int], BatchCost]
-
-
-def _ends(costs: Costs, spec: Table8Spec, estimator: str) -> tuple[BatchCost, BatchCost]:
-    return costs[estimator, spec.batch_sizes[0]], costs[estimator, spec.batch_sizes[-1]]
-
-
-def _range(costs: Costs, spec: Table8Spec) -> str:
+def _headline(costs: Costs, spec: Table8Spec) -> str:
     parts = []
     for estimator in ESTIMATORS:
-        first, last = _ends(costs, spec, estimator)
+        smallest, largest = costs[estimator, spec.batch_sizes[0]], costs[estimator, spec.batch_sizes[-1]]
         parts.append(
             f"{estimator}{f' with K = {spec.draws}' if estimator == 'monte-carlo' else ''} takes "
-            f"{number_with_ci(geometric_mean(first.seconds))} s with {first.batch_size} in a batch and "
-            f"{number_with_ci(geometric_mean(last.seconds))} s with {last.batch_size}"
+            f"{number_with_ci(smallest.mean_seconds)} s with {smallest.batch_size} in a batch and "
+            f"{number_with_ci(largest.mean_seconds)} s with {largest.batch_size}"
         )
     scaled = (
         f" ({spec.timed_draws} draws are timed, the rest is in proportion)" if spec.timed_draws < spec.draws else ""
@@ -268,91 +263,91 @@ def _passes(costs: Costs, spec: Table8Spec) -> str:
     return (
         f"Passes over the set: {slow.row['forwards']:.0f} forwards by {slow.estimator}; {fast.row['forwards']:.0f} "
         f"forward and {fast.row['backwards']:.0f} backward by {fast.estimator}. With {slow.batch_size} samples in a "
-        f"batch the former takes {number_with_ci(ratio(slow, fast))} times as long."
+        f"batch the former takes {number_with_ci(time_ratio(slow, fast))} times as long."
     )
 
 
-def _markdown(costs: Costs, spec: Table8Spec) -> str:
+def _table(costs: Costs, spec: Table8Spec) -> str:
     head = ["samples in a batch", "padded tokens", *(f"{estimator}, s" for estimator in ESTIMATORS), "the paper, s"]
     rows = []
     for size in spec.batch_sizes:
-        each = [costs[estimator, size] for estimator in ESTIMATORS]
-        times = [number_with_ci(geometric_mean(cost.seconds)) for cost in each]
-        rows.append([str(size), str(each[0].row["batch_tokens"]), *times, str(PAPERS_SECONDS.get(size, ""))])
+        of_size = [costs[estimator, size] for estimator in ESTIMATORS]
+        seconds = [number_with_ci(cost.mean_seconds) for cost in of_size]
+        rows.append([str(size), str(of_size[0].row["batch_tokens"]), *seconds, str(PAPER_SECONDS.get(size, ""))])
     return markdown_table(head, rows)
 
 
 def _claim(costs: Costs, spec: Table8Spec) -> str:
-    """Over all sizes, and over those that the paper has too: small batches gain most."""
-    smallest, largest = min(PAPERS_SECONDS), max(PAPERS_SECONDS)
-    factor = PAPERS_SECONDS[smallest] / PAPERS_SECONDS[largest]
-    own = [costs["monte-carlo", size] for size in spec.batch_sizes]
-    shared = [each for each in own if each.batch_size in PAPERS_SECONDS]
-    parts = [_judged(own)]
-    if 1 < len(shared) < len(own):
-        parts.append(f"over the sizes that the paper has as well, it {_judged(shared)}")
+    """The verdict over all sizes, and over those that the paper has too, as small batches gain most."""
+    smallest, largest = min(PAPER_SECONDS), max(PAPER_SECONDS)
+    factor = PAPER_SECONDS[smallest] / PAPER_SECONDS[largest]
+    by_monte_carlo = [costs["monte-carlo", size] for size in spec.batch_sizes]
+    in_paper = [cost for cost in by_monte_carlo if cost.batch_size in PAPER_SECONDS]
+    parts = [_gain_verdict(by_monte_carlo)]
+    if 1 < len(in_paper) < len(by_monte_carlo):
+        parts.append(f"over the sizes that the paper has as well, it {_gain_verdict(in_paper)}")
     return (
         f"The claim that scoring takes less time with larger batches {'; '.join(parts)}. (The paper's factor from "
         f"{smallest} to {largest} is {factor:.2f}, on another machine with a larger model.)"
     )
 
 
-def _judged(costs: Sequence[BatchCost]) -> str:
-    first, last = costs[0], costs[-1]
-    gain = ratio(first, last)
+def _gain_verdict(costs: Sequence[BatchCost]) -> str:
+    smallest, largest = costs[0], costs[-1]
+    gain = time_ratio(smallest, largest)
     return (
-        f"{lies_within(gain, 1.0, np.inf)} here: Monte Carlo with {first.batch_size} in a batch takes "
-        f"{number_with_ci(gain)} times as long as with {last.batch_size}"
+        f"{range_verdict(gain, 1.0, np.inf)} here: Monte Carlo with {smallest.batch_size} in a batch takes "
+        f"{number_with_ci(gain)} times as long as with {largest.batch_size}"
     )
 
 
 # --- Panels -------------------------------------------------------------------------------------------------
 
-# The last is a shift to the side, as a factor: intervals shall not hide one another.
+# Colour, marker, and a factor that moves marks to the side, so that intervals do not hide one another.
 STYLES = {"monte-carlo": (BLUE, "o", 0.97), "gradient": (GREEN, "s", 1.03)}
 
 
-def _seconds(costs: Costs, spec: Table8Spec) -> Draw:
+def _seconds_by_size(costs: Costs, spec: Table8Spec) -> Draw:
     def draw(axes: Axes) -> None:
         for estimator, (colour, marker, shift) in STYLES.items():
-            found = [geometric_mean(costs[estimator, size].seconds) for size in spec.batch_sizes]
+            means = [costs[estimator, size].mean_seconds for size in spec.batch_sizes]
             label = f"{estimator}, K = {spec.draws}" if estimator == "monte-carlo" else estimator
-            _dots(axes, shift * np.array(spec.batch_sizes), found, colour, marker, label)
+            _line(axes, shift * np.array(spec.batch_sizes), means, colour, marker, label)
         axes.set_yscale("log")
         axes.set_ylabel("seconds for the set, 95 % CI of repeats")
         axes.set_title("Time by batch size")
-        _finish(axes, spec.batch_sizes)
+        _label_sizes(axes, spec.batch_sizes)
 
     return draw
 
 
-def _relative(costs: Costs, spec: Table8Spec) -> Draw:
+def _seconds_relative(costs: Costs, spec: Table8Spec) -> Draw:
     def draw(axes: Axes) -> None:
-        shared = next((size for size in spec.batch_sizes if size in PAPERS_SECONDS), None)
-        base = shared or spec.batch_sizes[0]
+        in_paper = next((size for size in spec.batch_sizes if size in PAPER_SECONDS), None)
+        base = in_paper or spec.batch_sizes[0]
         for estimator, (colour, marker, shift) in STYLES.items():
-            found = [ratio(costs[estimator, size], costs[estimator, base]) for size in spec.batch_sizes]
-            _dots(axes, shift * np.array(spec.batch_sizes), found, colour, marker, estimator)
+            ratios = [time_ratio(costs[estimator, size], costs[estimator, base]) for size in spec.batch_sizes]
+            _line(axes, shift * np.array(spec.batch_sizes), ratios, colour, marker, estimator)
         sizes = list(spec.batch_sizes)
-        if shared:
-            paper = [seconds / PAPERS_SECONDS[base] for seconds in PAPERS_SECONDS.values()]
-            axes.plot(list(PAPERS_SECONDS), paper, "--", color=MUTED, marker="D", markersize=5, label="the paper")
-            sizes = sorted({*sizes, *PAPERS_SECONDS})
+        if in_paper:
+            paper = [seconds / PAPER_SECONDS[base] for seconds in PAPER_SECONDS.values()]
+            axes.plot(list(PAPER_SECONDS), paper, "--", color=MUTED, marker="D", markersize=5, label="the paper")
+            sizes = sorted({*sizes, *PAPER_SECONDS})
         axes.axhline(1, color=MUTED, linewidth=1)
         axes.set_ylabel(f"time, that with {base} in a batch being 1")
         axes.set_ylim(bottom=0)
         axes.set_title("What a larger batch saves")
-        _finish(axes, sizes)
+        _label_sizes(axes, sizes)
 
     return draw
 
 
-def _dots(axes: Axes, x: np.ndarray, found: Sequence[Estimate], colour: str, marker: str, label: str) -> None:
-    axes.plot(x, [each.value for each in found], color=colour, marker=marker, markersize=7, label=label)
-    axes.vlines(x, [each.low for each in found], [each.high for each in found], color=colour, linewidth=2)
+def _line(axes: Axes, x: np.ndarray, estimates: Sequence[Estimate], colour: str, marker: str, label: str) -> None:
+    axes.plot(x, [e.value for e in estimates], color=colour, marker=marker, markersize=7, label=label)
+    axes.vlines(x, [e.low for e in estimates], [e.high for e in estimates], color=colour, linewidth=2)
 
 
-def _finish(axes: Axes, sizes: Sequence[int]) -> None:
+def _label_sizes(axes: Axes, sizes: Sequence[int]) -> None:
     axes.set_xscale("log", base=2)
     axes.set_xticks(sizes)
     axes.xaxis.set_major_formatter(ScalarFormatter())

@@ -1,4 +1,4 @@
-"""Table 9: what one round of an algorithm takes: an epoch over the forget set, without MRD."""
+"""Table 9: what one round of an algorithm takes. A round is an epoch over the forget set, without MRD."""
 
 from __future__ import annotations
 
@@ -10,29 +10,28 @@ import numpy as np
 import pyarrow as pa
 from matplotlib.axes import Axes
 
-from bench.experiments.experiment import Answer, Experiment, Setting
+from bench.experiments.experiment import Answer, Experiment, Setup
 from bench.experiments.shared import costs
-from bench.experiments.shared.arms import plus_minus, together
-from bench.experiments.shared.costs import COST, SECONDS, ForgetSet, Ratio, Spent
+from bench.experiments.shared.arms import UNIFORM, merged, plus_minus
+from bench.experiments.shared.costs import BACKWARD, COST, SECONDS, ForgetSet, Ratio, RunCost
 from bench.experiments.shared.verdicts import CONTRADICTED, HOLDS, UNKNOWN
 from bench.files.status import FINISHED
 from bench.jobs.sweep_tables import as_table
-from bench.report.figures import BLUE, VERMILLION, Draw
+from bench.report.figures import BLUE, VERMILLION, Draw, error_bars
+from bench.report.words import interval_columns
 from bench.stats.estimates import Estimate, over_seeds
 from scoring.errors import UserError
 
-# Seconds of the paper, in its order, which is the claim.
+# Seconds of a round in the paper. The claim is their order.
 PAPER = {"GA": 100.0, "GradDiff": 123.0, "NPO": 128.0, "PO": 143.0}
-FIRST = next(iter(PAPER))
 # Epochs that are not counted where there are more: memory is touched for the first time.
 WARM_UP = 1
 
 
-def run(setting: Setting) -> Answer:
-    found = costs.timed(setting)
-    trials, epochs = (together([getattr(sweep, name) for sweep in found]) for name in ("trials", "epochs"))
-    base = next(values["base"] for key, values in setting.values.items() if key.startswith("sweep"))
-    return answer(trials, epochs, ForgetSet.of(base))
+def run(setup: Setup) -> Answer:
+    sweeps = costs.timed_sweeps(setup)
+    trials, epochs = merged([sweep.trials for sweep in sweeps]), merged([sweep.epochs for sweep in sweeps])
+    return answer(trials, epochs, ForgetSet.of(setup.values[setup.sweep_keys()[0]]["base"]))
 
 
 def answer(trials: pa.Table, epochs: pa.Table, forget: ForgetSet) -> Answer:
@@ -41,105 +40,114 @@ def answer(trials: pa.Table, epochs: pa.Table, forget: ForgetSet) -> Answer:
     Args:
         epochs: one row an epoch of a trial; row 0 is the initial model.
     """
-    found = rounds(trials, epochs, forget)
-    order = [name for name in PAPER if any(each.algorithm == name for each in found)]
+    rounds = rounds_of(trials, epochs, forget)
+    order = [name for name in PAPER if any(run.algorithm == name for run in rounds)]
     if len(order) < 2:
         raise UserError(
             f"rounds of {', '.join(order) or 'no algorithm'}: expected two of {', '.join(PAPER)} to compare"
         )
     to_first = {
-        measure: compared(found, measure, [(name, order[0]) for name in order[1:]]) for measure in (COST, SECONDS)
+        measure: ratios_by_seed(rounds, measure, [(name, order[0]) for name in order[1:]])
+        for measure in (COST, SECONDS)
     }
-    steps = {measure: compared(found, measure, [(b, a) for a, b in pairwise(order)]) for measure in (COST, SECONDS)}
+    to_previous = {
+        measure: ratios_by_seed(rounds, measure, [(later, earlier) for earlier, later in pairwise(order)])
+        for measure in (COST, SECONDS)
+    }
     passes = passes_of(trials, epochs)
     sentences = [
-        _markdown(found, order, passes, to_first),
-        _ratios(steps, "Each algorithm over the one that the paper has before it, paired by seed"),
-        _claim(steps, order),
+        _table(rounds, order, passes, to_first),
+        _ratios_to_previous(to_previous),
+        _claim(to_previous, order),
     ]
     panels: list[Draw] = [
-        _measured(found, order, COST, "cost of a round, forwards of the forget set"),
-        _measured(found, order, SECONDS, "seconds of a round"),
+        _means(rounds, order, COST, "cost of a round, forwards of the forget set"),
+        _means(rounds, order, SECONDS, "seconds of a round"),
     ]
-    return Answer(as_table(_rows(found, order, passes, to_first)), panels, sentences, inches=(12.0, 4.2))
+    return Answer(as_table(_rows(rounds, order, passes, to_first)), panels, sentences, inches=(12.0, 4.2))
 
 
-def rounds(trials: pa.Table, epochs: pa.Table, forget: ForgetSet) -> list[Spent]:
-    """Means over the epochs of each trial, but those of the warm-up."""
+def rounds_of(trials: pa.Table, epochs: pa.Table, forget: ForgetSet) -> list[RunCost]:
+    """The mean cost of an epoch of each trial, without the warm-up."""
     return [
-        costs.Spent(
+        RunCost(
             trial["algorithm"],
-            "uniform",
+            UNIFORM,
             trial["seed"],
-            change["tokens"] * (1 + costs.BACKWARD) / forget.tokens,
+            change["tokens"] * (1 + BACKWARD) / forget.tokens,
             0.0,
             change["seconds_training"],
             0.0,
             change["step"],
         )
-        for trial, change in _changes(trials, epochs)
+        for trial, change in _changes_by_epoch(trials, epochs)
     ]
 
 
 def passes_of(trials: pa.Table, epochs: pa.Table) -> dict[str, tuple[float, float, float]]:
     """Algorithm -> forwards and backwards over micro-batches, and tokens, of a round; means over seeds."""
-    found: dict[str, list[tuple[float, ...]]] = {}
-    for trial, change in _changes(trials, epochs):
-        own = tuple(change[name] for name in ("forwards_training", "backwards_training", "tokens"))
-        found.setdefault(trial["algorithm"], []).append(own)
-    return {name: tuple(np.mean(own, axis=0).tolist()) for name, own in found.items()}  # type: ignore[misc]
+    counts: dict[str, list[tuple[float, ...]]] = {}
+    for trial, change in _changes_by_epoch(trials, epochs):
+        count = tuple(change[name] for name in ("forwards_training", "backwards_training", "tokens"))
+        counts.setdefault(trial["algorithm"], []).append(count)
+    return {name: tuple(np.mean(seeds, axis=0).tolist()) for name, seeds in counts.items()}
 
 
-def _changes(trials: pa.Table, epochs: pa.Table) -> list[tuple[dict[str, Any], dict[str, float]]]:
-    """Finished trials, each with what an epoch adds to what is counted up, on average."""
-    by_trial: dict[str, list[dict[str, Any]]] = {}
+def _changes_by_epoch(trials: pa.Table, epochs: pa.Table) -> list[tuple[dict[str, Any], dict[str, float]]]:
+    """Finished trials, each with how much an epoch adds, on average, to the columns that count up."""
+    epochs_of: dict[str, list[dict[str, Any]]] = {}
     for row in epochs.to_pylist():
-        by_trial.setdefault(row["trial"], []).append(row)
-    found = []
+        epochs_of.setdefault(row["trial"], []).append(row)
+    changes = []
     for trial in trials.to_pylist():
         if trial["status"] == FINISHED:
-            own = sorted(by_trial[trial["trial"]], key=lambda row: row["epoch"])
-            start, end = own[min(WARM_UP, len(own) - 2)], own[-1]
+            rows = sorted(epochs_of[trial["trial"]], key=lambda row: row["epoch"])
+            start, end = rows[min(WARM_UP, len(rows) - 2)], rows[-1]
             count = end["epoch"] - start["epoch"]
             names = ("tokens", "seconds_training", "forwards_training", "backwards_training", "step")
-            found.append((trial, {name: (end[name] - start[name]) / count for name in names}))
-    return found
+            changes.append((trial, {name: (end[name] - start[name]) / count for name in names}))
+    return changes
 
 
-def compared(found: Sequence[Spent], measure: str, pairs: Sequence[tuple[str, str]]) -> list[Ratio]:
-    """What the first of each pair takes over the second, by seed."""
-    by_seed = {(each.algorithm, each.seed): each.of(measure) for each in found}
-    seeds = sorted({each.seed for each in found})
+def ratios_by_seed(rounds: Sequence[RunCost], measure: str, pairs: Sequence[tuple[str, str]]) -> list[Ratio]:
+    """How many times as much the first algorithm of each pair takes as the second, by seed."""
+    amounts = {(run.algorithm, run.seed): run.amount(measure) for run in rounds}
+    seeds = sorted({run.seed for run in rounds})
     return costs.ratios(
         measure,
         {
-            f"{more} / {less}": [
-                (by_seed[more, seed], by_seed[less, seed])
+            f"{first} / {second}": [
+                (amounts[first, seed], amounts[second, seed])
                 for seed in seeds
-                if (more, seed) in by_seed and (less, seed) in by_seed
+                if (first, seed) in amounts and (second, seed) in amounts
             ]
-            for more, less in pairs
+            for first, second in pairs
         },
     )
 
 
-def cost_verdict(steps: Sequence[Ratio]) -> str:
+def cost_verdict(to_previous: Sequence[Ratio]) -> str:
     """Whether each algorithm takes more than the one before it."""
-    exact = [ratio for ratio in steps if ratio.value.low == ratio.value.high == 1]
-    if exact or any(ratio.sign < 0 for ratio in steps):
+    if any(ratio.sign < 0 or _is_one(ratio) for ratio in to_previous):
         return CONTRADICTED
-    return HOLDS if all(ratio.sign > 0 for ratio in steps) else UNKNOWN
+    return HOLDS if all(ratio.sign > 0 for ratio in to_previous) else UNKNOWN
+
+
+def _is_one(ratio: Ratio) -> bool:
+    """Whether both take the same for certain."""
+    return ratio.value.low == ratio.value.high == 1
 
 
 # --- Words, rows, pictures ----------------------------------------------------------------------------------
 
 
-def _of(found: Sequence[Spent], algorithm: str, measure: str) -> list[float]:
-    return [each.of(measure) for each in found if each.algorithm == algorithm]
+def _amounts(rounds: Sequence[RunCost], algorithm: str, measure: str) -> list[float]:
+    """One for each seed."""
+    return [run.amount(measure) for run in rounds if run.algorithm == algorithm]
 
 
-def _markdown(
-    found: Sequence[Spent],
+def _table(
+    rounds: Sequence[RunCost],
     order: Sequence[str],
     passes: Mapping[str, tuple[float, float, float]],
     to_first: Mapping[str, Sequence[Ratio]],
@@ -151,27 +159,36 @@ def _markdown(
     lines = [head, "|---" * 9 + "|"]
     for number, name in enumerate(order):
         forwards, backwards, tokens = passes[name]
-        over = [costs.times(to_first[measure][number - 1].value) if number else "1" for measure in (COST, SECONDS)]
-        lines.append(
-            f"| {name} | {forwards:g} | {backwards:g} | {tokens:.0f} | {plus_minus(_of(found, name, COST), 2)} | "
-            f"{plus_minus(_of(found, name, SECONDS))} | {over[0]} | {over[1]} | {PAPER[name] / PAPER[order[0]]:.2f} |"
+        cost_ratio, seconds_ratio = (
+            costs.times_with_ci(to_first[measure][number - 1].value) if number else "1" for measure in (COST, SECONDS)
         )
-    seeds = len({each.seed for each in found})
+        cells = [
+            name,
+            f"{forwards:g}",
+            f"{backwards:g}",
+            f"{tokens:.0f}",
+            plus_minus(_amounts(rounds, name, COST), 2),
+            plus_minus(_amounts(rounds, name, SECONDS)),
+            cost_ratio,
+            seconds_ratio,
+            f"{PAPER[name] / PAPER[order[0]]:.2f}",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    seeds = len({run.seed for run in rounds})
     return (
         f"One round, means over {seeds} seeds ± half the 95 % t interval; forwards and backwards are over "
-        f"micro-batches, cost is in forwards of the forget set, a backward counting {costs.BACKWARD}:\n\n"
-        + "\n".join(lines)
+        f"micro-batches, cost is in forwards of the forget set, a backward counting {BACKWARD}:\n\n" + "\n".join(lines)
     )
 
 
-def _ratios(steps: Mapping[str, Sequence[Ratio]], what: str) -> str:
-    parts = [f"{measure}: {', '.join(ratio.text() for ratio in own)}" for measure, own in steps.items()]
-    return f"{what}; {'; '.join(parts)}."
+def _ratios_to_previous(to_previous: Mapping[str, Sequence[Ratio]]) -> str:
+    parts = [f"{measure}: {', '.join(ratio.text() for ratio in ratios)}" for measure, ratios in to_previous.items()]
+    return f"Each algorithm over the one that the paper has before it, paired by seed; {'; '.join(parts)}."
 
 
-def _claim(steps: Mapping[str, Sequence[Ratio]], order: Sequence[str]) -> str:
-    by_cost, by_seconds = (cost_verdict(steps[measure]) for measure in (COST, SECONDS))
-    against = [ratio.text() for ratio in steps[COST] if ratio.sign < 0 or ratio.value.low == ratio.value.high == 1]
+def _claim(to_previous: Mapping[str, Sequence[Ratio]], order: Sequence[str]) -> str:
+    by_cost, by_seconds = (cost_verdict(to_previous[measure]) for measure in (COST, SECONDS))
+    against = [ratio.text() for ratio in to_previous[COST] if ratio.sign < 0 or _is_one(ratio)]
     why = f" ({', '.join(against)})" if against else ""
     reference = (
         " NPO's initial model is asked once before the first round, and not in every update."
@@ -185,7 +202,7 @@ def _claim(steps: Mapping[str, Sequence[Ratio]], order: Sequence[str]) -> str:
 
 
 def _rows(
-    found: Sequence[Spent],
+    rounds: Sequence[RunCost],
     order: Sequence[str],
     passes: Mapping[str, tuple[float, float, float]],
     to_first: Mapping[str, Sequence[Ratio]],
@@ -193,31 +210,25 @@ def _rows(
     one = Estimate(1.0, 1.0, 1.0)
     rows = []
     for number, name in enumerate(order):
-        row: dict[str, Any] = {"algorithm": name, "seeds": len(_of(found, name, COST))}
+        row: dict[str, Any] = {"algorithm": name, "seeds": len(_amounts(rounds, name, COST))}
         row |= dict(zip(("forwards", "backwards", "tokens"), passes[name], strict=True))
         for measure in (COST, SECONDS):
-            mean = over_seeds(_of(found, name, measure))
-            ratio = to_first[measure][number - 1].value if number else one
-            row |= {measure: mean.value, f"{measure}_low": mean.low, f"{measure}_high": mean.high}
-            row |= {
-                f"{measure}_ratio": ratio.value,
-                f"{measure}_ratio_low": ratio.low,
-                f"{measure}_ratio_high": ratio.high,
-            }
+            row |= interval_columns(measure, over_seeds(_amounts(rounds, name, measure)))
+            row |= interval_columns(f"{measure}_ratio", to_first[measure][number - 1].value if number else one)
         rows.append(row | {"paper_seconds": PAPER[name]})
     return rows
 
 
-def _measured(found: Sequence[Spent], order: Sequence[str], measure: str, title: str) -> Draw:
-    """Of every algorithm, mean and 95 % interval; the paper's seconds, scaled to the first, beside it."""
+def _means(rounds: Sequence[RunCost], order: Sequence[str], measure: str, title: str) -> Draw:
+    """The mean of every algorithm with its 95 % interval, beside the paper's seconds, scaled to the first."""
 
     def draw(axes: Axes) -> None:
-        means = [over_seeds(_of(found, name, measure)) for name in order]
+        means = [over_seeds(_amounts(rounds, name, measure)) for name in order]
         y = -np.arange(len(order), dtype=float)
         axes.errorbar(
             [mean.value for mean in means],
             y,
-            xerr=costs.bars(means),
+            xerr=error_bars(means),
             fmt="o",
             color=BLUE,
             capsize=4,

@@ -22,29 +22,28 @@ from scoring.errors import UserError
 Row = Mapping[str, Any]
 UNIFORM, EASY_FIRST, HARD_FIRST = "uniform", "MRD", "1/MRD"
 ARMS = {0.0: UNIFORM, 1.0: EASY_FIRST, -1.0: HARD_FIRST}
-# Of all algorithms together.
-ALL = "average"
+ALL = "average"  # stands for an algorithm where all of them are averaged
 # Metrics that sum up one side of a table, and so decide; where a side has none, all of its metrics do.
 AVERAGES = {"uc_average": "UC", "ut_average": "UT", "wmdp_average": "WMDP accuracy", "mmlu": "MMLU accuracy"}
 COLOURS = {UNIFORM: MUTED, EASY_FIRST: BLUE, HARD_FIRST: VERMILLION}
 MARKERS = {UNIFORM: "o", EASY_FIRST: "s", HARD_FIRST: "^"}
 
 
-def method(algorithm: str, arm: str) -> str:
-    """As the paper names it."""
+def method_name(algorithm: str, arm: str) -> str:
+    """An algorithm with an arm, as the paper names it."""
     if arm == UNIFORM:
         return algorithm
     return "CGA" if (algorithm, arm) == ("SGA", EASY_FIRST) else f"{algorithm} + {arm}"
 
 
-def label(metric: str) -> str:
-    """A metric's name with an arrow to what is better."""
-    own = METRICS[metric]
-    return f"{AVERAGES.get(metric, own.title)} {'↑' if own.higher_is_better else '↓'}"
+def metric_label(name: str) -> str:
+    """A metric's title with an arrow to the better side."""
+    metric = METRICS[name]
+    return f"{AVERAGES.get(name, metric.title)} {'↑' if metric.higher_is_better else '↓'}"
 
 
 def digits(metric: str) -> int:
-    """Of shares 3, of perplexities 2."""
+    """How many digits follow the point: 3 of shares, 2 of perplexities."""
     return 2 if metric == "perplexity" else 3
 
 
@@ -53,26 +52,27 @@ class Columns:
     """The metrics of a table, in its order.
 
     Attributes:
-        completeness, utility: its two sides.
+        completeness, utility: the two sides of the table.
     """
 
     completeness: tuple[str, ...]
     utility: tuple[str, ...]
 
     @classmethod
-    def of(cls, task: str, trials: pa.Table) -> Columns:
-        """Those of the paper's table of a task that were measured.
+    def of(cls, task_name: str, trials: pa.Table) -> Columns:
+        """The metrics of the paper's table of a task that were measured.
 
         Raises:
-            UserError: none was of one of the sides.
+            UserError: no metric of one of the sides was measured.
         """
-        own = find_task(task)[0]
-        there = {name for name in trials.column_names if trials[name].null_count < trials.num_rows}
-        found = cls(*(tuple(name for name in side if name in there) for side in (own.completeness, own.utility)))
-        if not (found.completeness and found.utility):
-            wanted = " and one of ".join(", ".join(side) for side in (own.completeness, own.utility))
-            raise UserError(f"the trials lack metrics: expected one of {wanted} under evaluate")
-        return found
+        task = find_task(task_name)[0]
+        measured = {name for name in trials.column_names if trials[name].null_count < trials.num_rows}
+        sides = (task.completeness, task.utility)
+        columns = cls(*(tuple(name for name in side if name in measured) for side in sides))
+        if not (columns.completeness and columns.utility):
+            expected = " and one of ".join(", ".join(side) for side in sides)
+            raise UserError(f"the trials lack metrics: expected one of {expected} under evaluate")
+        return columns
 
     @property
     def all(self) -> tuple[str, ...]:
@@ -80,19 +80,19 @@ class Columns:
 
     @property
     def judged(self) -> tuple[str, ...]:
-        """Those that decide."""
+        """The metrics that decide whether a claim holds."""
         return tuple(
             name
             for side in (self.completeness, self.utility)
-            for name in (tuple(each for each in side if each in AVERAGES) or side)
+            for name in (tuple(metric for metric in side if metric in AVERAGES) or side)
         )
 
     def side(self, metric: str) -> str:
         return "completeness" if metric in self.completeness else "utility"
 
 
-def together(tables: Sequence[pa.Table]) -> pa.Table:
-    """Trials, or their epochs, of several sweeps, which may have different columns; what is in two of them, once."""
+def merged(tables: Sequence[pa.Table]) -> pa.Table:
+    """Trials, or their epochs, of several sweeps, which may have different columns; a row that two have comes once."""
     rows = {(row["trial"], row.get("epoch")): row for table in tables for row in table.to_pylist()}
     return as_table(list(rows.values()))
 
@@ -103,7 +103,7 @@ def arm_of_alpha(row: Row) -> str:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one trial ended with.
+    """The metrics at the end of one trial.
 
     Attributes:
         algorithm, arm, seed: of the trial.
@@ -116,38 +116,39 @@ class Outcome:
     values: Mapping[str, float]
 
 
-def outcomes(
+def finished_outcomes(
     trials: pa.Table, metrics: Sequence[str], arm_of: Callable[[Row], str] = arm_of_alpha
 ) -> tuple[list[Outcome], str | None]:
-    """Of the trials that finished; and a sentence about those that did not, None if all did."""
+    """The outcomes of the trials that finished; and a sentence about those that did not, None if all did."""
     rows = trials.to_pylist()
-    done = [row for row in rows if row["status"] == FINISHED]
-    found = [
+    finished = [row for row in rows if row["status"] == FINISHED]
+    outcomes = [
         Outcome(
             row["algorithm"],
             arm_of(row),
             row["seed"],
             {name: row[name] for name in metrics if row.get(name) is not None},
         )
-        for row in done
+        for row in finished
     ]
-    if len(done) == len(rows):
-        return found, None
-    why = sorted({f"{row['algorithm']}: {row['reason'] or row['status']}" for row in rows if row not in done})
-    return found, f"{len(rows) - len(done)} of {len(rows)} trials did not finish and are left out ({'; '.join(why)})."
+    if len(finished) == len(rows):
+        return outcomes, None
+    lost = len(rows) - len(finished)
+    reasons = sorted({f"{row['algorithm']}: {row['reason'] or row['status']}" for row in rows if row not in finished})
+    return outcomes, f"{lost} of {len(rows)} trials did not finish and are left out ({'; '.join(reasons)})."
 
 
 @dataclass(frozen=True)
 class Contrast:
-    """Two arms of an algorithm, seed by seed.
+    """The difference between two arms of an algorithm, seed by seed.
 
     Attributes:
         algorithm: or ALL.
-        arm, against: which are compared.
+        arm, against: the difference is arm - against.
         metric: of the difference.
-        difference: arm - against, mean over seeds, with the interval of this difference alone.
+        difference: mean over seeds, with the interval of this difference alone.
         p: two-sided, of no difference.
-        corrected: the same for the number of comparisons that were made together.
+        corrected: p, corrected for the number of comparisons that were made together.
         pairs: seeds that both arms have.
     """
 
@@ -167,50 +168,50 @@ class Contrast:
             return 0
         return 1 if (self.difference.value > 0) == METRICS[self.metric].higher_is_better else -1
 
-    @property
-    def better_alone(self) -> int:
-        """The same without the correction: what the interval of the difference says."""
-        return self.difference.sign * (1 if METRICS[self.metric].higher_is_better else -1)
-
     def text(self) -> str:
         places = digits(self.metric)
         if self.pairs > 1 and math.isfinite(self.difference.value) and not math.isfinite(self.difference.low):
-            return f"{label(self.metric)} {decimal(self.difference.value, places)} [the same in every seed]"
-        return f"{label(self.metric)} {with_ci(self.difference, places)}"
+            return f"{metric_label(self.metric)} {decimal(self.difference.value, places)} [the same in every seed]"
+        return f"{metric_label(self.metric)} {with_ci(self.difference, places)}"
 
 
 def contrasts(
-    found: Sequence[Outcome], metrics: Sequence[str], arm: str, against: str, average: bool = False
+    outcomes: Sequence[Outcome], metrics: Sequence[str], arm: str, against: str, average: bool = False
 ) -> list[Contrast]:
-    """Every algorithm that has both arms, on every metric; corrected for their number together.
+    """The contrasts of every algorithm that has both arms, on every metric; corrected for their number together.
 
     Args:
         average: the mean over the algorithms instead, on the seeds that all of them have.
     """
-    by_algorithm: dict[str, dict[str, dict[int, float]]] = {}
-    for algorithm in dict.fromkeys(outcome.algorithm for outcome in found):
-        own = {metric: _differences(found, algorithm, metric, arm, against) for metric in metrics}
-        if any(own.values()):
-            by_algorithm[algorithm] = own
-    if average and by_algorithm:
-        by_algorithm = {ALL: {metric: _averaged([own[metric] for own in by_algorithm.values()]) for metric in metrics}}
+    # algorithm -> metric -> seed -> difference
+    differences: dict[str, dict[str, dict[int, float]]] = {}
+    for algorithm in dict.fromkeys(outcome.algorithm for outcome in outcomes):
+        by_metric = {metric: _differences(outcomes, algorithm, metric, arm, against) for metric in metrics}
+        if any(by_metric.values()):
+            differences[algorithm] = by_metric
+    if average and differences:
+        differences = {
+            ALL: {metric: _averaged([by_metric[metric] for by_metric in differences.values()]) for metric in metrics}
+        }
     cells = [
-        (algorithm, metric, list(own[metric].values())) for algorithm, own in by_algorithm.items() for metric in metrics
+        (algorithm, metric, list(by_metric[metric].values()))
+        for algorithm, by_metric in differences.items()
+        for metric in metrics
     ]
-    estimates = [t_test(values) for *_, values in cells]
-    corrected = holm([p for _, p in estimates])
+    tests = [t_test(values) for *_, values in cells]
+    corrected = holm([p for _, p in tests])
     return [
-        Contrast(algorithm, arm, against, metric, estimate, p, holm_p, len(values))
-        for (algorithm, metric, values), (estimate, p), holm_p in zip(cells, estimates, corrected, strict=True)
+        Contrast(algorithm, arm, against, metric, difference, p, corrected_p, len(values))
+        for (algorithm, metric, values), (difference, p), corrected_p in zip(cells, tests, corrected, strict=True)
     ]
 
 
-def _differences(found: Sequence[Outcome], algorithm: str, metric: str, arm: str, against: str) -> dict[int, float]:
+def _differences(outcomes: Sequence[Outcome], algorithm: str, metric: str, arm: str, against: str) -> dict[int, float]:
     """Seed -> arm - against."""
     values = {
         which: {
             outcome.seed: outcome.values[metric]
-            for outcome in found
+            for outcome in outcomes
             if (outcome.algorithm, outcome.arm) == (algorithm, which) and metric in outcome.values
         }
         for which in (arm, against)
@@ -219,43 +220,38 @@ def _differences(found: Sequence[Outcome], algorithm: str, metric: str, arm: str
 
 
 def _averaged(differences: Sequence[Mapping[int, float]]) -> dict[int, float]:
-    shared = set.intersection(*(set(own) for own in differences))
-    return {seed: float(np.mean([own[seed] for own in differences])) for seed in sorted(shared)}
+    """Seed -> mean over the algorithms, for the seeds that all have."""
+    shared_seeds = set.intersection(*(set(by_seed) for by_seed in differences))
+    return {seed: float(np.mean([by_seed[seed] for by_seed in differences])) for seed in sorted(shared_seeds)}
 
 
-def methods(found: Sequence[Outcome]) -> list[tuple[str, str]]:
-    """Algorithms and their arms, in the order in which they come, arms of an algorithm together."""
-    algorithms = list(dict.fromkeys(outcome.algorithm for outcome in found))
-    arms = list(dict.fromkeys(outcome.arm for outcome in found))
-    there = {(outcome.algorithm, outcome.arm) for outcome in found}
-    return [(algorithm, arm) for algorithm in algorithms for arm in arms if (algorithm, arm) in there]
+def methods_of(outcomes: Sequence[Outcome]) -> list[tuple[str, str]]:
+    """Algorithms and their arms, in the order in which they appear, the arms of an algorithm together."""
+    algorithms = list(dict.fromkeys(outcome.algorithm for outcome in outcomes))
+    arms = list(dict.fromkeys(outcome.arm for outcome in outcomes))
+    present = {(outcome.algorithm, outcome.arm) for outcome in outcomes}
+    return [(algorithm, arm) for algorithm in algorithms for arm in arms if (algorithm, arm) in present]
 
 
-def values_of(found: Sequence[Outcome], algorithm: str, arm: str, metric: str) -> list[float]:
-    """One for each seed."""
+def values_of(outcomes: Sequence[Outcome], algorithm: str, arm: str, metric: str) -> list[float]:
+    """The values of a metric, one for each seed."""
     return [
         outcome.values[metric]
-        for outcome in found
+        for outcome in outcomes
         if (outcome.algorithm, outcome.arm) == (algorithm, arm) and metric in outcome.values
     ]
 
 
 def plus_minus(values: Sequence[float], places: int = 3) -> str:
-    """0.812 ± 0.013: the mean and half its interval."""
+    """The mean and half its interval: "0.812 ± 0.013"."""
     mean = over_seeds(values)
     half = f" ± {decimal(mean.high - mean.value, places)}" if math.isfinite(mean.high) else ""
     return decimal(mean.value, places) + half
 
 
-def grouped(single: Sequence[Contrast]) -> dict[str, list[Contrast]]:
-    """By algorithm."""
-    found: dict[str, list[Contrast]] = {}
+def by_algorithm(single: Sequence[Contrast]) -> dict[str, list[Contrast]]:
+    """The contrasts of each algorithm."""
+    groups: dict[str, list[Contrast]] = {}
     for contrast in single:
-        found.setdefault(contrast.algorithm, []).append(contrast)
-    return found
-
-
-def bars(estimates: Sequence[Estimate]) -> np.ndarray:
-    """Lengths of error bars, (2, n); 0 where there is no interval."""
-    arms = np.array([[e.value - e.low for e in estimates], [e.high - e.value for e in estimates]])
-    return np.nan_to_num(np.clip(arms, 0, None))
+        groups.setdefault(contrast.algorithm, []).append(contrast)
+    return groups

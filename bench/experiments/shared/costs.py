@@ -1,8 +1,8 @@
-"""What unlearning costs: what goes through the model, counted exactly, and seconds, as the machine has them.
+"""What unlearning costs: passes through the model, counted exactly, and seconds on this machine.
 
 The unit of cost is one forward of the whole forget set: tokens through the model, padding not counted, over those of
-the forget set. A backward counts two, as it multiplies matrices twice where a forward does so once. Trials run alone,
-one at a time: seconds beside another trial would say more about the neighbour.
+the forget set. A backward counts two, as it multiplies matrices twice where a forward does so once. Trials run one at
+a time: seconds beside another trial would say more about the neighbour.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 
-from bench.experiments.experiment import Setting
-from bench.experiments.shared.arms import Row, bars
+from bench.experiments.experiment import Setup
+from bench.experiments.shared.arms import Row
 from bench.jobs.sweep_tables import SweepResult
 from bench.jobs.unlearn import UnlearnSpec, corpus_of, datasets_of
 from bench.models.find import find_model
-from bench.report.figures import BLUE, GREEN, INK, MUTED, ORANGE, VERMILLION, Draw
+from bench.report.figures import BLUE, GREEN, INK, MUTED, ORANGE, VERMILLION, Draw, error_bars
 from bench.report.words import decimal, interval
-from bench.stats.estimates import LEVEL, Estimate, holm, over_seeds, t_test
+from bench.stats.estimates import LEVEL, ROUNDING, Estimate, exponential, holm, t_test
 from scoring.samples import make_batches
 from scoring.settings import build
 
@@ -31,19 +31,20 @@ BACKWARD = 2  # forwards that a backward costs
 COST, SECONDS, UPDATES = "cost", "seconds", "updates"
 
 
-def timed(setting: Setting) -> list[SweepResult]:
-    """Of every key of the spec that begins with "sweep", in order, one trial at a time.
+def timed_sweeps(setup: Setup) -> list[SweepResult]:
+    """Every sweep of the spec file, one trial at a time.
 
-    Trials are kept apart from those of other experiments: these may have run side by side, and be found by their hash.
+    Trials are kept apart from those of other experiments, which may have run side by side: a trial that is known by
+    its hash is not run again.
     """
-    alone = dataclasses.replace(setting, trials=setting.work / "trials")
-    resources = dataclasses.replace(setting.resources, concurrent=1)
-    return [alone.sweep(key, resources) for key in setting.values if key.startswith("sweep")]
+    alone = dataclasses.replace(setup, trials=setup.work / "trials")
+    resources = dataclasses.replace(setup.resources, concurrent=1)
+    return [alone.sweep(key, resources) for key in setup.sweep_keys()]
 
 
 @dataclass(frozen=True)
 class ForgetSet:
-    """What is forgotten, as it goes through the model.
+    """The size of a forget set, as it goes through the model.
 
     Attributes:
         tokens: of all samples, padding not counted.
@@ -55,7 +56,7 @@ class ForgetSet:
 
     @classmethod
     def of(cls, base: Mapping[str, Any]) -> ForgetSet:
-        """Of the fields that all runs share."""
+        """The forget set of runs that have the settings `base` in common."""
         spec = build(UnlearnSpec, {"algorithm": "GA", **base}).checked()
         model = find_model(spec.model)
         forget, retain = datasets_of(spec, model.tokenizer)
@@ -64,15 +65,15 @@ class ForgetSet:
 
 
 @dataclass(frozen=True)
-class Spent:
-    """What a run, or a part of it, took.
+class RunCost:
+    """The cost of a run, or of a part of it.
 
     Attributes:
         algorithm, arm, seed: of the run.
         training, mrd: cost of the updates and of measuring MRD, in forwards of the forget set.
-        seconds_training, seconds_mrd: the same on the clock.
+        seconds_training, seconds_mrd: the same in seconds.
         updates: how many.
-        reached: every sample was found forgotten.
+        reached: in the end every sample was forgotten.
     """
 
     algorithm: str
@@ -93,14 +94,15 @@ class Spent:
     def seconds(self) -> float:
         return self.seconds_training + self.seconds_mrd
 
-    def of(self, measure: str) -> float:
+    def amount(self, measure: str) -> float:
+        """The value of COST, SECONDS, UPDATES, or of an attribute."""
         return float(getattr(self, measure))
 
 
-def spent(row: Row, arm: str, forget: ForgetSet) -> Spent:
-    """Of a trial as a whole."""
+def run_cost(row: Row, arm: str, forget: ForgetSet) -> RunCost:
+    """The cost of a whole trial, from its row."""
     passes = row["forwards_mrd"] + BACKWARD * row["backwards_mrd"]
-    return Spent(
+    return RunCost(
         row["algorithm"],
         arm,
         row["seed"],
@@ -119,15 +121,15 @@ def spent(row: Row, arm: str, forget: ForgetSet) -> Spent:
 
 @dataclass(frozen=True)
 class Ratio:
-    """How many times as much one takes as another, seed by seed.
+    """How many times as much one run takes as another, seed by seed.
 
     Attributes:
         measure: COST, SECONDS or UPDATES.
-        name: of what is compared.
+        name: names the comparison.
         value: geometric mean of the ratios with its interval.
         p: two-sided, of a ratio of 1.
-        corrected: the same for the number of comparisons that were made together.
-        pairs: seeds.
+        corrected: p, corrected for the number of comparisons that were made together.
+        pairs: seeds that both runs have.
     """
 
     measure: str
@@ -139,39 +141,38 @@ class Ratio:
 
     @property
     def sign(self) -> int:
-        """+1 if it takes more, -1 if less, 0 if that cannot be told."""
+        """+1 if it takes more, -1 if less, 0 if that cannot be told after the correction."""
         if not self.corrected < 1 - LEVEL:
             return 0
         return 1 if self.value.value > 1 else -1
 
     def text(self) -> str:
-        return f"{self.name} {times(self.value)}"
+        return f"{self.name} {times_with_ci(self.value)}"
 
 
 def ratios(measure: str, pairs: Mapping[str, Sequence[tuple[float, float]]]) -> list[Ratio]:
     """The geometric mean ratio of each list of pairs, with its t interval on the log scale; corrected together.
 
     Args:
-        pairs: name -> (what it takes, what the other takes) for each seed, greater than 0. A count that has the same
-            ratio in every seed, of two or more, has it for certain.
+        pairs: name -> (amount of one run, amount of the other) for each seed, greater than 0. A count that has the
+            same ratio in every seed, of two or more, has it for certain.
     """
-    found = []
-    for name, own in pairs.items():
-        logs = [math.log(x / y) for x, y in own]
-        estimate, p = t_test(logs)
-        if measure != SECONDS and len(logs) > 1 and max(logs) - min(logs) < 1e-12:
-            estimate, p = Estimate(logs[0], logs[0], logs[0]), float(abs(logs[0]) < 1e-12)
-        value = Estimate(*(math.exp(end) for end in (estimate.value, estimate.low, estimate.high)))
-        found.append((name, value, p, len(own)))
-    corrected = holm([p for _, _, p, _ in found])
+    tests = []
+    for seeds in pairs.values():
+        logs = [math.log(x / y) for x, y in seeds]
+        log_ratio, p = t_test(logs)
+        if measure != SECONDS and len(logs) > 1 and max(logs) - min(logs) < ROUNDING:
+            log_ratio, p = Estimate(logs[0], logs[0], logs[0]), float(abs(logs[0]) < ROUNDING)
+        tests.append((exponential(log_ratio), p))
+    corrected = holm([p for _, p in tests])
     return [
-        Ratio(measure, name, value, p, holm_p, count)
-        for (name, value, p, count), holm_p in zip(found, corrected, strict=True)
+        Ratio(measure, name, value, p, corrected_p, len(pairs[name]))
+        for name, (value, p), corrected_p in zip(pairs, tests, corrected, strict=True)
     ]
 
 
-def times(estimate: Estimate) -> str:
-    """1.23 times [95 % CI 1.10 to 1.38]."""
+def times_with_ci(estimate: Estimate) -> str:
+    """A ratio: "1.23 times [95 % CI 1.10 to 1.38]"."""
     if not math.isfinite(estimate.value):
         return "not determined"
     around = interval(estimate)
@@ -184,10 +185,6 @@ def times(estimate: Estimate) -> str:
     return f"{decimal(estimate.value)} times [{around}]"
 
 
-def mean_of(runs: Sequence[Spent], measure: str) -> Estimate:
-    return over_seeds([run.of(measure) for run in runs])
-
-
 # --- Pictures -----------------------------------------------------------------------------------------------
 
 COLOURS = (MUTED, BLUE, VERMILLION, ORANGE, GREEN)
@@ -197,27 +194,31 @@ MARKERS = "os^Dv"
 def ratio_dots(
     groups: Mapping[str, Sequence[Ratio]], title: str, log: bool = False, paper: Mapping[str, float] | None = None
 ) -> Draw:
-    """Ratios by name, with 95 % intervals; a colour for each group. `paper` has its own ratios."""
+    """Ratios by name, with 95 % intervals; a colour for each group.
+
+    Args:
+        paper: the ratios of the paper, by name.
+    """
 
     def draw(axes: Axes) -> None:
-        names = list(dict.fromkeys(ratio.name for own in groups.values() for ratio in own))
-        for number, (group, own) in enumerate(groups.items()):
-            known = [ratio for ratio in own if math.isfinite(ratio.value.value)]
+        names = list(dict.fromkeys(ratio.name for group in groups.values() for ratio in group))
+        for number, (label, group) in enumerate(groups.items()):
+            known = [ratio for ratio in group if math.isfinite(ratio.value.value)]
             shift = 0.22 * (number - (len(groups) - 1) / 2)
             axes.errorbar(
                 [ratio.value.value for ratio in known],
                 [-names.index(ratio.name) - shift for ratio in known],
-                xerr=bars([ratio.value for ratio in known]),
+                xerr=error_bars([ratio.value for ratio in known]),
                 fmt=MARKERS[(number + 1) % len(MARKERS)],
                 color=COLOURS[(number + 1) % len(COLOURS)],
                 capsize=4,
                 linestyle="none",
-                label=group,
+                label=label,
             )
         if paper:
-            known_names = [name for name in names if name in paper]
-            y = [-names.index(name) for name in known_names]
-            axes.plot([paper[name] for name in known_names], y, "x", color=INK, label="paper")
+            in_paper = [name for name in names if name in paper]
+            y = [-names.index(name) for name in in_paper]
+            axes.plot([paper[name] for name in in_paper], y, "x", color=INK, label="paper")
         axes.axvline(1, color=MUTED, linewidth=1)
         if log:
             axes.set_xscale("log")
@@ -231,8 +232,13 @@ def ratio_dots(
     return draw
 
 
-def stacked(groups: Mapping[str, Sequence[tuple[float, float]]], parts: tuple[str, str], title: str) -> Draw:
-    """Bars of two parts each, means over seeds."""
+def stacked_bars(groups: Mapping[str, Sequence[tuple[float, float]]], parts: tuple[str, str], title: str) -> Draw:
+    """Bars of two parts each, means over seeds.
+
+    Args:
+        groups: name of a bar -> the two parts for each seed.
+        parts: their names.
+    """
 
     def draw(axes: Axes) -> None:
         names = list(groups)

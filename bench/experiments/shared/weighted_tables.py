@@ -2,9 +2,9 @@
 
     trials -> outcomes by algorithm, arm and seed -> means, and differences paired by seed -> table, picture, verdict
 
-An arm is a way of drawing: uniformly, p_i ∝ MRD_i (easy first), p_i ∝ 1 / MRD_i (hard first). Arms that share a seed
-share all else that it decides, so they are compared seed by seed. Intervals are Student's t over seeds; the paper gives
-means of five runs without any.
+An arm is a way of drawing: uniformly, p_i ∝ MRD_i (easy first), p_i ∝ 1 / MRD_i (hard first). Arms with the same seed
+share all that the seed decides, so they are compared seed by seed. Intervals are Student's t over seeds; the paper
+gives means of five runs without any.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
-from bench.experiments.experiment import Answer, Setting
+from bench.experiments.experiment import Answer, Setup
 from bench.experiments.shared.arms import (
     ALL,
     COLOURS,
@@ -32,28 +32,28 @@ from bench.experiments.shared.arms import (
     Contrast,
     Outcome,
     Row,
-    bars,
+    by_algorithm,
     contrasts,
     digits,
-    grouped,
-    label,
-    method,
-    methods,
-    outcomes,
+    finished_outcomes,
+    merged,
+    method_name,
+    methods_of,
+    metric_label,
     plus_minus,
-    together,
     values_of,
 )
-from bench.experiments.shared.verdicts import CONTRADICTED, HOLDS, UNKNOWN, by_verdict, overall
+from bench.experiments.shared.verdicts import CONTRADICTED, HOLDS, UNKNOWN, list_verdicts, overall_verdict
 from bench.jobs.sweep_tables import SweepResult, as_table
 from bench.metrics import METRICS
 from bench.metrics.table import ORIGINAL
-from bench.report.figures import BLUE, MUTED, Draw
-from bench.report.words import decimal, interval
+from bench.report.figures import BLUE, MUTED, Draw, error_bars
+from bench.report.words import decimal, interval, interval_columns
 from bench.stats.estimates import Estimate, over_seeds
 from scoring.errors import UserError
 
-# What MRD changes in the paper's Tables 1 and 5, mean over its algorithms; averages of Table 5 by its parts.
+# The change by MRD in the paper's Tables 1 and 5, mean over its algorithms; for Table 5 its averages are computed
+# again from their parts.
 PAPER_CHANGE = {"uc_average": 0.032, "ut_average": 0.027, "wmdp_average": -0.017, "mmlu": 0.011}
 WIDEST = 30  # letters of a label below a panel
 
@@ -61,19 +61,14 @@ WIDEST = 30  # letters of a label below a panel
 # --- Trials -------------------------------------------------------------------------------------------------
 
 
-def sweeps(setting: Setting) -> list[SweepResult]:
-    """Of every key of the spec that begins with "sweep", in order: algorithms may need different settings."""
-    return [setting.sweep(key) for key in setting.values if key.startswith("sweep")]
-
-
-def run(setting: Setting) -> Answer:
+def run(setup: Setup) -> Answer:
     """Tables 1, 5, 6 and 7."""
-    found = sweeps(setting)
-    trials = together([sweep.trials for sweep in found])
-    return answer(trials, Columns.of(trials["task"][0].as_py(), trials), original_of(found[0]))
+    sweeps = [setup.sweep(key) for key in setup.sweep_keys()]
+    trials = merged([sweep.trials for sweep in sweeps])
+    return answer(trials, Columns.of(trials["task"][0].as_py(), trials), original_metrics(sweeps[0]))
 
 
-def original_of(sweep: SweepResult) -> dict[str, float]:
+def original_metrics(sweep: SweepResult) -> dict[str, float]:
     """Metric -> value of the model before it forgets, as the sweep measured it for comparison."""
     table = pq.read_table(sweep.folder / "reference.parquet")
     rows = table.filter(pc.and_(pc.equal(table["level"], "metric"), pc.equal(table["model"], ORIGINAL))).to_pylist()
@@ -83,14 +78,14 @@ def original_of(sweep: SweepResult) -> dict[str, float]:
 # --- Statistics ---------------------------------------------------------------------------------------------
 
 
-def improvement_verdict(own: Sequence[Contrast], columns: Columns) -> str:
+def improvement_verdict(contrasts_of_algorithm: Sequence[Contrast], columns: Columns) -> str:
     """Whether an arm improves both completeness and utility, by the corrected comparisons of one algorithm.
 
-    It holds if each side has a metric that is better and no metric is worse; it is contradicted if one is worse.
+    That holds if each side has a metric that is better and no metric is worse; it is contradicted if one is worse.
     """
-    if any(contrast.better < 0 for contrast in own):
+    if any(contrast.better < 0 for contrast in contrasts_of_algorithm):
         return CONTRADICTED
-    sides = {columns.side(contrast.metric) for contrast in own if contrast.better > 0}
+    sides = {columns.side(contrast.metric) for contrast in contrasts_of_algorithm if contrast.better > 0}
     return HOLDS if len(sides) == 2 else UNKNOWN
 
 
@@ -103,41 +98,45 @@ def answer(trials: pa.Table, columns: Columns, original: Row) -> Answer:
     Args:
         original: metric -> value of the model before it forgets.
     """
-    found, lost = outcomes(trials, columns.all)
+    outcomes, lost_sentence = finished_outcomes(trials, columns.all)
+    # Arm -> its contrasts with uniform draws, of single algorithms and of their average.
     compared = {
-        arm: (contrasts(found, columns.judged, arm, UNIFORM), contrasts(found, columns.judged, arm, UNIFORM, True))
+        arm: (
+            contrasts(outcomes, columns.judged, arm, UNIFORM),
+            contrasts(outcomes, columns.judged, arm, UNIFORM, average=True),
+        )
         for arm in (EASY_FIRST, HARD_FIRST)
-        if any(outcome.arm == arm for outcome in found)
+        if any(outcome.arm == arm for outcome in outcomes)
     }
     if EASY_FIRST not in compared or not compared[EASY_FIRST][0]:
         raise UserError("no algorithm has finished trials with alpha 0 and with alpha 1 and the same seed")
-    sentences = [markdown(found, columns, original)]
-    sentences += [by_algorithm(single, columns) for single, _ in compared.values()]
+    sentences = [means_by_method(outcomes, columns, original)]
+    sentences += [differences_by_algorithm(single, columns) for single, _ in compared.values()]
     if HARD_FIRST in compared:
-        sentences.append(_direction(found, columns))
-    sentences += _as_large_as_the_papers(compared[EASY_FIRST][1])
-    if lost:
-        sentences.append(lost)
+        sentences.append(_direction(outcomes, columns))
+    sentences += _paper_changes(compared[EASY_FIRST][1])
+    if lost_sentence:
+        sentences.append(lost_sentence)
     sentences.append(claim(*compared[EASY_FIRST], columns, "drawing by MRD improves both completeness and utility"))
-    panels = [dots(found, metric, original, first=not number) for number, metric in enumerate(columns.judged)]
+    panels = [metric_dots(outcomes, metric, original, first=not number) for number, metric in enumerate(columns.judged)]
     if len(columns.judged) == 2:
         shown = [contrast for single, average in compared.values() for contrast in (*single, *average)]
         panels += [gains(shown, metric) for metric in columns.judged]
-    height = 1.6 + 0.36 * len({(outcome.algorithm, outcome.arm) for outcome in found})
+    height = 1.6 + 0.36 * len({(outcome.algorithm, outcome.arm) for outcome in outcomes})
     inches = (1.5 + 3.6 * len(panels), max(4.0, height))
-    return Answer(as_table(rows_of(found, columns, original)), panels, sentences, inches=inches)
+    return Answer(as_table(rows_of(outcomes, columns, original)), panels, sentences, inches=inches)
 
 
-def rows_of(found: Sequence[Outcome], columns: Columns, original: Row) -> list[dict[str, Any]]:
+def rows_of(outcomes: Sequence[Outcome], columns: Columns, original: Row) -> list[dict[str, Any]]:
     """One row for each method and metric: mean over seeds, and the difference to uniform draws."""
     differences = {
         (contrast.algorithm, arm, contrast.metric): contrast
-        for arm in dict.fromkeys(outcome.arm for outcome in found)
+        for arm in dict.fromkeys(outcome.arm for outcome in outcomes)
         if arm != UNIFORM
-        # Of each metric by itself: those that decide are corrected together, the others say what they are made of.
+        # Metrics that decide are corrected together; each of the others, of which they are made, by itself.
         for metrics in (columns.judged, *((name,) for name in columns.all if name not in columns.judged))
         for average in (False, True)
-        for contrast in contrasts(found, metrics, arm, UNIFORM, average)
+        for contrast in contrasts(outcomes, metrics, arm, UNIFORM, average)
     }
     rows = [
         row_of("Original", None, None, metric, columns, [original[metric]])
@@ -146,15 +145,15 @@ def rows_of(found: Sequence[Outcome], columns: Columns, original: Row) -> list[d
     ]
     rows += [
         row_of(
-            method(algorithm, arm),
+            method_name(algorithm, arm),
             algorithm,
             arm,
             metric,
             columns,
-            values_of(found, algorithm, arm, metric),
+            values_of(outcomes, algorithm, arm, metric),
             differences.get((algorithm, arm, metric)),
         )
-        for algorithm, arm in methods(found)
+        for algorithm, arm in methods_of(outcomes)
         for metric in columns.all
     ]
     return rows + [
@@ -173,13 +172,12 @@ def row_of(
     values: Sequence[float],
     contrast: Contrast | None = None,
 ) -> dict[str, Any]:
-    """A method and a metric.
+    """The row of a method and a metric.
 
     Args:
         values: one for each seed.
         contrast: with the arm that it is compared with.
     """
-    mean = over_seeds(values)
     difference = contrast.difference if contrast else Estimate(math.nan, math.nan, math.nan)
     return {
         "method": name,
@@ -189,12 +187,8 @@ def row_of(
         "side": columns.side(metric),
         "higher_is_better": METRICS[metric].higher_is_better,
         "seeds": len(values),
-        "mean": mean.value,
-        "mean_low": mean.low,
-        "mean_high": mean.high,
-        "difference": difference.value,
-        "difference_low": difference.low,
-        "difference_high": difference.high,
+        **interval_columns("mean", over_seeds(values)),
+        **interval_columns("difference", difference),
         "p": contrast.p if contrast else math.nan,
         "p_corrected": contrast.corrected if contrast else math.nan,
     }
@@ -203,17 +197,17 @@ def row_of(
 # --- Words --------------------------------------------------------------------------------------------------
 
 
-def markdown(found: Sequence[Outcome], columns: Columns, original: Row) -> str:
+def means_by_method(outcomes: Sequence[Outcome], columns: Columns, original: Row) -> str:
     """The paper's table, with intervals."""
     rows = {
-        method(algorithm, arm): [values_of(found, algorithm, arm, name) for name in columns.all]
-        for algorithm, arm in methods(found)
+        method_name(algorithm, arm): [values_of(outcomes, algorithm, arm, name) for name in columns.all]
+        for algorithm, arm in methods_of(outcomes)
     }
-    return markdown_table(rows, columns, original, len({outcome.seed for outcome in found}))
+    return table_of_means(rows, columns, original, len({outcome.seed for outcome in outcomes}))
 
 
-def markdown_table(rows: Mapping[str, Sequence[Sequence[float]]], columns: Columns, original: Row, seeds: int) -> str:
-    """A paragraph with a table.
+def table_of_means(rows: Mapping[str, Sequence[Sequence[float]]], columns: Columns, original: Row, seeds: int) -> str:
+    """A paragraph with a table of means.
 
     Args:
         rows: name -> for each column the values of the seeds.
@@ -222,8 +216,10 @@ def markdown_table(rows: Mapping[str, Sequence[Sequence[float]]], columns: Colum
     cells = {
         "Original": [decimal(original.get(name, math.nan), n) for name, n in zip(columns.all, places, strict=True)]
     }
-    cells |= {name: [plus_minus(*each) for each in zip(row, places, strict=True)] for name, row in rows.items()}
-    lines = ["| method | " + " | ".join(map(label, columns.all)) + " |", "|---|" + "---|" * len(columns.all)]
+    cells |= {
+        name: [plus_minus(values, n) for values, n in zip(row, places, strict=True)] for name, row in rows.items()
+    }
+    lines = ["| method | " + " | ".join(map(metric_label, columns.all)) + " |", "|---|" + "---|" * len(columns.all)]
     lines += [f"| {name} | " + " | ".join(row) + " |" for name, row in cells.items()]
     return (
         f"Means over {seeds} seed{'s' if seeds > 1 else ''} ± half the 95 % t interval (none where seeds do not "
@@ -231,15 +227,20 @@ def markdown_table(rows: Mapping[str, Sequence[Sequence[float]]], columns: Colum
     )
 
 
-def by_algorithm(single: Sequence[Contrast], columns: Columns) -> str:
+def differences_by_algorithm(single: Sequence[Contrast], columns: Columns) -> str:
     """Every algorithm's differences and verdict."""
+    meaning = {
+        HOLDS: "both sides are better",
+        CONTRADICTED: "a side is worse",
+        UNKNOWN: f"whether both sides are better {UNKNOWN}",
+    }
     parts = []
-    for algorithm, own in grouped(single).items():
-        first = own[0]
-        text = ", ".join(contrast.text() for contrast in own)
+    for algorithm, group in by_algorithm(single).items():
+        first = group[0]
+        text = ", ".join(contrast.text() for contrast in group)
         parts.append(
-            f"{method(algorithm, first.arm)} against {method(algorithm, first.against)}: {text}; "
-            f"{_tells(improvement_verdict(own, columns))}"
+            f"{method_name(algorithm, first.arm)} against {method_name(algorithm, first.against)}: {text}; "
+            f"{meaning[improvement_verdict(group, columns)]}"
         )
     return (
         f"Differences paired by seed ({min(c.pairs for c in single)} pairs), each with its own interval, verdicts "
@@ -247,123 +248,121 @@ def by_algorithm(single: Sequence[Contrast], columns: Columns) -> str:
     )
 
 
-def _tells(found: str) -> str:
-    return {
-        HOLDS: "both sides are better",
-        CONTRADICTED: "a side is worse",
-        UNKNOWN: "whether both sides are better cannot be told",
-    }[found]
-
-
-def _direction(found: Sequence[Outcome], columns: Columns) -> str:
+def _direction(outcomes: Sequence[Outcome], columns: Columns) -> str:
     """p ∝ MRD (Algorithm 2) against p ∝ 1 / MRD (Appendix B)."""
-    own = contrasts(found, columns.judged, EASY_FIRST, HARD_FIRST, average=True)
-    if not own:
-        return "Which of p ∝ MRD and p ∝ 1/MRD is better cannot be told: no algorithm has both."
-    better = [label(c.metric) for c in own if c.better > 0]
-    worse = [label(c.metric) for c in own if c.better < 0]
+    average = contrasts(outcomes, columns.judged, EASY_FIRST, HARD_FIRST, average=True)
+    if not average:
+        return f"Which of p ∝ MRD and p ∝ 1/MRD is better {UNKNOWN}: no algorithm has both."
+    better, worse = (
+        [metric_label(contrast.metric) for contrast in average if contrast.better == sign] for sign in (1, -1)
+    )
     ahead = [
-        f"{which} is ahead on {' and '.join(names)}"
-        for which, names in (("p ∝ MRD (Algorithm 2)", better), ("p ∝ 1/MRD (Appendix B)", worse))
+        f"{direction} is ahead on {' and '.join(names)}"
+        for direction, names in (("p ∝ MRD (Algorithm 2)", better), ("p ∝ 1/MRD (Appendix B)", worse))
         if names
     ]
     return (
-        f"p ∝ MRD less p ∝ 1/MRD, mean over {_counted(len(_with_both(found)))}: "
-        f"{', '.join(contrast.text() for contrast in own)}: "
-        + (" and ".join(ahead) if ahead else "which of the two is better cannot be told")
+        f"p ∝ MRD less p ∝ 1/MRD, mean over {_count_algorithms(len(_algorithms_with_both(outcomes)))}: "
+        f"{', '.join(contrast.text() for contrast in average)}: "
+        + (" and ".join(ahead) if ahead else f"which of the two is better {UNKNOWN}")
         + "."
     )
 
 
-def _with_both(found: Sequence[Outcome]) -> set[str]:
-    arms: dict[str, set[str]] = {}
-    for outcome in found:
-        arms.setdefault(outcome.algorithm, set()).add(outcome.arm)
-    return {algorithm for algorithm, own in arms.items() if {EASY_FIRST, HARD_FIRST} <= own}
+def _algorithms_with_both(outcomes: Sequence[Outcome]) -> set[str]:
+    """The algorithms that were run with p ∝ MRD and with p ∝ 1 / MRD."""
+    easy, hard = ({outcome.algorithm for outcome in outcomes if outcome.arm == arm} for arm in (EASY_FIRST, HARD_FIRST))
+    return easy & hard
 
 
-def _as_large_as_the_papers(average: Sequence[Contrast]) -> list[str]:
-    """Whether the intervals leave room for the changes that the paper has; nothing where it gives no average."""
+def _paper_changes(average: Sequence[Contrast]) -> list[str]:
+    """Whether the intervals leave room for the changes in the paper; nothing where it gives no average."""
     parts = []
     for contrast in average:
-        paper, own = PAPER_CHANGE.get(contrast.metric), contrast.difference
-        if paper is not None and math.isfinite(own.low):
-            where = "inside" if own.low <= paper <= own.high else "outside"
+        paper, difference = PAPER_CHANGE.get(contrast.metric), contrast.difference
+        if paper is not None and math.isfinite(difference.low):
+            where = "inside" if difference.low <= paper <= difference.high else "outside"
             parts.append(
-                f"{label(contrast.metric)} {decimal(paper, 3)}, {where} the interval here ({interval(own, 3)})"
+                f"{metric_label(contrast.metric)} {decimal(paper, 3)}, {where} the interval here "
+                f"({interval(difference, 3)})"
             )
     return [f"Mean change over the paper's algorithms, for comparison: {'; '.join(parts)}."] if parts else []
 
 
-def claim(single: Sequence[Contrast], average: Sequence[Contrast], columns: Columns, said_by_paper: str) -> str:
-    """Whether what the paper says holds, by the comparisons of single algorithms and of their average."""
-    verdicts = {algorithm: improvement_verdict(own, columns) for algorithm, own in grouped(single).items()}
+def claim(single: Sequence[Contrast], average: Sequence[Contrast], columns: Columns, claimed: str) -> str:
+    """Whether the paper's claim holds, by the comparisons of single algorithms and of their average.
+
+    Args:
+        claimed: what the paper claims, after "that".
+    """
+    verdicts = {algorithm: improvement_verdict(group, columns) for algorithm, group in by_algorithm(single).items()}
     on_average = improvement_verdict(average, columns)
     text = ", ".join(contrast.text() for contrast in average)
     return (
-        f"**The paper's claim, that {said_by_paper}, {overall(verdicts, on_average)} here.** "
-        f"Mean change over {_counted(len(verdicts))} and {average[0].pairs} seeds: {text}; on average the claim "
-        f"{on_average}, and by algorithm it {by_verdict(verdicts)}."
+        f"**The paper's claim, that {claimed}, {overall_verdict(verdicts, on_average)} here.** "
+        f"Mean change over {_count_algorithms(len(verdicts))} and {average[0].pairs} seeds: {text}; on average the "
+        f"claim {on_average}, and by algorithm it {list_verdicts(verdicts)}."
     )
 
 
-def _counted(algorithms: int) -> str:
-    return f"{algorithms} algorithm{'s' if algorithms > 1 else ''}"
+def _count_algorithms(count: int) -> str:
+    return f"{count} algorithm{'s' if count > 1 else ''}"
 
 
 # --- Pictures -----------------------------------------------------------------------------------------------
 
 
-def dots(
-    found: Sequence[Outcome],
+def metric_dots(
+    outcomes: Sequence[Outcome],
     metric: str,
     original: Row,
     first: bool = True,
-    name_of: Callable[[str, str], str] = method,
+    name_of: Callable[[str, str], str] = method_name,
 ) -> Draw:
     """A metric of all methods, means with 95 % intervals over seeds, every seed as a small dot.
 
     Args:
         first: of the panels: the others need no names.
+        name_of: the name of a method, by algorithm and arm.
     """
 
     def draw(axes: Axes) -> None:
-        order = methods(found)
-        algorithms = list(dict.fromkeys(algorithm for algorithm, _ in order))
-        # A gap between algorithms.
-        place = [-(row + 0.6 * algorithms.index(algorithm)) for row, (algorithm, _) in enumerate(order)]
-        for y, (algorithm, arm) in zip(place, order, strict=True):
-            values = values_of(found, algorithm, arm, metric)
+        methods = methods_of(outcomes)
+        algorithms = list(dict.fromkeys(algorithm for algorithm, _ in methods))
+        # With a gap between algorithms.
+        heights = [-(row + 0.6 * algorithms.index(algorithm)) for row, (algorithm, _) in enumerate(methods)]
+        for y, (algorithm, arm) in zip(heights, methods, strict=True):
+            values = values_of(outcomes, algorithm, arm, metric)
             mean = over_seeds(values)
             colour, marker = COLOURS.get(arm, BLUE), MARKERS.get(arm, "o")
             axes.plot(values, [y] * len(values), ".", color=colour, alpha=0.4, markersize=5)
-            axes.errorbar(mean.value, y, xerr=bars([mean]), fmt=marker, color=colour, markersize=7, capsize=4)
+            axes.errorbar(mean.value, y, xerr=error_bars([mean]), fmt=marker, color=colour, markersize=7, capsize=4)
         if metric in original:
             axes.axvline(original[metric], color=MUTED, linestyle=":", linewidth=1.2, label="original model")
             axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), borderaxespad=0.1)
-        axes.set_yticks(place, [name_of(*each) for each in order] if first else [""] * len(order))
+        axes.set_yticks(heights, [name_of(*method) for method in methods] if first else [""] * len(methods))
         axes.grid(axis="y", visible=False)
-        axes.set_ylim(min(place) - 0.7, 0.7)
+        axes.set_ylim(min(heights) - 0.7, 0.7)
         axes.xaxis.set_major_locator(MaxNLocator(4))
-        axes.set_xlabel(fill(f"{label(metric)}, 95 % CI", WIDEST))
+        axes.set_xlabel(fill(f"{metric_label(metric)}, 95 % CI", WIDEST))
 
     return draw
 
 
-def gains(single: Sequence[Contrast], metric: str) -> Draw:
+def gains(compared: Sequence[Contrast], metric: str) -> Draw:
     """Differences to uniform draws by algorithm, paired by seed, with 95 % intervals; one colour for each arm."""
 
     def draw(axes: Axes) -> None:
-        own = [contrast for contrast in single if contrast.metric == metric]
-        algorithms = [*dict.fromkeys(c.algorithm for c in own if c.algorithm != ALL), ALL]
-        arms = list(dict.fromkeys(contrast.arm for contrast in own))
+        shown = [contrast for contrast in compared if contrast.metric == metric]
+        algorithms = [*dict.fromkeys(contrast.algorithm for contrast in shown if contrast.algorithm != ALL), ALL]
+        arms = list(dict.fromkeys(contrast.arm for contrast in shown))
         for number, arm in enumerate(arms):
-            mine = [contrast for contrast in own if contrast.arm == arm]
-            y = [-algorithms.index(c.algorithm) - 0.24 * (number - (len(arms) - 1) / 2) for c in mine]
+            of_arm = [contrast for contrast in shown if contrast.arm == arm]
+            shift = 0.24 * (number - (len(arms) - 1) / 2)
             axes.errorbar(
-                [contrast.difference.value for contrast in mine],
-                y,
-                xerr=bars([contrast.difference for contrast in mine]),
+                [contrast.difference.value for contrast in of_arm],
+                [-algorithms.index(contrast.algorithm) - shift for contrast in of_arm],
+                xerr=error_bars([contrast.difference for contrast in of_arm]),
                 fmt=MARKERS.get(arm, "o"),
                 color=COLOURS.get(arm, BLUE),
                 capsize=4,
@@ -374,7 +373,7 @@ def gains(single: Sequence[Contrast], metric: str) -> Draw:
         axes.grid(axis="y", visible=False)
         axes.set_ylim(-len(algorithms) + 0.4, 0.6)
         axes.xaxis.set_major_locator(MaxNLocator(4))
-        axes.set_xlabel(fill(f"{label(metric)} less uniform, 95 % CI", WIDEST))
+        axes.set_xlabel(fill(f"{metric_label(metric)} less uniform, 95 % CI", WIDEST))
         axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=len(arms), borderaxespad=0.1)
 
     return draw

@@ -13,14 +13,19 @@ import pyarrow as pa
 import pytest
 
 from bench.experiments import fig3, fig4, fig5, fig7
-from bench.experiments.experiment import Answer, Setting
+from bench.experiments.experiment import Answer, Setup
 from bench.experiments.reproduce import PRESETS, SPECS
-from bench.experiments.shared.single_samples import SingleSampleRun
-from bench.experiments.shared.verdicts import CONTRADICTED, HOLDS, UNKNOWN, ruled, ruling
+from bench.experiments.shared.single_samples import (
+    SingleSampleRun,
+    agreements_of,
+    count_unusable,
+    single_sample_runs,
+)
+from bench.experiments.shared.verdicts import CONTRADICTED, HOLDS, UNKNOWN, correlation_verdict, verdict_here
 from bench.files.spec import read_mapping
 from bench.jobs.resources import SweepResources
-from bench.jobs.sweep import as_table
 from bench.jobs.sweep_plan import SweepSpec
+from bench.jobs.sweep_tables import as_table
 from bench.jobs.unlearn import UnlearnSpec
 from bench.models.find import find_model
 from bench.report import figures
@@ -109,13 +114,13 @@ def drawn(answer: Answer, path: Path) -> None:
     ],
 )
 def test_a_claimed_correlation_holds_is_contradicted_or_is_open(low, high, sign, verdict):
-    assert ruling(estimate(low, high), sign) == verdict
+    assert correlation_verdict(estimate(low, high), sign) == verdict
 
 
 def test_verdicts_on_several_are_put_together():
-    assert ruled({"a": HOLDS, "b": HOLDS}) == "holds here"
-    assert ruled({"a": UNKNOWN}) == "cannot be told here"
-    mixed = ruled({"a": UNKNOWN, "b": HOLDS, "c": CONTRADICTED, "d": HOLDS})
+    assert verdict_here({"a": HOLDS, "b": HOLDS}) == "holds here"
+    assert verdict_here({"a": UNKNOWN}) == "cannot be told here"
+    mixed = verdict_here({"a": UNKNOWN, "b": HOLDS, "c": CONTRADICTED, "d": HOLDS})
     assert mixed == "holds for b, d; is contradicted for c; cannot be told for a"
 
 
@@ -127,7 +132,7 @@ def test_runs_of_a_sample_are_averaged_over_seeds():
     sweep.add("a", mrd=0.5, tokens=[7], updates=10, mean_abs_delta=1e-4, seed=0)
     sweep.add("a", mrd=0.5, tokens=[7], updates=20, mean_abs_delta=3e-4, seed=1, forgotten=0.0)
     sweep.add("a", mrd=0.5, tokens=[7], updates=4, algorithm="NPO")
-    first, second = fig5.runs(*sweep.tables, "task")
+    first, second = single_sample_runs(*sweep.tables, "task")
     expected = SingleSampleRun("task", "GA", "a.0", 0.5, 7, 15.0, 2e-4, forgotten=False, below=False)
     for field in dataclasses.fields(SingleSampleRun):
         assert getattr(first, field.name) == pytest.approx(getattr(expected, field.name))
@@ -140,8 +145,8 @@ def test_runs_that_say_nothing_are_left_out_and_counted():
     sweep.add("b", mrd=None)
     sweep.add("c", status="diverged", updates=None)
     trials, samples = sweep.tables
-    assert [run.sample for run in fig5.runs(trials, samples, "task")] == ["a.0"]
-    assert fig5.unusable(trials) == 2
+    assert [run.sample for run in single_sample_runs(trials, samples, "task")] == ["a.0"]
+    assert count_unusable(trials) == 2
 
 
 @pytest.mark.parametrize(
@@ -159,7 +164,7 @@ def test_a_sample_may_be_below_both_thresholds_from_the_start(own, thresholds, b
     sweep.add(
         "a", ma_initial=own[0], el_initial=own[1], ma_threshold=thresholds[0], el_threshold=thresholds[1], updates=1
     )
-    (run,) = fig5.runs(*sweep.tables, "task")
+    (run,) = single_sample_runs(*sweep.tables, "task")
     assert run.below == below
 
 
@@ -246,8 +251,8 @@ def test_algorithms_agree_over_the_samples_of_both():
         sweep.add(f"s{place}", mrd=1.0 + place, updates=place, algorithm="GA")
         if place < 11:
             sweep.add(f"s{place}", mrd=1.0 + place, updates=100 - place, algorithm="NPO")
-    runs = fig5.runs(*sweep.tables, "task")
-    assert fig5.agreements(runs, "updates")["task", "GA", "NPO"].value == pytest.approx(-1)
+    runs = single_sample_runs(*sweep.tables, "task")
+    assert agreements_of(runs, "updates")["task", "GA", "NPO"].value == pytest.approx(-1)
     answer = fig5.answer({"made-up": sweep.tables})
     assert "the same order under different algorithms: is contradicted here" in claim(answer)
     assert "the fewer updates: holds for made-up with NPO; is contradicted for made-up with GA" in claim(answer)
@@ -274,9 +279,9 @@ def test_variation_is_what_composites_differ_by_beyond_the_seed():
 
 def test_the_share_of_composites_in_the_variance_of_a_run():
     """Between 7, within 2."""
-    assert spread_of([1, 3], [5, 7]).share().value == pytest.approx(7 / 9)
-    assert spread_of([1, 3], [2, 4]).share().value == 0
-    assert math.isnan(spread_of([1.0], [5.0]).share().value)
+    assert spread_of([1, 3], [5, 7]).composite_share().value == pytest.approx(7 / 9)
+    assert spread_of([1, 3], [2, 4]).composite_share().value == 0
+    assert math.isnan(spread_of([1.0], [5.0]).composite_share().value)
 
 
 @pytest.mark.parametrize(("seeds", "noise"), [(2, 0.05), (1, 0.0)])
@@ -294,7 +299,7 @@ def test_intervals_of_the_variation_hold_the_truth(seeds, noise, skewed):
 
 def test_the_ratio_of_percentiles():
     """Of 1 to 11 the 10th percentile is 2 and the 90th is 10."""
-    found = spread_of(*([float(n), float(n)] for n in range(1, 12))).ratio()
+    found = spread_of(*([float(n), float(n)] for n in range(1, 12))).percentile_ratio()
     assert found.value == pytest.approx(5)
     assert found.low < 5 < found.high
 
@@ -341,7 +346,7 @@ def test_figure_4_says_whether_difficulty_is_unequal(spread, noise, seeds, verdi
 def test_figure_4_compares_algorithms_and_mrd():
     answer = fig4.answer(*composites(0.25, 0.02, slope=-1.0).tables)
     assert "MRD tells which ones need less: holds here" in claim(answer)
-    (found,) = fig4.agreement(fig4.spreads(*composites(0.25, 0.02).tables)).values()
+    (found,) = fig4.agreements_of(fig4.spreads_of(*composites(0.25, 0.02).tables)).values()
     assert found.low > 0.8
     assert "need less: is contradicted here" in claim(fig4.answer(*composites(0.25, 0.02, slope=1.0).tables))
 
@@ -350,9 +355,9 @@ def test_a_composite_has_the_tokens_of_all_its_samples():
     sweep = Measured()
     sweep.add("a", tokens=[3, 4, 4], mean_abs_delta=1e-4)
     sweep.add("b", tokens=[9], mean_abs_delta=2e-4, forgotten=0.5)
-    (spread,) = fig4.spreads(*sweep.tables)
+    (spread,) = fig4.spreads_of(*sweep.tables)
     assert spread.tokens.tolist() == [11, 9]
-    assert spread.ranked.tolist() == [1e-4, math.inf]
+    assert spread.difficulties.tolist() == [1e-4, math.inf]
 
 
 def test_composites_that_lack_a_seed_are_left_out():
@@ -392,7 +397,7 @@ def test_a_group_has_the_means_of_its_samples():
             {"sample_id": "b", "num_tokens": 8, "grand": 3.0, "el2n": 0.1, "vog": 6.0},
         ]
     )
-    (row,) = fig3.groups(sweep.tables[0], selections, metrics).to_pylist()
+    (row,) = fig3.groups_of(sweep.tables[0], selections, metrics).to_pylist()
     assert row == {
         "group": "g0",
         "samples": 2,
@@ -503,9 +508,9 @@ def test_groups_that_are_not_forgotten_are_the_hardest():
 
 
 def test_epochs_are_for_models_that_can_be_trained_again(model_folder, data_file, tmp_path):
-    setting = Setting("fig3", {}, Naming(), tmp_path, tmp_path, SweepResources())
-    with pytest.raises(UserError, match=r"epochs 2: .* is not an embedded model"):
-        fig3.measure(setting, fig3.Fig3Spec(epochs=[2]), {"model": str(model_folder), "task": str(data_file)})
+    setup = Setup("fig3", {}, Naming(), tmp_path, tmp_path, SweepResources())
+    with pytest.raises(UserError, match=r"epochs has 2: .* is not an embedded model"):
+        fig3.measure(setup, fig3.Fig3Spec(epochs=[2]), {"model": str(model_folder), "task": str(data_file)})
 
 
 # --- Figure 7 -----------------------------------------------------------------------------------------------
@@ -541,13 +546,20 @@ def test_a_text_that_the_context_does_not_hold_is_refused_first(model_folder, da
         "texts": {"task": str(data_file), "levels": {"short": 1, "endless": 12}, "count": 2},
         "sweep": {"base": {"model": str(model_folder), "algorithm": "GA", "evaluate": False}},
     }
-    with pytest.raises(UserError, match=r"texts: endless, 'r0\+11': \d+ tokens, the model's context holds 64"):
-        fig7.run(Setting("fig7", values, Naming(), tmp_path, tmp_path / "trials", SweepResources(), progress=False))
+    with pytest.raises(UserError, match=r"levels\['endless'\]: 'r0\+11' has \d+ tokens, the model's context holds 64"):
+        fig7.run(Setup("fig7", values, Naming(), tmp_path, tmp_path / "trials", SweepResources(), progress=False))
 
 
-@pytest.mark.parametrize("change", [{"levels": {}}, {"count": 0}, {"levels": {"sentence": 0}}])
-def test_levels_that_make_no_sense(change):
-    with pytest.raises(UserError, match="texts: "):
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"levels": {}}, "levels is empty"),
+        ({"count": 0}, "count is 0: expected a whole number of at least 1"),
+        ({"levels": {"sentence": 0}}, r"levels\['sentence'\] is 0: expected a whole number of at least 1"),
+    ],
+)
+def test_levels_that_make_no_sense(change, message):
+    with pytest.raises(UserError, match=message):
         dataclasses.replace(fig7.Fig7Spec(task="authors", levels={"sentence": 1}, count=3), **change).checked()
 
 
@@ -627,13 +639,13 @@ def test_figure_3_from_end_to_end(cluster, tmp_path):
     }
     work, spread = tmp_path / "work", SweepResources(concurrent=2)
     work.mkdir()
-    setting = Setting("fig3", values, Naming(), work, tmp_path / "trials", spread, progress=False)
-    answer = fig3.run(setting)
+    setup = Setup("fig3", values, Naming(), work, tmp_path / "trials", spread, progress=False)
+    answer = fig3.run(setup)
 
     assert answer.table.num_rows == 10
     assert min(answer.table["mean_abs_delta"].to_pylist()) > 0
     assert all("95 % CI" in sentence for sentence in answer.sentences[:3])
-    found = fig3.measure(setting, setting.spec(fig3.Fig3Spec, "metrics"), base)
+    found = fig3.measure(setup, setup.spec(fig3.Fig3Spec, "metrics"), base)
     reference = find_model(str(model))
     samples, _ = encode(load_dataset(str(data)).texts, reference.tokenizer, reference.max_length)
     batch, plain = collate(samples), load_model(model)
@@ -646,7 +658,7 @@ def test_figure_3_from_end_to_end(cluster, tmp_path):
         np.testing.assert_allclose(found[name].to_numpy(), score.numpy(), rtol=1e-4)
 
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.*") if path.is_file()}
-    again = fig3.run(setting)
+    again = fig3.run(setup)
     assert again.table.equals(answer.table)
     assert again.sentences == answer.sentences
     changed = [path for path in before if path.stat().st_mtime_ns != before[path]]

@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 
 from bench.cli import main
 from bench.experiments import fig2, reproduce
-from bench.experiments.experiment import Answer, Experiment, Setting
+from bench.experiments.experiment import Answer, Experiment, Setup
 from bench.experiments.fig2 import Fig2Spec, answer
 from bench.files.spec import read_mapping
 from bench.jobs.sweep_plan import SweepSpec
@@ -29,16 +29,16 @@ def counted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
     """An experiment "count" of its own spec file; the list grows with every run."""
     runs: list[str] = []
 
-    def run(setting: Setting) -> Answer:
-        runs.append(setting.values["word"])
-        if setting.values["word"] == "fail":
+    def run(setup: Setup) -> Answer:
+        runs.append(setup.values["word"])
+        if setup.values["word"] == "fail":
             raise UserError("word is 'fail': expected another")
-        (setting.work / "kept").write_text("measured")
+        (setup.work / "kept").write_text("measured")
 
         def draw(axes: Axes) -> None:
             axes.plot([0, 1], [0, 1])
 
-        table = pa.table({"length": [len(setting.values["word"])]})
+        table = pa.table({"length": [len(setup.values["word"])]})
         return Answer(table, [draw, draw], ["It has **letters**.", "The claim holds."], tables={"count-more": table})
 
     experiment = Experiment("count", "letters", "How many letters?", "there are some.", run)
@@ -101,7 +101,7 @@ def test_an_answer_that_failed_leaves_what_was_there(counted: list[str], tmp_pat
         (["reproduce", "count", "--preset", "papre"], "did you mean 'paper'"),
         (["reproduce", "all", "--spec", "a.yaml"], "--spec is for one experiment"),
         (["reproduce", "count", "--spec", "none.yaml"], "cannot be read"),
-        (["reproduce", "count", "--concurrent", "0"], "--concurrent 0: expected at least 1"),
+        (["reproduce", "count", "--concurrent", "-1"], "--concurrent is -1: expected a whole number of at least 0"),
     ],
 )
 def test_slips(counted: list[str], tmp_path: Path, capsys: Any, arguments: list[str], said: str) -> None:
@@ -237,7 +237,7 @@ def test_trials_that_failed_and_measures_that_do_not_vary() -> None:
     assert "on 39 selections" in text
     with pytest.raises(UserError, match="there is nothing to compare"):
         answer(table, Fig2Spec(measures={"flat": 1.0}))
-    with pytest.raises(UserError, match="no 'fame'"):
+    with pytest.raises(UserError, match="measures has 'fame': expected columns"):
         answer(table, Fig2Spec(measures={"fame": 1.0}))
 
 

@@ -15,9 +15,9 @@ import pytest
 from scipy import stats
 
 from bench.experiments import fig6, table8, table11, table12
-from bench.experiments.experiment import Answer, Setting
+from bench.experiments.experiment import Answer, Setup
 from bench.experiments.reproduce import PRESETS, SPECS
-from bench.experiments.shared.verdicts import CONTRADICTED, HOLDS, UNKNOWN, lies_within
+from bench.experiments.shared.verdicts import CONTRADICTED, HOLDS, UNKNOWN, range_verdict
 from bench.files.score_file import Scores
 from bench.files.spec import read_mapping
 from bench.jobs.draws import HALF_NORMAL_SPREAD, Point, PointDraws, measure_draws, read_finished, scaling_line
@@ -27,7 +27,7 @@ from bench.models.find import find_model
 from bench.report import figures
 from bench.report.attributes import ATTRIBUTES
 from bench.report.words import markdown_table, number_with_ci, percent_with_ci
-from bench.stats.estimates import Estimate
+from bench.stats.estimates import Estimate, geometric_mean
 from bench.tasks.datasets import Dataset, load_dataset
 from scoring.mrd import ESTIMATORS, Request, estimate
 from scoring.replica import TransformersReplica, load_model
@@ -49,11 +49,11 @@ def only(verdict: str, sentence: str) -> bool:
 
 
 def test_the_interval_decides():
-    assert lies_within(Estimate(1.0, 0.9, 1.1), 0.5, 2.0) == HOLDS
-    assert lies_within(Estimate(1.0, 0.9, 2.1), 0.5, 2.0) == UNKNOWN
-    assert lies_within(Estimate(3.0, 2.1, 4.0), 0.5, 2.0) == CONTRADICTED
-    assert lies_within(Estimate(0.1, 0.0, 0.4), 0.5, 2.0) == CONTRADICTED
-    assert lies_within(Estimate(1.0, math.nan, math.nan), 0.5, 2.0) == UNKNOWN
+    assert range_verdict(Estimate(1.0, 0.9, 1.1), 0.5, 2.0) == HOLDS
+    assert range_verdict(Estimate(1.0, 0.9, 2.1), 0.5, 2.0) == UNKNOWN
+    assert range_verdict(Estimate(3.0, 2.1, 4.0), 0.5, 2.0) == CONTRADICTED
+    assert range_verdict(Estimate(0.1, 0.0, 0.4), 0.5, 2.0) == CONTRADICTED
+    assert range_verdict(Estimate(1.0, math.nan, math.nan), 0.5, 2.0) == UNKNOWN
 
 
 def test_numbers_in_words():
@@ -101,9 +101,9 @@ def synthetic(power: float = 1.0, spread: float = 0.0, curvature: float = 1.0, c
     return drawn
 
 
-def read(drawn: list[PointDraws], **changes: float) -> fig6.SigmaAndDraws:
+def read(drawn: list[PointDraws], **changes: float) -> fig6.Sensitivity:
     spec = dataclasses.replace(SENSITIVITY, **changes)
-    return fig6.SigmaAndDraws.of(drawn, np.random.default_rng(1).integers(10, 40, spec.samples), spec)
+    return fig6.Sensitivity.of(drawn, np.random.default_rng(1).integers(10, 40, spec.samples), spec)
 
 
 def row(table: pa.Table, **wanted: object) -> dict:
@@ -143,20 +143,20 @@ def test_the_error_of_a_reference_against_itself_is_made_up_for():
     rng = np.random.default_rng(3)
     values = rng.normal(1, 0.05, size=(400, 8))
     drawn = PointDraws(Point("curvature", 1e-5, 8), values)
-    (against_truth,) = fig6.counted(drawn, "abs_mean", np.ones(400), [4])
-    (against_own,) = fig6.counted(drawn, "abs_mean", values.mean(axis=1), [4], own=True)
+    (against_truth,) = fig6.count_errors(drawn, "abs_mean", np.ones(400), [4])
+    (against_own,) = fig6.count_errors(drawn, "abs_mean", values.mean(axis=1), [4], against_own_mean=True)
     expected = 0.6745 * 0.05 / 2
     assert against_truth.error.value == pytest.approx(expected, rel=0.1)
     assert against_own.error.value == pytest.approx(expected, rel=0.1)
 
 
 def test_figure_6_can_say_each_verdict_of_sigma():
-    contradicted = read(synthetic()).claim_sigma()
+    contradicted = read(synthetic()).claim_on_sigma()
     assert "does not depend on sigma is contradicted here" in contradicted
     assert "nearer to flat than to proportional" in contradicted
     assert "storage keeps 50%" in contradicted
-    assert only(HOLDS, read(synthetic(power=0.0)).claim_sigma())
-    undecided = read(synthetic(power=0.1, spread=0.1, coarse=1.0)).claim_sigma()
+    assert only(HOLDS, read(synthetic(power=0.0)).claim_on_sigma())
+    undecided = read(synthetic(power=0.1, spread=0.1, coarse=1.0)).claim_on_sigma()
     assert only(UNKNOWN, undecided)
     assert "nearer to proportional than to flat" in undecided
 
@@ -165,7 +165,7 @@ def test_figure_6_can_say_each_verdict_of_draws():
     """The relative standard error of 100 half-normal draws is 7.6 %."""
 
     def claim(tolerance: float) -> str:
-        sentence = read(synthetic(), tolerance=tolerance).claim_draws()
+        sentence = read(synthetic(), tolerance=tolerance).claim_on_draws()
         of_mean_abs, of_abs_mean = sentence.split("; it ")
         assert only(CONTRADICTED, of_abs_mean)
         return of_mean_abs
@@ -189,10 +189,10 @@ def test_figure_6_tells_one_sigma_from_another():
     [
         ({"sigma": 2e-5}, "one of sigmas"),
         ({"stable": 75}, "one of counts"),
-        ({"fit": {"mean_abs": [1e-6, 1e-4]}}, "fit names mean_abs"),
+        ({"fit": {"mean_abs": [1e-6, 1e-4]}}, "fit has mean_abs"),
         ({"fit": {"mean_abs": [1e-6, 2e-6], "abs_mean": [1e-5, 1e-3]}}, "two sigmas or more"),
         ({"direction_counts": [8]}, "at most half of directions"),
-        ({"pairs": 1}, "at least 2"),
+        ({"pairs": 1}, "pairs is 1: expected a whole number of at least 2"),
     ],
 )
 def test_what_figure_6_needs_is_asked_for(changes, message):
@@ -222,7 +222,7 @@ def timings(gain: float, noise: float) -> pa.Table:
 
 def test_few_repeats_have_students_interval():
     values = np.array([2.0, 4.0, 8.0])
-    found = table8.geometric_mean(values)
+    found = geometric_mean(values)
     low, high = stats.t.interval(0.95, 2, loc=math.log(4), scale=math.log(2) / math.sqrt(3))
     assert (found.value, found.low, found.high) == pytest.approx((4, math.exp(low), math.exp(high)))
 
@@ -242,8 +242,8 @@ def test_table_8_can_say_each_verdict():
     assert only(CONTRADICTED, table8.answer(timings(gain=0.5, noise=0.02), TIMING).sentences[-1])
     assert only(UNKNOWN, table8.answer(timings(gain=1.05, noise=0.3), TIMING).sentences[-1])
     # The machine was up to three times as slow in some repeats: ratios are of the same repeat.
-    costs = {size: table8._cost(timings(4, 0.02), "monte-carlo", size) for size in (1, 32)}
-    ratio = table8.ratio(costs[1], costs[32])
+    costs = {size: table8.batch_cost(timings(4, 0.02), "monte-carlo", size) for size in (1, 32)}
+    ratio = table8.time_ratio(costs[1], costs[32])
     assert ratio.value == pytest.approx(4, rel=0.05)
     assert ratio.high / ratio.low < 1.2
     assert "201 forwards by monte-carlo; 1 forward and 1 backward by gradient" in found.sentences[1]
@@ -258,12 +258,12 @@ def test_the_rest_of_the_draws_is_in_proportion():
     lengths = [int(length) for batch in batches for length in batch.lengths]
     assert lengths == sorted(lengths)
     work = table8.Timing(1, "monte-carlo", 1e-5, 4, 0)
-    found = table8._row(work, TIMING, batches, 0.5, 2.0, Facts(forwards=3 * (1 + 4)))
+    found = table8.timing_row(work, TIMING, batches, 0.5, 2.0, Facts(forwards=3 * (1 + 4)))
     assert found["seconds"] == pytest.approx(100.5)
     assert (found["forwards"], found["backwards"], found["batch_size"], found["batches"]) == (201, 0, 8, 3)
     assert found["batch_tokens"] == max(batch.input_ids.numel() for batch in batches)
     gradient = table8.Timing(0, "gradient", 1e-5, 4, 0)
-    found = table8._row(gradient, TIMING, batches, 0.7, 0.0, Facts(forwards=3, backwards=3))
+    found = table8.timing_row(gradient, TIMING, batches, 0.7, 0.0, Facts(forwards=3, backwards=3))
     assert (found["seconds"], found["forwards"], found["backwards"]) == (0.7, 1, 1)
 
 
@@ -310,7 +310,7 @@ def sampled(
 
 def characteristics_found(scores: Scores, dataset: Dataset, size: int = 40) -> Answer:
     spec = table11.Table11Spec(size=size, corpus=["all"])
-    return table11.answer(scores, dataset, table11.as_trained(dataset), spec)
+    return table11.answer(scores, dataset, table11.texts_as_trained(dataset), spec)
 
 
 def as_claimed(record: dict) -> float:
@@ -357,13 +357,13 @@ def test_outer_quarters_by_hand():
 
 def test_the_draw_of_a_level_is_that_of_the_seed():
     grouping = table11.Grouping(ATTRIBUTES[0], "made", {f"s{i}": i % 3 == 0 for i in range(60)})
-    few = table11.drawn(grouping, 15, 0)
-    assert few == table11.drawn(grouping, 15, 0)
-    assert few != table11.drawn(grouping, 15, 1)
+    few = table11.draw_samples(grouping, 15, 0)
+    assert few == table11.draw_samples(grouping, 15, 0)
+    assert few != table11.draw_samples(grouping, 15, 1)
     assert all(grouping.high[name] == level for name, level in few.high.items())
     assert (sum(few.high.values()), len(few.high)) == (15, 30)
     # There are 20 of one and 40 of the other level.
-    assert len(table11.drawn(grouping, 100, 0).high) == 60
+    assert len(table11.draw_samples(grouping, 100, 0).high) == 60
 
 
 # --- Table 12 -------------------------------------------------------------------------------------------------
@@ -376,11 +376,11 @@ def stability(**changes: object) -> table12.Table12Spec:
 
 def normal_draws(
     name: str, parameters: int, tail: float = 0.0, samples: int = 24, draws: int = 250
-) -> table12.Measured:
+) -> table12.ModelDraws:
     """Draws of a normal distribution; a tail makes |Delta| spread more than half-normally."""
     rng = np.random.default_rng(parameters % 1000)
     values = rng.normal(size=(samples, draws)) * np.exp(tail * rng.normal(size=(samples, draws)))
-    return table12.Measured(name, parameters, rng.uniform(1, 5, (samples, 1)) * values)
+    return table12.ModelDraws(name, parameters, rng.uniform(1, 5, (samples, 1)) * values)
 
 
 def test_stable_count_by_hand():
@@ -398,9 +398,9 @@ def test_stable_count_by_hand():
 
 def test_half_normal_draws_are_stable_where_the_theory_says():
     spec = stability()
-    assert spec.expected == 58  # (pi/2 - 1) / 0.01 = 57.08
-    found = table12.stable(normal_draws("a", 10**6), spec.tolerance)
-    assert found.count.value == pytest.approx(spec.expected, rel=0.12)
+    assert spec.expected_count == 58  # (pi/2 - 1) / 0.01 = 57.08
+    found = table12.stability_of(normal_draws("a", 10**6), spec.tolerance)
+    assert found.count.value == pytest.approx(spec.expected_count, rel=0.12)
     assert found.count.low <= found.count.value <= found.count.high
     assert found.spread.value == pytest.approx(HALF_NORMAL_SPREAD, rel=0.05)
 
@@ -504,7 +504,7 @@ def begin(name: str, work: Path, model: Path, data: Path) -> Answer:
     assert experiment.name == name
     values = tiny(name, str(model), str(data))
     trials = work / "trials"
-    found = experiment.run(Setting(name, values, Naming(), work, trials, SweepResources(concurrent=1), progress=False))
+    found = experiment.run(Setup(name, values, Naming(), work, trials, SweepResources(concurrent=1), progress=False))
     assert found.table.num_rows
     figures.picture(found.panels, work / "picture.png", found.inches)
     assert not any(re.search(r"\bnan\b", sentence) for sentence in found.sentences)

@@ -13,11 +13,11 @@ import pytest
 from scipy import stats
 
 from bench.experiments import table1, table4, table5, table6, table7, table9, table10, table13
-from bench.experiments.experiment import Answer, Setting
+from bench.experiments.experiment import Answer, Setup
 from bench.experiments.reproduce import PRESETS, SPECS
 from bench.experiments.shared import costs, weighted_tables
-from bench.experiments.shared.arms import ALL, EASY_FIRST, UNIFORM, Columns, Outcome
-from bench.experiments.shared.costs import COST, SECONDS, UPDATES, ForgetSet, Spent
+from bench.experiments.shared.arms import ALL, EASY_FIRST, UNIFORM, Columns, Outcome, contrasts
+from bench.experiments.shared.costs import COST, SECONDS, UPDATES, ForgetSet, RunCost
 from bench.experiments.shared.verdicts import CONTRADICTED, HOLDS, UNKNOWN
 from bench.files.spec import read_mapping
 from bench.jobs.resources import SweepResources
@@ -106,7 +106,7 @@ def test_contrasts_are_paired_by_seed() -> None:
         Outcome("NPO", EASY_FIRST, 1, {"uc_average": 0.51}),
         Outcome("PO", UNIFORM, 0, {"uc_average": 0.3}),  # only one arm
     ]
-    (contrast,) = weighted_tables.contrasts(found, ["uc_average"], EASY_FIRST, UNIFORM)
+    (contrast,) = contrasts(found, ["uc_average"], EASY_FIRST, UNIFORM)
     assert (contrast.algorithm, contrast.pairs) == ("NPO", 3)
     assert contrast.difference.value == pytest.approx(0.02)
     # Of .02, .01, .03, and not of values that spread by .4.
@@ -124,7 +124,7 @@ def test_an_average_takes_the_seeds_that_all_have() -> None:
         for seed, pair in own.items()
         for arm, value in zip((UNIFORM, EASY_FIRST), pair, strict=True)
     ]
-    (average,) = weighted_tables.contrasts(found, ["uc_average"], EASY_FIRST, UNIFORM, average=True)
+    (average,) = contrasts(found, ["uc_average"], EASY_FIRST, UNIFORM, average=True)
     assert (average.algorithm, average.pairs) == (ALL, 2)
     assert average.difference.value == pytest.approx((0.2 + 0.0 + 0.1 + 0.1) / 4)
 
@@ -141,7 +141,7 @@ def test_better_means_lower_where_lower_is_better() -> None:
         )
         for o in found
     ]
-    wmdp, mmlu = weighted_tables.contrasts(found, ["wmdp_average", "mmlu"], EASY_FIRST, UNIFORM)
+    wmdp, mmlu = contrasts(found, ["wmdp_average", "mmlu"], EASY_FIRST, UNIFORM)
     assert wmdp.difference.value < 0
     assert wmdp.better == 1
     assert mmlu.better in (0, 1)
@@ -290,7 +290,7 @@ def test_table_4_compares_at_the_same_epoch(effect: float, expected: str, tmp_pa
 
 
 def test_table_4_takes_means_along_a_run() -> None:
-    (run,) = table4.path_means(
+    (run,) = table4.means_over_epochs(
         {
             1: [Outcome("NPO", UNIFORM, 0, {"uc_average": 0.2, "ut_average": 0.5})],
             2: [Outcome("NPO", UNIFORM, 0, {"uc_average": 0.6})],
@@ -301,7 +301,7 @@ def test_table_4_takes_means_along_a_run() -> None:
     assert run.values == {"uc_average": pytest.approx(0.4)}
     trials, epochs = by_epoch(0.0)
     with pytest.raises(UserError, match="expected each_epoch: true"):
-        table4.at_epochs(trials, epochs, ["retain_rr"])
+        table4.outcomes_by_epoch(trials, epochs, ["retain_rr"])
 
 
 # --- Table 13 -----------------------------------------------------------------------------------------------
@@ -355,7 +355,7 @@ def test_the_f_test_of_two_arms_is_the_paired_t_test() -> None:
     rng = np.random.default_rng(1)
     x, y = rng.standard_normal((2, 6)) + np.linspace(0, 5, 6)
     found = [Outcome("PO", arm, seed, {"rr": v}) for arm, own in (("a", x), ("b", y)) for seed, v in enumerate(own)]
-    assert table13._matters(found, ["a", "b"], "rr") == pytest.approx(stats.ttest_rel(x, y).pvalue)
+    assert table13.f_test(found, ["a", "b"], "rr") == pytest.approx(stats.ttest_rel(x, y).pvalue)
 
 
 # --- Tables 9 and 10 ----------------------------------------------------------------------------------------
@@ -375,11 +375,11 @@ def test_the_cost_of_a_run() -> None:
         updates=6,
         forgotten=1.0,
     )
-    run = costs.spent(row, UNIFORM, ForgetSet(100, 2))
+    run = costs.run_cost(row, UNIFORM, ForgetSet(100, 2))
     assert run.training == pytest.approx(9)  # three forwards, three backwards of two each
     assert run.mrd == pytest.approx(6)
     assert (run.cost, run.seconds, run.reached) == (pytest.approx(15), 2.5, True)
-    assert not costs.spent(row | {"forgotten": 0.9}, UNIFORM, ForgetSet(100, 2)).reached
+    assert not costs.run_cost(row | {"forgotten": 0.9}, UNIFORM, ForgetSet(100, 2)).reached
 
 
 def test_the_forget_set_as_it_goes_through_the_model(model_folder: Path, data_file: Path) -> None:
@@ -443,10 +443,10 @@ def test_noisy_rounds_cannot_be_told_apart() -> None:
     assert table9.cost_verdict(steps) == UNKNOWN
 
 
-def runs(mrd: float, updates: float, reached: bool = True, algorithms: Sequence[str] = ("GA", "NPO")) -> list[Spent]:
+def runs(mrd: float, updates: float, reached: bool = True, algorithms: Sequence[str] = ("GA", "NPO")) -> list[RunCost]:
     """Uniform runs of 10 rounds, and runs by MRD of as many updates as said, with a cost for MRD."""
     return [
-        Spent(algorithm, arm, seed, 3 * count, cost, count, cost / 3, count, reached or arm == UNIFORM)
+        RunCost(algorithm, arm, seed, 3 * count, cost, count, cost / 3, count, reached or arm == UNIFORM)
         for algorithm in algorithms
         for seed, noise in enumerate(NOISE)
         for arm, cost, count in ((UNIFORM, 0.0, 10 + noise), ("gradient", mrd, updates * (1 - noise)))
@@ -460,18 +460,18 @@ def runs(mrd: float, updates: float, reached: bool = True, algorithms: Sequence[
 def test_whether_weighted_sampling_pays(mrd: float, updates: float, expected: str) -> None:
     """Fewer updates pay only if MRD costs less than they save: 5 rounds of cost 3 each."""
     found = runs(mrd, updates)
-    single, average = table10.compared(found, "gradient", COST), table10.averaged(found, "gradient", COST)
+    single, average = table10.ratios_to_uniform(found, "gradient", COST), table10.average_ratio(found, "gradient", COST)
     verdicts = table10.verdicts(found, "gradient", single, average)
     assert verdicts[ALL] == expected
     ratio = average[0].value.value
     assert ratio == pytest.approx((3 * updates + mrd) / 30, rel=0.01)
-    assert table10.compared(found, "gradient", UPDATES)[0].value.value == pytest.approx(updates / 10, rel=0.01)
+    assert table10.ratios_to_uniform(found, "gradient", UPDATES)[0].value.value == pytest.approx(updates / 10, rel=0.01)
 
 
 def test_runs_that_did_not_end_do_not_speak_for_their_arm() -> None:
     found = runs(3.0, 5.0)
-    cut = [Spent("GA", "gradient", 9, 90.0, 3.0, 30.0, 1.0, 30, False), Spent("GA", UNIFORM, 9, 30, 0, 10, 0, 10)]
-    single = table10.compared([*found, *cut], "gradient", COST)
+    cut = [RunCost("GA", "gradient", 9, 90.0, 3.0, 30.0, 1.0, 30, False), RunCost("GA", UNIFORM, 9, 30, 0, 10, 0, 10)]
+    single = table10.ratios_to_uniform([*found, *cut], "gradient", COST)
     assert single[0].pairs == 5
     verdicts = table10.verdicts([*found, *cut], "gradient", single, [])
     assert verdicts == {"GA": UNKNOWN, "NPO": HOLDS}
@@ -570,7 +570,7 @@ def test_the_tables_on_a_real_sweep(cluster: None, tmp_path: Path) -> None:
     vary = {"algorithm": ["GA", "NPO"], "alpha": [0.0, 1.0], "seed": [0, 1]}
     measured = {"metrics": "rr,mia,retain_rr,world_facts_rr", "samples": 8}
     sweep = {"base": base | fixed, "vary": vary, "evaluate": measured, "each_epoch": True}
-    setting = Setting(
+    setup = Setup(
         "table4",
         {"sweep": sweep},
         Naming(),
@@ -579,10 +579,10 @@ def test_the_tables_on_a_real_sweep(cluster: None, tmp_path: Path) -> None:
         SweepResources(concurrent=2),
         False,
     )
-    by_epochs = table4.EXPERIMENT.run(setting)
+    by_epochs = table4.EXPERIMENT.run(setup)
     kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "trials").iterdir()}
     assert len(kept) == 8
-    at_the_end = table1.EXPERIMENT.run(setting)
+    at_the_end = table1.EXPERIMENT.run(setup)
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "trials").iterdir()} == kept
     last = {(row["method"], row["metric"]): row["mean"] for row in by_epochs.table.to_pylist() if row["epoch"] == 2}
     ends = {(row["method"], row["metric"]): row["mean"] for row in at_the_end.table.to_pylist()}
@@ -594,7 +594,7 @@ def test_the_tables_on_a_real_sweep(cluster: None, tmp_path: Path) -> None:
 
     # Until all is forgotten, one trial at a time, apart from the other trials.
     stopped = {"base": base | {"epochs": 40, "evaluate": False}, "vary": vary | {"algorithm": ["GA"]}}
-    timed = Setting(
+    timed = Setup(
         "table10",
         {"sweep": stopped},
         Naming(),
