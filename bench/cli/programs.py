@@ -134,9 +134,9 @@ def _evaluation(arguments: argparse.Namespace) -> None:
 
 def _unlearning(arguments: argparse.Namespace) -> None:
     out = _out(arguments)
-    from bench.speed import unlearning
+    from bench.speed.unlearning.run import run_benchmark
 
-    unlearning.run_benchmark(arguments.model, arguments.data, arguments.split, arguments.retain, arguments.seeds, out)
+    run_benchmark(arguments.model, arguments.data, arguments.split, arguments.retain, arguments.seeds, out)
 
 
 def _sweep(arguments: argparse.Namespace) -> None:

@@ -1,12 +1,11 @@
-"""`mrd-bench benchmark plan`: the constants of `mrd-bench plan` on this machine, and its sums against runs.
+"""`mrd-bench benchmark plan`: the constants of `mrd-bench plan` on this machine, and its plans against runs.
 
-Constants are fitted to calls on random Llamas of three sizes; the runs are of two other sizes, through Ray and from
-disk to disk, as `mrd-bench score` and `unlearn` do them.
+Constants are fitted to calls on random Llamas of three sizes. The runs are of two other sizes, and go through Ray and
+from disk to disk, as those of `mrd-bench score` and `unlearn` do.
 """
 
 from __future__ import annotations
 
-import json
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -19,7 +18,6 @@ import numpy as np
 import psutil
 import torch
 from scipy.optimize import nnls
-from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging as transformers_logging
 
 from bench.files.origin import hardware
@@ -27,29 +25,30 @@ from bench.jobs.resources import Resources
 from bench.jobs.score import ScoreSpec, score
 from bench.jobs.unlearn import UnlearnSpec, unlearn
 from bench.models.find import find_model
-from bench.speed.cluster import data_file
-from bench.speed.plan import KINDS, PlannedJob, Profile, Shape, UnitCost, held, memory_of, plan
+from bench.speed.figures import median_seconds, peak_bytes, run_tasks, seconds_of, write_figures
+from bench.speed.made import CONTEXT, monte_carlo_tasks, random_data_file, random_llama_folder, random_samples
+from bench.speed.plan import KINDS, PlannedJob, Profile, Shape, UnitCost, memory_of, plan, units_and_logits
 from bench.tasks.datasets import load_dataset
 from scoring.api import DRAWS_PER_TASK
 from scoring.cluster import Footprint, connect
-from scoring.memory import TensorMemory
 from scoring.mrd import EstimatorName, Request, estimate
 from scoring.pool import ReplicaPool
 from scoring.replica import TransformersReplica, load_model
-from scoring.samples import BATCH_TOKENS, Sample, encode, make_batches
+from scoring.samples import BATCH_TOKENS, Batch, Sample, encode, make_batches
 from scoring.work import DrawTask, ReplicaSpec
 
 SIGMA = 1e-5
-# Width, layers; heads are of 32.
+# Width and layers of models.
 FITTED = ((64, 2), (160, 6), (384, 4))
 CHECKED = {"small": (96, 4), "large": (288, 5)}
-TOKENS, SCORED = 24, 10
+HEAD_DIM = 32
+TOKENS, SCORED = 24, 10  # of a sample
 REPEATS = 5
 STARTS = 3
 UPDATES = 12
-NO_WORKS = 400
+EMPTY_TASKS = 400
 RUNS: tuple[tuple[str, dict[str, Any], int, int], ...] = (
-    # Model; what is asked; samples; replicas.
+    # Model, settings, samples, replicas.
     ("small", {"estimator": "gradient"}, 6000, 1),
     ("large", {"estimator": "gradient"}, 1000, 2),
     ("small", {"estimator": "monte-carlo", "draws": 40}, 400, 2),
@@ -66,9 +65,9 @@ class Check:
     """A run beside its plan.
 
     Attributes:
-        what: was run.
+        what: what was run, in words.
         planned, measured: seconds.
-        planned_bytes, measured_bytes: that tensors take in a replica, at their most; None where it is not measured.
+        planned_bytes, measured_bytes: of a replica's tensors, at their peak; None where they are not measured.
     """
 
     what: str
@@ -106,44 +105,47 @@ def run_benchmark(out: str | None) -> None:
         if check.planned_bytes is not None and check.measured_bytes is not None:
             sizes = (check.planned_bytes / 1e6, check.measured_bytes / 1e6)
             print(f"{'  memory of a replica':<66}{sizes[0]:>7.0f} MB{sizes[1]:>7.0f} MB{sizes[0] / sizes[1]:>8.2f}")
-    if out:
-        figures = {"profile": asdict(profile), "checks": [asdict(check) for check in checks]}
-        Path(out).write_text(json.dumps(figures, indent=2) + "\n")
+    write_figures({"profile": asdict(profile), "checks": [asdict(check) for check in checks]}, out)
 
 
 def measure(folder: Path, tokenizer: Any) -> Profile:
-    """The constants of this machine, of replicas of one thread."""
-    rng = np.random.default_rng(0)
-    models = {cut: _model(folder, tokenizer, *cut) for cut in FITTED}
-    times: dict[str, list[tuple[float, ...]]] = {kind: [] for kind in KINDS[:3]}
-    sizes: dict[str, list[tuple[float, ...]]] = {kind: [] for kind in times}
-    for cut, path in models.items():
+    """The constants of this machine, for replicas of one thread.
+
+    Args:
+        folder: to work in.
+        tokenizer: of the models.
+    """
+    models = {size: _model(folder, tokenizer, *size) for size in FITTED}
+    # Rows of the fits: what a call is made of, and then its seconds or bytes.
+    seconds: dict[str, list[tuple[float, ...]]] = {kind: [] for kind in KINDS[:3]}
+    bytes_held: dict[str, list[tuple[float, ...]]] = {kind: [] for kind in seconds}
+    for size, path in models.items():
         replica = TransformersReplica(load_model(path))
-        shape = shape_of(replica.model)
+        shape = Shape.of_model(replica.model)
         calls: dict[str, tuple[int, Callable[[Any], object]]] = {
             "forward": (BATCH_TOKENS, replica.logprobs),
             "gradient": (BATCH_TOKENS, replica.log_abs_gradient_norms),
             "curvature": (BATCH_TOKENS // 4, partial(replica.second_derivatives, seed=0, draw=0)),
         }
-        for kind, (most, call) in calls.items():
-            # Of two lengths, or what grows with the batch could not be told from what grows with the model.
-            for tokens in (most, most // 8):
-                batch = _batch(rng, shape.vocabulary, tokens)
-                through = len(batch) * TOKENS, len(batch) * SCORED
-                peak = _peak(replica, partial(call, batch))
-                sizes[kind].append((*held(shape, kind, *through), 4 * shape.params, peak))
-                work = shape.widths(*through), shape.forward_flops(*through, TOKENS)
-                times[kind].append((shape.layers, *work, _median_seconds(partial(call, batch))))
-        if cut == FITTED[-1]:
+        for kind, (batch_tokens, call) in calls.items():
+            # Batches of two sizes: costs that grow with the batch must be told from those that grow with the model.
+            for tokens in (batch_tokens, batch_tokens // 8):
+                batch = _batch(shape.vocabulary, tokens)
+                counts = len(batch) * TOKENS, len(batch) * SCORED
+                peak = peak_bytes(replica.model, partial(call, batch))
+                bytes_held[kind].append((*units_and_logits(shape, kind, *counts), 4 * shape.params, peak))
+                work = shape.widths(*counts), shape.forward_flops(*counts, TOKENS)
+                seconds[kind].append((shape.layers, *work, median_seconds(partial(call, batch), REPEATS)))
+        if size == FITTED[-1]:
             replica.perturb(SIGMA, 0, 0)
-            moved = _median_seconds(partial(replica.perturb, SIGMA, 0, 1))
-            noise = (moved + _median_seconds(replica.restore) / DRAWS_PER_TASK) / shape.params
-    fitted = {kind: _fit(np.array(rows)) for kind, rows in times.items()}
+            perturbing = median_seconds(partial(replica.perturb, SIGMA, 0, 1), REPEATS)
+            noise = (perturbing + median_seconds(replica.restore, REPEATS) / DRAWS_PER_TASK) / shape.params
+    times = {kind: fit(np.array(rows)) for kind, rows in seconds.items()}
     training, update = _training(folder, models)
     start, load = _starting(models)
-    memory = {kind: _fit(np.array(rows)) for kind, rows in sizes.items()}
-    costs = {kind: UnitCost(*fitted[kind], *memory[kind]) for kind in fitted}
-    # A forward pass that keeps what the backward one needs holds what `gradient` does.
+    memory = {kind: fit(np.array(rows)) for kind, rows in bytes_held.items()}
+    costs = {kind: UnitCost(*times[kind], *memory[kind]) for kind in times}
+    # A forward pass that keeps the activations for the backward one holds as much as `gradient`.
     costs["training"] = UnitCost(*training, *memory["gradient"])
     return Profile(
         name="here",
@@ -155,88 +157,50 @@ def measure(folder: Path, tokenizer: Any) -> Profile:
         start=start,
         load=load,
         task=_waiting(models[FITTED[0]]),
-        sharing=_sharing(models[FITTED[1]], tokenizer),
+        sharing=_sharing(models[FITTED[1]]),
         memory=float(psutil.virtual_memory().total),
     )
 
 
 def _model(folder: Path, tokenizer: Any, width: int, layers: int) -> Path:
-    path = folder / f"{width}-{layers}"
-    if not path.exists():
-        torch.manual_seed(0)
-        config = LlamaConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=width,
-            intermediate_size=8 * width // 3,
-            num_hidden_layers=layers,
-            num_attention_heads=width // 32,
-            max_position_embeddings=256,
-        )
-        LlamaForCausalLM(config).save_pretrained(path)
-        tokenizer.save_pretrained(path)
-    return path
+    return random_llama_folder(folder / f"{width}-{layers}", tokenizer, width, layers, width // HEAD_DIM)
 
 
-def shape_of(model: Any) -> Shape:
-    config = model.config
-    params = sum(p.numel() for p in model.parameters())
-    return Shape(params, config.num_hidden_layers, config.hidden_size, config.vocab_size)
-
-
-def _batch(rng: np.random.Generator, vocabulary: int, tokens: int) -> Any:
-    scored = np.arange(TOKENS) >= TOKENS - SCORED
-    samples = [Sample(str(i), rng.integers(0, vocabulary, TOKENS), scored, i) for i in range(tokens // TOKENS)]
-    (batch,) = make_batches(samples, tokens)
+def _batch(vocabulary: int, tokens: int) -> Batch:
+    """One batch of so many tokens."""
+    (batch,) = make_batches(random_samples(tokens // TOKENS, TOKENS, SCORED, vocabulary), tokens)
     return batch
 
 
-def _median_seconds(call: Callable[[], object]) -> float:
-    """Of a call that is no longer the first."""
-    call()
-    seconds = []
-    for _ in range(REPEATS):
-        started = time.perf_counter()
-        call()
-        seconds.append(time.perf_counter() - started)
-    return float(np.median(seconds))
-
-
-def _peak(replica: TransformersReplica, call: Callable[[], object]) -> float:
-    """Bytes of the weights and of the tensors that a call makes, at their most."""
-    with TensorMemory() as memory:
-        memory.count(*replica.model.parameters())
-        call()
-    return float(memory.peak)
-
-
-def _fit(rows: np.ndarray) -> Any:
-    """Coefficients, none below 0, of the columns but the last that give the last, (n, c + 1) -> c: by relative errors,
-    so that small models count as much as large ones."""
+def fit(rows: np.ndarray) -> Any:
+    """The coefficients, none below 0, by which the other columns sum up to the last one, (n, c + 1) -> c. Errors are
+    relative, so that small models count as much as large ones."""
     scale = np.linalg.norm(rows[:, :-1] / rows[:, -1:], axis=0)
-    solved, _ = nnls(rows[:, :-1] / rows[:, -1:] / scale, np.ones(len(rows)))
-    return tuple(float(value) for value in solved / scale)
+    scaled, _ = nnls(rows[:, :-1] / rows[:, -1:] / scale, np.ones(len(rows)))
+    return tuple(float(value) for value in scaled / scale)
 
 
 def _training(folder: Path, models: dict[tuple[int, int], Path]) -> tuple[tuple[float, ...], float]:
-    """Seconds a layer and call, for each activation and operation; and for each weight and update."""
+    """Seconds of training for each layer and call, activation and operation; and for each weight and update."""
     rows = []
+    data = random_data_file(folder, 60)
     for path in models.values():
-        shape = shape_of(load_model(path))
-        tokens, scored, _ = _sizes(path, folder, 60)
+        shape = Shape.of_model(load_model(path))
+        tokens, scored = _mean_lengths(_samples(path, data))
         for algorithm, batch_size, calls in (("GA", 2, 1), ("GA", 8, 1), ("GradDiff", 4, 2)):
             run = unlearn(
-                _unlearning(path, data_file(folder, 60), algorithm, batch_size, max_steps=UPDATES),
+                _unlearn_spec(path, data, algorithm, batch_size, max_steps=UPDATES),
                 folder / f"trained-{path.name}-{algorithm}-{batch_size}",
                 progress=False,
             )
-            through = calls * batch_size * tokens, calls * batch_size * scored
-            work = shape.widths(*through), shape.forward_flops(*through, tokens)
+            counts = calls * batch_size * tokens, calls * batch_size * scored
+            work = shape.widths(*counts), shape.forward_flops(*counts, tokens)
             rows.append((calls * shape.layers, *work, shape.params, run.record["seconds"]["training"] / UPDATES))
-    *call, update = _fit(np.array(rows))
+    *call, update = fit(np.array(rows))
     return tuple(call), update
 
 
-def _unlearning(model: Path, data: Path, algorithm: str, batch_size: int = 4, **fields: Any) -> UnlearnSpec:
+def _unlearn_spec(model: Path, data: Path, algorithm: str, batch_size: int = 4, **fields: Any) -> UnlearnSpec:
     return UnlearnSpec(
         model=str(model),
         task=str(data),
@@ -255,27 +219,26 @@ def _unlearning(model: Path, data: Path, algorithm: str, batch_size: int = 4, **
 
 
 def _starting(models: dict[tuple[int, int], Path]) -> tuple[float, float]:
-    """Seconds until a replica of next to nothing has begun, and for each byte of a model. The first batch, which finds
-    everything cold, is part of it."""
+    """Seconds until a replica of a tiny model has started, and more of them for each byte of a model. The first batch,
+    which finds everything cold, is part of the start."""
     seconds, sizes = [], []
-    for cut in (FITTED[0], FITTED[-1]):
-        sizes.append(sum(file.stat().st_size for file in models[cut].glob("*.safetensors")))
-        few = _batch(np.random.default_rng(0), 100, 2 * TOKENS)
-        taken = []
+    for size in (FITTED[0], FITTED[-1]):
+        sizes.append(sum(file.stat().st_size for file in models[size].glob("*.safetensors")))
+        few = _batch(100, 2 * TOKENS)
+        starts = []
         for _ in range(STARTS):
             started = time.perf_counter()
-            with ReplicaPool(ReplicaSpec(str(models[cut])), Footprint(1), 1) as pool:
-                for _ in pool.run([DrawTask(0, Request("gradient", SIGMA, 0))], [[few]]):
-                    pass
-            taken.append(time.perf_counter() - started)
-        # Processes that Ray keeps ready, or files that were just read, would make the next start a short one.
-        seconds.append(max(taken))
+            with ReplicaPool(ReplicaSpec(str(models[size])), Footprint(1), 1) as pool:
+                run_tasks(pool, [DrawTask(0, Request("gradient", SIGMA, 0))], [[few]])
+            starts.append(time.perf_counter() - started)
+        # The longest: processes that Ray keeps ready, and files that were just read, make the next start a short one.
+        seconds.append(max(starts))
     load = max(0.0, (seconds[1] - seconds[0]) / (sizes[1] - sizes[0]))
     return seconds[0], load
 
 
-class _Nothing:
-    """A work without work."""
+class _EmptyTask:
+    """A task for a replica that takes no time."""
 
     def __init__(self, number: int) -> None:
         self.shard, self.key = number, str(number)
@@ -285,76 +248,70 @@ class _Nothing:
 
 
 def _waiting(model: Path) -> float:
-    """Seconds for each task."""
-    works = [_Nothing(number) for number in range(NO_WORKS)]
+    """Seconds that a task waits."""
+    tasks = [_EmptyTask(number) for number in range(EMPTY_TASKS)]
     with ReplicaPool(ReplicaSpec(str(model)), Footprint(1), 1) as pool:
-        for _ in pool.run(works[:1], [[]]):
-            pass
-        started = time.perf_counter()
-        for _ in pool.run(works, [[] for _ in works]):
-            pass
-        return (time.perf_counter() - started) / NO_WORKS
+        run_tasks(pool, tasks[:1], [[]])
+        return seconds_of(lambda: run_tasks(pool, tasks, [[] for _ in tasks])) / EMPTY_TASKS
 
 
-def _sharing(model: Path, tokenizer: Any) -> float:
-    samples, _ = encode(load_dataset(str(data_file(model.parent, 200))).texts, tokenizer, 256)
-    batches = make_batches(samples, BATCH_TOKENS)
-    tasks = [DrawTask(0, Request("monte-carlo", SIGMA, 0, first, first + 2)) for first in range(0, 24, 2)]
+def _sharing(model: Path) -> float:
+    """The share of its speed that a replica keeps beside another one."""
+    batches = make_batches(_samples(model, random_data_file(model.parent, 200)), BATCH_TOKENS)
+    tasks = monte_carlo_tasks(24, 2, SIGMA)
     seconds = {}
     for replicas in (1, 2):
         with ReplicaPool(ReplicaSpec(str(model)), Footprint(1), replicas) as pool:
-            for _ in pool.run(tasks[: 2 * replicas], [batches]):
-                pass
-            started = time.perf_counter()
-            for _ in pool.run(tasks, [batches]):
-                pass
-            seconds[replicas] = time.perf_counter() - started
+            run_tasks(pool, tasks[: 2 * replicas], [batches])
+            seconds[replicas] = seconds_of(partial(run_tasks, pool, tasks, [batches]))
     return min(1.0, seconds[1] / seconds[2] / 2)
 
 
-def _sizes(model: Path, folder: Path, count: int) -> tuple[float, float, int]:
-    """Tokens and scored tokens of a sample, on average; and how many samples there are."""
-    samples, _ = encode(load_dataset(str(data_file(folder, count))).texts, find_model(str(model)).tokenizer, 256)
-    lengths: Sequence[tuple[int, int]] = [(sample.length, sample.num_scored) for sample in samples]
-    tokens, scored = np.mean(lengths, axis=0)
-    return float(tokens), float(scored), len(samples)
+def _samples(model: Path, data: Path) -> list[Sample]:
+    """The samples of a data file, as the model reads them."""
+    samples, _ = encode(load_dataset(str(data)).texts, find_model(str(model)).tokenizer, CONTEXT)
+    return samples
+
+
+def _mean_lengths(samples: Sequence[Sample]) -> tuple[float, float]:
+    """Tokens and scored tokens of a sample, on average."""
+    tokens, scored = np.mean([(sample.length, sample.num_scored) for sample in samples], axis=0)
+    return float(tokens), float(scored)
 
 
 def _check(
-    profile: Profile, folder: Path, tokenizer: Any, size: str, asked: dict[str, Any], count: int, replicas: int
+    profile: Profile, folder: Path, tokenizer: Any, size: str, settings: dict[str, Any], count: int, replicas: int
 ) -> Check:
-    model, data = _model(folder, tokenizer, *CHECKED[size]), data_file(folder, count)
-    shape = shape_of(load_model(model))
-    tokens, scored, _ = _sizes(model, folder, count)
+    """One of RUNS beside its plan."""
+    model, data = _model(folder, tokenizer, *CHECKED[size]), random_data_file(folder, count)
+    shape = Shape.of_model(load_model(model))
+    samples = _samples(model, data)
+    tokens, scored = _mean_lengths(samples)
     sizes: tuple[float, float] | tuple[()] = ()
-    if "estimator" in asked:
-        spec = ScoreSpec(model=str(model), data=str(data), **asked)
-        job = PlannedJob(shape, count, tokens, scored, batch_tokens=BATCH_TOKENS, **asked)
-        out = folder / f"{size}-{asked['estimator']}.parquet"
+    if "estimator" in settings:
+        estimator = settings["estimator"]
+        spec = ScoreSpec(model=str(model), data=str(data), **settings)
+        job = PlannedJob(shape, count, tokens, scored, batch_tokens=BATCH_TOKENS, **settings)
+        out = folder / f"{size}-{estimator}.parquet"
         measured = score(spec, out, Resources(replicas=replicas), progress=False).seconds
         planned = plan(job, profile, replicas).seconds
-        sizes = memory_of(job.checked(), profile), _replica_bytes(model, data, asked["estimator"], BATCH_TOKENS)
-        what = f"{asked['estimator']}, {count} samples" + (f", {asked['draws']} draws" if "draws" in asked else "")
+        sizes = memory_of(job.checked(), profile), _replica_bytes(model, samples, estimator)
+        what = f"{estimator}, {count} samples" + (f", {settings['draws']} draws" if "draws" in settings else "")
     else:
-        retained = float(asked["algorithm"] == "GradDiff")
-        job = PlannedJob(shape, count, tokens, scored, None, epochs=asked["epochs"], retained=retained)
-        run = unlearn(
-            _unlearning(model, data, asked["algorithm"], epochs=asked["epochs"]), folder / f"{size}-run", progress=False
-        )
+        algorithm, epochs = settings["algorithm"], settings["epochs"]
+        job = PlannedJob(shape, count, tokens, scored, None, epochs=epochs, retained=float(algorithm == "GradDiff"))
+        run = unlearn(_unlearn_spec(model, data, algorithm, epochs=epochs), folder / f"{size}-run", progress=False)
         measured = run.record["seconds"]["training"]
-        found = plan(job, profile, replicas)
-        # In this process: nothing is started.
-        planned = found.seconds - found.parts["start"]
-        what = f"{asked['algorithm']}, {count} samples, {asked['epochs']} epochs"
+        job_plan = plan(job, profile, replicas)
+        # The run is in this process, where nothing is started.
+        planned = job_plan.seconds - job_plan.parts["start"]
+        what = f"{algorithm}, {count} samples, {epochs} epochs"
     return Check(f"{what}, {shape.params / 1e6:.2f} M weights, {replicas} replica(s)", planned, measured, *sizes)
 
 
-def _replica_bytes(model: Path, data: Path, estimator: EstimatorName, batch_tokens: int) -> float:
-    """What the tensors of a replica take while it scores the largest batch, at their most."""
-    samples, _ = encode(load_dataset(str(data)).texts, find_model(str(model)).tokenizer, 256)
-    largest = max(make_batches(samples, batch_tokens), key=lambda batch: batch.input_ids.numel())
+def _replica_bytes(model: Path, samples: Sequence[Sample], estimator: EstimatorName) -> float:
+    """The bytes of a replica's tensors while it scores the largest batch, at their peak."""
+    largest = max(make_batches(samples, BATCH_TOKENS), key=lambda batch: batch.input_ids.numel())
     replica = TransformersReplica(load_model(model))
-    with TensorMemory() as memory:
-        memory.count(*replica.model.parameters())
-        estimate(replica, [largest], Request(estimator, SIGMA, 0, 0, 1))
-    return float(memory.peak)
+    request = Request(estimator, SIGMA, 0, 0, 1)
+    return float(peak_bytes(replica.model, lambda: estimate(replica, [largest], request)))

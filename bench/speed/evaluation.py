@@ -5,24 +5,22 @@ Methods, on the same questions with the same limits on the length of an answer:
     (b)  `scoring.readings.Reader`, one replica of one thread
     (c)  the same on as many replicas as there are cores, or GPUs
 
-(a) and (b) take turns, then (a) and (c), so that whatever else the machine does falls on both; in each turn (a) answers
-a tenth of the questions and the other all.
+(a) and (b) take turns, then (a) and (c), so that whatever else the machine does falls on both. In each turn (a) answers
+a tenth of the questions and the other method all of them.
 """
 
 from __future__ import annotations
 
-import json
 import os
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
 from bench.models.find import ModelReference, find_model
+from bench.speed.figures import now, require_at_least, write_figures
 from bench.stats.estimates import Estimate, over_samples
 from bench.tasks import Record
 from bench.tasks.datasets import find_task
@@ -37,13 +35,21 @@ from scoring.samples import Sample, Text, encode
 from scoring.work import ReplicaSpec
 
 TURNS = 10  # fewer give no interval
+# Field of a question -> field of its answer.
 ANSWERS = {"question": "answer", "paraphrased_question": "paraphrased_answer"}
 
 
 def run_benchmark(model: str, data: str, split: str | None, generations: int, out: str | None) -> None:
-    """Measure, print a table with ratios, and write the figures as JSON if asked to."""
-    if generations < TURNS:
-        raise UserError(f"--generations {generations}: expected at least {TURNS}")
+    """Measure, print a table with ratios, and write the figures as JSON if asked to.
+
+    Args:
+        model: embedded one, folder or Hugging Face id.
+        data: a task of questions and answers.
+        split: of the task.
+        generations: questions that are answered, at most.
+        out: JSON file.
+    """
+    require_at_least(TURNS, generations=generations)
     reference = find_model(model)
     samples = _questions(data, split, reference, generations)
     prompts, limits = question_ids(samples), answer_limits(samples, reference.max_length)
@@ -52,39 +58,41 @@ def run_benchmark(model: str, data: str, split: str | None, generations: int, ou
     cores = len(os.sched_getaffinity(0))
     replicas = torch.cuda.device_count() if gpus else cores
     device = "cuda" if gpus else "cpu"
-    one = load_model(reference.source, "float32", device, reference.revision)
+    loaded = load_model(reference.source, "float32", device, reference.revision)
     spec, eos = ReplicaSpec(reference.source, reference.revision), reference.tokenizer.eos_token_id
     torch.set_num_threads(cores)
     seconds: dict[str, list[float]] = {name: [] for name in ("a beside b", "b", "a beside c", "c")}
     written: dict[str, dict[int, np.ndarray]] = {"a": {}, "b": {}, "c": {}}
 
-    def timed(name: str, own: Sequence[int], work: Callable[[list[np.ndarray], list[int]], list[np.ndarray]]) -> None:
-        started = time.perf_counter()
-        answers = work([prompts[i] for i in own], [limits[i] for i in own])
-        seconds[name].append((time.perf_counter() - started) * len(samples) / len(own))
-        written[name[0]] |= dict(zip(own, answers, strict=True))
+    def take_turn(
+        name: str, numbers: Sequence[int], answer: Callable[[list[np.ndarray], list[int]], list[np.ndarray]]
+    ) -> None:
+        """Answer the questions of these numbers; the seconds are scaled to all questions."""
+        started = now()
+        answers = answer([prompts[i] for i in numbers], [limits[i] for i in numbers])
+        seconds[name].append((now() - started) * len(samples) / len(numbers))
+        written[name[0]] |= dict(zip(numbers, answers, strict=True))
 
-    def one_at_a_time(own: Sequence[np.ndarray], most: Sequence[int]) -> list[np.ndarray]:
-        return [_generated(one, each, limit, eos) for each, limit in zip(own, most, strict=True)]
+    def one_at_a_time(prompts: Sequence[np.ndarray], limits: Sequence[int]) -> list[np.ndarray]:
+        return [_generated(loaded, prompt, limit, eos) for prompt, limit in zip(prompts, limits, strict=True)]
 
-    everything = range(len(samples))
+    all_numbers = range(len(samples))
     for name, count in (("b", 1), ("c", replicas)):
         with ReplicaPool(spec, Footprint(1, gpus), count) as pool:
             reader = Reader(pool, eos)
             reader.continuations(prompts, limits)  # loads the replicas
             one_at_a_time(prompts[:1], limits[:1])  # starts the threads
             for turn in range(TURNS):
-                timed(f"a beside {name}", everything[turn::TURNS], one_at_a_time)
-                timed(name, everything, reader.continuations)
-    figures = _figures(seconds, written, len(samples))
+                take_turn(f"a beside {name}", all_numbers[turn::TURNS], one_at_a_time)
+                take_turn(name, all_numbers, reader.continuations)
+    figures = _summary(seconds, written, len(samples))
     figures |= {"model": model, "data": data, "cores": cores, "replicas": replicas, "device": device}
     _print(figures)
-    if out:
-        Path(out).write_text(json.dumps(figures, indent=2) + "\n")
+    write_figures(figures, out)
 
 
 def _questions(data: str, split: str | None, reference: ModelReference, count: int) -> list[Sample]:
-    """The questions of the forget and the retain set, then the same paraphrased, `count` at most."""
+    """The questions of the forget and the retain set, then their paraphrases, `count` at most."""
     task, source = find_task(data)
     sets = task.evaluation(split or task.default_split)
     records = [
@@ -107,13 +115,13 @@ def _questions(data: str, split: str | None, reference: ModelReference, count: i
     return samples[:count]
 
 
-def _has(record: Record, *names: str) -> bool:
-    return all(record.get(name) for name in names)
+def _has(record: Record, *fields: str) -> bool:
+    return all(record.get(field) for field in fields)
 
 
 @torch.no_grad()
 def _generated(model: Any, prompt: np.ndarray, limit: int, eos: int | None) -> np.ndarray:
-    """As evaluation code commonly does it: one prompt, greedy `generate`."""
+    """The answer to one prompt by greedy `generate`, as evaluation code commonly has it."""
     ids = torch.from_numpy(prompt)[None].to(model.device)
     whole = model.generate(
         input_ids=ids,
@@ -127,18 +135,24 @@ def _generated(model: Any, prompt: np.ndarray, limit: int, eos: int | None) -> n
     return new[:-1] if len(new) and new[-1] == eos else new
 
 
-def _figures(seconds: dict[str, list[float]], written: dict[str, dict[int, np.ndarray]], count: int) -> dict[str, Any]:
-    """Seconds for all questions, ratios with intervals over the turns, and how many answers are the same."""
-    spent = {name: np.array(each) for name, each in seconds.items()}
+def _summary(seconds: dict[str, list[float]], written: dict[str, dict[int, np.ndarray]], count: int) -> dict[str, Any]:
+    """Seconds for all questions, ratios with intervals over the turns, and how many answers are the same.
+
+    Args:
+        seconds: of each turn, by method.
+        written: tokens of the answers by number of the question, by method.
+        count: of questions.
+    """
+    turns = {name: np.array(values) for name, values in seconds.items()}
 
     def gain(name: str) -> Estimate:
-        slow, fast = spent[f"a beside {name}"], spent[name]
+        slow, fast = turns[f"a beside {name}"], turns[name]
         return over_samples(lambda rows: slow[rows].sum() / fast[rows].sum(), TURNS)
 
     return {
         "generations": count,
         "new_tokens": sum(len(tokens) for tokens in written["c"].values()),
-        "seconds": {name: float(each.mean()) for name, each in spent.items()},
+        "seconds": {name: float(values.mean()) for name, values in turns.items()},
         "gain": {name: asdict(gain(name)) for name in ("b", "c")},
         "same_answers": {
             name: float(np.mean([np.array_equal(written["a"][i], written[name][i]) for i in range(count)]))

@@ -1,8 +1,9 @@
 """`mrd-bench benchmark leaderboard`: building and opening a leaderboard of many runs.
 
 Two stores hold the same made runs: one as sweeps leave it, a file for many runs, and one as single runs leave it, a
-file each. Reading is timed from both in turn; the whole command is timed as a user calls it, with the start of Python.
-Opening is the browser's own time until the page is loaded, where Chromium and selenium are installed.
+file each. Reading either and building take turns; building is the whole command as a user calls it, with the start of
+Python. Opening is the time until the page is loaded, as the browser measures it, where Chromium and selenium are
+installed.
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -26,7 +26,9 @@ import pyarrow.compute as pc
 
 from bench.files.status import FINISHED
 from bench.results.store import SCHEMAS, Store
+from bench.speed.figures import seconds_in_turns, write_figures
 from scoring.errors import UserError
+from scoring.settings import named
 
 TURNS = 3
 ENTRIES, SEEDS, SAMPLES, FORGET_SET = 10, 10, 40, 400
@@ -34,20 +36,25 @@ TASK, EXPERIMENT = "made", "many"
 
 
 def run_benchmark(runs: int, out: str | None) -> None:
-    """Measure, print, and write the figures as JSON if asked to."""
+    """Measure, print, and write the figures as JSON if asked to.
+
+    Args:
+        runs: in each store.
+        out: JSON file.
+    """
     if runs < ENTRIES * SEEDS or runs % (ENTRIES * SEEDS):
-        raise UserError(f"--runs {runs}: expected a multiple of {ENTRIES * SEEDS}, for as many entries × seeds")
+        raise UserError(
+            f"{named('runs')} is {runs}: expected a multiple of {ENTRIES * SEEDS}, for as many entries × seeds"
+        )
     with tempfile.TemporaryDirectory(prefix="mrd-bench-") as name:
         folder = Path(name)
         stores = {"sweeps": folder / "sweeps", "single runs": folder / "single"}
         for kind, root in stores.items():
             write_made_runs(root, runs, one_file_each=kind == "single runs")
-        reading: dict[str, list[float]] = {kind: [] for kind in stores}
-        building: list[float] = []
-        for _ in range(TURNS):
-            for kind, root in stores.items():
-                reading[kind].append(_seconds(Store(root).read))
-            building.append(_seconds(partial(_build, stores["sweeps"], folder / "board")))
+        works: dict[str, Callable[[], Any]] = {kind: Store(root).read for kind, root in stores.items()}
+        works["building"] = partial(_build, stores["sweeps"], folder / "board")
+        reading = seconds_in_turns(works, TURNS)
+        building = reading.pop("building")
         page = folder / "board" / "index.html"
         figures: dict[str, Any] = {
             "runs": runs,
@@ -56,17 +63,16 @@ def run_benchmark(runs: int, out: str | None) -> None:
             "page_megabytes": page.stat().st_size / 1e6,
             "open_seconds": _opening(page),
         }
-    middle = {kind: statistics.median(each) for kind, each in reading.items()}
+    medians = {kind: statistics.median(seconds) for kind, seconds in reading.items()}
     print(f"{runs} runs, {ENTRIES} entries, {SAMPLES} samples a run; median of {TURNS}")
     print(f"building the leaderboard, whole command {statistics.median(building):7.2f} s")
-    print(f"reading a store that sweeps wrote       {middle['sweeps']:7.2f} s")
-    print(f"reading one of a file a run             {middle['single runs']:7.2f} s")
-    print(f"ratio of the two                        {middle['single runs'] / middle['sweeps']:7.1f}")
-    opened = figures["open_seconds"]
-    how = f"{statistics.median(opened):7.2f} s" if opened else "not measured: no chromium, chromedriver and selenium"
-    print(f"opening the page ({figures['page_megabytes']:.1f} MB)              {how}")
-    if out:
-        Path(out).write_text(json.dumps(figures, indent=2) + "\n")
+    print(f"reading a store that sweeps wrote       {medians['sweeps']:7.2f} s")
+    print(f"reading one of a file a run             {medians['single runs']:7.2f} s")
+    print(f"ratio of the two                        {medians['single runs'] / medians['sweeps']:7.1f}")
+    opening = figures["open_seconds"]
+    time = f"{statistics.median(opening):7.2f} s" if opening else "not measured: no chromium, chromedriver and selenium"
+    print(f"opening the page ({figures['page_megabytes']:.1f} MB)              {time}")
+    write_figures(figures, out)
 
 
 def _build(store: Path, out: Path) -> None:
@@ -74,14 +80,8 @@ def _build(store: Path, out: Path) -> None:
     subprocess.run(command, check=True, capture_output=True)
 
 
-def _seconds(work: Callable[[], Any]) -> float:
-    started = time.perf_counter()
-    work()
-    return time.perf_counter() - started
-
-
 def _opening(page: Path) -> list[float] | None:
-    """Seconds from the request to the end of loading, script and first view included."""
+    """Seconds from the request to the end of loading, script and first view included; None without a browser."""
     browser, driver = shutil.which("chromium"), shutil.which("chromedriver")
     try:
         from selenium import webdriver
@@ -95,34 +95,43 @@ def _opening(page: Path) -> list[float] | None:
         options.add_argument(flag)
     options.binary_location = browser
     chrome = webdriver.Chrome(options, Service(driver))
-    found = []
+    seconds = []
     try:
         for _ in range(TURNS):
             chrome.get("about:blank")
             chrome.get(page.as_uri())
-            timing = "return performance.getEntriesByType('navigation')[0].loadEventEnd"
-            found.append(chrome.execute_script(timing) / 1000)
+            milliseconds = "return performance.getEntriesByType('navigation')[0].loadEventEnd"
+            seconds.append(chrome.execute_script(milliseconds) / 1000)
     finally:
         chrome.quit()
-    return found
+    return seconds
 
 
 def write_made_runs(root: Path, runs: int, one_file_each: bool = False, seed: int = 0) -> Path:
-    """A store of runs that were never run: ENTRIES algorithms on runs / (ENTRIES × SEEDS) selections, with SEEDS each.
+    """A store of made runs: ENTRIES algorithms on runs / (ENTRIES × SEEDS) selections, with SEEDS seeds each.
 
-    Values are normal around each algorithm's own, and an update count is there for every sample.
+    Metrics are normal around a mean that depends on the algorithm, and every sample has a number of updates.
+
+    Args:
+        root: of the store.
+        runs: how many.
+        one_file_each: write a file for each run; else one for each algorithm.
+        seed: of the random values.
+
+    Returns:
+        The root.
     """
     rng = np.random.default_rng(seed)
     fingerprint = hashlib.sha256(b"made").hexdigest()
-    chosen = [rng.choice(FORGET_SET, SAMPLES, replace=False) for _ in range(runs // (ENTRIES * SEEDS))]
+    selections = [rng.choice(FORGET_SET, SAMPLES, replace=False) for _ in range(runs // (ENTRIES * SEEDS))]
     rows, samples = [], []
     for entry in range(ENTRIES):
-        for number, ids in enumerate(chosen):
-            for each in range(SEEDS):
-                row = _made_run(entry, number, each, fingerprint, rng)
+        for selection, sample_numbers in enumerate(selections):
+            for run_seed in range(SEEDS):
+                row = _made_run(entry, selection, run_seed, fingerprint, rng)
                 rows.append(row)
-                samples.append((row["run"], ids, rng.integers(1, 30, SAMPLES)))
-    texts = [
+                samples.append((row["run"], sample_numbers, rng.integers(1, 30, SAMPLES)))
+    scores = [
         {
             "scores": "made",
             "sample_id": f"q{n:03d}",
@@ -135,20 +144,20 @@ def write_made_runs(root: Path, runs: int, one_file_each: bool = False, seed: in
         for n in range(FORGET_SET)
     ]
     store = Store(root)
-    store.write("scores", pa.Table.from_pylist(texts, SCHEMAS["scores"]), TASK, EXPERIMENT)
-    table = pa.Table.from_pylist(rows, SCHEMAS["runs"])
-    values = pa.table(
+    store.write("scores", pa.Table.from_pylist(scores, SCHEMAS["scores"]), TASK, EXPERIMENT)
+    run_table = pa.Table.from_pylist(rows, SCHEMAS["runs"])
+    sample_table = pa.table(
         {
-            "run": [name for name, ids, _ in samples for _ in ids],
-            "sample_id": [f"q{n:03d}" for _, ids, _ in samples for n in ids],
-            "updates_until_forgotten": np.concatenate([until for _, _, until in samples]),
+            "run": [run for run, numbers, _ in samples for _ in numbers],
+            "sample_id": [f"q{number:03d}" for _, numbers, _ in samples for number in numbers],
+            "updates_until_forgotten": np.concatenate([updates for _, _, updates in samples]),
         }
     )
-    store.write("samples", values, TASK, EXPERIMENT)
+    store.write("samples", sample_table, TASK, EXPERIMENT)
     if one_file_each:
-        parts = [table.slice(number, 1) for number in range(table.num_rows)]
+        parts = [run_table.slice(number, 1) for number in range(run_table.num_rows)]
     else:
-        parts = [table.filter(pc.equal(table["algorithm"], f"A{entry}")) for entry in range(ENTRIES)]
+        parts = [run_table.filter(pc.equal(run_table["algorithm"], f"A{entry}")) for entry in range(ENTRIES)]
     for part in parts:
         store.write("runs", part, TASK, EXPERIMENT)
     return root

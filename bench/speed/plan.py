@@ -22,24 +22,25 @@ from typing import Annotated, Any, Literal
 
 from algorithms.recipe import DEFAULT_BATCH_SIZE
 from scoring.api import BATCHES_PER_TASK, DRAWS_PER_TASK
+from scoring.engine import Dtype
 from scoring.errors import UserError, unknown_name
 from scoring.mrd import ESTIMATORS, EstimatorName
 from scoring.samples import BATCH_TOKENS
 from scoring.settings import Doc, Ge, Gt, check, named
-from scoring.work import Dtype
 
 KINDS = ("forward", "gradient", "curvature", "training")
-# Of the memory of a device, what may be planned with.
+# The share of a device's memory that may be planned with.
 USABLE = 0.9
+# Of a weight, by dtype.
 BYTES = {"float32": 4, "bfloat16": 2, "float64": 8}
 
 
 @dataclass(frozen=True)
 class Shape:
-    """A decoder's shape, as far as its cost goes.
+    """The shape of a decoder, as far as costs depend on it.
 
     Attributes:
-        params: all weights.
+        params: number of weights.
         layers, hidden, vocabulary: see the model's configuration.
     """
 
@@ -50,19 +51,26 @@ class Shape:
 
     @classmethod
     def of_size(cls, params: float) -> Shape:
-        """A Llama of so many weights, as such models are cut: 16 layers at 1e9, 32 at 7e9."""
+        """The usual shape of a Llama of so many weights: 16 layers at 1e9, 32 at 7e9."""
         layers = max(1, round(2.2 * (params / 1e6) ** 0.3))
         vocabulary = 32_000 if params > 3e8 else 4_000
         # 12 L d^2 in the layers and V d twice, in and out.
         hidden = (-2 * vocabulary + math.sqrt(4 * vocabulary**2 + 48 * layers * params)) / (24 * layers)
         return cls(params, layers, max(1, round(hidden)), vocabulary)
 
+    @classmethod
+    def of_model(cls, model: Any) -> Shape:
+        """The shape of a transformers model."""
+        config = model.config
+        params = sum(p.numel() for p in model.parameters())
+        return cls(params, config.num_hidden_layers, config.hidden_size, config.vocab_size)
+
     def widths(self, tokens: float, scored: float) -> float:
-        """Activations of so many tokens: one for each unit of width in all layers, and logits."""
+        """The activations of so many tokens: one for each unit of width in all layers, and logits."""
         return tokens * self.hidden * self.layers + scored * self.vocabulary
 
     def forward_flops(self, tokens: float, scored: float, length: float) -> float:
-        """Of so many tokens in samples of a length, of which so many are scored: only these reach the head."""
+        """The operations for so many tokens in samples of a length. Only the scored ones reach the head."""
         table = self.vocabulary * self.hidden
         body = max(self.params - 2 * table, 12 * self.layers * self.hidden**2)
         return tokens * (2 * body + 4 * length * self.hidden * self.layers) + scored * 2 * table
@@ -70,15 +78,15 @@ class Shape:
 
 @dataclass(frozen=True)
 class UnitCost:
-    """Of one kind of call.
+    """What one kind of call costs.
 
     Attributes:
-        layer: seconds for each layer, whatever goes through it.
+        layer: seconds for each layer, however many tokens go through it.
         width: seconds for each activation (token and unit of width, in every layer).
-        flop: seconds for each operation of the forward pass; further passes are in it.
-        activation: bytes for each token and unit of width, at their most; in `gradient` and `training` of every layer.
+        flop: seconds for each operation of the forward pass, with the time of further passes.
+        activation: bytes for each token and unit of width, at the peak; in `gradient` and `training` for every layer.
         logit: bytes for each logit.
-        copies: of the weights that are held meanwhile, the weights themselves included.
+        copies: of the weights that are held during the call, the weights themselves included.
     """
 
     layer: float
@@ -91,14 +99,14 @@ class UnitCost:
 
 @dataclass(frozen=True)
 class Profile:
-    """What one replica does on one kind of machine.
+    """The speed of a replica on one kind of machine.
 
     Attributes:
         name: of the profile.
         hardware: one line.
-        measured: by the benchmark; else from a data sheet.
+        measured: by the benchmark; else the values are from a data sheet.
         costs: by kind of call.
-        noise: seconds for each weight and perturbation; restoring is in it.
+        noise: seconds for each weight and perturbation, restoring included.
         update: seconds for each weight and update of the optimizer.
         start: seconds until a replica has begun.
         load: seconds for each byte of a model.
@@ -121,20 +129,21 @@ class Profile:
 
     @classmethod
     def read(cls, content: Mapping[str, Any]) -> Profile:
+        """A profile from JSON."""
         return cls(**{**content, "costs": {kind: UnitCost(**cost) for kind, cost in content["costs"].items()}})
 
 
 def profiles() -> dict[str, Profile]:
-    """Those that come along."""
-    content = json.loads((packaged.files("bench.speed") / "profiles.json").read_text())
-    return {each["name"]: Profile.read(each) for each in content}
+    """The profiles that come with the package, by name."""
+    contents = json.loads((packaged.files("bench.speed") / "profiles.json").read_text())
+    return {content["name"]: Profile.read(content) for content in contents}
 
 
 def find_profile(name: str) -> Profile:
-    """By name, or what `mrd-bench benchmark plan --out FILE` wrote.
+    """A profile by its name, or from the file that `mrd-bench benchmark plan --out FILE` wrote.
 
     Raises:
-        UserError: there is none.
+        UserError: there is none, or the file cannot be read.
     """
     known = profiles()
     if name in known:
@@ -151,15 +160,15 @@ def find_profile(name: str) -> Profile:
 
 @dataclass(frozen=True)
 class PlannedJob:
-    """What is planned.
+    """A job: scoring, unlearning or both.
 
     Attributes:
         shape: of the model.
         samples: N.
         tokens, scored: of a sample, on average.
-        estimator, draws: of MRD; None where nothing is scored.
-        epochs, retained: of unlearning: passes over the samples, and samples that are kept for each one forgotten;
-            0 epochs where nothing is unlearned.
+        estimator, draws: of MRD; None: nothing is scored.
+        epochs, retained: of unlearning: passes over the samples, and retain samples for each forgotten one; 0 epochs:
+            nothing is unlearned.
         batch_tokens: in a call.
         batch_size: samples forgotten in an update.
         dtype: of the weights.
@@ -178,7 +187,7 @@ class PlannedJob:
     dtype: Dtype = "float32"
 
     def checked(self) -> PlannedJob:
-        """The same with the estimator's own number of draws.
+        """The same with the estimator's default number of draws, if none is set.
 
         Raises:
             UserError: a value that cannot be.
@@ -217,7 +226,7 @@ class PlanSettings:
     price: Annotated[float | None, Ge(0), Doc("of a device and hour, in any currency")] = None
 
     def job(self) -> PlannedJob:
-        """The job that is planned.
+        """The job that the settings describe.
 
         Raises:
             UserError: a value that cannot be.
@@ -240,12 +249,12 @@ class PlanSettings:
 
 @dataclass
 class Calls:
-    """How often a job does what, in all.
+    """All that a job asks of its replicas.
 
     Attributes:
         count: calls by kind.
-        widths: activations that they compute, by kind.
-        flops: operations of the forward pass that they hold, by kind.
+        widths: activations that the calls compute, by kind.
+        flops: operations of the calls' forward passes, by kind.
         written: weights that perturbations write.
         updated: weights that the optimizer moves.
         tasks: handed to replicas.
@@ -259,7 +268,7 @@ class Calls:
     tasks: float = 0
 
     def add(self, kind: str, job: PlannedJob, times: float, count: float) -> None:
-        """So many calls, that put all samples through the model so many times."""
+        """Add `count` calls that put all samples through the model `times` times."""
         tokens, scored = times * job.samples * job.tokens, times * job.samples * job.scored
         for sums, value in (
             (self.count, count),
@@ -270,7 +279,7 @@ class Calls:
 
 
 def calls_of(job: PlannedJob) -> Calls:
-    """Of scoring and of unlearning."""
+    """The calls of a job, for scoring and for unlearning."""
     calls, shape = Calls(), job.shape
     if job.estimator is not None:
         batches = math.ceil(job.samples / max(1, job.batch_tokens // job.tokens))
@@ -278,12 +287,12 @@ def calls_of(job: PlannedJob) -> Calls:
         perturbs = ESTIMATORS[job.estimator].perturbs
         shards = math.ceil(batches / BATCHES_PER_TASK[perturbs])
         calls.tasks = shards * max(1, math.ceil(draws / DRAWS_PER_TASK))
-        # What is unperturbed is formed once for each replica that works on a shard; here, once.
+        # Unperturbed log-probs are computed once by each replica that works on a shard; once, as is counted here.
         forwards = {"monte-carlo": draws + 1, "antithetic": 2 * draws + 1, "gradient": 0, "curvature": 1}[job.estimator]
         if forwards:
             calls.add("forward", job, forwards, batches * forwards)
         if job.estimator == "antithetic":
-            # The unperturbed in fp64, at twice the cost, and once more to see how it is rounded.
+            # Unperturbed log-probs in fp64, at twice the cost; those in fp32 show the rounding, and are counted above.
             calls.add("forward", job, 2, batches * 2)
         elif job.estimator == "gradient":
             calls.add("gradient", job, 1, batches)
@@ -304,12 +313,12 @@ class JobPlan:
 
     Attributes:
         seconds: until it ends.
-        parts: the same by what it goes to.
+        parts: of the seconds, by what they are spent on.
         replicas: that work side by side.
-        devices: that each has.
-        memory: bytes of each.
-        device_hours: of all.
-        limit: what it is that takes longest, or does not fit.
+        devices: of each replica.
+        memory: bytes of each replica.
+        device_hours: of all replicas.
+        limit: the part that takes longest.
     """
 
     seconds: float
@@ -322,54 +331,56 @@ class JobPlan:
 
 
 def memory_of(job: PlannedJob, profile: Profile) -> float:
-    """Bytes that a replica holds at the most."""
+    """The bytes that a replica holds at its peak."""
     weights = job.shape.params * BYTES[job.dtype]
-    most = 0.0
+    peak = 0.0
     if job.estimator is not None:
         kind = job.estimator if job.estimator in KINDS else "forward"
-        active = activations(job, profile, kind)
-        most = weights * profile.costs[kind].copies + active
+        active = activation_bytes(job, profile, kind)
+        peak = weights * profile.costs[kind].copies + active
         if ESTIMATORS[job.estimator].perturbs:
-            most += weights  # the base
+            peak += weights  # the base
         if job.estimator == "antithetic":
-            # It begins with a copy in fp64, and what that computes.
-            most = max(most, weights + 8 * job.shape.params + 2 * active)
+            # It begins with a copy of the model in fp64, and the activations of that.
+            peak = max(peak, weights + 8 * job.shape.params + 2 * active)
     if job.epochs:
         # In fp32: weights, gradients and the two moments of AdamW.
-        most = max(most, 16 * job.shape.params + activations(job, profile, "training"))
-    return most
+        peak = max(peak, 16 * job.shape.params + activation_bytes(job, profile, "training"))
+    return peak
 
 
-def activations(job: PlannedJob, profile: Profile, kind: str) -> float:
-    """Bytes of what a call computes, at their most."""
+def activation_bytes(job: PlannedJob, profile: Profile, kind: str) -> float:
+    """The bytes of the tensors that a call computes, at their peak."""
     tokens = min(job.batch_tokens, job.samples * job.tokens)
-    units, logits = held(job.shape, kind, tokens, tokens * job.scored / job.tokens)
+    units, logits = units_and_logits(job.shape, kind, tokens, tokens * job.scored / job.tokens)
     return profile.costs[kind].activation * units + profile.costs[kind].logit * logits
 
 
-def held(shape: Shape, kind: str, tokens: float, scored: float) -> tuple[float, float]:
-    """What of a call is there at once: units of width, of one layer where no backward pass needs the others; logits."""
+def units_and_logits(shape: Shape, kind: str, tokens: float, scored: float) -> tuple[float, float]:
+    """How many units of width and logits a call holds at once. Units of one layer are enough where no backward pass
+    needs the others."""
     layers = shape.layers if kind in ("gradient", "training") else 1
     return tokens * shape.hidden * layers, scored * shape.vocabulary
 
 
 def plan(job: PlannedJob, profile: Profile, devices: int) -> JobPlan:
-    """Of a job on so many devices (GPUs, or cores of one thread each).
+    """The plan of a job on so many devices (GPUs, or cores of one thread each).
 
     Raises:
         UserError: the model does not fit on them.
     """
     job = job.checked()
     if devices < 1:
-        raise UserError(f"--gpus {devices}: expected 1 or more")
+        raise UserError(f"{named('gpus')} is {devices}: expected at least 1")
     memory = memory_of(job, profile)
-    each = max(1, math.ceil(memory / (profile.memory * USABLE)))
-    if each > devices:
+    devices_each = max(1, math.ceil(memory / (profile.memory * USABLE)))
+    if devices_each > devices:
         raise UserError(
-            f"a replica needs {memory / 1e9:.0f} GB, which is {each} of {profile.hardware}; there are {devices}: take "
-            "more of them, a lower --batch-tokens, or --estimator gradient with --dtype bfloat16"
+            f"a replica needs {memory / 1e9:.0f} GB, which is {devices_each} of {profile.hardware}; there are "
+            f"{devices}: take more of them, a lower {named('batch_tokens')}, or {named('estimator')} gradient with "
+            f"{named('dtype')} bfloat16"
         )
-    replicas = devices // each
+    replicas = devices // devices_each
     calls = calls_of(job)
     parts = {
         f"{kind} passes": job.shape.layers * calls.count[kind] * profile.costs[kind].layer
@@ -380,38 +391,49 @@ def plan(job: PlannedJob, profile: Profile, devices: int) -> JobPlan:
     }
     parts |= {"noise": calls.written * profile.noise, "updates": calls.updated * profile.update}
     parts["scheduling"] = calls.tasks * profile.task
-    # A replica of several devices is taken to use them all; what they tell each other is not counted.
-    side_by_side = 1 if replicas == 1 else replicas * profile.sharing
+    # A replica of several devices is taken to use them all; communication between them is not counted.
+    speed_up = 1 if replicas == 1 else replicas * profile.sharing
     if calls.tasks:
         # The last round of tasks may leave replicas without work.
-        side_by_side *= calls.tasks / replicas / math.ceil(calls.tasks / replicas)
-    parts = {name: seconds / side_by_side / each for name, seconds in parts.items() if seconds}
+        speed_up *= calls.tasks / replicas / math.ceil(calls.tasks / replicas)
+    parts = {name: seconds / speed_up / devices_each for name, seconds in parts.items() if seconds}
     parts["start"] = profile.start + profile.load * job.shape.params * BYTES[job.dtype]
     seconds = sum(parts.values())
     limit = max(parts, key=lambda name: parts[name])
-    return JobPlan(seconds, parts, replicas, each, memory, seconds / 3600 * replicas * each, limit)
+    device_hours = seconds / 3600 * replicas * devices_each
+    return JobPlan(seconds, parts, replicas, devices_each, memory, device_hours, limit)
 
 
-def print_plan(job: PlannedJob, found: JobPlan, profile: Profile, price: float | None) -> None:
-    """On the terminal."""
+def print_plan(job: PlannedJob, job_plan: JobPlan, profile: Profile, price: float | None) -> None:
+    """Print a plan on the terminal.
+
+    Args:
+        job: that is planned.
+        job_plan: of the job.
+        profile: of the machines.
+        price: of a device and hour; None: unknown.
+    """
     job = job.checked()
-    what = f"{job.samples:,.0f} samples of {job.tokens:g} tokens, a model of {_short(job.shape.params)} weights"
-    how = [f"{job.estimator}" + (f" with {job.draws} draws" if job.draws else "")] if job.estimator else []
-    how += [f"unlearning for {job.epochs:g} epochs"] if job.epochs else []
-    print(f"{what}: {', then '.join(how)}")
-    print(f"on {found.replicas} replica(s) of {found.devices} x {profile.hardware}")
-    hours = found.seconds / 3600
-    print(f"time    {_duration(found.seconds)} ({hours:.3g} h), {found.device_hours:.3g} device hours")
-    for name, seconds in sorted(found.parts.items(), key=lambda part: -part[1]):
-        print(f"        {seconds / found.seconds:>4.0%} {name}")
-    print(f"memory  {found.memory / 1e9:.3g} GB a replica, of {found.devices * profile.memory / 1e9:.3g} GB")
+    work = [f"{job.estimator}" + (f" with {job.draws} draws" if job.draws else "")] if job.estimator else []
+    work += [f"unlearning for {job.epochs:g} epochs"] if job.epochs else []
+    print(
+        f"{job.samples:,.0f} samples of {job.tokens:g} tokens, a model of {_short(job.shape.params)} weights: "
+        f"{', then '.join(work)}"
+    )
+    print(f"on {job_plan.replicas} replica(s) of {job_plan.devices} x {profile.hardware}")
+    hours = job_plan.seconds / 3600
+    print(f"time    {_duration(job_plan.seconds)} ({hours:.3g} h), {job_plan.device_hours:.3g} device hours")
+    for name, seconds in sorted(job_plan.parts.items(), key=lambda part: -part[1]):
+        print(f"        {seconds / job_plan.seconds:>4.0%} {name}")
+    print(f"memory  {job_plan.memory / 1e9:.3g} GB a replica, of {job_plan.devices * profile.memory / 1e9:.3g} GB")
     if price is not None:
-        print(f"cost    {found.device_hours * price:.2f} at {price:g} an hour and device")
-    print(f"limit   {found.limit}" + (": see --estimator gradient" if found.limit == "forward passes" else ""))
+        print(f"cost    {job_plan.device_hours * price:.2f} at {price:g} an hour and device")
+    hint = f": see {named('estimator')} gradient" if job_plan.limit == "forward passes" else ""
+    print(f"limit   {job_plan.limit}{hint}")
     if not profile.measured:
         print(
             f"note: {profile.name} is from its data sheet and was not measured; `mrd-bench benchmark plan --out FILE` "
-            "measures it, and --profile FILE takes what it found"
+            f"measures a machine, and {named('profile')} FILE plans with that"
         )
 
 

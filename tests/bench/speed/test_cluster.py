@@ -43,7 +43,7 @@ def test_a_small_run(
 def test_figures_by_hand() -> None:
     """Two turns: 10 s and 5.0 s, 10 s and 6.25 s: efficiencies of 100 and 80 %, whose logs have a mean of -0.1116, and
     a t interval of one degree of freedom, 12.706 times 0.1116 either way. The queue adds 0.1 and 0.3 s."""
-    figures = cluster._summed_up({1: [10.0, 10.0], 2: [5.0, 6.25]}, {"alone": [1.0, 1.0], "queued": [1.1, 1.3]})
+    figures = cluster.summary({1: [10.0, 10.0], 2: [5.0, 6.25]}, {"alone": [1.0, 1.0], "queued": [1.1, 1.3]})
     assert figures["efficiency"]["value"] == pytest.approx(np.sqrt(0.8))
     assert figures["efficiency"]["high"] == pytest.approx(np.exp(-0.11157 + 12.706 * 0.11157), rel=1e-3)
     assert figures["overhead"] == {
@@ -55,7 +55,7 @@ def test_figures_by_hand() -> None:
 
 def test_refused(capsys: pytest.CaptureFixture[str]) -> None:
     for sizes, message in (
-        ("1000", "--sizes 1000: expected two or more numbers of samples"),
+        ("1000", "--sizes is 1000: expected two or more numbers of samples"),
         ("10,1000", "each 100 or more"),
     ):
         assert main(["benchmark", "cluster", "--sizes", sizes]) == 2

@@ -51,7 +51,7 @@ def test_three_methods_write_the_same_answers(tmp_path: Path, capsys: pytest.Cap
 def test_too_little_to_compare(model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     task, out = write_task(tmp_path / "task"), tmp_path / "figures.json"
     assert main(command(model_folder, task, TURNS - 1, out)) == 2
-    assert capsys.readouterr().err == f"mrd-bench: error: --generations {TURNS - 1}: expected at least {TURNS}\n"
+    assert capsys.readouterr().err == f"mrd-bench: error: --generations is {TURNS - 1}: expected at least {TURNS}\n"
     few = write_task(tmp_path / "few", forget=records("forget")[:1], retain=records("retain")[:1])
     assert main(command(model_folder, few, 20, out)) == 2
     assert f"4 questions fit into the model's context, expected at least {TURNS}" in capsys.readouterr().err

@@ -12,7 +12,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from bench.cli import main
-from bench.speed import calibration as benchmark
+from bench.speed.calibration import fit
 from bench.speed.plan import PlannedJob, Profile, Shape, UnitCost, calls_of, find_profile, memory_of, plan, profiles
 from scoring.errors import UserError
 from tests.paths import ROOT
@@ -66,7 +66,7 @@ def test_forward_flops_are_those_that_torch_counts() -> None:
     )
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(input_ids=torch.zeros(5, 30, dtype=torch.long), use_cache=False)
-    shape = benchmark.shape_of(model)
+    shape = Shape.of_model(model)
     assert shape.forward_flops(150, 150, 30) == pytest.approx(counter.get_total_flops(), rel=0.02)
 
 
@@ -150,7 +150,7 @@ def test_costs_are_found_again() -> None:
     rows = np.array(
         [(layers, flops, 2e-3 * layers + 3e-10 * flops) for layers, flops in ((2, 1e6), (6, 1e8), (4, 1e9))]
     )
-    assert benchmark._fit(rows) == pytest.approx((2e-3, 3e-10))
+    assert fit(rows) == pytest.approx((2e-3, 3e-10))
 
 
 def test_profiles(tmp_path: Path) -> None:

@@ -16,15 +16,15 @@ from bench.speed import leaderboard, sweep
 def test_overheads_by_hand(capsys: pytest.CaptureFixture[str]) -> None:
     """A warm trial takes 1 s, and its result comes 1.1 or 1.3 s after the last; a cold one 1 s, and 5 or 7 s."""
     gaps = {"warm": np.tile([1.1, 1.3], 10), "cold": np.tile([5.0, 7.0], 10)}
-    own = {kind: np.ones(20) for kind in gaps}
-    figures = sweep._figures(gaps, own)
+    trial_seconds = {kind: np.ones(20) for kind in gaps}
+    figures = sweep.summary(gaps, trial_seconds)
     assert figures["overhead"]["warm"]["value"] == pytest.approx(0.2)
     assert figures["overhead"]["cold"]["value"] == pytest.approx(5.0)
     assert figures["gain"]["value"] == pytest.approx(25.0)
     assert figures["gain"]["low"] < 25 < figures["gain"]["high"]
     assert figures["largest_overhead"]["cold"] == pytest.approx(6.0)
     assert figures["seconds_per_trial"] == {"warm": pytest.approx(1.2), "cold": pytest.approx(6.0)}
-    sweep._print(figures | {"trials": 10, "turns": 2})
+    sweep.print_summary(figures | {"trials": 10, "turns": 2})
     assert "ratio of the overheads: 25.0 [95 % CI" in capsys.readouterr().out
 
 
@@ -51,9 +51,9 @@ def test_made_runs_are_the_same_in_one_file_or_many(tmp_path: Path) -> None:
 
 def test_refusals(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     for arguments, problem in (
-        (["leaderboard", "--runs", "150"], "--runs 150: expected a multiple of 100"),
+        (["leaderboard", "--runs", "150"], "--runs is 150: expected a multiple of 100"),
         (["leaderboard", "--out", str(tmp_path / "no" / "x.json")], "its folder does not exist"),
-        (["sweep", "--trials", "3"], "--trials 3: expected at least 8"),
+        (["sweep", "--trials", "3"], "--trials is 3: expected at least 8"),
     ):
         assert main(["benchmark", *arguments]) == 2
         assert problem in capsys.readouterr().err

@@ -15,21 +15,12 @@ import torch
 from algorithms.objectives import ALGORITHMS
 from bench.cli import main
 from bench.jobs.unlearn import UnlearnSpec
-from bench.speed import unlearning
-from bench.speed.unlearning import (
-    COMPARED,
-    IGNORED,
-    Loop,
-    Sizes,
-    change,
-    compare_with_trainer,
-    in_words,
-    median,
-    objectives_once,
-    padded,
-    run_benchmark,
-    set_pace,
-)
+from bench.speed.unlearning import trainer
+from bench.speed.unlearning.inputs import COMPARED, Sizes
+from bench.speed.unlearning.loop import TrainingLoop, distinct_algorithms
+from bench.speed.unlearning.run import run_benchmark
+from bench.speed.unlearning.stopping import add_paced_seconds, change_by_alpha, in_words
+from bench.speed.unlearning.trainer import IGNORED, compare_with_trainer, median, padded
 from scoring.errors import UserError
 from scoring.samples import Sample
 from tests.tiny_folders import pairs, write_jsonl
@@ -115,7 +106,7 @@ def test_everything_is_measured_and_written(cluster, model_folder, data_file, re
 
 
 def test_the_loop_trains_on_the_batches_that_trainer_is_given(spec: UnlearnSpec, tmp_path: Path):
-    loop = Loop(spec, 7, tmp_path)
+    loop = TrainingLoop(spec, 7, tmp_path)
     loop.advance(7)
     batches = loop.batches(7)
     assert [row["samples"] for row in loop.steps] == [[p["forget"].sample_id for p in batch] for batch in batches]
@@ -127,8 +118,8 @@ def test_the_loop_trains_on_the_batches_that_trainer_is_given(spec: UnlearnSpec,
 
 
 def test_another_objective_is_noticed(spec: UnlearnSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(unlearning, "BETA", 0.11)
-    monkeypatch.setattr(unlearning, "COMPARED", ("NPO",))
+    monkeypatch.setattr(trainer, "BETA", 0.11)
+    monkeypatch.setattr(trainer, "COMPARED", ("NPO",))
     with pytest.raises(RuntimeError, match="NPO: our loss and Trainer's differ"):
         compare_with_trainer(spec, TINY, tmp_path)
 
@@ -144,7 +135,7 @@ def test_padded_by_hand():
 
 
 def test_objectives_come_once():
-    assert objectives_once() == [name for name in ALGORITHMS if name not in ("SGA", "CGA")]
+    assert distinct_algorithms() == [name for name in ALGORITHMS if name not in ("SGA", "CGA")]
 
 
 def test_median_has_an_interval_from_ten_values_on():
@@ -172,7 +163,7 @@ def row(alpha: float, seed: int, updates: int, seconds: float, reached: bool = T
 def test_changes_are_paired_by_seed():
     rows = [row(0.0, seed, updates, 2.0) for seed, updates in enumerate([70, 80, 90])]
     rows += [row(1.0, seed, updates, 3.0 + seed / 10) for seed, updates in ((2, 85), (0, 60), (1, 80))]
-    found = change(rows, "GA", 1.0)
+    found = change_by_alpha(rows, "GA", 1.0)
     # Differences -10, 0, -5: mean -5, s = 5; t_{0.975, 2} = 4.302653.
     half = 4.302653 * 5 / math.sqrt(3)
     assert list(found["updates"]["difference"].values()) == pytest.approx([-5, -5 - half, -5 + half], rel=1e-6)
@@ -194,7 +185,7 @@ def test_pace_by_hand():
     runs = [run("GA", 100, 1.0, 0, 0.0), run("GA", 200, 4.0, 4, 4.0), run("GA", 300, 18.0, 2, 6.0)]
     other = run("PO", 10, 1.0, 0, 0.0)
     diverged = {"algorithm": "PO", "diverged": "why"}
-    set_pace([*runs, other, diverged])
+    add_paced_seconds([*runs, other, diverged])
     assert [r["paced_seconds"] for r in runs] == pytest.approx([2.0, 4.0 + 4 * 2, 6.0 + 2 * 2])
     assert other["paced_seconds"] == pytest.approx(1.0)
     assert "paced_seconds" not in diverged
@@ -203,16 +194,18 @@ def test_pace_by_hand():
 def test_runs_that_did_not_finish_are_left_out_and_named():
     rows = [row(0.0, seed, 70, 2.0) for seed in range(3)] + [row(-1.0, seed, 90, 3.0, seed < 2) for seed in range(3)]
     rows.append({"algorithm": "GA", "alpha": 1.0, "seed": 0, "reached": False, "diverged": "why"})
-    found = change(rows, "GA", -1.0)
+    found = change_by_alpha(rows, "GA", -1.0)
     assert (found["pairs"], found["left_out"], found["updates"]["difference"]["value"]) == (2, 1, 20)
     assert "(1 of 3 pairs left out: not all forgotten)" in in_words(found)
     assert "paper" not in in_words(found)
-    assert in_words(change(rows, "GA", 1.0)).endswith("(1 of 1 pairs left out: not all forgotten): nothing to compare")
+    assert in_words(change_by_alpha(rows, "GA", 1.0)).endswith(
+        "(1 of 1 pairs left out: not all forgotten): nothing to compare"
+    )
 
 
 def test_bad_input_is_refused_in_one_line(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
     assert main(["benchmark", "unlearning", "--seeds", "1"]) == 2
-    assert "--seeds 1: expected at least 2, or 0" in capsys.readouterr().err
+    assert "--seeds is 1: expected at least 2, or 0" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main(["benchmark", "unlearning", "--samples", "3"])  # of the other benchmark
     assert "unknown argument '--samples'" in capsys.readouterr().err

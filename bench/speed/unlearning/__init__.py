@@ -1,0 +1,1 @@
+"""`mrd-bench benchmark unlearning`: what unlearning costs, and whether MRD shortens it."""
