@@ -12,7 +12,10 @@ import pytest
 import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
 
+from bench.cli.flags import settings_from
 from bench.cli.main import make_parser
+from bench.jobs.resources import Resources
+from bench.jobs.score import ScoreSpec
 from tests.paths import ROOT
 
 LAUNCHER = ("cluster.yaml", "deploy/on-premise.yaml")
@@ -90,5 +93,7 @@ def test_the_job_on_kubernetes() -> None:
     program, *arguments = shlex.split(job["spec"]["entrypoint"])
     assert program == "mrd-bench"
     parsed = make_parser(arguments[0]).parse_args(arguments)
-    assert parsed.gpus_per_replica == 1
+    with settings_from(parsed, ScoreSpec, Resources) as (spec, resources):
+        assert spec.estimator == "gradient"
+        assert resources.gpus_per_replica == 1
     assert parsed.out.startswith("/shared/")

@@ -256,6 +256,7 @@ assert main([*command, "--workers", "0", "--out", "run"]) == 0
 """
 
 
+@pytest.mark.slow
 def test_plugins_of_the_page_and_of_the_example(model_folder: Path, data_file: Path, tmp_path: Path) -> None:
     """The blocks of docs/extending.md that add to a registry, and the algorithm of examples/, loaded and used. In a
     process of its own: what is loaded changes what runs are known by."""
@@ -280,7 +281,13 @@ def test_score_a_model(model_folder: Path, data_file: Path, capsys: pytest.Captu
 
 def test_the_sweep_of_the_example_is_one() -> None:
     spec = runpy.run_path(str(EXAMPLES / "sweep.py"))["SPEC"]
-    build(SweepSpec, spec).checked()
+    assert build(SweepSpec, spec).checked().vary == {"algorithm": ["GradDiff", "NPO"]}
+
+
+@pytest.mark.slow
+def test_sweep(tmp_path: Path) -> None:
+    printed = python(str(EXAMPLES / "sweep.py"), folder=tmp_path)
+    assert re.search(r"^selection +\n(random-\S+ +[\d.]+ +[\d.]+\n){3}", printed, re.M), printed
 
 
 @pytest.mark.slow

@@ -1,0 +1,201 @@
+"""Results written by older code still read: to the same leaderboard, the same store files and the same identities."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from bench.boards.board import Board, boards
+from bench.boards.page import page
+from bench.boards.text import standings_latex
+from bench.boards.write import overview
+from bench.files.identity import with_spec_hash
+from bench.files.score_file import Scores, read_scores
+from bench.files.spec import read_mapping
+from bench.jobs.run_folder import read_run
+from bench.jobs.score import ScoreSpec
+from bench.jobs.sweep_tables import read_sweep
+from bench.jobs.unlearn import NOT_HASHED, UnlearnSpec, identity_of
+from bench.results.collect import add
+from bench.results.store import Results, Store, read_stores
+from bench.tasks.datasets import load_dataset
+
+ROOT = Path(__file__).parents[3]
+LEADERBOARD = ROOT / "results" / "leaderboard"
+ANSWERS = sorted((ROOT / "results" / "reproduce-demo").glob("*/record.json"))
+OLD = ROOT / "tests" / "old_results"
+SPECS = ROOT / "bench" / "experiments" / "specs"
+NOT_HASHED_OF_SCORES = ("model", "data", "split")
+
+
+@pytest.fixture(scope="module")
+def committed_store() -> Results:
+    return read_stores([LEADERBOARD / "store"])
+
+
+@pytest.fixture(scope="module")
+def committed_board(committed_store: Results) -> Board:
+    ranked, notes = boards(dataclasses.replace(committed_store, runs=_with_store_name(committed_store)))
+    assert notes == []
+    (board,) = ranked
+    return board
+
+
+def _with_store_name(results: Results) -> Any:
+    """The runs, with the store named as on the command line that wrote the page, wherever this repository lies."""
+    column = results.runs.column_names.index("store")
+    names = ["results/leaderboard/store"] * results.runs.num_rows
+    return results.runs.set_column(column, "store", [names])
+
+
+# --- The leaderboard ----------------------------------------------------------------------------------------
+
+
+def _data(html: str) -> bytes:
+    found = re.search(r'<script type="application/json" id="data">(.*?)</script>', html, re.DOTALL)
+    assert found
+    return found[1].encode()
+
+
+def test_the_data_of_the_leaderboard_are_the_same_bytes(committed_board: Board) -> None:
+    data = _data((LEADERBOARD / "index.html").read_text(encoding="utf-8"))
+    assert len(json.loads(data)[0]["runs"]) == 144
+    assert _data(page([committed_board])) == data
+
+
+def test_readme_and_table_of_the_leaderboard_are_the_same(committed_board: Board) -> None:
+    assert overview([committed_board], []) == (LEADERBOARD / "README.md").read_text(encoding="utf-8")
+    first = next(iter(committed_board.metrics))
+    assert standings_latex(committed_board, first) == (LEADERBOARD / "board-0.tex").read_text(encoding="utf-8")
+
+
+# --- Identities ---------------------------------------------------------------------------------------------
+
+
+def hash_again(identity: Mapping[str, Any], not_hashed: Sequence[str]) -> str:
+    """The hash of a stored identity."""
+    content = {name: value for name, value in identity.items() if name != "spec_hash"}
+    return with_spec_hash(content, not_hashed)["spec_hash"]
+
+
+def identity_today(identity: Mapping[str, Any]) -> dict[str, Any]:
+    """The identity that a run with these settings, this model and these data would have today."""
+    names = {field.name for field in dataclasses.fields(UnlearnSpec)} - set(UnlearnSpec.EXECUTION)
+    spec = UnlearnSpec(**{name: value for name, value in identity.items() if name in names - {"refusals"}})
+    model = SimpleNamespace(fingerprint=identity["model_fingerprint"])
+    forget = SimpleNamespace(sha256=identity["forget_sha256"])
+    retain = SimpleNamespace(sha256=identity["retain_sha256"]) if identity["retain_sha256"] else None
+    return identity_of(spec, model, forget, retain)  # type: ignore[arg-type]
+
+
+def check_score_identity(identity: Mapping[str, Any]) -> None:
+    """A score file's identity has the hash and the fields that it would have today."""
+    assert hash_again(identity, NOT_HASHED_OF_SCORES) == identity["spec_hash"]
+    names = [field.name for field in dataclasses.fields(ScoreSpec)]
+    hashes = {"schema_version", "data_sha256", "model_fingerprint", "spec_hash"}
+    assert identity.keys() == hashes | set(names)
+    assert load_dataset(identity["data"], identity["split"]).sha256 == identity["data_sha256"]
+
+
+def test_runs_of_the_store_have_the_same_identity(committed_store: Results) -> None:
+    rows = committed_store.runs.to_pylist()
+    assert len(rows) == 144
+    for row in rows:
+        identity = json.loads(row["spec"])
+        assert hash_again(identity, NOT_HASHED) == identity["spec_hash"] == row["run"]
+        assert identity_today(identity) == identity
+
+
+def test_scores_of_the_store_have_the_same_identity(committed_store: Results) -> None:
+    rows = committed_store.scores.to_pylist()
+    assert len(rows) == 40
+    identities = {row["spec"] for row in rows}
+    assert {json.loads(identity)["spec_hash"] for identity in identities} == {row["scores"] for row in rows}
+    for identity in identities:
+        check_score_identity(json.loads(identity))
+
+
+def test_there_are_answers_of_all_experiments() -> None:
+    assert [path.parent.name for path in ANSWERS] == sorted(path.stem for path in SPECS.glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", ANSWERS, ids=[path.parent.name for path in ANSWERS])
+def test_answers_of_experiments_have_the_same_identity(path: Path) -> None:
+    """`mrd-bench reproduce` would leave the committed folder as it is."""
+    record = json.loads(path.read_text())
+    identity = {name: record[name] for name in ("experiment", "preset", "values", "schema_version")}
+    assert hash_again(identity, ()) == record["spec_hash"]
+    sections, _ = read_mapping(SPECS / f"{record['experiment']}.yaml")
+    assert sections[record["preset"]] == record["values"]
+
+
+# --- Score files, runs and sweeps ---------------------------------------------------------------------------
+
+
+def test_a_score_file_is_read() -> None:
+    table, identity, record = read_scores(OLD / "scores.parquet")
+    assert table["sample_id"].to_pylist() == [f"author39-q0{number}" for number in (6, 7, 8, 9)]
+    check_score_identity(identity)
+    assert identity["estimator"] == "monte-carlo"
+    assert record["packages"].keys() >= {"torch", "transformers"}
+    scores = Scores.read(OLD / "scores.parquet")
+    assert np.isfinite(scores["mrd"]).all()
+    assert np.isfinite(scores["mrd_stderr"]).all()
+    assert ((scores.probability > 0) & (scores.probability < 1)).all()
+
+
+def test_a_run_is_read() -> None:
+    result = read_run(OLD / "run")
+    identity = result.record["spec"]
+    assert json.loads((OLD / "run" / "spec.json").read_text()) == identity
+    assert hash_again(identity, NOT_HASHED) == identity["spec_hash"]
+    assert identity_today(identity) == identity
+    assert load_dataset("authors", "forget01").sha256 == identity["forget_sha256"]
+    assert result.steps.num_rows == result.record["updates"] == 2
+    assert result.epochs["epoch"].to_pylist() == [0, 1, 2]
+    assert result.samples.num_rows == 4
+
+
+def test_a_sweep_is_read() -> None:
+    result = read_sweep(OLD / "sweep")
+    identity = result.record["spec"]
+    assert json.loads((OLD / "sweep" / "spec.json").read_text()) == identity
+    assert hash_again(identity, ()) == identity["spec_hash"]
+    assert result.record["counts"] == {"finished": 4}
+    assert (result.epochs.num_rows, result.samples.num_rows) == (12, 8)
+    rows = result.trials.to_pylist()
+    assert [(row["algorithm"], row["status"]) for row in rows] == [
+        (algorithm, "finished") for algorithm in ("GA", "NPO") for _ in range(2)
+    ]
+    for row in rows:
+        trial = json.loads(row["identity"])
+        assert hash_again(trial, NOT_HASHED) == trial["spec_hash"] == row["trial"]
+        assert identity_today(trial) == trial
+    _, difficulty, _ = read_scores(OLD / "sweep" / "difficulty.parquet")
+    check_score_identity(difficulty)
+
+
+def test_a_store_gets_the_same_files(tmp_path: Path) -> None:
+    """Their names are the hashes of what is in them."""
+    for name in ("sweep", "run", "scores.parquet"):
+        add(Store(tmp_path), OLD / name, "before")
+    files = {f"{path.relative_to(tmp_path).parts[0]}/{path.stem}" for path in tmp_path.rglob("*.parquet")}
+    assert files == {
+        "runs/7d23cf690f88d81fb3e51d5b",
+        "runs/c985fc1b86ddfc8b20282e81",
+        "samples/401c71d0875a0d5cdb0e7ae2",
+        "samples/b2b35efa467ff22943f681cd",
+        "scores/c00e111bfc15916ac73cd6ab",
+        "scores/f2f4699052b94f1e1ca68842",
+    }
+    ranked, notes = boards(read_stores([tmp_path]))
+    assert notes == []
+    assert sum(len(board.runs) for board in ranked) == 5
