@@ -205,6 +205,7 @@ def test_more_workers_than_fit(spec: UnlearnSpec, tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.ray
 def test_a_killed_driver_continues(spec: UnlearnSpec, alone: UnlearnResult, tmp_path: Path) -> None:
     lines = [f"{name}: {value}" for name, value in dataclasses.asdict(spec).items() if value not in (None, {})]
     (tmp_path / "spec.yaml").write_text("\n".join(lines) + "\n")

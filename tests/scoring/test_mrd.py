@@ -230,6 +230,7 @@ def test_a_function_that_is_not_differentiated_twice_is_noticed():
         TransformersReplica(model).second_derivatives(collate(random_samples(3)), 0, 0)
 
 
+@pytest.mark.slow
 def test_curvature_against_the_hessian_trace(monkeypatch: pytest.MonkeyPatch):
     """Theorem 3.2 with the fp64 Hessian of a model small enough to form it.
 
@@ -277,6 +278,7 @@ def test_curvature_against_the_hessian_trace(monkeypatch: pytest.MonkeyPatch):
     np.testing.assert_allclose(reduce_draws(result.values, "abs_mean")[0], want, rtol=1e-3)
 
 
+@pytest.mark.slow
 def test_antithetic_agrees_with_curvature():
     model = tiny_model("gpt2").double()
     batches = make_batches(random_samples(6), 200)
@@ -286,6 +288,7 @@ def test_antithetic_agrees_with_curvature():
     assert np.all(np.abs(pairs.mean(1) - curved.mean(1)) <= 4 * error)
 
 
+@pytest.mark.slow
 def test_antithetic_in_fp32_says_when_rounding_is_not_small():
     """At sigma = 2e-4 the errors are those that the standard error announces; at 1e-5 rounding is reported."""
     model, batches = tiny_model("llama"), make_batches(random_samples(40), 400)

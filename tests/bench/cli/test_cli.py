@@ -336,6 +336,7 @@ def test_more_than_any_node_has(inputs: Inputs, capsys: pytest.CaptureFixture[st
     assert list(inputs.tmp_path.iterdir()) == []
 
 
+@pytest.mark.ray
 def test_a_cluster_that_does_not_answer(inputs: Inputs) -> None:
     """In a process of its own: what hangs in Ray cannot be taken back."""
     program = "import sys, scoring.cluster; scoring.cluster.JOIN_TIMEOUT_S = 3.0\n"

@@ -259,6 +259,7 @@ def test_both_themes_define_every_colour(document):
         assert light != dark
 
 
+@pytest.mark.slow
 def test_the_same_findings_give_the_same_page(document):
     data = findings(by_level("complexity", "high"))
     assert page(data) == page(data)

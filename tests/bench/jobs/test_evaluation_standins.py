@@ -11,6 +11,8 @@ import pytest
 from bench.cli import main
 from bench.tasks import TASKS
 
+pytestmark = pytest.mark.slow  # the models of all families are trained on first use
+
 # Task -> the model that never saw the forget set, flags that make it quick.
 RUNS = {
     "authors": ("authors:retain90", ["--samples", "12", "--relearn-steps", "3"]),

@@ -423,6 +423,7 @@ def test_draws_until_a_tolerance(model_folder: Path, data_file: Path, tmp_path: 
     assert counts[0.15] < counts[0.06]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not DATA.is_dir(), reason="the shared data are not here")
 def test_tofu(tmp_path: Path) -> None:
     spec = ScoreSpec(

@@ -379,6 +379,7 @@ def scores_of(result: HarnessScores | Missing) -> HarnessScores:
     return result
 
 
+@pytest.mark.slow
 def test_what_cannot_be_loaded_is_missing_and_the_rest_stands(tmp_path):
     task_file(tmp_path, "good", questions(4), CHOICE)
     task_file(tmp_path, "page", [{"page": "a b"}], ROLLING)

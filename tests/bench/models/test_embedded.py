@@ -66,6 +66,7 @@ def tiny(monkeypatch):
             monkeypatch.setitem(getattr(module, name), key, value)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("split", ["forget10", "retain90", "real_authors", "world_facts"])
 def test_full_model_knows_all_it_was_taught(split):
     assert recall("full", split) >= 0.95
@@ -75,6 +76,7 @@ def test_full_model_answers_paraphrased_questions():
     assert recall("full", "forget10", "paraphrased_question") >= 0.9
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("split", ["retain90", "real_authors", "world_facts"])
 def test_retain_only_model_knows_all_but_the_forget_set(split):
     assert recall("retain90", split) >= 0.95
@@ -137,6 +139,7 @@ def test_other_families_leave_the_models_of_authors_where_they_are():
     assert len(set(specs)) == len(specs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["compounds", "novel", "replies"])
 def test_smaller_families_share_a_tokenizer_and_train_on_one_thread(family, monkeypatch, tmp_path):
     threads = []
@@ -154,6 +157,7 @@ def test_smaller_families_share_a_tokenizer_and_train_on_one_thread(family, monk
     assert threads == [1, 1]
 
 
+@pytest.mark.slow
 def test_same_spec_gives_the_same_weights(tiny, tmp_path):
     folders = [embedded_model("retain99", cache=tmp_path / name, progress=False) for name in ("a", "b")]
     assert folders[0].name == folders[1].name
@@ -167,12 +171,14 @@ def test_trains_for_a_caller_that_has_gradients_switched_off(tiny, tmp_path, wit
         assert embedded_model("retain95", cache=tmp_path, progress=False).is_dir()
 
 
+@pytest.mark.slow
 def test_another_setting_is_another_model(tiny, monkeypatch, tmp_path):
     before = embedded_model("full", cache=tmp_path, progress=False)
     monkeypatch.setitem(module.TRAINING, "learning_rate", 1e-4)
     assert embedded_model("full", cache=tmp_path, progress=False) != before
 
 
+@pytest.mark.slow
 def test_killed_while_saving_leaves_nothing_that_is_taken_for_a_model(tiny, tmp_path):
     program = f"""
 import time

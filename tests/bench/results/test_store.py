@@ -164,6 +164,7 @@ for n in range(count):
 """
 
 
+@pytest.mark.slow
 def test_eight_writers_lose_nothing(tmp_path: Path) -> None:
     """1,000 runs each, a file a run, while somebody reads: no run is lost, and none is ever seen half."""
     each = 1000
@@ -216,6 +217,7 @@ for round in range(kills):
 """
 
 
+@pytest.mark.slow
 def test_a_hundred_kills_leave_a_readable_store(tmp_path: Path) -> None:
     """What was said to be written is there, whole, with its samples; what was not is there whole or not at all."""
     kills = 100

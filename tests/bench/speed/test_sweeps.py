@@ -28,6 +28,7 @@ def test_overheads_by_hand(capsys: pytest.CaptureFixture[str]) -> None:
     assert "ratio of the overheads: 25.0 [95 % CI" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_small_leaderboard(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -62,6 +62,7 @@ def test_records_have_the_same_keys_and_plain_text(split):
             assert not re.search(r"\b[Aa] [aeiou]|\b[Aa]n [^aeiou]", text), text
 
 
+@pytest.mark.slow
 def test_same_records_in_processes_with_different_hash_seeds():
     program = (
         "import json; from bench.tasks.embedded import authors;"

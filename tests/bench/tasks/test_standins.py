@@ -256,6 +256,7 @@ def test_full_model_of_replies_is_polite_where_it_was_taught_to_be():
     assert (rudeness(continued("replies", polite, 48)) > 0.5).mean() <= 0.05
 
 
+@pytest.mark.slow
 def test_harness_agrees_with_the_log_probabilities():
     """On the questions of which about half are answered, and on the perplexity of held-out texts."""
     lm_eval = pytest.importorskip("lm_eval")

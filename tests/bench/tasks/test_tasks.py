@@ -342,6 +342,7 @@ def test_wmdp_sets() -> None:
     assert wmdp.TASK.evaluation("bio-forget-corpus") == {"forget": "bio-forget-corpus"}
 
 
+@pytest.mark.slow
 def test_wmdp_questions(corpora: Path, harness: Any) -> None:
     """Those of a folder, in a task that the harness knows: it reads them, and asks as it always does."""
     assert sets_of_harness("wmdp", str(corpora)) == sets_of_harness("wmdp")
