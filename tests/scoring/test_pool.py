@@ -144,7 +144,7 @@ def test_a_task_that_kills_every_replica_ends_in_one_error(spec: ReplicaSpec, mo
     shards: list[list[Any]] = [list(groups()[0]), [Deadly()]]
     tasks = [DrawTask(shard, Request("gradient", SIGMA, SEED)) for shard in range(2)]
     with ReplicaPool(spec, ONE_CORE, 1) as pool:
-        with pytest.raises(UserError, match=r"2 replicas died on the same 1 batch.*--batch-tokens") as e:
+        with pytest.raises(UserError, match=r"2 replicas died on the same 1 batch.*batch_tokens") as e:
             list(pool.run(tasks, shards))
         assert pool.replaced == 2
     assert "\n" not in str(e.value)

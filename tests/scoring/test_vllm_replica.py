@@ -261,7 +261,7 @@ def test_the_whole_context_and_no_more(host: Remote, folders: Callable[..., Path
     written = host.do(lambda replica: replica.greedy_continuations([ids], [1], None))
     np.testing.assert_array_equal(written[0], greedy_continuations(load_model(folder), [ids], [1], None)[0])
     longer = dataclasses.replace(sample, input_ids=np.append(ids, 3), scored=np.append(sample.scored, True))
-    with pytest.raises(UserError, match=r"a sequence of 65 tokens.*holds 64.*--engine transformers"):
+    with pytest.raises(UserError, match=r"a sequence of 65 tokens.*holds 64.*engine transformers"):
         host.do(lambda replica: replica.logprobs(collate([longer])))
     with pytest.raises(UserError, match="asks for 2 more"):
         host.do(lambda replica: replica.greedy_continuations([ids], [2], None))
@@ -411,7 +411,7 @@ def spoil(what: str) -> None:
         ("noise", r"vLLM perturbs another part of .* correlate by"),
         ("parameter", r"vLLM did not take the perturbation of '.*embed_tokens.weight'"),
         ("restoring", r"differs from its base after restoring"),
-        ("log-probs", r"vLLM computes another model of .* --engine transformers"),
+        ("log-probs", r"vLLM computes another model of .* engine transformers"),
     ],
 )
 def test_an_engine_that_is_wrong_is_noticed(
@@ -428,11 +428,11 @@ def test_an_engine_that_is_wrong_is_noticed(
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ("--engine vlm", "unknown engine 'vlm': expected one of transformers, vllm; did you mean 'vllm'?"),
+        ("--engine vlm", "--engine is 'vlm': expected one of transformers, vllm; did you mean 'vllm'?"),
         ("--engine vllm --estimator gradient", "--estimator gradient differentiates, which vLLM does not"),
-        ("--engine vllm --dtype float64", "--dtype float64: vLLM computes in float32 or bfloat16"),
+        ("--engine vllm --dtype float64", "--dtype is float64: vLLM computes in float32 or bfloat16"),
         ("--tensor-parallel 2", "--tensor-parallel 2 is for --engine vllm"),
-        ("--engine vllm --tensor-parallel 0", "--tensor-parallel 0: expected at least 1"),
+        ("--engine vllm --tensor-parallel 0", "--tensor-parallel is 0: expected a whole number of at least 1"),
         ("--engine vllm --tensor-parallel 3 --gpus-per-replica 2", "expected the same number"),
         ("--engine vllm --tensor-parallel 64", "fits on no node"),
     ],
@@ -467,7 +467,7 @@ def test_score(folders: Callable[..., Path], tmp_path: Path) -> None:
     tables = {}
     for engine in ("transformers", "vllm"):
         out = tmp_path / f"{engine}.parquet"
-        command = f"score --model {folder} --data {data} --sigma 1e-3 --draws 12 --replicas 1 --out {out}"
+        command = f"score --model {folder} --data {data} --estimator monte-carlo --sigma 1e-3 --draws 12 --replicas 1 --out {out}"
         assert main([*command.split(), "--engine", engine]) == 0
         tables[engine] = pq.read_table(out)
         record = json.loads(tables[engine].schema.metadata[FACTS_KEY])

@@ -38,7 +38,8 @@ def timed_sweeps(setup: Setup) -> list[SweepResult]:
     its hash is not run again.
     """
     alone = dataclasses.replace(setup, trials=setup.work / "trials")
-    resources = dataclasses.replace(setup.resources, concurrent=1)
+    one_by_one = 0 if setup.resources.concurrent == 0 else 1  # 0: in this process
+    resources = dataclasses.replace(setup.resources, concurrent=one_by_one)
     return [alone.sweep(key, resources) for key in setup.sweep_keys()]
 
 
