@@ -198,9 +198,7 @@ def test_a_node_with_other_packages_is_refused(
 
 @pytest.mark.usefixtures("cluster")
 def test_more_workers_than_fit(spec: UnlearnSpec, tmp_path: Path) -> None:
-    with pytest.raises(
-        UserError, match=r"50 workers of 1 CPU and 0 GPU: the cluster has room for \d+; lower --workers"
-    ):
+    with pytest.raises(UserError, match=r"50 workers of 1 CPU and 0 GPU: the cluster has room for \d+; lower workers"):
         unlearn(dataclasses.replace(spec, workers=50), tmp_path / "run", progress=False)
     assert not (tmp_path / "run").exists()
 

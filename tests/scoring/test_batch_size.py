@@ -72,11 +72,11 @@ def test_score(cluster: None, model_folder: Path, data_file: Path, tmp_path: Pat
 
 
 def test_a_run_that_is_continued_keeps_its_batches(
-    cluster: None, model_folder: Path, data_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    model_folder: Path, data_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What an earlier start found is not found again: the memory may be another's by now."""
     out = tmp_path / "scores.parquet"
-    command = f"score --model {model_folder} --data {data_file} --estimator gradient --replicas 1 --out {out}".split()
+    command = f"score --model {model_folder} --data {data_file} --estimator gradient --replicas 0 --out {out}".split()
 
     def stopped(*_: object, **__: object) -> None:
         # After the first part, as a kill would.

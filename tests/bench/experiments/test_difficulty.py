@@ -621,7 +621,7 @@ def test_specs_parse_and_check(name: str, sweeps: list[str], others: dict[str, t
 # --- From end to end ----------------------------------------------------------------------------------------
 
 
-def test_figure_3_from_end_to_end(cluster, tmp_path):
+def test_figure_3_from_end_to_end(tmp_path):
     """On a tiny model that was taught its records, with a shorter teaching as its checkpoint: the metrics are those
     that plain calls give, MRD orders with an interval, and a second start measures nothing."""
     known = records("forget")[:12]
@@ -637,7 +637,7 @@ def test_figure_3_from_end_to_end(cluster, tmp_path):
         },
         "metrics": {"checkpoints": [str(earlier)], "batch_tokens": 64},
     }
-    work, spread = tmp_path / "work", SweepResources(concurrent=2)
+    work, spread = tmp_path / "work", SweepResources(concurrent=0)
     work.mkdir()
     setup = Setup("fig3", values, Naming(), work, tmp_path / "trials", spread, progress=False)
     answer = fig3.run(setup)

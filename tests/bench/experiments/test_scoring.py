@@ -504,7 +504,7 @@ def begin(name: str, work: Path, model: Path, data: Path) -> Answer:
     assert experiment.name == name
     values = tiny(name, str(model), str(data))
     trials = work / "trials"
-    found = experiment.run(Setup(name, values, Naming(), work, trials, SweepResources(concurrent=1), progress=False))
+    found = experiment.run(Setup(name, values, Naming(), work, trials, SweepResources(concurrent=0), progress=False))
     assert found.table.num_rows
     figures.picture(found.panels, work / "picture.png", found.inches)
     assert not any(re.search(r"\bnan\b", sentence) for sentence in found.sentences)
@@ -515,7 +515,7 @@ def measured(work: Path) -> dict[Path, int]:
     return {path: path.stat().st_mtime_ns for path in work.glob("*.parquet")}
 
 
-def test_figure_6_on_a_tiny_model(cluster, tmp_path, model_folder, data_file):
+def test_figure_6_on_a_tiny_model(tmp_path, model_folder, data_file):
     rows = begin("fig6", tmp_path, model_folder, data_file).table.to_pylist()
     assert {each["estimator"] for each in rows} == set(ESTIMATORS)
     drawn = [each for each in rows if each["estimator"] == "monte-carlo"]
@@ -527,7 +527,7 @@ def test_figure_6_on_a_tiny_model(cluster, tmp_path, model_folder, data_file):
 
 
 @pytest.mark.parametrize("name", ["table8", "table11"])
-def test_tables_on_a_tiny_model_are_measured_once(name, cluster, tmp_path, model_folder, data_file):
+def test_tables_on_a_tiny_model_are_measured_once(name, tmp_path, model_folder, data_file):
     found = begin(name, tmp_path, model_folder, data_file)
     written = measured(tmp_path)
     assert written
@@ -535,7 +535,7 @@ def test_tables_on_a_tiny_model_are_measured_once(name, cluster, tmp_path, model
     assert measured(tmp_path) == written
 
 
-def test_table_12_on_tiny_models_and_the_draws_behind_it(cluster, tmp_path, model_folder, data_file):
+def test_table_12_on_tiny_models_and_the_draws_behind_it(tmp_path, model_folder, data_file):
     table = begin("table12", tmp_path, model_folder, data_file).table
     assert table["model"].to_pylist() == [str(model_folder), "random 1 x 32"]
     written = measured(tmp_path)
@@ -543,7 +543,9 @@ def test_table_12_on_tiny_models_and_the_draws_behind_it(cluster, tmp_path, mode
     model = find_model(str(model_folder))
     texts = evenly_spaced(load_dataset(str(data_file)).texts, 10)
     samples, _ = encode(texts, model.tokenizer, model.max_length)
-    (drawn,) = measure_draws(path, model, samples, [Point("monte-carlo", 1e-5, 16)], Resources(), progress=False)
+    (drawn,) = measure_draws(
+        path, model, samples, [Point("monte-carlo", 1e-5, 16)], Resources(replicas=0), progress=False
+    )
     assert measured(tmp_path) == written  # read
     # The file's rows are the samples in their order, the estimator's are those of its batches.
     batches = make_batches(samples, ScoreSpec.batch_tokens)

@@ -561,7 +561,7 @@ def test_specs_are_sound(module: Any, preset: str) -> None:
     assert (-1 in arms) == (module is table1)
 
 
-def test_the_tables_on_a_real_sweep(cluster: None, tmp_path: Path) -> None:
+def test_the_tables_on_a_real_sweep(tmp_path: Path) -> None:
     task = write_task(tmp_path / "task")
     known = [record for name in ("forget", "retain") for record in records(name)]
     model = taught(tmp_path / "model", pairs_of(*known), 40)
@@ -576,7 +576,7 @@ def test_the_tables_on_a_real_sweep(cluster: None, tmp_path: Path) -> None:
         Naming(),
         tmp_path / "work",
         tmp_path / "trials",
-        SweepResources(concurrent=2),
+        SweepResources(concurrent=0),
         False,
     )
     by_epochs = table4.EXPERIMENT.run(setup)
@@ -600,7 +600,7 @@ def test_the_tables_on_a_real_sweep(cluster: None, tmp_path: Path) -> None:
         Naming(),
         tmp_path / "work10",
         tmp_path / "trials",
-        SweepResources(concurrent=2),
+        SweepResources(concurrent=0),
         False,
     )
     answer = table10.EXPERIMENT.run(timed)

@@ -23,6 +23,7 @@ import pytest
 import torch
 import yaml
 
+from algorithms import objectives
 from bench.cli import main
 from bench.jobs import sweep as sweeps
 from bench.jobs import sweep_on_tune
@@ -36,6 +37,7 @@ from bench.jobs.sweep_plan import SweepPlan, SweepSpec
 from bench.jobs.sweep_tables import SweepResult, read_sweep
 from bench.jobs.trial import TrialContext, TrialStore, run_trial, shareable_weights
 from bench.jobs.unlearn import UnlearnSpec, unlearn
+from scoring import plugins
 from scoring.cluster import versions
 from scoring.errors import UserError
 from scoring.settings import build
@@ -310,6 +312,38 @@ def test_optuna_goes_on_with_what_it_knows(inputs: Inputs) -> None:
     assert len(now) == 4
     assert len({json.dumps(each["values"]) for each in now}) == 4
     assert all(path.stat().st_mtime_ns == when for path, when in before.items())
+
+
+PLUGIN = """
+from algorithms.objectives import ALGORITHMS, Algorithm
+
+def doubled(logprobs, mask):
+    return 2 * (logprobs * mask).sum(-1) / mask.sum(-1)
+
+ALGORITHMS["Doubled"] = Algorithm(doubled)
+"""
+
+
+@pytest.mark.usefixtures("cluster")
+def test_an_algorithm_of_a_plugin(inputs: Inputs, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is known to the driver, to the trials, and to the workers that a trial starts."""
+    monkeypatch.setattr(plugins, "_LOADED", {})
+    before = dict(objectives.ALGORITHMS)
+    path = inputs.folder / "doubled.py"
+    path.write_text(PLUGIN)
+    one_update = {"workers": 1, "max_steps": 1, "early_stopping": False, "check_every": 0, "evaluate": False}
+    spec = inputs.spec(one_update, vary={"algorithm": ["GA", "Doubled"]}, selections=[])
+    command = ["sweep", str(inputs.file(spec)), "--out", str(inputs.folder / "out"), "--trials", str(inputs.trials)]
+    try:
+        assert main([*command, "--plugin", str(path), "--concurrent", "1"]) == 0
+    finally:
+        for name in set(objectives.ALGORITHMS) - set(before):
+            del objectives.ALGORITHMS[name]
+    result = read_sweep(inputs.folder / "out")
+    losses = {row["algorithm"]: row["loss"] for row in result.trials.to_pylist()}
+    assert losses["Doubled"] == pytest.approx(2 * losses["GA"], rel=1e-5)
+    identities = [json.loads(file.read_text())["spec"]["plugins"] for file in inputs.trials.glob("*.json")]
+    assert identities == [[plugins.read_plugin(path).sha256]] * 2
 
 
 @pytest.mark.usefixtures("cluster")

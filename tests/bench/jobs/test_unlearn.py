@@ -928,12 +928,21 @@ def test_numbers_in_a_file(inputs: Inputs, yaml_of: Callable[..., Path]) -> None
 
 
 FILES: dict[str, tuple[dict[str, str | None], str]] = {
-    "unknown key": ({"learning_rte": "1"}, r"spec.yaml, line \d+: unknown field 'learning_rte': .*did you mean 'learning_rate'"),
+    "unknown key": (
+        {"learning_rte": "1"},
+        r"spec.yaml, line \d+: unknown field 'learning_rte': .*mean 'learning_rate'",
+    ),
     "a flag's spelling": ({"batch-size": "1"}, "unknown field 'batch-size': .*did you mean 'batch_size'"),
-    "a word for a number": ({"learning_rate": "fast"}, r"spec.yaml, line \d+: learning_rate is 'fast': expected a number"),
+    "a word for a number": (
+        {"learning_rate": "fast"},
+        r"yaml, line \d+: learning_rate is 'fast': expected a number",
+    ),
     "a fraction": ({"epochs": "1.5"}, r"spec.yaml, line \d+: epochs is 1.5: expected a whole number of at least 1"),
     "no task": ({"task": None}, "spec.yaml: missing task: expected in a spec file, or as --task"),
-    "unknown algorithm": ({"algorithm": "GradDif"}, r"line \d+: algorithm is 'GradDif': expected one of GA, .*; did you mean 'GradDiff'\?"),
+    "unknown algorithm": (
+        {"algorithm": "GradDif"},
+        r"line \d+: algorithm is 'GradDif': expected one of GA, .*mean 'GradDiff'\?",
+    ),
     "out": ({"out": "run"}, "unknown field 'out'"),
 }
 
@@ -955,7 +964,10 @@ SLIPS = {
     "unknown flag": ("--learning-rat 1", r"unknown argument '--learning-rat'; did you mean --learning-rate\?"),
     "a field's spelling": ("--learning_rate 1", r"unknown argument '--learning_rate'; did you mean --learning-rate\?"),
     "beginning of a flag": ("--learn 1", "unknown argument '--learn'"),
-    "unknown algorithm": ("--algorithm GradDif", r"--algorithm is 'GradDif': expected one of GA, .*; did you mean 'GradDiff'\?"),
+    "unknown algorithm": (
+        "--algorithm GradDif",
+        r"--algorithm is 'GradDif': expected one of GA, .*mean 'GradDiff'\?",
+    ),
     "unknown order": ("--order easy", r"--order is 'easy': expected one of .*; did you mean 'easy-first'\?"),
     "unknown strategy": ("--strategy fdsp", r"--strategy is 'fdsp': expected one of .*; did you mean 'fsdp'\?"),
     "unknown retain term": ("--retain-term nl", r"--retain-term is 'nl': expected one of none, nll.*mean 'nll'\?"),

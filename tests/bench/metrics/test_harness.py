@@ -26,7 +26,7 @@ from scoring.errors import UserError
 from scoring.pool import ReplicaPool
 from scoring.readings import Reader
 from scoring.samples import Sample
-from scoring.work import ReplicaSpec
+from scoring.work import LocalPool, ReplicaSpec
 from tests.paths import SHARED
 from tests.tiny_folders import CONTEXT, EOS, WORDS, save_model, tokenizer, write_jsonl
 from tests.tiny_models import VOCABULARY, random_samples, tiny_model
@@ -212,7 +212,7 @@ def test_accuracy_and_perplexity_of_tasks(pair, tmp_path):
 
 
 @needs_shared
-def test_a_real_model_on_real_questions(cluster, tmp_path):
+def test_a_real_model_on_real_questions(tmp_path):
     def records(name: str) -> list[dict[str, Any]]:
         return [json.loads(line) for line in (SHARED / "eval" / name).read_text(encoding="utf-8").splitlines()]
 
@@ -227,7 +227,7 @@ def test_a_real_model_on_real_questions(cluster, tmp_path):
     task_file(tmp_path, "letters", four[:50], CHOICE, **{**shape, **letters})
     task_file(tmp_path, "wiki", [{"page": " \n".join(lines[n : n + 12])} for n in (0, 12, 24)], ROLLING)
     names = ["arc", "book", "letters", "wiki"]
-    with ReplicaPool(ReplicaSpec(str(STORIES)), Footprint(cpus=1), 2) as pool:
+    with LocalPool(ReplicaSpec(str(STORIES))) as pool:
         lm = pool_model(Reader(pool, 2), AutoTokenizer.from_pretrained(STORIES), 512)
         ours = run_harness(lm, {name: [name] for name in names}, tmp_path)
         hflm = theirs(STORIES)
@@ -293,7 +293,7 @@ def test_a_tokenizer_with_neither_bos_nor_eos():
         pool_model(SimpleNamespace(), bare, CONTEXT)
 
 
-def test_samples_that_share_a_text_are_read_once_and_scored_each(cluster, tmp_path):
+def test_samples_that_share_a_text_are_read_once_and_scored_each(tmp_path):
     """Learned positions: one token more than the context would have none."""
     rng = np.random.default_rng(0)
     samples = random_samples(20) + random_samples(4, seed=1)
@@ -312,7 +312,7 @@ def test_samples_that_share_a_text_are_read_once_and_scored_each(cluster, tmp_pa
         read += sum(len(batch) for shard in shards for batch in shard)
         return pool.run(works, shards)
 
-    with ReplicaPool(ReplicaSpec(str(folder)), Footprint(cpus=1), 1) as pool:
+    with LocalPool(ReplicaSpec(str(folder))) as pool:
         reader = Reader(SimpleNamespace(run=run), EOS, batch_tokens=200)
         scores = reader.likelihoods(samples)
         # 24 texts, and the three that 24 samples share; the copies cost nothing.

@@ -19,7 +19,7 @@ from tests.tiny_folders import pairs, write_jsonl
 
 
 @pytest.fixture(scope="module")
-def swept(cluster: None, model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def swept(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a sweep of two algorithms on three selections, put into a store as it was run; and its inputs."""
     folder = tmp_path_factory.mktemp("swept")
     task = write_jsonl(folder / "task.jsonl", pairs(12))
@@ -36,7 +36,7 @@ def swept(cluster: None, model_folder: Path, tmp_path_factory: pytest.TempPathFa
         "selections": [{"kind": "random", "size": 4, "count": 3}],
     }
     (folder / "sweep.yaml").write_text(yaml.safe_dump(spec))
-    command = ["sweep", str(folder / "sweep.yaml"), "--out", str(folder / "out"), "--concurrent", "1"]
+    command = ["sweep", str(folder / "sweep.yaml"), "--out", str(folder / "out"), "--concurrent", "0"]
     assert main([*command, "--results", str(folder / "store"), "--experiment", "tiny"]) == 0
     return folder
 
