@@ -467,8 +467,8 @@ def test_score(folders: Callable[..., Path], tmp_path: Path) -> None:
     tables = {}
     for engine in ("transformers", "vllm"):
         out = tmp_path / f"{engine}.parquet"
-        command = f"score --model {folder} --data {data} --estimator monte-carlo --sigma 1e-3 --draws 12 --replicas 1 --out {out}"
-        assert main([*command.split(), "--engine", engine]) == 0
+        command = f"score --model {folder} --data {data} --estimator monte-carlo --sigma 1e-3 --draws 12 --out {out}"
+        assert main([*command.split(), "--replicas", "1", "--engine", engine]) == 0
         tables[engine] = pq.read_table(out)
         record = json.loads(tables[engine].schema.metadata[FACTS_KEY])
         assert record["engine"] == engine
