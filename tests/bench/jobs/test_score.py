@@ -368,6 +368,31 @@ def test_samples_that_overflow(tmp_path: Path, estimator: str) -> None:
     assert not list(tmp_path.glob("all.parquet*"))
 
 
+def test_settings_in_a_file(
+    model_folder: Path, data_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The same scores as by flags; a flag goes before the file, and a mistake is found on its line."""
+    by_flags, by_file, mixed = (tmp_path / f"{name}.parquet" for name in ("flags", "file", "mixed"))
+    spec = tmp_path / "score.yaml"
+    spec.write_text(
+        f"model: {model_folder}\ndata: {data_file}\nestimator: monte-carlo\nsigma: 1e-3\ndraws: 3\nreplicas: 0\n"
+    )
+    flags = f"--model {model_folder} --data {data_file} --estimator monte-carlo --sigma 1e-3 --draws 3 --replicas 0"
+    assert main(["score", *flags.split(), "--out", str(by_flags)]) == 0
+    assert main(["score", "--spec", str(spec), "--out", str(by_file)]) == 0
+    assert main(["score", "--spec", str(spec), "--draws", "2", "--out", str(mixed)]) == 0
+    (table, settings, _), (same, same_settings, _), (other, _, _) = map(read_scores, (by_flags, by_file, mixed))
+    assert same.equals(table)
+    assert same_settings == settings
+    assert set(other["draws"].to_pylist()) == {2}
+    spec.write_text(spec.read_text().replace("sigma: 1e-3", "sigma: -1e-3"))
+    capsys.readouterr()
+    assert main(["score", "--spec", str(spec), "--out", str(tmp_path / "none.parquet")]) == 2
+    error = capsys.readouterr().err
+    assert "score.yaml, line 4: sigma is -0.001: expected a number greater than 0" in error
+    assert not (tmp_path / "none.parquet").exists()
+
+
 def test_bfloat16(model_folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     data = write_jsonl(tmp_path / "few.jsonl", pairs(8))
     out = tmp_path / "scores.parquet"
