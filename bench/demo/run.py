@@ -228,7 +228,8 @@ def unlearning_specs(split: str, sizes: Sizes) -> tuple[list[UnlearnSpec], list[
 def unlearn_side_by_side(
     specs: Sequence[UnlearnSpec], folder: Path, resources: Resources, overwrite: bool = False
 ) -> list[Path]:
-    """Run each spec as a Ray task, as many at a time as there are replicas, and give back the folders of the runs.
+    """Run each spec as a Ray task, as many at a time as there are replicas, or with 0 replicas one after the other in
+    this process; and give back the folders of the runs.
 
     Each run has a folder of its own in `folder`, which every node must see. Finished runs are left as they are, stopped
     runs continue; if the worker of a run dies, Ray starts it again, and it continues too.
@@ -248,15 +249,22 @@ def unlearn_side_by_side(
             unlearn(spec, run_folder)  # reports a finished run, or raises if it is that of another spec
         else:
             waiting.append((spec, run_folder))
-    if not waiting:
+    if resources.in_this_process:
+        for spec, run_folder in waiting:
+            unlearn(spec, run_folder)
         return folders
+    if waiting:
+        _unlearn_on_ray(waiting, len(specs), resources)
+    return folders
 
+
+def _unlearn_on_ray(waiting: list[tuple[UnlearnSpec, Path]], total: int, resources: Resources) -> None:
     connect()
     footprint = resources.footprint()
     at_once = min(resources.replicas or len(waiting), how_many_fit(footprint))
     task = ray.remote(_unlearn).options(**footprint.ray_options())
     running: dict[ray.ObjectRef, Path] = {}
-    with tqdm(total=len(specs), initial=len(specs) - len(waiting), unit="run", desc="unlearning") as bar:
+    with tqdm(total=total, initial=total - len(waiting), unit="run", desc="unlearning") as bar:
         try:
             while waiting or running:
                 while waiting and len(running) < at_once:
@@ -273,7 +281,6 @@ def unlearn_side_by_side(
         finally:
             for reference in running:
                 ray.cancel(reference, force=True)
-    return folders
 
 
 def _unlearn(spec: UnlearnSpec, folder: Path, threads: int) -> None:

@@ -469,10 +469,10 @@ def test_a_model_that_the_engine_cannot_run(
 def test_score(folders: Callable[..., Path], tmp_path: Path) -> None:
     folder, data = folders("qwen3", True), write_jsonl(tmp_path / "data.jsonl", pairs(24))
     tables = {}
-    for engine in ("transformers", "vllm"):
+    for engine, replicas in (("transformers", "0"), ("vllm", "1")):
         out = tmp_path / f"{engine}.parquet"
         command = f"score --model {folder} --data {data} --estimator monte-carlo --sigma 1e-3 --draws 12 --out {out}"
-        assert main([*command.split(), "--replicas", "1", "--engine", engine]) == 0
+        assert main([*command.split(), "--replicas", replicas, "--engine", engine]) == 0
         tables[engine] = pq.read_table(out)
         record = json.loads(tables[engine].schema.metadata[FACTS_KEY])
         assert record["engine"] == engine
@@ -495,9 +495,9 @@ def test_evaluate(tmp_path: Path) -> None:
     )
     spec = EvaluateSpec(model=str(forgot.model), original=str(original), task=str(task), el_n=2, relearn_steps=4)
     tables = {}
-    for engine in ("transformers", "vllm"):
+    for engine, replicas in (("transformers", 0), ("vllm", 1)):
         found = evaluate_spec(
-            spec, tmp_path / f"{engine}.parquet", Resources(replicas=1, engine=engine), progress=False
+            spec, tmp_path / f"{engine}.parquet", Resources(replicas=replicas, engine=engine), progress=False
         )
         assert found.record["engine"] == engine
         tables[engine] = found.table.to_pandas()

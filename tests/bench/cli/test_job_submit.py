@@ -96,7 +96,7 @@ def head() -> Iterator[Head]:
 def test_score(head: Head, model_folder: Path, data_file: Path, tmp_path: Path) -> None:
     """The same file as here; its end arrives on the terminal."""
     arguments = ["score", "--model", str(model_folder), "--data", str(data_file), "--estimator", "gradient"]
-    code, printed = head.submit([*arguments, "--replicas", "2", "--out", str(tmp_path / "job.parquet")])
+    code, printed = head.submit([*arguments, "--replicas", "1", "--out", str(tmp_path / "job.parquet")])
     assert code == 0, printed
     assert str(tmp_path / "job.parquet") in printed
     assert main([*arguments, "--replicas", "0", "--out", str(tmp_path / "here.parquet")]) == 0
@@ -121,9 +121,8 @@ def test_sweep_and_leaderboard(head: Head, model_folder: Path, data_file: Path, 
     }
     (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(spec))
     store = tmp_path / "store"
-    code, printed = head.submit(
-        ["sweep", str(tmp_path / "sweep.yaml"), "--out", str(tmp_path / "out"), "--results", str(store)]
-    )
+    arguments = ["sweep", str(tmp_path / "sweep.yaml"), "--out", str(tmp_path / "out"), "--concurrent", "1"]
+    code, printed = head.submit([*arguments, "--results", str(store)])
     assert code == 0, printed
     assert "6 runs" in printed
     code, printed = head.submit(["leaderboard", str(store), "--out", str(tmp_path / "board")])

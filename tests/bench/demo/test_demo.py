@@ -607,9 +607,9 @@ def test_the_demo_from_end_to_end(tmp_path: Path, cluster, capsys):
         epochs=2,
         evaluated=2,
     )
-    alone = Resources(replicas=1)  # what takes the time is to start them
+    here, alone = Resources(replicas=0), Resources(replicas=1)
     demo = tmp_path / "demo"
-    run_demo(demo, "forget01", sizes, alone)
+    run_demo(demo, "forget01", sizes, here)
     made = {path.name for path in demo.iterdir()}
     scored = {f"scores-{name}.parquet" for name in ("monte-carlo", "gradient", "curvature", "whole")}
     assert made == scored | {"scaling.parquet", "index.html", "difficulty.png", "forgetting.png", "unlearning"}

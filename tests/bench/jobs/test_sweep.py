@@ -464,15 +464,15 @@ def driver(command: Sequence[str], log: Path) -> Iterator[subprocess.Popen[bytes
 
 @pytest.mark.ray
 def test_a_sweep_killed_three_times_ends_as_if_undisturbed(inputs: Inputs) -> None:
-    """24 trials; the driver and all it started are killed at a random moment, twice as it runs them itself and once on
+    """12 trials; the driver and all it started are killed at a random moment, twice as it runs them itself and once on
     Ray Tune, and at last one of Tune's workers is."""
     spec = inputs.spec(
         {"epochs": 3, "evaluate_every": 1},
-        vary={"algorithm": ["GA", "GradDiff", "NPO"], "seed": [0, 1]},
-        selections=[{"kind": "random", "size": 6, "count": 2}, {"kind": "composite", "size": 6, "count": 2}],
+        vary={"algorithm": ["GradDiff", "NPO"], "seed": [0, 1]},
+        selections=[{"kind": "random", "size": 6, "count": 2}, {"kind": "composite", "size": 6, "count": 1}],
     )
     undisturbed = inputs.run(spec, "undisturbed")
-    assert undisturbed.record["counts"] == {"finished": 24}
+    assert undisturbed.record["counts"] == {"finished": 12}
     shutil.rmtree(inputs.trials)
     out, kept = inputs.folder / "killed", inputs.folder / "kept"
     command = ["sweep", str(inputs.file(spec)), "--out", str(out), "--trials", str(kept), "--concurrent"]
@@ -490,7 +490,7 @@ def test_a_sweep_killed_three_times_ends_as_if_undisturbed(inputs: Inputs) -> No
         assert all(path.stat().st_mtime_ns == when for path, when in finished.items())
         finished = {path: path.stat().st_mtime_ns for path in kept.glob("*.json")}
         assert not (out / "sweep.json").exists()
-        assert len(finished) < 24, "the sweep ended before it could be killed"
+        assert len(finished) < 12, "the sweep ended before it could be killed"
     with driver([*command, "2"], inputs.folder / "log.txt") as process:
         wait_for(lambda: process.poll() is not None or workers(process.pid), 120)
         if running := workers(process.pid):
