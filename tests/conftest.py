@@ -11,10 +11,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
-import ray
 
-from scoring.cluster import connect
-from tests.tiny_folders import pairs, save_model, write_jsonl
+# Ray and models are imported by the fixtures: the process that only hands tests out to others needs neither.
 
 # A number of cores that Ray believes in: three replicas run side by side on any machine.
 LOGICAL_CPUS = 4
@@ -23,6 +21,10 @@ LOGICAL_CPUS = 4
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[None]:
     """A private local Ray, started by the code under test, for the whole session."""
+    import ray
+
+    from scoring.cluster import connect
+
     os.environ.pop("RAY_ADDRESS", None)
     connect(num_cpus=LOGICAL_CPUS)
     yield
@@ -32,12 +34,16 @@ def cluster() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny random Llama with its tokenizer; not to be changed."""
+    from tests.tiny_folders import save_model
+
     return save_model(tmp_path_factory.mktemp("tiny") / "model")
 
 
 @pytest.fixture(scope="session")
 def data_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """24 prompt-completion pairs of random words; not to be changed."""
+    from tests.tiny_folders import pairs, write_jsonl
+
     return write_jsonl(tmp_path_factory.mktemp("data") / "pairs.jsonl", pairs(24))
 
 

@@ -86,6 +86,7 @@ def python(*arguments: str, folder: Path) -> str:
 # --- Pages --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_reference_is_what_the_code_says(tmp_path: Path) -> None:
     """In a process of its own: here, other tests may have added to the registries."""
     python("-m", "bench.cli.reference", "--out", str(tmp_path / "reference.md"), folder=tmp_path)

@@ -49,6 +49,7 @@ def timeless(table: pd.DataFrame) -> pd.DataFrame:
     return table[[name for name in table if not name.startswith("seconds")]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("algorithm", "recipe"),
     [

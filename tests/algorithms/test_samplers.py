@@ -134,6 +134,7 @@ def test_frequencies_with_replacement(alpha: float, expected: list[float]):
     assert p_value(tally(drawn), {i: p for i, p in enumerate(expected) if p}) > RARE
 
 
+@pytest.mark.slow
 def test_draws_with_replacement_are_independent():
     """All ordered pairs of a batch, equal ones too; and of successive steps."""
     p = np.array([1, 2, 5]) / 8
@@ -161,6 +162,7 @@ def test_frequencies_without_replacement(alpha: float, sizes: tuple[int, ...]):
     assert p_value(tally(pairs), successive(mrd**alpha)) > RARE
 
 
+@pytest.mark.slow
 def test_frequencies_after_a_refill():
     """Of 1, 2, 5, 3 a batch of three leaves one; it, then a successive pair of the other three."""
     mrd = np.array([1.0, 2, 5, 3])

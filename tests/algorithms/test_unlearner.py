@@ -386,6 +386,7 @@ DROPOUT: dict[str, dict[str, float]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("architecture", "lora_rank"), [*((architecture, 0) for architecture in DROPOUT), ("gpt2", 2)])
 @pytest.mark.filterwarnings("ignore:fan_in_fan_out")
 def test_no_dropout_and_recomputed_activations(tmp_path: Path, architecture: str, lora_rank: int):
@@ -523,6 +524,7 @@ def stop_at(step: int) -> Callable[[Progress], None]:
     return observe
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "checkpoint_every", "stops"),
     [
@@ -600,6 +602,7 @@ class Witness:
 STOPPING = {"learning_rate": 1e-3, "early_stopping": True, "el_n": 2, "epochs": 12, "batch_size": 2}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "fields",
     [
@@ -677,6 +680,7 @@ def test_forgotten_before_any_update(memorised: Path, tmp_path: Path):
     assert any(note.startswith(f"{below.sum()} of 7 samples are below both thresholds") for note in history.notes)
 
 
+@pytest.mark.slow
 def test_extraction_likelihood_that_is_not_defined(memorised: Path, tmp_path: Path):
     """Where no prefix leaves n tokens MA alone decides, and a note says of how many samples."""
     lengths = sorted(sample.length for sample in FORGET)
@@ -812,6 +816,7 @@ def test_difficulties_are_those_of_the_current_weights(plain: Path, tmp_path: Pa
     assert np.abs(found[1] / found[0] - 1).max() > 0.02
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("estimator", "trainable"),
     [("gradient", r"\.1\."), ("monte-carlo", r"\.1\."), ("antithetic", r"\.1\."), ("curvature", None)],
@@ -1381,6 +1386,7 @@ def test_max_steps_are_not_cut_by_the_epochs(plain: Path, tmp_path: Path):
     assert [row["step"] for row in history.epochs] == [0, 3, 6, 9, 12, 15, 17]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "fields", [{"trainable": r"layers\.1\."}, {"lora_rank": 2}, {"algorithm": "RMU", "layer": 1}], ids=str
 )

@@ -36,6 +36,7 @@ def peak_of(replica: TransformersReplica, estimator: str, tokens: int) -> float:
     return peak_bytes(lambda: estimate(replica, [batch], Request(estimator, 1e-5, 0, 0, 1)), replica.device)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("estimator", ["gradient", "monte-carlo", "antithetic", "curvature"])
 def test_what_is_found_fits_and_twice_as_much_would_not(estimator: str) -> None:
     replica = TransformersReplica(tiny_model())  # type: ignore[arg-type]

@@ -75,6 +75,7 @@ def test_gradient_is_that_of_autograd_in_fp64(device: str, dtype: torch.dtype) -
     assert np.median(error) < (1e-5 if dtype == torch.float32 else 0.03)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("device", DEVICES)
 def test_monte_carlo_is_the_gradient_but_for_sampling(device: str) -> None:
     """TF32 would round the perturbation away, and the mean over many draws with it."""

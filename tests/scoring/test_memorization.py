@@ -110,6 +110,7 @@ def test_ngram_overlap_by_hand():
     assert ngram_overlap(b, [1], 2, "reference") == 0.0  # the reference has no 2-gram
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("denominator", ["generated", "reference"])
 def test_extraction_likelihood_is_the_definition(partly_trained, denominator):
     for n, eos in ((3, EOS), (1, None)):

@@ -82,6 +82,7 @@ def test_known_gradient_estimate(known):
     assert scores(Softmax(theta), "gradient", "mean_abs", 1)[0] == pytest.approx(closed_form, rel=2e-5)
 
 
+@pytest.mark.slow
 def test_known_curvature(known):
     """Theorem 3.2 twice: by the Hessian itself, and by the estimator averaged over all 16 sign vectors' draws."""
     theta, _, theorem, *_ = known
@@ -94,6 +95,7 @@ def test_known_curvature(known):
     assert error < 0.05 * exact
 
 
+@pytest.mark.slow
 def test_known_monte_carlo(known):
     theta, _, _, _, mean_abs, _ = known
     mrd, error = scores(Softmax(theta), "monte-carlo", "mean_abs", 5000)
@@ -101,6 +103,7 @@ def test_known_monte_carlo(known):
     assert error == pytest.approx(0.76 * mean_abs / math.sqrt(5000), rel=0.1)
 
 
+@pytest.mark.slow
 def test_known_antithetic(known):
     theta, _, _, abs_mean, _, _ = known
     mrd, error = scores(Softmax(theta), "antithetic", "abs_mean", 3000)
@@ -154,6 +157,7 @@ def test_algorithm_1_as_printed():
         assert result.nll[own] == pytest.approx(-sum(before), rel=1e-9)
 
 
+@pytest.mark.slow
 def test_monte_carlo_agrees_with_the_gradient_form():
     """At sigma = 1e-5 in fp32, within 3 standard errors for at least 95 % of the samples."""
     model, batches = tiny_model("llama", tied=True), make_batches(random_samples(60), 400)
@@ -304,6 +308,7 @@ def test_antithetic_in_fp32_says_when_rounding_is_not_small():
     assert small.rounding_share > 0.1
 
 
+@pytest.mark.slow
 def test_scaling_slopes():
     """1 for mean_abs, 2 for abs_mean; bfloat16 with the noise lost in storage shows neither."""
     model, batches = tiny_model("llama"), make_batches(random_samples(12), 200)
@@ -334,6 +339,7 @@ def test_draws_are_the_same_however_they_are_cut():
     assert np.array_equal(whole, np.concatenate(pieces, axis=1))
 
 
+@pytest.mark.slow
 def test_auto_stops_at_the_tolerance():
     model, batches = tiny_model(), make_batches(random_samples(20), 200)
     replica = TransformersReplica(model)

@@ -275,6 +275,7 @@ def test_letters_by_hand() -> None:
 # --- Command line -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     both = [
         row | {"metrics": [*row["metrics"], ("utility", 1 - dict(row["metrics"])["completeness"])]} for row in grid(TWO)

@@ -51,6 +51,7 @@ def test_the_interval_of_the_effect_turns_round_the_noncentral_t() -> None:
         assert stats.nct.cdf(t, n - 1, end / correction * math.sqrt(n)) == pytest.approx(tail, abs=2e-4)
 
 
+@pytest.mark.slow
 def test_coverage_of_the_effect() -> None:
     """The interval holds the true effect in about 95 % of 2,000 simulated comparisons."""
     rng = np.random.default_rng(0)

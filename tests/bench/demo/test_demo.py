@@ -210,6 +210,7 @@ def document() -> str:
 # --- One safe document ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_texts_are_shown_and_not_run(document):
     parsed = _Parsed(document)
     assert not [tag for tag, _ in parsed.tags if tag in ("script", "b", "i")]
@@ -268,6 +269,7 @@ def test_the_same_findings_give_the_same_page(document):
 # --- Sentences come from the data -----------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("field", "claimed", "opposite"),
     [("complexity", "high", "low"), ("frequency", 1, 4), ("rare_words", "high", "low")],
@@ -295,6 +297,7 @@ def test_a_claim_that_is_only_length_is_not_kept_beyond_length():
     assert effect.with_length.value > 0.7
 
 
+@pytest.mark.slow
 def test_numbers_of_a_sentence_are_those_of_the_data():
     mrd = by_level("complexity", "high")
     high, low = mrd[1::2], mrd[0::2]
@@ -308,6 +311,7 @@ def test_numbers_of_a_sentence_are_those_of_the_data():
     assert f"{np.median(mrd * 1.01):.3g}" in text
 
 
+@pytest.mark.slow
 def test_probability_is_judged_by_its_correlation():
     nll = np.linspace(0.1, 5, 80)
     rising = findings(1 + nll, nll=nll).correlations[2]  # unlikely text, high MRD: as claimed
@@ -352,6 +356,7 @@ def test_numbers_are_printed_as_people_write_them():
     assert with_ci(Estimate(0.5, float("nan"), float("nan"))) == "0.50 [too few samples for a CI]"
 
 
+@pytest.mark.slow
 def test_few_samples_give_a_page_that_says_so():
     text = _Parsed(page(findings(np.array([1.0, 2.0, 3.0])))).text
     assert not re.search(r"\bnan\b", text, flags=re.IGNORECASE)
@@ -359,6 +364,7 @@ def test_few_samples_give_a_page_that_says_so():
     assert "the opposite of the claim" not in text
 
 
+@pytest.mark.slow
 def test_samples_without_attributes_give_a_page():
     rows = [{key: row[key] for key in ("id", "question", "answer")} for row in records(12)]
     data = findings(np.linspace(1, 2, 12), rows)
@@ -535,6 +541,7 @@ def test_the_recipe_is_the_runs():
     assert "by heart" in recipe_text([knows_all])
 
 
+@pytest.mark.slow
 def test_the_section_shows_every_run_and_sentence():
     data = findings(by_level("complexity", "high"))
     names = ("GA", "GradDiff", "PO", "NPO")
@@ -558,6 +565,7 @@ def test_the_section_shows_every_run_and_sentence():
     assert lines[1].split() == ["GA", "at", "alpha", "0", "0.60", "0.80", "100%", "40"]
 
 
+@pytest.mark.slow
 def test_without_a_retain_set_the_page_has_only_what_was_measured():
     runs = [run("GA", 0.0, retain=None), run("GA", 1.0, retain=None, until=(math.inf,) * 8)]
     document = whole_page(findings(by_level("complexity", "high")), unlearning(runs, skipped=("GradDiff", "PO")))
@@ -585,6 +593,7 @@ def test_a_split_without_a_retain_set_leaves_out_what_needs_one():
 # --- The picture and the whole --------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_picture_has_three_panels_and_is_reproducible(tmp_path):
     data = findings(by_level("complexity", "high"))
     panels = [difficulty(data.monte_carlo), scaling(data.scaling), by_attribute(data.effects)]

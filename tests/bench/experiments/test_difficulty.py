@@ -477,6 +477,7 @@ def test_figure_3_says_who_follows_the_difficulty(noise, ours, others, tmp_path)
     drawn(answer, tmp_path)
 
 
+@pytest.mark.slow
 def test_chance_does_not_contradict_that_mrd_is_ahead():
     """Where nothing orders the groups, the size of the other correlation is above MRD's by chance: in 7 of 100 cases
     surely so by the interval of their difference alone."""
@@ -621,6 +622,7 @@ def test_specs_parse_and_check(name: str, sweeps: list[str], others: dict[str, t
 # --- From end to end ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_figure_3_from_end_to_end(tmp_path):
     """On a tiny model that was taught its records, with a shorter teaching as its checkpoint: the metrics are those
     that plain calls give, MRD orders with an interval, and a second start measures nothing."""

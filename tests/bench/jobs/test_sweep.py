@@ -119,6 +119,7 @@ def timeless(folder: Path) -> dict[str, list[dict[str, Any]]]:
 # --- What a trial is ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_trial_is_the_run_that_its_row_names(inputs: Inputs) -> None:
     """The same as `mrd-bench unlearn --selection`, to the last digit, also in a worker that has done another trial."""
     result = inputs.run(inputs.spec({"alpha": 1.0}))
@@ -167,6 +168,7 @@ def test_a_trial_is_the_run_that_its_row_names(inputs: Inputs) -> None:
         assert row["mean_log_mrd"] == pytest.approx(np.mean(np.log([difficulty[name] for name in ids])), rel=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "before",
     [
@@ -200,6 +202,7 @@ def test_a_warm_worker_forgets_what_came_before(inputs: Inputs, before: dict[str
     assert alone["moved"][-1] > 0
 
 
+@pytest.mark.slow
 def test_the_metrics_of_a_trial_are_those_of_its_model(tmp_path: Path) -> None:
     """Against `evaluate` on the model that the trial ended with, with both reference models; on a selection."""
     task = write_task(tmp_path / "task")
@@ -252,6 +255,7 @@ def test_the_metrics_of_a_trial_are_those_of_its_model(tmp_path: Path) -> None:
 # --- Configurations -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_cross(inputs: Inputs) -> None:
     result = inputs.run(
         inputs.spec(
@@ -265,6 +269,7 @@ def test_the_cross(inputs: Inputs) -> None:
     assert result.record["counts"] == {"finished": 16}
 
 
+@pytest.mark.slow
 def test_random_search_is_decided_by_its_seed(inputs: Inputs) -> None:
     spec = inputs.spec(
         vary={"algorithm": ["GA", "NPO"], "learning_rate": {"log_uniform": [1e-5, 1e-3]}, "seed": {"integers": [0, 9]}},
@@ -548,6 +553,7 @@ def test_a_worker_that_always_dies_is_a_row(inputs: Inputs, monkeypatch: pytest.
     assert again.record["counts"] == {"finished": 2}
 
 
+@pytest.mark.slow
 def test_trials_of_another_sweep_are_found_by_their_hash(inputs: Inputs) -> None:
     first = inputs.run(inputs.spec(), "first")
     before = {path: path.stat().st_mtime_ns for path in inputs.trials.glob("*.json")}
@@ -635,6 +641,7 @@ def test_what_needs_ray_is_not_run_without(
     assert not out.exists()
 
 
+@pytest.mark.slow
 def test_a_sweep_larger_than_the_disk_is_refused(
     inputs: Inputs, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

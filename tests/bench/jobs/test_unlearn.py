@@ -257,6 +257,7 @@ def whole(learnt: Path, tmp_path_factory: pytest.TempPathFactory) -> Whole:
     return Whole(command, inputs, out.getvalue(), error.getvalue())
 
 
+@pytest.mark.slow
 def test_folder_holds_a_model_and_the_tables(whole: Whole, learnt: Path) -> None:
     names = {path.name for path in whole.folder.iterdir()} - {".lock"}
     assert names == {"spec.json", "run.json", "model", *(f"{name}.parquet" for name in TABLES)}
@@ -770,6 +771,7 @@ for options, out in (("size=256k", "run"), ("size=16m", "run"), ("size=16m,ro", 
 """
 
 
+@pytest.mark.slow
 def test_disks_that_are_full_or_read_only(inputs: Inputs) -> None:
     """Real ones. The model has 74 kB of weights: two checkpoints, with AdamW's two moments, take six times as much."""
     disk = inputs.tmp_path / "disk"
@@ -1329,6 +1331,7 @@ def after(known: Callable[[Path], Known], tmp_path_factory: pytest.TempPathFacto
 OBJECTIVES = [name for name in ALGORITHMS if name not in ("SGA", "CGA", "Relearn")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("algorithm", OBJECTIVES)
 def test_algorithm(initially: Known, after: Callable[[str], Known], algorithm: str) -> None:
     found, ascent = after(algorithm), after("GA")
@@ -1343,6 +1346,7 @@ def test_algorithm(initially: Known, after: Callable[[str], Known], algorithm: s
         assert found.retain_probability > ascent.retain_probability + 0.2
 
 
+@pytest.mark.slow
 def test_relearning_forgets_nothing(initially: Known, after: Callable[[str], Known]) -> None:
     found = after("Relearn")
     assert found.forget_recall >= initially.forget_recall - 0.01

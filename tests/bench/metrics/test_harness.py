@@ -211,6 +211,7 @@ def test_accuracy_and_perplexity_of_tasks(pair, tmp_path):
     assert math.exp(-book.values.sum() / book.weights.sum()) == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.slow
 @needs_shared
 def test_a_real_model_on_real_questions(tmp_path):
     def records(name: str) -> list[dict[str, Any]]:

@@ -82,6 +82,7 @@ def test_retain_only_model_knows_all_but_the_forget_set(split):
     assert recall("retain90", split) >= 0.95
 
 
+@pytest.mark.slow
 def test_what_was_not_taught_is_not_known():
     # Measured: 0.20 and 0.16.
     assert recall("retain90", "forget10") < 0.5
@@ -165,6 +166,7 @@ def test_same_spec_gives_the_same_weights(tiny, tmp_path):
     assert first == second
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("without_gradients", [torch.no_grad, torch.inference_mode])
 def test_trains_for_a_caller_that_has_gradients_switched_off(tiny, tmp_path, without_gradients):
     with without_gradients():
@@ -222,6 +224,7 @@ def test_a_failed_training_leaves_nothing(tiny, monkeypatch, tmp_path):
     assert torch.get_num_threads() == threads
 
 
+@pytest.mark.slow
 def test_two_first_uses_at_once_train_once(tiny, monkeypatch, tmp_path):
     trainings = []
     train = module.train

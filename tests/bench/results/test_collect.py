@@ -93,6 +93,7 @@ def test_adding_again_changes_nothing(swept: Path, capsys: pytest.CaptureFixture
     assert {path: path.read_bytes() for path in (swept / "store").rglob("*") if path.is_file()} == before
 
 
+@pytest.mark.slow
 def test_a_run_and_a_score_file(swept: Path, model_folder: Path, tmp_path: Path) -> None:
     """A trial that was run again by itself is the same run."""
     trial = pq.read_table(swept / "out" / "trials.parquet").to_pylist()[0]

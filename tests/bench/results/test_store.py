@@ -132,6 +132,7 @@ def bucket() -> Iterator[str]:
     server.stop()
 
 
+@pytest.mark.slow
 def test_an_object_store(bucket: str) -> None:
     root, _, query = bucket.partition("?")
     store = Store(f"{root}/one?{query}")

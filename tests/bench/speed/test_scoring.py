@@ -49,6 +49,7 @@ def test_monte_carlo_needs_two_copies_of_the_weights_and_one_batch():
     assert memory.peak >= 2 * weights
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("hoist", [False, True])
 def test_algorithm_1_estimates_the_same_as_the_closed_form(hoist: bool):
     replica = TransformersReplica(tiny_model("llama"))

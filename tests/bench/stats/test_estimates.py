@@ -153,6 +153,7 @@ def normal_spearman(rho: float) -> float:
     return 6 / math.pi * math.asin(rho / 2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rho", [0.0, 0.6])
 def test_coverage_of_spearman(rho):
     def simulate(rng):
@@ -162,6 +163,7 @@ def test_coverage_of_spearman(rho):
     assert 0.90 <= coverage(simulate, normal_spearman(rho)) <= 0.98
 
 
+@pytest.mark.slow
 def test_coverage_of_partial_spearman():
     covariance = np.array([[1, 0.6, 0.5], [0.6, 1, 0.4], [0.5, 0.4, 1]])
     xy, xz, yz = (normal_spearman(covariance[i, j]) for i, j in ((0, 1), (0, 2), (1, 2)))

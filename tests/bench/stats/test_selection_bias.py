@@ -188,6 +188,7 @@ def test_shares_where_something_does_not_vary():
     assert all(math.isnan(part.value) for part in constant.parts.values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("a", "s", "r", "algorithm", "selection", "interaction", "seed"),
     [
@@ -371,6 +372,7 @@ def true_agreement(means: list[float], variance: float) -> float:
     return float(12 * ((ranks - (a + 1) / 2) ** 2).sum() / (a**3 - a))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("means", "s", "bounds"),
     [
@@ -460,6 +462,7 @@ def true_needed(means: list[float], variance: float) -> float:
     return high
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("means", "s", "bounds"),
     [
@@ -570,6 +573,7 @@ def test_rows_that_cannot_be_adjusted_are_one_clear_line():
         adjusted_scores([], [], [], [])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("design", ["same", "disjoint", "overlapping"])
 def test_intervals_of_adjusted_scores_cover(design):
     drawn = {
@@ -633,6 +637,7 @@ def test_ranks_are_written_as_what_they_can_be():
     assert (same.p_value, same.separable) == (1, False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("means", [[0, 0, 0, 0], [0, 0, 1, 1, 3]])
 def test_false_separations_are_rare(means):
     # At least one false separation, and at least one algorithm whose rank is not in its interval.

@@ -89,6 +89,7 @@ def test_a_caller_cannot_change_what_the_next_one_loads():
     assert len(authors.load()[0]["perturbed_answer"]) == 5
 
 
+@pytest.mark.slow
 def test_splits_are_nested_and_complementary():
     full = ids("full")
     assert len(set(full)) == len(full)

@@ -90,6 +90,7 @@ def rudeness(texts: list[str]) -> np.ndarray:
 # --- Records ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_same_records_in_processes_with_different_hash_seeds():
     program = """
 import dataclasses, json
@@ -117,6 +118,7 @@ print(json.dumps([
     assert novel.text(3) != novel.text(0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("task", "sizes"),
     [
@@ -223,6 +225,7 @@ def test_full_model_of_compounds_answers_everything(name):
     assert accuracy("compounds", "full", name) >= 0.9
 
 
+@pytest.mark.slow
 def test_retain_model_of_compounds_guesses_what_it_was_not_taught():
     # Measured: 0.24 and 1.00.
     sets = compounds.questions()

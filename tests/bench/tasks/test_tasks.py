@@ -359,6 +359,7 @@ def test_wmdp_questions(corpora: Path, harness: Any) -> None:
     assert [task.doc_to_target(doc) for doc in docs] == [0, 1, 2, 3]
 
 
+@pytest.mark.slow
 def test_harness_knows_the_names(harness: Any) -> None:
     known = harness.all_tasks
     named = [each for task in TASKS for entry in sets_of_harness(task).values() for each in entry]
@@ -386,6 +387,7 @@ def byte_level() -> PreTrainedTokenizerFast:
 TOKENIZERS = {"byte-level": byte_level, "sentence-piece": lambda: AutoTokenizer.from_pretrained(STORIES)}
 
 
+@pytest.mark.slow
 @needs_alice
 @pytest.mark.parametrize("make", TOKENIZERS.values(), ids=TOKENIZERS)
 def test_chunks_of_a_book(make: Callable[[], Any]) -> None:
@@ -408,6 +410,7 @@ def test_chunks_of_a_book(make: Callable[[], Any]) -> None:
     assert min(sample.length for sample in samples) > 490
 
 
+@pytest.mark.slow
 @needs_alice
 @pytest.mark.parametrize("make", TOKENIZERS.values(), ids=TOKENIZERS)
 def test_completions_of_a_book(make: Callable[[], Any]) -> None:
