@@ -124,7 +124,7 @@ def unlearning(model: Path, folder: Path) -> None:
         model=str(model),
         task=str(write_jsonl(folder / "forget.jsonl", pairs(12))),
         retain=str(write_jsonl(folder / "retain.jsonl", pairs(6, seed=1))),
-        algorithm="NPO-GradDiff",
+        algorithm="GradDiff",
         epochs=4,
         batch_size=3,
         learning_rate=1e-4,
@@ -156,22 +156,23 @@ def sweeping(model: Path, folder: Path) -> None:
     for name in ("there", "here"):
         (folder / name).mkdir()
     inputs = Inputs(folder / "there", model)
-    fields = inputs.spec(vary={"algorithm": ["GA", "NPO"], "seed": [0, 1, 2]})
+    fields = inputs.spec(vary={"algorithm": ["GA", "NPO"], "seed": [0, 1]})
     spec = build(SweepSpec, fields)
 
-    def swept(place: str) -> SweepResult:
-        return sweep(
-            spec, folder / place / "out", folder / place / "trials", SweepResources(concurrent=2), progress=False
-        )
+    def swept(place: str, concurrent: int) -> SweepResult:
+        resources = SweepResources(concurrent=concurrent)
+        return sweep(spec, folder / place / "out", folder / place / "trials", resources, progress=False)
 
     with nodes(1, 1) as (cluster, (_, second)):
 
         def some() -> bool:
             return len(list((folder / "there" / "trials").glob("*.json"))) >= 2
 
-        disturbed = meanwhile(lambda: swept("there"), some, lambda: cluster.remove_node(second, allow_graceful=False))
-        undisturbed = swept("here")
-    assert disturbed.record["counts"] == undisturbed.record["counts"] == {"finished": 12}
+        disturbed = meanwhile(
+            lambda: swept("there", 2), some, lambda: cluster.remove_node(second, allow_graceful=False)
+        )
+    undisturbed = swept("here", 0)
+    assert disturbed.record["counts"] == undisturbed.record["counts"] == {"finished": 8}
     assert timeless(disturbed.folder) == timeless(undisturbed.folder)
 
 

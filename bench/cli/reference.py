@@ -148,8 +148,8 @@ def described(parser: argparse.ArgumentParser, action: argparse.Action) -> tuple
     """What a flag is for, and its default."""
     doc, default = split_default(parser._get_formatter()._expand_help(action) if action.help else "")
     if not default:
-        given = action.default not in (None, False, argparse.SUPPRESS)
-        default = "must be given" if action.required else str(action.default) if given else "none"
+        has_default = action.default not in (None, False, argparse.SUPPRESS)
+        default = "must be given" if action.required else str(action.default) if has_default else "none"
     return text(doc), "no" if action.nargs == 0 else text(default)
 
 
@@ -338,8 +338,8 @@ def kinds_of(family: str) -> Sequence[str]:
 def source_of(task: Task) -> str:
     if not task.source_is:
         return "generated here"
-    own = f"`{task.source}`" if task.source else "none by itself"
-    return f"{own}; `{task.name}:SOURCE`, {text(task.source_is)}"
+    known = f"`{task.source}`" if task.source else "none by itself"
+    return f"{known}; `{task.name}:SOURCE`, {text(task.source_is)}"
 
 
 def length_of(task: Task) -> str:

@@ -181,14 +181,14 @@ def _batch_tokens(
     """Tokens in a batch; once found, they stay for those who continue this run: its parts are of such batches."""
     if isinstance(spec.batch_tokens, int):
         return spec.batch_tokens
-    kept = parts.folder / "batch_tokens"
-    if not kept.is_file():
+    path = parts.folder / "batch_tokens"
+    if not path.is_file():
         estimator, _ = spec.chosen()
         with resources.pool(replica, replicas=1) as pool:
             sharing = 1
             if not resources.in_this_process and not (footprint := resources.footprint()).gpus:
                 sharing = min(resources.replicas or 1000, how_many_fit(footprint))
             ((_, tokens, _),) = list(pool.run([BatchSizeTask(estimator, samples.longest, sharing)], [[]]))
-        with replacing(kept) as unfinished:
+        with replacing(path) as unfinished:
             unfinished.write_text(str(tokens))
-    return int(kept.read_text())
+    return int(path.read_text())

@@ -208,11 +208,11 @@ def algorithm_1(
         for draw in range(draws):
             if draw == 0 or not hoist:
                 before = scored_logprobs(model, batch)
-            kept = [p.detach().clone() for p in model.parameters()]
+            base = [p.detach().clone() for p in model.parameters()]
             for p in model.parameters():
                 p.add_(torch.randn_like(p), alpha=sigma)
             total += abs(relative_change(before, scored_logprobs(model, batch)).item())
-            for p, value in zip(model.parameters(), kept, strict=True):
+            for p, value in zip(model.parameters(), base, strict=True):
                 p.copy_(value)
         scores.append(total / draws)
     return np.array(scores)

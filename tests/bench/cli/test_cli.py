@@ -233,19 +233,20 @@ def test_model(
 
 
 # Seen by the replica, which reads the weights.
-WEIGHTS: dict[str, tuple[Callable[[Inputs], Path], str]] = {
-    "cut off": (_cut_weights, "cannot be loaded as a causal language model"),
-    "not finite": (_nan_weight, "weight 'model.norm.weight' holds NaN or infinity"),
+# How to spoil them, the replicas that meet them, the message.
+WEIGHTS: dict[str, tuple[Callable[[Inputs], Path], str, str]] = {
+    "cut off": (_cut_weights, "1", "cannot be loaded as a causal language model"),
+    "not finite": (_nan_weight, "0", "weight 'model.norm.weight' holds NaN or infinity"),
 }
 
 
 @pytest.mark.usefixtures("cluster")
-@pytest.mark.parametrize(("spoil", "expected"), WEIGHTS.values(), ids=WEIGHTS)
+@pytest.mark.parametrize(("spoil", "replicas", "expected"), WEIGHTS.values(), ids=WEIGHTS)
 def test_weights(
-    inputs: Inputs, capsys: pytest.CaptureFixture[str], spoil: Callable[[Inputs], Path], expected: str
+    inputs: Inputs, capsys: pytest.CaptureFixture[str], spoil: Callable[[Inputs], Path], replicas: str, expected: str
 ) -> None:
     folder = spoil(inputs)
-    assert_matches(expected, refused(capsys, inputs.command("--replicas", "1", model=folder)))
+    assert_matches(expected, refused(capsys, inputs.command("--replicas", replicas, model=folder)))
     assert list(inputs.tmp_path.iterdir()) == [folder]
 
 
@@ -359,7 +360,6 @@ def test_a_cluster_that_does_not_answer(inputs: Inputs) -> None:
     assert not [command for command in descendants(os.getpid()).values() if str(inputs.out) in command]
 
 
-@pytest.mark.usefixtures("cluster")
 def test_samples_that_cannot_be_scored_are_named(inputs: Inputs, capsys: pytest.CaptureFixture[str]) -> None:
     from bench.files.score_file import read_scores
 
@@ -369,14 +369,14 @@ def test_samples_that_cannot_be_scored_are_named(inputs: Inputs, capsys: pytest.
         {"id": "empty", "prompt": "w1", "completion": ""},
         {"id": "nothing", "text": ""},
     ]
-    clean = inputs.command("--estimator", "gradient", data=write_jsonl(inputs.tmp_path / "good.jsonl", good))
+    clean = inputs.command("--replicas", "0", data=write_jsonl(inputs.tmp_path / "good.jsonl", good))
     assert run(clean) == 0
     assert "rejected '" not in capsys.readouterr().out
     expected, _, _ = read_scores(inputs.out)
 
     mixed = write_jsonl(inputs.tmp_path / "mixed.jsonl", [bad[0], good[0], bad[1], *good[1:], bad[2]])
     out = inputs.tmp_path / "mixed.parquet"
-    assert run(inputs.command("--estimator", "gradient", data=mixed, out=out)) == 0
+    assert run(inputs.command("--replicas", "0", data=mixed, out=out)) == 0
     printed = capsys.readouterr().out
     assert "5 samples scored" in printed
     assert "3 rejected" in printed

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -76,11 +75,8 @@ class Head:
         return done.returncode, done.stdout + done.stderr
 
     def stop(self) -> None:
-        own = descendants(self.process.pid)
-        self.process.send_signal(signal.SIGTERM)
-        with suppress(subprocess.TimeoutExpired):
-            self.process.wait(20)
-        for pid in (self.process.pid, *own):
+        # At once: when it is asked to end, it takes half a minute over it.
+        for pid in (self.process.pid, *descendants(self.process.pid)):
             kill(pid)
         self.process.wait()
         shutil.rmtree(self.folder, ignore_errors=True)
@@ -105,7 +101,7 @@ def test_score(head: Head, model_folder: Path, data_file: Path, tmp_path: Path) 
 
 
 def test_unlearn(head: Head, model_folder: Path, data_file: Path, tmp_path: Path) -> None:
-    arguments = ["unlearn", "--model", str(model_folder), "--task", str(data_file), "--algorithm", "NPO"]
+    arguments = ["unlearn", "--model", str(model_folder), "--task", str(data_file), "--algorithm", "GA"]
     arguments += ["--epochs", "1", "--el-n", "2", "--workers", "1", "--out", str(tmp_path / "run")]
     code, printed = head.submit(arguments)
     assert code == 0, printed

@@ -63,9 +63,9 @@ def test_algorithm_1_estimates_the_same_as_the_closed_form(hoist: bool):
     assert all(torch.equal(value, before[name]) for name, value in replica.model.state_dict().items())
 
 
-def test_the_command_prints_ratios_and_writes_figures(cluster, tmp_path, capsys):
+def test_the_command_prints_ratios_and_writes_figures(cluster, model_folder, data_file, tmp_path, capsys):
     out = tmp_path / "figures.json"
-    arguments = ["--data", "authors", "--split", "forget01", "--draws", "8", "--out", str(out)]
+    arguments = ["--model", str(model_folder), "--data", str(data_file), "--draws", "8", "--out", str(out)]
     assert main(["benchmark", "scoring", *arguments]) == 0
     printed = capsys.readouterr().out
     figures = json.loads(out.read_text())
