@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from algorithms.api import Unlearned, unlearn
+    from scoring.errors import UserError
 
-__all__ = ["Unlearned", "unlearn"]
+__all__ = ["Unlearned", "UserError", "unlearn"]
 
 
 def __getattr__(name: str) -> object:

@@ -43,7 +43,7 @@ class Unlearned:
         epochs: one row per epoch, and row 0 for the initial model: metrics, and how far the weights have moved.
         samples: one row per forget sample: how often it was drawn, and when it was forgotten.
         difficulty: MRD of every sample at every refresh.
-        record: recipe, thresholds, seconds, passes, notes, and the samples that were left out.
+        record: recipe, updates, thresholds, seconds, passes, notes, and the samples that were left out.
     """
 
     model: PreTrainedModel
@@ -63,23 +63,28 @@ def unlearn(
     algorithm: str,
     refusals: Sequence[str] = REFUSALS,
     evaluate: bool = True,
+    evaluate_every: int = 1,
     evaluate_samples: int = 100,
     batch_tokens: int = BATCH_TOKENS,
+    gradient_checkpointing: bool = False,
     progress: bool = False,
     **recipe: Any,
 ) -> Unlearned:
-    """Make a loaded model forget records. It is trained in place: copy it first if the original is still needed.
+    """Make a loaded model forget records. It is trained in place, and left in eval mode: copy it first if the original
+    is still needed.
 
     Args:
-        model: a transformers causal LM in fp32.
+        model: a transformers causal LM in fp32 or fp64.
         tokenizer: its tokenizer.
         forget: the records to forget, as `scoring.score` takes them.
-        retain: the records to retain; algorithms with a retain term need them.
+        retain: the records to retain; algorithms with a retain term need them. None evaluates the forget set alone.
         algorithm: a key of `algorithms.objectives.ALGORITHMS`, such as "NPO".
-        refusals: the answers that PO and IdkDPO teach.
-        evaluate: measure ROUGE-L recall and probability of the answers after each epoch.
+        refusals: the answers that PO and IdkDPO teach, one string each (the setting of the command line names a file).
+        evaluate: measure ROUGE-L recall and probability of the answers.
+        evaluate_every: epochs from one measurement to the next; 0: only of the initial and the last model.
         evaluate_samples: the most samples of each set that are evaluated, evenly spaced.
         batch_tokens: padded tokens in a micro-batch.
+        gradient_checkpointing: recompute activations in the backward pass, which takes less memory.
         progress: show a bar.
         recipe: further fields of `algorithms.recipe.Recipe`, such as `epochs=4`, `alpha=1` or `seed=1`.
 
@@ -91,7 +96,14 @@ def unlearn(
     """
     settings = build(Recipe, {"algorithm": algorithm, **recipe})
     settings = dataclasses.replace(settings, **settings.resolved())
-    execution = build(Execution, {"workers": 0, "batch_tokens": batch_tokens})
+    execution = build(
+        Execution,
+        {"workers": 0, "batch_tokens": batch_tokens, "gradient_checkpointing": gradient_checkpointing},
+    )
+    if isinstance(refusals, str):
+        raise UserError(f"refusals is {refusals!r}: expected a list of answers")
+    if evaluate_every < 0:
+        raise UserError(f"{named('evaluate_every')} is {evaluate_every}: expected a whole number of at least 0")
     if evaluate_samples < 1:
         raise UserError(f"{named('evaluate_samples')} is {evaluate_samples}: expected a whole number of at least 1")
     if (dtype := next(model.parameters()).dtype).itemsize < 4:
@@ -100,7 +112,9 @@ def unlearn(
     forget_texts = TextSet("forget", texts_of("forget", forget))
     retain_texts = None if retain is None else TextSet("retain", texts_of("retain", retain))
     corpus, unused = make_corpus(settings, encoder, forget_texts, retain_texts, refusals)
-    evaluation = answers_evaluation(encoder, corpus, retain_texts, evaluate_samples) if evaluate else None
+    evaluation = None
+    if evaluate:
+        evaluation = answers_evaluation(encoder, corpus, retain_texts, evaluate_samples, evaluate_every)
     total = total_updates(len(corpus.forget), settings)
     model.eval()
     with (

@@ -85,7 +85,7 @@ class Recipe:
     weight_decay: Annotated[float, Ge(0), Doc("of AdamW")] = 0.0
     warmup_steps: Annotated[int, Ge(0), Doc("updates over which the learning rate grows linearly")] = 0
     clip_norm: Annotated[
-        float | None, Gt(0), Doc("the gradient is scaled down to this norm; empty in a spec file: not")
+        float | None, Gt(0), Doc("the gradient is scaled down to this norm; an empty value in a spec file turns it off")
     ] = 1.0
     dtype: Annotated[Literal["float32", "bfloat16"], Doc("bfloat16 computes by autocast; weights stay in fp32")] = (
         "float32"

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from bench.jobs.sweep import sweep
     from bench.jobs.sweep_tables import SweepResult
     from bench.results.frames import ResultFrames, read_results
+    from scoring.errors import UserError
 
 __all__ = [
     "EvaluationResult",
@@ -27,6 +28,7 @@ __all__ = [
     "ResultFrames",
     "SweepResources",
     "SweepResult",
+    "UserError",
     "evaluate",
     "leaderboard",
     "read_results",
@@ -42,7 +44,8 @@ _HOMES = {
     "Resources": "bench.jobs.resources",
     "SweepResources": "bench.jobs.resources",
     "sweep": "bench.jobs.sweep",
-    "SweepResult": "bench.jobs.sweep",
+    "SweepResult": "bench.jobs.sweep_tables",
+    "UserError": "scoring.errors",
 }
 
 

@@ -2,7 +2,7 @@
 
 mrd-bench unlearn --plugin examples/own_algorithm.py --model authors --task authors --algorithm CappedGA \
     --settings cap=3 --workers 0 --out runs/capped
-python examples/own_algorithm.py        # or here, beside plain gradient ascent
+python examples/own_algorithm.py        # or here, beside GradDiff
 """
 
 from __future__ import annotations

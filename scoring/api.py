@@ -20,6 +20,7 @@ import pyarrow.compute as pc
 import torch
 from tqdm import tqdm
 
+from scoring.errors import UserError
 from scoring.eval_mode import in_eval_mode
 from scoring.mrd import (
     DEFAULT_TOLERANCE,
@@ -172,13 +173,16 @@ def score(
         progress: show a bar.
 
     Returns:
-        One row per record, in their order: sample_id, num_tokens, tokens_saturated, nll (nats), mrd, mrd_stderr,
-        mrd_per_token, draws, reason. A record that cannot be scored has nan for numbers, and the reason. `attrs` has
-        the settings and the facts that the replica noticed, see `scoring.work.Facts`.
+        One row per record, in their order: sample_id, num_tokens, tokens_saturated, nll (nats), mrd and its standard
+        error mrd_stderr (both without a unit; the error is 0 where nothing is drawn), mrd_per_token, draws, reason. A
+        record that cannot be scored has nan for numbers, and the reason. `attrs` has the settings and the facts that
+        the replica noticed, see `scoring.work.Facts`.
 
     Raises:
         UserError: one line: a setting or a record at fault, or no record that can be scored.
     """
+    if str(batch_tokens) == "auto":
+        raise UserError("batch_tokens is 'auto': expected a whole number of at least 1; auto is for the command line")
     settings = ScoreSettings(
         estimator=estimator,
         statistic=statistic,

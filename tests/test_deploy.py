@@ -46,7 +46,7 @@ def test_workers_have_gpus_and_come_and_go() -> None:
     types = config["available_node_types"]
     assert types[config["head_node_type"]]["resources"] == {"CPU": 0}
     assert types["gpu"]["resources"]["GPU"] == 1
-    assert types["gpu"]["min_workers"] == 0 < types["gpu"]["max_workers"] <= config["max_workers"]
+    assert types["gpu"]["min_workers"] == 1 < types["gpu"]["max_workers"] <= config["max_workers"]
 
 
 @pytest.mark.parametrize("name", [*LAUNCHER, RAYJOB])

@@ -54,7 +54,7 @@ VERBS = (
     ),
     Verb(
         "sweep",
-        "run the cross of algorithms, sample selections, seeds and settings on Ray Tune",
+        "run the cross of algorithms, sample selections, seeds and settings, on Ray Tune or in this process",
         jobs.sweep_arguments,
         jobs.sweep,
     ),
@@ -119,7 +119,7 @@ def make_parser(verb_name: str | None) -> argparse.ArgumentParser:
             metavar="FILE.py",
             action="append",
             default=[],
-            help="a file that adds algorithms, samplers, metrics or tasks; can be given again (see docs/extending.md)",
+            help="a file that adds algorithms, orders, metrics or tasks; can be given again (see docs/extending.md)",
         )
         if verb.arguments and verb.name == verb_name:
             verb.arguments(sub)

@@ -15,12 +15,16 @@ def demo_arguments(parser: argparse.ArgumentParser) -> None:
     add("--out", default="demo", help="folder for the page and the Parquet files (default: demo)")
     add("--split", default="forget10", help="of the task authors (default: forget10)")
     add("--overwrite", action="store_true", help="replace what an earlier demo left in --out")
+    add("--replicas", type=int, help="of the model; 0 works in this process, without Ray (default: as many as fit)")
 
 
 def demo(arguments: argparse.Namespace) -> None:
     from bench.demo.run import run_demo
+    from bench.jobs.resources import Resources
+    from scoring.settings import build
 
-    run_demo(arguments.out, arguments.split, overwrite=arguments.overwrite)
+    resources = build(Resources, {"replicas": arguments.replicas}).checked()
+    run_demo(arguments.out, arguments.split, resources=resources, overwrite=arguments.overwrite)
 
 
 def reproduce_arguments(parser: argparse.ArgumentParser) -> None:
@@ -95,7 +99,7 @@ def benchmark_arguments(parser: argparse.ArgumentParser) -> None:
 
     add = benchmark("gpu", "how much of a card's arithmetic MRD reaches, on a random Llama", _gpu)
     add("--model-params", type=float, default=1e9, help="weights (default: %(default)g)")
-    add("--samples", type=int, default=400, help="(default: %(default)s)")
+    add("--samples", type=int, default=400, help="how many (default: %(default)s)")
     add("--tokens", type=int, default=128, help="of a sample (default: %(default)s)")
     add("--draws", type=int, default=200, help="K of Monte Carlo (default: %(default)s)")
     add("--batch-tokens", type=int, default=8192, help="tokens a batch (default: %(default)s)")
@@ -103,7 +107,7 @@ def benchmark_arguments(parser: argparse.ArgumentParser) -> None:
     benchmark("plan", "the constants of `mrd-bench plan` on this machine, and its sums against runs", _plan)
 
     add = benchmark("leaderboard", "building a leaderboard of many runs, and opening it", _leaderboard)
-    add("--runs", type=int, default=10_000, help="made ones, in the store (default: 10000)")
+    add("--runs", type=int, default=10_000, help="number of made runs in the store (default: 10000)")
 
 
 def _out(arguments: argparse.Namespace) -> str | None:

@@ -37,13 +37,15 @@ from bench.metrics.values import Missing
 from bench.models.find import ModelReference, find_model, loaded_model
 from bench.tasks import Task
 from bench.tasks.datasets import find_task
-from scoring.errors import UserError
+from scoring.errors import UserError, expected_one_of
 from scoring.readings import Reader
 from scoring.settings import build, named
 from scoring.work import ReplicaSpec
 
 if TYPE_CHECKING:
     import pandas as pd
+
+LEVELS = ("metric", "difference", "sample")
 
 SCHEMA_VERSION = 1
 
@@ -63,7 +65,13 @@ class EvaluationResult:
     record: dict[str, Any]
 
     def rows(self, level: str) -> pd.DataFrame:
-        """The rows of a level: "metric", "difference" or "sample"."""
+        """The rows of a level: "metric", "difference" or "sample".
+
+        Raises:
+            UserError: there is no such level.
+        """
+        if level not in LEVELS:
+            raise UserError(f"level is {level!r}: {expected_one_of(level, LEVELS)}")
         table = self.table.filter(pc.equal(self.table["level"], level))
         return table.select([name for name in table.column_names if name != "level"]).to_pandas()
 
@@ -89,10 +97,11 @@ def evaluate(
     """Measure the metrics of a task under a model, beside the original and the retain-only model.
 
     Args:
-        model: that has forgotten: a name, as on the command line, or a loaded transformers causal LM.
+        model: the model that has forgotten: a name, as on the command line, or a loaded transformers causal LM.
         task: its name, `NAME:SOURCE`, or a task file.
         tokenizer: of models that are loaded.
-        original, retain_model: the same; None leaves them out.
+        original: the model before unlearning, given in the same way; None leaves it out.
+        retain_model: the model that was never trained on the forget set, likewise.
         out: the Parquet file to write; the same call continues an evaluation that was stopped. None writes nothing.
         resources: how many replicas share the work; with 0, and with loaded models, it is done in this process.
         overwrite: replace `out` if it exists.
@@ -100,7 +109,8 @@ def evaluate(
         settings: further fields of `EvaluateSpec`, such as `metrics="ua,rr"` or `split="forget10"`.
 
     Returns:
-        Every metric with its 95 % interval, differences between the models, and the value of every sample.
+        Every metric with its 95 % interval (Forget Quality and the KS distance have none), differences between the
+        models, and the value of every sample.
 
     Raises:
         UserError: one line; what an earlier start of the same evaluation has measured is kept.

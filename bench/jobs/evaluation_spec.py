@@ -32,7 +32,7 @@ class EvaluateSpec:
         Doc("text file of the ids of the samples that were forgotten, one a line (default: the whole split)"),
     ] = None
     original: Annotated[
-        ModelName | None, Doc("the model before it forgot; without it Relearn takes all for known that is not now")
+        ModelName | None, Doc("the model before unlearning; without it Relearn assumes that it knew every sample")
     ] = None
     retain_model: Annotated[
         ModelName | None, Doc("the gold standard: trained without the forget set; without it no Forget Quality")
@@ -50,11 +50,12 @@ class EvaluateSpec:
     toxicity_model: Annotated[
         ModelName | None, Doc("a text-classification model (default: the task's, unitary/toxic-bert)")
     ] = None
-    toxicity_label: Annotated[str, Doc("whose score it is")] = "toxic"
+    toxicity_label: Annotated[str, Doc("the classifier's label whose score is the toxicity")] = "toxic"
     harness_tasks: Annotated[
-        str | None, Doc("folder of lm-evaluation-harness task files, which go before its own of the same name")
+        str | None,
+        Doc("folder of lm-evaluation-harness task files, which take precedence over its own of the same name"),
     ] = None
-    harness_limit: Annotated[int | None, Ge(1), Doc("questions of each of its tasks at most (default: all)")] = None
+    harness_limit: Annotated[int | None, Ge(1), Doc("questions of each harness task at most (default: all)")] = None
     relearn_share: Annotated[float, Gt(0), Le(1), Doc("share of the forget set that is taught")] = Relearning.share
     relearn_steps: Annotated[int, Ge(1), Doc("updates of relearning, 4 samples each")] = Relearning.steps
     relearn_learning_rate: Annotated[float, Gt(0), Doc("of relearning")] = Relearning.learning_rate

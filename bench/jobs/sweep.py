@@ -62,7 +62,12 @@ def sweep(
         spec: what is swept; also as a mapping, or as a YAML file of one.
         out: the folder; the same call continues a sweep that was stopped.
         trials: the folder of results, shared with other sweeps; None: "trials" next to `out`.
+        resources: how the trials are spread; None: on Ray, as many at once as fit.
+        progress: show a bar.
         retry_failed: try again what an earlier start gave up: out of memory, dead workers, errors.
+
+    Returns:
+        The tables of trials, epochs, samples and selections (Arrow), and the record of the sweep.
 
     Raises:
         UserError: one line; what an earlier start has finished is kept.

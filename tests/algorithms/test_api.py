@@ -54,7 +54,7 @@ def timeless(table: pd.DataFrame) -> pd.DataFrame:
     ("algorithm", "recipe"),
     [
         ("GradDiff", {"alpha": 1.0, "refresh": 1, "replacement": False}),
-        ("NPO-GradDiff", {"seed": 3, "evaluate": True}),
+        ("NPO-GradDiff", {"seed": 3, "evaluate": True, "evaluate_every": 2, "gradient_checkpointing": True}),
         ("IdkDPO", {}),
         ("RMU", {"layer": 1}),
         ("GradDiff", {"lora_rank": 2}),
@@ -112,6 +112,8 @@ def test_the_weights_and_tables_of_the_job(
         ([{"text": 3}], {}, "retain, record 1: field 'text' is int, expected text"),
         (RETAIN, {"layer": 3, "algorithm": "RMU"}, "layer is 3: the model has 2 decoder layers"),
         (RETAIN, {"batch_tokens": 1}, "batch_tokens is 1: expected a whole number of at least 2"),
+        (RETAIN, {"evaluate_every": -1}, "evaluate_every is -1: expected a whole number of at least 0"),
+        (RETAIN, {"refusals": "refusals.txt"}, "refusals is 'refusals.txt': expected a list of answers"),
         (RETAIN, {"evaluate_samples": 0}, "evaluate_samples is 0: expected a whole number of at least 1"),
     ],
     ids=lambda value: str(value)[:40],

@@ -114,6 +114,11 @@ def test_the_model_is_left_as_it_was(tmp_path: Path) -> None:
         (GOOD, {"estimator": "monte-carlo", "draws": 1}, "draws is 1: expected a whole number of at least 2, .*"),
         (GOOD, {"statistic": "abs_mean"}, "estimator gradient does not estimate abs_mean: .*"),
         (GOOD, {"batch_tokens": 0}, "batch_tokens is 0: expected a whole number of at least 1, or auto"),
+        (
+            GOOD,
+            {"batch_tokens": "auto"},
+            "batch_tokens is 'auto': expected a whole number of at least 1; auto is for .*",
+        ),
         ([*GOOD, {"reply": "w1"}], {}, "records, record 9: fields 'reply'; expected 'prompt'.*"),
         ([*GOOD, GOOD[2]], {}, "records, record 9: id 'r2' occurs twice; ids must be unique"),
         ([3], {}, "records, record 1: int; expected a mapping of fields"),
