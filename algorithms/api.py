@@ -10,9 +10,10 @@ from __future__ import annotations
 import dataclasses
 import tempfile
 from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from tqdm import tqdm
 
@@ -23,9 +24,11 @@ from algorithms.ray_train import TrainingJob, ensure_reference, unlearner_of
 from algorithms.recipe import Execution, Recipe, total_updates
 from algorithms.tables import tables_of
 from scoring.errors import UserError
+from scoring.eval_mode import in_eval_mode
+from scoring.loaded import check_loaded
 from scoring.records import Record, texts_of
 from scoring.samples import BATCH_TOKENS, TextSet, context_length
-from scoring.settings import build, named
+from scoring.settings import Ge, build
 from scoring.work import LocalPool
 
 if TYPE_CHECKING:
@@ -52,6 +55,15 @@ class Unlearned:
     samples: pd.DataFrame
     difficulty: pd.DataFrame
     record: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """How answers are measured while a model forgets; `UnlearnSpec` has the same settings for the command line."""
+
+    evaluate: bool
+    evaluate_every: Annotated[int, Ge(0)]
+    evaluate_samples: Annotated[int, Ge(1)]
 
 
 def unlearn(
@@ -100,27 +112,32 @@ def unlearn(
         Execution,
         {"workers": 0, "batch_tokens": batch_tokens, "gradient_checkpointing": gradient_checkpointing},
     )
-    if isinstance(refusals, str):
-        raise UserError(f"refusals is {refusals!r}: expected a list of answers")
-    if evaluate_every < 0:
-        raise UserError(f"{named('evaluate_every')} is {evaluate_every}: expected a whole number of at least 0")
-    if evaluate_samples < 1:
-        raise UserError(f"{named('evaluate_samples')} is {evaluate_samples}: expected a whole number of at least 1")
+    measured = build(
+        _Measured,
+        {"evaluate": evaluate, "evaluate_every": evaluate_every, "evaluate_samples": evaluate_samples},
+    )
+    answers = refusals if isinstance(refusals, str) or not isinstance(refusals, Iterable) else list(refusals)
+    if not isinstance(answers, list) or not answers or not all(isinstance(answer, str) for answer in answers):
+        raise UserError(f"refusals is {answers!r}: expected a list of answers, at least one")
+    check_loaded(model, tokenizer)
     if (dtype := next(model.parameters()).dtype).itemsize < 4:
         raise UserError(f"model is in {str(dtype).removeprefix('torch.')}: its weights must be fp32; use model.float()")
     encoder = Encoder(tokenizer, context_length(model.config), model.config.get_text_config().vocab_size)
     forget_texts = TextSet("forget", texts_of("forget", forget))
     retain_texts = None if retain is None else TextSet("retain", texts_of("retain", retain))
-    corpus, unused = make_corpus(settings, encoder, forget_texts, retain_texts, refusals)
+    corpus, unused = make_corpus(settings, encoder, forget_texts, retain_texts, answers)
     evaluation = None
-    if evaluate:
-        evaluation = answers_evaluation(encoder, corpus, retain_texts, evaluate_samples, evaluate_every)
+    if measured.evaluate:
+        evaluation = answers_evaluation(
+            encoder, corpus, retain_texts, measured.evaluate_samples, measured.evaluate_every
+        )
     total = total_updates(len(corpus.forget), settings)
-    model.eval()
     with (
+        ExitStack() as on_error,
         tempfile.TemporaryDirectory(prefix="mrd-bench-") as folder,
         tqdm(total=total, unit="update", desc=f"unlearning ({settings.algorithm})", disable=not progress) as bar,
     ):
+        on_error.enter_context(in_eval_mode(model))
         job = TrainingJob(
             settings,
             execution,
@@ -140,6 +157,7 @@ def unlearn(
         unlearner = unlearner_of(job, model, ALONE, show)
         history = unlearner.run()
         unlearned_model = unlearner.trained.finished_model()
+        on_error.pop_all()  # it stays in eval mode
     tables = {name: table.to_pandas() for name, table in tables_of(history, corpus).items()}
     record = {
         "recipe": dataclasses.asdict(settings),

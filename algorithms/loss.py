@@ -11,6 +11,7 @@ from algorithms.passes import OUTPUTS, Head
 from algorithms.recipe import Objectives
 from algorithms.reference import Reference
 from algorithms.trainable import Trainable
+from scoring.errors import UserError
 
 # Keeps RMU's direction apart from other random numbers of the same seed.
 DIRECTION = 102
@@ -51,7 +52,16 @@ class LossTerms:
                 values[name] = self._direction(outputs["hidden"].shape[-1]).to(device)
             elif name not in values:
                 values[name] = self._from_initial_model(name, micro_batch).to(device)
-        return objective(*(values[name] for name in inputs))
+        terms = objective(*(values[name] for name in inputs))
+        count = micro_batch.num_samples or len(micro_batch.batch)
+        if not isinstance(terms, torch.Tensor) or terms.shape != (count,):
+            shape = tuple(terms.shape) if isinstance(terms, torch.Tensor) else type(terms).__name__
+            function = getattr(objective, "func", objective)
+            raise UserError(
+                f"objective {getattr(function, '__name__', function)!r} gave {shape} for {count} samples: expected a "
+                f"tensor of one loss a sample, ({count},)"
+            )
+        return terms
 
     def _from_initial_model(self, name: str, micro_batch: MicroBatch) -> torch.Tensor:
         assert self._reference is not None

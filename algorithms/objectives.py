@@ -193,7 +193,7 @@ def hidden_mse(hidden: torch.Tensor, mask: torch.Tensor, reference_hidden: torch
 
 
 # The terms that an algorithm can add on the retain set, by the names that a spec uses.
-RETAIN_TERMS: Registry[Objective] = Registry("retain term", {"nll": nll, "kl": kl, "hidden": hidden_mse})
+RETAIN_TERMS: Registry[Objective] = Registry("retain term", {"nll": nll, "kl": kl, "hidden": hidden_mse}, of=Callable)
 
 
 def inputs_of(function: Objective) -> tuple[str, ...]:
@@ -310,6 +310,7 @@ ALGORITHMS: Registry[Algorithm] = Registry(
         # Learns the forget set again, as an attacker and the metric Relearn do with a model that has forgotten.
         "Relearn": Algorithm(nll),
     },
+    of=Algorithm,
 )
 
 

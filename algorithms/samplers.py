@@ -67,6 +67,7 @@ ORDERS: Registry[Order] = Registry(
         "hard-first": Order("ascending MRD, ties by position", _hard_first),
         "random": Order("one permutation, kept throughout", _random, by_difficulty=False),
     },
+    of=Order,
 )
 
 # Keep the uses of a seed apart from each other and from whatever else a run seeds with it.

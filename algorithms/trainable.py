@@ -238,7 +238,7 @@ def _with_adapters(model: PreTrainedModel, lora: Lora, seed: int) -> Any:
         torch.manual_seed(seed)
         try:
             return peft.get_peft_model(model, config)
-        except ValueError as error:
+        except (ValueError, re.error) as error:
             raise UserError(f"LoRA: {str(error).splitlines()[0]}; lora_targets is a regular expression") from error
 
 

@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from scoring.errors import UserError
 from scoring.eval_mode import in_eval_mode
+from scoring.loaded import check_loaded
 from scoring.mrd import (
     DEFAULT_TOLERANCE,
     ESTIMATORS,
@@ -49,7 +50,7 @@ from scoring.samples import (
     make_batches,
     nothing_scored,
 )
-from scoring.settings import Doc, Ge, Gt, Lt, check
+from scoring.settings import Doc, Ge, Gt, Lt, build, check
 from scoring.work import DrawTask, Facts, LocalPool, Pool
 
 if TYPE_CHECKING:
@@ -138,12 +139,13 @@ class FinishedInMemory:
         return self._draws[task.key]
 
 
+@torch.inference_mode(False)  # what is made in a caller's inference mode cannot be differentiated
 def score(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     records: Iterable[Record | str],
     *,
-    estimator: EstimatorName = "gradient",
+    estimator: EstimatorName | None = "gradient",
     statistic: Statistic | None = None,
     sigma: float = 1e-5,
     draws: int | Literal["auto"] | None = None,
@@ -183,20 +185,24 @@ def score(
     """
     if str(batch_tokens) == "auto":
         raise UserError("batch_tokens is 'auto': expected a whole number of at least 1; auto is for the command line")
-    settings = ScoreSettings(
-        estimator=estimator,
-        statistic=statistic,
-        sigma=sigma,
-        draws=draws,
-        tolerance=tolerance,
-        seed=seed,
-        tokens=tokens,
-        batch_tokens=batch_tokens,
-        allow_lost_perturbation=allow_lost_perturbation,
+    settings = build(
+        ScoreSettings,
+        {
+            "estimator": estimator,
+            "statistic": statistic,
+            "sigma": sigma,
+            "draws": draws,
+            "tolerance": tolerance,
+            "seed": seed,
+            "tokens": tokens,
+            "batch_tokens": batch_tokens,
+            "allow_lost_perturbation": allow_lost_perturbation,
+        },
     ).completed()
+    check_loaded(model, tokenizer)
     samples, rejected, ids = samples_of(model, tokenizer, records, settings.tokens)
     batches = make_batches(samples, batch_tokens)
-    shards = shards_of(batches, estimator)
+    shards = shards_of(batches, settings.chosen()[0])
     tasks = draw_tasks(settings, len(shards))
     finished = FinishedInMemory()
     with _left_unchanged(model), LocalPool(model, allow_lost_perturbation=allow_lost_perturbation) as pool:

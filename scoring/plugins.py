@@ -94,7 +94,7 @@ def load_plugins(plugins: Iterable[Plugin]) -> None:
 def _imported(name: str, module: str) -> ModuleType:
     try:
         return import_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise _failed(name, error, None) from error
 
 
@@ -105,12 +105,12 @@ def _run(plugin: Plugin) -> None:
     sys.modules[module.__name__] = module
     try:
         exec(compile(plugin.text, plugin.name, "exec"), module.__dict__)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         del sys.modules[module.__name__]
         raise _failed(plugin.name, error, plugin.name) from error
 
 
-def _failed(name: str, error: Exception, file: str | None) -> UserError:
+def _failed(name: str, error: BaseException, file: str | None) -> UserError:
     line = getattr(error, "lineno", None) if isinstance(error, SyntaxError) else None
     trace = error.__traceback__
     while trace is not None:

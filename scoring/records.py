@@ -57,6 +57,10 @@ def as_text(name: str, number: int, record: Record) -> Text:
                     raise UserError(
                         f"{name}, record {number}: field {field!r} is {type(record[field]).__name__}, expected text"
                     )
+                if any("\ud800" <= character <= "\udfff" for character in record[field]):
+                    raise UserError(
+                        f"{name}, record {number}: field {field!r} has half of a surrogate pair, expected Unicode text"
+                    )
             return Text(sample_id, *layout(record))
     raise UserError(
         f"{name}, record {number}: fields {', '.join(map(repr, record)) or 'none'}; expected 'prompt'+'completion', "
@@ -112,6 +116,8 @@ def texts_of(name: str, records: Iterable[Record | str]) -> list[Text]:
     if hasattr(records, "to_dict") and hasattr(records, "columns"):
         # A DataFrame gives the names of its columns when it is gone through, and they would pass for texts.
         raise UserError(f"{name} is a {type(records).__name__}: expected a list of records; use to_dict('records')")
+    if not isinstance(records, Iterable):
+        raise UserError(f"{name} is {records!r}: expected a list of records")
     texts = [
         as_text(name, number, {"text": record} if isinstance(record, str) else record)
         for number, record in enumerate(records, start=1)

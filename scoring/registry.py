@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, MutableMapping
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from scoring.errors import UserError
 
@@ -19,13 +19,14 @@ class Registry(MutableMapping[str, Entry]):
     Args:
         kind: what the entries are, for messages.
         entries: those that come along.
+        of: the type of the entries, such as `Algorithm`, or `Callable` for functions.
 
     Raises:
-        UserError: a name that is taken already, or that is no name.
+        UserError: a name that is taken already, or that is no name; an entry of another type.
     """
 
-    def __init__(self, kind: str, entries: Mapping[str, Entry] | None = None) -> None:
-        self.kind = kind
+    def __init__(self, kind: str, entries: Mapping[str, Entry] | None = None, of: Any = object) -> None:
+        self.kind, self._of = kind, of
         self._entries: dict[str, Entry] = {}
         self.update(entries or {})
 
@@ -35,6 +36,8 @@ class Registry(MutableMapping[str, Entry]):
         taken = next((known for known in self if known.lower() == name.lower()), None)
         if taken is not None:
             raise UserError(f"{self.kind} {name!r}: there is {taken!r} already; choose another name")
+        if not isinstance(entry, self._of):
+            raise UserError(f"{self.kind} {name!r} is {type(entry).__name__}: expected {self._of.__name__}")
         self._entries[name] = entry
 
     def __getitem__(self, name: str) -> Entry:

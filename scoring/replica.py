@@ -38,7 +38,7 @@ DTYPES: dict[Dtype, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.
 # sampling error of a standard deviation, which matters for toy models alone).
 SURVIVAL_TOLERANCE = 0.05
 # How far the batched gradient norms may be from plain autograd on the first batch.
-GRADIENT_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.bfloat16: 0.1}
+GRADIENT_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 0.1}
 # How far nested forward mode may be from reverse mode, relative to the sum of the tokens' absolute values.
 CURVATURE_TOLERANCE = 1e-3
 

@@ -258,10 +258,7 @@ class FlagText(str):
 
 def _typed(setting: Setting, value: Any) -> Any:
     """The value, converted to the type of its setting."""
-    if isinstance(value, np.generic):
-        value = value.item()
-    elif isinstance(value, os.PathLike):
-        value = os.fspath(value)
+    value = _builtin(value)
     try:
         typed = _validated(setting.type, value)
     except ValidationError as error:
@@ -273,6 +270,17 @@ def _typed(setting: Setting, value: Any) -> Any:
     if typed.lower() not in names:
         raise UserError(f"{named(setting.name)} is {typed!r}: {expected_one_of(typed, names.values())}")
     return names[typed.lower()]
+
+
+def _builtin(value: Any) -> Any:
+    """The value with Python's own types in place of numpy's and of paths, inside lists and mappings too."""
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if isinstance(value, dict):
+        return {key: _builtin(item) for key, item in value.items()}
+    return type(value)(map(_builtin, value)) if type(value) in (list, tuple) else value
 
 
 @cache

@@ -83,7 +83,10 @@ def sweep(arguments: argparse.Namespace) -> None:
     from bench.jobs.resources import SweepResources
     from bench.jobs.summary import print_sweep
     from bench.jobs.sweep import sweep
+    from bench.results.store import Store
 
+    if arguments.results:
+        Store(arguments.results).check()
     file = arguments.spec
     arguments.spec = None
     with settings_from(arguments, SweepResources) as resources:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from contextlib import suppress
 from pathlib import Path
@@ -46,6 +47,23 @@ def locked(folder: Path, out: Path, kind: str, name: str = LOCK) -> FileLock:
 def unwritable(out: Path, error: OSError) -> UserError:
     """What to say where nothing can be written."""
     return UserError(f"{named('out')} {shown(out)}: cannot be written to ({error.strerror})")
+
+
+def check_folder(name: str, folder: Path) -> None:
+    """Refuse a folder that is not there and could not be made, before the work whose results go there.
+
+    Args:
+        name: of the setting that names it.
+        folder: an absolute path.
+
+    Raises:
+        UserError: a file stands in the way, or nothing can be written there.
+    """
+    nearest = next(path for path in (folder, *folder.parents) if path.exists())
+    if not nearest.is_dir():
+        raise UserError(f"{named(name)} {shown(folder)}: {shown(nearest)} is a file; expected a folder")
+    if not os.access(nearest, os.W_OK):
+        raise UserError(f"{named(name)} {shown(folder)}: cannot be written to")
 
 
 def claim(folder: Path, identity: dict[str, Any]) -> None:

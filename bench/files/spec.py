@@ -93,7 +93,10 @@ def read_mapping(path: str | Path) -> tuple[dict[Any, Any], Lines]:
         loader.dispose()
     if not isinstance(values, dict):
         raise UserError(f"{path} is {described(values)}: expected {MAPPING}")
-    return values, dict(_lines(node))
+    try:
+        return values, dict(_lines(node))
+    except RecursionError:
+        raise UserError(f"{path}: not valid YAML (an alias contains itself)") from None
 
 
 def _lines(node: yaml.Node | None, path: tuple[str | int, ...] = ()) -> Iterator[tuple[tuple[str | int, ...], int]]:

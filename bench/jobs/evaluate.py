@@ -115,6 +115,8 @@ def evaluate(
     Raises:
         UserError: one line; what an earlier start of the same evaluation has measured is kept.
     """
+    if not isinstance(resources, Resources | None):
+        raise UserError(f"resources is {resources!r}: expected bench.Resources, or None")
     models = {"model": model, "original": original, "retain_model": retain_model}
     loaded = {f"loaded:{role}": one for role, one in models.items() if one is not None and _is_loaded(one)}
     names = {role: f"loaded:{role}" if f"loaded:{role}" in loaded else one for role, one in models.items()}

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from bench.files.folders import OwnedFolder
+from bench.files.folders import OwnedFolder, check_folder
 from bench.files.spec import spec_file
 from bench.jobs.resources import SweepResources
 from bench.jobs.run_folder import full_disks_said_plainly
@@ -75,6 +75,10 @@ def sweep(
     if isinstance(spec, str | Path):
         with spec_file(spec, {}, SweepSpec) as from_file:
             return sweep(from_file, out, trials, resources, progress, retry_failed)
+    if not isinstance(spec, SweepSpec | Mapping):
+        raise UserError(f"spec is {spec!r}: expected bench.jobs.sweep_plan.SweepSpec, a mapping or a YAML file")
+    if not isinstance(resources, SweepResources | None):
+        raise UserError(f"resources is {resources!r}: expected bench.SweepResources, or None")
     if not isinstance(spec, SweepSpec):
         spec = build(SweepSpec, spec)
     spec, resources, out = spec.checked(), (resources or SweepResources()).checked(), Path(out).absolute()
@@ -82,6 +86,7 @@ def sweep(
     if resources.in_this_process:
         _check_in_this_process(plan)
     store = TrialStore(Path(trials).absolute() if trials else out.parent / "trials", out / "failed")
+    check_folder("trials", store.shared)
     with _SweepFolder(out, plan.identity) as folder, full_disks_said_plainly(out):
         if retry_failed and store.local.is_dir():
             store.forget_failures()

@@ -49,7 +49,7 @@ class Metric:
     interval: bool = True
 
 
-METRICS: Registry[Metric] = Registry("metric")
+METRICS: Registry[Metric] = Registry("metric", of=Metric)
 
 PAPER_UC, PAPER_UT = "paper, Section 5.2.1", "paper, Section 5.2.2"
 TOFU = "Maini et al. 2024 (TOFU)"

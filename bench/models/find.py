@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from scoring.errors import UserError, first_line
+from scoring.loaded import check_loaded
 from scoring.samples import Rejected, Sample, check_tokens, context_length
 
 EMBEDDED = ("authors", "compounds", "novel", "replies")  # the families of bench.models.embedded
@@ -102,7 +103,11 @@ def loaded_model(name: str, model: Any, tokenizer: Any) -> ModelReference:
         name: what to call it.
         model: a transformers model.
         tokenizer: its tokenizer.
+
+    Raises:
+        UserError: it is no causal LM, or the tokenizer is none.
     """
+    check_loaded(model, tokenizer, name.removeprefix("loaded:"))
     digest = hashlib.sha256(model.config.to_json_string().encode())
     for key, weight in sorted(model.state_dict().items()):
         digest.update(f"{key}:{tuple(weight.shape)}:{weight.dtype};".encode())

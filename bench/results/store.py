@@ -26,6 +26,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow import fs
 
+from bench.files.folders import check_folder
 from scoring.errors import UserError, first_line
 from scoring.files import replacing
 
@@ -155,6 +156,15 @@ class Store:
                 "s3://bucket/folder"
             ) from error
 
+    def check(self) -> None:
+        """Refuse a local store that cannot be written to, before the work whose results go there.
+
+        Raises:
+            UserError: a file stands in the way, or nothing can be written there.
+        """
+        if isinstance(self._fs, fs.LocalFileSystem):
+            check_folder("results", Path(self._path))
+
     def write(self, name: str, table: pa.Table, task: str, experiment: str) -> str:
         """Write rows of the table `name` as one file, all of them or none, and give back its path.
 
@@ -268,6 +278,8 @@ def read_stores(roots: Sequence[str | Path], task: str | None = None, experiment
     Raises:
         UserError: one of them is no store.
     """
+    if not roots:
+        raise UserError("no store is named: expected at least one, a folder or a URI")
     return merge([Store(root).read(task, experiment) for root in roots])
 
 

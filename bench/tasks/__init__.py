@@ -11,6 +11,6 @@ from scoring.registry import Registry
 
 __all__ = ["TASKS", "HarnessTask", "Record", "Task"]
 
-TASKS: Registry[Task] = Registry("task")
+TASKS: Registry[Task] = Registry("task", of=Task)
 for _module in (authors, compounds, novel, replies, tofu, wmdp, whp, safe):
     TASKS[_module.TASK.name] = _module.TASK

@@ -113,7 +113,11 @@ def test_the_weights_and_tables_of_the_job(
         (RETAIN, {"layer": 3, "algorithm": "RMU"}, "layer is 3: the model has 2 decoder layers"),
         (RETAIN, {"batch_tokens": 1}, "batch_tokens is 1: expected a whole number of at least 2"),
         (RETAIN, {"evaluate_every": -1}, "evaluate_every is -1: expected a whole number of at least 0"),
-        (RETAIN, {"refusals": "refusals.txt"}, "refusals is 'refusals.txt': expected a list of answers"),
+        (RETAIN, {"evaluate": "no"}, "evaluate is 'no': expected .*"),
+        (RETAIN, {"refusals": "refusals.txt"}, "refusals is 'refusals.txt': expected a list of answers, at least one"),
+        (RETAIN, {"refusals": []}, r"refusals is \[\]: expected a list of answers, at least one"),
+        (RETAIN, {"lora_rank": 2, "lora_targets": "("}, "LoRA: missing .*; lora_targets is a regular expression"),
+        (RETAIN, {"trainable": "nothing"}, "trainable: 'nothing' matches no parameter .*"),
         (RETAIN, {"evaluate_samples": 0}, "evaluate_samples is 0: expected a whole number of at least 1"),
     ],
     ids=lambda value: str(value)[:40],
@@ -121,12 +125,13 @@ def test_the_weights_and_tables_of_the_job(
 def test_mistakes_are_answered_in_one_line(
     model_folder: Path, retain: Any, fields: dict[str, Any], message: str
 ) -> None:
-    """And nothing of the model has changed."""
-    model = loaded(model_folder)
+    """And nothing of the model has changed, its mode neither."""
+    model = loaded(model_folder).train()
     before = weights_of(model)
     with pytest.raises(UserError, match=rf"^{message}$"):
         algorithms.unlearn(model, tokenizer(), FORGET, retain, **{"algorithm": "GradDiff", **fields})
     assert_bitwise(weights_of(model), before)
+    assert all(module.training for module in model.modules())
 
 
 def test_a_model_in_bfloat16_is_refused(model_folder: Path) -> None:

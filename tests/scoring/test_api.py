@@ -106,6 +106,28 @@ def test_the_model_is_left_as_it_was(tmp_path: Path) -> None:
         assert (p.requires_grad, p.grad) == (trained, gradient), name
 
 
+def test_other_objects_in_place_of_a_model_or_a_tokenizer(model_folder: Path) -> None:
+    model, words = loaded(model_folder), tokenizer()
+    for wrong, name in (("authors", "'authors'"), (None, "None"), (words, "a "), (torch.nn.Linear(1, 1), "a Linear")):
+        with pytest.raises(scoring.UserError, match=rf"^model is {name}.*: expected a loaded causal LM, as [^\n]*$"):
+            scoring.score(wrong, words, GOOD)
+    with pytest.raises(scoring.UserError, match=r"^model is a LlamaModel, which has no language-model head: expected"):
+        scoring.score(model.model, words, GOOD)
+    for wrong in (None, "authors", model_folder):
+        with pytest.raises(scoring.UserError, match=r"^tokenizer is .*: expected the model's, as AutoTokenizer gives$"):
+            scoring.score(model, wrong, GOOD)
+
+
+def test_gradients_that_are_switched_off_and_settings_that_are_left_to_the_engine(model_folder: Path) -> None:
+    model = loaded(model_folder)
+    expected = scoring.score(model, tokenizer(), GOOD)["mrd"]
+    with torch.inference_mode():
+        inside = scoring.score(model, tokenizer(), GOOD, estimator=None)["mrd"]
+    np.testing.assert_array_equal(inside, expected)
+    half = scoring.score(model.half(), tokenizer(), GOOD)["mrd"]
+    np.testing.assert_allclose(half, expected, rtol=0.1)
+
+
 @pytest.mark.parametrize(
     ("records", "settings", "message"),
     [
@@ -119,6 +141,13 @@ def test_the_model_is_left_as_it_was(tmp_path: Path) -> None:
             {"batch_tokens": "auto"},
             "batch_tokens is 'auto': expected a whole number of at least 1; auto is for .*",
         ),
+        (
+            GOOD,
+            {"draws": 2.5, "estimator": "monte-carlo"},
+            "draws is 2.5: expected a whole number of at least 0, or auto",
+        ),
+        (None, {}, "records is None: expected a list of records"),
+        (["w1 \ud800"], {}, "records, record 1: field 'text' has half of a surrogate pair, expected Unicode text"),
         ([*GOOD, {"reply": "w1"}], {}, "records, record 9: fields 'reply'; expected 'prompt'.*"),
         ([*GOOD, GOOD[2]], {}, "records, record 9: id 'r2' occurs twice; ids must be unique"),
         ([3], {}, "records, record 1: int; expected a mapping of fields"),

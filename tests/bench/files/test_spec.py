@@ -213,6 +213,7 @@ def test_not_yaml(text, line, problem):
 
 def test_what_yaml_cannot_hold_has_no_line():
     assert message(REQUIRED + "split: 2024-13-45\n").startswith("spec.yaml: not valid YAML (month must be in 1..12")
+    assert message("a: &a [*a]\n") == "spec.yaml: not valid YAML (an alias contains itself)"
 
 
 def test_the_same_key_in_two_mappings_is_no_duplicate():

@@ -319,6 +319,18 @@ def test_optuna_goes_on_with_what_it_knows(inputs: Inputs) -> None:
     assert all(path.stat().st_mtime_ns == when for path, when in before.items())
 
 
+@pytest.mark.parametrize("flag", ["--trials", "--results"])
+def test_places_that_cannot_be_written_to_are_refused_first(
+    inputs: Inputs, capsys: pytest.CaptureFixture[str], flag: str
+) -> None:
+    (inputs.folder / "a-file").write_text("")
+    command = ["sweep", str(inputs.file(inputs.spec())), "--out", str(inputs.folder / "out"), "--concurrent", "0"]
+    assert main([*command, flag, str(inputs.folder / "a-file" / "x")]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert re.search(rf"{flag} .*a-file/x: .*a-file is a file; expected a folder$", line)
+    assert not (inputs.folder / "out").exists()
+
+
 PLUGIN = """
 from algorithms.objectives import ALGORITHMS, Algorithm
 

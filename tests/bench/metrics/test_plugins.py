@@ -110,6 +110,30 @@ def test_a_metric_by_name_on_a_task_that_does_not_name_it(
     assert "squares     twelve squares" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("import sys\nsys.exit(5)", "line 2: SystemExit: 5"),
+        (
+            "from bench.metrics.registry import METRICS\nMETRICS['mine'] = 3",
+            "line 2: metric 'mine' is int: expected Metric",
+        ),
+        (
+            "from algorithms.objectives import ALGORITHMS as A\nA['mine'] = len",
+            "'mine' is builtin_function_or_method: expected",
+        ),
+    ],
+)
+def test_plugins_at_fault_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str, message: str
+) -> None:
+    (tmp_path / "mine.py").write_text(text)
+    assert main(["metrics", "--plugin", str(tmp_path / "mine.py")]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"mrd-bench: error: plugin {tmp_path / 'mine.py'}, line 2: ")
+    assert message in line
+
+
 def test_names_that_are_taken_are_refused(plugin: Path, capsys: pytest.CaptureFixture[str]) -> None:
     plugin.write_text(PLUGIN.replace('METRICS["verbosity"]', 'METRICS["UA"]'))
     assert main(["metrics", "--plugin", str(plugin)]) == 2
