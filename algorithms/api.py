@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
@@ -21,14 +21,14 @@ from algorithms.corpus import REFUSALS, Encoder, answers_evaluation, make_corpus
 from algorithms.group import ALONE
 from algorithms.history import Progress
 from algorithms.ray_train import TrainingJob, ensure_reference, unlearner_of
-from algorithms.recipe import Execution, Recipe, total_updates
+from algorithms.recipe import AnswersMeasured, Execution, Recipe, total_updates
 from algorithms.tables import tables_of
 from scoring.errors import UserError
 from scoring.eval_mode import in_eval_mode
 from scoring.loaded import check_loaded
 from scoring.records import Record, texts_of
 from scoring.samples import BATCH_TOKENS, TextSet, context_length
-from scoring.settings import Ge, build
+from scoring.settings import build
 from scoring.work import LocalPool
 
 if TYPE_CHECKING:
@@ -57,15 +57,6 @@ class Unlearned:
     record: dict[str, Any]
 
 
-@dataclass(frozen=True)
-class _Measured:
-    """How answers are measured while a model forgets; `UnlearnSpec` has the same settings for the command line."""
-
-    evaluate: bool
-    evaluate_every: Annotated[int, Ge(0)]
-    evaluate_samples: Annotated[int, Ge(1)]
-
-
 def unlearn(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -74,9 +65,9 @@ def unlearn(
     *,
     algorithm: str,
     refusals: Sequence[str] = REFUSALS,
-    evaluate: bool = True,
-    evaluate_every: int = 1,
-    evaluate_samples: int = 100,
+    evaluate: bool = AnswersMeasured.evaluate,
+    evaluate_every: int = AnswersMeasured.evaluate_every,
+    evaluate_samples: int = AnswersMeasured.evaluate_samples,
     batch_tokens: int = BATCH_TOKENS,
     gradient_checkpointing: bool = False,
     progress: bool = False,
@@ -113,7 +104,7 @@ def unlearn(
         {"workers": 0, "batch_tokens": batch_tokens, "gradient_checkpointing": gradient_checkpointing},
     )
     measured = build(
-        _Measured,
+        AnswersMeasured,
         {"evaluate": evaluate, "evaluate_every": evaluate_every, "evaluate_samples": evaluate_samples},
     )
     answers = refusals if isinstance(refusals, str) or not isinstance(refusals, Iterable) else list(refusals)

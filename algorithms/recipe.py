@@ -183,6 +183,19 @@ class Execution:
     max_failures: Annotated[int, Ge(0), Doc("how often workers are started again when one dies")] = 3
 
 
+@dataclass(frozen=True, kw_only=True)
+class AnswersMeasured:
+    """How answers are measured while a model forgets."""
+
+    evaluate: Annotated[
+        bool, Doc("measure ROUGE-L recall and probability of forget and retain answers after each epoch")
+    ] = True
+    evaluate_every: Annotated[
+        int, Ge(0), Doc("epochs from one measurement to the next; the last is always made, and 0 makes no other")
+    ] = 1
+    evaluate_samples: Annotated[int, Ge(1), Doc("of each set at most, evenly spaced")] = 100
+
+
 def _value_or(value: Any, default: Any) -> Any:
     return default if value is None else value
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -57,10 +58,6 @@ def as_text(name: str, number: int, record: Record) -> Text:
                     raise UserError(
                         f"{name}, record {number}: field {field!r} is {type(record[field]).__name__}, expected text"
                     )
-                if any("\ud800" <= character <= "\udfff" for character in record[field]):
-                    raise UserError(
-                        f"{name}, record {number}: field {field!r} has half of a surrogate pair, expected Unicode text"
-                    )
             return Text(sample_id, *layout(record))
     raise UserError(
         f"{name}, record {number}: fields {', '.join(map(repr, record)) or 'none'}; expected 'prompt'+'completion', "
@@ -105,6 +102,19 @@ def check_ids(name: str, ids: Sequence[str], places: Sequence[int] | np.ndarray 
         seen.add(sample_id)
 
 
+# What is said of a record that no tokenizer would take.
+HALF_A_PAIR = "half of a surrogate pair, which is no text; expected UTF-8"
+
+
+def is_unicode(record: Record | str) -> bool:
+    """Whether all text of a record can be written as UTF-8: half of a surrogate pair cannot."""
+    try:
+        json.dumps(record, ensure_ascii=False, skipkeys=True, default=str).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def texts_of(name: str, records: Iterable[Record | str]) -> list[Text]:
     """The texts of records in memory; a plain string is a record by itself.
 
@@ -118,9 +128,10 @@ def texts_of(name: str, records: Iterable[Record | str]) -> list[Text]:
         raise UserError(f"{name} is a {type(records).__name__}: expected a list of records; use to_dict('records')")
     if not isinstance(records, Iterable):
         raise UserError(f"{name} is {records!r}: expected a list of records")
-    texts = [
-        as_text(name, number, {"text": record} if isinstance(record, str) else record)
-        for number, record in enumerate(records, start=1)
-    ]
+    texts = []
+    for number, record in enumerate(records, start=1):
+        if not is_unicode(record):
+            raise UserError(f"{name}, record {number}: {HALF_A_PAIR}")
+        texts.append(as_text(name, number, {"text": record} if isinstance(record, str) else record))
     check_ids(name, [text.sample_id for text in texts])
     return texts

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import MISSING
 from typing import Any, NoReturn
@@ -38,13 +38,21 @@ class Parser(argparse.ArgumentParser):
         return parsed
 
 
-def add_settings(parser: argparse.ArgumentParser, *kinds: type, spec: bool = True) -> None:
+def add_settings(
+    parser: argparse.ArgumentParser, *kinds: type, spec: bool = True, only: Collection[str] | None = None
+) -> None:
     """A flag for each setting, those that must be given first.
 
     Args:
         spec: also --spec, for a file of them.
+        only: the names of the settings that get one; None: all.
     """
-    shown = [setting for kind in kinds for setting in settings_of(kind) if setting.doc]
+    shown = [
+        setting
+        for kind in kinds
+        for setting in settings_of(kind)
+        if setting.doc and (only is None or setting.name in only)
+    ]
     for setting in sorted(shown, key=lambda setting: setting.default is not MISSING):
         # A flag that is not set leaves nothing: the spec file decides, or the default.
         options: dict[str, Any] = {"help": help_of(setting).replace("%", "%%"), "default": argparse.SUPPRESS}

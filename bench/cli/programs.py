@@ -11,20 +11,21 @@ from scoring.errors import UserError
 
 
 def demo_arguments(parser: argparse.ArgumentParser) -> None:
+    from bench.jobs.resources import Resources
+
     add = parser.add_argument
     add("--out", default="demo", help="folder for the page and the Parquet files (default: demo)")
     add("--split", default="forget10", help="of the task authors (default: forget10)")
     add("--overwrite", action="store_true", help="replace what an earlier demo left in --out")
-    add("--replicas", type=int, help="of the model; 0 works in this process, without Ray (default: as many as fit)")
+    add_settings(parser, Resources, spec=False, only=("replicas",))
 
 
 def demo(arguments: argparse.Namespace) -> None:
     from bench.demo.run import run_demo
     from bench.jobs.resources import Resources
-    from scoring.settings import build
 
-    resources = build(Resources, {"replicas": arguments.replicas}).checked()
-    run_demo(arguments.out, arguments.split, resources=resources, overwrite=arguments.overwrite)
+    with settings_from(arguments, Resources) as resources:
+        run_demo(arguments.out, arguments.split, resources=resources.checked(), overwrite=arguments.overwrite)
 
 
 def reproduce_arguments(parser: argparse.ArgumentParser) -> None:

@@ -15,9 +15,7 @@ from itertools import islice
 from pathlib import Path
 
 import numpy as np
-import ray
 import torch
-from ray.exceptions import RayTaskError
 from safetensors import safe_open
 from tqdm import tqdm
 
@@ -259,6 +257,9 @@ def unlearn_side_by_side(
 
 
 def _unlearn_on_ray(waiting: list[tuple[UnlearnSpec, Path]], total: int, resources: Resources) -> None:
+    import ray
+    from ray.exceptions import RayTaskError
+
     connect()
     footprint = resources.footprint()
     at_once = min(resources.replicas or len(waiting), how_many_fit(footprint))

@@ -23,7 +23,7 @@ from algorithms.corpus import REFUSALS, Corpus, Encoder, Evaluation, answers_eva
 from algorithms.history import History, Progress
 from algorithms.objectives import algorithm_name
 from algorithms.ray_train import TrainingJob, train_here, train_on_ray
-from algorithms.recipe import Execution, Objectives, Recipe, total_updates
+from algorithms.recipe import AnswersMeasured, Execution, Objectives, Recipe, total_updates
 from bench.files.identity import with_spec_hash
 from bench.jobs.resources import Resources, check_gpus
 from bench.jobs.run_folder import RunFolder, UnlearnResult, full_disks_said_plainly, read_run
@@ -43,7 +43,7 @@ from scoring.cluster import connect
 from scoring.errors import UserError
 from scoring.files import shown
 from scoring.samples import TextSet
-from scoring.settings import Doc, Ge, named
+from scoring.settings import Doc, named
 
 SCHEMA_VERSION = 1
 # Bytes on disk for a weight: the model in fp32, and two moments of AdamW.
@@ -53,7 +53,7 @@ NOT_HASHED = ("model", "task", "forget_split", "selection", "retain")
 
 
 @dataclass(frozen=True, kw_only=True)
-class UnlearnSpec(Recipe, Execution):
+class UnlearnSpec(Recipe, Execution, AnswersMeasured):
     """What is to be forgotten, by which model, and how it is run.
 
     The hash of all fields but those of EXECUTION is the run's identity.
@@ -73,13 +73,6 @@ class UnlearnSpec(Recipe, Execution):
     refusals: Annotated[
         str | None, Doc("text file, one refusal a line, for PO and IdkDPO (default: the task's, or built-in ones)")
     ] = None
-    evaluate: Annotated[
-        bool, Doc("measure ROUGE-L recall and probability of forget and retain answers after each epoch")
-    ] = True
-    evaluate_every: Annotated[
-        int, Ge(0), Doc("epochs from one measurement to the next; the last is always made, and 0 makes no other")
-    ] = 1
-    evaluate_samples: Annotated[int, Ge(1), Doc("of each set at most, evenly spaced")] = 100
 
     def checked(self) -> Self:
         """The same with defaults filled in (the task's, then the algorithm's) and absolute paths.

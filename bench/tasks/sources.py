@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 
 from bench.tasks.task import Unreachable
 from scoring.errors import UserError, first_line
-from scoring.records import Record
+from scoring.records import HALF_A_PAIR, Record, is_unicode
 
 SUFFIXES = (".jsonl", ".json", ".parquet")
 FILES_IN_MESSAGE = 10
@@ -271,14 +271,6 @@ def _read_line(where: str, line: str, escaped: bool) -> Record:
 def _object(where: str, value: Any, expected: str, escaped: bool) -> Record:
     if not isinstance(value, dict):
         raise UserError(f"{where}: a JSON {type(value).__name__}; expected {expected}")
-    if escaped and not _is_unicode(value):
-        raise UserError(f"{where}: half of a surrogate pair, which is no text; expected UTF-8")
+    if escaped and not is_unicode(value):
+        raise UserError(f"{where}: {HALF_A_PAIR}")
     return value
-
-
-def _is_unicode(record: Record) -> bool:
-    try:
-        json.dumps(record, ensure_ascii=False).encode()
-    except UnicodeEncodeError:
-        return False
-    return True

@@ -147,7 +147,7 @@ def test_gradients_that_are_switched_off_and_settings_that_are_left_to_the_engin
             "draws is 2.5: expected a whole number of at least 0, or auto",
         ),
         (None, {}, "records is None: expected a list of records"),
-        (["w1 \ud800"], {}, "records, record 1: field 'text' has half of a surrogate pair, expected Unicode text"),
+        (["w1 \ud800"], {}, "records, record 1: half of a surrogate pair, which is no text; expected UTF-8"),
         ([*GOOD, {"reply": "w1"}], {}, "records, record 9: fields 'reply'; expected 'prompt'.*"),
         ([*GOOD, GOOD[2]], {}, "records, record 9: id 'r2' occurs twice; ids must be unique"),
         ([3], {}, "records, record 1: int; expected a mapping of fields"),

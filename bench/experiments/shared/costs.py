@@ -38,7 +38,7 @@ def timed_sweeps(setup: Setup) -> list[SweepResult]:
     its hash is not run again.
     """
     alone = dataclasses.replace(setup, trials=setup.work / "trials")
-    one_by_one = 0 if setup.resources.concurrent == 0 else 1  # 0: in this process
+    one_by_one = 0 if setup.resources.in_this_process else 1
     resources = dataclasses.replace(setup.resources, concurrent=one_by_one)
     return [alone.sweep(key, resources) for key in setup.sweep_keys()]
 
