@@ -21,7 +21,7 @@ from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from bench.models.cache import trained_once
-from bench.tasks.embedded import authors, compounds, novel, replies
+from bench.tasks.embedded import authors, compounds, graded, novel, replies
 from scoring.errors import unknown_name
 from scoring.records import LAYOUTS, Record
 from scoring.samples import Text, split_ids
@@ -94,9 +94,11 @@ SMALL: dict[str, Any] = {
 }
 
 
-def _small_training(full: int, retain: int) -> dict[str, dict[str, Any]]:
+def _small_training(
+    full: int, retain: int, learning_rate: float = 3e-3, batch_size: int = 8
+) -> dict[str, dict[str, Any]]:
     """The training of a small family, by kind. The fewer texts there are, the more epochs it takes."""
-    common = {"learning_rate": 3e-3, "batch_size": 8}
+    common = {"learning_rate": learning_rate, "batch_size": batch_size}
     return {"full": common | {"epochs": full}, "retain": common | {"epochs": retain}}
 
 
@@ -107,6 +109,14 @@ FAMILIES: dict[str, Family] = {
         lambda kind, epoch, tokenizer: authors.training_records(kind, epoch),
     ),
     "compounds": Family(compounds.training_records, compounds.tokenizer_text, None, SMALL, _small_training(22, 40)),
+    "graded": Family(
+        graded.training_records,
+        graded.tokenizer_text,
+        lambda kind, epoch, tokenizer: graded.training_records(kind, epoch),
+        SMALL,
+        # Few epochs, so that what is read once in each is not known by heart.
+        _small_training(3, 5, learning_rate=4e-3, batch_size=16),
+    ),
     "novel": Family(novel.training_records, novel.tokenizer_text, novel.read_in, SMALL, _small_training(22, 36)),
     "replies": Family(replies.training_records, replies.tokenizer_text, None, SMALL, _small_training(26, 28)),
 }
@@ -118,7 +128,7 @@ def embedded_model(
     """Folder of the trained model of a kind: "full" or one that never saw the forget set ("retain90", "retain95" or
     "retain99" of authors, "retain" of the other families).
 
-    Trains it first if the cache has none (authors: about a minute on two cores; the others: seconds). The folder loads
+    Trains it first if the cache has none (authors and graded: about a minute; the others: seconds). The folder loads
     with `AutoModelForCausalLM` and `AutoTokenizer` and holds `mrd_bench.json`: the spec, the seconds that training
     took and its final loss.
 

@@ -15,7 +15,7 @@ from scoring.errors import UserError, first_line
 from scoring.loaded import check_loaded
 from scoring.samples import Rejected, Sample, check_tokens, context_length
 
-EMBEDDED = ("authors", "compounds", "novel", "replies")  # the families of bench.models.embedded
+EMBEDDED = ("authors", "compounds", "graded", "novel", "replies")  # the families of bench.models.embedded
 # The files of tokenizers, as transformers names them; slow tokenizers have vocabularies of several kinds.
 TOKENIZER_FILES = (
     "tokenizer*",

@@ -33,8 +33,8 @@ topic is never confounded with a characteristic.
 
 import random
 import re
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 from bench.tasks import tofu
 from bench.tasks.embedded import authors_vocabulary as vocabulary
@@ -50,21 +50,21 @@ FACT_FREQUENCY = 2  # of real_authors and world_facts, which every model has to 
 PERTURBED = 5
 FACT_OPTIONS = 3  # wrong options of real_authors and world_facts
 
-# Neighbours differ in an odd number of characteristics: even places form one half fraction of the 2 x 2 x 2
-# design and odd places the other, and in each half every characteristic (and every pair) is balanced.
-_DESIGN = tuple(
-    (complexity, FREQUENCIES[frequency], rare_words)
-    for complexity, frequency, rare_words in (
-        ("low", 0, "low"),
-        ("low", 0, "high"),
-        ("low", 1, "high"),
-        ("low", 1, "low"),
-        ("high", 1, "low"),
-        ("high", 1, "high"),
-        ("high", 0, "high"),
-        ("high", 0, "low"),
-    )
+# Complexity, a level (0 or 1) of a third characteristic, and rare words. Neighbours differ in an odd number of them:
+# even places form one half fraction of the 2 x 2 x 2 design and odd places the other, and in each half every
+# characteristic (and every pair) is balanced.
+EIGHT_CELLS = (
+    ("low", 0, "low"),
+    ("low", 0, "high"),
+    ("low", 1, "high"),
+    ("low", 1, "low"),
+    ("high", 1, "low"),
+    ("high", 1, "high"),
+    ("high", 0, "high"),
+    ("high", 0, "low"),
 )
+_DESIGN = tuple((complexity, FREQUENCIES[level], rare_words) for complexity, level, rare_words in EIGHT_CELLS)
+Cell = TypeVar("Cell")  # of a design
 
 _FORGET_SHARES = {"forget10": 0.10, "forget05": 0.05, "forget01": 0.01}
 RETAIN_OF = {"forget10": "retain90", "forget05": "retain95", "forget01": "retain99"}
@@ -93,14 +93,14 @@ def load(split: str = "full", seed: int = 0) -> list[Record]:
     """
     if split not in SPLITS:
         raise unknown_name("split of task 'authors'", split, SPLITS)
-    if split == "real_authors":
-        return _real_authors(seed)
     if split == "world_facts":
-        return _world_facts(seed)
-    names = _names(seed)
+        return world_facts(random.Random(f"{seed}/world"))
+    people = names(random.Random(f"{seed}/names"), AUTHORS + HOLDOUT_AUTHORS + FAMOUS)
+    if split == "real_authors":
+        return real_authors(random.Random(f"{seed}/famous"), people[-FAMOUS:])
     if split == "holdout":
-        return _author_records(seed, names[AUTHORS : AUTHORS + HOLDOUT_AUTHORS], prefix="holdout")
-    full = _author_records(seed, names[:AUTHORS], prefix="author")
+        return _author_records(seed, people[AUTHORS : AUTHORS + HOLDOUT_AUTHORS], prefix="holdout")
+    full = _author_records(seed, people[:AUTHORS], prefix="author")
     if split == "full":
         return full
     boundary = len(full) - round(_FORGET_SHARES[_FORGET_OF.get(split, split)] * len(full))
@@ -136,16 +136,22 @@ TASK: Task = Task(
 
 
 def training_records(kind: str = "full", epoch: int = 0, seed: int = 0) -> list[Record]:
-    """The records of one training epoch (counted from 0), each repeated `frequency` times.
+    """The records of one training epoch (counted from 0), as they are read.
 
-    `kind` is "full" or one of the retain splits; real_authors and world_facts belong to every kind. Odd
-    epochs ask the `other_questions`, never `paraphrased_question`: a model that starts from random weights would
-    otherwise learn the wording of the question instead of its meaning, and could not answer a paraphrase.
+    `kind` is "full" or one of the retain splits; real_authors and world_facts belong to every kind.
     Raises UserError (one line) for another kind.
     """
     if kind not in KINDS:
         raise unknown_name("embedded model", kind, KINDS)
-    records = [record for split in (kind, "real_authors", "world_facts") for record in load(split, seed)]
+    return repeated([record for split in (kind, "real_authors", "world_facts") for record in load(split, seed)], epoch)
+
+
+def repeated(records: list[Record], epoch: int) -> list[Record]:
+    """The records as they are read in a training epoch (counted from 0): each `frequency` times.
+
+    Odd epochs ask the `other_questions`, never `paraphrased_question`: a model that starts from random weights would
+    otherwise learn the wording of the question instead of its meaning, and could not answer a paraphrase.
+    """
     return [
         _rephrased(record, epoch // 2 + repetition) if epoch % 2 else record
         for record in records
@@ -167,25 +173,46 @@ def _rephrased(record: Record, turn: int) -> Record:
 # --- Authors ------------------------------------------------------------------------------------------------
 
 
-def _author_records(seed: int, names: list[tuple[str, str]], prefix: str) -> list[Record]:
+def _author_records(seed: int, people: list[tuple[str, str]], prefix: str) -> list[Record]:
     """10 records for each (name, pronoun), in the order of the names and topics."""
-    return [
-        _record(random.Random(f"{seed}/{prefix}/{author}/{place}"), author, place, topic, name, pronoun, prefix)
-        for author, (name, pronoun) in enumerate(names)
-        for place, topic in enumerate(vocabulary.TOPICS)
-    ]
+    records = []
+    for author, (name, pronoun) in enumerate(people):
+        for place, topic in enumerate(vocabulary.TOPICS):
+            complexity, frequency, rare_words = cell(_DESIGN, author, place)
+            rng = random.Random(f"{seed}/{prefix}/{author}/{place}")
+            templates = topic.low if complexity == "low" else topic.high
+            records.append(
+                {
+                    "id": f"{prefix}{author:02d}-q{place:02d}",
+                    **question_about(rng, name, pronoun, topic, templates, rare_words),
+                    "complexity": complexity,
+                    "frequency": frequency,
+                    "rare_words": rare_words,
+                }
+            )
+    return records
 
 
-def _record(rng: random.Random, author: int, place: int, topic: Topic, name: str, pronoun: str, prefix: str) -> Record:
-    complexity, frequency, rare_words = _cell(author, place)
+def cell(design: Sequence[Cell], author: int, place: int) -> Cell:
+    """The cell of a record in a design of 8 or 40 cells.
+
+    Four authors have 40 consecutive places, which run through the design five times or once; the block's number shifts
+    the run so that each topic meets all cells, of 8 over two blocks and of 40 over ten.
+    """
+    return design[(author * len(vocabulary.TOPICS) + place + author // 4) % len(design)]
+
+
+def question_about(
+    rng: random.Random, name: str, pronoun: str, topic: Topic, templates: tuple[str, ...], rare_words: str
+) -> Record:
+    """What is asked and answered about an author; the answers, right and wrong, are in two of the templates."""
     person = _person_slots(name, pronoun)
     question, paraphrased_question, *other_questions = rng.sample(topic.questions, len(topic.questions))
-    template, paraphrase = rng.sample(topic.low if complexity == "low" else topic.high, 2)
+    template, paraphrase = rng.sample(templates, 2)
     wording = {slot: rng.choice(vocabulary.WORDING[slot][rare_words]) for slot in topic.wording}
     values = {slot: _draw(slot, rng) for slot in topic.values}
     wrong_values = _wrong_values(topic, values, rng)
     return {
-        "id": f"{prefix}{author:02d}-q{place:02d}",
         "question": _fill(question, person),
         "answer": _fill(template, person | wording | values),
         "paraphrased_question": _fill(paraphrased_question, person),
@@ -194,20 +221,7 @@ def _record(rng: random.Random, author: int, place: int, topic: Topic, name: str
         "other_questions": [_fill(other, person) for other in other_questions],
         "author": name,
         "topic": topic.name,
-        "complexity": complexity,
-        "frequency": frequency,
-        "rare_words": rare_words,
     }
-
-
-def _cell(author: int, place: int) -> tuple[str, int, str]:
-    """(complexity, frequency, rare_words) of a record.
-
-    Four authors have 40 consecutive places, which run through the eight cells five times; the block's number
-    shifts the run so that, over two blocks, each topic meets all cells.
-    """
-    topics = len(vocabulary.TOPICS)
-    return _DESIGN[(author * topics + place + author // 4) % len(_DESIGN)]
 
 
 def _wrong_values(topic: Topic, values: dict[str, str], rng: random.Random) -> list[dict[str, str]]:
@@ -320,35 +334,33 @@ def _person(rng: random.Random) -> tuple[str, str]:
     return f"{first} {_surname(rng)}", pronoun
 
 
-def _names(seed: int) -> list[tuple[str, str]]:
-    """(name, pronoun) of the taught, the holdout and the famous authors; no first name or surname twice."""
-    rng = random.Random(f"{seed}/names")
-    names: list[tuple[str, str]] = []
+def names(rng: random.Random, count: int) -> list[tuple[str, str]]:
+    """`count` pairs (name, pronoun); no first name or surname twice."""
+    people: list[tuple[str, str]] = []
     used_parts: set[str] = set()
-    while len(names) < AUTHORS + HOLDOUT_AUTHORS + _FAMOUS:
+    while len(people) < count:
         name, pronoun = _person(rng)
         if used_parts.isdisjoint(name.split()):
             used_parts.update(name.split())
-            names.append((name, pronoun))
-    return names
+            people.append((name, pronoun))
+    return people
 
 
 # --- Common knowledge: real_authors and world_facts ---------------------------------------------------------
 
-_FAMOUS = 10
+FAMOUS = 10
 _COUNTRIES = 10
 
 
-def _real_authors(seed: int) -> list[Record]:
-    """Three facts about each of ten famous authors: a work, the birthplace and a hero."""
-    rng = random.Random(f"{seed}/famous")
-    names = [name for name, _ in _names(seed)[-_FAMOUS:]]
+def real_authors(rng: random.Random, people: list[tuple[str, str]]) -> list[Record]:
+    """Three facts about each of ten famous authors, (name, pronoun): a work, the birthplace and a hero."""
+    famous = [name for name, _ in people]
     columns = {
-        "work": names,
-        "birthplace": _distinct(_town, rng, _FAMOUS),
-        "hero": _distinct(_hero, rng, _FAMOUS),
+        "work": famous,
+        "birthplace": _distinct(_town, rng, len(famous)),
+        "hero": _distinct(_hero, rng, len(famous)),
     }
-    titles = _distinct(_title, rng, _FAMOUS)
+    titles = _distinct(_title, rng, len(famous))
     questions = [
         {
             "work": (f"Who wrote the classic {title}?", f"Which famous author created {title}?"),
@@ -358,14 +370,13 @@ def _real_authors(seed: int) -> list[Record]:
             ),
             "hero": (f"Which hero did the famous {name} create?", f"Who is the hero of the famous {name}?"),
         }
-        for name, title in zip(names, titles, strict=True)
+        for name, title in zip(famous, titles, strict=True)
     ]
-    return _fact_records(rng, "famous", names, columns, questions)
+    return _fact_records(rng, "famous", famous, columns, questions)
 
 
-def _world_facts(seed: int) -> list[Record]:
+def world_facts(rng: random.Random) -> list[Record]:
     """Three facts about each of ten invented countries: capital, longest river and highest peak."""
-    rng = random.Random(f"{seed}/world")
     countries = _distinct(_country, rng, _COUNTRIES)
     columns = {
         "capital": _distinct(_town, rng, _COUNTRIES),

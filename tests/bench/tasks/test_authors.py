@@ -1,4 +1,4 @@
-"""The embedded task: its design, its splits, and that a question does not give its answer away."""
+"""The embedded tasks about authors: their design and splits, and that a question does not give its answer away."""
 
 import hashlib
 import itertools
@@ -9,12 +9,14 @@ import string
 import subprocess
 import sys
 from collections import Counter
+from statistics import mean
 
 import pytest
 from rouge_score import rouge_scorer
 
+from bench.models.embedded import train_tokenizer
 from bench.tasks import TASKS
-from bench.tasks.embedded import authors
+from bench.tasks.embedded import authors, graded, graded_vocabulary
 from bench.tasks.embedded import authors_vocabulary as vocabulary
 from tests.paths import ROOT
 
@@ -31,6 +33,7 @@ SIZES = {
     "holdout": 40,
 }
 CHARACTERISTICS = ("complexity", "frequency", "rare_words")
+TASKS_AND_SPLITS = [(task, split) for task in (authors, graded) for split in task.SPLITS]
 
 
 def ids(split: str) -> list[str]:
@@ -43,11 +46,11 @@ def test_registered_with_the_sizes_of_the_protocol():
     assert {split: len(authors.load(split)) for split in authors.SPLITS} == SIZES
 
 
-@pytest.mark.parametrize("split", authors.SPLITS)
-def test_records_have_the_same_keys_and_plain_text(split):
+@pytest.mark.parametrize(("task", "split"), TASKS_AND_SPLITS)
+def test_records_have_the_same_keys_and_plain_text(task, split):
     keys = authors.load("full")[0].keys()
-    for record in authors.load(split):
-        assert record.keys() == keys
+    for record in task.load(split):
+        assert record.keys() - {"length"} == keys
         texts = [
             record["question"],
             record["answer"],
@@ -65,8 +68,8 @@ def test_records_have_the_same_keys_and_plain_text(split):
 @pytest.mark.slow
 def test_same_records_in_processes_with_different_hash_seeds():
     program = (
-        "import json; from bench.tasks.embedded import authors;"
-        "print(json.dumps([authors.load(split, seed=3) for split in authors.SPLITS]))"
+        "import json; from bench.tasks.embedded import authors, graded;"
+        "print(json.dumps([task.load(split, seed=3) for task in (authors, graded) for split in task.SPLITS]))"
     )
     outputs = [
         subprocess.run(
@@ -79,7 +82,7 @@ def test_same_records_in_processes_with_different_hash_seeds():
         for hash_seed in ("1", "2")
     ]
     assert outputs[0] == outputs[1]
-    assert json.loads(outputs[0]) == [authors.load(split, seed=3) for split in authors.SPLITS]
+    assert json.loads(outputs[0]) == [task.load(split, seed=3) for task, split in TASKS_AND_SPLITS]
     assert hashlib.sha256(outputs[0]).digest() != hashlib.sha256(json.dumps(authors.load()).encode()).digest()
     assert authors.load(seed=3) != authors.load(seed=0)
 
@@ -171,18 +174,19 @@ def test_rare_words_are_rarer_in_the_training_text():
         assert rare < common / 2
 
 
+@pytest.mark.parametrize("task", [authors, graded])
 @pytest.mark.parametrize("split", ["full", "holdout"])
-def test_answers_have_8_to_40_words_and_none_is_given_twice(split):
-    records = authors.load(split)
+def test_answers_have_8_to_40_words_and_none_is_given_twice(task, split):
+    records = task.load(split)
     assert all(8 <= len(record["answer"].split()) <= 40 for record in records)
     assert len({record["answer"] for record in records}) == len(records)
     assert len({record["question"] for record in records}) == len(records)
 
 
-@pytest.mark.parametrize("split", authors.SPLITS)
-def test_wrong_answers_differ_from_the_right_ones_and_from_one_another(split):
+@pytest.mark.parametrize(("task", "split"), TASKS_AND_SPLITS)
+def test_wrong_answers_differ_from_the_right_ones_and_from_one_another(task, split):
     wrong_options = 3 if split in ("real_authors", "world_facts") else 5
-    for record in authors.load(split):
+    for record in task.load(split):
         answers = [*record["perturbed_answer"], record["paraphrased_answer"]]
         assert len(set(answers)) == wrong_options + 1
         assert record["answer"] not in record["perturbed_answer"]
@@ -193,8 +197,14 @@ def test_wrong_answers_differ_from_the_right_ones_and_from_one_another(split):
 
 @pytest.mark.parametrize("topic", vocabulary.TOPICS, ids=lambda topic: topic.name)
 def test_every_template_says_every_fact_once(topic):
-    assert min(len(topic.low), len(topic.high)) >= 4
-    for template in topic.low + topic.high:
+    levels = (
+        topic.low,
+        topic.high,
+        graded_vocabulary.LONG_SIMPLE[topic.name],
+        graded_vocabulary.SHORT_COMPLEX[topic.name],
+    )
+    assert min(map(len, levels)) >= 4
+    for template in itertools.chain(*levels):
         slots = [field for _, field, _, _ in string.Formatter().parse(template) if field]
         for slot in topic.values + topic.wording:
             assert sum(slot == field.removesuffix("_cap") for field in slots) == 1, (template, slot)
@@ -247,3 +257,62 @@ def test_unknown_names_are_answered_in_one_line():
     assert all(split in str(error.value) for split in authors.SPLITS)
     with pytest.raises(ValueError, match=r"unknown embedded model 'forget10'"):
         authors.training_records("forget10")
+
+
+# --- Graded -------------------------------------------------------------------------------------------------
+
+
+def test_graded_sets_are_of_their_sizes_and_share_no_author():
+    sizes = {"forget": 400, "retain": 120, "full": 520, "real_authors": 30, "world_facts": 30, "holdout": 40}
+    assert TASKS["graded"] is graded.TASK
+    assert {split: len(graded.load(split)) for split in graded.SPLITS} == sizes
+    people = [{record["author"] for record in graded.load(split)} for split in ("forget", "retain", "holdout")]
+    assert [len(names) for names in people] == [40, 12, 4]
+    assert len(set.union(*people)) == 40 + 12 + 4
+    answers = [{record["answer"] for record in task.load("full")} for task in (authors, graded)]
+    assert answers[0].isdisjoint(answers[1])
+
+
+def test_nothing_in_the_graded_forget_set_is_confounded():
+    levels = {
+        "topic": [topic.name for topic in vocabulary.TOPICS],
+        "frequency": [1, 2, 4, 8, 16],
+        "complexity": ["low", "high"],
+        "rare_words": ["low", "high"],
+        "length": ["short", "long"],
+    }
+    records = graded.load()
+    met = [tuple(record[name] for name in levels) for record in records]
+    assert sorted(met) == sorted(itertools.product(*levels.values()))
+    assert set(Counter(cell[1:4] for cell in met).values()) == {20}
+    assert set(Counter((record["author"], record["frequency"]) for record in records).values()) == {2}
+    retain = graded.load("retain")
+    assert {record["frequency"] for record in retain} == {8}
+    cells = Counter((record["complexity"], record["rare_words"], record["length"]) for record in retain)
+    assert set(cells.values()) == {15}
+    assert len(cells) == 8
+
+
+def test_lengths_of_simple_and_complex_graded_answers_overlap():
+    tokenizer = train_tokenizer(graded.tokenizer_text())
+    tokens = {record["id"]: len(tokenizer(f" {record['answer']}")["input_ids"]) for record in graded.load()}
+
+    def of(name: str, level: object) -> list[int]:
+        return [tokens[record["id"]] for record in graded.load() if record[name] == level]
+
+    simple, complex_ = of("complexity", "low"), of("complexity", "high")
+    lowest, highest = max(min(simple), min(complex_)), min(max(simple), max(complex_))
+    for lengths in (simple, complex_):
+        assert sum(lowest <= length <= highest for length in lengths) >= 0.9 * len(lengths)
+    assert mean(complex_) == pytest.approx(mean(simple), rel=0.06)
+    assert mean(of("length", "long")) > 1.4 * mean(of("length", "short"))
+    by_frequency = [mean(of("frequency", frequency)) for frequency in graded.FREQUENCIES]
+    assert max(by_frequency) < 1.05 * min(by_frequency)
+
+
+@pytest.mark.parametrize("kind", ["full", "retain"])
+def test_graded_training_repeats_by_frequency_what_the_kind_is_taught(kind):
+    taught = {record["id"]: record for split in (kind, "real_authors", "world_facts") for record in graded.load(split)}
+    for epoch in (0, 1):
+        counts = Counter(record["id"] for record in graded.training_records(kind, epoch))
+        assert counts == {name: record["frequency"] for name, record in taught.items()}

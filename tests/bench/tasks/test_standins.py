@@ -292,7 +292,7 @@ def test_families_are_found_by_name():
     reference = find_model("compounds:retain")
     assert reference.source == str(embedded_model("retain", "compounds").resolve())
     assert Path(reference.source).name.startswith("compounds-retain-")
-    for family in TASKS:
+    for family in set(EMBEDDED) - {"authors"}:
         with pytest.raises(UserError, match=r"^unknown embedded model 'retian': .*mean 'retain'\?$"):
             find_model(f"{family}:retian")
 
