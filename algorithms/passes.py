@@ -95,24 +95,6 @@ def _only_first_layers(model: PreTrainedModel, count: int) -> Iterator[None]:
         setattr(owner, name, layers)
 
 
-def last_hidden(model: PreTrainedModel, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-    """The input of the output head at the scored positions, (B, S, d), and the logits, (B, S, V)."""
-    hidden: list[torch.Tensor] = []
-
-    def keep(_: nn.Module, args: tuple[torch.Tensor, ...], __: Any) -> None:
-        hidden.append(args[0])
-
-    head = model.get_output_embeddings()
-    if head is None:
-        raise TypeError(f"{type(model).__name__} has no output embeddings: not a causal language model")
-    handle = head.register_forward_hook(keep)
-    try:
-        logits = scored_logits(model, batch)
-    finally:
-        handle.remove()
-    return hidden[0], logits
-
-
 class Head:
     """The initial model's output head, which turns stored hidden states into the logits that the model gave.
 

@@ -19,9 +19,9 @@ from safetensors.numpy import save_file
 from transformers import PreTrainedModel
 
 from algorithms.objectives import REFUSAL_PREFIX
-from algorithms.passes import Head, last_hidden, layer_output
+from algorithms.passes import Head, layer_output
 from scoring.errors import UserError
-from scoring.logprob import scored_logprobs
+from scoring.logprob import last_hidden, scored_logprobs
 from scoring.replica import TransformersReplica
 from scoring.samples import BATCH_TOKENS, Batch, Sample, make_batches
 from scoring.settings import named

@@ -3,6 +3,7 @@
 import scoring
 
 table = scoring.score(model, tokenizer, records)  # a loaded Hugging Face model, in this process
+table = scoring.difficulty(model, tokenizer, records, measure=["flip-time", "mrd", "nll"])
 """
 
 from __future__ import annotations
@@ -12,8 +13,9 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from scoring.api import score
     from scoring.errors import UserError
+    from scoring.measuring import difficulty
 
-__all__ = ["UserError", "score"]
+__all__ = ["UserError", "difficulty", "score"]
 
 
 def __getattr__(name: str) -> object:
@@ -22,6 +24,10 @@ def __getattr__(name: str) -> object:
         from scoring.api import score
 
         return score
+    if name == "difficulty":
+        from scoring.measuring import difficulty
+
+        return difficulty
     if name == "UserError":
         from scoring.errors import UserError
 

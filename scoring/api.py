@@ -7,8 +7,7 @@ The command line goes the same way, with records from a file and replicas on a c
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import reduce
 from itertools import groupby
@@ -21,7 +20,7 @@ import torch
 from tqdm import tqdm
 
 from scoring.errors import UserError
-from scoring.eval_mode import in_eval_mode
+from scoring.eval_mode import left_unchanged
 from scoring.loaded import check_loaded
 from scoring.mrd import (
     DEFAULT_TOLERANCE,
@@ -43,6 +42,7 @@ from scoring.samples import (
     Batch,
     Rejected,
     Sample,
+    Text,
     TextSet,
     Tokens,
     context_length,
@@ -51,7 +51,7 @@ from scoring.samples import (
     nothing_scored,
 )
 from scoring.settings import Doc, Ge, Gt, Lt, build, check
-from scoring.work import DrawTask, Facts, LocalPool, Pool
+from scoring.work import DrawTask, Facts, LocalPool, Pool, ReplicaTask
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -114,10 +114,10 @@ class FinishedTasks(Protocol):
     def has(self, key: str) -> bool:
         """Whether a task is finished."""
 
-    def keep(self, task: DrawTask, draws: Draws, facts: Facts) -> None:
+    def keep(self, task: Any, result: Any, facts: Facts) -> None:
         """Keep the result of a task."""
 
-    def draws(self, task: DrawTask) -> Draws:
+    def result(self, task: Any) -> Any:
         """The result of a task."""
 
 
@@ -125,18 +125,18 @@ class FinishedInMemory:
     """The results of finished tasks in memory, for a run that is never continued."""
 
     def __init__(self) -> None:
-        self._draws: dict[str, Draws] = {}
+        self._results: dict[str, Any] = {}
         self.facts = Facts()
 
     def has(self, key: str) -> bool:
-        return key in self._draws
+        return key in self._results
 
-    def keep(self, task: DrawTask, draws: Draws, facts: Facts) -> None:
-        self._draws[task.key] = draws
+    def keep(self, task: ReplicaTask, result: Any, facts: Facts) -> None:
+        self._results[task.key] = result
         self.facts.add(facts)
 
-    def draws(self, task: DrawTask) -> Draws:
-        return self._draws[task.key]
+    def result(self, task: ReplicaTask) -> Any:
+        return self._results[task.key]
 
 
 @torch.inference_mode(False)  # what is made in a caller's inference mode cannot be differentiated
@@ -200,12 +200,13 @@ def score(
         },
     ).completed()
     check_loaded(model, tokenizer)
-    samples, rejected, ids = samples_of(model, tokenizer, records, settings.tokens)
+    texts = texts_of("records", records)
+    samples, rejected = samples_of(model, tokenizer, texts, settings.tokens)
     batches = make_batches(samples, batch_tokens)
     shards = shards_of(batches, settings.chosen()[0])
     tasks = draw_tasks(settings, len(shards))
     finished = FinishedInMemory()
-    with _left_unchanged(model), LocalPool(model, allow_lost_perturbation=allow_lost_perturbation) as pool:
+    with left_unchanged(model), LocalPool(model, allow_lost_perturbation=allow_lost_perturbation) as pool:
         run_tasks(pool, tasks, shards, finished, f"scoring ({settings.estimator})" if progress else None)
     # A sample's index is its position among all records; its row is the position among those that are scored.
     row_of = {sample.index: row for row, sample in enumerate(samples)}
@@ -216,34 +217,21 @@ def score(
             tasks, finished, settings, len(samples), lambda indices: np.array([row_of[i] for i in indices.tolist()])
         ),
     )
-    return _in_order(table, ids, [*rejected, *unsound], settings, finished.facts)
+    return in_order(table, [text.sample_id for text in texts], [*rejected, *unsound], asdict(settings), finished.facts)
 
 
 def samples_of(
-    model: PreTrainedModel, tokenizer: Any, records: Iterable[Record | str], tokens: Tokens = "answer"
-) -> tuple[list[Sample], list[Rejected], list[str]]:
-    """The samples of records, the records that cannot be scored, and the ids of all records.
+    model: PreTrainedModel, tokenizer: Any, texts: Sequence[Text], tokens: Tokens = "answer", name: str = "records"
+) -> tuple[list[Sample], list[Rejected]]:
+    """The samples of texts, and the texts that cannot be scored.
 
     Raises:
-        UserError: a record at fault, or no record that can be scored.
+        UserError: a text at fault, or none that can be scored.
     """
-    texts = TextSet("records", texts_of("records", records))
     vocabulary = model.config.get_text_config().vocab_size
-    samples, rejected = encode_checked(
-        texts, tokenizer, context_length(model.config), vocabulary, "the tokenizer", tokens
+    return encode_checked(
+        TextSet(name, texts), tokenizer, context_length(model.config), vocabulary, "the tokenizer", tokens
     )
-    return samples, rejected, [text.sample_id for text in texts.texts]
-
-
-@contextmanager
-def _left_unchanged(model: PreTrainedModel) -> Iterator[None]:
-    """Within the context a replica can use the model; afterwards its mode and torch's precision are as before."""
-    precision = torch.get_float32_matmul_precision()
-    try:
-        with in_eval_mode(model):
-            yield
-    finally:
-        torch.set_float32_matmul_precision(precision)
 
 
 # --- From batches to columns --------------------------------------------------------------------------------
@@ -279,7 +267,7 @@ def draw_tasks(settings: ScoreSettings, num_shards: int) -> list[DrawTask]:
 
 def run_tasks(
     pool: Pool,
-    tasks: Sequence[DrawTask],
+    tasks: Sequence[ReplicaTask],
     shards: Sequence[Sequence[Batch]],
     finished: FinishedTasks,
     title: str | None,
@@ -298,8 +286,8 @@ def run_tasks(
     sizes = {task.key: _samples_in(shards[task.shard]) * _draws_of(task) for task in todo}
     unit = "sample-draw" if any(_draws_of(task) > 1 for task in todo) else "sample"
     with tqdm(total=sum(sizes.values()), unit=unit, desc=title, disable=title is None) as bar:
-        for task, draws, facts in pool.run(todo, shards):
-            finished.keep(task, draws, facts)
+        for task, result, facts in pool.run(todo, shards):
+            finished.keep(task, result, facts)
             bar.update(sizes[task.key])
 
 
@@ -308,7 +296,9 @@ def _samples_in(shard: Sequence[Batch]) -> int:
     return shard.num_samples if isinstance(shard, Batches) else sum(len(batch) for batch in shard)
 
 
-def _draws_of(task: DrawTask) -> int:
+def _draws_of(task: ReplicaTask) -> int:
+    if not isinstance(task, DrawTask):
+        return 1
     return 1 if task.precision else task.request.last_draw - task.request.first_draw
 
 
@@ -332,7 +322,7 @@ def score_columns(
     columns = {name: np.empty(count) for name in ("nll", "mrd", "mrd_stderr")}
     columns |= {name: np.empty(count, dtype=np.int64) for name in ("tokens_saturated", "draws")}
     for _, tasks_of_shard in groupby(tasks, key=lambda task: task.shard):
-        draws = reduce(Draws.followed_by, (finished.draws(task) for task in tasks_of_shard))
+        draws = reduce(Draws.followed_by, (finished.result(task) for task in tasks_of_shard))
         mrd, stderr = reduce_draws(draws.values, statistic)
         rows = rows_of(draws.indices)
         num_draws = draws.values.shape[1] if settings.draws else 0
@@ -377,8 +367,8 @@ def score_table(
     return table.filter(pc.and_not(finite, saturated)) if rejected else table, rejected
 
 
-def _in_order(
-    table: pa.Table, ids: Sequence[str], rejected: Sequence[Rejected], settings: ScoreSettings, facts: Facts
+def in_order(
+    table: pa.Table, ids: Sequence[str], rejected: Sequence[Rejected], settings: Mapping[str, Any], facts: Facts
 ) -> pd.DataFrame:
     """The rows in the order of the records, with a row for each that could not be scored."""
     if not table.num_rows:
@@ -386,7 +376,7 @@ def _in_order(
     frame: pd.DataFrame = table.to_pandas().set_index("sample_id").reindex(ids).reset_index(names="sample_id")
     reasons = {rejection.sample_id: rejection.reason for rejection in rejected}
     # Int64 is pandas' type of whole numbers that can be missing.
-    counts = dict.fromkeys(("num_tokens", "tokens_saturated", "draws"), "Int64") if rejected else {}
+    counts = {name: "Int64" for name in table.column_names if rejected and pa.types.is_integer(table[name].type)}
     frame = frame.astype(counts).assign(reason=np.array([reasons.get(name) for name in ids], dtype=object))
-    frame.attrs = {"settings": asdict(settings), "facts": asdict(facts)}
+    frame.attrs = {"settings": dict(settings), "facts": asdict(facts)}
     return frame

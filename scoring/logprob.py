@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -37,6 +38,14 @@ def token_logprobs(logits: torch.Tensor, targets: torch.Tensor, chunk: int = VOC
 
     Differentiable, in reverse and (nested) forward mode.
     """
+    return -_softplus(-token_log_odds(logits, targets, chunk))
+
+
+def token_log_odds(logits: torch.Tensor, targets: torch.Tensor, chunk: int = VOCABULARY_CHUNK) -> torch.Tensor:
+    """Log-odds of the target tokens, a_t = log p_t - log(1 - p_t) = z_t - logsumexp_{j != t} z_j, in nats.
+
+    Arguments, result and differentiability are those of `token_logprobs`; no token is saturated here.
+    """
     precise = torch.float64 if logits.dtype == torch.float64 else torch.float32
     target = targets.unsqueeze(-1)
     target_logit = logits.gather(-1, target).to(precise)
@@ -50,7 +59,7 @@ def token_logprobs(logits: torch.Tensor, targets: torch.Tensor, chunk: int = VOC
         gap = gap.masked_fill(column + start == target, -torch.inf)
         pieces.append(torch.logsumexp(gaps.scatter_(-1, column, gap), dim=-1))
     log_odds_against = pieces[0] if len(pieces) == 1 else torch.logsumexp(torch.stack(pieces), dim=0)
-    return -_softplus(log_odds_against)
+    return -log_odds_against
 
 
 def _softplus(x: torch.Tensor) -> torch.Tensor:
@@ -98,3 +107,21 @@ def scored_logits(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
 def scored_logprobs(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
     """Log-probs P_t of the scored tokens under a causal LM, (B, S) in nats; 0 where `batch.mask` is False."""
     return token_logprobs(scored_logits(model, batch), batch.targets).masked_fill(~batch.mask, 0.0)
+
+
+def last_hidden(model: PreTrainedModel, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    """The input of the output head at the scored positions, (B, S, d), and the logits, (B, S, V)."""
+    hidden: list[torch.Tensor] = []
+
+    def keep(_: nn.Module, args: tuple[torch.Tensor, ...], __: Any) -> None:
+        hidden.append(args[0])
+
+    head = model.get_output_embeddings()
+    if head is None:
+        raise TypeError(f"{type(model).__name__} has no output embeddings: not a causal language model")
+    handle = head.register_forward_hook(keep)
+    try:
+        logits = scored_logits(model, batch)
+    finally:
+        handle.remove()
+    return hidden[0], logits

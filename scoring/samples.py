@@ -63,6 +63,12 @@ class Text:
     completion: str | None = None
     messages: tuple[dict[str, str], ...] | None = None
 
+    @property
+    def words(self) -> str:
+        """All that it says, for counts that look at words alone."""
+        turns = [turn["content"] for turn in self.messages or ()]
+        return " ".join(part.strip() for part in (self.prompt, self.completion, *turns) if part)
+
 
 @dataclass(frozen=True)
 class TextSet:

@@ -51,7 +51,7 @@ MAPPING = "a mapping, one 'name: value' a line"
 
 @dataclass(frozen=True)
 class Known:
-    """The value is a name in a registry, in upper or lower case.
+    """The value is a name in a registry, in upper or lower case; or it is a list of such names.
 
     Attributes:
         names: gives the names that exist at the moment, those that plugins have added among them. It must be a named
@@ -267,9 +267,10 @@ def _typed(setting: Setting, value: Any) -> Any:
     if known is None or typed is None:
         return typed
     names = {name.lower(): name for name in known.names()}
-    if typed.lower() not in names:
-        raise UserError(f"{named(setting.name)} is {typed!r}: {expected_one_of(typed, names.values())}")
-    return names[typed.lower()]
+    for name in typed if isinstance(typed, list) else [typed]:
+        if name.lower() not in names:
+            raise UserError(f"{named(setting.name)} is {name!r}: {expected_one_of(name, names.values())}")
+    return [names[name.lower()] for name in typed] if isinstance(typed, list) else names[typed.lower()]
 
 
 def _builtin(value: Any) -> Any:
@@ -306,8 +307,8 @@ def _validated(hint: Any, value: Any) -> Any:
 
 def _split(hint: Any, text: FlagText) -> Any:
     """The parts of a text that stands for a mapping, "beta=0.1,delta=2", or a sequence, "1,2,3"; else the text."""
-    kinds = {get_origin(kind) or kind for kind in _alternatives(hint)}
-    if dict in kinds:
+    kinds = {get_origin(kind) or kind for kind in map(_plain, _alternatives(hint))}
+    if dict in kinds and str not in kinds:
         pairs = [pair.partition("=") for pair in text.split(",")]
         if len({name.strip() for name, _, _ in pairs}) < len(pairs):
             return str(text)  # a name occurs twice

@@ -1,6 +1,6 @@
-"""Training difficulty: GraNd, EL2N and VoG, the scores that MRD is compared with.
+"""Training difficulty: GraNd, EL2N, VoG and empirical Fisher, the scores that MRD is compared with.
 
-All three were defined for classifiers. A language model classifies once per scored token; each function
+All were defined for classifiers. A language model classifies once per scored token; each function
 says how its score goes from tokens to the sample.
 """
 
@@ -17,9 +17,11 @@ from transformers import PreTrainedModel
 from scoring.errors import UserError
 from scoring.logprob import scored_logits, scored_logprobs, token_logprobs
 from scoring.sample_gradients import (
+    ScalarOfSample,
     UnsupportedModule,
     autograd_norms,
     mean_negative_log_likelihood,
+    negative_log_likelihood,
     per_sample_gradient_norms,
 )
 from scoring.samples import Batch
@@ -38,11 +40,33 @@ def grand(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
     Returns:
         (B,) fp64, nats per unit of parameter.
     """
+    return _gradient_norms("GraNd", model, batch, mean_negative_log_likelihood)
+
+
+def empirical_fisher(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
+    """The sample's part of the trace of the empirical Fisher information: ||grad log p(x)||^2 over all parameters, with
+    log p(x) = Sum_t P_t over the scored tokens.
+
+    Kirkpatrick et al. 2017 use the diagonal of its mean over samples as weights; the trace of one sample's part is the
+    number that it adds.
+
+    Args:
+        model: a causal LM in eval mode.
+        batch: B samples on the model's device.
+
+    Returns:
+        (B,) fp64.
+    """
+    return _gradient_norms("empirical Fisher", model, batch, negative_log_likelihood).square()
+
+
+def _gradient_norms(what: str, model: PreTrainedModel, batch: Batch, scalar_of: ScalarOfSample) -> torch.Tensor:
+    """The norms of each sample's gradient, (B,) fp64, by one backward pass where the model allows it."""
     try:
-        return per_sample_gradient_norms(model, batch, mean_negative_log_likelihood)[0]
+        return per_sample_gradient_norms(model, batch, scalar_of)[0]
     except UnsupportedModule as error:
-        warnings.warn(f"GraNd: {error}; each sample is differentiated by itself, which is slower", stacklevel=2)
-        return autograd_norms(model, batch, mean_negative_log_likelihood)[0]
+        warnings.warn(f"{what}: {error}; each sample is differentiated by itself, which is slower", stacklevel=3)
+        return autograd_norms(model, batch, scalar_of)[0]
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ from dataclasses import MISSING
 from typing import Any, NoReturn
 
 from bench.files.spec import spec_file
-from scoring.errors import unknown_name
+from scoring.errors import UserError, unknown_name
 from scoring.settings import FlagText, Setting, settings_of
 
 USER_ERROR = 2
@@ -47,13 +47,13 @@ def add_settings(
         spec: also --spec, for a file of them.
         only: the names of the settings that get one; None: all.
     """
-    shown = [
-        setting
-        for kind in kinds
-        for setting in settings_of(kind)
-        if setting.doc and (only is None or setting.name in only)
-    ]
-    for setting in sorted(shown, key=lambda setting: setting.default is not MISSING):
+    # Kinds may share settings.
+    shown: dict[str, Setting] = {}
+    for kind in kinds:
+        for setting in settings_of(kind):
+            if setting.doc and (only is None or setting.name in only):
+                shown.setdefault(setting.name, setting)
+    for setting in sorted(shown.values(), key=lambda setting: setting.default is not MISSING):
         # A flag that is not set leaves nothing: the spec file decides, or the default.
         options: dict[str, Any] = {"help": help_of(setting).replace("%", "%%"), "default": argparse.SUPPRESS}
         if setting.is_switch:
@@ -88,6 +88,23 @@ def settings_from(arguments: argparse.Namespace, *kinds: type) -> Iterator[Any]:
     set_by_flags = {name: getattr(arguments, name) for name in names if hasattr(arguments, name)}
     with spec_file(getattr(arguments, "spec", None), set_by_flags, *kinds) as made:
         yield made
+
+
+def refuse_flags_of(other: type, arguments: argparse.Namespace, kind: type, when: str) -> None:
+    """Refuse flags that another kind of settings has and this one has not.
+
+    Args:
+        other: the kind that they are for.
+        kind: the kind that is being made.
+        when: they can be given, in words.
+
+    Raises:
+        UserError: one line that names the flag.
+    """
+    known = {setting.name for setting in settings_of(kind)}
+    for setting in settings_of(other):
+        if setting.name not in known and hasattr(arguments, setting.name):
+            raise UserError(f"{setting.flag} is for the command {when}: leave it out, or give it {when}")
 
 
 def whole_numbers(text: str) -> tuple[int, ...]:

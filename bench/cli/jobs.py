@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 
-from bench.cli.flags import add_settings, settings_from
+from bench.cli.flags import add_settings, refuse_flags_of, settings_from
 
 
 def score_arguments(parser: argparse.ArgumentParser) -> None:
@@ -24,6 +24,43 @@ def score(arguments: argparse.Namespace) -> None:
 
     with settings_from(arguments, ScoreSpec, Resources) as (spec, resources):
         print_summary(score(spec, arguments.out, resources, arguments.overwrite))
+
+
+def difficulty_arguments(parser: argparse.ArgumentParser) -> None:
+    from bench.jobs.difficulty import DifficultySpec
+    from bench.jobs.resources import Resources
+    from bench.jobs.truth import TruthSpec
+
+    parser.add_argument(
+        "--truth", action="store_true", help="unlearn the samples instead, and record how many updates that takes"
+    )
+    add_settings(parser, DifficultySpec, TruthSpec, Resources)
+    parser.add_argument("--out", required=True, metavar="FILE", help="the Parquet file to write")
+    parser.add_argument("--overwrite", action="store_true", help="replace --out if it exists")
+
+
+def difficulty(arguments: argparse.Namespace) -> None:
+    from bench.jobs.difficulty import DifficultySpec, difficulty, print_difficulty
+    from bench.jobs.resources import Resources
+    from bench.jobs.truth import TruthSpec, print_truth, truth
+
+    kind, other = (TruthSpec, DifficultySpec) if arguments.truth else (DifficultySpec, TruthSpec)
+    refuse_flags_of(other, arguments, kind, "without --truth" if arguments.truth else "with --truth")
+    with settings_from(arguments, kind, Resources) as (spec, resources):
+        if arguments.truth:
+            print_truth(truth(spec, arguments.out, resources, arguments.overwrite))
+        else:
+            print_difficulty(difficulty(spec, arguments.out, resources, arguments.overwrite))
+
+
+def measures(arguments: argparse.Namespace) -> None:
+    from scoring.measures import MEASURES, Asked
+
+    for name, measure in MEASURES.items():
+        sign = "↑" if measure.harder > 0 else "↓"
+        needs = "".join(f"; needs {need}" for need in sorted(measure.needs - {"model", "thresholds"}))
+        print(f"{name:<20}{sign} {measure.about}")
+        print(f"{'':<22}{measure.cost(Asked()):g} forward passes a sample; {measure.source}{needs}")
 
 
 def unlearn_arguments(parser: argparse.ArgumentParser) -> None:

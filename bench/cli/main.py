@@ -41,6 +41,12 @@ VERBS = (
         jobs.score,
     ),
     Verb(
+        "difficulty",
+        "forecast how many updates forgetting takes, beside MRD and other measures; --truth finds out",
+        jobs.difficulty_arguments,
+        jobs.difficulty,
+    ),
+    Verb(
         "unlearn",
         "make a model forget samples, easy or hard ones first, or as they come",
         jobs.unlearn_arguments,
@@ -79,6 +85,7 @@ VERBS = (
     ),
     Verb("tasks", "list the tasks: what is forgotten, what is kept, where the data are", None, jobs.tasks),
     Verb("metrics", "list the metrics: what they say, and where they are from", None, jobs.metrics),
+    Verb("measures", "list the measures of difficulty: what they say, what they cost", None, jobs.measures),
     Verb(
         "demo",
         "score and unlearn the embedded task under the embedded model; writes a page of results",

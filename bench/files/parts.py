@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from filelock import FileLock
@@ -21,7 +22,7 @@ from scoring.errors import UserError
 from scoring.files import replacing, shown
 from scoring.mrd import Draws
 from scoring.settings import named
-from scoring.work import DrawTask, Facts
+from scoring.work import DrawTask, Facts, ReplicaTask
 
 
 def finished_output(
@@ -121,7 +122,7 @@ class DrawParts(Parts):
         columns = {"index": draws.indices, "nll": draws.nll, "saturated": draws.saturated, "values": values}
         self.write(task.key, pa.table(columns), dataclasses.asdict(facts))
 
-    def draws(self, task: DrawTask) -> Draws:
+    def result(self, task: DrawTask) -> Draws:
         """What a task gave."""
         table, _ = self.read(task.key)
         values = table["values"].combine_chunks().flatten().to_numpy().reshape(table.num_rows, -1)
@@ -133,4 +134,36 @@ class DrawParts(Parts):
         for task in tasks:
             metadata = pq.read_schema(self._path(task.key)).metadata
             total.add(Facts(**json.loads(metadata[FACTS_KEY])))
+        return total
+
+
+class ColumnParts(Parts):
+    """The finished tasks whose results are columns, as `scoring.api.FinishedTasks` wants them."""
+
+    def keep(self, task: ReplicaTask, result: dict[str, Any], facts: Facts) -> None:
+        """A task's result as a part: arrays (n,) and (n, d) as columns, anything else beside the facts."""
+        columns = {
+            name: values if values.ndim == 1 else pa.FixedSizeListArray.from_arrays(values.ravel(), values.shape[1])
+            for name, values in result.items()
+            if isinstance(values, np.ndarray)
+        }
+        others = {name: value for name, value in result.items() if not isinstance(value, np.ndarray)}
+        self.write(task.key, pa.table(columns), {"facts": dataclasses.asdict(facts), "others": others})
+
+    def result(self, task: ReplicaTask) -> dict[str, Any]:
+        """What a task gave."""
+        table, record = self.read(task.key)
+        columns = {}
+        for name in table.column_names:
+            column = table[name].combine_chunks()
+            nested = pa.types.is_fixed_size_list(column.type)
+            flat = (column.flatten() if nested else column).to_numpy()
+            columns[name] = flat.reshape(table.num_rows, -1) if nested else flat
+        return columns | record["others"]
+
+    def all_facts(self) -> Facts:
+        """What all replicas noticed, over all runs that worked on these parts."""
+        total = Facts()
+        for path in sorted(self.folder.glob("*.parquet")):
+            total.add(Facts(**json.loads(pq.read_schema(path).metadata[FACTS_KEY])["facts"]))
         return total

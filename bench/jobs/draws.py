@@ -175,7 +175,7 @@ def _rows(
 ) -> pa.Table:
     """The table of one point, put together from its parts."""
     tasks_of_point = [task for task in tasks if task.shard == number]
-    draws = reduce(Draws.followed_by, (parts.draws(task) for task in tasks_of_point))
+    draws = reduce(Draws.followed_by, (parts.result(task) for task in tasks_of_point))
     row = {index: place for place, index in enumerate(draws.indices.tolist())}
     order = [row[sample.index] for sample in samples]
     # A replica remembers the survival at the sigma that it perturbed by last: this point's is that of its own tasks.

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Self
@@ -21,6 +20,7 @@ from bench.files.identity import with_spec_hash
 from bench.files.origin import origin
 from bench.files.parts import DrawParts, Parts, finished_output
 from bench.files.score_file import write_scores
+from bench.jobs.read_samples import read_samples
 from bench.jobs.resources import Resources, check_dtype
 from bench.models.find import ModelName, ModelReference, absolute_model, find_model
 from bench.tasks.datasets import DataName, Texts, absolute_source, check_dataset, open_texts
@@ -31,7 +31,7 @@ from scoring.engine import Dtype
 from scoring.files import replacing
 from scoring.mrd import ESTIMATORS, no_gradients
 from scoring.sample_file import SampleFile
-from scoring.samples import Rejected, Sample, check_tokens, iter_encoded, nothing_scored
+from scoring.samples import Rejected, nothing_scored
 from scoring.settings import Doc
 from scoring.work import ReplicaSpec
 
@@ -114,16 +114,7 @@ def score(
     if not overwrite and (finished := finished_output(out, identity, "a score file", "scores")):
         table, record = finished
         return ScoreResult(out, table, [Rejected(**r) for r in record["rejected"]], record, 0.0)
-    rejected: list[Rejected] = []
-    samples = SampleFile(_samples(texts, spec, model, rejected))
-    check_tokens(
-        len(samples),
-        samples.largest_token,
-        rejected,
-        model.vocabulary,
-        f"the tokenizer of {model.source!r}",
-        texts.name,
-    )
+    samples, rejected = read_samples(texts, model, spec.tokens)
     estimator, _ = spec.chosen()
     replica = ReplicaSpec(model.source, model.revision, spec.dtype, spec.allow_lost_perturbation, resources.engine)
     with DrawParts(out, identity) as parts:
@@ -164,15 +155,6 @@ def _identity(spec: ScoreSpec, texts: Texts, model: ModelReference) -> dict[str,
         "model_fingerprint": model.fingerprint,
     }
     return with_spec_hash(content, ("model", "data", "split"))
-
-
-def _samples(texts: Texts, spec: ScoreSpec, model: ModelReference, rejected: list[Rejected]) -> Iterator[Sample]:
-    """The samples that can be scored; the others are added to `rejected`."""
-    for sample in iter_encoded(texts, model.tokenizer, model.max_length, spec.tokens):
-        if isinstance(sample, Sample):
-            yield sample
-        else:
-            rejected.append(sample)
 
 
 def _batch_tokens(

@@ -14,7 +14,8 @@ import pytest
 import torch
 from torch import nn
 
-from algorithms.passes import ForwardPass, Head, decoder_layers, last_hidden, layer_output
+from algorithms.passes import ForwardPass, Head, decoder_layers, layer_output
+from scoring.logprob import last_hidden
 from scoring.errors import UserError
 from scoring.samples import Batch, Sample, collate
 from tests.tiny_models import ARCHITECTURES, VOCABULARY, random_samples, tiny_model

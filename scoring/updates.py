@@ -1,0 +1,174 @@
+"""Updates of an optimiser that are tried out and taken back: what training on a sample would do to the weights.
+
+Forecasts of difficulty look along the path that these updates take. The weights that take part are those that require
+a gradient: all of them, or adapters alone. Afterwards they are bitwise as before.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from scoring.errors import UserError
+from scoring.settings import Doc, Ge, Gt, named
+
+OptimizerName = Literal["adamw", "sgd"]
+
+# A trial move is at least this long, relative to the norm of the weights: a shorter one drowns in rounding.
+SHORTEST_MOVE = 1e-4
+# How far the length of a stored update may be from that of the intended one before a forecast measures rounding.
+SURVIVAL_TOLERANCE = 0.05
+
+
+@dataclass(frozen=True, kw_only=True)
+class UpdateSettings:
+    """How an update is made of a gradient."""
+
+    optimizer: Annotated[OptimizerName, Doc("AdamW, or plain gradient descent")] = "adamw"
+    learning_rate: Annotated[float, Gt(0), Doc("of the optimiser")] = 5e-5
+    weight_decay: Annotated[float, Ge(0), Doc("of the optimiser")] = 0.0
+    clip_norm: Annotated[
+        float | None, Gt(0), Doc("the gradient is scaled down to this norm; an empty value in a spec file turns it off")
+    ] = 1.0
+
+
+def make_optimizer(
+    parameters: Iterable[nn.Parameter], name: OptimizerName, learning_rate: float, weight_decay: float = 0.0
+) -> torch.optim.Optimizer:
+    """The optimiser of a training, of whose first updates forecasts are made."""
+    if name == "sgd":
+        return torch.optim.SGD(parameters, lr=learning_rate, weight_decay=weight_decay)
+    return torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=weight_decay, fused=True)
+
+
+def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float | None) -> float:
+    """Scale the gradients down to the norm `max_norm`; returns the norm before that."""
+    return float(nn.utils.clip_grad_norm_(parameters, math.inf if max_norm is None else max_norm))
+
+
+@dataclass(frozen=True)
+class Direction:
+    """What one update would add to the weights.
+
+    Attributes:
+        change: by the parameter's name.
+        length: its norm over all weights.
+    """
+
+    change: Mapping[str, torch.Tensor]
+    length: float
+
+
+class TrialUpdates:
+    """Moves the trainable weights of a model along updates of an optimiser whose moments are empty, and back.
+
+    It holds a copy of the weights, the base, from which they are restored bitwise.
+
+    Args:
+        model: the model, in eval mode.
+        settings: of the optimiser.
+    """
+
+    def __init__(self, model: PreTrainedModel, settings: UpdateSettings) -> None:
+        self._settings = settings
+        self._live = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        if not self._live:
+            raise UserError("no weight of the model requires a gradient: there is nothing that an update would change")
+        self._base = {name: p.detach().clone() for name, p in self._live.items()}
+        self._survival_is_checked = False
+        self._length_of_weights = math.sqrt(sum(_squares(base) for base in self._base.values()))
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """The weights that take part."""
+        return list(self._live.values())
+
+    @property
+    def fastest(self) -> float | None:
+        """The largest length of an update, where updates grow with the gradient, as those of SGD do; None where they do
+        not, as those of AdamW."""
+        if self._settings.optimizer == "adamw":
+            return None
+        return self._settings.learning_rate * (self._settings.clip_norm or math.inf)
+
+    def take_direction(self) -> Direction:
+        """The first update that the optimiser would make of the gradients that the weights hold; takes them away.
+
+        AdamW from empty moments: -eta (g / (|g| + eps) + lambda theta), eps = 1e-8; SGD: -eta (g + lambda theta); g is
+        clipped.
+        """
+        settings = self._settings
+        clip_gradients(self._live.values(), settings.clip_norm)
+        change = {}
+        with torch.no_grad():
+            for name, p in self._live.items():
+                if p.grad is None:
+                    continue
+                g = p.grad
+                if settings.optimizer == "adamw":
+                    g = g.div_(g.abs().add_(1e-8))
+                change[name] = g.add_(p, alpha=settings.weight_decay).mul_(-settings.learning_rate)
+                p.grad = None
+        return Direction(change, math.sqrt(sum(_squares(part) for part in change.values())))
+
+    def measurable_updates(self, direction: Direction) -> float:
+        """One update, or as many as it takes to move the weights by a length at which margins differ by more than
+        rounding."""
+        if not direction.length:
+            return 1.0
+        return max(1.0, SHORTEST_MOVE * self._length_of_weights / direction.length)
+
+    @torch.no_grad()
+    def move(self, direction: Direction, updates: float) -> None:
+        """theta <- theta + so many times the change of one update."""
+        for name, change in direction.change.items():
+            self._live[name].add_(change, alpha=updates)
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """theta <- base, bitwise."""
+        for name, p in self._live.items():
+            p.copy_(self._base[name])
+            p.grad = None
+
+    @torch.no_grad()
+    def distance_moved(self) -> tuple[float, float]:
+        """How far the weights are from the base: mean |delta theta| over all of them, and the norm."""
+        total, squares, count = 0.0, 0.0, 0
+        for name, p in self._live.items():
+            difference = (p.detach() - self._base[name]).double()
+            total += difference.abs().sum().item()
+            squares += difference.square().sum().item()
+            count += difference.numel()
+        return total / count, math.sqrt(squares)
+
+    @torch.no_grad()
+    def check_survival(self, direction: Direction, updates: float) -> None:
+        """Refuse to go on if the weights' number format has rounded away the first move; later ones are not looked at.
+
+        Raises:
+            UserError: the weights have not moved by the length that they should have.
+        """
+        if self._survival_is_checked:
+            return
+        _, moved = self.distance_moved()
+        survival = moved / (direction.length * updates) if direction.length else 1.0
+        if abs(survival - 1) > SURVIVAL_TOLERANCE:
+            dtype = str(next(iter(self._live.values())).dtype).removeprefix("torch.")
+            self.restore()
+            raise UserError(
+                f"the update does not survive {dtype} storage: the weights moved {survival:.3g} times as far as they "
+                f"should have at {named('learning_rate')} {self._settings.learning_rate:g}, expected 1 ± "
+                f"{SURVIVAL_TOLERANCE}; use {named('dtype')} float32"
+            )
+        self._survival_is_checked = True
+
+
+def _squares(tensor: torch.Tensor) -> float:
+    return float(torch.linalg.vector_norm(tensor, dtype=torch.float64 if tensor.dtype == torch.float64 else None)) ** 2
