@@ -33,7 +33,7 @@ def reproduce_arguments(parser: argparse.ArgumentParser) -> None:
 
     add = parser.add_argument
     add("name", metavar="NAME", help="an experiment of the paper, such as fig2 or table13; all; or list")
-    add("--preset", default="demo", help="demo (embedded tasks, minutes) or paper (its scale, for a cluster)")
+    add("--preset", default="demo", help="demo (embedded tasks, minutes), decide (an hour) or paper (its scale)")
     add(
         "--experiment-spec",
         "--spec",
@@ -41,6 +41,9 @@ def reproduce_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="YAML file in place of the experiment's own, with a section named like the preset",
     )
+    add("--model", help="for tournament: run it on this model, an embedded one, a folder or a Hugging Face id")
+    add("--task", help="with --model: the task, NAME:SOURCE or data file whose samples are forgotten")
+    add("--split", help="with --task: its forget split (default: the task's own)")
     add("--out", help="folder for the answers (default: reproduce-PRESET); the same command continues")
     add_settings(parser, SweepResources, spec=False)
 
@@ -55,7 +58,8 @@ def reproduce(arguments: argparse.Namespace) -> None:
         return
     out = arguments.out or f"reproduce-{arguments.preset}"
     with settings_from(arguments, SweepResources) as resources:
-        reproduce(arguments.name, arguments.preset, out, resources, arguments.experiment_spec)
+        on = {"model": arguments.model, "data": arguments.task, "split": arguments.split}
+        reproduce(arguments.name, arguments.preset, out, resources, arguments.experiment_spec, **on)
     print(f"\nanswers {out}/README.md")
 
 

@@ -106,6 +106,8 @@ class Experiment:
         question: in one sentence.
         claim: the paper's answer, in one sentence.
         run: gives the answer of this code.
+        on_model: the values of a preset, a model, data and split -> values for those, where it can be run on any; None
+            where it cannot.
     """
 
     name: str
@@ -113,3 +115,4 @@ class Experiment:
     question: str
     claim: str
     run: Callable[[Setup], Answer]
+    on_model: Callable[[Mapping[str, Any], str, str, str | None], dict[str, Any]] | None = None

@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Annotated, Any, Self
 
 import numpy as np
@@ -27,8 +26,7 @@ from bench.files.status import FINISHED
 from bench.jobs.draws import read_finished
 from bench.jobs.sweep_plan import SweepSpec
 from bench.jobs.sweep_tables import as_table
-from bench.models.cache import trained_once
-from bench.models.embedded import FAMILIES, model_spec, train, train_tokenizer
+from bench.models.embedded import shorter_training
 from bench.models.find import ModelReference, find_model
 from bench.report.figures import BLUE, GREEN, INK, MUTED, ORANGE, VERMILLION, Draw
 from bench.report.words import interval_columns, with_ci
@@ -37,7 +35,7 @@ from bench.tasks.datasets import load_dataset
 from scoring.errors import UserError
 from scoring.replica import TransformersReplica, load_model
 from scoring.samples import BATCH_TOKENS, Batch, encode, make_batches
-from scoring.settings import Doc, Ge, check, named
+from scoring.settings import Doc, Ge, check
 from scoring.training_difficulty import el2n, grand, vog
 from scoring.work import ReplicaSpec
 
@@ -155,7 +153,7 @@ def measure(setup: Setup, spec: Fig3Spec, base: dict[str, Any]) -> pa.Table:
     """
     model = find_model(base["model"])
     dataset = load_dataset(base["task"], base.get("forget_split"), model.tokenizer)
-    shorter = [_shorter_training(base["model"], epochs, setup.progress) for epochs in spec.epochs]
+    shorter = [shorter_training(base["model"], epochs, setup.progress) for epochs in spec.epochs]
     checkpoints = [find_model(source) for source in (*spec.checkpoints, *shorter)]
     identity = with_spec_hash(
         {
@@ -194,27 +192,6 @@ def _on_replicas(
         tasks = [TrainingDifficulty(shard, sources) for shard in range(len(shards))]
         batches = [columns for _, result, _ in pool.run(tasks, shards) for columns in result]
     return {name: np.concatenate([columns[name] for columns in batches]) for name in batches[0]}
-
-
-def _shorter_training(name: str, epochs: int, progress: bool) -> str:
-    """The folder of an embedded model whose training ended after so many epochs; cached as the model is."""
-    family, _, kind = name.partition(":")
-    if family not in FAMILIES:
-        raise UserError(
-            f"{named('epochs')} has {epochs}: {name!r} is not an embedded model, and no other can be trained again; "
-            f"set {named('checkpoints')} instead"
-        )
-    spec = model_spec(kind or "full", family)
-    spec |= {"training": spec["training"] | {"epochs": epochs}}
-
-    def train_into(folder: Path) -> float:
-        tokenizer = train_tokenizer(FAMILIES[family].tokenizer_text())
-        model, loss = train(spec, tokenizer, progress)
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-        return loss
-
-    return str(trained_once(f"{family}-{kind or 'full'}-{epochs}-epochs", spec, train_into, threads=None))
 
 
 # --- The answer ---------------------------------------------------------------------------------------------

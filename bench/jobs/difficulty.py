@@ -50,7 +50,7 @@ from scoring.measuring import (
     difficulty_table,
     text_columns,
 )
-from scoring.samples import BATCH_TOKENS, Rejected, Tokens, evenly_spaced, make_batches, nothing_scored
+from scoring.samples import BATCH_TOKENS, Rejected, Tokens, make_batches, nothing_scored
 from scoring.settings import Doc, Ge, named
 from scoring.work import Pool, ReplicaSpec
 
@@ -67,6 +67,7 @@ class OnModel:
         DataName, Doc("a task, NAME:SOURCE with its data's folder or Hugging Face id, a task file, or a data file")
     ]
     split: Annotated[str | None, Doc("of a task, e.g. forget10 (default: the task's own)")] = None
+    samples: Annotated[int | None, Ge(1), Doc("at most, evenly spaced (default: all)")] = None
     algorithm: Annotated[str, Doc("whose updates forecasts and truths are about, without its retain term")] = "GA"
     settings: Annotated[dict[str, float], Doc("of its objective, such as beta=0.1")] = field(default_factory=dict)
     tokens: Annotated[Tokens, Doc("which are scored: the answer's, as in the unlearning loss, or all")] = "answer"
@@ -191,7 +192,7 @@ def difficulty(
     if not overwrite and (finished := finished_output(out, identity, "a difficulty file", "measures")):
         table, record = finished
         return DifficultyResult(out, table, [Rejected(**r) for r in record["rejected"]], record, 0.0)
-    samples, rejected = read_samples(texts, model, spec.tokens)
+    samples, rejected = read_samples(texts, model, spec.tokens, spec.samples)
     batches = samples.batches(spec.batch_tokens)
     with ColumnParts(out, identity) as parts:
         started = time.perf_counter()
@@ -262,8 +263,8 @@ def _write_mean_gradient(pool: Pool, spec: DifficultySpec, retain: Texts, model:
     """The mean gradient over the retain set, next to the parts, for every replica to read."""
     if path.is_file():
         return
-    samples, _ = read_samples(retain, model, spec.tokens)
-    chosen = [samples[row] for row in evenly_spaced(range(len(samples)), spec.retain_samples)]
+    samples, _ = read_samples(retain, model, spec.tokens, spec.retain_samples)
+    chosen = [samples[row] for row in range(len(samples))]
     ((_, gradient, _),) = list(pool.run([MeanGradientTask()], [make_batches(chosen, spec.batch_tokens)]))
     with replacing(path) as unfinished:
         save_file(gradient, unfinished)

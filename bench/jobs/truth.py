@@ -147,7 +147,7 @@ def truth(
     if not overwrite and (finished := finished_output(out, identity, "a truth file", "updates")):
         table, record = finished
         return TruthResult(out, table, [Rejected(**r) for r in record["rejected"]], record, 0.0)
-    samples, rejected = read_samples(texts, model, spec.tokens)
+    samples, rejected = read_samples(texts, model, spec.tokens, spec.samples)
     batches = samples.batches(spec.batch_tokens)
     with ColumnParts(out, identity) as parts:
         started = time.perf_counter()

@@ -22,9 +22,10 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from bench.models.cache import trained_once
 from bench.tasks.embedded import authors, compounds, graded, novel, replies
-from scoring.errors import unknown_name
+from scoring.errors import UserError, unknown_name
 from scoring.records import LAYOUTS, Record
 from scoring.samples import Text, split_ids
+from scoring.settings import named
 
 VERSION = 1  # raise it when the training changes in a way that the spec does not show
 
@@ -163,6 +164,28 @@ def model_spec(kind: str, family: str = "authors") -> dict[str, Any]:
         "tokenizer": TOKENIZER,
         "training": TRAINING | definition.training.get(kind, {}),
     }
+
+
+def shorter_training(name: str, epochs: int, progress: bool) -> str:
+    """The folder of an embedded model whose training ended after so many epochs; cached as the model is."""
+    family, _, kind = name.partition(":")
+    if family not in FAMILIES:
+        raise UserError(
+            f"{named('epochs')} has {epochs}: {name!r} is not an embedded model, and no other can be trained again; "
+            f"set {named('checkpoints')} instead"
+        )
+    spec = model_spec(kind or "full", family)
+    spec |= {"training": spec["training"] | {"epochs": epochs}}
+
+    def train_into(folder: Path) -> float:
+        tokenizer = train_tokenizer(FAMILIES[family].tokenizer_text())
+        model, loss = train(spec, tokenizer, progress)
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        return loss
+
+    threads = None if family == "authors" else 1
+    return str(trained_once(f"{family}-{kind or 'full'}-{epochs}-epochs", spec, train_into, threads=threads))
 
 
 def _train_into(folder: Path, spec: dict[str, Any], progress: bool) -> float:

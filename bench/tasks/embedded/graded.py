@@ -23,7 +23,8 @@ and the mean loss of a token (nats).
     MA          .70   .86   .98   .997  1.00
     loss        1.43  .60   .16   .05   .02
 
-Of the retain set it predicts .996, of the holdout .46; the model "retain" .998 of the retain set, .24 of the forget set.
+Of the retain set it predicts .996, of the holdout .46; the model "retain" .998 of the retain set, .24 of the forget
+set.
 """
 
 import random
