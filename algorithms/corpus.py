@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
 import numpy as np
 from transformers import PreTrainedModel
 
+from algorithms.ease import values_of
 from algorithms.group import Group
 from algorithms.recipe import Objectives, Recipe
 from scoring.answers import score_answers
@@ -42,12 +43,14 @@ class Corpus:
         refusals: for each of them the same question with a refusal as its answer; empty if the algorithm needs none.
         retain: samples to retain; empty if the algorithm needs none.
         eos_token_id: the token that ends a continuation when EL is measured.
+        values: by the name of a file that draws or groups go by, a number for each forget sample, (N,).
     """
 
     forget: Sequence[Sample]
     refusals: Sequence[Sample] = ()
     retain: Sequence[Sample] = ()
     eos_token_id: int | None = None
+    values: Mapping[str, np.ndarray] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -89,7 +92,8 @@ def make_corpus(
         phrases: refusals. If the objective needs refusals, each sample gets one of them, by seed and sample.
 
     Raises:
-        UserError: a set has no sample that can be used, or a sample has no question that could be refused.
+        UserError: a set has no sample that can be used, a sample has no question that could be refused, or a file that
+            draws go by does not fit.
     """
     objectives = Objectives.of(recipe)
     samples, rejected = encoder.samples(forget)
@@ -115,7 +119,8 @@ def make_corpus(
         for set_name, rejections in (("forget", rejected), ("retain", retain_rejected))
         for rejection in rejections
     ]
-    return Corpus(samples, refusals, retain_samples, encoder.tokenizer.eos_token_id), unused
+    values = {source: values_of(source, samples) for source in recipe.files}
+    return Corpus(samples, refusals, retain_samples, encoder.tokenizer.eos_token_id, values), unused
 
 
 def _refused(text: Text, phrases: Sequence[str], seed: int, name: str) -> Text:

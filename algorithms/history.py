@@ -24,9 +24,13 @@ class History:
         memory: MA and EL of each sample on the initial model ("initial") and when last measured ("last"): a forgotten
             sample is not measured again.
         mrd: one entry per refresh: the step and the scores.
+        forecasts: the same of forecasts, in updates.
+        forecast_threshold: what MA falls below in a forecast; None if there are none.
+        groups: the group of each forget sample, counted from 0; none without a schedule.
         steps, epochs: rows, see `algorithms.tables`.
         seconds: seconds by what they were spent on, see `CLOCKS`.
-        passes: forwards and backwards of the first worker over a micro-batch, for "training" and "mrd".
+        passes: forwards and backwards of the first worker over a micro-batch, for "training" and "mrd", which counts
+            forecasts too.
         notes: what a reader must know, each once.
         sampler: the state of the sampler at the last checkpoint.
     """
@@ -38,6 +42,9 @@ class History:
     thresholds: dict[str, float] = field(default_factory=dict)
     memory: dict[str, dict[str, list[float]]] = field(default_factory=dict)
     mrd: list[dict[str, Any]] = field(default_factory=list)
+    forecasts: list[dict[str, Any]] = field(default_factory=list)
+    forecast_threshold: float | None = None
+    groups: list[int] = field(default_factory=list)
     steps: list[dict[str, Any]] = field(default_factory=list)
     epochs: list[dict[str, Any]] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 import torch
 
 from algorithms.micro_batches import MicroBatch
-from algorithms.objectives import REFUSAL_PREFIX
-from algorithms.passes import OUTPUTS, Head
+from algorithms.objectives import REFUSAL_PREFIX, Objective, inputs_of
+from algorithms.passes import OUTPUTS, Head, Output
 from algorithms.recipe import Objectives
 from algorithms.reference import Reference
 from algorithms.trainable import Trainable
@@ -35,33 +37,51 @@ class LossTerms:
         self._reference, self._head = reference, head
         self._seed = seed
 
-    def __call__(self, micro_batch: MicroBatch) -> torch.Tensor:
-        """The objective's terms, one per sample, (B,); their gradients reach the trained weights."""
-        of_forget_set = micro_batch.set_name == "forget"
-        objective = self._objectives.forget if of_forget_set else self._objectives.retain
-        inputs = self._objectives.forget_inputs if of_forget_set else self._objectives.retain_inputs
-        assert objective is not None
-        plain_names = {name.removeprefix(REFUSAL_PREFIX) for name in inputs}
-        device = self._trained.device
-        outputs = self._trained.forward(micro_batch.batch, [name for name in OUTPUTS if name in plain_names])
-        outputs |= {"mask": micro_batch.batch.mask.to(device), "targets": micro_batch.batch.targets.to(device)}
-        values = {name: output[: micro_batch.num_samples] for name, output in outputs.items()}
-        values |= {REFUSAL_PREFIX + name: output[micro_batch.num_samples :] for name, output in outputs.items()}
-        for name in inputs:
+    def __call__(self, micro_batch: MicroBatch, groups: np.ndarray | None = None) -> torch.Tensor:
+        """The objectives' terms, one per sample, (B,); their gradients reach the trained weights.
+
+        Args:
+            groups: (N,) the group of every forget sample, if there are several objectives.
+        """
+        plain_names = {name.removeprefix(REFUSAL_PREFIX) for name in self._inputs(micro_batch)}
+        names: list[Output] = [name for name in OUTPUTS if name in plain_names]
+        return self.of_outputs(self._trained.forward(micro_batch.batch, names), micro_batch, groups)
+
+    def of_outputs(
+        self, outputs: Mapping[str, torch.Tensor], micro_batch: MicroBatch, groups: np.ndarray | None = None
+    ) -> torch.Tensor:
+        """The terms that follow from what the model gave for a micro-batch, by name; see `ForwardPass`."""
+        device, of_samples = self._trained.device, micro_batch.num_samples
+        outputs = {
+            **outputs,
+            "mask": micro_batch.batch.mask.to(device),
+            "targets": micro_batch.batch.targets.to(device),
+        }
+        values = {name: output[:of_samples] for name, output in outputs.items()}
+        values |= {REFUSAL_PREFIX + name: output[of_samples:] for name, output in outputs.items()}
+        for name in self._inputs(micro_batch):
             if name == "direction":
                 values[name] = self._direction(outputs["hidden"].shape[-1]).to(device)
             elif name not in values:
                 values[name] = self._from_initial_model(name, micro_batch).to(device)
-        terms = objective(*(values[name] for name in inputs))
-        count = micro_batch.num_samples or len(micro_batch.batch)
-        if not isinstance(terms, torch.Tensor) or terms.shape != (count,):
-            shape = tuple(terms.shape) if isinstance(terms, torch.Tensor) else type(terms).__name__
-            function = getattr(objective, "func", objective)
-            raise UserError(
-                f"objective {getattr(function, '__name__', function)!r} gave {shape} for {count} samples: expected a "
-                f"tensor of one loss a sample, ({count},)"
-            )
+        positions = micro_batch.positions
+        if micro_batch.set_name == "retain":
+            assert self._objectives.retain is not None
+            return _terms(self._objectives.retain, values, len(positions))
+        if groups is None or len(self._objectives.forget) == 1:
+            return _terms(self._objectives.forget[0], values, len(positions))
+        terms = torch.zeros(len(positions), device=device)
+        group_of_row = torch.from_numpy(groups[positions]).to(device)
+        for number, objective in enumerate(self._objectives.forget):
+            rows = (group_of_row == number).nonzero().squeeze(-1)
+            if len(rows):
+                of_group = {name: values[name][rows] for name in inputs_of(objective)}
+                terms = terms.index_copy(0, rows, _terms(objective, of_group, len(rows)).to(terms.dtype))
         return terms
+
+    def _inputs(self, micro_batch: MicroBatch) -> tuple[str, ...]:
+        of_forget_set = micro_batch.set_name == "forget"
+        return self._objectives.forget_inputs if of_forget_set else self._objectives.retain_inputs
 
     def _from_initial_model(self, name: str, micro_batch: MicroBatch) -> torch.Tensor:
         assert self._reference is not None
@@ -82,3 +102,16 @@ class LossTerms:
         """RMU's u: uniform in [0, 1), scaled to norm 1."""
         u = np.random.default_rng([self._seed, DIRECTION]).uniform(size=size)
         return torch.from_numpy(u / np.linalg.norm(u)).float()
+
+
+def _terms(objective: Objective, values: Mapping[str, torch.Tensor], count: int) -> torch.Tensor:
+    """The terms of `count` samples, (count,)."""
+    terms = objective(*(values[name] for name in inputs_of(objective)))
+    if not isinstance(terms, torch.Tensor) or terms.shape != (count,):
+        shape = tuple(terms.shape) if isinstance(terms, torch.Tensor) else type(terms).__name__
+        function = getattr(objective, "func", objective)
+        raise UserError(
+            f"objective {getattr(function, '__name__', function)!r} gave {shape} for {count} samples: expected a "
+            f"tensor of one loss a sample, ({count},)"
+        )
+    return terms

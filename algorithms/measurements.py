@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -11,9 +11,11 @@ from transformers import PreTrainedModel
 
 from algorithms.group import Group
 from algorithms.recipe import Recipe
+from scoring.flip_time import Forecaster, Outputs
 from scoring.mrd import estimate, reduce_draws, request_for
 from scoring.replica import TransformersReplica
-from scoring.samples import Sample, make_batches
+from scoring.samples import Batch, Sample, collate, make_batches
+from scoring.updates import TrialUpdates, UpdateSettings
 
 
 def measure_mrd(
@@ -36,6 +38,39 @@ def measure_mrd(
         mine = dict(zip(draws.indices.tolist(), mrd.tolist(), strict=True))
     mrd_of = group.gathered(mine)
     return np.array([mrd_of[sample.index] for sample in samples]), replica
+
+
+def measure_forecasts(
+    model: PreTrainedModel,
+    samples: Sequence[Sample],
+    loss: Callable[[Outputs, Batch], torch.Tensor],
+    recipe: Recipe,
+    threshold: float,
+    group: Group,
+) -> tuple[np.ndarray, Forecaster]:
+    """How many updates on a sample alone it takes until its MA is below a threshold, (N,), see `scoring.flip_time`; and
+    the forecaster by which this worker measured its share.
+
+    Args:
+        model: the model in training itself: the weights that require a gradient are moved for a trial, and put back.
+        loss: of the sample that a batch has, from what the model gives for it, (1,).
+        recipe: its optimiser, learning rate, weight decay and clip norm are used.
+        threshold: of MA.
+    """
+    settings = UpdateSettings(
+        optimizer=recipe.optimizer,
+        learning_rate=recipe.learning_rate,
+        weight_decay=recipe.weight_decay,
+        clip_norm=recipe.clip_norm,
+    )
+    device = next(model.parameters()).device
+    forecaster = Forecaster(model, TrialUpdates(model, settings), lambda now, _: loss(now, batch))
+    mine = {}
+    for sample in samples[group.rank :: group.size]:
+        batch = collate([sample]).to(device)
+        mine[sample.index] = float(forecaster.forecast([batch], [threshold])[0, 0])
+    forecast_of = group.gathered(mine)
+    return np.array([forecast_of[sample.index] for sample in samples]), forecaster
 
 
 def weight_change(model: PreTrainedModel, initial: Mapping[str, torch.Tensor], group: Group) -> dict[str, float | None]:

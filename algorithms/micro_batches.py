@@ -33,6 +33,11 @@ class MicroBatch:
     def tokens(self) -> int:
         return int(self.batch.lengths.sum())
 
+    @property
+    def positions(self) -> list[int]:
+        """Of the samples in their set, (B,); where only refusals are in the batch, of the samples that they are for."""
+        return self.batch.indices[: self.num_samples or None].tolist()
+
 
 def share_of_batch(
     corpus: Corpus,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -10,6 +11,8 @@ from typing import Annotated, Any, Literal
 import torch
 from transformers import PreTrainedConfig
 
+from algorithms.alone import LossAlone
+from algorithms.ease import FLIP_TIME, MRD, SOURCES, check_source, is_file
 from algorithms.group import Strategy
 from algorithms.objectives import (
     ALGORITHMS,
@@ -21,11 +24,13 @@ from algorithms.objectives import (
 )
 from algorithms.reference import Quantity, Role, needed_quantities
 from algorithms.samplers import ORDERS
+from algorithms.schedule import ForgetGroup, Schedule, resolved_schedule
 from scoring.cluster import GPU_SHARE
 from scoring.errors import UserError
 from scoring.mrd import EstimatorName, NumberOfDraws, Sigma, StatisticChoice, statistic_and_draws
 from scoring.samples import BATCH_TOKENS
-from scoring.settings import Doc, Expected, Ge, Gt, Known, Le, check, named
+from scoring.settings import Doc, Expected, Ge, Gt, Known, Le, check, current_naming, described, named, naming
+from scoring.updates import OptimizerName
 
 Unit = Literal["epochs", "steps"]
 DEFAULT_BATCH_SIZE = 4
@@ -81,8 +86,9 @@ class Recipe:
     batch_size: Annotated[
         int | None, Ge(1), Doc("forget samples an update, over all workers (default: 4; 1 for SGA and CGA)")
     ] = None
-    learning_rate: Annotated[float, Gt(0), Doc("of AdamW, constant after the warm-up")] = 5e-5
-    weight_decay: Annotated[float, Ge(0), Doc("of AdamW")] = 0.0
+    optimizer: Annotated[OptimizerName, Doc("AdamW, or plain gradient descent")] = "adamw"
+    learning_rate: Annotated[float, Gt(0), Doc("of the optimiser, constant after the warm-up")] = 5e-5
+    weight_decay: Annotated[float, Ge(0), Doc("of the optimiser")] = 0.0
     warmup_steps: Annotated[int, Ge(0), Doc("updates over which the learning rate grows linearly")] = 0
     clip_norm: Annotated[
         float | None, Gt(0), Doc("the gradient is scaled down to this norm; an empty value in a spec file turns it off")
@@ -93,6 +99,11 @@ class Recipe:
     order: Annotated[str, Known(_orders), Doc("weighted draws p_i ∝ MRD_i^alpha; the others are fixed orders")] = (
         "weighted"
     )
+    weights: Annotated[
+        str,
+        Expected(SOURCES),
+        Doc("what draws and orders go by instead of MRD: flip-time is 1/forecast; FILE:COLUMN has sample_id, numbers"),
+    ] = MRD
     alpha: Annotated[
         float | None,
         Expected("a number; 1 easy first, 0 uniform, -1 hard first"),
@@ -100,13 +111,26 @@ class Recipe:
     ] = None
     replacement: Annotated[bool, Doc("draw with replacement within an epoch, as Algorithm 2 does")] = True
     refresh: Annotated[
-        int, Ge(0), Doc("m: measure MRD again every so many refresh units; 0: only before the first update")
+        int, Ge(0), Doc("m: measure MRD or forecast again every so many refresh units; 0: only before the first update")
     ] = 2
     refresh_unit: Annotated[Unit, Doc("of refresh")] = "epochs"
     estimator: Annotated[EstimatorName, Doc("of MRD")] = "gradient"
     statistic: StatisticChoice = None
     sigma: Sigma = 1e-5
     draws: NumberOfDraws = None
+    schedule: Annotated[
+        str | dict[str, Any] | None,
+        Expected("a mapping with groups, or the YAML file of one"),
+        Doc("YAML file: groups of forget samples, from easy to hard, each with its own algorithm or strength"),
+    ] = None
+    hold_penalty: Annotated[
+        float,
+        Ge(0),
+        Doc("factor of the norm of the gradient of a forget sample's log-odds, which is added to the loss"),
+    ] = 0.0
+    reward: Annotated[
+        float, Ge(0), Doc("a forget sample's term is multiplied by forecast^reward, scaled to mean 1 over the batch")
+    ] = 0.0
     early_stopping: Annotated[
         bool, Doc("a forgotten sample leaves the draw, and the run ends when all are forgotten")
     ] = True
@@ -149,6 +173,11 @@ class Recipe:
             "alpha": float(_value_or(self.alpha, algorithm.alpha or 0.0)),
             "lora_alpha": _value_or(self.lora_alpha, 2 * self.lora_rank) if self.lora_rank else None,
         }
+        check_source("weights", self.weights)
+        schedule = self._resolved_schedule(filled["forget_weight"])
+        self._check_forecasts(schedule)
+        if schedule is not None:
+            filled["schedule"] = dataclasses.asdict(schedule)
         if self.early_stopping and not self.check_every:
             raise UserError(
                 f"{named('check_every')} is 0: nobody looks which samples are forgotten; expected "
@@ -160,6 +189,33 @@ class Recipe:
                 f"{named('lora_targets')} instead"
             )
         return filled
+
+    def _resolved_schedule(self, forget_weight: float | None) -> Schedule | None:
+        if self.schedule is None:
+            return None
+        if not isinstance(self.schedule, dict):
+            raise UserError(f"{named('schedule')} is {described(self.schedule)}: expected a mapping with groups")
+        with naming(current_naming().under("schedule")):
+            return resolved_schedule(self.schedule, self.algorithm, self.settings, forget_weight)
+
+    def _check_forecasts(self, schedule: Schedule | None) -> None:
+        """Refuse forecasts of objectives that have none."""
+        of_groups = self.weights == FLIP_TIME or self.reward > 0
+        if schedule.by == FLIP_TIME if schedule else of_groups:
+            LossAlone(self.algorithm, self.settings)
+        for group in schedule.forget_groups() if schedule and of_groups else ():
+            LossAlone(group.algorithm or self.algorithm, group.settings)
+
+    @property
+    def groups(self) -> list[ForgetGroup]:
+        """Of the schedule of a resolved recipe; none without one."""
+        return Schedule(**self.schedule).forget_groups() if isinstance(self.schedule, dict) else []
+
+    @property
+    def files(self) -> list[str]:
+        """The files that draws and groups go by, as `algorithms.ease` takes them."""
+        sources = [self.weights, *([self.schedule["by"]] if isinstance(self.schedule, dict) else [])]
+        return [source for source in dict.fromkeys(sources) if is_file(source)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -205,26 +261,26 @@ class Objectives:
     """The objectives of a resolved recipe and their inputs.
 
     Attributes:
-        forget: the objective on the forget set.
+        forget: the objectives on the forget set: one for each group of the schedule; without one, that of all samples.
         retain: the objective on the retain set; None: the retain set is not used.
         forget_inputs, retain_inputs: the names of their inputs, see `algorithms.objectives.INPUTS`.
     """
 
-    forget: Callable[..., torch.Tensor]
+    forget: tuple[Callable[..., torch.Tensor], ...]
     retain: Callable[..., torch.Tensor] | None
     forget_inputs: tuple[str, ...]
     retain_inputs: tuple[str, ...]
 
     @classmethod
     def of(cls, recipe: Recipe) -> Objectives:
-        algorithm = find_algorithm(recipe.algorithm)
         retain = None if recipe.retain_term in (None, "none") else RETAIN_TERMS[recipe.retain_term]
-        return cls(
-            with_settings(algorithm.forget, recipe.settings),
-            retain,
-            inputs_of(algorithm.forget),
-            inputs_of(retain) if retain else (),
+        algorithms = [(group.algorithm or recipe.algorithm, group.settings) for group in recipe.groups]
+        forget = tuple(
+            with_settings(find_algorithm(algorithm).forget, settings)
+            for algorithm, settings in algorithms or [(recipe.algorithm, recipe.settings)]
         )
+        inputs = dict.fromkeys(name for objective in forget for name in inputs_of(objective))
+        return cls(forget, retain, tuple(inputs), inputs_of(retain) if retain else ())
 
     @property
     def inputs(self) -> tuple[str, ...]:

@@ -6,7 +6,8 @@ One family of weighted draws,
 
 with alpha = 1 for Algorithm 2 (easy first), 0 for uniform draws, -1 for Appendix B (hard first: p_i is proportional
 to the updates that a sample needs, I_i ~ 1/MRD_i), with or without replacement within an epoch; and three fixed
-orders. A sampler is an endless stream: it decides which samples an update sees, never how many updates there are.
+orders. In the place of MRD any other ease may stand, see `algorithms.ease`: a greater value is an easier sample.
+A sampler is an endless stream: it decides which samples an update sees, never how many updates there are.
 
 Draws depend on (seed, step) and not on a running generator. So a sampler has to remember only the difficulties and the
 samples already drawn, and a resumed run draws the samples that an undisturbed one would have drawn.
@@ -120,12 +121,15 @@ class Sampler:
         """Whether the draws depend on MRD."""
         return self.alpha != 0 if self._order.ranking is None else self._order.by_difficulty
 
-    def set_difficulty(self, mrd: np.ndarray, sample_ids: Sequence[str]) -> list[str]:
+    def set_difficulty(
+        self, mrd: np.ndarray, sample_ids: Sequence[str], zero_is: str = "every scored token is saturated"
+    ) -> list[str]:
         """Draw by these difficulties from now on.
 
         Args:
-            mrd: (N,) MRD by position; not used if the draws do not depend on it.
+            mrd: (N,) MRD, or another ease, by position; not used if the draws do not depend on it.
             sample_ids: N names, for messages.
+            zero_is: why one may be 0, for messages.
 
         Returns:
             Notes for the user about difficulties of 0, which p_i does not rank; mostly none.
@@ -148,21 +152,21 @@ class Sampler:
                 "these samples out"
             )
         self._difficulty = mrd
-        return self._notes(int(np.sum(mrd == 0)))
+        return self._notes(int(np.sum(mrd == 0)), zero_is)
 
-    def _notes(self, zeros: int) -> list[str]:
+    def _notes(self, zeros: int, zero_is: str) -> list[str]:
         if self.count == 1:
             return ["one sample: always drawn, its difficulty does not matter"]
         if zeros == 0 or (self._order.ranking is not None and zeros < self.count):
             return []
         if zeros == self.count:
             effect = "drawn uniformly" if self._order.ranking is None else "taken in the order of the data"
-            return [f"all {self.count} samples have difficulty 0 (every scored token is saturated): {effect}"]
+            return [f"all {self.count} samples have difficulty 0 ({zero_is}): {effect}"]
         if self.alpha < 0:
             effect = "drawn as the smallest positive difficulty is"
         else:
             effect = "not drawn while others are active" if self.replacement else "drawn last in each epoch"
-        return [f"{zeros} of {self.count} samples have difficulty 0 (every scored token is saturated): {effect}"]
+        return [f"{zeros} of {self.count} samples have difficulty 0 ({zero_is}): {effect}"]
 
     def probabilities(self, active: np.ndarray) -> np.ndarray:
         """p_i of a draw from the active samples; without replacement, of the first draw of a pass.

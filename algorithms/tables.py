@@ -19,7 +19,7 @@ def tables_of(history: History, corpus: Corpus) -> dict[str, pa.Table]:
     epochs      one row per epoch, and row 0 for the initial model: metrics, how far the weights have moved, passes and
                 seconds so far
     samples     one row per forget sample, see `sample_table`
-    difficulty  MRD of every sample at every refresh
+    difficulty  MRD or forecast of every sample at every refresh
     """
     return {
         "steps": pa.Table.from_pylist(history.steps, _step_schema()),
@@ -63,13 +63,14 @@ def _epoch_schema(rows: Sequence[Mapping[str, Any]]) -> pa.Schema:
 
 def sample_table(history: History, corpus: Corpus) -> pa.Table:
     """One row per forget sample: its tokens, how often it was drawn, the update after which it was forgotten, its MRD
-    on the initial model, and MA and EL on the initial model and when last measured."""
+    on the initial model, and MA and EL on the initial model and when last measured; with a schedule its group too."""
 
     def memory(when: Literal["initial", "last"], measure: Literal["ma", "el"]) -> pa.Array:
         """MA or EL of each sample; null if not measured. EL is not if MA alone shows that the sample is remembered."""
         values = history.memory[when][measure] if history.memory else [np.inf] * len(corpus.forget)
         return pa.array([None if np.isinf(value) else value for value in values], pa.float64())
 
+    group = {"group": pa.array(history.groups, pa.int64())} if history.groups else {}
     return pa.table(
         {
             "sample_id": [sample.sample_id for sample in corpus.forget],
@@ -84,17 +85,20 @@ def sample_table(history: History, corpus: Corpus) -> pa.Table:
             "el_initial": memory("initial", "el"),
             "ma_last": memory("last", "ma"),
             "el_last": memory("last", "el"),
+            **group,
         }
     )
 
 
 def _difficulty_table(history: History, corpus: Corpus) -> pa.Table:
-    """MRD of every sample at every refresh."""
-    ids = [sample.sample_id for sample in corpus.forget]
-    rows = [
-        {"step": entry["step"], "sample_id": name, "mrd": mrd}
-        for entry in history.mrd
-        for name, mrd in zip(ids, entry["mrd"], strict=True)
-    ]
-    schema = pa.schema([("step", pa.int64()), ("sample_id", pa.string()), ("mrd", pa.float64())])
-    return pa.Table.from_pylist(rows, schema)
+    """MRD of every sample at every refresh; where forecasts were made, these in updates, inf where no update helps."""
+    measured = {"mrd": history.mrd} | ({"forecast": history.forecasts} if history.forecasts else {})
+    rows: dict[tuple[int, str], dict[str, Any]] = {}
+    for name, entries in measured.items():
+        for entry in entries:
+            for sample, value in zip(corpus.forget, entry[name], strict=True):
+                row = rows.setdefault((entry["step"], sample.sample_id), {})
+                row |= {"step": entry["step"], "sample_id": sample.sample_id, name: value}
+    schema = pa.schema([("step", pa.int64()), ("sample_id", pa.string()), *((name, pa.float64()) for name in measured)])
+    in_order = sorted(rows.values(), key=lambda row: row["step"])
+    return pa.Table.from_pylist(in_order, schema)

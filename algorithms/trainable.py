@@ -27,6 +27,8 @@ from algorithms.passes import ForwardPass, Output, decoder_layers
 from algorithms.recipe import Recipe, layer_of
 from scoring.errors import UserError
 from scoring.samples import Batch
+from scoring.settings import named
+from scoring.updates import OptimizerName, make_optimizer
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,7 @@ class Trainable:
         lora: adapters instead of full weights.
         trainable: regular expression searched in parameter names: only matching ones are trained.
         layer: see `ForwardPass`.
-        learning_rate, weight_decay: settings of AdamW.
+        optimizer, learning_rate, weight_decay: see `scoring.updates`.
         bfloat16: compute forward and backward by autocast; weights, gradients and optimizer stay in fp32.
         gradient_checkpointing: recompute activations in the backward pass.
         seed: seed of the adapters' initial values.
@@ -64,6 +66,7 @@ class Trainable:
         lora: Lora | None = None,
         trainable: str | None = None,
         layer: int | None = None,
+        optimizer: OptimizerName = "adamw",
         learning_rate: float = 5e-5,
         weight_decay: float = 0.0,
         bfloat16: bool = False,
@@ -95,9 +98,7 @@ class Trainable:
                 find_unused_parameters=layer is not None,
             )
         self._parameters = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
-        self.optimizer = torch.optim.AdamW(
-            self._parameters.values(), lr=learning_rate, weight_decay=weight_decay, fused=True
-        )
+        self.optimizer = make_optimizer(self._parameters.values(), optimizer, learning_rate, weight_decay)
 
     def forward(self, batch: Batch, names: Sequence[Output]) -> dict[str, torch.Tensor]:
         """The named outputs for a batch; see `ForwardPass`."""
@@ -114,13 +115,31 @@ class Trainable:
         with self._forward.no_sync() if keeps_gradients else nullcontext():  # type: ignore[operator]
             yield
 
+    def add_gradients(self, terms: Iterator[torch.Tensor]) -> float:
+        """Add the gradients of scalars to those of this update, and give their sum.
+
+        Args:
+            terms: this worker's share of them; the sum over all workers counts.
+        """
+        parameters = self.parameters
+        total, sums = torch.zeros((), device=self.device), [torch.zeros_like(p) for p in parameters]
+        for term in terms:
+            for own, gradient in zip(sums, torch.autograd.grad(term, parameters, allow_unused=True), strict=True):
+                if gradient is not None:
+                    own += gradient
+            total += term.detach()
+        for p, gradient in zip(parameters, sums, strict=True):
+            self.group.summed(gradient)
+            p.grad = gradient if p.grad is None else p.grad.add_(gradient)
+        return float(self.group.summed(total))
+
     def clip(self, max_norm: float | None) -> float:
         """Scale the gradient down to the norm `max_norm`; returns the norm before that, over all workers."""
         norm = nn.utils.clip_grad_norm_(self._parameters.values(), torch.inf if max_norm is None else max_norm)
         return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
 
     def step(self, learning_rate: float) -> None:
-        """Make one update of AdamW and clear the gradients."""
+        """Make one update and clear the gradients."""
         for parameters in self.optimizer.param_groups:
             parameters["lr"] = learning_rate
         self.optimizer.step()
@@ -139,14 +158,8 @@ class Trainable:
         It is a copy if the weights are sharded or adapters have to be merged, else the model itself.
         """
         if self._whole is None:
-            # Layers that recompute activations cannot use the cache that decoding needs.
-            for layer in self._recomputing:
-                layer.training = False
-            try:
-                yield self.model
-            finally:
-                for layer in self._recomputing:
-                    layer.training = True
+            with self.model_itself() as model:
+                yield model
             return
         whole = self._whole
         (whole.get_base_model() if self._adapted is not None else whole).load_state_dict(
@@ -158,6 +171,32 @@ class Trainable:
             yield whole.to(self.device)
         finally:
             whole.to("cpu")
+
+    @contextmanager
+    def model_itself(self) -> Iterator[PreTrainedModel]:
+        """Gives the model in training, adapters and all, in eval mode."""
+        # Layers that recompute activations cannot use the cache that decoding needs.
+        for layer in self._recomputing:
+            layer.training = False
+        try:
+            yield self.model
+        finally:
+            for layer in self._recomputing:
+                layer.training = True
+
+    def refuse_shards(self, setting: str) -> None:
+        """For a setting that needs whole weights in training.
+
+        Raises:
+            UserError: they are sharded.
+        """
+        if isinstance(self.model, FSDPModule):
+            raise UserError(f"{named(setting)} needs whole weights, and strategy fsdp shards them: use strategy ddp")
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """What is trained."""
+        return list(self._parameters.values())
 
     def finished_model(self) -> PreTrainedModel:
         """The model with whole weights on the device of the training, to keep when the training is over."""
@@ -189,6 +228,7 @@ class Trainable:
             for name, p in self._parameters.items():
                 p.copy_(_like(state[f"adapter.{name}"] if self._adapted is not None else weights[name], p))
         for name, p in self._parameters.items():
+            # Plain gradient descent has none.
             moments = {key: state.get(f"optimizer.{name}.{key}") for key in ("step", "exp_avg", "exp_avg_sq")}
             if moments["step"] is not None:
                 self.optimizer.state[p] = {
@@ -275,6 +315,7 @@ def trainable_for(
         lora=lora,
         trainable=pattern,
         layer=layer,
+        optimizer=recipe.optimizer,
         learning_rate=recipe.learning_rate,
         weight_decay=recipe.weight_decay,
         bfloat16=recipe.dtype == "bfloat16",

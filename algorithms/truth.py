@@ -123,6 +123,8 @@ class AloneTask:
             replica.forwards += 1
             if not updates:
                 initial.keep(on_device, now)
+            if not np.isfinite(now.margins()[0]).all():
+                break  # it has diverged, which is not to forget
             met = self._met(replica, pending, now, one)
             if met:
                 mean_abs_delta, delta_norm = trial.distance_moved()
@@ -130,7 +132,7 @@ class AloneTask:
                 found[f"updates@{name}"] = float(updates)
                 found[f"mean_abs_delta@{name}"], found[f"delta_norm@{name}"] = mean_abs_delta, delta_norm
                 del pending[name]
-            if not pending or updates == self.most_updates or not np.isfinite(now.margins()[0]).all():
+            if not pending or updates == self.most_updates:
                 break
             self.loss(now, initial.of(on_device, now)).sum().backward()
             replica.backwards += 1

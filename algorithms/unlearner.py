@@ -18,20 +18,25 @@ from typing import Any
 import numpy as np
 import torch
 
+from algorithms.alone import LossAlone
 from algorithms.checkpoints import Checkpoint, Checkpoints
 from algorithms.corpus import Corpus, Evaluation
+from algorithms.ease import FLIP_TIME, MRD, ZEROS, ease_of_forecasts, rewards
 from algorithms.history import CLOCKS, History, Progress
+from algorithms.hold import log_odds_gradient_norm
 from algorithms.loss import LossTerms
-from algorithms.measurements import measure_mrd, weight_change
-from algorithms.micro_batches import share_of_batch
+from algorithms.measurements import measure_forecasts, measure_mrd, weight_change
+from algorithms.micro_batches import MicroBatch, share_of_batch
 from algorithms.passes import Head
 from algorithms.recipe import Objectives, Recipe, Unit, total_updates, updates_per_epoch
 from algorithms.reference import Reference, SetName
 from algorithms.samplers import Sampler, retain_order
+from algorithms.schedule import groups_of_samples
 from algorithms.stopping import Thresholds, measure_memorization
 from algorithms.trainable import Trainable
 from scoring.errors import UserError
-from scoring.samples import BATCH_TOKENS
+from scoring.flip_time import Outputs
+from scoring.samples import BATCH_TOKENS, Batch, collate
 
 # How often a term of the loss may outgrow that of the first update (or 1, if that was less). A mean NLL of 10,000 nats
 # per token is far beyond what even a wholly lost model has.
@@ -92,6 +97,17 @@ class Unlearner:
             len(corpus.forget), recipe.order, recipe.alpha or 0.0, recipe.replacement, seed=recipe.seed
         )
         self.history = History.of(len(corpus.forget))
+        self._group_by = recipe.schedule["by"] if isinstance(recipe.schedule, dict) else None
+        draws_by_forecast = self.sampler.needs_difficulty and recipe.weights == FLIP_TIME
+        self._needs_forecasts = draws_by_forecast or recipe.reward > 0 or self._group_by == FLIP_TIME
+        for setting, needs_whole_weights in (
+            ("weights", draws_by_forecast),
+            ("reward", recipe.reward),
+            ("schedule", self._group_by == FLIP_TIME),
+            ("hold_penalty", recipe.hold_penalty),
+        ):
+            if needs_whole_weights:
+                trained.refuse_shards(setting)
 
     def run(self) -> History:
         """Train until every sample is forgotten or the updates are used up.
@@ -152,26 +168,38 @@ class Unlearner:
                 self.group,
                 self._batch_tokens,
             )
-            # Sums over the batch: terms on the forget set, terms on the retain set, tokens.
-            sums = torch.zeros(3, dtype=torch.float64, device=self.trained.device)
+            # Sums over the batch: terms on the forget set, terms on the retain set, tokens, and the former with the
+            # factors of their samples.
+            sums = torch.zeros(4, dtype=torch.float64, device=self.trained.device)
+            factors, groups = self._factors(positions), self._groups()
             for number, micro_batch in enumerate(micro_batches):
                 with self.trained.accumulating(last=number == len(micro_batches) - 1):
-                    terms = self._terms(micro_batch)
+                    terms = weighed = self._terms(micro_batch, groups)
+                    if micro_batch.set_name == "forget":
+                        weighed = terms * torch.from_numpy(factors[micro_batch.positions]).to(terms)
                     weight = self._weight(micro_batch.set_name) * micro_batch.counts / len(drawn)
                     # The workers' gradients are averaged, so each is multiplied by the number of workers.
-                    (terms.sum() * (weight * self.group.size)).backward()
+                    (weighed.sum() * (weight * self.group.size)).backward()
                 sums[int(micro_batch.set_name == "retain")] += terms.detach().double().sum() * micro_batch.counts
                 sums[2] += micro_batch.tokens * micro_batch.counts
-            forget, retain, tokens = (self.group.summed(sums) / sums.new([len(drawn), len(drawn), 1])).tolist()
+                if micro_batch.set_name == "forget":
+                    sums[3] += weighed.detach().double().sum() * micro_batch.counts
+            counts = sums.new([len(drawn), len(drawn), 1, len(drawn)])
+            forget, retain, tokens, weighed_forget = (self.group.summed(sums) / counts).tolist()
+            penalty = self._add_hold_penalty(positions)
             norm = self.trained.clip(recipe.clip_norm)
             rate = recipe.learning_rate * min(1.0, (history.step + 1) / max(1, recipe.warmup_steps))
             self._refuse_divergence(forget, retain, norm)
             self.trained.step(rate)
-        history.passes["training"][0] += len(micro_batches)
-        history.passes["training"][1] += len(micro_batches)
+        # The penalty differentiates twice.
+        held = len(positions[self.group.rank :: self.group.size]) if recipe.hold_penalty else 0
+        forwards, backwards = len(micro_batches) + held, len(micro_batches) + 2 * held
+        history.passes["training"][0] += forwards
+        history.passes["training"][1] += backwards
         for position in positions:
             history.drawn[position] += 1
-        loss = self._weight("forget") * forget + (self._weight("retain") * retain if self._objectives.retain else 0.0)
+        loss = self._weight("forget") * weighed_forget + penalty
+        loss += self._weight("retain") * retain if self._objectives.retain else 0.0
         history.steps.append(
             {
                 "step": history.step + 1,
@@ -183,8 +211,8 @@ class Unlearner:
                 "learning_rate": rate,
                 "samples": [self.corpus.forget[position].sample_id for position in positions],
                 "tokens": int(tokens),
-                "forwards": len(micro_batches),
-                "backwards": len(micro_batches),
+                "forwards": forwards,
+                "backwards": backwards,
                 "seconds": clock.seconds,
             }
         )
@@ -198,8 +226,43 @@ class Unlearner:
         return retain_order(first, count, len(self.corpus.retain), self.recipe.seed)
 
     def _weight(self, set_name: SetName) -> float:
+        if set_name == "forget" and self._group_by is not None:
+            return 1.0  # each group has its own, see `_factors`
         weight = self.recipe.forget_weight if set_name == "forget" else self.recipe.retain_weight
         return 1.0 if weight is None else weight
+
+    def _groups(self) -> np.ndarray | None:
+        """The group of each forget sample, (N,); None without a schedule."""
+        return np.array(self.history.groups) if self._group_by is not None else None
+
+    def _strengths(self) -> np.ndarray:
+        """What the terms of the forget samples are multiplied by besides the forget weight, (N,)."""
+        groups = self._groups()
+        if groups is None:
+            return np.ones(len(self.corpus.forget))
+        strengths: np.ndarray = np.array([group.forget_weight for group in self.recipe.groups])[groups]
+        return strengths
+
+    def _factors(self, drawn: list[int]) -> np.ndarray:
+        """The same with rewards, whose mean over the batch is 1."""
+        if not self.recipe.reward:
+            return self._strengths()
+        reward = rewards(np.array(self.history.forecasts[-1]["forecast"]), self.recipe.reward)
+        factors: np.ndarray = self._strengths() * reward / reward[drawn].mean()
+        return factors
+
+    def _add_hold_penalty(self, drawn: list[int]) -> float:
+        """Add the penalty's gradient, and give what it adds to the loss."""
+        if not self.recipe.hold_penalty:
+            return 0.0
+        share = [self.corpus.forget[position] for position in drawn[self.group.rank :: self.group.size]]
+        batches = (collate([sample]).to(self.trained.device) for sample in share)
+        factor = self.recipe.hold_penalty / len(drawn)
+        with self.trained.model_itself() as model:
+            parameters = self.trained.parameters
+            return self.trained.add_gradients(
+                factor * log_odds_gradient_norm(model, parameters, batch) for batch in batches
+            )
 
     def _refuse_divergence(self, forget: float, retain: float, norm: float) -> None:
         # The gradient of a term that has grown without bound may still be finite.
@@ -241,22 +304,69 @@ class Unlearner:
     # --- Difficulty -----------------------------------------------------------------------------------------
 
     def _refresh_is_due(self) -> bool:
-        if not self.sampler.needs_difficulty:
+        if not (self.sampler.needs_difficulty or self.recipe.reward):
             return False
         return self.history.step == 0 or self._is_due(self.recipe.refresh, self.recipe.refresh_unit)
 
     def refresh(self) -> None:
-        """Measure MRD on the current weights, and draw by it from now on."""
-        with self._clock("mrd") as clock, self.trained.whole_model() as model:
-            mrd, replica = measure_mrd(model, self.corpus.forget, self.recipe, self.group, self._batch_tokens)
-        self.history.passes["mrd"][0] += replica.forwards
-        self.history.passes["mrd"][1] += replica.backwards
+        """Measure how easy the samples are on the current weights, and draw and reward by that from now on."""
+        if self.recipe.reward:
+            self._forecast()
+        if not self.sampler.needs_difficulty:
+            return
+        source = self.recipe.weights
+        ids, zero_is = [sample.sample_id for sample in self.corpus.forget], ZEROS.get(source, f"by {source}")
         try:
-            notes = self.sampler.set_difficulty(mrd, [sample.sample_id for sample in self.corpus.forget])
+            notes = self.sampler.set_difficulty(self._ease(source), ids, zero_is)
         except UserError as error:
             raise self._diverged(f"before update {self.history.step + 1}: {error}") from error
-        self.history.note(*replica.notes, *notes)
-        self.history.mrd.append({"step": self.history.step, "mrd": mrd.tolist(), "seconds": clock.seconds})
+        self.history.note(*notes)
+
+    def _ease(self, source: str) -> np.ndarray:
+        """How easy the samples are on the current weights, (N,); see `algorithms.ease`."""
+        if source == MRD:
+            return self._mrd()
+        return ease_of_forecasts(self._forecast()) if source == FLIP_TIME else self.corpus.values[source]
+
+    def _mrd(self) -> np.ndarray:
+        """MRD of the samples on the current weights, (N,), measured once on the same weights."""
+        history = self.history
+        if not history.mrd or history.mrd[-1]["step"] != history.step:
+            with self._clock("mrd") as clock, self.trained.whole_model() as model:
+                mrd, replica = measure_mrd(model, self.corpus.forget, self.recipe, self.group, self._batch_tokens)
+            self._count_passes(replica.forwards, replica.backwards)
+            history.note(*replica.notes)
+            history.mrd.append({"step": history.step, "mrd": mrd.tolist(), "seconds": clock.seconds})
+        return np.array(history.mrd[-1]["mrd"])
+
+    def _forecast(self) -> np.ndarray:
+        """The updates that each sample takes until it is forgotten, (N,), forecast once on the same weights."""
+        history = self.history
+        if not history.forecasts or history.forecasts[-1]["step"] != history.step:
+            assert history.forecast_threshold is not None
+            with self._clock("mrd") as clock, self.trained.model_itself() as model:
+                updates, forecaster = measure_forecasts(
+                    model, self.corpus.forget, self._loss_alone, self.recipe, history.forecast_threshold, self.group
+                )
+            self._count_passes(forecaster.forwards, forecaster.backwards)
+            history.forecasts.append({"step": history.step, "forecast": updates.tolist(), "seconds": clock.seconds})
+        return np.array(history.forecasts[-1]["forecast"])
+
+    def _loss_alone(self, outputs: Outputs, batch: Batch) -> torch.Tensor:
+        """The loss that an update on a sample alone brings down, (1,): of the run, and of its group once there are
+        groups."""
+        if self._group_by is not None and not self.history.groups:
+            loss = LossAlone(self.recipe.algorithm, self.recipe.settings)(outputs, outputs.detached())
+            return loss * (self.recipe.forget_weight or 0.0)
+        micro_batch = MicroBatch("forget", batch, 1, True)
+        given = {"logprobs": outputs.logprobs, "logits": outputs.logits}
+        (position,) = micro_batch.positions
+        weight = self._weight("forget") * float(self._strengths()[position])
+        return weight * self._terms.of_outputs(given, micro_batch, self._groups())
+
+    def _count_passes(self, forwards: int, backwards: int) -> None:
+        self.history.passes["mrd"][0] += forwards
+        self.history.passes["mrd"][1] += backwards
 
     def _is_due(self, every: int, unit: Unit) -> bool:
         """Whether the step is a multiple of so many units; 0 is never due."""
@@ -275,7 +385,25 @@ class Unlearner:
             self.history.memory = {key: {"ma": ma.tolist(), "el": el.tolist()} for key in ("initial", "last")}
             thresholds = Thresholds(**self.history.thresholds)
             self.history.note(*thresholds.blind_spots(ma, el, self.recipe.el_n))
+        if self.recipe.weights != MRD and not self.sampler.needs_difficulty:
+            self.history.note(
+                f"weights {self.recipe.weights} are not used: these draws do not depend on how easy samples are"
+            )
+        if self._needs_forecasts:
+            self.history.forecast_threshold = self._forecast_threshold()
+        if self._group_by is not None:
+            shares = [group.share for group in self.recipe.groups]
+            self.history.groups = groups_of_samples(self._ease(self._group_by), shares)
         self._close_epoch(-1)
+
+    def _forecast_threshold(self) -> float:
+        """What MA of a forgotten sample falls below: as the stopping rule has it, also if nobody checks."""
+        if self.history.thresholds:
+            return self.history.thresholds["ma"]
+        if self.recipe.ma_threshold is not None:
+            return self.recipe.ma_threshold
+        ma, _ = self._measure_memorization(range(len(self.corpus.forget)), el_below=0.0)
+        return float(ma.mean())
 
     def _check_is_due(self) -> bool:
         is_last = self.recipe.check_every > 0 and self.history.step == self.total

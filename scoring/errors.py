@@ -10,6 +10,10 @@ class UserError(ValueError):
     """Something in the input is wrong. The message is one line: what, where, what was expected, what to do."""
 
 
+class RefusedUnderWay(UserError):
+    """Input that must be mended, as only the work itself could tell: what is done of it is of no further use."""
+
+
 def unknown_name(kind: str, name: str, known: Iterable[str]) -> UserError:
     """The error for a name that is not in a list, with the nearest one that is."""
     return UserError(f"unknown {kind} {name!r}: {expected_one_of(name, known)}")

@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
+from scoring.errors import RefusedUnderWay
 from scoring.logprob import scored_logits, token_logprobs
 from scoring.margins import flip_times, token_margins, updates_until
 from scoring.sample_gradients import mean_negative_log_likelihood
@@ -136,7 +137,8 @@ class Forecaster:
             batches: of N samples that are forgotten together, one for a sample by itself, on the model's device.
 
         Raises:
-            UserError: the weights' number format does not hold the update.
+            RefusedUnderWay: the weights' number format does not hold the update, or the log-probs of one of several
+                samples are not finite.
         """
         walk = _Walk(self, batches)
         walk.begin()
@@ -154,7 +156,7 @@ class Forecaster:
             (N, thresholds), in the order of the batches; inf where no update brings the sample nearer.
 
         Raises:
-            UserError: see `first_looks`.
+            RefusedUnderWay: see `first_looks`.
         """
         walk = _Walk(self, batches)
         walk.begin()
@@ -174,6 +176,9 @@ class Forecaster:
         Args:
             initial: the outputs of the initial model.
             at_start: this is the initial model: its outputs are kept.
+
+        Raises:
+            RefusedUnderWay: a sample spoils the mean: its log-probs are not finite.
         """
         margins = []
         count = sum(map(len, batches))
@@ -182,7 +187,10 @@ class Forecaster:
                 now = outputs_of(self._model, batch)
                 if at_start:
                     initial.keep(batch, now)
-                (self._loss(now, initial.of(batch, now)).sum() / count).backward()
+                losses = self._loss(now, initial.of(batch, now))
+                if at_start and count > 1:
+                    _refuse_not_finite(losses, batch)
+                (losses.sum() / count).backward()
             margins += now.margins()
         self.forwards += len(batches)
         self.backwards += len(batches)
@@ -213,9 +221,9 @@ class _Walk:
 
     def begin(self) -> None:
         """Take the first gradient, and look before and after a trial move along it."""
-        self._direction, before = self._forecaster.gradient(self._batches, self._initial, at_start=True)
-        updates = self._trial.measurable_updates(self._direction)
         try:
+            self._direction, before = self._forecaster.gradient(self._batches, self._initial, at_start=True)
+            updates = self._trial.measurable_updates(self._direction)
             self._trial.move(self._direction, updates)
             self._trial.check_survival(self._direction, updates)
             after = self._forecaster.margins(self._batches)
@@ -233,6 +241,8 @@ class _Walk:
             return self.paths
         try:
             for left in range(lookahead, 0, -1):
+                if not direction.length:
+                    break  # the loss has levelled off: nothing goes on from here
                 # Places are in units of the first update, so that the whole path is measured by one length.
                 step = (target - at) / left
                 self._trial.move(direction, step * self._direction.length / direction.length)
@@ -241,7 +251,7 @@ class _Walk:
                     margins = self._forecaster.margins(self._batches)
                 else:
                     direction, margins = self._forecaster.gradient(self._batches, self._initial, at_start=False)
-                speed = direction.length if left > 1 else None
+                speed = (direction.length or None) if left > 1 else None
                 paths = [path.with_look(at, row, speed) for path, row in zip(paths, margins, strict=True)]
                 renewed = _median_place(paths, threshold)
                 target = min(max(renewed, LEAST_PROGRESS * at), FARTHEST) if math.isfinite(renewed) else 2 * at
@@ -291,6 +301,15 @@ class Path:
         beyond = speeds[-1] + slope * (along - places[-1])
         logs = np.where(along <= places[-1], np.interp(along, places, speeds), beyond)
         return float(np.trapezoid(np.exp(-np.minimum(logs, np.log(fastest / self.speeds[0]))), along))
+
+
+def _refuse_not_finite(losses: torch.Tensor, batch: Batch) -> None:
+    finite = losses.detach().isfinite().tolist()
+    if not all(finite):
+        raise RefusedUnderWay(
+            f"the model's log-probabilities of sample {batch.sample_ids[finite.index(False)]!r} are not finite, and so "
+            "is what it adds to the update of all: leave it out, or forecast without joint-forecast"
+        )
 
 
 def _median_place(paths: Sequence[Path], threshold: float) -> float:

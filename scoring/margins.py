@@ -54,7 +54,8 @@ def flip_times(updates: np.ndarray, margins: np.ndarray) -> np.ndarray:
         margins: (P, T) at each look, P >= 2.
 
     Returns:
-        (T,) in updates: 0 where the margin is not above zero at the start, inf where the line never comes down to it.
+        (T,) in updates: 0 where the margin is not above zero at the start, inf where the line never comes down to it,
+        nan where one of the line's ends is no number.
     """
     margins = np.asarray(margins, dtype=np.float64)
     before, after = margins[:-1], margins[1:]
@@ -66,7 +67,7 @@ def flip_times(updates: np.ndarray, margins: np.ndarray) -> np.ndarray:
     length = np.diff(np.asarray(updates, dtype=np.float64))[segment]
     drop = start - end
     with np.errstate(divide="ignore", invalid="ignore"):
-        times = np.asarray(updates)[segment] + np.where(drop > 0, start / drop * length, np.inf)
+        times = np.asarray(updates)[segment] + np.where(drop <= 0, np.inf, start / drop * length)
     return np.where(margins[0] <= 0, 0.0, times)
 
 
@@ -78,8 +79,10 @@ def updates_until(times: np.ndarray, threshold: float) -> float:
         threshold: tau, 0 to 1.
 
     Returns:
-        In updates; inf if the threshold is never reached.
+        In updates; inf if the threshold is never reached, nan if one of the flip times is.
     """
+    if np.isnan(times).any():
+        return float("nan")
     k = flips_needed(len(times), threshold)
     if k is None:
         return float("inf")

@@ -143,11 +143,14 @@ def _margin_over_drop(replica: TransformersReplica, batch: Batch, asked: Asked, 
         before, after = path.margins
         drop = float(np.mean(before - after)) / path.places[1]
         distances = [_kth_margin(before, threshold) for threshold in asked.thresholds.values()]
-        rows.append([0.0 if d <= 0 else d / drop if drop > 0 else math.inf for d in distances])
+        # A drop that is no number gives none.
+        rows.append([0.0 if d <= 0 else math.inf if drop <= 0 else d / drop for d in distances])
     return _by_threshold(rows, asked)
 
 
 def _kth_margin(margins: np.ndarray, threshold: float) -> float:
+    if np.isnan(margins).any():
+        return math.nan
     k = flips_needed(len(margins), threshold)
     return math.inf if k is None else 0.0 if k == 0 else float(np.sort(margins)[k - 1])
 

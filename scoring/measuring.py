@@ -25,14 +25,13 @@ from scoring.eval_mode import left_unchanged
 from scoring.flip_time import ForgetLoss, gradient_ascent
 from scoring.loaded import check_loaded
 from scoring.measures import MEASURES, Asked, Measure
-from scoring.memorization import memorization_accuracy
 from scoring.mrd import Sigma
 from scoring.records import Record, texts_of
 from scoring.replica import TransformersReplica
 from scoring.samples import BATCH_TOKENS, Batch, Rejected, Tokens, make_batches
 from scoring.settings import Doc, Ge, Known, Le, build, check, named
 from scoring.similarity import mean_gradient
-from scoring.updates import UpdateSettings
+from scoring.updates import UpdateSettings, gradients_put_aside
 from scoring.work import LocalPool, Pool
 
 if TYPE_CHECKING:
@@ -42,6 +41,8 @@ if TYPE_CHECKING:
 # The threshold that is the average MA of all samples under the initial model, as in the paper's stopping rule.
 AVERAGE: Literal["average"] = "average"
 MA_COLUMN = "ma"
+# Why a sample has no row.
+NOT_FINITE = "the model's log-probabilities are not finite"
 
 
 def _measures() -> Iterable[str]:
@@ -73,7 +74,9 @@ class DifficultySettings(UpdateSettings):
         for name in ("measure", "thresholds"):
             if not getattr(self, name):
                 raise UserError(f"{named(name)} is empty: expected at least one")
-        return replace(self, measure=list(dict.fromkeys(self.measure)), thresholds=list(dict.fromkeys(self.thresholds)))
+        names = {name.lower(): name for name in MEASURES}
+        measure = dict.fromkeys(names[name.lower()] for name in self.measure)
+        return replace(self, measure=list(measure), thresholds=list(dict.fromkeys(self.thresholds)))
 
     @property
     def measures(self) -> dict[str, Measure]:
@@ -139,9 +142,13 @@ class MemorizationTask:
         return f"ma-{self.shard:06d}"
 
     def do(self, replica: TransformersReplica, batches: Sequence[Batch], cache: dict[str, Any]) -> dict[str, Any]:
-        """Columns "index" and "ma", (n,) each."""
-        replica.forwards += len(batches)
-        ma = [memorization_accuracy(replica.model, batch.to(replica.device)).cpu().numpy() for batch in batches]
+        """Columns "index" and "ma", (n,) each; nan for a sample whose log-probs are not finite."""
+        ma = []
+        for batch in batches:
+            logprobs, hits = replica.token_scores(batch)
+            mask = batch.mask.cpu().numpy()
+            finite = (np.isfinite(logprobs) | ~mask).all(-1)
+            ma.append(np.where(finite, (hits & mask).sum(-1) / mask.sum(-1), np.nan))
         return {
             "index": np.concatenate([batch.indices.cpu().numpy() for batch in batches]),
             MA_COLUMN: np.concatenate(ma),
@@ -202,7 +209,7 @@ def columns_of(
             tasks = [MemorizationTask(shard) for shard in range(len(shards))]
             run_tasks(pool, tasks, shards, finished, title and "measuring MA")
             columns[MA_COLUMN] = joined([finished.result(task) for task in tasks], count, rows_of)[MA_COLUMN]
-            numbers[AVERAGE] = float(columns[MA_COLUMN].mean())
+            numbers[AVERAGE] = average_of(columns[MA_COLUMN])
         asked = replace(asked, thresholds={name: float(number) for name, number in numbers.items()})
     by_scope: dict[str, list[str]] = {"batch": [], "set": []}
     for name, measure in settings.measures.items():
@@ -229,6 +236,12 @@ def columns_of(
         if measure.finish is not None:
             columns[name] = measure.finish(columns[name], asked)
     return columns, asked, seconds
+
+
+def average_of(values: np.ndarray) -> float:
+    """The average of those that are numbers; 0 where none is."""
+    defined = values[~np.isnan(values)]
+    return float(defined.mean()) if len(defined) else 0.0
 
 
 def joined(
@@ -263,19 +276,19 @@ def difficulty_table(
         names.insert(0, MA_COLUMN)
     undefined = np.zeros(len(num_tokens), dtype=bool)
     for name in names:
-        undefined |= np.isnan(columns[name]) & (not _may_be_undefined(name))
+        undefined |= np.isnan(columns[name]) & (not _may_be_undefined(name, columns[name]))
     ids = sample_ids.to_pylist()
-    rejected = [
-        Rejected(ids[row], "the model's log-probabilities are not finite") for row in np.flatnonzero(undefined).tolist()
-    ]
+    rejected = [Rejected(ids[row], NOT_FINITE) for row in np.flatnonzero(undefined).tolist()]
     table = pa.table({"sample_id": sample_ids, "num_tokens": num_tokens, **{name: columns[name] for name in names}})
     return table.filter(pa.array(~undefined)), rejected
 
 
-def _may_be_undefined(column: str) -> bool:
-    """Whether a column is nan for some samples, whatever the model: texts without words, samples without others."""
+def _may_be_undefined(column: str, values: np.ndarray) -> bool:
+    """Whether a column may be nan, whatever the model: texts without words, or a sample without others."""
     measure = MEASURES.get(column.partition("@")[0])
-    return measure is not None and (measure.scope == "texts" or measure.finish is not None or "retain" in measure.needs)
+    if measure is None:
+        return False
+    return measure.scope == "texts" or (measure.finish is not None and bool(np.isnan(values).all()))
 
 
 # --- In this process ----------------------------------------------------------------------------------------
@@ -288,10 +301,10 @@ def difficulty(
     records: Iterable[Record | str],
     *,
     measure: str | Sequence[str] = "flip-time",
-    thresholds: Sequence[float | Literal["average"]] = (AVERAGE,),
+    thresholds: float | Literal["average"] | Sequence[float | Literal["average"]] = AVERAGE,
     loss: ForgetLoss = gradient_ascent,
     retain: Iterable[Record | str] | None = None,
-    checkpoints: Sequence[str] = (),
+    checkpoints: str | Sequence[str] = (),
     tokens: Tokens = "answer",
     batch_tokens: int = BATCH_TOKENS,
     progress: bool = False,
@@ -305,7 +318,8 @@ def difficulty(
         tokenizer: its tokenizer.
         records: as `scoring.score` takes them.
         measure: one or more keys of `scoring.measures.MEASURES`, such as "flip-time" or ("mrd", "nll").
-        thresholds: of MA below which a sample counts as forgotten; "average" is that of all records under the model.
+        thresholds: one or more, of MA below which a sample counts as forgotten; "average" is that of all records under
+            the model.
         loss: of the algorithm whose updates are forecast: gradient ascent, or `algorithms.alone.LossAlone("NPO")`.
         retain: records to be kept; gradient-cosine needs them.
         checkpoints: folders or ids of earlier states of the model; vog needs them.
@@ -323,17 +337,25 @@ def difficulty(
     Raises:
         UserError: one line: a setting, a record or the model at fault.
     """
-    names = [measure] if isinstance(measure, str) else list(measure)
-    checked = build(DifficultySettings, {"measure": names, "thresholds": list(thresholds), **settings})
-    checked = checked.checked_settings()
+    fields = {"measure": _listed(measure), "thresholds": _listed(thresholds), **settings}
+    checked = build(DifficultySettings, fields).checked_settings()
+    if not callable(loss):
+        raise UserError(f"loss is {loss!r}: expected a function, such as algorithms.alone.LossAlone('NPO')")
     check_loaded(model, tokenizer)
-    asked = asked_by(checked, loss, checkpoints=tuple((source, None) for source in checkpoints))
+    if checked.needs("retain") and retain is None:
+        raise UserError("retain is empty: gradient-cosine needs records that are to be kept, at least one")
+    asked = asked_by(checked, loss, checkpoints=tuple((source, None) for source in _listed(checkpoints)))
     texts = texts_of("records", records)
     samples, rejected = samples_of(model, tokenizer, texts, tokens)
     batches = make_batches(samples, batch_tokens)
     row_of = {sample.index: row for row, sample in enumerate(samples)}
     finished = FinishedInMemory()
-    with left_unchanged(model), LocalPool(model) as pool, tempfile.TemporaryDirectory(prefix="mrd-bench-") as folder:
+    with (
+        left_unchanged(model),
+        gradients_put_aside(model),
+        LocalPool(model) as pool,
+        tempfile.TemporaryDirectory(prefix="mrd-bench-") as folder,
+    ):
         if checked.needs("retain"):
             kept, _ = samples_of(model, tokenizer, texts_of("retain", retain or []), tokens, "retain")
             ((_, gradient, _),) = list(pool.run([MeanGradientTask()], [make_batches(kept, batch_tokens)]))
@@ -362,6 +384,11 @@ def difficulty(
     frame = in_order(table, [text.sample_id for text in texts], [*rejected, *unsound], asdict(checked), finished.facts)
     frame.attrs |= {"thresholds": dict(asked.thresholds), "cost": costs(checked, asked)}
     return frame
+
+
+def _listed(value: Any) -> list[Any]:
+    """One value, or several, as a list."""
+    return list(value) if isinstance(value, Iterable) and not isinstance(value, str) else [value]
 
 
 def asked_by(settings: DifficultySettings, loss: ForgetLoss, checkpoints: tuple[tuple[str, str | None], ...]) -> Asked:

@@ -329,7 +329,8 @@ def _refusal(setting: Setting, value: Any, error: ValidationError) -> str:
     inside = isinstance(parts, dict | list | tuple) and detail["input"] is not value and not nothing_said
     if containers and location and inside:
         # One of the values inside is at fault, or a key.
-        key = location[1] if len(location) > 1 and location[0] not in parts else location[0]
+        keys = parts if isinstance(parts, dict) else range(len(parts))
+        key = location[1] if len(location) > 1 and location[0] not in keys else location[0]
         refused, place = detail["input"], f"{place}[{key!r}]"
         if isinstance(value, FlagText):
             refused = FlagText(refused)
@@ -341,7 +342,7 @@ def _refusal(setting: Setting, value: Any, error: ValidationError) -> str:
         expected = expected if math.isfinite(float(refused)) else expected.replace("a number", "a finite number")
     message = f"{place} is {described(refused)}: expected {expected}"
     names = _literals(setting.type)
-    if isinstance(refused, str) and len(names) > 1:
+    if isinstance(refused, str) and len(names) > 1 and expected == f"one of {', '.join(names)}":
         return f"{place} is {described(refused)}: {expected_one_of(refused, names)}"
     if current_naming().file and "text" in expected.split(", or ") and not isinstance(value, FlagText):
         if isinstance(refused, bool):

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from scoring.errors import UserError
+from scoring.errors import RefusedUnderWay, UserError
 from scoring.logprob import last_hidden, scored_logprobs
 from scoring.sample_gradients import mean_negative_log_likelihood
 from scoring.samples import Batch
@@ -37,9 +37,15 @@ def similarity_to_neighbours(embeddings: np.ndarray, neighbours: int) -> np.ndar
         neighbours: k; where there are fewer other samples, all of them.
 
     Returns:
-        (N,) between -1 and 1; nan for a single sample.
+        (N,) between -1 and 1; nan for a single sample, and for one whose embedding is not finite: it is nobody's
+        neighbour.
     """
     count = len(embeddings)
+    finite = np.isfinite(embeddings).all(axis=1)
+    if not finite.all():
+        similarity = np.full(count, np.nan)
+        similarity[finite] = similarity_to_neighbours(embeddings[finite], neighbours)
+        return similarity
     k = min(neighbours, count - 1)
     if k < 1:
         return np.full(count, np.nan)
@@ -54,7 +60,12 @@ def similarity_to_neighbours(embeddings: np.ndarray, neighbours: int) -> np.ndar
 
 
 def mean_gradient(model: PreTrainedModel, batches: Sequence[Batch]) -> dict[str, torch.Tensor]:
-    """The gradient of the mean over samples of the mean NLL of their scored tokens, by the parameter's name."""
+    """The gradient of the mean over samples of the mean NLL of their scored tokens, by the parameter's name.
+
+    Raises:
+        UserError: no weight requires a gradient.
+        RefusedUnderWay: a sample spoils the mean: its log-probs are not finite.
+    """
     count = sum(map(len, batches))
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not parameters:
@@ -63,7 +74,22 @@ def mean_gradient(model: PreTrainedModel, batches: Sequence[Batch]) -> dict[str,
     for batch in batches:
         for name, gradient in _gradients(model, batch, parameters).items():
             total[name] += gradient / count
+    if not all(gradient.isfinite().all() for gradient in total.values()):
+        raise RefusedUnderWay(
+            f"retain: the model's log-probabilities of {_not_finite(model, batches)} are not finite, nor is the mean "
+            "gradient then: leave it out"
+        )
     return total
+
+
+@torch.no_grad()
+def _not_finite(model: PreTrainedModel, batches: Sequence[Batch]) -> str:
+    """The first sample whose log-probs are not finite, in words."""
+    for batch in batches:
+        finite = scored_logprobs(model, batch).isfinite().all(-1).tolist()
+        if not all(finite):
+            return f"sample {batch.sample_ids[finite.index(False)]!r}"
+    return "a sample"
 
 
 def gradient_cosines(model: PreTrainedModel, batch: Batch, direction: Mapping[str, torch.Tensor]) -> torch.Tensor:
@@ -76,7 +102,7 @@ def gradient_cosines(model: PreTrainedModel, batch: Batch, direction: Mapping[st
         direction: by the parameter's name.
 
     Returns:
-        (B,) fp64 between -1 and 1; nan where one of the two is zero.
+        (B,) fp64 between -1 and 1; 0 where one of the two is zero, nan where one is not finite.
     """
     parameters = {name: p for name, p in model.named_parameters() if name in direction}
     length = _dot(direction, direction) ** 0.5
@@ -84,7 +110,7 @@ def gradient_cosines(model: PreTrainedModel, batch: Batch, direction: Mapping[st
     for row in range(len(batch)):
         gradients = _gradients(model, batch.rows(row, row + 1).to(batch.input_ids.device), parameters)
         product, own = _dot(gradients, direction), _dot(gradients, gradients) ** 0.5
-        cosines.append(product / (own * length) if own and length else float("nan"))
+        cosines.append(product / (own * length) if own and length else 0.0)
     return torch.tensor(cosines, dtype=torch.float64)
 
 

@@ -7,7 +7,8 @@ a gradient: all of them, or adapters alone. Afterwards they are bitwise as befor
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -15,7 +16,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from scoring.errors import UserError
+from scoring.errors import RefusedUnderWay, UserError
 from scoring.settings import Doc, Ge, Gt, named
 
 OptimizerName = Literal["adamw", "sgd"]
@@ -50,6 +51,19 @@ def make_optimizer(
 def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float | None) -> float:
     """Scale the gradients down to the norm `max_norm`; returns the norm before that."""
     return float(nn.utils.clip_grad_norm_(parameters, math.inf if max_norm is None else max_norm))
+
+
+@contextmanager
+def gradients_put_aside(model: nn.Module) -> Iterator[None]:
+    """Within the context no weight holds a gradient at first; afterwards each holds the one that it held before."""
+    held = [(p, p.grad) for p in model.parameters()]
+    for p, _ in held:
+        p.grad = None
+    try:
+        yield
+    finally:
+        for p, gradient in held:
+            p.grad = gradient
 
 
 @dataclass(frozen=True)
@@ -120,7 +134,7 @@ class TrialUpdates:
     def measurable_updates(self, direction: Direction) -> float:
         """One update, or as many as it takes to move the weights by a length at which margins differ by more than
         rounding."""
-        if not direction.length:
+        if not direction.length or not math.isfinite(self._length_of_weights):
             return 1.0
         return max(1.0, SHORTEST_MOVE * self._length_of_weights / direction.length)
 
@@ -153,16 +167,18 @@ class TrialUpdates:
         """Refuse to go on if the weights' number format has rounded away the first move; later ones are not looked at.
 
         Raises:
-            UserError: the weights have not moved by the length that they should have.
+            RefusedUnderWay: the weights have not moved by the length that they should have.
         """
         if self._survival_is_checked:
             return
         _, moved = self.distance_moved()
         survival = moved / (direction.length * updates) if direction.length else 1.0
+        if math.isnan(survival):
+            return  # an update that is no number says nothing of the format
         if abs(survival - 1) > SURVIVAL_TOLERANCE:
             dtype = str(next(iter(self._live.values())).dtype).removeprefix("torch.")
             self.restore()
-            raise UserError(
+            raise RefusedUnderWay(
                 f"the update does not survive {dtype} storage: the weights moved {survival:.3g} times as far as they "
                 f"should have at {named('learning_rate')} {self._settings.learning_rate:g}, expected 1 ± "
                 f"{SURVIVAL_TOLERANCE}; use {named('dtype')} float32"

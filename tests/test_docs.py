@@ -251,6 +251,9 @@ METRICS["least"] = Metric("Least", "", "", False, lambda measured: measured(*col
 command = ["evaluate", "--model", model, "--task", "towers", "--metrics", "rr,ma,verbatim,least", "--replicas", "0"]
 assert main([*command, "--out", "towers.parquet"]) == 0
 
+command = ["difficulty", "--model", model, "--data", data, "--measure", "weakest-token,nll", "--replicas", "0"]
+assert main([*command, "--out", "difficulty.parquet"]) == 0
+
 command = ["unlearn", "--plugin", own_algorithm, "--algorithm", "cappedga", "--settings", "cap=3", "--model", model]
 command += ["--task", data, "--retain", data, "--max-steps", "2", "--no-early-stopping", "--check-every", "0"]
 assert main([*command, "--workers", "0", "--out", "run"]) == 0
@@ -262,12 +265,13 @@ def test_plugins_of_the_page_and_of_the_example(model_folder: Path, data_file: P
     """The blocks of docs/extending.md that add to a registry, and the algorithm of examples/, loaded and used. In a
     process of its own: what is loaded changes what runs are known by."""
     added = [body for body in blocks("docs/extending.md", "python") if re.search(r"^[A-Z]+\[\"", body, re.M)]
-    assert len(added) == 5
+    assert len(added) == 6
     assert 'ALGORITHMS["CappedGA"]' in added.pop(0)
     own_algorithm = str(EXAMPLES / "own_algorithm.py")
     printed = python("-c", PLUGINS, str(model_folder), str(data_file), own_algorithm, *added, folder=tmp_path)
     for metric in ("rr", "ma", "verbatim", "least"):
         assert re.search(rf"^{metric} [↑↓] +\d", printed, re.M), printed
+    assert re.search(r"^weakest-token +\d", printed, re.M), printed
     assert "CappedGA, alpha 0: 2 updates" in printed
 
 
@@ -296,6 +300,16 @@ def test_unlearn_and_evaluate(tmp_path: Path) -> None:
     printed = python(str(EXAMPLES / "unlearn_and_evaluate.py"), folder=tmp_path)
     assert "GradDiff: 30 updates" in printed
     assert len(re.findall(r"^ *(?:original|model) +(?:rr|ma|retain_rr) ", printed, re.M)) == 6, printed
+
+
+@pytest.mark.slow
+def test_forecast(tmp_path: Path) -> None:
+    printed = python(str(EXAMPLES / "forecast.py"), "2", folder=tmp_path)
+    assert "40 records forecast, 2 of them forgotten" in printed
+    rows = re.findall(r"^ *author\S+ +\d+ +[\d.]+ +([\d.]+) +([\d.]+)$", printed, re.M)
+    assert len(rows) == 2, printed
+    for forecast, real in rows:
+        assert 0.5 < float(forecast) / float(real) < 2, printed
 
 
 def test_the_notebook_is_saved_with_its_outputs() -> None:

@@ -321,7 +321,9 @@ def _selections(
         names.append(name)
         if name not in selections or not selections[name].ids:
             ids = lookup.ids(row["run"])
-            selections[name] = SelectionLabel(name, row["level"] or "", row["mean_log_mrd"], ids)
+            selections[name] = SelectionLabel(
+                name, row["level"] or "", row["mean_log_mrd"], ids, row["mean_log_flip_time"]
+            )
     return selections, names
 
 

@@ -101,9 +101,11 @@ function sorted(rows, value, descending) {
 // --- The standings of a board ---------------------------------------------------------------------------------
 
 function standingRow(board, row) {
-  const [entry, rank, best, worst, value, adjusted, adjustedRank, groups, runs, selections, seeds] = row;
+  const [entry, rank, best, worst, value, adjusted, adjustedRank, groups, runs, selections, seeds, forecast, forecastRank] = row;
   const [name, fields] = board.entries[entry];
-  return { name, fields, rank, best, worst, value, adjusted, adjustedRank, groups, runs, selections, seeds };
+  return {
+    name, fields, rank, best, worst, value, adjusted, adjustedRank, groups, runs, selections, seeds, forecast, forecastRank,
+  };
 }
 
 function rankText(row) {
@@ -111,19 +113,29 @@ function rankText(row) {
   return row.best === null || row.best === row.worst ? `${row.rank}` : `${row.rank} (${row.best}${DASH}${row.worst})`;
 }
 
-function adjustedRankCell(row) {
-  if (row.adjustedRank === null) return DASH;
-  const moved = row.rank === null ? 0 : row.rank - row.adjustedRank;
-  if (!moved) return `${row.adjustedRank}`;
+function movedRankCell(row, rank, at) {
+  if (rank === null || rank === undefined) return DASH;
+  const moved = row.rank === null ? 0 : row.rank - rank;
+  if (!moved) return `${rank}`;
   const places = Math.abs(moved) === 1 ? "1 place" : `${Math.abs(moved)} places`;
   const mark = make("span", { className: "moved", textContent: ` ${moved > 0 ? "▲" : "▼"} ${Math.abs(moved)}` });
-  mark.title = `${places} ${moved > 0 ? "better" : "worse"} at equal difficulty`;
+  mark.title = `${places} ${moved > 0 ? "better" : "worse"} at equal ${at}`;
   mark.setAttribute("aria-label", mark.title);
   mark.setAttribute("role", "img");
-  return make("span", {}, `${row.adjustedRank}`, mark);
+  return make("span", {}, `${rank}`, mark);
 }
 
-function standingColumns(title, where) {
+function standingColumns(title, where, forecasts) {
+  const byForecast = [
+    {
+      title: "at equal forecast",
+      value: (row) => (row.forecast ? row.forecast[0] : null),
+      cell: (row) => withInterval(row.forecast),
+      downFirst: true,
+      about: "difficulty by flip time, the forecast of updates",
+    },
+    { title: "rank by forecast", value: (row) => row.forecastRank, cell: (row) => movedRankCell(row, row.forecastRank, "forecast") },
+  ];
   return [
     { title: "rank", value: (row) => row.rank, cell: rankText, about: "as measured, with the ranks it can have" },
     { title: "entry", value: (row) => row.name, cell: (row) => link(row.name, { ...where, entry: row.name }), words: true },
@@ -134,7 +146,8 @@ function standingColumns(title, where) {
       cell: (row) => withInterval(row.adjusted),
       downFirst: true,
     },
-    { title: "rank there", value: (row) => row.adjustedRank, cell: adjustedRankCell },
+    { title: "rank there", value: (row) => row.adjustedRank, cell: (row) => movedRankCell(row, row.adjustedRank, "difficulty") },
+    ...(forecasts ? byForecast : []),
     { title: "not separable", value: (row) => row.groups || null, about: "entries that share a letter" },
     { title: "runs", value: (row) => row.runs, downFirst: true },
     { title: "selections", value: (row) => row.selections, downFirst: true },
@@ -158,7 +171,8 @@ function showBoard(section, number, board, metric) {
   choice.title = board.metrics[metric][2];
   const rows = board.standings[metric].map((row) => standingRow(board, row));
   const where = { board: number, metric: board.metrics[metric][0] };
-  const table = sortable("Standings", standingColumns(board.metrics[metric][1], where), rows, { by: 0 });
+  const forecasts = rows.some((row) => row.forecast);
+  const table = sortable("Standings", standingColumns(board.metrics[metric][1], where, forecasts), rows, { by: 0 });
   place.replaceChildren(table.node);
   section.querySelector(".sentences").replaceChildren(...board.sentences[metric].map((text) => make("p", { textContent: text })));
 
@@ -177,10 +191,10 @@ function showBoard(section, number, board, metric) {
 
 function runRow(board, row) {
   const [hash, entry, selection, seed, status, reason, values, updates, seconds, until, origin] = row;
-  const [name, level, difficulty, samples] = board.selections[selection];
+  const [name, level, difficulty, samples, flipTime] = board.selections[selection];
   return {
-    hash, entry: board.entries[entry][0], selection: name, level, difficulty, samples, seed, status, reason, values,
-    updates, seconds, until, origin,
+    hash, entry: board.entries[entry][0], selection: name, level, difficulty, flipTime, samples, seed, status, reason,
+    values, updates, seconds, until, origin,
   };
 }
 
@@ -196,6 +210,9 @@ function showEntry(detail, where, board, metric, name) {
     { title: "run", value: (row) => row.hash, cell: (row) => link(row.hash, { ...where, entry: name, run: row.hash }) },
     { title: "selection", value: (row) => row.selection, words: true },
     { title: "mean log MRD", value: (row) => row.difficulty, cell: (row) => number(row.difficulty), about: "of the selection; low is hard to forget" },
+    ...(rows.some((row) => row.flipTime !== undefined) ? [
+      { title: "mean log flip time", value: (row) => row.flipTime, cell: (row) => number(row.flipTime), about: "of the selection, in updates; high is hard to forget" },
+    ] : []),
     { title: "seed", value: (row) => row.seed },
     { title: "status", value: (row) => row.status, cell: statusCell, words: true },
     ...shown.map(([[, title], place]) => ({

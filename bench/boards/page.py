@@ -27,7 +27,7 @@ from bench.boards.figures import (
     strips_caption,
     strips_inches,
 )
-from bench.boards.standings import Standing
+from bench.boards.standings import SelectionLabel, Standing
 from bench.report import figures
 from bench.report.style import STYLE_SHEET
 from bench.report.words import decimal, interval
@@ -109,24 +109,36 @@ def _figures(board: Board, number: int) -> str:
 
 def _static_table(board: Board, metric: str) -> str:
     """The table of the standings for readers without JavaScript; the script replaces it."""
+    forecast = has_forecasts(board, metric)
     rows = "".join(
-        "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in cells(standing)) + "</tr>"
+        "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in cells(standing, forecast)) + "</tr>"
         for standing in board.standings[metric]
     )
-    heads = "".join(f'<th scope="col">{escape(title)}</th>' for title in columns(board.metrics[metric].title))
+    heads = "".join(f'<th scope="col">{escape(title)}</th>' for title in columns(board, metric))
     return (
         '<div class="scroll" tabindex="0" role="region" aria-label="Standings"><table class="numbers">'
         f"<thead><tr>{heads}</tr></thead><tbody>{rows}</tbody></table></div>"
     )
 
 
-def columns(title: str) -> list[str]:
-    """Column heads of the standings by a metric of this title."""
-    return ["rank", "entry", title, "at equal difficulty", "rank there", "not separable", "runs"]
+def has_forecasts(board: Board, metric: str) -> bool:
+    """Whether values at equal forecast are known: only then are they shown."""
+    return any(standing.adjusted_by_forecast for standing in board.standings[metric])
 
 
-def cells(standing: Standing) -> list[str]:
-    """The row of an entry, below `columns`."""
+def columns(board: Board, metric: str) -> list[str]:
+    """Column heads of the standings by a metric."""
+    forecast = ["at equal forecast", "rank by forecast"] if has_forecasts(board, metric) else []
+    title = board.metrics[metric].title
+    return ["rank", "entry", title, "at equal difficulty", "rank there", *forecast, "not separable", "runs"]
+
+
+def cells(standing: Standing, forecast: bool) -> list[str]:
+    """The row of an entry, below `columns`.
+
+    Args:
+        forecast: with its value at equal forecast.
+    """
     rank = "not compared" if standing.rank is None else str(standing.rank)
     if standing.best is not None and standing.best != standing.worst:
         rank += f" ({standing.best}–{standing.worst})"
@@ -134,11 +146,15 @@ def cells(standing: Standing) -> list[str]:
         rank,
         standing.entry,
         _with_interval(standing.value),
-        _with_interval(standing.adjusted) if standing.adjusted else "–",
-        "–" if standing.adjusted_rank is None else str(standing.adjusted_rank),
+        *_adjusted_cells(standing.adjusted, standing.adjusted_rank),
+        *(_adjusted_cells(standing.adjusted_by_forecast, standing.forecast_rank) if forecast else ()),
         standing.groups or "–",
         str(standing.runs),
     ]
+
+
+def _adjusted_cells(value: Estimate | None, rank: int | None) -> list[str]:
+    return ["–" if value is None else _with_interval(value), "–" if rank is None else str(rank)]
 
 
 def _with_interval(estimate: Estimate) -> str:
@@ -165,20 +181,25 @@ def _board_data(board: Board) -> dict[str, Any]:
         "metrics": [
             [name, metric.title, metric.definition, metric.higher_is_better] for name, metric in board.metrics.items()
         ],
-        "standings": [[_standing(row, entries) for row in board.standings[name]] for name in metrics],
-        "sentences": [list(board.sentences[name]) for name in metrics],
-        "selections": [
-            [label.name, label.level, _number(label.mean_log_mrd), [ids[name] for name in label.ids]]
-            for label in board.selections.values()
+        "standings": [
+            [_standing(row, entries, has_forecasts(board, name)) for row in board.standings[name]] for name in metrics
         ],
+        "sentences": [list(board.sentences[name]) for name in metrics],
+        "selections": [_selection(label, ids) for label in board.selections.values()],
         "samples": [_sample(name, board) for name in ids],
         "runs": [_run(run, board, entries[run.entry], selections[run.selection], metrics) for run in board.runs],
         "origins": [list(origin.items()) for origin in board.origins],
     }
 
 
-def _standing(standing: Standing, entries: Mapping[str, int]) -> list[Any]:
-    return [
+def _selection(label: SelectionLabel, ids: Mapping[str, int]) -> list[Any]:
+    row = [label.name, label.level, _number(label.mean_log_mrd), [ids[name] for name in label.ids]]
+    forecast = _number(label.mean_log_flip_time)
+    return row if forecast is None else [*row, forecast]
+
+
+def _standing(standing: Standing, entries: Mapping[str, int], forecast: bool) -> list[Any]:
+    row = [
         entries[standing.entry],
         standing.rank,
         standing.best,
@@ -191,6 +212,10 @@ def _standing(standing: Standing, entries: Mapping[str, int]) -> list[Any]:
         standing.selections,
         standing.seeds,
     ]
+    if not forecast:
+        return row
+    value = standing.adjusted_by_forecast
+    return [*row, _estimate(value) if value else None, standing.forecast_rank]
 
 
 def _sample(name: str, board: Board) -> list[Any]:

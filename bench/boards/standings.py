@@ -47,6 +47,7 @@ class Standing:
         groups: letters; two entries that share one are not separable; "" where that is not known.
         adjusted: the value at the mean difficulty of all selections; None where difficulty is not known.
         adjusted_rank: rank by the adjusted value; None without one.
+        adjusted_by_forecast, forecast_rank: the same, difficulty being the mean log flip time and not the mean log MRD.
     """
 
     entry: str
@@ -60,6 +61,8 @@ class Standing:
     groups: str
     adjusted: Estimate | None
     adjusted_rank: int | None
+    adjusted_by_forecast: Estimate | None = None
+    forecast_rank: int | None = None
 
 
 @dataclass(frozen=True)
@@ -71,12 +74,14 @@ class SelectionLabel:
         level: "easy", "medium", "hard", the value of an attribute, or "".
         mean_log_mrd: its difficulty; None where it was not measured.
         ids: of its samples, in order, each once.
+        mean_log_flip_time: its difficulty by forecast, see `bench.tasks.selections`; None where it was not measured.
     """
 
     name: str
     level: str
     mean_log_mrd: float | None
     ids: tuple[str, ...]
+    mean_log_flip_time: float | None = None
 
 
 def standings(
@@ -96,8 +101,8 @@ def standings(
     """
     sign = 1.0 if metric.higher_is_better else -1.0
     measured = [(entry, selection, sign * value) for entry, selection, value in values]
-    adjusted, slope, reason = _adjusted_values(measured, selections)
-    adjusted_order = sorted(adjusted, key=lambda entry: -adjusted[entry].value)
+    by_mrd = _adjusted(measured, {name: label.mean_log_mrd for name, label in selections.items()})
+    by_forecast = _adjusted(measured, {name: label.mean_log_flip_time for name, label in selections.items()})
     table, left_out = _balanced_table(measured)
     sentences = [left_out] if left_out else []
     rows = []
@@ -114,8 +119,10 @@ def standings(
                 best=None,
                 worst=None,
                 groups="",
-                adjusted=_signed(adjusted[entry], sign) if entry in adjusted else None,
-                adjusted_rank=adjusted_order.index(entry) + 1 if entry in adjusted else None,
+                adjusted=by_mrd.value(entry, sign),
+                adjusted_rank=by_mrd.rank(entry),
+                adjusted_by_forecast=by_forecast.value(entry, sign),
+                forecast_rank=by_forecast.rank(entry),
             )
         )
     if table:
@@ -124,13 +131,20 @@ def standings(
         rows = _ranked_by_table(rows, table, ranking, sign)
     else:
         rows = _ranked_by_value(rows, sign)
-    if slope is not None:
+    if by_mrd.slope is not None:
         sentences.append(
-            f"Per unit of mean log MRD {metric.title} changes by {with_ci(_signed(slope, sign))}; adjusted values are "
-            "what each entry would have at the mean difficulty of all selections."
+            f"Per unit of mean log MRD {metric.title} changes by {with_ci(_signed(by_mrd.slope, sign))}; adjusted "
+            "values are what each entry would have at the mean difficulty of all selections."
         )
-    elif reason:
-        sentences.append(reason)
+    else:
+        sentences.append(f"Not adjusted: {by_mrd.reason or 'the difficulty of the selections was not measured'}.")
+    if by_forecast.slope is not None:
+        sentences.append(
+            f"Per unit of mean log flip time, the forecast of updates, it changes by "
+            f"{with_ci(_signed(by_forecast.slope, sign))}; values at equal forecast are those at its mean."
+        )
+    elif by_forecast.reason:
+        sentences.append(f"Not adjusted by forecast: {by_forecast.reason}.")
     rows.sort(key=lambda row: (row.rank is None, row.rank or 0))
     return tuple(rows), tuple(sentences)
 
@@ -196,23 +210,43 @@ def _ranked_by_value(rows: Sequence[Standing], sign: float) -> list[Standing]:
     return [dataclasses.replace(row, rank=ranks.get(row.entry)) for row in rows]
 
 
-def _adjusted_values(
-    measured: Sequence[tuple[str, str, float]], selections: Mapping[str, SelectionLabel]
-) -> tuple[dict[str, Estimate], Estimate | None, str]:
-    """Values at equal difficulty by entry, the slope, and the reason if there are none."""
+@dataclass(frozen=True)
+class _Adjusted:
+    """Values at equal difficulty.
+
+    Attributes:
+        values: by entry, higher is better; {} if there are none.
+        slope: of the value, per unit of difficulty.
+        reason: why there are none; "" where difficulty was not measured.
+    """
+
+    values: Mapping[str, Estimate]
+    slope: Estimate | None
+    reason: str
+
+    def value(self, entry: str, sign: float) -> Estimate | None:
+        return _signed(self.values[entry], sign) if entry in self.values else None
+
+    def rank(self, entry: str) -> int | None:
+        order = sorted(self.values, key=lambda each: -self.values[each].value)
+        return order.index(entry) + 1 if entry in self.values else None
+
+
+def _adjusted(measured: Sequence[tuple[str, str, float]], difficulties: Mapping[str, float | None]) -> _Adjusted:
+    """Values at equal difficulty, from that of each selection."""
     rows = [
         (entry, selection, value, difficulty)
         for entry, selection, value in measured
-        if (difficulty := selections[selection].mean_log_mrd) is not None and math.isfinite(difficulty)
+        if (difficulty := difficulties[selection]) is not None and math.isfinite(difficulty)
     ]
     if not rows:
-        return {}, None, "Not adjusted: the difficulty of the selections was not measured."
-    entries, selection_names, values, difficulties = (list(column) for column in zip(*rows, strict=True))
+        return _Adjusted({}, None, "")
+    entries, names, values, found = (list(column) for column in zip(*rows, strict=True))
     try:
-        result = bias.adjusted_scores(entries, difficulties, values, selection_names)
+        result = bias.adjusted_scores(entries, found, values, names)
     except UserError as error:
-        return {}, None, f"Not adjusted: {error}."
-    return {score.algorithm: score.adjusted for score in result.scores}, result.slope, ""
+        return _Adjusted({}, None, str(error))
+    return _Adjusted({score.algorithm: score.adjusted for score in result.scores}, result.slope, "")
 
 
 def _uncertainty_sentences(title: str, table: bias.ScoreTable, ranking: bias.Ranking) -> list[str]:

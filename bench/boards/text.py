@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from bench.boards.board import Board, metric_label
 from bench.boards.compare import Comparison, Side
+from bench.boards.page import has_forecasts
+from bench.boards.standings import Standing
 from bench.report.words import decimal, interval, three_digits
 from bench.results.export import latex_table
 
 
 def standings_latex(board: Board, metric: str) -> str:
     """The standings of a board as rows of a LaTeX table."""
+    forecast = has_forecasts(board, metric)
     rows = [
         {
             "rank": standing.rank,
@@ -18,11 +21,17 @@ def standings_latex(board: Board, metric: str) -> str:
             "95 % CI": interval(standing.value, 3),
             "adjusted": decimal(standing.adjusted.value, 3) if standing.adjusted else None,
             "adjusted rank": standing.adjusted_rank,
+            **(_forecast_cells(standing) if forecast else {}),
             "not separable": standing.groups,
         }
         for standing in board.standings[metric]
     ]
     return latex_table(list(rows[0]), rows)
+
+
+def _forecast_cells(standing: Standing) -> dict[str, str | int | None]:
+    value = standing.adjusted_by_forecast
+    return {"by forecast": decimal(value.value, 3) if value else None, "forecast rank": standing.forecast_rank}
 
 
 def comparison_lines(comparison: Comparison, first: Side, second: Side) -> list[str]:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from bench.boards.board import Board, boards
 from bench.boards.figures import pareto, strips
-from bench.boards.page import cells, columns, page
+from bench.boards.page import cells, columns, has_forecasts, page
 from bench.boards.text import standings_latex
 from bench.files.folders import unwritable
 from bench.report import figures
@@ -97,5 +97,6 @@ def overview(ranked: Sequence[Board], notes: Sequence[str]) -> str:
 
 
 def _table(board: Board, metric: str) -> str:
-    title = board.metrics[metric].title
-    return markdown_table(columns(title), [cells(standing) for standing in board.standings[metric]]) + "\n"
+    forecast = has_forecasts(board, metric)
+    rows = [cells(standing, forecast) for standing in board.standings[metric]]
+    return markdown_table(columns(board, metric), rows) + "\n"

@@ -87,6 +87,9 @@ def benchmark_arguments(parser: argparse.ArgumentParser) -> None:
     add = on_data("evaluation", "greedy answers by the replica pool against one question at a time", _evaluation)
     add("--generations", type=int, default=800, help="at most this many (default: 800)")
 
+    add = on_data("difficulty", "what each measure of difficulty costs, in forward passes", _difficulty)
+    add("--samples", type=int, default=100, help="at most this many samples (default: 100)")
+
     about = "the training loop against transformers' Trainer, and unlearning with MRD against without"
     add = on_data("unlearning", about, _unlearning)
     add("--retain", help="split of the task or data file of what is to be kept (default: the task's own)")
@@ -139,6 +142,13 @@ def _evaluation(arguments: argparse.Namespace) -> None:
     from bench.speed import evaluation
 
     evaluation.run_benchmark(arguments.model, arguments.data, arguments.split, arguments.generations, out)
+
+
+def _difficulty(arguments: argparse.Namespace) -> None:
+    out = _out(arguments)
+    from bench.speed import difficulty
+
+    difficulty.run_benchmark(arguments.model, arguments.data, arguments.split, arguments.samples, out)
 
 
 def _unlearning(arguments: argparse.Namespace) -> None:

@@ -18,6 +18,7 @@ from typing import Any
 import algorithms.objectives as objectives
 import scoring.mrd as mrd
 from algorithms.samplers import ORDERS
+from algorithms.schedule import ForgetGroup, Schedule
 from bench.cli.flags import USER_ERROR
 from bench.cli.main import VERBS, make_parser
 from bench.files.folders import unwritable
@@ -90,7 +91,7 @@ def contents() -> str:
     verbs = ", ".join(f"[{verb.name}](#mrd-bench-{verb.name})" for verb in VERBS)
     return (
         f"[Commands](#commands): {verbs}. [Files](#files): [data files](#data-files), [sweeps](#sweep-files), "
-        "[selections](#selections), [task files](#task-files). [Algorithms](#algorithms). "
+        "[schedules](#schedules), [selections](#selections), [task files](#task-files). [Algorithms](#algorithms). "
         "[Orders of samples](#orders-of-samples). [Statistics and estimators](#statistics-and-estimators). "
         "[Metrics](#metrics). [Tasks](#tasks). [Machines of `plan`](#machines-of-plan)."
     )
@@ -215,6 +216,11 @@ def files() -> list[str]:
         "### Sweep files",
         f"{first_sentence(SweepSpec)} A range is one of {', '.join(f'`{{{name}: [low, high]}}`' for name in RANGES)}.",
         settings_table(SweepSpec, flags=False),
+        "### Schedules",
+        f"{first_sentence(Schedule)} A YAML file for `--schedule`, or a mapping under `schedule` in a spec file.",
+        settings_table(Schedule, flags=False),
+        first_sentence(ForgetGroup),
+        settings_table(ForgetGroup, flags=False),
         "### Selections",
         f"{first_sentence(SelectionSpec)} Characteristics of texts for `by`: {names(MEASURED)}.",
         settings_table(SelectionSpec, flags=False),

@@ -12,6 +12,7 @@ from matplotlib.legend import Legend
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
+from bench.demo.findings import Forecasts
 from bench.demo.runs import DemoRun
 from bench.files.score_file import Scores
 from bench.jobs.draws import ScalingLine
@@ -73,6 +74,22 @@ def estimators(first: Scores, second: Scores) -> Draw:
         axes.plot(ends, ends, color=VERMILLION, linestyle="--", label="equal")
         axes.set_xlabel(f"MRD by {second.spec['estimator']}")
         axes.set_ylabel(f"MRD by {first.spec['estimator']}")
+        axes.legend(loc="upper left")
+
+    return draw
+
+
+def forecasts(found: Forecasts) -> Draw:
+    """The forecast against the real updates of each sample, with the diagonal."""
+
+    def draw(axes: Axes) -> None:
+        known = np.isfinite(found.flip_time) & np.isfinite(found.updates)
+        real, forecast = found.updates[known], found.flip_time[known]
+        axes.plot(real, forecast, color=BLUE, marker="o", linestyle="none", markersize=4, label="samples")
+        end = 1.05 * max([1.0, *real.tolist(), *forecast.tolist()])
+        axes.plot([0, end], [0, end], color=VERMILLION, linestyle="--", label="equal")
+        axes.set_xlabel("real updates until forgotten")
+        axes.set_ylabel("flip time, forecast")
         axes.legend(loc="upper left")
 
     return draw

@@ -10,7 +10,7 @@ from typing import Literal
 import numpy as np
 
 from bench.demo.elements import bullets, estimate_cells, figure, number, paragraph, table, with_interval
-from bench.demo.figures import difficulty, estimators, recall_by_epoch, scaling, trade_off
+from bench.demo.figures import difficulty, estimators, forecasts, recall_by_epoch, scaling, trade_off
 from bench.demo.findings import Findings, agreement
 from bench.demo.runs import DemoRun, Unlearning, best_runs_text, has_retain_set, percent, recipe_text, update_sentences
 from bench.files.score_file import Scores
@@ -35,6 +35,7 @@ def page(findings: Findings, unlearning: Unlearning) -> str:
         ("scaling", "Does MRD follow sigma?", _scaling(findings)),
         ("attributes", "Difficulty by attribute", _attributes(findings)),
         ("length", "Length as a confound", _length(findings)),
+        ("forecast", "How many updates will it take?", _forecast(findings)),
         ("unlearning", "Unlearning", _unlearning(unlearning)),
     ]
     links = "".join(f'<li><a href="#{name}">{escape(title)}</a></li>' for name, title, _ in sections)
@@ -274,6 +275,26 @@ def _length(findings: Findings) -> str:
         "are measured on question and answer against the training text, each record as often as an epoch repeats it."
     )
     return paragraph(sentence) + table("Rank correlations", head, rows) + paragraph(note)
+
+
+def _forecast(findings: Findings) -> str:
+    found = findings.forecasts
+    spec = found.spec
+    intro = (
+        f"Flip time forecasts how many updates it takes until a sample is forgotten: how far the margins of its tokens "
+        f"have to go, over how fast the first updates move them. Here it looks ahead {spec['lookahead']} gradients, "
+        f"and is held against the real number: each sample of {spec['data']}/{spec['split']}, evenly spaced, is "
+        f"forgotten alone by {spec['algorithm']} with {_OPTIMIZERS[spec['optimizer']]}, learning rate "
+        f"{spec['learning_rate']:g}, until its memorization accuracy is below {found.rule:g}."
+    )
+    flip_time, mrd = found.correlations()
+    alt = f"Forecast against real updates; Spearman {with_ci(flip_time)}, of MRD {with_ci(mrd)}."
+    drawn = figures.svg(forecasts(found), "forecast", alt)
+    caption = "Every sample: flip time against the updates that it really took; on the dashed line they are equal."
+    return paragraph(intro) + paragraph(found.sentence()) + figure(drawn, caption)
+
+
+_OPTIMIZERS = {"adamw": "AdamW", "sgd": "SGD"}
 
 
 def _unlearning(unlearning: Unlearning) -> str:

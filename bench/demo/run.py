@@ -1,6 +1,7 @@
 """The demo: scores, checks and unlearns the embedded task under the embedded model, and puts all on one page.
 
-    score a forget set three ways -> check the scaling with sigma -> score all samples -> unlearn -> findings -> page
+    score a forget set three ways -> check the scaling with sigma -> score all samples -> forecast updates -> unlearn
+    -> findings -> page
 
 Every step continues where it was stopped; with all results there, a second run only writes the page again.
 """
@@ -10,9 +11,10 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,14 +23,16 @@ from tqdm import tqdm
 
 from algorithms.recipe import Objectives
 from bench.demo.figures import difficulty, recall_by_epoch, scaling, trade_off
-from bench.demo.findings import Findings
+from bench.demo.findings import Findings, Forecasts
 from bench.demo.page import page
 from bench.demo.runs import DemoRun, Unlearning, has_retain_set, predictions, table_lines
 from bench.files.score_file import Scores, read_scores
+from bench.jobs import difficulty as measures
 from bench.jobs.draws import Point, ScalingLine, measure_draws, scaling_line
 from bench.jobs.resources import Resources
 from bench.jobs.score import ScoreSpec, score
 from bench.jobs.summary import print_summary
+from bench.jobs.truth import TruthSpec, truth
 from bench.jobs.unlearn import UnlearnSpec, unlearn
 from bench.models.find import ModelReference, find_model
 from bench.report import figures
@@ -55,18 +59,22 @@ SCALING: tuple[tuple[EstimatorName, str, Dtype, tuple[float, ...]], ...] = (
 
 ALPHAS = (0.0, 1.0)
 SHOWN_ESTIMATORS: tuple[EstimatorName, ...] = ("monte-carlo", "gradient", "curvature")
+# Memorization accuracy below which a sample whose updates are forecast counts as forgotten: some way to go, as the
+# embedded model knows its answers by heart.
+FORGOTTEN_BELOW, LOOKAHEAD = 0.75, 2
 POLL_S = 1.0  # between looks at the progress of runs
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """How much the demo measures; the defaults take about four minutes on two cores.
+    """How much the demo measures; the defaults take about five minutes on two cores.
 
     Attributes:
         draws: K of Monte Carlo.
         attribute_split: the split that is compared by attribute.
         scaling_samples: samples of the scaling check, evenly spaced over the split.
         scaling_draws: draws (pairs, for antithetic) at each sigma of the scaling check.
+        forecast_samples: samples whose updates are forecast and counted, evenly spaced over the split.
         algorithms: algorithms of unlearning, each at ALPHAS.
         epochs: epochs of unlearning.
         evaluated: samples of the forget and of the retain set that are answered after each epoch.
@@ -76,6 +84,7 @@ class Sizes:
     attribute_split: str = "full"
     scaling_samples: int = 10
     scaling_draws: int = 12
+    forecast_samples: int = 24
     algorithms: tuple[str, ...] = ("GA", "GradDiff", "PO", "NPO")
     epochs: int = 8
     evaluated: int = 40
@@ -101,7 +110,7 @@ def run_demo(
     # Before the cluster starts: if the model must be trained first, that takes all cores.
     model = find_model(MODEL)
 
-    print(f"1/5 Memory Removal Difficulty of {len(records)} samples ({TASK}/{split}), by three estimators")
+    print(f"1/6 Memory Removal Difficulty of {len(records)} samples ({TASK}/{split}), by three estimators")
     results = {
         estimator: score(
             ScoreSpec(
@@ -117,22 +126,25 @@ def run_demo(
         )
         for estimator in SHOWN_ESTIMATORS
     }
-    print("2/5 Does MRD follow sigma? In float32, and in bfloat16")
+    print("2/6 Does MRD follow sigma? In float32, and in bfloat16")
     scaling_lines = scaling_check(out / "scaling.parquet", model, split, sizes, resources)
 
-    print(f"3/5 Difficulty by attribute, on {TASK}/{sizes.attribute_split}")
+    print(f"3/6 Difficulty by attribute, on {TASK}/{sizes.attribute_split}")
     attribute_spec = ScoreSpec(model=MODEL, data=TASK, split=sizes.attribute_split, estimator="gradient")
     score(attribute_spec, out / "scores-whole.parquet", resources, overwrite)
     attribute_scores = Scores.read(out / "scores-whole.parquet")
     attribute_records = load_dataset(TASK, sizes.attribute_split).records
     corpus = [f"{record['question']} {record['answer']}" for record in authors.training_records()]
 
+    print(f"4/6 How many updates will it take? Forecasts of {sizes.forecast_samples} samples, and the real numbers")
+    forecasts = forecast_updates(out, split, sizes, resources, overwrite)
+
     specs, skipped = unlearning_specs(split, sizes)
     names = [*dict.fromkeys(spec.algorithm for spec in specs), *(f"not {name} (no retain set)" for name in skipped)]
-    print(f"4/5 Unlearning {TASK}/{split}, alpha 0 and 1, {sizes.epochs} epochs: {', '.join(names)}")
+    print(f"5/6 Unlearning {TASK}/{split}, alpha 0 and 1, {sizes.epochs} epochs: {', '.join(names)}")
     folders = unlearn_side_by_side(specs, out / "unlearning", resources, overwrite)
 
-    print("5/5 Page and pictures")
+    print("6/6 Page and pictures")
     scores = {name: Scores.read(result.path) for name, result in results.items()}
     findings = Findings(
         monte_carlo=scores["monte-carlo"],
@@ -144,6 +156,7 @@ def run_demo(
         scaling_draws=sizes.scaling_draws,
         effects=attribute_effects(attribute_scores, attribute_records),
         correlations=correlations(attribute_scores, attribute_records, corpus),
+        forecasts=forecasts,
         model=_model_facts(model),
     )
     runs = [DemoRun.read(folder) for folder in folders]
@@ -199,6 +212,26 @@ def scaling_check(
     ]
     drawn = iter(measure_draws(path, model, samples, points, resources))
     return [scaling_line(list(islice(drawn, len(sigmas))), statistic) for _, statistic, _, sigmas in SCALING]
+
+
+def forecast_updates(out: Path, split: str, sizes: Sizes, resources: Resources, overwrite: bool) -> Forecasts:
+    """Forecast the updates of a few samples, and forget each alone; writes `out`/forecast.parquet and updates.parquet,
+    or reads them if they are there."""
+    on: dict[str, Any] = {"model": MODEL, "data": TASK, "split": split, "samples": sizes.forecast_samples}
+    rule = FORGOTTEN_BELOW
+    spec = measures.DifficultySpec(measure=["flip-time", "mrd"], thresholds=[rule], lookahead=LOOKAHEAD, **on)
+    forecast = measures.difficulty(spec, out / "forecast.parquet", resources, overwrite).table
+    counted = TruthSpec(until=[rule], **on)
+    real = truth(counted, out / "updates.parquet", resources, overwrite).table
+    updates_of = dict(zip(real["sample_id"].to_pylist(), real[f"updates@{rule:g}"].to_pylist(), strict=True))
+    return Forecasts(
+        rule,
+        asdict(spec),
+        forecast[f"flip-time@{rule:g}"].to_numpy(),
+        forecast["mrd"].to_numpy(),
+        np.array([updates_of[name] for name in forecast["sample_id"].to_pylist()], dtype=float),
+        counted.most_updates,
+    )
 
 
 def unlearning_specs(split: str, sizes: Sizes) -> tuple[list[UnlearnSpec], list[str]]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from scoring.errors import UserError, unknown_name
 from scoring.files import replacing
 from scoring.settings import Naming, named
 
-PRESETS = ("demo", "paper")
+PRESETS = ("demo", "decide", "paper")
 SPECS = Path(__file__).parent / "specs"
 ALL = "all"
 SCHEMA_VERSION = 1
@@ -48,7 +49,10 @@ TABLES = (
     "table12",
     "table13",
 )
-NAMES = (*FIGURES, *TABLES)
+# Questions that the paper does not ask; they are run by name.
+FURTHER = ("tournament", "samplers")
+PAPERS = (*FIGURES, *TABLES)
+NAMES = (*PAPERS, *FURTHER)
 EXPERIMENTS: dict[str, Experiment] = {name: import_module(f"bench.experiments.{name}").EXPERIMENT for name in NAMES}
 
 
@@ -59,16 +63,21 @@ def reproduce(
     resources: SweepResources | None = None,
     spec: str | Path | None = None,
     progress: bool = True,
+    model: str | None = None,
+    data: str | None = None,
+    split: str | None = None,
 ) -> list[Path]:
     """Answer a question of the paper, or all of them, and give the folders of the answers.
 
     Args:
-        name: of an experiment, or "all".
-        preset: "demo", on the embedded tasks in minutes, or "paper", at the paper's scale.
+        name: of an experiment, or "all" that are the paper's.
+        preset: "demo", on the embedded tasks in minutes; "decide", with the power to tell; or "paper", at the paper's
+            scale.
         out: a folder; the same call continues where it was stopped.
         resources: how trials, and replicas, are spread.
         spec: a file instead of the experiment's own, with a section named like the preset; for one experiment.
         progress: show bars.
+        model, data, split: run the experiment on these instead, where it can be run on any.
 
     Raises:
         UserError: no such experiment or preset, a spec at fault, or `out` holds answers of another preset.
@@ -79,13 +88,22 @@ def reproduce(
         raise unknown_name("experiment", name, [*EXPERIMENTS, ALL])
     if spec is not None and name == ALL:
         raise UserError(f"{named('spec')} is for one experiment: name it instead of all")
+    if (model is None) != (data is None):
+        raise UserError(f"{named('model')} and {named('task')} go together: name both, or none")
+    if model is not None and (name == ALL or EXPERIMENTS[name].on_model is None):
+        able = ", ".join(each for each, experiment in EXPERIMENTS.items() if experiment.on_model)
+        raise UserError(f"{named('model')} {model}: {name} cannot be run on any model by a flag; {able} can")
     out = Path(out).absolute()
-    chosen = list(EXPERIMENTS.values()) if name == ALL else [EXPERIMENTS[name]]
+    chosen = [EXPERIMENTS[each] for each in (PAPERS if name == ALL else (name,))]
     # All specs are read first, so that a mistake in the last one is not noticed after an hour.
     setups = [
         _setup(experiment, preset, Path(spec) if spec else SPECS / f"{experiment.name}.yaml", out, resources, progress)
         for experiment in chosen
     ]
+    if model is not None and data is not None:
+        on_model = chosen[0].on_model
+        assert on_model is not None
+        setups = [replace(setup, values=on_model(setup.values, model, data, split)) for setup in setups]
     with locked(out / "work", out, "run"):
         folders = [
             _answer_once(experiment, setup, preset, out) for experiment, setup in zip(chosen, setups, strict=True)
@@ -102,7 +120,10 @@ def _setup(
         raise UserError(f"{path}: {unknown_name('preset', str(unknown), PRESETS)}")
     values = sections.get(preset)
     if not isinstance(values, dict):
-        raise UserError(f"{path}: no section {preset!r}: expected a mapping of what the experiment is given")
+        there = ", ".join(name for name in PRESETS if isinstance(sections.get(name), dict))
+        raise UserError(
+            f"{path}: no section {preset!r}: expected a mapping of what the experiment is given; there is {there}"
+        )
     resources = (resources or SweepResources()).checked()
     work = out / "work" / experiment.name
     names = Naming(file=str(path), lines=lines, path=(preset,))

@@ -2,12 +2,33 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 from collections.abc import Sequence
 from typing import Any
 
 from scoring.plugins import loaded_plugins
+from scoring.settings import settings_of
+
+
+def identity_fields(spec: Any, left_out: Sequence[str] = ()) -> dict[str, Any]:
+    """The fields of a spec that are in its identity.
+
+    A field that specs had none of once is named in the spec's ADDED_LATER, and is left out while it has its default: so
+    what was run before there was such a field has the same identity as ever.
+
+    Args:
+        left_out: fields that never are in it.
+    """
+    defaults = {
+        setting.name: setting.default for setting in settings_of(type(spec)) if setting.name in spec.ADDED_LATER
+    }
+    return {
+        name: value
+        for name, value in dataclasses.asdict(spec).items()
+        if name not in left_out and not (name in defaults and value == defaults[name])
+    }
 
 
 def with_spec_hash(content: dict[str, Any], named: Sequence[str]) -> dict[str, Any]:
@@ -25,4 +46,5 @@ def with_spec_hash(content: dict[str, Any], named: Sequence[str]) -> dict[str, A
 
 def differences(other: dict[str, Any], identity: dict[str, Any]) -> str:
     """What two identities differ in, for a message."""
-    return ", ".join(key for key in identity if other.get(key) != identity[key] and key != "spec_hash")
+    keys = dict.fromkeys([*identity, *other])
+    return ", ".join(key for key in keys if other.get(key) != identity.get(key) and key != "spec_hash")

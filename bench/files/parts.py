@@ -18,7 +18,7 @@ from filelock import FileLock
 from bench.files.folders import claim, locked, owner_of
 from bench.files.identity import differences
 from bench.files.score_file import FACTS_KEY, read_scores
-from scoring.errors import UserError
+from scoring.errors import RefusedUnderWay, UserError
 from scoring.files import replacing, shown
 from scoring.mrd import Draws
 from scoring.settings import named
@@ -86,9 +86,9 @@ class Parts:
             raise
         return self
 
-    def __exit__(self, *_: object) -> None:
-        # Refused before anything was done: the next command, mended, must not find the claim of this one.
-        if not any(self.folder.glob("*.parquet")):
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        # Refused: the next command, mended, must not find the claim of this one.
+        if not any(self.folder.glob("*.parquet")) or (kind is not None and issubclass(kind, RefusedUnderWay)):
             self.remove()
         if self._lock is not None:
             self._lock.release()

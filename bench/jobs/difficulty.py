@@ -290,6 +290,8 @@ def print_difficulty(result: DifficultyResult) -> None:
 def _line(column: str, table: pa.Table, cost: Mapping[str, float], seconds: Mapping[str, float]) -> str:
     name = column.partition("@")[0]
     values = table[column].to_numpy()
+    if np.isnan(values).all():
+        return f"{column:<28}{'not defined for any sample':>36}"
     low, middle, high = np.nanquantile(values, [0.1, 0.5, 0.9], method="nearest")
     text = f"{column:<28}{middle:>12.4g}{low:>12.4g}{high:>12.4g}"
     if name not in MEASURES:

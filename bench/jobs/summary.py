@@ -95,7 +95,7 @@ def print_sweep(result: SweepResult) -> None:
     trials, record = result.trials, result.record
     counts = ", ".join(f"{count} {status}" for status, count in record["counts"].items())
     print(f"{trials.num_rows} trials ({counts}) in {record['seconds']:.0f} s -> {result.folder}")
-    varied = [name for name in record["spec"]["vary"] if name != "seed"]
+    varied = [name for name in ("arm", *record["spec"]["vary"]) if name in trials.column_names and name != "seed"]
     measured = [name for name in ("completeness", "utility", "balance", "updates") if name in trials.column_names]
     rows = trials.filter(pc.equal(trials["status"], FINISHED)).to_pylist()
     groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}

@@ -37,7 +37,8 @@ BYTES_RESULT = 300_000  # of a trial, on disk, for a selection of a few hundred 
 
 
 class _SweepFolder(OwnedFolder):
-    KIND, BEGUN, RECORD = "sweep", ("selections.parquet", "difficulty.parquet.parts"), "sweep.json"
+    KIND, RECORD = "sweep", "sweep.json"
+    BEGUN = ("selections.parquet", "difficulty.parquet.parts", "forecast.parquet.parts")
 
     def reopen(self) -> None:
         """So that it is not finished."""

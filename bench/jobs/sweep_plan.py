@@ -9,17 +9,18 @@ import dataclasses
 import itertools
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 import numpy as np
 import pyarrow.compute as pc
 
 from algorithms.stopping import Thresholds, measure_memorization
-from bench.files.identity import with_spec_hash
+from bench.files.identity import identity_fields, with_spec_hash
+from bench.jobs.difficulty import DifficultySpec, difficulty
 from bench.jobs.evaluate import EvaluationResult, evaluate_spec
 from bench.jobs.evaluation_spec import EvaluateSpec
 from bench.jobs.resources import SweepResources
@@ -45,10 +46,18 @@ RANGES = ("uniform", "log_uniform", "integers")
 class SweepSpec:
     """What is swept."""
 
+    ADDED_LATER: ClassVar = ("arms", "forecast")
+
     base: Annotated[dict[str, Any], Doc("settings of `unlearn`, by name, that all trials share")]
     vary: Annotated[
         dict[str, Any],
         Doc("setting -> list of values; of a search also {uniform: [a, b]}, {log_uniform: ...}, {integers: ...}"),
+    ] = field(default_factory=dict)
+    arms: Annotated[
+        dict[str, dict[str, Any]],
+        Doc(
+            "name -> settings that go together, over those of base; each configuration is run with each (default: none)"
+        ),
     ] = field(default_factory=dict)
     selections: Annotated[
         list[dict[str, Any]],
@@ -79,6 +88,10 @@ class SweepSpec:
         Doc("a sample counts as forgotten below the averages over its selection, or over the whole split"),
     ] = "selection"
     keep_models: Annotated[bool, Doc("save the model of every trial")] = False
+    forecast: Annotated[
+        bool,
+        Doc("measure the flip time of every forget sample too, for ranks at equal forecast: 4 forward passes a sample"),
+    ] = False
     seed: Annotated[int, Ge(0), Doc("of the search")] = 0
 
     def checked(self) -> Self:
@@ -113,6 +126,7 @@ class SweepSpec:
             if name in UnlearnSpec.EXECUTION:
                 raise UserError(f"{called(name)} does not change what a trial ends with: set it in base")
             _check_values(called(name), values, self.search)
+        self._check_arms(names)
         if "selection" in self.base:
             raise UserError(f"{current_naming().under('base')('selection')} is set: name the samples under selections")
         for name in ("model", "task", "split"):
@@ -121,6 +135,19 @@ class SweepSpec:
                 raise UserError(f"{where} is that of the trials: leave it out")
         self.selection_specs()
         return self
+
+    def _check_arms(self, names: Sequence[str]) -> None:
+        if self.arms and self.search == "optuna":
+            raise UserError(f"{named('arms')} and {named('search')} optuna exclude each other: all arms are run")
+        for arm, fields in self.arms.items():
+            called = current_naming().under("arms", arm)
+            for name in fields:
+                if name not in names:
+                    raise UserError(f"{called.start(name)}unknown field {name!r}: {expected_one_of(name, names)}")
+                if name in self.vary:
+                    raise UserError(f"{called(name)} is in vary as well: expected it in one of them")
+                if name in (*UnlearnSpec.EXECUTION, "model", "task", "forget_split"):
+                    raise UserError(f"{called(name)} is the same for all arms: set it in base")
 
     def selection_specs(self) -> list[SelectionSpec]:
         specs = []
@@ -158,6 +185,8 @@ class SweepPlan:
         identity: of the sweep, with its hash.
         model, dataset: those of `base`; the forget set before selection.
         mrd: by sample id, of the forget set under the model; {} until `choose`.
+        flip_time: the same, in updates; {} where it is not asked for.
+        arms: the arm of each trial by its hash, if there are arms.
         selections: {} until `choose`, by name.
     """
 
@@ -176,18 +205,22 @@ class SweepPlan:
         for name, values in self.spec.vary.items():
             for value in values if isinstance(values, list) else next(iter(values.values())):
                 self.unlearn_spec(firsts | {name: value})
+        for arm in spec.arms:
+            self.unlearn_spec(firsts, arm)
         self.model: ModelReference = find_model(self.base.model)
         self.dataset: Dataset = load_dataset(self.base.task, self.base.forget_split, self.model.tokenizer)
         self.evaluation = self._evaluation()
         self._check_objective()
         self.mrd: dict[str, float] = {}
+        self.flip_time: dict[str, float] = {}
+        self.arms: dict[str, str] = {}
         self.selections: dict[str, Selection] = {}
         self.paths: dict[str, Path] = {}
         self.thresholds: dict[str, Any] = {}
         self.references: dict[str, Columns] = {}
         self.reference_fingerprints: list[str] = []
         base = {name: value for name, value in spec.base.items() if name not in UnlearnSpec.EXECUTION}
-        content = dataclasses.asdict(spec) | {
+        content = identity_fields(spec) | {
             "base": base,
             "schema_version": SCHEMA_VERSION,
             "model_fingerprint": self.model.fingerprint,
@@ -195,19 +228,23 @@ class SweepPlan:
         }
         self.identity = with_spec_hash(content, ())
 
-    def unlearn_spec(self, values: Mapping[str, Any]) -> UnlearnSpec:
+    def unlearn_spec(self, values: Mapping[str, Any], arm: str | None = None) -> UnlearnSpec:
         """A configuration's run, on the whole forget set, in the trial's own process unless it says otherwise."""
-        with self._naming(values):
-            return build(UnlearnSpec, {"workers": 0} | self.spec.base | dict(values)).checked()
+        of_arm = {} if arm is None else self.spec.arms[arm]
+        with self._naming(values, arm):
+            return build(UnlearnSpec, {"workers": 0} | self.spec.base | of_arm | dict(values)).checked()
 
-    def _naming(self, values: Mapping[str, Any]) -> AbstractContextManager[None]:
-        """Within the context settings are called as the sweep's file has them: under vary, or under base."""
+    def _naming(self, values: Mapping[str, Any], arm: str | None) -> AbstractContextManager[None]:
+        """Within the context settings are called as the sweep's file has them: under vary, arms or base."""
         names = current_naming()
+        parts: list[tuple[tuple[str, ...], Mapping[str, Any]]] = [(("base",), self.spec.base), (("vary",), values)]
+        if arm is not None:
+            parts.append((("arms", arm), self.spec.arms[arm]))
         lines: dict[tuple[str | int, ...], int] = {
-            ("base", name): names.lines[*names.path, part, name]
-            for part in ("base", "vary")
-            for name in (self.spec.base if part == "base" else values)
-            if (*names.path, part, name) in names.lines
+            ("base", name): names.lines[*names.path, *part, name]
+            for part, fields in parts
+            for name in fields
+            if (*names.path, *part, name) in names.lines
         }
         return naming(dataclasses.replace(names, lines=lines, path=("base",)))
 
@@ -258,13 +295,37 @@ class SweepPlan:
                 progress=False,
             ).table
             self.mrd = dict(zip(scores["sample_id"].to_pylist(), scores["mrd"].to_pylist(), strict=True))
+        if self.spec.forecast:
+            self.flip_time = self._flip_times(resources)
         chosen = select(specs, self.dataset, self.mrd)
         self.selections = {selection.name: selection for selection in chosen}
-        self.paths = write_selections(chosen, self.mrd, self.out)
+        self.paths = write_selections(chosen, self.mrd, self.out, self.flip_time)
         if self.spec.thresholds == "split":
             self.thresholds = self._split_thresholds()
         if self.evaluation is not None:
             self._measure_references(self.evaluation, resources)
+
+    def _flip_times(self, resources: SweepResources) -> dict[str, float]:
+        """Flip time of each forget sample: of gradient ascent on it alone by AdamW, until its MA is below the average.
+
+        One number a sample, whatever the algorithms of the trials, as MRD is: it is a difficulty of the sample. The
+        learning rate is that of base, or the first in vary.
+        """
+        measured = difficulty(
+            DifficultySpec(
+                model=self.base.model,
+                data=self.base.task,
+                split=self.base.forget_split,
+                measure=["flip-time"],
+                learning_rate=self.base.learning_rate,
+                batch_tokens=self.base.batch_tokens,
+            ),
+            self.out / "forecast.parquet",
+            resources.replicas(),
+            progress=False,
+        ).table
+        ids, times = measured["sample_id"].to_pylist(), measured["flip-time@average"].to_pylist()
+        return dict(zip(ids, times, strict=True))
 
     def _split_thresholds(self) -> dict[str, Any]:
         """MA and EL that a forgotten sample is below: the averages over the whole split on the initial model."""
@@ -299,35 +360,42 @@ class SweepPlan:
             fingerprint for role, fingerprint in result.record["spec"]["fingerprints"].items() if role != MODEL
         ]
 
-    def trial(self, values: Mapping[str, Any], selection: Selection) -> Trial:
+    def trial(self, values: Mapping[str, Any], selection: Selection, arm: str | None = None) -> Trial:
         """A configuration on a selection.
 
         Raises:
             UserError: they do not go together.
         """
         whole = selection.kind == "all"
-        run = self.unlearn_spec(values)
+        run = self.unlearn_spec(values, arm)
         path = None if whole else str(self.paths[selection.name])
         run = dataclasses.replace(run, selection=path, **self.thresholds)
         evaluation = None if self.evaluation is None else dataclasses.replace(self.evaluation, selection=path)
-        return make_trial(run, selection.name, evaluation, self.spec.each_epoch, self.reference_fingerprints)
+        trial = make_trial(run, selection.name, evaluation, self.spec.each_epoch, self.reference_fingerprints)
+        if arm is not None:
+            self.arms.setdefault(trial.hash, arm)
+        return trial
 
     def trials(self, values: Mapping[str, Any]) -> list[Trial]:
-        """A configuration on every selection."""
-        return [self.trial(values, selection) for selection in self.selections.values()]
+        """A configuration on every selection, with every arm."""
+        arms: list[str | None] = [*self.spec.arms] or [None]
+        return [self.trial(values, selection, arm) for arm in arms for selection in self.selections.values()]
 
 
 def _with_absolute_paths(spec: SweepSpec) -> SweepSpec:
     """The same sweep with paths that its trials find wherever they run. For its work, not for its identity: the same
     files in another place are the same sweep."""
     base = with_absolute_paths(spec.base)
+    arms = {
+        arm: {name: with_absolute_paths(base | fields)[name] for name in fields} for arm, fields in spec.arms.items()
+    }
     vary = {
         name: [with_absolute_paths({**base, name: value})[name] for value in values]
         if isinstance(values, list)
         else values
         for name, values in spec.vary.items()
     }
-    return dataclasses.replace(spec, base=base, vary=vary)
+    return dataclasses.replace(spec, base=base, vary=vary, arms=arms)
 
 
 def _columns(result: EvaluationResult) -> dict[str, Columns]:

@@ -18,7 +18,7 @@ from bench.files.status import DIED
 from bench.jobs.sweep_plan import SweepPlan
 from bench.jobs.trial import Result, Trial, TrialStore
 from bench.jobs.unlearn import UnlearnSpec
-from bench.tasks.selections import mean_log_mrd
+from bench.tasks.selections import mean_log_flip_time, mean_log_mrd
 from scoring.errors import UserError
 from scoring.files import replacing
 
@@ -31,8 +31,8 @@ class SweepResult:
 
     Attributes:
         folder: with the tables, selections.parquet and sweep.json.
-        trials: one row a trial: hash, status, reason, selection and its difficulty, the fields of its spec, and what it
-            ended with.
+        trials: one row a trial: hash, status, reason, selection and its difficulty, its arm where there are arms, the
+            fields of its spec, and what it ended with.
         epochs: one row an epoch of a trial; row 0 is the initial model.
         samples: one row a forget sample of a trial.
         record: what a reader must know: spec, counts, seconds, packages.
@@ -83,6 +83,7 @@ def _row(plan: SweepPlan, trial: Trial, result: Result) -> dict[str, Any]:
     spec = {name: getattr(trial.spec, name) for name in _SPEC_COLUMNS}
     # Of several types: a number of draws may be "auto".
     spec |= {"settings": json.dumps(spec["settings"], sort_keys=True), "draws": str(spec["draws"])}
+    spec["schedule"] = spec["schedule"] and json.dumps(spec["schedule"], sort_keys=True)
     return {
         "trial": trial.hash,
         "status": result["status"],
@@ -92,6 +93,8 @@ def _row(plan: SweepPlan, trial: Trial, result: Result) -> dict[str, Any]:
         "level": selection.level,
         "forget_samples": len(selection.ids),
         "mean_log_mrd": mean_log_mrd(selection, plan.mrd) if plan.mrd else None,
+        **({"mean_log_flip_time": mean_log_flip_time(selection, plan.flip_time)} if plan.flip_time else {}),
+        **({"arm": plan.arms[trial.hash]} if plan.spec.arms else {}),
         **spec,
         "updates": result.get("updates"),
         "seconds": result["seconds"],

@@ -28,10 +28,10 @@ from bench.jobs.resources import Resources
 from bench.models.find import find_model
 from bench.tasks.datasets import check_dataset, open_texts
 from scoring.api import run_tasks
-from scoring.errors import UserError
-from scoring.measuring import AVERAGE, MA_COLUMN, MemorizationTask, joined, threshold_name
+from scoring.errors import RefusedUnderWay, UserError
+from scoring.measuring import AVERAGE, MA_COLUMN, NOT_FINITE, MemorizationTask, average_of, joined, threshold_name
 from scoring.sample_file import Batches
-from scoring.samples import Batch, Rejected
+from scoring.samples import Batch, Rejected, nothing_scored
 from scoring.settings import Doc, Ge, Gt, Le, check, named
 from scoring.updates import UpdateSettings
 from scoring.work import ReplicaSpec, ReplicaTask
@@ -167,6 +167,17 @@ def truth(
             if any(rule in (PAPER, EL) for rule in spec.until):
                 tasks = [ExtractionTask(n, spec.el_n, eos) for n in range(len(batches))]
                 initial |= in_rows(run(tasks, _by_batch(batches), "measuring EL"))
+                initial["el"][np.isnan(initial[MA_COLUMN])] = np.nan
+            sound = ~np.isnan(initial[MA_COLUMN])
+            unsound = [Rejected(samples[row].sample_id, NOT_FINITE) for row in np.flatnonzero(~sound)]
+            rejected += unsound
+            if not sound.any():
+                raise RefusedUnderWay(str(nothing_scored(texts.name, rejected)))
+            if unsound and spec.together:
+                raise RefusedUnderWay(
+                    f"sample {unsound[0].sample_id!r}: {NOT_FINITE}, and an update on it would spoil the model for "
+                    "all: leave it out"
+                )
             rules = _rules(spec, initial)
             found: dict[int | None, dict[str, np.ndarray]]
             if spec.together:
@@ -191,6 +202,8 @@ def truth(
             base = {"sample_id": samples.sample_ids, "num_tokens": samples.num_scored}
             tables.append(pa.table(base | of_run | initial | columns))
         table = pa.concat_tables(tables)
+        if unsound:
+            table = table.filter(pa.array(sound))
         record = dataclasses.asdict(parts.all_facts()) | {
             "rejected": [dataclasses.asdict(r) for r in rejected],
             "rules": {name: dataclasses.asdict(rule) for name, rule in rules.items()},
@@ -215,17 +228,17 @@ def _rules(spec: TruthSpec, initial: Mapping[str, np.ndarray]) -> dict[str, Rule
     """The rules by name, with the averages over all samples under the initial model.
 
     Raises:
-        UserError: EL is asked for and no sample has one.
+        RefusedUnderWay: EL is asked for and no sample has one.
     """
-    average_ma = float(initial[MA_COLUMN].mean())
+    average_ma = average_of(initial[MA_COLUMN])
     average_el = None
     if "el" in initial:
         if not np.isfinite(initial["el"]).any():
-            raise UserError(
+            raise RefusedUnderWay(
                 f"{named('until')} asks for EL, which is not defined for any sample: all have at most "
                 f"{named('el_n')} = {spec.el_n} tokens"
             )
-        average_el = float(np.nanmean(initial["el"]))
+        average_el = average_of(initial["el"])
     special = {PAPER: Rule(average_ma, average_el), EL: Rule(None, average_el), AVERAGE: Rule(average_ma)}
     return {threshold_name(rule): special[rule] if isinstance(rule, str) else Rule(float(rule)) for rule in spec.until}
 

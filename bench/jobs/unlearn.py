@@ -20,11 +20,15 @@ from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from algorithms.corpus import REFUSALS, Corpus, Encoder, Evaluation, answers_evaluation, make_corpus
+from algorithms.ease import MRD, is_file, sha256_of_values
+from algorithms.ease import absolute_source as absolute_ease
 from algorithms.history import History, Progress
 from algorithms.objectives import algorithm_name
 from algorithms.ray_train import TrainingJob, train_here, train_on_ray
 from algorithms.recipe import AnswersMeasured, Execution, Objectives, Recipe, total_updates
-from bench.files.identity import with_spec_hash
+from algorithms.schedule import resolved_schedule
+from bench.files.identity import identity_fields, with_spec_hash
+from bench.files.spec import read_mapping
 from bench.jobs.resources import Resources, check_gpus
 from bench.jobs.run_folder import RunFolder, UnlearnResult, full_disks_said_plainly, read_run
 from bench.models.find import ModelName, ModelReference, absolute_model, find_model
@@ -43,7 +47,7 @@ from scoring.cluster import connect
 from scoring.errors import UserError
 from scoring.files import shown
 from scoring.samples import TextSet
-from scoring.settings import Doc, named
+from scoring.settings import Doc, Naming, named, naming
 
 SCHEMA_VERSION = 1
 # Bytes on disk for a weight: the model in fp32, and two moments of AdamW.
@@ -60,6 +64,7 @@ class UnlearnSpec(Recipe, Execution, AnswersMeasured):
     """
 
     EXECUTION: ClassVar = tuple(field.name for field in dataclasses.fields(Execution))
+    ADDED_LATER: ClassVar = ("optimizer", "weights", "schedule", "hold_penalty", "reward")
 
     model: Annotated[ModelName, Doc("an embedded model (authors, authors:retain90), a folder, or a Hugging Face id")]
     task: Annotated[DataName, Doc("a task, NAME:SOURCE, a task file (.yaml), or a data file of the forget set")]
@@ -82,6 +87,11 @@ class UnlearnSpec(Recipe, Execution, AnswersMeasured):
         """
         if self.epochs is None and self.max_steps is None and (task := _task(self)) and (task.epochs or task.max_steps):
             return dataclasses.replace(self, epochs=task.epochs, max_steps=task.max_steps).checked()
+        if isinstance(self.schedule, str):
+            values, lines = read_mapping(self.schedule)
+            with naming(Naming(file=self.schedule, lines=lines)):
+                schedule = resolved_schedule(values, self.algorithm, self.settings, self.forget_weight)
+            return dataclasses.replace(self, schedule=dataclasses.asdict(schedule)).checked()
         filled = self.resolved()
         filled["algorithm"] = algorithm_name(self.algorithm)
         check_gpus("gpus_per_worker", self.gpus_per_worker)
@@ -92,9 +102,13 @@ def with_absolute_paths(fields: Mapping[str, Any]) -> dict[str, Any]:
     """Fields of an UnlearnSpec; those that name files and folders are right in every process, whatever folder it works
     in."""
     located = dict(fields)
-    for name in ("selection", "refusals"):
+    for name in ("selection", "refusals", "schedule"):
         if isinstance(path := fields.get(name), str):
             located[name] = str(Path(path).absolute())
+    if isinstance(weights := fields.get("weights"), str):
+        located["weights"] = absolute_ease(weights)
+    if isinstance(schedule := fields.get("schedule"), dict) and isinstance(schedule.get("by"), str):
+        located["schedule"] = schedule | {"by": absolute_ease(schedule["by"])}
     if isinstance(model := fields.get("model"), str):
         located["model"] = absolute_model(model)
     if isinstance(source := fields.get("task"), str):
@@ -236,7 +250,8 @@ def room_of(spec: UnlearnSpec, model: ModelReference, corpus: Corpus) -> tuple[i
         for quantity in quantities
         if quantity != "nll"
     )
-    return weights * (BYTES_MODEL if spec.lora_rank else BYTES_MODEL + BYTES_MOMENTS), states
+    moments = 0 if spec.lora_rank or spec.optimizer == "sgd" else BYTES_MOMENTS
+    return weights * (BYTES_MODEL + moments), states
 
 
 # --- Identity and progress ----------------------------------------------------------------------------------
@@ -244,7 +259,11 @@ def room_of(spec: UnlearnSpec, model: ModelReference, corpus: Corpus) -> tuple[i
 
 def identity_of(spec: UnlearnSpec, model: ModelReference, forget: Dataset, retain: Dataset | None) -> dict[str, Any]:
     """The spec, with hashes of model and data in place of their names, and the hash of all that."""
-    content = {k: v for k, v in dataclasses.asdict(spec).items() if k not in UnlearnSpec.EXECUTION} | {
+    fields = identity_fields(spec, UnlearnSpec.EXECUTION)
+    for holder, key in ((fields, "weights"), (fields.get("schedule", {}), "by")):
+        if is_file(holder.get(key, MRD)):
+            holder[key] = f"sha256:{sha256_of_values(holder[key])}"
+    content = fields | {
         "schema_version": SCHEMA_VERSION,
         "model_fingerprint": model.fingerprint,
         "forget_sha256": forget.sha256,

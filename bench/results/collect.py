@@ -82,6 +82,7 @@ def _from_sweep(folder: Path) -> Collected:
             **{name: row[name] for name in ("status", "reason", "algorithm", "selection", "kind", "level", "seed")},
             **{name: row[name] for name in ("forget_samples", "mean_log_mrd", "updates", "seconds")},
             **{name: row[name] for name in ("packages", "hardware", "git_commit", "model")},
+            "mean_log_flip_time": row.get("mean_log_flip_time"),
             "run": row["trial"],
             "metrics": _metrics(row) if row["status"] == FINISHED else [],
             **_identity_columns(json.loads(row["identity"])),

@@ -6,8 +6,10 @@
 
 STORE is a folder or a URI that pyarrow opens (s3://, gs://, file://). A file is written once, whole, and never changed.
 KEY is the hash of the file's content, so any number of writers need no lock, and writing the same again changes
-nothing. A table has the same columns in every file; pandas, DuckDB and polars read `STORE/runs` as one partitioned
-table.
+nothing. A table has the same columns in every file, but for those of OPTIONAL, which a file has where one of its rows
+has a value: so files without one are the same bytes as ever. pandas, DuckDB and polars read `STORE/runs` as one
+partitioned table; where some files have such a column, DuckDB is told `union_by_name=true` and polars
+`missing_columns="insert"`.
 """
 
 from __future__ import annotations
@@ -57,6 +59,7 @@ SCHEMAS: dict[str, pa.Schema] = {
             ("level", pa.string()),
             ("forget_samples", pa.int64()),
             ("mean_log_mrd", pa.float64()),
+            ("mean_log_flip_time", pa.float64()),
             ("seed", pa.int64()),
             ("updates", pa.int64()),
             ("seconds", pa.float64()),
@@ -101,6 +104,7 @@ SCHEMAS: dict[str, pa.Schema] = {
         ]
     ),
 }
+OPTIONAL = {"runs": ("mean_log_flip_time",)}
 PARTITIONS = ("task", "experiment")
 # Functions that bring a table to the next version, by the version that they start from.
 Migration = Callable[[str, pa.Table], pa.Table]
@@ -172,6 +176,8 @@ class Store:
             UserError: the store cannot be written to, or the experiment's name cannot be a folder's.
         """
         table = _cast(table, SCHEMAS[name]).combine_chunks()
+        empty = [column for column in OPTIONAL.get(name, ()) if table[column].null_count == table.num_rows]
+        table = table.drop_columns(empty)
         key = hashlib.sha256(name.encode() + _ipc_bytes(table)).hexdigest()[:24]
         with_metadata = table.replace_schema_metadata({VERSION_KEY: str(SCHEMA_VERSION), TABLE_KEY: name})
         sink = pa.BufferOutputStream()

@@ -7,14 +7,15 @@
 The operations are counted from the model's shape, as below; the constants are measured, on a machine of the kind that
 is planned for, by `mrd-bench benchmark plan`, which also checks the sums against runs. A call is one batch through the
 model in one of these ways: forward, gradient (with per-sample norms), curvature (one direction) or training (forward,
-backward and update).
+backward and update). Measures of difficulty are counted in forward passes, each by itself: two that share passes take
+less.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from importlib import resources as packaged
 from pathlib import Path
@@ -24,9 +25,10 @@ from algorithms.recipe import DEFAULT_BATCH_SIZE
 from scoring.api import BATCHES_PER_TASK, DRAWS_PER_TASK
 from scoring.engine import Dtype
 from scoring.errors import UserError, unknown_name
+from scoring.measures import MEASURES, Asked
 from scoring.mrd import ESTIMATORS, EstimatorName
 from scoring.samples import BATCH_TOKENS
-from scoring.settings import Doc, Ge, Gt, check, named
+from scoring.settings import Doc, Ge, Gt, Known, check, named
 
 KINDS = ("forward", "gradient", "curvature", "training")
 # The share of a device's memory that may be planned with.
@@ -160,7 +162,7 @@ def find_profile(name: str) -> Profile:
 
 @dataclass(frozen=True)
 class PlannedJob:
-    """A job: scoring, unlearning or both.
+    """A job: scoring, measures of difficulty, unlearning, or several of them.
 
     Attributes:
         shape: of the model.
@@ -172,6 +174,8 @@ class PlannedJob:
         batch_tokens: in a call.
         batch_size: samples forgotten in an update.
         dtype: of the weights.
+        measure: measures of difficulty, by name.
+        lookahead: h of forecasts among them.
     """
 
     shape: Shape
@@ -185,6 +189,13 @@ class PlannedJob:
     batch_tokens: Annotated[int, Ge(1)] = BATCH_TOKENS
     batch_size: Annotated[int, Ge(1)] = DEFAULT_BATCH_SIZE
     dtype: Dtype = "float32"
+    measure: tuple[str, ...] = ()
+    lookahead: Annotated[int, Ge(1)] = 1
+
+    def measure_costs(self) -> dict[str, float]:
+        """Forward passes a sample of each measure by itself, with one threshold, and one earlier state for vog."""
+        asked = Asked(thresholds={"average": 0.0}, lookahead=self.lookahead, checkpoints=(("", None),))
+        return {name: MEASURES[name].cost(asked) for name in self.measure}
 
     def checked(self) -> PlannedJob:
         """The same with the estimator's default number of draws, if none is set.
@@ -206,6 +217,10 @@ class PlannedJob:
         return replace(self, draws=(self.draws or default_draws) if default_draws else 0)
 
 
+def _measures() -> Iterable[str]:
+    return MEASURES
+
+
 @dataclass(frozen=True, kw_only=True)
 class PlanSettings:
     """What is planned, and for which machines."""
@@ -216,6 +231,12 @@ class PlanSettings:
     scored: Annotated[float | None, Ge(1), Doc("those of them that are scored (default: half)")] = None
     estimator: Annotated[EstimatorName | Literal["none"], Doc("of MRD; none plans no scoring")] = "gradient"
     draws: Annotated[int | None, Ge(1), Doc("K (default: the estimator's own)")] = None
+    measure: Annotated[
+        list[str],
+        Known(_measures),
+        Doc("also take these measures of difficulty, with commas; see `mrd-bench measures` (default: none)"),
+    ] = field(default_factory=list)
+    lookahead: Annotated[int, Ge(1), Doc("h of forecasts among them")] = 1
     epochs: Annotated[float, Ge(0), Doc("also unlearn for so many")] = 0
     retained: Annotated[float, Ge(0), Doc("retain samples for each forgotten")] = 1
     batch_size: Annotated[int, Ge(1), Doc("samples an update")] = DEFAULT_BATCH_SIZE
@@ -244,6 +265,8 @@ class PlanSettings:
             self.batch_tokens,
             self.batch_size,
             self.dtype,
+            tuple(dict.fromkeys(self.measure)),
+            self.lookahead,
         )
 
 
@@ -300,11 +323,31 @@ def calls_of(job: PlannedJob) -> Calls:
             calls.add("curvature", job, draws, batches * draws)
         writes = {"monte-carlo": 1, "antithetic": 2}.get(job.estimator, 0)
         calls.written = shape.params * shards * (draws * writes)
+    _add_measures(calls, job)
     if job.epochs:
         updates = math.ceil(job.samples / job.batch_size) * job.epochs
         calls.add("training", job, job.epochs * (1 + job.retained), updates * (1 + (job.retained > 0)))
-        calls.updated = shape.params * updates
+        calls.updated += shape.params * updates
     return calls
+
+
+def _add_measures(calls: Calls, job: PlannedJob) -> None:
+    """Add the measures of difficulty, in forward passes: that is how their costs are given."""
+    batches = math.ceil(job.samples / max(1, job.batch_tokens // job.tokens))
+    for name, cost in job.measure_costs().items():
+        alone = takes_samples_alone(name)
+        if cost:
+            calls.add("forward", job, cost, cost * (job.samples if alone else batches))
+        if alone:
+            calls.updated += job.shape.params * job.samples * job.lookahead
+    if any(MEASURES[name].scope == "batch" for name in job.measure):
+        calls.tasks += batches
+    calls.tasks += any(MEASURES[name].scope == "set" for name in job.measure)
+
+
+def takes_samples_alone(name: str) -> bool:
+    """Whether a measure moves the weights for every sample: one sample is a batch then, and the weights are written."""
+    return MEASURES[name].scope == "batch" and "thresholds" in MEASURES[name].needs
 
 
 @dataclass(frozen=True)
@@ -343,6 +386,15 @@ def memory_of(job: PlannedJob, profile: Profile) -> float:
         if job.estimator == "antithetic":
             # It begins with a copy of the model in fp64, and the activations of that.
             peak = max(peak, weights + 8 * job.shape.params + 2 * active)
+    for name in job.measure:
+        measure = MEASURES[name]
+        if "thresholds" in measure.needs:
+            # Weights, a copy that they are restored from, gradients, and the update; of one sample, or of a batch.
+            at_once = replace(job, samples=1) if takes_samples_alone(name) else job
+            peak = max(peak, 4 * weights + activation_bytes(at_once, profile, "training"))
+        elif measure.scope != "texts":
+            kind = "gradient" if "model" in measure.needs else "forward"
+            peak = max(peak, weights * profile.costs[kind].copies + activation_bytes(job, profile, kind))
     if job.epochs:
         # In fp32: weights, gradients and the two moments of AdamW.
         peak = max(peak, 16 * job.shape.params + activation_bytes(job, profile, "training"))
@@ -415,6 +467,7 @@ def print_plan(job: PlannedJob, job_plan: JobPlan, profile: Profile, price: floa
     """
     job = job.checked()
     work = [f"{job.estimator}" + (f" with {job.draws} draws" if job.draws else "")] if job.estimator else []
+    work += [f"{name} at {cost:g} forward passes a sample" for name, cost in job.measure_costs().items()]
     work += [f"unlearning for {job.epochs:g} epochs"] if job.epochs else []
     print(
         f"{job.samples:,.0f} samples of {job.tokens:g} tokens, a model of {_short(job.shape.params)} weights: "
@@ -428,8 +481,12 @@ def print_plan(job: PlannedJob, job_plan: JobPlan, profile: Profile, price: floa
     print(f"memory  {job_plan.memory / 1e9:.3g} GB a replica, of {job_plan.devices * profile.memory / 1e9:.3g} GB")
     if price is not None:
         print(f"cost    {job_plan.device_hours * price:.2f} at {price:g} an hour and device")
-    hint = f": see {named('estimator')} gradient" if job_plan.limit == "forward passes" else ""
-    print(f"limit   {job_plan.limit}{hint}")
+    draws_limit = job_plan.limit == "forward passes" and not job.measure
+    print(f"limit   {job_plan.limit}" + (f": see {named('estimator')} gradient" if draws_limit else ""))
+    if alone := [name for name in job.measure if takes_samples_alone(name)]:
+        print(f"note: {' and '.join(alone)}: a sample at a time, each along its own updates; nothing is batched")
+    if together := [name for name in job.measure if MEASURES[name].scope == "set"]:
+        print(f"note: {' and '.join(together)}: the work of one replica, which takes longer than its share")
     if not profile.measured:
         print(
             f"note: {profile.name} is from its data sheet and was not measured; `mrd-bench benchmark plan --out FILE` "

@@ -24,6 +24,7 @@ from scoring.settings import Doc, Ge, check, named
 
 ALL = "all"
 THIRDS = ("easy", "medium", "hard")
+LEAST_FLIP_TIME = 0.5  # updates, in the mean of logarithms
 Kind = Literal["all", "random", "thirds", "attribute", "composite", "single"]
 # The characteristics of texts, by name. A record's field of the same name goes before.
 MEASURED = tuple(name for name in Characteristics.__dataclass_fields__ if name != "tokens")
@@ -190,8 +191,13 @@ def _drawn(
 # --- On disk ------------------------------------------------------------------------------------------------
 
 
-def write_selections(selections: Sequence[Selection], mrd: Mapping[str, float], out: Path) -> dict[str, Path]:
+def write_selections(
+    selections: Sequence[Selection], mrd: Mapping[str, float], out: Path, flip_time: Mapping[str, float] | None = None
+) -> dict[str, Path]:
     """Write selections.parquet, a row for each sample of a selection, and a file of ids for each selection.
+
+    Args:
+        mrd, flip_time: by sample id; the table has a column of flip times only where they are known.
 
     Returns:
         Name of a selection -> its file of ids.
@@ -205,6 +211,7 @@ def write_selections(selections: Sequence[Selection], mrd: Mapping[str, float], 
             "position": position,
             "sample_id": sample_id,
             "mrd": mrd.get(sample_id),
+            "flip_time": (flip_time or {}).get(sample_id),
         }
         for selection in selections
         for position, sample_id in enumerate(selection.ids)
@@ -218,6 +225,7 @@ def write_selections(selections: Sequence[Selection], mrd: Mapping[str, float], 
             ("position", pa.int64()),
             ("sample_id", pa.string()),
             ("mrd", pa.float64()),
+            *([("flip_time", pa.float64())] if flip_time else []),
         ]
     )
     with replacing(out / "selections.parquet") as unfinished:
@@ -250,4 +258,17 @@ def read_ids(path: str) -> list[str]:
 def mean_log_mrd(selection: Selection, mrd: Mapping[str, float]) -> float:
     """The difficulty of a selection: the mean of log MRD over its samples that have a score; nan if none has."""
     values = [math.log(mrd[sample_id]) for sample_id in selection.ids if mrd.get(sample_id, 0.0) > 0]
+    return float(np.mean(values)) if values else math.nan
+
+
+def mean_log_flip_time(selection: Selection, flip_time: Mapping[str, float]) -> float:
+    """The difficulty of a selection by forecast: the mean of log flip time, in updates, over its samples; nan if none
+    has one.
+
+    A sample that is forgotten at the start, 0 updates, counts as half of one, whose logarithm is a number. One that no
+    update brings nearer, infinitely many, counts as the farthest of the forget set.
+    """
+    farthest = max((value for value in flip_time.values() if math.isfinite(value)), default=math.nan)
+    found = [flip_time[sample_id] for sample_id in selection.ids if sample_id in flip_time]
+    values = [math.log(max(min(farthest, value), LEAST_FLIP_TIME)) for value in found]
     return float(np.mean(values)) if values else math.nan

@@ -15,8 +15,8 @@ import torch
 from torch import nn
 
 from algorithms.passes import ForwardPass, Head, decoder_layers, layer_output
-from scoring.logprob import last_hidden
 from scoring.errors import UserError
+from scoring.logprob import last_hidden
 from scoring.samples import Batch, Sample, collate
 from tests.tiny_models import ARCHITECTURES, VOCABULARY, random_samples, tiny_model
 

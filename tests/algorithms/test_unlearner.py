@@ -257,23 +257,38 @@ class Trace:
 
 
 def plain_training(
-    model: Any, draws: Sequence[Sequence[str]], made: Recipe, corpus: Corpus = CORPUS, parameters: Sequence = ()
+    model: Any,
+    draws: Sequence[Sequence[str]],
+    made: Recipe,
+    corpus: Corpus = CORPUS,
+    parameters: Sequence = (),
+    forgotten: Callable[[Plain], Callable[[list[int], Sequence[Sample]], torch.Tensor]] | None = None,
 ) -> Trace:
-    """Train `model`, in fp64, in place, on the samples drawn."""
+    """Train `model`, in fp64, in place, on the samples drawn.
+
+    `forgotten` makes of the losses a function of drawn positions and refusals, which is the forget term with its
+    weight; by default it is the weighed mean of the algorithm's objective.
+    """
     place = {sample.sample_id: sample.index for sample in corpus.forget}
     losses = Plain(model, copy.deepcopy(model), made)
     forget = getattr(losses, ALGORITHMS[made.algorithm].forget.__name__)
     retain = getattr(losses, made.retain_term or "none")
     parameters = list(parameters or model.parameters())
-    optimizer = torch.optim.AdamW(parameters, lr=1.0, weight_decay=made.weight_decay)
+    kind = {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}[made.optimizer]
+    optimizer = kind(parameters, lr=1.0, weight_decay=made.weight_decay)
+    own_term = forgotten and forgotten(losses)
     trace = Trace()
     for step, names in enumerate(draws):
         drawn = [place[name] for name in names]
         kept = retain_order(step * made.batch_size, len(drawn), len(corpus.retain), made.seed)
-        forgotten = torch.stack([forget(corpus.forget[i], corpus.refusals[i]) for i in drawn]).mean()
+        if own_term:
+            term = weighed = own_term(drawn, corpus.refusals)
+        else:
+            term = torch.stack([forget(corpus.forget[i], corpus.refusals[i]) for i in drawn]).mean()
+            weighed = made.forget_weight * term
         retained = torch.stack([retain(corpus.retain[i]) for i in kept]).mean()
         optimizer.zero_grad()
-        (made.forget_weight * forgotten + made.retain_weight * retained).backward()
+        (weighed + made.retain_weight * retained).backward()
         norm = torch.nn.utils.clip_grad_norm_(parameters, made.clip_norm or math.inf).item()
         rate = made.learning_rate
         if step + 1 < made.warmup_steps:
@@ -282,7 +297,7 @@ def plain_training(
         optimizer.step()
         for values, value in zip(
             (trace.forget, trace.retain, trace.norm, trace.rate),
-            (forgotten.item(), retained.item(), norm, rate),
+            (term.item(), retained.item(), norm, rate),
             strict=True,
         ):
             values.append(value)
@@ -298,6 +313,7 @@ def exact_model(folder: Path) -> Any:
     [
         ("GA", {"clip_norm": None}),
         ("GA", {"alpha": 1.0, "replacement": False}),
+        ("GA", {"optimizer": "sgd", "learning_rate": 0.05}),
         ("GradDiff", {"forget_weight": 0.5, "retain_weight": 2.0}),
         ("GradDiff-KL", {"order": "hard-first"}),
         ("PO", {}),
@@ -494,6 +510,19 @@ CONTINUED: dict[str, tuple[str, dict]] = {
     # One layer: adapters are merged for whoever looks at the model, and that takes time.
     "lora": ("GradDiff", {"lora_rank": 2, "lora_targets": r".*1.*_proj", "alpha": 1.0, "replacement": False}),
     "rmu": ("RMU", {"layer": 1, "warmup_steps": 5, "learning_rate": 1e-3}),
+    "sgd": ("GA", {"optimizer": "sgd", "learning_rate": 0.05}),
+    "forecasts": (
+        "NPO",
+        {
+            "weights": "flip-time",
+            "alpha": 1.0,
+            "refresh": 2,
+            "refresh_unit": "steps",
+            "schedule": {"groups": [{"share": 0.5, "algorithm": "GA", "forget_weight": 0.5}, {"share": 0.5}]},
+            "hold_penalty": 0.1,
+            "reward": 1.0,
+        },
+    ),
 }
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,10 @@ import pytest
 from scipy import stats
 
 from bench.boards.board import Board, boards
+from bench.boards.page import page
 from bench.boards.standings import Standing, group_letters
+from bench.boards.text import standings_latex
+from bench.boards.write import overview
 from bench.cli import main
 from bench.results.store import read_stores
 from bench.stats.estimates import Estimate
@@ -87,6 +92,47 @@ def test_equal_difficulty_can_turn_the_ranks(tmp_path: Path) -> None:
     text = " ".join(board.sentences["completeness"])
     assert "3 of 6 selections" in text
     assert "Per unit of mean log MRD completeness changes by 2.00" in text
+
+
+def forecast_rows() -> list[dict[str, Any]]:
+    """score = algorithm - forecast / 4 exactly, on forecasts whose mean is 3; MRD was not measured."""
+    forecasts = {"s1": 0.0, "s2": 1.0, "s3": 2.0, "s4": 3.0, "s5": 4.0, "s6": 8.0}
+    return [
+        made_run(name, s, 0, {"completeness": level - forecasts[s] / 4}, row={"mean_log_flip_time": forecasts[s]})
+        for name, level, own in (("A", 1.9, ("s1", "s2", "s3", "s4")), ("B", 2.0, ("s2", "s3", "s4", "s5", "s6")))
+        for s in own
+    ]
+
+
+def test_at_equal_forecast_by_hand(tmp_path: Path) -> None:
+    board = board_of(write_runs(tmp_path, forecast_rows()))
+    places = by_entry(board)
+    for name, value, rank in (("A", 1.9 - 0.75, 2), ("B", 2.0 - 0.75, 1)):
+        found = places[name].adjusted_by_forecast
+        assert found is not None
+        assert found.value == pytest.approx(value)
+        assert places[name].forecast_rank == rank
+        assert (places[name].adjusted, places[name].adjusted_rank) == (None, None)
+    text = " ".join(board.sentences["completeness"])
+    assert "Per unit of mean log flip time, the forecast of updates, it changes by \N{MINUS SIGN}0.25" in text
+    assert "Not adjusted: the difficulty of the selections was not measured." in text
+    assert board.selections["s6"].mean_log_flip_time == 8.0
+    head = "| rank | entry | completeness | at equal difficulty | rank there | at equal forecast | rank by forecast |"
+    assert head in overview([board], [])
+    latex = standings_latex(board, "completeness")
+    assert "by forecast & forecast rank" in latex
+    assert "1.250 & 1" in latex
+    data = re.search(r'id="data">(.*?)</script>', page([board]))
+    assert data is not None
+    (shown,) = json.loads(data[1])
+    assert shown["standings"][0][0][-2:] == [[pytest.approx(1.25)] * 3, 1]
+    assert shown["selections"][-1][-1] == 8.0
+
+
+def test_forecasts_are_shown_only_where_they_are_known(tmp_path: Path) -> None:
+    board = board_of(write_runs(tmp_path, grid(TWO)))
+    assert "forecast" not in overview([board], []) + standings_latex(board, "completeness")
+    assert "forecast" not in " ".join(board.sentences["completeness"])
 
 
 def test_entries_on_other_selections_are_not_ranked_raw(tmp_path: Path) -> None:

@@ -370,6 +370,28 @@ def test_on_a_phone(browser: Browser, file: Path, board: Board) -> None:
         browser.driver.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
 
 
+def test_values_at_equal_forecast(browser: Browser, tmp_path: Path) -> None:
+    """Columns of them are there where they are known, and in the order of what they show."""
+    rows = [
+        made_run(name, f"s{n}", 0, {"completeness": level - n / 4}, row={"mean_log_flip_time": float(n)})
+        for name, level, own in (("A", 1.9, range(4)), ("B", 2.0, range(1, 6)))
+        for n in own
+    ]
+    (with_forecasts,), _ = boards(read_stores([write_runs(tmp_path / "store", rows)]))
+    path = tmp_path / "index.html"
+    path.write_text(page([with_forecasts]), encoding="utf-8")
+    browser.open(path)
+    heads = [each.text for each in browser.all("thead button")]
+    place = heads.index("at equal forecast")
+    assert heads[place + 1] == "rank by forecast"
+    # At the mean forecast, 2.5: the level less .625.
+    found = {row[1]: (leading_number(row[place]), row[place + 1].split()[0]) for row in browser.table()}
+    assert found == {"A": (1.275, "2"), "B": (1.375, "1")}
+    browser.open(path, "#board=0&entry=A")
+    assert "mean log flip time" in [each.text for each in browser.all("thead button")]
+    assert browser.errors() == []
+
+
 def test_ten_thousand_runs(browser: Browser, tmp_path: Path) -> None:
     """10 entries on 100 selections of 40 samples, 10 seeds each: all of them can be reached."""
     path = tmp_path / "index.html"

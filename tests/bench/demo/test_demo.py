@@ -17,8 +17,8 @@ import pytest
 from matplotlib.figure import Figure
 from scipy import stats
 
-from bench.demo.figures import RING, difficulty, recall_by_epoch, scaling, trade_off
-from bench.demo.findings import Findings
+from bench.demo.figures import RING, difficulty, forecasts, recall_by_epoch, scaling, trade_off
+from bench.demo.findings import Findings, Forecasts
 from bench.demo.page import page as whole_page
 from bench.demo.run import Sizes, run_demo, unlearn_side_by_side, unlearning_specs
 from bench.demo.runs import DemoRun, Unlearning, best_runs_text, predictions, recipe_text, table_lines, update_sentences
@@ -86,6 +86,14 @@ def line(slope: float, statistic: str = "mean_abs", dtype: str = "float32") -> S
     return ScalingLine("monte-carlo", statistic, dtype, sigmas, sigmas[:, None] ** slope * base)
 
 
+def made_forecasts(updates: tuple[float, ...] = (*range(2, 24, 2), math.inf)) -> Forecasts:
+    """The forecast is half of the real number; MRD rises with it, which is the opposite of the claim."""
+    real = np.array(updates, dtype=float)
+    spec = {"algorithm": "GA", "optimizer": "adamw", "learning_rate": 5e-5, "lookahead": 2}
+    spec |= {"data": "authors", "split": "forget10"}
+    return Forecasts(0.75, spec, np.minimum(real, 300) / 2, np.arange(1.0, 1 + len(real)), real, 200)
+
+
 def findings(mrd: np.ndarray, rows: list[dict] | None = None, nll: np.ndarray | None = None) -> Findings:
     rows = rows or records(len(mrd))
     tokens = np.random.default_rng(1).integers(20, 40, len(mrd))
@@ -100,6 +108,7 @@ def findings(mrd: np.ndarray, rows: list[dict] | None = None, nll: np.ndarray | 
         scaling_draws=4,
         effects=attribute_effects(exact, rows),
         correlations=correlations(exact, rows, [row["answer"] for row in rows]),
+        forecasts=made_forecasts() if len(mrd) > 8 else made_forecasts((2.0, 4.0, 6.0)),
         model={"model": "a small one"},
     )
 
@@ -238,7 +247,7 @@ def test_elements_are_nested_and_ids_unique(document):
 
 def test_figures_are_xml_with_a_description_and_take_the_themes_colours(document):
     drawings = re.findall(r"<svg.*?</svg>", document, flags=re.DOTALL)
-    assert len(drawings) == 8
+    assert len(drawings) == 9
     for figure in drawings:
         root = ET.fromstring(figure)
         assert root.tag == f"{SVG}svg"
@@ -370,6 +379,22 @@ def test_samples_without_attributes_give_a_page():
     data = findings(np.linspace(1, 2, 12), rows)
     assert data.effects == []
     assert "Difficulty by attribute" in page(data)
+
+
+def test_forecasts_are_held_against_the_real_updates() -> None:
+    found = made_forecasts()
+    assert [each.value for each in found.correlations()] == pytest.approx([1.0, 1.0])
+    sentence = found.sentence()
+    assert sentence.startswith("Rank correlation with the real updates of 12 samples: flip time 1.00")
+    assert "MRD 1.00" in sentence
+    assert "the opposite of the claim" in sentence
+    # Of 2, 4, ..., 22 and one that was given up, the middle is between 12 and 14.
+    assert "0.5 times the real number in the median, and that is 13." in sentence
+    assert sentence.endswith("Given up after 200 updates: 1.")
+    assert "Given up" not in made_forecasts((1.0, 2.0, 3.0, 4.0, 5.0)).sentence()
+    samples, diagonal = (x for x, _ in drawn(forecasts(found)))
+    assert samples == list(range(2, 24, 2))
+    assert diagonal == pytest.approx([0, 1.05 * 22])
 
 
 # --- Unlearning -----------------------------------------------------------------------------------------------
@@ -573,7 +598,7 @@ def test_without_a_retain_set_the_page_has_only_what_was_measured():
     assert parsed.open == []
     assert "GradDiff and PO need a retain set: not run." in parsed.text
     assert "no retain set: what was kept is not measured" in parsed.text
-    assert len(re.findall("<svg", document)) == 6
+    assert len(re.findall("<svg", document)) == 7
     assert not re.search(r"\b(nan|inf)\b", parsed.text, flags=re.IGNORECASE)
 
 
@@ -612,6 +637,7 @@ def test_the_demo_from_end_to_end(tmp_path: Path, cluster, capsys):
         attribute_split="forget05",
         scaling_samples=2,
         scaling_draws=2,
+        forecast_samples=3,
         algorithms=("GA",),
         epochs=2,
         evaluated=2,
@@ -621,7 +647,15 @@ def test_the_demo_from_end_to_end(tmp_path: Path, cluster, capsys):
     run_demo(demo, "forget01", sizes, here)
     made = {path.name for path in demo.iterdir()}
     scored = {f"scores-{name}.parquet" for name in ("monte-carlo", "gradient", "curvature", "whole")}
-    assert made == scored | {"scaling.parquet", "index.html", "difficulty.png", "forgetting.png", "unlearning"}
+    assert made == scored | {
+        "scaling.parquet",
+        "forecast.parquet",
+        "updates.parquet",
+        "index.html",
+        "difficulty.png",
+        "forgetting.png",
+        "unlearning",
+    }
     assert {path.name for path in (demo / "unlearning").iterdir()} == {"GA-alpha0", "GA-alpha1"}
     output = capsys.readouterr().out
     assert str(demo / "index.html") in output
@@ -632,6 +666,10 @@ def test_the_demo_from_end_to_end(tmp_path: Path, cluster, capsys):
     assert "4 samples of authors/forget01" in text
     assert "20 samples of authors/forget05" in text
     assert "up to 2 epochs of 1 updates" in text
+    assert "How many updates will it take?" in text
+    real = pq.read_table(demo / "updates.parquet")
+    assert real.num_rows == 3
+    assert "Rank correlation with the real updates of 3 samples" in text
     easy = DemoRun.read(demo / "unlearning" / "GA-alpha1")
     assert (easy.algorithm, easy.alpha, easy.spec["forget_split"]) == ("GA", 1.0, "forget01")
     assert np.isfinite(easy.retain_recall).all()

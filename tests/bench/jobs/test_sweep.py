@@ -37,9 +37,13 @@ from bench.jobs.sweep_plan import SweepPlan, SweepSpec
 from bench.jobs.sweep_tables import SweepResult, read_sweep
 from bench.jobs.trial import TrialContext, TrialStore, run_trial, shareable_weights
 from bench.jobs.unlearn import UnlearnSpec, unlearn
+from bench.models.find import find_model
+from bench.tasks.datasets import load_dataset
 from scoring import plugins
 from scoring.cluster import versions
 from scoring.errors import UserError
+from scoring.measuring import difficulty
+from scoring.replica import load_model
 from scoring.settings import build
 from tests.paths import ROOT
 from tests.processes import descendants, kill, wait_for
@@ -168,6 +172,28 @@ def test_a_trial_is_the_run_that_its_row_names(inputs: Inputs) -> None:
         assert row["mean_log_mrd"] == pytest.approx(np.mean(np.log([difficulty[name] for name in ids])), rel=1e-12)
 
 
+def test_forecasts_of_selections(tmp_path: Path) -> None:
+    """One flip time a sample, whatever the algorithms; a sweep without forecasts is the same sweep as ever."""
+    base = {"model": "authors", "task": "authors", "forget_split": "forget01", "learning_rate": 2e-5}
+    fields = {"base": base, "vary": {"algorithm": ["NPO"]}, "selections": [{"kind": "random", "size": 2, "count": 2}]}
+    plan = SweepPlan(build(SweepSpec, fields | {"forecast": True}).checked(), tmp_path)
+    without = SweepPlan(build(SweepSpec, fields).checked(), tmp_path)
+    assert "forecast" not in without.identity
+    assert plan.identity["forecast"] is True
+    plan.choose(HERE)
+    model = find_model("authors")
+    texts = load_dataset("authors", "forget01").texts
+    rows = [{"id": text.sample_id, "prompt": text.prompt, "completion": text.completion} for text in texts]
+    expected = difficulty(load_model(model.source), model.tokenizer, rows, learning_rate=2e-5)
+    assert plan.flip_time == pytest.approx(dict(zip(expected["sample_id"], expected["flip-time@average"], strict=True)))
+    assert max(plan.flip_time.values()) > 1
+    for row in pq.read_table(tmp_path / "selections.parquet").to_pylist():
+        assert row["flip_time"] == plan.flip_time[row["sample_id"]]
+    written = (tmp_path / "forecast.parquet").stat().st_mtime_ns
+    plan.choose(HERE)
+    assert (tmp_path / "forecast.parquet").stat().st_mtime_ns == written
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "before",
@@ -267,6 +293,34 @@ def test_the_cross(inputs: Inputs) -> None:
     thirds = [f"thirds-{level}-0" for level in ("easy", "medium", "hard")]
     assert cells == Counter((a, s, n) for a in (0.0, -1.0) for s in (0, 3) for n in (*thirds, "composite-0-000"))
     assert result.record["counts"] == {"finished": 16}
+
+
+def test_arms(inputs: Inputs) -> None:
+    """Settings that go together, beside those that are crossed; an arm that says what base says is the same trial."""
+    groups = [{"share": 0.5}, {"share": 0.5, "forget_weight": 2.0}]
+    ease = inputs.folder / "data" / "ease.jsonl"
+    ease.write_text("".join(json.dumps({"sample_id": record["id"], "ease": 1}) + "\n" for record in pairs(12)))
+    arms = {
+        "uniform": {},
+        "easy": {"alpha": 1.0, "weights": str(ease)},
+        "groups": {"schedule": {"by": "mrd", "groups": groups}},
+    }
+    spec = inputs.spec({"max_steps": 1, "epochs": None}, vary={"algorithm": ["GA"], "seed": [0, 1]}, arms=arms)
+    result = inputs.run(spec)
+    rows = result.trials.to_pylist()
+    assert [row["status"] for row in rows] == ["finished"] * 12
+    cells = Counter((row["arm"], row["seed"], row["selection"]) for row in rows)
+    assert cells == Counter((a, s, f"random-0-00{n}") for a in arms for s in (0, 1) for n in (0, 1))
+    for row in rows:
+        assert (row["alpha"], row["weights"]) == ((1.0, str(ease)) if row["arm"] == "easy" else (0.0, "mrd"))
+        schedule = json.loads(row["schedule"])["groups"] if row["schedule"] else []
+        assert [group["forget_weight"] for group in schedule] == ([1.0, 2.0] if row["arm"] == "groups" else [])
+        if row["arm"] == "uniform":
+            assert not {"arm", "weights", "schedule"} & json.loads(row["identity"]).keys()
+    without = inputs.run({name: value for name, value in spec.items() if name != "arms"}, "without")
+    assert set(rows_of(without)) == {row["trial"] for row in rows if row["arm"] == "uniform"}
+    assert "arms" not in without.record["spec"]
+    assert "arm" not in without.trials.column_names
 
 
 @pytest.mark.slow
@@ -606,6 +660,11 @@ REFUSED: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     ({}, {"vary": {"algorithm": ["GA"], "epochs": [2]}}, "epochs is in base as well"),
     ({}, {"vary": {"algorithm": ["GA"], "workers": [0]}}, "workers does not change what a trial ends with"),
     ({"algorithm": "GA", "selection": "a.txt"}, {"vary": {}}, "base: selection is set"),
+    ({}, {"arms": {"a": {"alhpa": 1}}}, "arms: a: unknown field 'alhpa'"),
+    ({}, {"arms": {"a": {}, "b": {"alpha": "high"}}}, "alpha is 'high': expected a number"),
+    ({}, {"arms": {"a": {"algorithm": "GA"}}}, "arms: a: algorithm is in vary as well"),
+    ({}, {"arms": {"a": {"task": "authors"}}}, "arms: a: task is the same for all arms"),
+    ({}, {"arms": {"a": {}}, "search": "optuna", "trials": 2}, "search optuna exclude each other"),
     ({}, {"search": "bayes"}, "search is 'bayes': expected one of grid, random, optuna"),
     ({}, {"search": "random"}, "trials is missing"),
     ({}, {"trials": 3}, "trials is 3"),

@@ -31,7 +31,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from algorithms.objectives import ALGORITHMS
 from bench.cli import main
 from bench.jobs import unlearn as unlearning_job
-from bench.jobs.unlearn import REFUSALS, UnlearnSpec, unlearn
+from bench.jobs.unlearn import REFUSALS, UnlearnSpec, identity_of, unlearn
 from bench.models.find import find_model
 from bench.tasks.datasets import load_dataset
 from bench.tasks.embedded import authors
@@ -460,6 +460,11 @@ IDENTITY = {
     "evaluate_samples": "--evaluate-samples 3",
     "ma_threshold": "--ma-threshold 0.5",
     "el_threshold": "--el-threshold 0.5",
+    "optimizer": "--optimizer sgd",
+    "weights": "--weights flip-time",
+    "schedule": f"--schedule {ROOT}/examples/schedule.yaml",
+    "hold_penalty": "--hold-penalty 0.1",
+    "reward": "--reward 1",
 }
 NAMES = {"model", "task", "forget_split", "selection", "retain", "refusals"}
 
@@ -546,6 +551,42 @@ def test_names_of_model_and_data_are_not_part_of_the_spec(
     moved = Inputs(tmp_path, learnt)
     assert run([*whole.command, *flags(model=moved.copy_of_model(), task=moved.task, retain=moved.retain)]) == 0
     assert "holds this run already" in capsys.readouterr().err
+
+
+def identity_with(inputs: Inputs, **fields: Any) -> dict[str, Any]:
+    spec = UnlearnSpec(model=str(inputs.model), task=str(inputs.task), algorithm="GA", workers=0, **fields).checked()
+    return identity_of(spec, find_model(spec.model), load_dataset(spec.task), None)
+
+
+def test_what_files_say_is_part_of_the_spec_and_where_they_are_is_not(learnt: Path, tmp_path: Path) -> None:
+    inputs = Inputs(tmp_path, learnt)
+    ease, schedules = [], []
+    for number, last in enumerate((1, 1, 2)):
+        rows = [json.dumps({"sample_id": record["id"], "ease": 3}) for record in FORGET[:-1]]
+        rows.append(json.dumps({"sample_id": FORGET[-1]["id"], "ease": last}))
+        ease.append(str(inputs.file(f"ease{number}.jsonl", "\n".join(rows))))
+        text = f"by: {ease[number]}\ngroups:\n  - {{share: 0.5}}\n  - {{share: 0.5, algorithm: ga}}\n"
+        schedules.append(str(inputs.file(f"schedule{number}.yaml", text)))
+    written_out = {"by": ease[0], "groups": [{"share": 0.5}, {"share": 0.5, "forget_weight": 1.0}]}
+    for name, (first, again, other) in (("weights", ease), ("schedule", schedules)):
+        hashes = [identity_with(inputs, **{name: value})["spec_hash"] for value in (first, again, other)]
+        assert hashes[0] == hashes[1] != hashes[2]
+    assert identity_with(inputs, schedule=written_out) == identity_with(inputs, schedule=schedules[0])
+    assert not {"weights", "schedule", "optimizer", "hold_penalty", "reward"} & identity_with(inputs).keys()
+
+
+def test_a_schedule_at_fault_is_named_with_its_line(
+    learnt: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    inputs = Inputs(tmp_path, learnt)
+    path = inputs.file("schedule.yaml", "groups:\n  - share: 0.5\n    algorithm: GQ\n  - share: 0.5\n")
+    command = ["unlearn", *flags(model=learnt, task=inputs.task, algorithm="GA", schedule=path, out=inputs.out)]
+    line = refused(capsys, command)
+    assert f"{path}, line 3: " in line
+    assert "algorithm is 'GQ': expected one of" in line
+    assert "cannot be read" in refused(capsys, [*command, "--schedule", "nowhere.yaml"])
+    spec = inputs.file("run.yaml", "weights: nowhere.jsonl\n")
+    assert "nowhere.jsonl does not exist" in refused(capsys, [*command[:-4], *command[-2:], *flags(spec=spec)])
 
 
 def _with_a_file(inputs: Inputs) -> Path:

@@ -34,6 +34,7 @@ def swept(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         },
         "vary": {"algorithm": ["GA", "NPO"]},
         "selections": [{"kind": "random", "size": 4, "count": 3}],
+        "forecast": True,
     }
     (folder / "sweep.yaml").write_text(yaml.safe_dump(spec))
     command = ["sweep", str(folder / "sweep.yaml"), "--out", str(folder / "out"), "--concurrent", "0"]
@@ -58,6 +59,8 @@ def test_rows_say_what_they_are_and_where_from(swept: Path) -> None:
         assert dict(row["metrics"])["completeness"] == trial["completeness"]
         assert "seconds_training" not in dict(row["metrics"])
         assert row["mean_log_mrd"] == trial["mean_log_mrd"]
+        # The model is a random one that knows nothing by heart: no number of updates takes it below that.
+        assert row["mean_log_flip_time"] == pytest.approx(trial["mean_log_flip_time"], rel=0, abs=0, nan_ok=True)
         assert spec["spec_hash"] == name
         assert spec["learning_rate"] == 1e-3
         assert spec["selection"] == row["selection"]
@@ -83,6 +86,7 @@ def test_the_boards_have_texts_and_difficulty(swept: Path) -> None:
         assert text.completion.strip() == written[name]["completion"].strip()
         assert text.mrd == mrd[name]
     assert all(each.mean_log_mrd is not None and len(each.ids) == 4 for each in board.selections.values())
+    assert all(each.mean_log_flip_time is not None for each in board.selections.values())
 
 
 def test_adding_again_changes_nothing(swept: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -116,6 +116,23 @@ def test_others_read_it_without_this_project(tmp_path: Path) -> None:
     assert read["metrics"].to_list()[0] == {"completeness": 0.25, "utility": 0.5}
 
 
+def test_an_optional_column_is_in_a_file_where_it_has_a_value(tmp_path: Path) -> None:
+    """Files without it are the same bytes as before there was one, and read beside those that have it."""
+    store = Store(tmp_path)
+    without = store.write("runs", runs("a"), "authors", "x")
+    assert "mean_log_flip_time" not in pq.read_schema(without).names
+    with_it = store.write("runs", runs("b", mean_log_flip_time=1.5), "authors", "x")
+    assert "mean_log_flip_time" in pq.read_schema(with_it).names
+    assert {row["run"]: row["mean_log_flip_time"] for row in store.read().runs.to_pylist()} == {"a": None, "b": 1.5}
+    source = f"read_parquet('{tmp_path}/runs/**/*.parquet', hive_partitioning=true, union_by_name=true)"
+    assert duckdb.sql(f"SELECT run, mean_log_flip_time FROM {source} ORDER BY run").fetchall() == [
+        ("a", None),
+        ("b", 1.5),
+    ]
+    lazy = pl.scan_parquet([with_it, without], hive_partitioning=True, missing_columns="insert")
+    assert lazy.sort("run").collect()["mean_log_flip_time"].to_list() == [None, 1.5]
+
+
 @pytest.fixture(scope="module")
 def bucket() -> Iterator[str]:
     """A store's URI in an object store: moto's S3 in a process of its own."""

@@ -115,6 +115,28 @@ def test_unlearning_by_hand() -> None:
     assert "scheduling" not in parts
 
 
+def test_measures_of_difficulty_by_hand() -> None:
+    """Flip time: 4 forward passes, a call for each of 100 samples, and an update; nll: 1 for each of 10 batches."""
+    forecast = dataclasses.replace(JOB, estimator=None, measure=("flip-time",))
+    parts = seconds_of(forecast)
+    assert parts["forward passes"] == pytest.approx(4 * (100 * 2 * 1e-3 + PASS))
+    assert parts["updates"] == pytest.approx(100 * 1e6 * 2e-9)
+    assert parts["scheduling"] == pytest.approx(10 * 0.01)
+    both = dataclasses.replace(forecast, measure=("flip-time", "nll"))
+    assert seconds_of(both)["forward passes"] - parts["forward passes"] == pytest.approx(10 * 2 * 1e-3 + PASS)
+    # h = 3: 4 at first, and two gradients and a look on the way.
+    assert dataclasses.replace(forecast, lookahead=3).measure_costs() == {"flip-time": 4 + 3 * 2 + 1}
+    assert seconds_of(dataclasses.replace(forecast, measure=("length",))).keys() == {"scheduling", "start"}
+    # Weights, their copy, gradients and the update; 40 tokens of one sample in 2 layers, and its 10 logits.
+    assert memory_of(forecast.checked(), PROFILE) == pytest.approx(4 * 4e6 + 20 * 40 * 200 + 4 * 10 * 1000)
+    together = dataclasses.replace(forecast, measure=("joint-forecast",))
+    assert memory_of(together.checked(), PROFILE) == pytest.approx(4 * 4e6 + 20 * 400 * 200 + 4 * 100 * 1000)
+    assert seconds_of(together)["scheduling"] == pytest.approx(0.01)
+    assert memory_of(dataclasses.replace(forecast, measure=("nll",)).checked(), PROFILE) == pytest.approx(
+        4e6 + 8 * 400 * 100 + 4 * 100 * 1000
+    )
+
+
 def test_replicas_share_the_work() -> None:
     """Two keep half of their speed each here; of ten tasks three replicas do four, three and three."""
     alone, two, three = (seconds_of(JOB, devices) for devices in (1, 2, 3))
@@ -183,6 +205,12 @@ def test_on_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
     assert "limit   forward passes: see --estimator gradient" in said
     assert "at 3 an hour and device" in said
     assert "h100 is from its data sheet and was not measured" in said
+    measures = "--estimator none --measure flip-time,joint-forecast --lookahead 2"
+    assert main(["plan", "--model-params", "1e6", "--samples", "100", *measures.split()]) == 0
+    said = capsys.readouterr().out
+    assert "flip-time at 8 forward passes a sample, then joint-forecast at 8 forward passes a sample" in said
+    assert "note: flip-time: a sample at a time" in said
+    assert "note: joint-forecast: the work of one replica" in said
     assert main(["plan", "--model-params", "1e6", "--samples", "100", "--profile", "cpu-core", "--gpus", "2"]) == 0
     assert "was not measured" not in capsys.readouterr().out
 
@@ -193,6 +221,8 @@ def test_on_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
         ("--samples 0", "--samples is 0: expected a number of at least 1"),
         ("--samples 1e4 --scored 200", "--scored is 200: expected at most --tokens, 100"),
         ("--samples 1e4 --estimator gradiant", "--estimator is 'gradiant': expected one of"),
+        ("--samples 1e4 --measure flip-tim", "'flip-tim'"),
+        ("--samples 1e4 --lookahead 0", "--lookahead is 0: expected a whole number of at least 1"),
         ("--samples 1e4 --profile h10", "unknown profile 'h10': expected one of"),
         ("--samples 1e4 --profile none.json", "profile 'none.json' cannot be read"),
         ("--samples 1e4 --gpus 0", "--gpus is 0: expected a whole number of at least 1"),

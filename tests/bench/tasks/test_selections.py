@@ -12,7 +12,15 @@ import pyarrow.parquet as pq
 import pytest
 
 from bench.tasks.datasets import Dataset
-from bench.tasks.selections import Selection, SelectionSpec, mean_log_mrd, read_ids, select, write_selections
+from bench.tasks.selections import (
+    Selection,
+    SelectionSpec,
+    mean_log_flip_time,
+    mean_log_mrd,
+    read_ids,
+    select,
+    write_selections,
+)
 from scoring.errors import UserError
 from scoring.samples import Text
 
@@ -119,6 +127,7 @@ def test_files_are_what_was_drawn(tmp_path: Path) -> None:
     assert [(r["selection"], r["position"], r["sample_id"]) for r in rows] == [
         (s.name, n, name) for s in found for n, name in enumerate(s.ids)
     ]
+    assert rows[0].keys() == {"selection", "kind", "level", "seed", "position", "sample_id", "mrd"}
     assert {r["sample_id"]: r["mrd"] for r in rows}.items() >= {"s00": 2.0, "s03": 0.5, "s01": None}.items()
 
 
@@ -162,6 +171,19 @@ def test_files_at_fault(tmp_path: Path) -> None:
         dataset(3).chosen([], "selection 'a.txt'")
     with pytest.raises(UserError, match=r"selection 'a.txt': unknown sample of made 's1'.*did you mean 's01'"):
         dataset(3).chosen(["s1"], "selection 'a.txt'")
+
+
+def test_mean_log_flip_time_by_hand(tmp_path: Path) -> None:
+    """Forgotten at the start: half an update; never: as the farthest of the set; not measured: left out."""
+    times = {"a": 0.0, "b": 4.0, "c": math.inf, "d": 16.0}
+    selection = Selection("s", "random", "", 0, ("a", "b", "c", "x"))
+    # log of 1/2, 4 and 16: (-1 + 2 + 4) / 3 log 2.
+    assert mean_log_flip_time(selection, times) == pytest.approx(5 / 3 * math.log(2))
+    assert np.isnan(mean_log_flip_time(selection, {}))
+    assert np.isnan(mean_log_flip_time(selection, {"a": math.inf}))
+    write_selections([selection], {}, tmp_path, times)
+    rows = pq.read_table(tmp_path / "selections.parquet").to_pylist()
+    assert [row["flip_time"] for row in rows] == [0.0, 4.0, math.inf, None]
 
 
 def test_mean_log_mrd_of_nothing_is_nan() -> None:
