@@ -18,6 +18,7 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
+from algorithms.schedule import Schedule
 from bench.cli.flags import settings_from
 from bench.cli.main import VERBS, make_parser
 from bench.cli.reference import PAGE, SETTINGS, parsers_below
@@ -208,7 +209,12 @@ def test_spec_files_are_taken(page: str, body: str, tmp_path: Path) -> None:
     path.write_text(body, encoding="utf-8")
     keys = set(re.findall(r"^(\w+):", body, re.M))
     kinds: tuple[type, ...] = SETTINGS["score"]
-    for key, meant in (("base", (SweepSpec,)), ("protocol", (TaskFile,)), ("algorithm", SETTINGS["unlearn"])):
+    for key, meant in (
+        ("base", (SweepSpec,)),
+        ("protocol", (TaskFile,)),
+        ("groups", (Schedule,)),
+        ("algorithm", SETTINGS["unlearn"]),
+    ):
         if key in keys:
             kinds = meant
     with spec_file(path, {}, *kinds) as made:

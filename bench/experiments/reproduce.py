@@ -51,8 +51,7 @@ TABLES = (
 )
 # Questions that the paper does not ask; they are run by name.
 FURTHER = ("tournament", "samplers")
-PAPERS = (*FIGURES, *TABLES)
-NAMES = (*PAPERS, *FURTHER)
+NAMES = (*FIGURES, *TABLES, *FURTHER)
 EXPERIMENTS: dict[str, Experiment] = {name: import_module(f"bench.experiments.{name}").EXPERIMENT for name in NAMES}
 
 
@@ -94,7 +93,7 @@ def reproduce(
         able = ", ".join(each for each, experiment in EXPERIMENTS.items() if experiment.on_model)
         raise UserError(f"{named('model')} {model}: {name} cannot be run on any model by a flag; {able} can")
     out = Path(out).absolute()
-    chosen = [EXPERIMENTS[each] for each in (PAPERS if name == ALL else (name,))]
+    chosen = [EXPERIMENTS[each] for each in EXPERIMENTS if each == name or (name == ALL and each not in FURTHER)]
     # All specs are read first, so that a mistake in the last one is not noticed after an hour.
     setups = [
         _setup(experiment, preset, Path(spec) if spec else SPECS / f"{experiment.name}.yaml", out, resources, progress)

@@ -14,7 +14,7 @@ import pytest
 
 from bench.experiments import fig3, fig4, fig5, fig7
 from bench.experiments.experiment import Answer, Setup
-from bench.experiments.reproduce import PRESETS, SPECS
+from bench.experiments.reproduce import SPECS
 from bench.experiments.shared.single_samples import (
     SingleSampleRun,
     agreements_of,
@@ -594,7 +594,7 @@ def test_figure_7_says_at_which_levels_mrd_orders_texts(strength, verdict, tmp_p
 # --- Specs --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("preset", ["demo", "paper"])
 @pytest.mark.parametrize(
     ("name", "sweeps", "others"),
     [
