@@ -303,10 +303,18 @@ BAD = {"id": "bad", "prompt": "w3 w80", "completion": "w5 w6"}
 SOUND = [record for record in RECORDS if "w80" not in f"{record['prompt']} {record['completion']}".split()]
 
 
-@pytest.mark.parametrize("measure", sorted({*MEASURES} - {"joint-forecast", "length", "frequency"}))
-def test_a_record_that_overflows_has_a_reason_and_spoils_no_other(measure: str, checkpoints: list[str]) -> None:
+@pytest.mark.parametrize(
+    ("measure", "threshold"),
+    [
+        ("flip-time", "average"),
+        *((name, 0.7) for name in MEASURES if name not in ("joint-forecast", "length", "frequency")),
+    ],
+)
+def test_a_record_that_overflows_has_a_reason_and_spoils_no_other(
+    measure: str, threshold: Any, checkpoints: list[str]
+) -> None:
     records, retain = SOUND[:4], SOUND[4:6]
-    more: dict[str, Any] = {"retain": retain, "checkpoints": checkpoints, "thresholds": ["average", 0.7]}
+    more: dict[str, Any] = {"retain": retain, "checkpoints": checkpoints, "thresholds": threshold}
     mixed = difficulty(spoilt(), [*records[:2], BAD, *records[2:]], measure, **more)
     assert mixed["reason"].dropna().to_dict() == {2: "the model's log-probabilities are not finite"}
     clean = difficulty(memorised_model(), records, measure, **more)

@@ -274,7 +274,9 @@ CLEAN = [r for r in pairs(9) if "w5" not in f"{r['prompt']} {r['completion']}".s
 NOT_FINITE = "the model's log-probabilities are not finite"
 
 
-@pytest.mark.parametrize("flags", ["--measure flip-time,knn-similarity --thresholds average,1", "--truth --until 0.9"])
+@pytest.mark.parametrize(
+    "flags", ["--measure flip-time,knn-similarity --thresholds average,1", "--truth --until paper,0.9 --el-n 3"]
+)
 def test_a_sample_that_overflows_is_rejected(overflowing: Path, tmp_path: Path, flags: str) -> None:
     """It spoils no other, nor the averages."""
     found = []
