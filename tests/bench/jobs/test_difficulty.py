@@ -275,7 +275,11 @@ NOT_FINITE = "the model's log-probabilities are not finite"
 
 
 @pytest.mark.parametrize(
-    "flags", ["--measure flip-time,knn-similarity --thresholds average,1", "--truth --until paper,0.9 --el-n 3"]
+    "flags",
+    [
+        "--measure flip-time,knn-similarity --thresholds average,1",
+        "--truth --until paper,0.9 --el-n 3 --most-updates 3",
+    ],
 )
 def test_a_sample_that_overflows_is_rejected(overflowing: Path, tmp_path: Path, flags: str) -> None:
     """It spoils no other, nor the averages."""
