@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
@@ -15,7 +14,7 @@ from scoring.flip_time import Forecaster, Outputs
 from scoring.mrd import estimate, reduce_draws, request_for
 from scoring.replica import TransformersReplica
 from scoring.samples import Batch, Sample, collate, make_batches
-from scoring.updates import TrialUpdates, UpdateSettings
+from scoring.updates import TrialUpdates, UpdateSettings, distance
 
 
 def measure_mrd(
@@ -57,14 +56,8 @@ def measure_forecasts(
         recipe: its optimiser, learning rate, weight decay and clip norm are used.
         threshold: of MA.
     """
-    settings = UpdateSettings(
-        optimizer=recipe.optimizer,
-        learning_rate=recipe.learning_rate,
-        weight_decay=recipe.weight_decay,
-        clip_norm=recipe.clip_norm,
-    )
     device = next(model.parameters()).device
-    forecaster = Forecaster(model, TrialUpdates(model, settings), lambda now, _: loss(now, batch))
+    forecaster = Forecaster(model, TrialUpdates(model, UpdateSettings.of(recipe)), lambda now, _: loss(now, batch))
     mine = {}
     for sample in samples[group.rank :: group.size]:
         batch = collate([sample]).to(device)
@@ -79,15 +72,8 @@ def weight_change(model: PreTrainedModel, initial: Mapping[str, torch.Tensor], g
     Args:
         initial: the initial model's weights by name, at the first worker; the others need none.
     """
-    total, squares, count = 0.0, 0.0, 0
-    for name, p in model.named_parameters():
-        if name in initial:
-            difference = (p.detach().cpu() - initial[name]).double()
-            total += difference.abs().sum().item()
-            squares += difference.square().sum().item()
-            count += difference.numel()
-    change = {
-        "mean_abs_delta": total / count if count else None,
-        "delta_norm": math.sqrt(squares) if count else None,
-    }
+    change: dict[str, float | None] = {"mean_abs_delta": None, "delta_norm": None}
+    compared = [(p, initial[name]) for name, p in model.named_parameters() if name in initial]
+    if compared:
+        change["mean_abs_delta"], change["delta_norm"] = distance((p.detach().cpu(), base) for p, base in compared)
     return group.gathered({0: change} if group.rank == 0 else {})[0]

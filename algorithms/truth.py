@@ -20,7 +20,7 @@ from scoring.flip_time import ForgetLoss, InitialOutputs, Outputs, outputs_of
 from scoring.memorization import extraction_likelihood, memorization_accuracy
 from scoring.replica import TransformersReplica
 from scoring.samples import Batch, Sample, collate
-from scoring.updates import TrialUpdates, UpdateSettings, clip_gradients, make_optimizer
+from scoring.updates import TrialUpdates, UpdateSettings, clip_gradients
 
 
 @dataclass(frozen=True)
@@ -109,9 +109,7 @@ class AloneTask:
         """Forget a sample, starting from the initial weights."""
         on_device = one.to(replica.device)
         parameters = trial.parameters
-        optimizer = make_optimizer(
-            parameters, self.update.optimizer, self.update.learning_rate, self.update.weight_decay
-        )
+        optimizer = trial.make_optimizer()
         found: dict[str, float] = {}
         for name in self.rules:
             found |= {f"updates@{name}": math.inf, f"mean_abs_delta@{name}": math.nan, f"delta_norm@{name}": math.nan}
@@ -184,9 +182,7 @@ class TogetherTask:
         samples = [batch.sample(row) for batch in batches for row in range(len(batch))]
         trial = TrialUpdates(replica.model, self.update)
         parameters = trial.parameters
-        optimizer = make_optimizer(
-            parameters, self.update.optimizer, self.update.learning_rate, self.update.weight_decay
-        )
+        optimizer = trial.make_optimizer()
         sampler = Sampler(len(samples), alpha=0.0, seed=self.seed)
         initial = InitialOutputs(self.loss)
         for batch in on_device if initial.compares else ():

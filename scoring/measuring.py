@@ -399,14 +399,8 @@ def asked_by(settings: DifficultySettings, loss: ForgetLoss, checkpoints: tuple[
     """
     if settings.needs("checkpoints") and not checkpoints:
         raise UserError(f"{named('checkpoints')} is empty: vog needs earlier states of the model, at least one")
-    update = UpdateSettings(
-        optimizer=settings.optimizer,
-        learning_rate=settings.learning_rate,
-        weight_decay=settings.weight_decay,
-        clip_norm=settings.clip_norm,
-    )
     return Asked(
-        update=update,
+        update=UpdateSettings.of(settings),
         lookahead=settings.lookahead,
         sigma=settings.sigma,
         neighbours=settings.neighbours,

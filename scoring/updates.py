@@ -9,8 +9,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Annotated, Literal
+from dataclasses import dataclass, fields
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import nn
@@ -37,6 +37,11 @@ class UpdateSettings:
     clip_norm: Annotated[
         float | None, Gt(0), Doc("the gradient is scaled down to this norm; an empty value in a spec file turns it off")
     ] = 1.0
+
+    @classmethod
+    def of(cls, settings: Any) -> UpdateSettings:
+        """Those of any settings that have fields of the same names."""
+        return cls(**{field.name: getattr(settings, field.name) for field in fields(UpdateSettings)})
 
 
 def make_optimizer(
@@ -103,6 +108,11 @@ class TrialUpdates:
         """The weights that take part."""
         return list(self._live.values())
 
+    def make_optimizer(self) -> torch.optim.Optimizer:
+        """The optimiser of real updates, with empty moments."""
+        settings = self._settings
+        return make_optimizer(self.parameters, settings.optimizer, settings.learning_rate, settings.weight_decay)
+
     @property
     def fastest(self) -> float | None:
         """The largest length of an update, where updates grow with the gradient, as those of SGD do; None where they do
@@ -154,13 +164,7 @@ class TrialUpdates:
     @torch.no_grad()
     def distance_moved(self) -> tuple[float, float]:
         """How far the weights are from the base: mean |delta theta| over all of them, and the norm."""
-        total, squares, count = 0.0, 0.0, 0
-        for name, p in self._live.items():
-            difference = (p.detach() - self._base[name]).double()
-            total += difference.abs().sum().item()
-            squares += difference.square().sum().item()
-            count += difference.numel()
-        return total / count, math.sqrt(squares)
+        return distance((p.detach(), self._base[name]) for name, p in self._live.items())
 
     @torch.no_grad()
     def check_survival(self, direction: Direction, updates: float) -> None:
@@ -184,6 +188,21 @@ class TrialUpdates:
                 f"{SURVIVAL_TOLERANCE}; use {named('dtype')} float32"
             )
         self._survival_is_checked = True
+
+
+def distance(pairs: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> tuple[float, float]:
+    """How far weights have moved: mean |delta theta| over all of them, and the norm.
+
+    Args:
+        pairs: the weights of each parameter, at least one, and where they were.
+    """
+    total, squares, count = 0.0, 0.0, 0
+    for moved, base in pairs:
+        difference = (moved - base).double()
+        total += difference.abs().sum().item()
+        squares += difference.square().sum().item()
+        count += difference.numel()
+    return total / count, math.sqrt(squares)
 
 
 def _squares(tensor: torch.Tensor) -> float:

@@ -8,6 +8,7 @@ reported on the other.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,7 +30,8 @@ from bench.report.words import decimal, interval, interval_columns, markdown_tab
 from bench.stats.estimates import Estimate
 from bench.tasks.datasets import absolute_source, find_task, is_data_file
 from scoring.errors import UserError
-from scoring.measures import MEASURES
+from scoring.measures import MEASURES, Asked
+from scoring.measuring import threshold_name
 from scoring.settings import Doc, Ge, build, check, named
 
 Rule = Literal["average", "paper", "el"]
@@ -185,7 +187,7 @@ class Contests:
 
     def _alone(self, updates: Updates, still: DifficultyResult, main: bool) -> list[Contest]:
         found = self._truth(updates, f"alone-{_file_name(updates)}")
-        names = [str(rule) if isinstance(rule, str) else f"{rule:g}" for rule in updates.until]
+        names = list(map(threshold_name, updates.until))
         forecasts = self._forecasts(updates, f"alone-forecasts-{_file_name(updates)}")
         return [
             self._compare(
@@ -204,7 +206,7 @@ class Contests:
         seeds = found["seed"].to_numpy()
         contests = []
         for rule in together.until:
-            name = rule if isinstance(rule, str) else f"{rule:g}"
+            name = threshold_name(rule)
             updates = found[f"updates@{name}"].to_numpy()
             by_seed = [updates[seeds == seed] for seed in together.seeds]
             truth_ = Truth.together(f"{together.name}: {_rule_in_words(name)}", by_seed)
@@ -293,9 +295,10 @@ def entries_of(still: DifficultyResult, forecasts: Mapping[int, DifficultyResult
         for name in FORECASTS:
             if (column := f"{name}@{threshold}") in result.table.column_names:
                 title = f"{name}, h = {lookahead}" if name in LOOKS_AHEAD else name
+                measure = MEASURES[name]
                 # What it costs for this one threshold.
-                cost = 4.0 if lookahead == 1 else 3.0 * lookahead + 2
-                entries[title] = Entry(title, result.table[column].to_numpy(), MEASURES[name].harder, cost, True)
+                cost = measure.cost(Asked(thresholds={threshold: math.nan}, lookahead=lookahead))
+                entries[title] = Entry(title, result.table[column].to_numpy(), measure.harder, cost, True)
     return entries
 
 

@@ -86,12 +86,7 @@ class TruthSpec(UpdateSettings, OnModel):
 
     @property
     def update(self) -> UpdateSettings:
-        return UpdateSettings(
-            optimizer=self.optimizer,
-            learning_rate=self.learning_rate,
-            weight_decay=self.weight_decay,
-            clip_norm=self.clip_norm,
-        )
+        return UpdateSettings.of(self)
 
 
 @dataclass(frozen=True)

@@ -141,7 +141,7 @@ def embedded_model(
     """
     spec = model_spec(kind, family)
     prefix = "" if family == "authors" else f"{family}-"
-    threads = None if family == "authors" else 1
+    threads = _threads_of(family)
     return trained_once(f"{prefix}{kind}", spec, lambda folder: _train_into(folder, spec, progress), cache, threads)
 
 
@@ -177,15 +177,14 @@ def shorter_training(name: str, epochs: int, progress: bool) -> str:
     spec = model_spec(kind or "full", family)
     spec |= {"training": spec["training"] | {"epochs": epochs}}
 
-    def train_into(folder: Path) -> float:
-        tokenizer = train_tokenizer(FAMILIES[family].tokenizer_text())
-        model, loss = train(spec, tokenizer, progress)
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-        return loss
+    name = f"{family}-{kind or 'full'}-{epochs}-epochs"
+    threads = _threads_of(family)
+    return str(trained_once(name, spec, lambda folder: _train_into(folder, spec, progress), threads=threads))
 
-    threads = None if family == "authors" else 1
-    return str(trained_once(f"{family}-{kind or 'full'}-{epochs}-epochs", spec, train_into, threads=threads))
+
+def _threads_of(family: str) -> int | None:
+    """How many threads train a model of a family; None: as many as there are."""
+    return None if family == "authors" else 1
 
 
 def _train_into(folder: Path, spec: dict[str, Any], progress: bool) -> float:
