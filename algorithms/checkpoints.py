@@ -13,14 +13,23 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from scoring.errors import UserError
+from scoring.files import shown
+from scoring.settings import named
+
+# A worker whose driver was killed goes on until Ray notices.
+WAIT_S = 120.0
 
 
 @dataclass(frozen=True)
@@ -65,6 +74,32 @@ class Checkpoints:
         self.folder = folder
         self._tokenizer = tokenizer
 
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Within the context only this process writes here. A worker that an earlier driver has left behind is waited
+        for: it would save steps that this process has passed, and remove its unfinished ones.
+
+        Raises:
+            UserError: another process writes here all the time.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(self.folder / ".lock")
+        try:
+            lock.acquire(timeout=WAIT_S)
+        except Timeout:
+            raise UserError(
+                f"{named('out')} {shown(self.folder.parent)}: a process of an earlier start has been writing here for "
+                f"{WAIT_S:.0f} s; end it, and give the same command again"
+            ) from None
+        try:
+            yield
+        finally:
+            # A refused run leaves nothing, a finished one its checkpoints.
+            Path(lock.lock_file).unlink(missing_ok=True)
+            lock.release()
+            if not any(self.folder.iterdir()):
+                self.folder.rmdir()
+
     def latest(self) -> Checkpoint | None:
         """The newest whole checkpoint; None if there is none."""
         finished = sorted(self.folder.glob("step-*"))
@@ -100,6 +135,10 @@ class NoCheckpoints(Checkpoints):
 
     def __init__(self) -> None:
         pass
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        yield
 
     def latest(self) -> None:
         return None

@@ -11,7 +11,7 @@ import dataclasses
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -115,6 +115,11 @@ class Unlearner:
         Raises:
             Diverged: training diverged; the last checkpoint is kept.
         """
+        with self._checkpoints.held() if self.group.rank == 0 else nullcontext():
+            self.group.wait()  # until the first worker may write: only then is it known where to continue from
+            return self._run()
+
+    def _run(self) -> History:
         if saved := self._checkpoints.latest():
             self._continue_from(saved)
         else:

@@ -232,9 +232,7 @@ def test_a_killed_driver_continues(spec: UnlearnSpec, tmp_path: Path) -> None:
     after_checkpoint(run, 4, lambda: kill(driver.pid)).join()
     assert driver.wait() == -9
     assert not (run / "run.json").exists()
-    # Its Ray ends with it: nothing writes here any more.
-    wait_for(lambda: not [c for c in descendants(1).values() if str(run) in c], 30)
-    # However it is spread from now on.
+    # At once, while its worker may still be writing; and however it is spread from now on.
     assert main([*arguments, "0"]) == 0
     found = unlearn(spec, run, progress=False)
     assert_close(found, alone(spec, tmp_path / "alone"), TOLERANCE)

@@ -8,6 +8,8 @@ import json
 import math
 import re
 import shutil
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -38,6 +40,7 @@ from scoring.memorization import extraction_likelihood, memorization_accuracy
 from scoring.mrd import ESTIMATORS, Request, estimate, reduce_draws
 from scoring.replica import TransformersReplica, load_model
 from scoring.samples import Sample, collate
+from tests.paths import ROOT
 from tests.tiny_folders import EOS, save_model, tokenizer
 from tests.tiny_models import ARCHITECTURES, VOCABULARY, config, random_samples, tiny_model
 
@@ -1233,6 +1236,33 @@ def test_checkpoint_is_whole_or_not_there(checkpoints: Checkpoints, stage: str, 
     checkpoints.save(3, model, {}, {"step": 3})
     assert steps_kept(checkpoints) == [1, 3]
     assert latest_step(checkpoints) == 3
+
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from algorithms.checkpoints import Checkpoints
+with Checkpoints(Path(sys.argv[1]), None).held():
+    print("held", flush=True)
+    time.sleep(600)
+"""
+
+
+def test_one_process_writes_at_a_time(checkpoints: Checkpoints, monkeypatch: pytest.MonkeyPatch):
+    """A worker that outlives its driver is waited for; once it is gone, the wait is over."""
+    other = subprocess.Popen([sys.executable, "-c", HOLD, str(checkpoints.folder)], stdout=subprocess.PIPE, cwd=ROOT)
+    try:
+        assert other.stdout is not None
+        assert other.stdout.readline() == b"held\n"
+        monkeypatch.setattr("algorithms.checkpoints.WAIT_S", 0.1)
+        with pytest.raises(UserError, match="a process of an earlier start has been writing here for 0 s; end it"):
+            checkpoints.held().__enter__()
+    finally:
+        other.kill()
+        other.wait()
+    with checkpoints.held():
+        assert names(checkpoints) == [".lock"]
+    assert not checkpoints.folder.exists()
 
 
 def test_leftover_of_a_killed_process(plain: Path, tmp_path: Path):
