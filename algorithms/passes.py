@@ -14,8 +14,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from scoring.abilities import Abilities
 from scoring.errors import UserError
-from scoring.logprob import scored_logits, token_logprobs
+from scoring.logprob import at_positions, row_by_row, scored_logits, token_logprobs
 from scoring.samples import Batch
 
 # The outputs of a pass; objectives call their inputs by the same names.
@@ -66,19 +67,23 @@ def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
 
 def layer_output(model: PreTrainedModel, batch: Batch, layer: int) -> torch.Tensor:
     """Output of decoder layer `layer` (1 is the first) at the positions that predict the scored tokens, (B, S, d)."""
-    hidden: list[torch.Tensor] = []
+    decoder_layer = decoder_layers(model)[layer - 1]
 
-    def keep(_: nn.Module, __: Any, output: Any) -> None:
-        hidden.append(output[0] if isinstance(output, tuple) else output)
+    def compute(rows: Batch, _: Abilities) -> tuple[torch.Tensor]:
+        hidden: list[torch.Tensor] = []
 
-    handle = decoder_layers(model)[layer - 1].register_forward_hook(keep)
-    try:
-        with _only_first_layers(model, layer):
-            scored_logits(model, batch)
-    finally:
-        handle.remove()
-    rows = torch.arange(len(batch), device=batch.positions.device).unsqueeze(-1)
-    return hidden[0][rows, batch.positions]
+        def keep(_: nn.Module, __: Any, output: Any) -> None:
+            hidden.append(output[0] if isinstance(output, tuple) else output)
+
+        handle = decoder_layer.register_forward_hook(keep)
+        try:
+            with _only_first_layers(model, layer):
+                scored_logits(model, rows)
+        finally:
+            handle.remove()
+        return (at_positions(hidden[0], rows.positions),)
+
+    return row_by_row(model, batch, compute)[0]
 
 
 @contextmanager

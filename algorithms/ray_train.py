@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from algorithms.checkpoints import Checkpoints, NoCheckpoints
 from algorithms.corpus import Corpus, Evaluation
@@ -35,8 +35,8 @@ from algorithms.unlearner import Diverged, Unlearner
 from scoring.cluster import Footprint, check_versions, how_many_fit, versions
 from scoring.errors import UserError, first_line
 from scoring.files import replacing
+from scoring.load import load_model, loading_notes, read_config
 from scoring.plugins import Plugin, load_plugins, loaded_plugins
-from scoring.replica import load_model
 from scoring.samples import Sample
 from scoring.settings import adopt, current_naming, named
 from scoring.work import LocalPool, Pool, ReplicaSpec
@@ -58,7 +58,7 @@ class TrainingJob:
         recipe: a resolved recipe.
         execution: how the recipe is carried out.
         corpus: the samples.
-        source, revision: the initial model, see `scoring.replica.load_model`.
+        source, revision: the initial model, see `scoring.load.load_model`.
         folder: the absolute path of the run's folder, which has checkpoints, reference and progress.
         tokenizer: the tokenizer, which is saved with the model.
         evaluation: what to measure after each epoch; None measures nothing.
@@ -256,7 +256,7 @@ def unlearner_of(
     head = Head(model) if "reference_logits" in objectives.inputs else None
     reference = Reference(job.reference_path) if objectives.reference_quantities() else None
     trained = trainable_for(job.recipe, model, group, job.execution.gradient_checkpointing)
-    return Unlearner(
+    unlearner = Unlearner(
         job.recipe,
         job.corpus,
         trained,
@@ -270,6 +270,8 @@ def unlearner_of(
         batch_tokens=job.execution.batch_tokens,
         checkpoint_every=job.execution.checkpoint_every,
     )
+    unlearner.history.note(*loading_notes(model))
+    return unlearner
 
 
 def ensure_reference(job: TrainingJob, make_pool: Callable[[], Pool], config: PreTrainedConfig | None = None) -> None:
@@ -291,7 +293,7 @@ def ensure_reference(job: TrainingJob, make_pool: Callable[[], Pool], config: Pr
         "refusal": corpus.refusals,
         "retain": [sample for sample in corpus.retain if sample.index in drawn],
     }
-    config = config or AutoConfig.from_pretrained(job.source, revision=job.revision)
+    config = config or read_config(job.source, job.revision)
     layer = layer_of(job.recipe, config)
     with make_pool() as pool:
         compute_reference(job.reference_path, samples, quantities, layer, pool, job.execution.batch_tokens)

@@ -89,7 +89,7 @@ class Footprint:
     gpus: float = 0.0
 
     def device(self) -> str:
-        """The device of a model, as `scoring.replica.load_model` takes it."""
+        """The device of a model, as `scoring.load.load_model` takes it."""
         return "cpu" if not self.gpus else "cuda" if self.gpus <= 1 else "auto"
 
     def ray_options(self) -> dict[str, Any]:

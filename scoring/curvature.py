@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,8 +13,11 @@ from torch.func import functional_call, jvp
 from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
+from scoring.abilities import abilities_of
+from scoring.experts import experts_of, spelled_out
 from scoring.logprob import scored_logprobs
 from scoring.perturbation import fill_signs_
+from scoring.precision import as_precise_as_weights
 from scoring.sample_gradients import without_padding_index
 from scoring.samples import Batch
 
@@ -24,14 +27,11 @@ def _signs(model: PreTrainedModel, seed: int, draw: int) -> dict[str, torch.Tens
 
 
 @contextmanager
-def _eager_attention(model: PreTrainedModel) -> Iterator[None]:
-    """Within the context attention is computed without fused kernels, which cannot be differentiated twice."""
-    implementation = model.config._attn_implementation
-    model.set_attn_implementation("eager")
-    try:
+def _twice_differentiable(model: PreTrainedModel, replacements: Replacements) -> Iterator[None]:
+    """Within the context fused functions are spelled out, and so are mixtures of experts."""
+    abilities_of(model)  # before anything is differentiated
+    with spelled_out(experts_of(model)), as_precise_as_weights(model), _SpelledOut(replacements):
         yield
-    finally:
-        model.set_attn_implementation(implementation)
 
 
 @torch.no_grad()
@@ -50,7 +50,7 @@ def second_derivatives_along_signs(model: PreTrainedModel, batch: Batch, seed: i
         return derivative
 
     zero = torch.zeros((), device=batch.input_ids.device, dtype=next(model.parameters()).dtype)
-    with _eager_attention(model), _TwiceDifferentiable():
+    with _twice_differentiable(model, FORWARD_MODE):
         curvature: torch.Tensor = jvp(slope, (zero,), (torch.ones_like(zero),))[1]
     return curvature
 
@@ -67,7 +67,7 @@ def second_derivative_sum_by_reverse_mode(model: PreTrainedModel, batch: Batch, 
         pairs = zip(gradients, parameters, strict=True)
         return torch.stack([(g * signs[name]).sum() for g, name in pairs if g is not None]).sum()
 
-    with _eager_attention(model), without_padding_index(model):
+    with _twice_differentiable(model, REVERSE_MODE), without_padding_index(model):
         moved = {f"model.{name}": p for name, p in parameters.items()}
         logprobs = functional_call(_LogProbs(model), moved, (batch,))
         slope = derivative(logprobs.sum(), create_graph=True)
@@ -103,17 +103,47 @@ def _silu(x: torch.Tensor, inplace: bool = False) -> torch.Tensor:
     return x * torch.sigmoid(x)
 
 
-class _TwiceDifferentiable(TorchFunctionMode):
-    """Replaces the fused functions that torch cannot differentiate twice in forward mode by plain arithmetic: the
-    derivative of silu has no derivative, and that of layer_norm silently holds mean and variance fixed."""
+def _attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> torch.Tensor:
+    """softmax(Q K^T scale + mask) V, without dropout: models are in eval mode."""
+    if enable_gqa:
+        key = key.repeat_interleave(query.shape[-3] // key.shape[-3], dim=-3)
+        value = value.repeat_interleave(query.shape[-3] // value.shape[-3], dim=-3)
+    scores = query @ key.mT * (query.shape[-1] ** -0.5 if scale is None else scale)
+    if is_causal:
+        attn_mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+    if attn_mask is not None and attn_mask.dtype == torch.bool:
+        scores = scores.masked_fill(~attn_mask, torch.finfo(scores.dtype).min)
+    elif attn_mask is not None:
+        scores = scores + attn_mask
+    return scores.softmax(-1) @ value
 
-    _REPLACEMENTS: ClassVar[dict[Callable[..., Any], Callable[..., Any]]] = {
-        F.silu: _silu,
-        F.layer_norm: _layer_norm,
-    }
+
+Replacements = Mapping[Callable[..., Any], Callable[..., Any]]
+# Fused attention cannot be differentiated twice.
+REVERSE_MODE: Replacements = {F.scaled_dot_product_attention: _attention}
+# In forward mode neither can these: the derivative of silu has no derivative, and that of layer_norm silently holds
+# mean and variance fixed.
+FORWARD_MODE: Replacements = {**REVERSE_MODE, F.silu: _silu, F.layer_norm: _layer_norm}
+
+
+class _SpelledOut(TorchFunctionMode):
+    """Replaces fused functions by plain arithmetic."""
+
+    def __init__(self, replacements: Replacements) -> None:
+        super().__init__()
+        self._replacements = replacements
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        function: Callable[..., Any] = self._REPLACEMENTS.get(func, func)
+        function: Callable[..., Any] = self._replacements.get(func, func)
         return function(*args, **(kwargs or {}))

@@ -8,13 +8,21 @@ extraction likelihood, where every prompt has its own limit.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
+from torch import nn
 from transformers import DynamicCache, PreTrainedModel
 
+from scoring.abilities import abilities_of, positions_for, same, tokens_to_try
 from scoring.errors import UserError
+from scoring.precision import as_precise_as_weights
+
+Way = Literal["together", "alone", "anew"]
 
 
 @torch.no_grad()
@@ -34,7 +42,8 @@ def greedy_continuations(
         model: a transformers causal LM in eval mode.
         prompts: token ids, each (T_i,) int64 with T_i >= 1.
         max_new_tokens: the most tokens to write, one number for all prompts or one for each; 0 writes nothing.
-        eos_token_id: the token that ends a row; None: only the limit ends it.
+        eos_token_id: the token that ends a row, beside those of the model's generation config; None: only these, or
+            the limit.
         batch_tokens: rows times (prompt + new) tokens in one batch. A longer row gets a batch of its own.
 
     Returns:
@@ -47,9 +56,10 @@ def greedy_continuations(
     if len(limits) != len(prompts):
         raise ValueError(f"{len(prompts)} prompts but {len(limits)} limits")
     check_fit(getattr(model.config.get_text_config(), "max_position_embeddings", None), prompts, limits)
+    stops = stops_of(model, eos_token_id)
     continuations = [np.empty(0, dtype=np.int64) for _ in prompts]
     for group in group_prompts(prompts, limits, batch_tokens):
-        written = _decode(model, [prompts[i] for i in group], [limits[i] for i in group], eos_token_id)
+        written = _decode(model, [prompts[i] for i in group], [limits[i] for i in group], stops)
         for i, tokens in zip(group, written, strict=True):
             continuations[i] = np.asarray(tokens, dtype=np.int64)
     return continuations
@@ -102,47 +112,175 @@ def group_prompts(
         yield group
 
 
+def stops_of(model: Any, eos_token_id: int | None) -> frozenset[int]:
+    """The tokens that end what a model writes: the one given, and those of its generation config, of which chat models
+    have several."""
+    configured = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    several = configured if isinstance(configured, list) else []
+    return frozenset(token for token in (eos_token_id, *several) if token is not None)
+
+
 def _decode(
-    model: PreTrainedModel, prompts: Sequence[np.ndarray], limits: Sequence[int], eos_token_id: int | None
+    model: PreTrainedModel, prompts: Sequence[np.ndarray], limits: Sequence[int], stops: frozenset[int]
 ) -> list[list[int]]:
-    """Decode one batch. Padding is on the left, so that the last column predicts every row's next token."""
-    longest = max(len(p) for p in prompts)
-    ids = np.zeros((len(prompts), longest), dtype=np.int64)
-    attended = np.zeros((len(prompts), longest), dtype=np.int64)
-    for row, prompt in enumerate(prompts):
-        ids[row, longest - len(prompt) :] = prompt
-        attended[row, longest - len(prompt) :] = 1
-    device = next(model.parameters()).device
-    input_ids, mask = torch.from_numpy(ids).to(device), torch.from_numpy(attended).to(device)
-    position_ids = (mask.cumsum(1) - 1).clamp_min(0)
-    cache = DynamicCache(config=model.config)
+    """Decode one batch, in the first way that is right for the model."""
+    way = way_of_decoding(model)
+    switch = abilities_of(model).switch
+    if switch is not None and max(len(p) + limit for p, limit in zip(prompts, limits, strict=True)) > switch:
+        way = "anew"  # what a cache holds was encoded for the shorter side
+    if way == "together":
+        return _decode_together(model, prompts, limits, stops)
+    return [_decode_one(model, p, limit, stops, way == "alone") for p, limit in zip(prompts, limits, strict=True)]
+
+
+def _decode_one(
+    model: PreTrainedModel, prompt: np.ndarray, limit: int, stops: frozenset[int], cached: bool
+) -> list[int]:
+    """Decode one prompt by itself: with a cache, or by reading everything anew for each token."""
+    if cached:
+        return _decode_together(model, [prompt], [limit], stops)[0]
+    ids = torch.from_numpy(np.asarray(prompt, dtype=np.int64))[None].to(next(model.parameters()).device)
+    written: list[int] = []
+    while len(written) < limit:
+        token = int(_last_logits_anew(model, ids)[0].argmax())
+        if token in stops:
+            break
+        written.append(token)
+        ids = torch.cat([ids, ids.new_tensor([[token]])], dim=1)
+    return written
+
+
+def _last_logits_anew(model: Any, ids: torch.Tensor) -> torch.Tensor:
+    """The logits of the next token of each row, (B, V)."""
+    with as_precise_as_weights(model):
+        output = model(input_ids=ids, use_cache=False, **positions_for(ids, abilities_of(model).takes_positions))
+    logits: torch.Tensor = output.logits[:, -1]
+    return logits
+
+
+_KNOWN: WeakKeyDictionary[nn.Module, Way] = WeakKeyDictionary()
+
+
+def way_of_decoding(model: Any) -> Way:
+    """How a model's continuations come out right: rows of a batch together, padded on the left; one at a time with a
+    cache; or reading everything anew for each token. Tried at its first use."""
+    unwrapped = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if unwrapped not in _KNOWN:
+        _KNOWN[unwrapped] = _try_ways(unwrapped)
+    return _KNOWN[unwrapped]
+
+
+@torch.no_grad()
+def _try_ways(model: Any) -> Way:
+    rows = tokens_to_try(model)
+    prompts = [rows[0, :2], rows[1, :5]]
+    further = rows[:, 5:8]
+    training = model.training
+    model.eval()
+    try:
+        exact = [
+            torch.stack([_last_logits_anew(model, torch.cat([p, more[:n]])[None])[0] for n in range(3)])
+            for p, more in zip(prompts, further, strict=True)
+        ]
+        if not all(logits.isfinite().all() for logits in exact):
+            return "together"
+        ways: dict[Way, Callable[[], list[torch.Tensor]]] = {
+            "together": lambda: _led(model, prompts, further),
+            "alone": lambda: [_led(model, [p], more[None])[0] for p, more in zip(prompts, further, strict=True)],
+        }
+        for way, logits_of in ways.items():
+            try:
+                if all(same(found, wanted) for found, wanted in zip(logits_of(), exact, strict=True)):
+                    return way
+            except Exception:  # it takes no cache of this kind, or no mask
+                continue
+        return "anew"
+    finally:
+        model.train(training)
+
+
+def _led(model: Any, prompts: Sequence[torch.Tensor], further: torch.Tensor) -> list[torch.Tensor]:
+    """The logits of three steps of decoding in which the model is given the tokens, (3, V) for each prompt. After the
+    second, a batch of two loses its first row."""
+    batch = _LeftPadded(model, [p.cpu().numpy() for p in prompts])
+    steps: list[list[torch.Tensor]] = [[] for _ in prompts]
+    rows = list(range(len(prompts)))
+    for n in range(3):
+        logits = batch.next_logits()
+        for place, row in enumerate(rows):
+            steps[row].append(logits[place])
+        if n == 1 and len(rows) > 1:
+            steps[0].append(steps[0][-1])
+            rows = rows[1:]
+            batch.keep([1], further[1:, n])
+        else:
+            batch.keep(list(range(len(rows))), further[rows, n])
+    if len(prompts) > 1:
+        steps[0][2] = _last_logits_anew(model, torch.cat([prompts[0], further[0, :2]])[None])[0]  # it had left
+    return [torch.stack(logits) for logits in steps]
+
+
+class _LeftPadded:
+    """Rows that are decoded together, with a cache. Padding is on the left, so that the last column predicts every
+    row's next token."""
+
+    def __init__(self, model: Any, prompts: Sequence[np.ndarray]) -> None:
+        longest = max(len(p) for p in prompts)
+        ids = np.zeros((len(prompts), longest), dtype=np.int64)
+        attended = np.zeros((len(prompts), longest), dtype=np.int64)
+        for row, prompt in enumerate(prompts):
+            ids[row, longest - len(prompt) :] = prompt
+            attended[row, longest - len(prompt) :] = 1
+        device = next(model.parameters()).device
+        self._model = model
+        self._ids, self._mask = torch.from_numpy(ids).to(device), torch.from_numpy(attended).to(device)
+        self._positions = (self._mask.cumsum(1) - 1).clamp_min(0)
+        self._cache = DynamicCache(config=model.config)
+        self._takes_positions = abilities_of(model).takes_positions
+        self._keeps_last = "logits_to_keep" in inspect.signature(model.forward).parameters
+
+    def next_logits(self) -> torch.Tensor:
+        """Logits of the next token of each row, (B, V)."""
+        with as_precise_as_weights(self._model):
+            output = self._model(
+                input_ids=self._ids,
+                attention_mask=self._mask,
+                past_key_values=self._cache,
+                use_cache=True,
+                **({"position_ids": self._positions} if self._takes_positions else {}),
+                **({"logits_to_keep": 1} if self._keeps_last else {}),
+            )
+        logits: torch.Tensor = output.logits[:, -1]
+        return logits
+
+    def keep(self, rows: Sequence[int], tokens: torch.Tensor) -> None:
+        """Go on with these rows, and the token of each that is to be read next."""
+        if len(rows) < len(self._mask):
+            selected = torch.tensor(rows, device=self._mask.device)
+            self._cache.batch_select_indices(selected)
+            self._mask, self._positions = self._mask[selected], self._positions[selected]
+        self._ids = tokens.unsqueeze(-1)
+        self._mask = torch.cat([self._mask, self._mask.new_ones(len(rows), 1)], dim=1)
+        self._positions = self._positions[:, -1:] + 1
+
+
+def _decode_together(
+    model: PreTrainedModel, prompts: Sequence[np.ndarray], limits: Sequence[int], stops: frozenset[int]
+) -> list[list[int]]:
+    batch = _LeftPadded(model, prompts)
     written: list[list[int]] = [[] for _ in prompts]
     # The prompt of each row: rows leave the batch as they end.
     prompt_of_row = list(range(len(prompts)))
     while True:
-        output = model(
-            input_ids=input_ids,
-            attention_mask=mask,
-            position_ids=position_ids,
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
-        tokens = output.logits[:, -1].argmax(-1)
+        tokens = batch.next_logits().argmax(-1)
         unfinished = []
         for row, (prompt_number, token) in enumerate(zip(prompt_of_row, tokens.tolist(), strict=True)):
-            if token == eos_token_id:
+            if token in stops:
                 continue
             written[prompt_number].append(token)
             if len(written[prompt_number]) < limits[prompt_number]:
                 unfinished.append(row)
         if not unfinished:
             return written
-        if len(unfinished) < len(prompt_of_row):
-            selected = torch.tensor(unfinished, device=device)
-            cache.batch_select_indices(selected)
-            tokens, mask, position_ids = tokens[selected], mask[selected], position_ids[selected]
-            prompt_of_row = [prompt_of_row[row] for row in unfinished]
-        input_ids = tokens.unsqueeze(-1)
-        mask = torch.cat([mask, mask.new_ones(len(prompt_of_row), 1)], dim=1)
-        position_ids = position_ids[:, -1:] + 1
+        batch.keep(unfinished, tokens[torch.tensor(unfinished, device=tokens.device)])
+        prompt_of_row = [prompt_of_row[row] for row in unfinished]

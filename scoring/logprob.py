@@ -10,15 +10,16 @@ which never subtracts two nearly equal numbers: its relative error stays near th
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel
 
+from scoring.abilities import Abilities, abilities_of, positions_for
+from scoring.precision import as_precise_as_weights
 from scoring.samples import Batch
 
 # Vocabulary columns computed at a time, which bounds the temporaries of a 256k-token vocabulary.
@@ -74,16 +75,11 @@ def _head_sees_only(model: PreTrainedModel, positions: torch.Tensor) -> Iterator
     Logits of prompt tokens are never computed; what the model does after its head (soft-capping, scaling) acts on the
     smaller tensor.
     """
-    head = model.get_output_embeddings()
-    if head is None:
-        raise TypeError(f"{type(model).__name__} has no output embeddings: not a causal language model")
 
     def select(_: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-        hidden = args[0]
-        rows = torch.arange(hidden.shape[0], device=hidden.device).unsqueeze(-1)
-        return (hidden[rows, positions.to(hidden.device)], *args[1:])
+        return (at_positions(args[0], positions), *args[1:])
 
-    handle = head.register_forward_pre_hook(select)
+    handle = _head_of(model).register_forward_pre_hook(select)
     try:
         yield
     finally:
@@ -93,15 +89,55 @@ def _head_sees_only(model: PreTrainedModel, positions: torch.Tensor) -> Iterator
 def scored_logits(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
     """Logits at the scored positions, (B, S, V), in the model's dtype.
 
-    No attention mask is passed: padding is on the right, and causal attention does not look ahead. Position
-    ids are passed with the full batch dimension, so that learned position embeddings keep samples apart.
+    No attention mask is passed: padding is on the right, and causal attention does not look ahead. Rows that must not
+    share a batch under this model are computed apart.
     """
-    rows, length = batch.input_ids.shape
-    position_ids = torch.arange(length, device=batch.input_ids.device).expand(rows, length)
-    with _head_sees_only(model, batch.positions):
-        output = model(input_ids=batch.input_ids, position_ids=position_ids, use_cache=False)
-    logits: torch.Tensor = output.logits
-    return logits.to(batch.input_ids.device)
+    (logits,) = row_by_row(model, batch, lambda rows, able: (_scored_logits(model, rows, able),))
+    return logits
+
+
+def row_by_row(
+    model: PreTrainedModel, batch: Batch, compute: Callable[[Batch, Abilities], tuple[torch.Tensor, ...]]
+) -> tuple[torch.Tensor, ...]:
+    """What `compute` gives for the rows of a batch, tensors of (B, S, ...), in one go where all rows may share a batch
+    under this model, see `Abilities.alike`; else for those together that may."""
+    able = abilities_of(model)
+    groups = able.alike(batch.lengths.cpu())
+    if len(groups) == 1:
+        return compute(batch, able)
+    most = batch.positions.shape[1]
+    back = torch.cat(groups).argsort().to(batch.input_ids.device)
+    results = zip(*(compute(batch.select(rows), able) for rows in groups), strict=True)
+
+    def padded(x: torch.Tensor) -> torch.Tensor:
+        return F.pad(x, (0, 0) * (x.dim() - 2) + (0, most - x.shape[1]))
+
+    return tuple(torch.cat([padded(x) for x in parts])[back] for parts in results)
+
+
+def _scored_logits(model: PreTrainedModel, batch: Batch, able: Abilities) -> torch.Tensor:
+    selected = _head_sees_only(model, batch.positions) if able.head_selects else nullcontext()
+    with as_precise_as_weights(model), selected:
+        output = model(
+            input_ids=batch.input_ids, use_cache=False, **positions_for(batch.input_ids, able.takes_positions)
+        )
+    logits: torch.Tensor = output.logits.to(batch.input_ids.device)
+    if able.head_selects:
+        return logits
+    return at_positions(logits, batch.positions)
+
+
+def at_positions(values: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """The values at some positions, (B, T, d) and (B, S) -> (B, S, d)."""
+    rows = torch.arange(values.shape[0], device=values.device).unsqueeze(-1)
+    return values[rows, positions.to(values.device)]
+
+
+def _head_of(model: PreTrainedModel) -> nn.Module:
+    head: nn.Module | None = model.get_output_embeddings()
+    if head is None:
+        raise TypeError(f"{type(model).__name__} has no output embeddings: not a causal language model")
+    return head
 
 
 def scored_logprobs(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
@@ -111,17 +147,15 @@ def scored_logprobs(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
 
 def last_hidden(model: PreTrainedModel, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
     """The input of the output head at the scored positions, (B, S, d), and the logits, (B, S, V)."""
-    hidden: list[torch.Tensor] = []
 
-    def keep(_: nn.Module, args: tuple[torch.Tensor, ...], __: Any) -> None:
-        hidden.append(args[0])
+    def compute(rows: Batch, able: Abilities) -> tuple[torch.Tensor, torch.Tensor]:
+        hidden: list[torch.Tensor] = []
+        handle = _head_of(model).register_forward_hook(lambda _, args, __: hidden.append(args[0]))
+        try:
+            logits = _scored_logits(model, rows, able)
+        finally:
+            handle.remove()
+        return hidden[0] if able.head_selects else at_positions(hidden[0], rows.positions), logits
 
-    head = model.get_output_embeddings()
-    if head is None:
-        raise TypeError(f"{type(model).__name__} has no output embeddings: not a causal language model")
-    handle = head.register_forward_hook(keep)
-    try:
-        logits = scored_logits(model, batch)
-    finally:
-        handle.remove()
-    return hidden[0], logits
+    hidden, logits = row_by_row(model, batch, compute)
+    return hidden, logits

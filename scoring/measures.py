@@ -21,10 +21,11 @@ from transformers import PreTrainedModel
 from scoring.characteristics import characteristics
 from scoring.engine import Replica
 from scoring.flip_time import Forecaster, ForgetLoss, Path, gradient_ascent
+from scoring.load import load_model
 from scoring.margins import flips_needed
 from scoring.mrd import Request, estimate, reduce_draws
 from scoring.registry import Registry
-from scoring.replica import TransformersReplica, load_model
+from scoring.replica import TransformersReplica
 from scoring.samples import Batch
 from scoring.similarity import gradient_cosines, mean_hidden_states, similarity_to_neighbours
 from scoring.training_difficulty import el2n, empirical_fisher, grand, vog

@@ -56,7 +56,8 @@ class ReplicaActor:
         if spec.engine == "vllm":
             self._runner = TaskRunner(self._vllm_replica(spec))
         else:
-            from scoring.replica import TransformersReplica, load_model
+            from scoring.load import load_model
+            from scoring.replica import TransformersReplica
 
             self._runner = None  # memory may hold one model only
             model = load_model(spec.source, spec.dtype, self._footprint.device(), spec.revision)

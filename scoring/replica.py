@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import copy
-import importlib.util
 import math
 import warnings
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
-from transformers.utils import logging as transformers_logging
+from transformers import PreTrainedModel
 
+from scoring.abilities import check_fp64, notes_on
 from scoring.curvature import second_derivative_sum_by_reverse_mode, second_derivatives_along_signs
-from scoring.engine import Dtype, Replica
-from scoring.errors import UserError
+from scoring.engine import Replica
+from scoring.errors import UserError, first_line
 from scoring.generation import greedy_continuations
+from scoring.load import copied, loading_notes
 from scoring.logprob import scored_logits, scored_logprobs, token_logprobs
 from scoring.memorization import extraction_likelihood
 from scoring.perturbation import Perturbation
@@ -31,8 +27,6 @@ from scoring.sample_gradients import (
 )
 from scoring.samples import Batch, Sample
 from scoring.settings import named
-
-DTYPES: dict[Dtype, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
 # How far std(stored(theta + delta) - theta) / sigma may be from 1 before a score measures rounding (beyond the
 # sampling error of a standard deviation, which matters for toy models alone).
@@ -78,57 +72,6 @@ def check_survival(survival: float, sigma: float, dtype: torch.dtype, weights: i
     return [message]
 
 
-def load_model(
-    source: str | Path, dtype: Dtype = "float32", device: str = "cpu", revision: str | None = None
-) -> PreTrainedModel:
-    """A causal LM in eval mode, from a folder or a Hugging Face id. Safetensors only; no remote code.
-
-    Args:
-        device: a torch device; "auto" spreads the layers over all GPUs of this process.
-
-    Raises:
-        UserError: the model cannot be loaded.
-    """
-    if device == "auto" and importlib.util.find_spec("accelerate") is None:
-        raise UserError("a replica of several GPUs needs accelerate: pip install 'mrd-bench[trainer]'")
-    transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()
-    try:
-        config = AutoConfig.from_pretrained(str(source), revision=revision or "main", trust_remote_code=False)
-        # The fused attention kernels leave out the soft-capping of Gemma 2's scores: another model, silently.
-        soft_cap = getattr(config.get_text_config(), "attn_logit_softcapping", None)
-        result: Any = AutoModelForCausalLM.from_pretrained(
-            str(source),
-            revision=revision or "main",
-            dtype=DTYPES[dtype],
-            use_safetensors=True,
-            trust_remote_code=False,
-            attn_implementation="eager" if soft_cap else "sdpa",
-            output_loading_info=True,
-            **({"device_map": "auto"} if device == "auto" else {}),
-        )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"model {str(source)!r} cannot be loaded as a causal language model: {reason}") from error
-    loaded, loading = result
-    if loading["missing_keys"]:
-        # transformers fills missing weights with random numbers.
-        raise UserError(
-            f"model {str(source)!r} has no weights for {min(loading['missing_keys'])!r} "
-            f"({len(loading['missing_keys'])} missing): expected a complete causal language model"
-        )
-    if device == "auto" and any(p.device.type != "cuda" for p in loaded.parameters()):
-        raise UserError(
-            f"model {str(source)!r} does not fit into the memory of its replica's GPUs: "
-            f"raise {named('gpus_per_replica')}"
-        )
-    non_finite = next((name for name, p in loaded.named_parameters() if not p.isfinite().all()), None)
-    if non_finite is not None:
-        raise UserError(f"model {str(source)!r}: weight {non_finite!r} holds NaN or infinity; it cannot be used")
-    model: PreTrainedModel = loaded.eval() if device == "auto" else loaded.to(device).eval()
-    return model
-
-
 class TransformersReplica:
     """A transformers causal LM that can be scored, perturbed and differentiated.
 
@@ -149,11 +92,13 @@ class TransformersReplica:
         self.gradient_error: float | None = None
         self.rounding_share: float | None = None
         self._survivals: dict[float, float] = {}
-        self.notes: list[str] = []
+        self.notes: list[str] = [*loading_notes(model), *notes_on(model)]
         self._allow_lost = allow_lost_perturbation
         self._perturbation: Perturbation | None = None
         self._batched_gradients: bool | None = None
         self._curvature_checked = False
+        if self.dtype == torch.float64:
+            check_fp64(model)
 
     @torch.no_grad()
     def logprobs(self, batch: Batch) -> torch.Tensor:
@@ -186,7 +131,9 @@ class TransformersReplica:
     def exact_logprobs(self, batches: Sequence[Batch]) -> list[torch.Tensor]:
         """Log-probs in fp64, by a copy of the model that takes twice the memory of fp32 weights during the call."""
         self.forwards += len(batches)
-        exact = self.model if self.dtype == torch.float64 else copy.deepcopy(self.model).double()
+        exact = self.model if self.dtype == torch.float64 else copied(self.model, torch.float64)
+        if exact is not self.model:
+            check_fp64(exact)
         return [scored_logprobs(exact, batch.to(self.device)) for batch in batches]
 
     @torch.no_grad()
@@ -260,8 +207,13 @@ class TransformersReplica:
         few = batch.rows(0, min(2, len(batch))).to(self.device)
         try:
             batched = per_sample_gradient_norms(self.model, few, log_abs_logprob)[0]
-        except UnsupportedModule as error:
-            return self._fall_back(str(error))
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # whatever it is, a sample at a time does without it
+            reason = (
+                str(error) if isinstance(error, UnsupportedModule) else f"{type(error).__name__}: {first_line(error)}"
+            )
+            return self._fall_back(reason)
         plain = autograd_norms(self.model, few, log_abs_logprob)[0]
         difference = ((batched - plain).abs() / plain.clamp_min(1e-30)).max().item()
         if difference > GRADIENT_TOLERANCE[self.dtype]:
@@ -294,16 +246,23 @@ class TransformersReplica:
     def _check_curvature(self, batch: Batch, seed: int, draw: int) -> None:
         single = batch.rows(0, 1).to(self.device)
         # In fp32, so that a difference is an error and not rounding.
-        model = self.model if self.dtype in (torch.float32, torch.float64) else copy.deepcopy(self.model).float()
-        forward = second_derivatives_along_signs(model, single, seed, draw)
-        reverse = second_derivative_sum_by_reverse_mode(model, single, seed, draw)
-        error = abs(forward.sum().item() - reverse) / forward.abs().sum().item()
-        if not error <= CURVATURE_TOLERANCE:
-            raise UserError(
-                f"curvature: forward and reverse mode differ by {error:.0%} on the first sample, so "
-                f"{type(self.model).__name__} has a function that torch does not differentiate twice; use "
-                f"{named('estimator')} antithetic"
-            )
+        model = self.model if self.dtype in (torch.float32, torch.float64) else copied(self.model, torch.float32)
+        try:
+            forward = second_derivatives_along_signs(model, single, seed, draw)
+            reverse = second_derivative_sum_by_reverse_mode(model, single, seed, draw)
+        except (UserError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:
+            raise self._no_curvature(f"{type(error).__name__}: {first_line(error)}") from error
+        difference = abs(forward.sum().item() - reverse) / forward.abs().sum().item()
+        if not difference <= CURVATURE_TOLERANCE:
+            raise self._no_curvature(f"forward and reverse mode differ by {difference:.0%} on the first sample")
+
+    def _no_curvature(self, reason: str) -> UserError:
+        return UserError(
+            f"curvature: {type(self.model).__name__} has a function that torch does not differentiate twice "
+            f"({reason}); use {named('estimator')} antithetic"
+        )
 
     def measure_gradient_error(self, batch: Batch) -> None:
         """Set `gradient_error`: the largest relative error of this dtype's gradient norms against fp32, over at
@@ -312,7 +271,7 @@ class TransformersReplica:
             return
         few = batch.rows(0, min(8, len(batch)))
         norms, _ = self.log_abs_gradient_norms(few)
-        exact, _ = TransformersReplica(copy.deepcopy(self.model).float()).log_abs_gradient_norms(few)
+        exact, _ = TransformersReplica(copied(self.model, torch.float32)).log_abs_gradient_norms(few)
         self.gradient_error = ((norms - exact).abs() / exact).max().item()
 
 

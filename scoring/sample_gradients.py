@@ -7,17 +7,21 @@ For y = W x the gradient of sample i is G_i^T A_i (A: inputs, G: gradients of th
 so its norm needs two T x T Gram matrices and never the gradient itself. The model's parameters are frozen while
 this runs: the backward pass carries gradients of activations only, which costs one forward, not two.
 
-Linear and Conv1D (with biases), embeddings (scaled and offset ones too) and a head tied to the embedding (with its
-cross term) have a closed form. Any other module that owns parameters (norms of every kind) is differentiated by itself,
-a sample at a time under vmap: its parameters are small. A module that fits neither raises `UnsupportedModule`, and the
+Linear and Conv1D (with biases), embeddings (scaled and offset ones too), a head tied to the embedding (with its cross
+term) and mixtures of experts have a closed form. Any other module that owns parameters (norms of every kind, routers)
+is differentiated by itself: its parameters are small. A module that fits neither raises `UnsupportedModule`, and the
 caller falls back to `autograd_norms`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from functools import partial
+from itertools import chain
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -25,7 +29,10 @@ from torch.func import functional_call, vjp, vmap
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from scoring.logprob import scored_logprobs
+from scoring.abilities import Abilities
+from scoring.experts import Seen, Tell, experts_of, spelled_out
+from scoring.logprob import row_by_row, scored_logprobs
+from scoring.precision import as_precise_as_weights
 from scoring.samples import Batch
 
 # (B, S) log-probs and (B, S) mask -> (B,): the scalar of each sample that is differentiated.
@@ -71,17 +78,76 @@ def per_sample_gradient_norms(
     Raises:
         UnsupportedModule: a parameter's gradient cannot be formed per sample.
     """
+
+    def compute(rows: Batch, _: Abilities) -> tuple[torch.Tensor, torch.Tensor]:
+        # Norms in the backward pass are to be as precise as in the forward one.
+        with as_precise_as_weights(model), _Recorder(model, rows) as recorder, torch.enable_grad():
+            logprobs = scored_logprobs(model, rows)
+            if missed := recorder.never_called():
+                raise _Missed(missed)
+            scalar_of(logprobs, rows.mask).sum().backward()
+            return recorder.squared_norms().sqrt().unsqueeze(1), logprobs.detach()
+
     trained = [p for p in model.parameters() if p.requires_grad]
     for p in trained:
         p.requires_grad_(False)
     try:
-        with _Recorder(model, batch) as recorder, torch.enable_grad():
-            logprobs = scored_logprobs(model, batch)
-            scalar_of(logprobs, batch.mask).sum().backward()
-        return recorder.squared_norms().sqrt(), logprobs.detach()
+        try:
+            norms, logprobs = row_by_row(model, batch, compute)
+        except _Missed as missed:
+            _find_owners(model, batch.rows(0, 1).to(batch.input_ids.device), missed.modules)
+            norms, logprobs = row_by_row(model, batch, compute)
+        return norms[:, 0], logprobs
     finally:
         for p in trained:
             p.requires_grad_(True)
+
+
+class _Missed(UnsupportedModule):
+    """Modules own parameters, and did not run in a forward pass: either something else multiplies by their weights, as
+    the mixers of Mamba do, or nothing does."""
+
+    def __init__(self, modules: Sequence[str]) -> None:
+        super().__init__(f"{modules[0]} owns parameters and does not run")
+        self.modules = modules
+
+
+# For each model whose modules do not all run: who uses the parameters of those that do not; None where nobody does.
+_BYPASSED: WeakKeyDictionary[nn.Module, dict[str, str | None]] = WeakKeyDictionary()
+
+
+def _find_owners(model: PreTrainedModel, single: Batch, missed: Sequence[str]) -> None:
+    """Fill `_BYPASSED` for a model whose parameters are frozen."""
+    ran: set[str] = set()
+    handles = [
+        module.register_forward_hook(lambda *_, name=name: ran.add(name)) for name, module in model.named_modules()
+    ]
+    parameters = {name: list(model.get_submodule(name).parameters(recurse=False)) for name in missed}
+    try:
+        for p in chain.from_iterable(parameters.values()):
+            p.requires_grad_(True)
+        with torch.enable_grad():
+            total = scored_logprobs(model, single).sum()
+        everything = [p for own in parameters.values() for p in own]
+        found = torch.autograd.grad(total, everything, allow_unused=True) if total.requires_grad else [None]
+    finally:
+        for p in chain.from_iterable(parameters.values()):
+            p.requires_grad_(False)
+        for handle in handles:
+            handle.remove()
+    used = {id(p) for p, gradient in zip(everything, found, strict=False) if gradient is not None}
+    owners: dict[str, str | None] = {}
+    for name, own in parameters.items():
+        if not any(id(p) in used for p in own):
+            owners[name] = None
+            continue
+        above = name
+        while above and above not in ran:
+            above = above.rpartition(".")[0]
+        if not above:
+            raise UnsupportedModule(f"{name} owns parameters that are used elsewhere")
+        owners[name] = above
+    _BYPASSED[model] = {**_BYPASSED.get(model, {}), **owners}
 
 
 @contextmanager
@@ -129,66 +195,122 @@ def _precise(tensor: torch.Tensor) -> torch.Tensor:
     return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
+@dataclass
+class _Call:
+    """A call of a module in the forward pass, and the gradients of its outputs as they arrive in the backward pass."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    grads: dict[int, torch.Tensor]
+
+
 class _Recorder:
     """Hooks every module that owns parameters; accumulates squared per-sample gradient norms in `_total`."""
 
     def __init__(self, model: PreTrainedModel, batch: Batch) -> None:
         self._batch = batch
         self._total = torch.zeros(len(batch), dtype=torch.float64, device=batch.input_ids.device)
-        self._handles: list[Any] = []
-        self._seen: set[str] = set()
+        self._open = ExitStack()
+        self._calls: dict[str, list[_Call]] = {}
         # For the cross term of a tied head: the gradients of its logits at the sample's tokens, and its inputs.
         self._tied_head: tuple[torch.Tensor, torch.Tensor] | None = None
         head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
         self._tied = getattr(head, "weight", None) is embedding.weight
         self._head, self._embedding = head, embedding
+        self._experts = experts_of(model)
+        self._bypassed = _BYPASSED.get(model, {})
         # Every parameter must have one owner, except the tied table. This is checked before any hook is set, so that
         # an error leaves the model as it was.
         self._modules: dict[str, nn.Module] = {}
+        # The names of the parameters of each, within it.
+        self._owned: dict[str, list[str]] = {}
         owner_of: dict[int, str] = {}
         for name, module in model.named_modules():
-            for p in module.parameters(recurse=False):
+            for own, p in module.named_parameters(recurse=False):
                 if id(p) in owner_of and not (self._tied and p is head.weight):
                     raise UnsupportedModule(f"{name} shares a parameter with {owner_of[id(p)]}")
                 owner_of[id(p)] = name
-                self._modules[name] = module
+                owner = self._bypassed.get(name, name)
+                if owner is None:
+                    continue
+                self._modules[owner] = model.get_submodule(owner)
+                self._owned.setdefault(owner, []).append(f"{name}.{own}".removeprefix(f"{owner}."))
 
     def __enter__(self) -> _Recorder:
-        self._handles = [
-            module.register_forward_hook(self._hook(name), with_kwargs=True) for name, module in self._modules.items()
-        ]
+        self._open.enter_context(spelled_out(self._experts, self._expert_teller))
+        for name, module in self._modules.items():
+            if name not in self._experts:
+                handle = module.register_forward_hook(self._hook(name), with_kwargs=True)
+                self._open.callback(handle.remove)
         return self
 
     def __exit__(self, *_: object) -> None:
-        for handle in self._handles:
-            handle.remove()
+        self._open.close()
+
+    def never_called(self) -> list[str]:
+        """Modules that own parameters and did not run in the forward pass."""
+        return [name for name in self._modules if name not in self._calls and name not in self._experts]
 
     def squared_norms(self) -> torch.Tensor:
+        """(B,), after the backward pass."""
+        for name in list(self._calls):
+            self._finish(name)
         return self._total
 
     def _hook(self, name: str) -> ForwardHook:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-            if name in self._seen:
-                raise UnsupportedModule(f"{name} ({type(module).__name__}) runs more than once in a forward pass")
-            if not isinstance(output, torch.Tensor):
-                raise UnsupportedModule(f"{name} ({type(module).__name__}) does not return a tensor")
-            self._seen.add(name)
+            call = _Call(args, kwargs, {})
             if isinstance(module, nn.Embedding):
-                ids, scale = _lookup(module, args, kwargs)
                 output = output.detach().requires_grad_()
-                self._check_rows(name, module, ids)
-                output.register_hook(lambda grads: self._add_embedding(module, ids, scale, grads))
-            elif not output.requires_grad:
+            elif type(output) in (tuple, list):
+                # One may have been computed from another: the gradient of an alias is that of its use elsewhere alone.
+                output = type(output)(x.view_as(x) if isinstance(x, torch.Tensor) else x for x in output)
+            outputs = output if isinstance(output, tuple | list) else (output,)
+            differentiable = [
+                place for place, x in enumerate(outputs) if isinstance(x, torch.Tensor) and x.requires_grad
+            ]
+            if not differentiable:
                 raise UnsupportedModule(f"{name} ({type(module).__name__}) is not downstream of an embedding")
-            elif isinstance(module, nn.Linear | Conv1D):
-                inputs = self._split(name, module, args[0].detach())
-                output.register_hook(lambda grads: self._add_linear(module, inputs, self._split(name, module, grads)))
-            else:
-                rows = tuple(self._split(name, module, arg.detach()) for arg in args)
-                output.register_hook(lambda grads: self._add_generic(module, rows, self._split(name, module, grads)))
+            self._calls.setdefault(name, []).append(call)
+            for place in differentiable:
+                outputs[place].register_hook(partial(self._arrived, name, call, place, len(differentiable) == 1))
             return output
 
         return hook
+
+    def _arrived(self, name: str, call: _Call, place: int, only: bool, grads: torch.Tensor) -> None:
+        """Take the gradients of an output. A module that ran once and has one output is done with; others wait for the
+        end of the backward pass."""
+        call.grads[place] = grads
+        if only and len(self._calls[name]) == 1:
+            self._finish(name)
+
+    def _finish(self, name: str) -> None:
+        module = self._modules[name]
+        calls = [call for call in self._calls.pop(name) if call.grads]
+        if not calls:
+            return
+        if isinstance(module, nn.Embedding):
+            looked_up = [_lookup(module, call.args, call.kwargs) for call in calls]
+            for ids, _ in looked_up:
+                self._check_rows(name, module, ids)
+            self._add_embedding(
+                module,
+                torch.cat([ids.flatten(1) for ids, _ in looked_up], dim=1),
+                torch.cat(
+                    [
+                        _precise(call.grads[0]).flatten(1, -2) * scale.flatten(1, -2)
+                        for call, (_, scale) in zip(calls, looked_up, strict=True)
+                    ],
+                    dim=1,
+                ),
+            )
+        elif isinstance(module, nn.Linear | Conv1D):
+            inputs = [self._split(name, module, call.args[0].detach()).flatten(1, -2) for call in calls]
+            grads = [self._split(name, module, call.grads[0]).flatten(1, -2) for call in calls]
+            self._add_linear(module, _precise(torch.cat(inputs, dim=1)), _precise(torch.cat(grads, dim=1)))
+        else:
+            self._add_generic(name, module, calls)
 
     def _check_rows(self, name: str, module: nn.Module, tensor: torch.Tensor) -> None:
         if tensor.shape[0] != len(self._batch):
@@ -198,10 +320,10 @@ class _Recorder:
             )
 
     def _split(self, name: str, module: nn.Module, tensor: torch.Tensor) -> torch.Tensor:
-        """Put the sample dimension first: (B*T, d), as some models flatten it, becomes (B, T, d)."""
+        """Put the sample dimension first: (B*T, d) or (B*T*heads, d), as some models flatten, becomes (B, ..., d)."""
         rows, length = self._batch.input_ids.shape
-        if tensor.dim() == 2 and tensor.shape[0] == rows * length and length > 1:
-            tensor = tensor.reshape(rows, length, -1)
+        if tensor.dim() == 2 and tensor.shape[0] % (rows * length) == 0 and length > 1:
+            tensor = tensor.reshape(rows, tensor.shape[0] // rows, -1)
         self._check_rows(name, module, tensor)
         return tensor
 
@@ -210,7 +332,6 @@ class _Recorder:
         self._total += squared.to(self._total.device)
 
     def _add_linear(self, module: nn.Module, inputs: torch.Tensor, grads: torch.Tensor) -> None:
-        inputs, grads = _precise(inputs.flatten(1, -2)), _precise(grads.flatten(1, -2))
         self._add(_outer_product_norms(inputs, grads))
         if module.bias is not None:
             self._add(grads.sum(1).double().square().sum(-1))
@@ -218,8 +339,7 @@ class _Recorder:
             ids = self._batch.input_ids.to(grads.device).unsqueeze(1).expand(-1, grads.shape[1], -1)
             self._tied_head = (grads.gather(-1, ids), inputs)
 
-    def _add_embedding(self, module: nn.Embedding, ids: torch.Tensor, scale: torch.Tensor, grads: torch.Tensor) -> None:
-        grads = _precise(grads) * scale
+    def _add_embedding(self, module: nn.Embedding, ids: torch.Tensor, grads: torch.Tensor) -> None:
         # Gradients of a row that a sample uses several times add up before they are squared.
         same_row = ids.unsqueeze(1).eq(ids.unsqueeze(2)).to(grads.dtype)
         self._add((torch.bmm(grads, grads.mT) * same_row).double().sum((1, 2)))
@@ -230,31 +350,126 @@ class _Recorder:
             self._add(2 * (gathered * torch.bmm(hidden, grads.mT)).double().sum((1, 2)))
             self._tied_head = None
 
-    def _add_generic(self, module: nn.Module, inputs: tuple[torch.Tensor, ...], grads: torch.Tensor) -> None:
-        parameters = {n: _precise(p.detach()) for n, p in module.named_parameters(recurse=False)}
+    # --- Experts: each is a linear layer over the tokens that were routed to it -----------------------------------
 
-        def gradient(row: tuple[torch.Tensor, ...], grad: torch.Tensor) -> dict[str, torch.Tensor]:
-            def forward(values: dict[str, torch.Tensor]) -> torch.Tensor:
-                output: torch.Tensor = functional_call(module, values, tuple(x.unsqueeze(0) for x in row))
-                return output
+    def _expert_teller(self, name: str, module: nn.Module) -> Tell:
+        rows, length = self._batch.input_ids.shape
+        told: set[tuple[str, int]] = set()
 
-            gradients: dict[str, torch.Tensor] = vjp(forward, parameters)[1](grad.unsqueeze(0))[0]
-            return gradients
+        def tell(seen: Seen) -> None:
+            if (seen.weight, seen.number) in told or seen.tokens != rows * length:
+                raise UnsupportedModule(f"{name} ({type(module).__name__}) runs more than once in a forward pass")
+            told.add((seen.weight, seen.number))
+            seen.outputs.register_hook(partial(self._add_expert, seen, bool(module.has_bias)))
+
+        return tell
+
+    def _add_expert(self, seen: Seen, has_bias: bool, grads: torch.Tensor) -> None:
+        rows, length = self._batch.input_ids.shape
+        sample = seen.places // length
+        counts = torch.bincount(sample, minlength=rows)
+        # The tokens of a sample are neighbours. Padded with zeros, which add nothing.
+        slot = torch.arange(len(sample), device=sample.device) - (counts.cumsum(0) - counts)[sample]
+
+        def padded(values: torch.Tensor) -> torch.Tensor:
+            table = values.new_zeros(rows, int(counts.max()), values.shape[-1])
+            table[sample, slot] = values
+            return _precise(table)
+
+        by_sample = padded(grads)
+        self._add(_outer_product_norms(padded(seen.inputs.detach()), by_sample))
+        if has_bias:
+            self._add(by_sample.sum(1).double().square().sum(-1))
+
+    # --- Any other module that owns parameters ----------------------------------------------------------------------
+
+    def _add_generic(self, name: str, module: nn.Module, calls: Sequence[_Call]) -> None:
+        parameters = {n: _precise(module.get_parameter(n).detach()) for n in self._owned[name]}
+        sums: dict[str, torch.Tensor] = {}
+        for call in calls:
+            for key, gradients in self._gradients_of(name, module, parameters, call).items():
+                sums[key] = sums[key] + gradients if key in sums else gradients
+        for gradients in sums.values():
+            self._add(gradients.flatten(1).double().square().sum(-1))
+
+    def _gradients_of(
+        self, name: str, module: nn.Module, parameters: dict[str, torch.Tensor], call: _Call
+    ) -> dict[str, torch.Tensor]:
+        """The gradients of the module's own parameters, a row a sample: of all samples at once where torch can do that,
+        else of one after the other."""
+        places, grads = zip(*call.grads.items(), strict=True)
+        grads = tuple(_precise(self._split(name, module, grad)) for grad in grads)
+
+        def outputs(
+            values: dict[str, torch.Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
+        ) -> tuple[torch.Tensor, ...]:
+            output = functional_call(module, values, args, kwargs)
+            return tuple((output if isinstance(output, tuple | list) else (output,))[place] for place in places)
 
         with _hooks_off(module):
-            gradients = vmap(gradient)(tuple(_precise(x) for x in inputs), _precise(grads))
-        for values in gradients.values():
-            self._add(values.flatten(1).double().square().sum(-1))
+            if not call.kwargs and all(isinstance(arg, torch.Tensor) for arg in call.args):
+                rows = tuple(_precise(self._split(name, module, arg.detach())) for arg in call.args)
+
+                def gradient(row: tuple[torch.Tensor, ...], grad: tuple[torch.Tensor, ...]) -> dict[str, torch.Tensor]:
+                    # As the module was called: (T, d) where it sees tokens without samples.
+                    one = tuple(
+                        x if arg.dim() < split.dim() else x.unsqueeze(0)
+                        for x, arg, split in zip(row, call.args, rows, strict=True)
+                    )
+                    pull_back = vjp(lambda values: outputs(values, one, {}), parameters)
+                    shaped = tuple(g.reshape(x.shape) for g, x in zip(grad, pull_back[0], strict=True))
+                    gradients: dict[str, torch.Tensor] = pull_back[1](shaped)[0]
+                    return gradients
+
+                with suppress(Exception):
+                    return vmap(gradient)(rows, grads)
+            found = [
+                self._gradient_of_row(row, parameters, outputs, call, [grad[row : row + 1] for grad in grads])
+                for row in range(len(self._batch))
+            ]
+        return {key: torch.stack([gradients[key] for gradients in found]) for key in parameters}
+
+    def _gradient_of_row(
+        self,
+        row: int,
+        parameters: dict[str, torch.Tensor],
+        outputs: Callable[..., tuple[torch.Tensor, ...]],
+        call: _Call,
+        grads: Sequence[torch.Tensor],
+    ) -> dict[str, torch.Tensor]:
+        count, length = self._batch.input_ids.shape
+
+        def of_row(value: Any) -> Any:
+            if isinstance(value, torch.Tensor):
+                value = value.detach()
+                if value.dim() and (value.shape[0] == count or value.shape[0] % (count * length) == 0):
+                    share = value.shape[0] // count
+                    value = value[row * share : (row + 1) * share]
+                return _precise(value) if value.is_floating_point() else value
+            return type(value)(of_row(part) for part in value) if type(value) in (tuple, list) else value
+
+        with torch.enable_grad():
+            values = {key: p.clone().requires_grad_() for key, p in parameters.items()}
+            found = outputs(values, of_row(call.args), {key: of_row(arg) for key, arg in call.kwargs.items()})
+            shaped = [grad.reshape(x.shape) for grad, x in zip(grads, found, strict=True)]
+            gradients = torch.autograd.grad(found, list(values.values()), shaped, allow_unused=True)
+        return {
+            key: torch.zeros_like(values[key]) if gradient is None else gradient
+            for key, gradient in zip(values, gradients, strict=True)
+        }
 
 
 @contextmanager
 def _hooks_off(module: nn.Module) -> Iterator[None]:
-    """Within the context a module is called without its forward hooks."""
-    hooks, module._forward_hooks = module._forward_hooks, type(module._forward_hooks)()
+    """Within the context a module and those in it are called without their forward hooks."""
+    hooks = {part: part._forward_hooks for part in module.modules()}
+    for part in hooks:
+        part._forward_hooks = type(part._forward_hooks)()
     try:
         yield
     finally:
-        module._forward_hooks = hooks
+        for part, own in hooks.items():
+            part._forward_hooks = own
 
 
 def _lookup(module: nn.Embedding, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:

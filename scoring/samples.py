@@ -260,6 +260,10 @@ class Batch:
         """The samples start..stop-1 of this batch, re-padded to their own lengths."""
         return collate([self.sample(i) for i in range(start, stop)])
 
+    def select(self, rows: torch.Tensor) -> Batch:
+        """The samples in these rows, re-padded to their own lengths, on the same device."""
+        return collate([self.sample(i) for i in rows.tolist()]).to(self.input_ids.device)
+
     def sample(self, row: int) -> Sample:
         """The sample in a row, without padding."""
         ids = self.input_ids[row, : int(self.lengths[row])].cpu().numpy()

@@ -25,10 +25,11 @@ from transformers import PreTrainedModel
 from scoring.engine import Dtype, Replica
 from scoring.errors import UserError, first_line
 from scoring.generation import check_fit
+from scoring.load import DTYPES, load_model
 from scoring.logprob import scored_logprobs
 from scoring.memorization import extraction_likelihood_by
 from scoring.mrd import no_gradients
-from scoring.replica import DTYPES, TransformersReplica, check_survival, load_model
+from scoring.replica import TransformersReplica, check_survival
 from scoring.samples import BATCH_TOKENS, Batch, Sample, collate
 from scoring.settings import named
 

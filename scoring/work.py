@@ -194,7 +194,7 @@ class LocalPool:
 
     Args:
         model: the spec of a model, or a loaded model in eval mode.
-        device: device of the models that the pool loads, see `scoring.replica.load_model`.
+        device: device of the models that the pool loads, see `scoring.load.load_model`.
         loaded: models that are loaded already, by the source that specs name.
         allow_lost_perturbation: see `ReplicaSpec`; for a loaded model.
     """
@@ -228,7 +228,8 @@ class LocalPool:
 
     def _ready_runner(self) -> TaskRunner:
         if self._runner is None:
-            from scoring.replica import TransformersReplica, load_model
+            from scoring.load import load_model
+            from scoring.replica import TransformersReplica
 
             spec = self._spec
             model = self._loaded.get(spec.source)

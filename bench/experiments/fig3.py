@@ -33,7 +33,8 @@ from bench.report.words import interval_columns, with_ci
 from bench.stats.estimates import Estimate, over_sets, partial_spearman, rank_correlation, spearman
 from bench.tasks.datasets import load_dataset
 from scoring.errors import UserError
-from scoring.replica import TransformersReplica, load_model
+from scoring.load import load_model
+from scoring.replica import TransformersReplica
 from scoring.samples import BATCH_TOKENS, Batch, encode, make_batches
 from scoring.settings import Doc, Ge, check
 from scoring.training_difficulty import el2n, grand, vog

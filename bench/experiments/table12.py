@@ -21,7 +21,7 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.ticker import NullFormatter
 from scipy import stats
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from bench.experiments.experiment import Answer, Experiment, Setup
 from bench.experiments.shared.verdicts import range_verdict
@@ -32,6 +32,7 @@ from bench.report.words import interval_columns, markdown_table, with_ci
 from bench.stats.estimates import LEVEL, Estimate, over_sets
 from bench.tasks.datasets import DataName, load_dataset
 from scoring.errors import UserError
+from scoring.load import read_config
 from scoring.mrd import reduce_draws
 from scoring.samples import encode, evenly_spaced
 from scoring.settings import Doc, Ge, Gt, Lt, build, check, current_naming, named, naming
@@ -183,7 +184,7 @@ def random_model(folder: Path, like: ModelReference, spec: ModelSpec, seed: int)
 
 def count_parameters(model: ModelReference) -> int:
     """The parameters of a model's architecture, tied ones once; no weights are read."""
-    config = AutoConfig.from_pretrained(model.source, revision=model.revision or "main", trust_remote_code=False)
+    config = read_config(model.source, model.revision)
     with torch.device("meta"):
         return sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
 

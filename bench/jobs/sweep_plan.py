@@ -33,7 +33,7 @@ from bench.tasks.datasets import Dataset, find_task, is_data_file, load_dataset
 from bench.tasks.selections import Selection, SelectionSpec, needs_difficulty, select, write_selections
 from scoring.errors import UserError, expected_one_of, unknown_name
 from scoring.files import replacing
-from scoring.replica import load_model
+from scoring.load import load_model
 from scoring.samples import encode
 from scoring.settings import Doc, Ge, build, check, current_naming, named, naming, settings_of
 

@@ -45,8 +45,8 @@ from bench.tasks.datasets import Dataset, load_dataset
 from scoring.cluster import check_versions, versions
 from scoring.errors import first_line
 from scoring.files import replacing
+from scoring.load import load_model
 from scoring.plugins import Plugin, load_plugins, loaded_plugins
-from scoring.replica import load_model
 from scoring.work import LocalPool
 
 if TYPE_CHECKING:

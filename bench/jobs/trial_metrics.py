@@ -18,8 +18,8 @@ from bench.metrics.table import MODEL, ORIGINAL, RETAIN_ONLY, Columns, metric_va
 from bench.metrics.values import Measured, Missing, Scores
 from bench.models.find import ModelReference
 from bench.tasks.datasets import find_task
+from scoring.load import load_model
 from scoring.readings import Reader
-from scoring.replica import load_model
 from scoring.work import LocalPool
 
 

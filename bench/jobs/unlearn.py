@@ -17,7 +17,7 @@ from typing import Annotated, Any, ClassVar, Self
 
 import torch
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
 from algorithms.corpus import REFUSALS, Corpus, Encoder, Evaluation, answers_evaluation, make_corpus
 from algorithms.ease import MRD, is_file, sha256_of_values
@@ -46,6 +46,7 @@ from bench.tasks.selections import read_ids
 from scoring.cluster import connect
 from scoring.errors import UserError
 from scoring.files import shown
+from scoring.load import read_config
 from scoring.samples import TextSet
 from scoring.settings import Doc, Naming, named, naming
 
@@ -235,7 +236,7 @@ def _text_set(dataset: Dataset | None) -> TextSet | None:
 
 def room_of(spec: UnlearnSpec, model: ModelReference, corpus: Corpus) -> tuple[int, int]:
     """Bytes of a checkpoint, and of the reference that the initial model gives."""
-    config = AutoConfig.from_pretrained(model.source, revision=model.revision)
+    config = read_config(model.source, model.revision)
     try:
         with torch.device("meta"):
             empty = AutoModelForCausalLM.from_config(config)

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+import logging
+import os
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from scoring.adapters import adapter_base
 from scoring.errors import UserError, first_line
 from scoring.loaded import check_loaded
 from scoring.samples import Rejected, Sample, check_tokens, context_length
@@ -39,7 +44,7 @@ class ModelReference:
 
     Attributes:
         source: folder or Hugging Face id, for `from_pretrained`.
-        revision: commit of a Hugging Face id, None for a folder.
+        revision: commit of a Hugging Face id, or the revision that was asked for; None for a folder.
         fingerprint: hash of weights, configuration and tokenizer, or id@commit.
         tokenizer: the Hugging Face tokenizer.
         vocabulary: rows of the embedding.
@@ -57,43 +62,97 @@ class ModelReference:
 
 
 def find_model(name: str) -> ModelReference:
-    """Resolve an embedded model (`authors`, `authors:retain90`, `novel`; trained on first use), a folder, or an id.
+    """Resolve an embedded model (`authors`, `authors:retain90`, `novel`; trained on first use), a folder of a model or
+    of an adapter, or an id, as in `org/name` or `org/name@revision`.
 
     Raises:
         UserError: one line that says what is missing and what to do.
     """
-    from transformers import AutoConfig, AutoTokenizer
-    from transformers.utils import logging as transformers_logging
-
-    transformers_logging.set_verbosity_error()
     family, _, kind = name.partition(":")
     if family in EMBEDDED:
         from bench.models.embedded import embedded_model
 
         name = str(embedded_model(kind or "full", family))
     folder = Path(name)
-    local = folder.is_dir()
-    if local:
-        _check_folder(folder)
-    elif folder.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
+    if folder.is_dir():
+        return _in_folder(folder)
+    if folder.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise UserError(f"model folder {name!r} does not exist: expected a folder with config.json")
+    identifier, _, asked = name.partition("@")
+    config, tokenizer = _read(identifier, f"Hugging Face id {name!r}", asked or None)
+    revision = getattr(config, "_commit_hash", None) or asked or None
+    return _reference(identifier, revision, f"{identifier}@{revision}", config, tokenizer)
+
+
+def _in_folder(folder: Path) -> ModelReference:
+    base = adapter_base(folder)
+    if base is None:
+        _check_folder(folder)
+        config, tokenizer = _read(str(folder), f"folder {str(folder)!r}")
+        return _reference(str(folder.resolve()), None, _fingerprint(folder), config, tokenizer)
+    if not any(folder.glob("adapter_model*.safetensors")):
+        raise UserError(f"adapter {str(folder)!r} has no adapter_model.safetensors: expected the adapter's weights")
+    model = find_model(base)
+    has_tokenizer = any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json"))
+    tokenizer = _read_tokenizer(str(folder), f"adapter {str(folder)!r}") if has_tokenizer else model.tokenizer
+    digest = hashlib.sha256(f"{model.fingerprint};{_fingerprint(folder)}".encode()).hexdigest()
+    return replace(model, source=str(folder.resolve()), revision=None, fingerprint=digest, tokenizer=tokenizer)
+
+
+def _reference(source: str, revision: str | None, fingerprint: str, config: Any, tokenizer: Any) -> ModelReference:
+    vocabulary = config.get_text_config().vocab_size
+    return ModelReference(source, revision, fingerprint, tokenizer, vocabulary, context_length(config))
+
+
+def _read(source: str, shown: str, revision: str | None = None) -> tuple[Any, Any]:
+    """Configuration and tokenizer."""
+    from transformers import AutoConfig
+
     try:
-        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False, revision=revision or "main")
+    except Exception as error:
+        raise UserError(f"model {shown}: configuration cannot be loaded: {first_line(error)}") from error
+    return config, _read_tokenizer(source, f"model {shown}", revision)
+
+
+def _read_tokenizer(source: str, shown: str, revision: str | None = None) -> Any:
+    """The tokenizer. What transformers warns of, such as a pattern that splits words wrongly, is passed on."""
+    from transformers import AutoTokenizer
+
+    try:
+        with _warnings_of_transformers() as warned:
+            tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False, revision=revision or "main")
+        limit = tokenizer.model_max_length
+        if not isinstance(limit, int | float):
+            raise ValueError(f"model_max_length is {limit!r}, expected a number")
     except Exception as error:  # the tokenizers library raises bare ones
-        noun = "folder" if local else "Hugging Face id"
-        raise UserError(
-            f"model {noun} {name!r}: configuration or tokenizer cannot be loaded: {first_line(error)}"
-        ) from error
-    revision = None if local else getattr(config, "_commit_hash", None)
-    return ModelReference(
-        source=str(folder.resolve()) if local else name,
-        revision=revision,
-        fingerprint=_fingerprint(folder) if local else f"{name}@{revision}",
-        tokenizer=tokenizer,
-        vocabulary=config.get_text_config().vocab_size,
-        max_length=context_length(config),
-    )
+        raise UserError(f"{shown}: tokenizer cannot be loaded: {first_line(error)}") from error
+    for message in warned:
+        warnings.warn(f"{shown}: tokenizer: {message}", stacklevel=3)
+    return tokenizer
+
+
+@contextmanager
+def _warnings_of_transformers() -> Iterator[list[str]]:
+    """Within the context the list takes what transformers warns of, a line each, and the terminal does not."""
+    from transformers.utils import logging as transformers_logging
+
+    messages: list[str] = []
+
+    class Keep(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            messages.append(first_line(Exception(record.getMessage())))
+
+    logger = logging.getLogger("transformers")
+    before, handlers, propagate = logger.level, logger.handlers, logger.propagate
+    logger.handlers, logger.propagate = [Keep(logging.WARNING)], False
+    transformers_logging.set_verbosity_warning()
+    try:
+        yield messages
+    finally:
+        logger.handlers, logger.propagate = handlers, propagate
+        logger.setLevel(before)
+        transformers_logging.set_verbosity_error()
 
 
 def loaded_model(name: str, model: Any, tokenizer: Any) -> ModelReference:
@@ -128,7 +187,7 @@ def absolute_model(name: str) -> str:
 def _check_folder(folder: Path) -> None:
     if not (folder / "config.json").is_file():
         raise UserError(f"model folder {str(folder)!r} has no config.json: expected a saved transformers model")
-    if not any(folder.glob("*.safetensors")):
+    if not _weights(folder):
         pickled = [path.name for pattern in PICKLES for path in folder.glob(pattern)]
         if pickled:
             raise UserError(
@@ -144,13 +203,46 @@ def _check_folder(folder: Path) -> None:
         )
 
 
+def _weights(folder: Path) -> list[Path]:
+    """The files of weights: those of the folder, and those in folders below it that its index names.
+
+    Raises:
+        UserError: the index cannot be read, or names what is no safetensors file within the folder.
+    """
+    files = set(folder.glob("*.safetensors"))
+    for index in folder.glob("*.safetensors.index.json"):
+        try:
+            named = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+            raise UserError(
+                f"{str(index)!r} is no index of weights ({first_line(error)}): expected weight_map"
+            ) from error
+        for name in sorted(named, key=str):
+            path = folder / str(name)
+            # Within the folder by name: the cache of the hub keeps its files elsewhere, behind links.
+            within = folder.absolute() in Path(os.path.normpath(path.absolute())).parents
+            if path.suffix != ".safetensors" or not path.is_file() or not within:
+                raise UserError(f"{str(index)!r} names {str(name)!r}: expected a safetensors file within the folder")
+            files.add(path)
+    return sorted(files)
+
+
 def _fingerprint(folder: Path) -> str:
-    """The sha256 of the weights, the configuration and the tokenizer: all that a score depends on."""
+    """The sha256 of all that a score depends on: the weights, the configuration, the tokenizer, and the tokens that end
+    an answer where there are several."""
     digest = hashlib.sha256()
-    patterns = ("config.json", "*.safetensors", *TOKENIZER_FILES)
-    for path in sorted({path for pattern in patterns for path in folder.glob(pattern)}):
+    patterns = ("config.json", "adapter_config.json", *TOKENIZER_FILES)
+    files = {path for pattern in patterns for path in folder.glob(pattern)} | set(_weights(folder))
+    for path in sorted(files):
         with path.open("rb") as file:
-            digest.update(f"{path.name}:{hashlib.file_digest(file, 'sha256').hexdigest()};".encode())
+            name = path.relative_to(folder).as_posix()
+            digest.update(f"{name}:{hashlib.file_digest(file, 'sha256').hexdigest()};".encode())
+    try:
+        stops = json.loads((folder / "generation_config.json").read_text(encoding="utf-8")).get("eos_token_id")
+    except (OSError, ValueError, AttributeError):
+        stops = None
+    if isinstance(stops, list):
+        digest.update(f"eos_token_id:{json.dumps(stops)};".encode())
     return digest.hexdigest()
 
 

@@ -31,9 +31,10 @@ from bench.speed.plan import KINDS, PlannedJob, Profile, Shape, UnitCost, memory
 from bench.tasks.datasets import load_dataset
 from scoring.api import DRAWS_PER_TASK
 from scoring.cluster import Footprint, connect
+from scoring.load import load_model
 from scoring.mrd import EstimatorName, Request, estimate
 from scoring.pool import ReplicaPool
-from scoring.replica import TransformersReplica, load_model
+from scoring.replica import TransformersReplica
 from scoring.samples import BATCH_TOKENS, Batch, Sample, encode, make_batches
 from scoring.work import DrawTask, ReplicaSpec
 

@@ -36,9 +36,9 @@ from bench.speed.made import (
 from bench.stats.estimates import geometric_mean, t_interval
 from scoring.cluster import Footprint, connect
 from scoring.errors import UserError
+from scoring.load import load_model
 from scoring.mrd import Request
 from scoring.pool import ReplicaPool
-from scoring.replica import load_model
 from scoring.samples import Batch, encode, make_batches
 from scoring.settings import named
 from scoring.work import DrawTask, LocalPool, Pool, ReplicaSpec

@@ -19,8 +19,9 @@ from bench.models.find import find_model
 from bench.speed.figures import device_name, interval, require_at_least, seconds_in_turns, write_figures
 from bench.speed.made import samples_of
 from bench.stats.estimates import geometric_mean
+from scoring.load import load_model
 from scoring.measures import MEASURES, Asked
-from scoring.replica import TransformersReplica, load_model
+from scoring.replica import TransformersReplica
 from scoring.samples import BATCH_TOKENS, Batch, make_batches
 
 TURNS = 4

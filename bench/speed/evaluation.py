@@ -27,10 +27,10 @@ from bench.tasks.datasets import find_task
 from scoring.answers import EXTRA_TOKENS, answer_limits, question_ids
 from scoring.cluster import Footprint, connect, default_gpus
 from scoring.errors import UserError
+from scoring.load import load_model
 from scoring.pool import ReplicaPool
 from scoring.readings import Reader
 from scoring.records import question_answer
-from scoring.replica import load_model
 from scoring.samples import Sample, Text, encode
 from scoring.work import ReplicaSpec
 

@@ -17,8 +17,9 @@ from bench.files.origin import origin
 from bench.speed.figures import matmul_flops, median_seconds, require_at_least, write_figures
 from bench.speed.made import random_llama, random_samples
 from bench.speed.plan import Shape
+from scoring.load import DTYPES
 from scoring.mrd import Request, estimate
-from scoring.replica import DTYPES, TransformersReplica
+from scoring.replica import TransformersReplica
 from scoring.samples import make_batches
 
 SIGMA = 1e-5

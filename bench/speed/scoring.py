@@ -36,10 +36,11 @@ from bench.speed.figures import (
 )
 from bench.speed.made import monte_carlo_tasks, samples_of
 from scoring.cluster import Footprint, connect
+from scoring.load import load_model
 from scoring.logprob import scored_logprobs
 from scoring.mrd import Draws, EstimatorName, Request, Statistic, estimate, reduce_draws, relative_change
 from scoring.pool import ReplicaPool
-from scoring.replica import TransformersReplica, load_model
+from scoring.replica import TransformersReplica
 from scoring.sample_gradients import autograd_norms, log_abs_logprob
 from scoring.samples import Batch, Sample, collate, make_batches
 from scoring.work import ReplicaSpec

@@ -26,7 +26,7 @@ from algorithms.tables import tables_of
 from algorithms.trainable import Trainable
 from scoring.errors import UserError
 from scoring.flip_time import Forecaster, Outputs, outputs_of
-from scoring.replica import load_model
+from scoring.load import load_model
 from scoring.samples import Text, TextSet, collate
 from scoring.updates import TrialUpdates, UpdateSettings
 from tests.algorithms.test_unlearner import (

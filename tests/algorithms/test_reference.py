@@ -18,8 +18,8 @@ from algorithms.recipe import Objectives, Recipe
 from algorithms.reference import Reference, compute_reference, needed_quantities
 from scoring.cluster import Footprint
 from scoring.errors import UserError
+from scoring.load import load_model
 from scoring.pool import ReplicaPool
-from scoring.replica import load_model
 from scoring.samples import Sample
 from scoring.work import LocalPool, ReplicaSpec
 from tests.tiny_models import ARCHITECTURES, random_samples, tiny_model

@@ -36,9 +36,10 @@ from algorithms.stopping import Thresholds
 from algorithms.trainable import Lora, Trainable, trainable_for
 from algorithms.unlearner import Diverged, Unlearner
 from scoring.errors import UserError
+from scoring.load import load_model
 from scoring.memorization import extraction_likelihood, memorization_accuracy
 from scoring.mrd import ESTIMATORS, Request, estimate, reduce_draws
-from scoring.replica import TransformersReplica, load_model
+from scoring.replica import TransformersReplica
 from scoring.samples import Sample, collate
 from tests.paths import ROOT
 from tests.tiny_folders import EOS, save_model, tokenizer

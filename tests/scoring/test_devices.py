@@ -12,9 +12,10 @@ import torch
 
 from bench.cli import main
 from scoring.generation import greedy_continuations
+from scoring.load import load_model
 from scoring.mrd import Request, estimate, reduce_draws
 from scoring.perturbation import Perturbation, fill_gaussian_
-from scoring.replica import LostPerturbation, TransformersReplica, load_model
+from scoring.replica import LostPerturbation, TransformersReplica
 from scoring.sample_gradients import autograd_norms, log_abs_logprob
 from scoring.samples import make_batches
 from tests.tiny_folders import pairs, save_model, write_jsonl

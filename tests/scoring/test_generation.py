@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from scoring.errors import UserError
-from scoring.generation import greedy_continuations
+from scoring.generation import greedy_continuations, way_of_decoding
 from tests.tiny_models import ARCHITECTURES, VOCABULARY, tiny_model
 
 EOS = 2
@@ -86,6 +86,7 @@ def test_a_repetition_penalty_in_the_generation_config_does_not_count():
 
 def test_leaves_no_gradient_graph_and_takes_as_many_passes_as_the_longest_row():
     model = varied_model("llama")
+    way_of_decoding(model)  # which is tried at the first use
     calls = []
     handle = model.register_forward_hook(lambda m, a, out: calls.append(out.logits))
     greedy_continuations(model, [np.array([5, 6]), np.array([7])], [2, 6], None)

@@ -18,8 +18,8 @@ from algorithms.alone import LossAlone
 from bench.jobs.difficulty import DifficultySpec
 from bench.jobs.resources import Resources
 from scoring.errors import UserError
+from scoring.load import load_model
 from scoring.measures import MEASURES
-from scoring.replica import load_model
 from scoring.samples import Sample
 from tests.scoring.toys import LEARNT, RECORDS, bigram, memorised_model, save_memorised
 from tests.tiny_folders import CONTEXT, save_model, token_id, tokenizer

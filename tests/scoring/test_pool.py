@@ -14,9 +14,10 @@ import torch
 
 from scoring.cluster import Footprint, how_many_fit, versions
 from scoring.errors import UserError
+from scoring.load import load_model
 from scoring.mrd import ESTIMATORS, Draws, Request, estimate
 from scoring.pool import ReplicaPool
-from scoring.replica import LostPerturbation, TransformersReplica, load_model
+from scoring.replica import LostPerturbation, TransformersReplica
 from scoring.samples import Batch, make_batches
 from scoring.work import DrawTask, ReplicaSpec
 from tests.processes import kill, replicas, wait_for

@@ -5,8 +5,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from scoring.errors import UserError
+from scoring.load import load_model
 from scoring.logprob import scored_logprobs
-from scoring.replica import load_model
 from scoring.samples import collate, make_batches
 from tests.tiny_models import random_samples, tiny_model
 

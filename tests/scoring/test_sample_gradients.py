@@ -101,8 +101,8 @@ def shared(model: nn.Module) -> nn.Module:
     return model
 
 
-class Doubled(nn.Module):
-    """Runs its layer twice in a forward pass."""
+class RunTwice(nn.Module):
+    """Runs its layer twice in a forward pass, as blocks with shared weights do (Zamba 2)."""
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
@@ -112,14 +112,35 @@ class Doubled(nn.Module):
         return self.layer(x) + self.layer(2 * x)
 
 
-def doubled(model: nn.Module) -> nn.Module:
-    model.model.layers[0].mlp.up_proj = Doubled(model.model.layers[0].mlp.up_proj)
-    return model
+class Crossed(RunTwice):
+    """Mixes the samples of a batch."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layer(x) + x.mean(0, keepdim=True)
 
 
-@pytest.mark.parametrize("break_it", [shared, doubled])
-def test_what_cannot_be_batched_falls_back_and_says_so(break_it):
-    model, samples = break_it(tiny_model()), random_samples(4)
+class OwnScale(RunTwice):
+    """Owns a parameter beside its layer, takes keyword arguments, and torch cannot run it under vmap."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__(layer)
+        self.scale = nn.Parameter(torch.tensor([0.7]))
+
+    def forward(self, x: torch.Tensor, *, factor: float = 1.5) -> torch.Tensor:
+        return self.layer(x) * self.scale * (factor if x.abs().max().item() >= 0 else 1.0)
+
+
+def test_layers_that_run_twice_and_samples_that_see_each_other():
+    for kind in (RunTwice, Crossed, OwnScale):
+        model, samples = tiny_model(), random_samples(4)
+        model.model.layers[0].self_attn.o_proj = kind(model.model.layers[0].self_attn.o_proj)
+        model.model.layers[1].input_layernorm = kind(model.model.layers[1].input_layernorm)
+        got, _ = per_sample_gradient_norms(model, collate(samples), log_abs_logprob)
+        torch.testing.assert_close(got, exact_norms(model, samples), rtol=1e-5, atol=0)
+
+
+def test_what_cannot_be_batched_falls_back_and_says_so():
+    model, samples = shared(tiny_model()), random_samples(4)
     with pytest.raises(UnsupportedModule):
         per_sample_gradient_norms(model, collate(samples), log_abs_logprob)
     assert not any(m._forward_hooks for m in model.modules())
@@ -130,23 +151,20 @@ def test_what_cannot_be_batched_falls_back_and_says_so(break_it):
     assert len(replica.notes) == 1
 
 
-class Crossed(nn.Module):
-    """Mixes the samples of a batch: no sample has a gradient of its own."""
-
-    def __init__(self, layer: nn.Module) -> None:
-        super().__init__()
-        self.layer = layer
+class Scaled(nn.Linear):
+    """Not the layer that it says it is."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.layer(x) + x.mean(0, keepdim=True)
+        return 2 * super().forward(x)
 
 
 def test_a_silent_difference_from_autograd_is_noticed():
-    model = tiny_model()
-    model.model.layers[0].self_attn.o_proj = Crossed(model.model.layers[0].self_attn.o_proj)
+    model, samples = tiny_model(), random_samples(4)
+    model.model.layers[0].self_attn.o_proj.__class__ = Scaled
     replica = TransformersReplica(model)
     with pytest.warns(UserWarning, match="batched and plain gradients differ"):
-        replica.log_abs_gradient_norms(collate(random_samples(4)))
+        got, _ = replica.log_abs_gradient_norms(collate(samples))
+    torch.testing.assert_close(got, exact_norms(model, samples), rtol=1e-5, atol=0)
 
 
 def test_autograd_norms_agree_with_the_reference():

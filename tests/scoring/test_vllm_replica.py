@@ -29,11 +29,12 @@ from bench.jobs.unlearn import UnlearnSpec, unlearn
 from scoring.cluster import Footprint
 from scoring.errors import UserError
 from scoring.generation import greedy_continuations
+from scoring.load import load_model
 from scoring.memorization import extraction_likelihood
 from scoring.mrd import Request, estimate, reduce_draws
 from scoring.pool import ReplicaPool
 from scoring.readings import Reader
-from scoring.replica import TransformersReplica, load_model
+from scoring.replica import TransformersReplica
 from scoring.samples import Batch, collate, make_batches
 from scoring.work import ReplicaSpec
 from tests.tiny_folders import CONTEXT, EOS, pairs, save_model, write_jsonl

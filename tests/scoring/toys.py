@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from transformers import PreTrainedConfig
 
 from scoring.samples import Sample, Text, encode
 from tests.tiny_folders import CONTEXT, WORDS, tokenizer
@@ -25,9 +26,12 @@ class Bigram(nn.Module):
         super().__init__()
         self.table = nn.Parameter(torch.as_tensor(table, dtype=dtype).clone())
         self.head = nn.Identity()
-        self.config = SimpleNamespace(_attn_implementation="eager")
+        self.config = PreTrainedConfig(vocab_size=len(self.table))
 
     def get_output_embeddings(self) -> nn.Module:
+        return self.head
+
+    def get_input_embeddings(self) -> nn.Module:
         return self.head
 
     def forward(self, input_ids: torch.Tensor, **_: object) -> SimpleNamespace:

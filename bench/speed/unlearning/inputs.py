@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from algorithms.corpus import Corpus
 from bench.jobs.unlearn import UnlearnSpec, corpus_of, datasets_of
 from bench.models.find import find_model
-from scoring.replica import load_model
+from scoring.load import load_model
 
 # Table 10: time with MRD / time without, 6m23s / 8m20s and so on.
 PAPER_TIME = {"GA": 383 / 500, "GradDiff": 698 / 861, "PO": 851 / 1024, "NPO": 723 / 960}

@@ -32,7 +32,7 @@ from bench.report import figures
 from bench.stats.estimates import Estimate
 from bench.tasks.datasets import load_dataset
 from scoring.errors import UserError
-from scoring.replica import load_model
+from scoring.load import load_model
 from scoring.samples import Text, collate, encode
 from scoring.settings import Naming, build
 from scoring.training_difficulty import el2n, grand, vog

@@ -29,8 +29,9 @@ from bench.report.attributes import ATTRIBUTES
 from bench.report.words import markdown_table, number_with_ci, percent_with_ci
 from bench.stats.estimates import Estimate, geometric_mean
 from bench.tasks.datasets import Dataset, load_dataset
+from scoring.load import load_model
 from scoring.mrd import ESTIMATORS, Request, estimate
-from scoring.replica import TransformersReplica, load_model
+from scoring.replica import TransformersReplica
 from scoring.samples import Text, encode, evenly_spaced, make_batches
 from scoring.settings import Naming, build
 from scoring.work import Facts

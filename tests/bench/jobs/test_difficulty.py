@@ -24,8 +24,9 @@ from algorithms.alone import LossAlone
 from algorithms.truth import AloneTask, Rule, TogetherTask
 from bench.cli import main
 from bench.files.score_file import FACTS_KEY, SPEC_KEY, read_scores
+from scoring.load import load_model
 from scoring.memorization import extraction_likelihood, memorization_accuracy
-from scoring.replica import TransformersReplica, load_model
+from scoring.replica import TransformersReplica
 from scoring.samples import collate, make_batches
 from scoring.updates import UpdateSettings
 from tests.processes import wait_for

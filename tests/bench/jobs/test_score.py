@@ -29,8 +29,9 @@ from bench.files.score_file import FACTS_KEY, SPEC_KEY, read_scores
 from bench.jobs.resources import Resources
 from bench.jobs.score import ScoreResult, ScoreSpec, score
 from scoring.errors import UserError
+from scoring.load import load_model
 from scoring.mrd import ESTIMATORS, Request, estimate, reduce_draws
-from scoring.replica import TransformersReplica, load_model
+from scoring.replica import TransformersReplica
 from scoring.samples import Text, encode, make_batches
 from tests.paths import ROOT
 from tests.processes import descendants, kill, replicas, wait_for

@@ -42,8 +42,8 @@ from bench.tasks.datasets import load_dataset
 from scoring import plugins
 from scoring.cluster import versions
 from scoring.errors import UserError
+from scoring.load import load_model
 from scoring.measuring import difficulty
-from scoring.replica import load_model
 from scoring.settings import build
 from tests.paths import ROOT
 from tests.processes import descendants, kill, wait_for
