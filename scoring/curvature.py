@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from scoring.abilities import abilities_of
 from scoring.experts import experts_of, spelled_out
-from scoring.logprob import scored_logprobs
+from scoring.logprob import row_by_row, scored_logprobs
 from scoring.perturbation import fill_signs_
 from scoring.precision import as_precise_as_weights
 from scoring.sample_gradients import without_padding_index
@@ -37,8 +37,12 @@ def _twice_differentiable(model: PreTrainedModel, replacements: Replacements) ->
 @torch.no_grad()
 def second_derivatives_along_signs(model: PreTrainedModel, batch: Batch, seed: int, draw: int) -> torch.Tensor:
     """d^2/ds^2 P_t(theta + s v) at s = 0 along random signs v, (B, S)."""
-    weights = {name: p.detach() for name, p in model.named_parameters()}
     signs = _signs(model, seed, draw)
+    return row_by_row(model, batch, lambda rows, _: (_along(model, rows, signs),))[0]
+
+
+def _along(model: PreTrainedModel, batch: Batch, signs: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    weights = {name: p.detach() for name, p in model.named_parameters()}
 
     def logprobs(step: torch.Tensor) -> torch.Tensor:
         moved = {f"model.{name}": w + step * signs[name] for name, w in weights.items()}
