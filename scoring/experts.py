@@ -82,11 +82,12 @@ def _forward(
     borders = [0, *counts.cumsum(0).tolist()]
     first, activation = ("gate_up_proj", module._apply_gate) if module.has_gate else ("up_proj", module.act_fn)
     outputs = []
+    # All rows at once: the gradient of a choice of rows is as large as what they were chosen from.
+    rows = hidden[order[: borders[-1]] // picks].split(counts.tolist())
     for number, (start, stop) in enumerate(pairwise(borders)):
         if start == stop:
             continue
-        places = order[start:stop] // picks
-        inner = hidden[places]
+        places, inner = order[start:stop] // picks, rows[number]
         for name, function in ((first, activation), ("down_proj", nn.Identity())):
             result = _linear(module, name, number, inner)
             if tell is not None:
