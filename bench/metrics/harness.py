@@ -63,7 +63,7 @@ def pool_model(reader: Reader, tokenizer: Any, max_length: int, add_bos_token: b
         reader: reads on the pool.
         tokenizer: the model's Hugging Face tokenizer.
         max_length: tokens that the model can read at once.
-        add_bos_token: begin texts with the BOS token; None: as the tokenizer does by itself.
+        add_bos_token: begin texts with the BOS token; None: as `scoring.tokens` says, the tokenizer's own way.
 
     Raises:
         UserError: lm_eval is not installed, or the tokenizer has neither BOS nor EOS. The model's methods raise it

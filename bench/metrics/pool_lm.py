@@ -1,6 +1,7 @@
 """The pool as a model of lm-evaluation-harness. lm_eval is slow to import and optional: `harness` imports this late.
 
-Texts become tokens as in the harness's own transformers model, so that results agree with it.
+Texts become tokens as in the harness's own transformers model, so that results agree with it. The embedded models alone
+begin with a BOS token that their tokenizers do not put there.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from scoring.errors import UserError
 from scoring.readings import Reader
 from scoring.samples import Sample
+from scoring.tokens import Tokenization
 
 # The settings of generation that a task may have: the length, the end, and what can also say greedy decoding.
 GREEDY_SETTINGS = {"until", "max_gen_toks", "do_sample", "temperature", "top_p", "top_k"}
@@ -40,6 +42,8 @@ class PoolLM(TemplateLM):
         if self.prefix_token_id is None:
             raise UserError("the tokenizer has neither a BOS nor an EOS token: one of them has to begin a text")
         self._prefix = tokenizer.decode(self.prefix_token_id)
+        # A text begins as everywhere, see scoring.tokens; almost always the tokenizer has put it there by then.
+        self._begin = Tokenization(tokenizer).begin if add_bos_token is None else []
 
     @property
     def eot_token_id(self) -> Any:
@@ -55,7 +59,8 @@ class PoolLM(TemplateLM):
         elif has_bos_prefix(string, self._prefix):
             special = {"add_special_tokens": False}
         else:
-            special = self._special
+            ids = self.tokenizer.encode(string, **self._special)
+            return ids if ids[: len(self._begin)] == self._begin else [*self._begin, *ids]
         return self.tokenizer.encode(string, **special)
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = True) -> list[tuple[float, bool]]:

@@ -25,7 +25,7 @@ FURTHER = ("ma",)
 
 SOURCE = "cais/wmdp-corpora"
 GATED = {"bio-forget-corpus": "cais/wmdp-bio-forget-corpus"}
-TOKENS = 512  # of a document, bos included
+TOKENS = 512  # of a document, with what begins a text
 # So many documents of a corpus are read from the hub, as 500 steps of 4 samples take. Local files are read whole.
 MAX_DOCUMENTS = 2000
 CORPORA = {

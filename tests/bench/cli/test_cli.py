@@ -396,8 +396,7 @@ def test_no_scored_token(tmp_path: Path) -> None:
     """A text of one token and no bos: nothing predicts it."""
     from scoring.samples import Text, encode
 
-    bare = tokenizer()
-    bare.bos_token = None
+    bare = tokenizer(bos=False)
     samples, rejected = encode([Text("one", "w1"), Text("two", "w1 w2")], bare, 64)
     assert [(r.sample_id, r.reason) for r in rejected] == [("one", "no scored token")]
     assert samples[0].input_ids.tolist() == [token_id("w1"), token_id("w2")]

@@ -681,7 +681,7 @@ STARTS: dict[str, tuple[Callable[[Inputs], list[str]], str]] = {
     "nothing to train": (lambda _: flags(trainable="nowhere"), "'nowhere' matches no parameter of the model"),
     "no question to refuse": (_plain_text, "'a': a plain text has no question to refuse; PO and IdkDPO need 'prompt'"),
     "nothing to forget": (_all_too_long, "none of 1 samples can be scored; the first, 'a': 73 tokens"),
-    "nothing to keep": (_retain_all_empty, "none of 1 samples can be scored; the first, 'a': empty text"),
+    "nothing to keep": (_retain_all_empty, "none of 1 samples can be scored; the first, 'a': empty answer: there is nothing to score"),
     "no causal model": (_no_causal_model, "cannot be loaded as a causal language model"),
     "weights that are not finite": (_nan_weight, "weight 'model.norm.weight' holds NaN or infinity"),
 }
@@ -1247,7 +1247,7 @@ def test_samples_that_cannot_be_used_are_named(inputs: Inputs, capsys: pytest.Ca
     rejected = json.loads((inputs.out / "run.json").read_text())["rejected"]
     assert [(r["set"], r["sample_id"], r["reason"]) for r in rejected] == [
         ("forget", "long", "65 tokens, the model's context holds 64"),
-        ("forget", "empty", "empty text"),
+        ("forget", "empty", "empty answer: there is nothing to score"),
         ("retain", "kept-empty", "empty text"),
     ]
     printed = capsys.readouterr().out

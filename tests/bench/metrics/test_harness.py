@@ -288,7 +288,7 @@ def test_what_the_window_cannot_hold(pair):
 
 
 def test_a_tokenizer_with_neither_bos_nor_eos():
-    bare = tokenizer()
+    bare = tokenizer(bos=False)
     bare.bos_token = bare.eos_token = None
     with pytest.raises(UserError, match="neither a BOS nor an EOS"):
         pool_model(SimpleNamespace(), bare, CONTEXT)

@@ -320,8 +320,7 @@ def test_wmdp(corpora: Path) -> None:
     samples, rejected = encode(dataset.texts, tokenizer(), 512)
     assert [sample.length for sample in samples] == [512, 512, 3]
     assert [(each.sample_id, each.reason) for each in rejected] == [("cyber-forget-corpus-00000", "empty text")]
-    bare = tokenizer()
-    bare.bos_token = None
+    bare = tokenizer(bos=False)
     retain = load_dataset(f"wmdp:{corpora}", "retain", bare).records
     assert [record["text"] for record in retain] == [words(512, 11), words(3, 13)]
     assert load_dataset(f"wmdp:{corpora}", "bio-forget-corpus").records[0]["text"] == words(600, 3)
@@ -448,8 +447,7 @@ def test_chunks_by_hand() -> None:
     """A token a word: bos and three words fill four tokens. Inside a piece, white space is the book's."""
     text = " w1  w2\nw3 w4\n\n w5 w6\tw7\n"
     assert whp.chunks(text, tokenizer(), 4) == ["w1  w2\nw3", "w4\n\n w5 w6", "w7"]
-    bare = tokenizer()
-    bare.bos_token = None
+    bare = tokenizer(bos=False)
     assert whp.chunks(text, bare, 4) == ["w1  w2\nw3 w4", "w5 w6\tw7"]
     assert whp.chunks(" \n", tokenizer(), 4) == []
     refused("a chunk of 1 tokens does not hold 'w1'", lambda: whp.chunks(text, tokenizer(), 1))
