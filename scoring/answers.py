@@ -59,8 +59,7 @@ def rouge_l_recall(written: Sequence[str], truth: Sequence[str]) -> np.ndarray:
 
         recall(w, y) = |longest common subsequence of w and y| / |y|
 
-    Lin 2004, as the package rouge_score computes it with the Porter stemmer. Words are runs of a-z and 0-9 in
-    the lower-cased text: letters of other scripts, and those with accents, separate words.
+    Lin 2004, as the package rouge_score computes it with the Porter stemmer; what words are, see `scoring.rouge_words`.
 
     Args:
         written: N answers of a model.
@@ -71,7 +70,9 @@ def rouge_l_recall(written: Sequence[str], truth: Sequence[str]) -> np.ndarray:
     """
     from rouge_score.rouge_scorer import RougeScorer  # loads nltk, which takes a while
 
-    scorer = RougeScorer(["rougeL"], use_stemmer=True)
+    from scoring.rouge_words import Words
+
+    scorer = RougeScorer(["rougeL"], tokenizer=Words())
     recalls = [
         scorer.score(target=true_answer, prediction=answer)["rougeL"].recall
         for answer, true_answer in zip(written, truth, strict=True)

@@ -61,26 +61,20 @@ def as_text(name: str, number: int, record: Record, template: Template | None = 
         return Text(sample_id, messages=_turns(name, number, "messages", record["messages"]), template=template)
     if isinstance(record.get("prompt"), list) and record.get("completion") is not None:
         return Text(sample_id, messages=_turns(name, number, *_joined(record)), template=template)
-    for fields, layout in LAYOUTS.items():
-        if all(record.get(field) is not None for field in fields):
-            for field in fields:
-                if not isinstance(record[field], str):
-                    raise UserError(
-                        f"{name}, record {number}: field {field!r} is {type(record[field]).__name__}, expected text"
-                    )
-            return _text_of(sample_id, *layout(record), template)
-    if null := [repr(field) for field, value in record.items() if value is None]:
-        known = ", ".join(repr(field) for field, value in record.items() if value is not None)
-        found = f"{known or 'none'}, and without a value {', '.join(null)}"
-    else:
-        found = ", ".join(map(repr, record)) or "none"
-    raise UserError(
-        f"{name}, record {number}: fields {found}; expected 'prompt'+'completion', 'question'+'answer', 'text' or "
-        "'messages'"
-    )
-
-
-def _text_of(sample_id: str, prompt: str, completion: str | None, template: Template | None) -> Text:
+    there = [field for field, value in record.items() if value is not None]
+    # A layout whose fields are all there but one that is null is the next best, for what is said of it.
+    fields = next((fields for names in (there, record) for fields in LAYOUTS if set(fields) <= set(names)), None)
+    if fields is None:
+        raise UserError(
+            f"{name}, record {number}: fields {', '.join(map(repr, record)) or 'none'}; expected "
+            "'prompt'+'completion', 'question'+'answer', 'text' or 'messages'"
+        )
+    for field in fields:
+        if not isinstance(record[field], str):
+            raise UserError(
+                f"{name}, record {number}: field {field!r} is {type(record[field]).__name__}, expected text"
+            )
+    prompt, completion = LAYOUTS[fields](record)
     return Text(sample_id, prompt) if completion is None else pair_text(sample_id, prompt, completion, template)
 
 

@@ -164,7 +164,7 @@ def iter_encoded(
     tokenization = Tokenization(tokenizer)
     for index, text in enumerate(texts):
         if text.is_empty:
-            yield Rejected(text.sample_id, "empty text" if text.is_plain else "empty answer: there is nothing to score")
+            yield Rejected(text.sample_id, "empty text" if text.is_plain else "empty answer")
             continue
         context, target = split_ids(tokenization, text)
         ids = np.asarray(context + target, dtype=np.int64)

@@ -70,8 +70,8 @@ class Template:
         """
         if self.source is None and not getattr(tokenizer, "chat_template", None):
             raise UserError(
-                "this tokenizer has no chat template, which conversations and the template chat need: name a file with "
-                f"one as {named('template')}, or add chat_template to its tokenizer_config.json"
+                "a conversation needs a chat template and this tokenizer has none: name a file with one as "
+                f"{named('template')}, or add chat_template to its tokenizer_config.json"
             )
         date = str(self.variables.get("date_string", PINNED_DATE))
         names = {"date_string": date, "strftime_now": lambda style: _written(date, style)} | dict(self.variables)

@@ -31,8 +31,8 @@ def token_id(word: str) -> int:
 
 
 def tokenizer(chat: bool = False, extra: Iterable[str] = (), bos: bool = True) -> PreTrainedTokenizerFast:
-    """Splits at white space, and between words that touch, as a completion and its prompt may. Texts begin with BOS, as Llama's do, or
-    with `bos` False with nothing. Ids are positions in SPECIAL + WORDS + extra."""
+    """Splits at white space, and between words that touch, as a completion and its prompt may. Ids are positions in
+    SPECIAL + WORDS + extra. Texts begin with BOS, as Llama's do; with `bos` False with nothing."""
     vocabulary = {word: number for number, word in enumerate([*SPECIAL, *WORDS, *extra])}
     inner = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     words = pre_tokenizers.Split(Regex(r"w\d+"), "isolated")

@@ -168,6 +168,8 @@ def evaluate_spec(
     metrics = spec.metrics_of(task)
     models = _models(spec, loaded or {})
     sets, rejected = sets_of(spec, task, source, models, metrics)
+    if _asks_harness(metrics):
+        task.harness(source)  # local questions that are at fault are refused before anything is measured
     identity = _identity(spec, task, models, sets)
     if not overwrite and (finished := finished_output(out, identity, "an evaluation", "an evaluation")):
         table, record = finished
@@ -301,8 +303,12 @@ def _identity(spec: EvaluateSpec, task: Task, models: Mapping[str, ModelReferenc
 
 def harness_rule(metrics: Sequence[str], model: ModelReference) -> dict[str, Any]:
     """What is new in how texts of lm-evaluation-harness begin; nothing where they begin as in earlier versions."""
-    asked = any(quantity in HARNESS for metric in metrics for _, quantity in METRICS[metric].columns)
-    return {"harness_begins_with_bos": True} if asked and Tokenization(model.tokenizer).begin_is_unsaid else {}
+    unsaid = _asks_harness(metrics) and Tokenization(model.tokenizer).begin_is_unsaid
+    return {"harness_begins_with_bos": True} if unsaid else {}
+
+
+def _asks_harness(metrics: Sequence[str]) -> bool:
+    return any(quantity in HARNESS for metric in metrics for _, quantity in METRICS[metric].columns)
 
 
 def classifiers(spec: EvaluateSpec) -> dict[str, str]:

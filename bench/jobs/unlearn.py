@@ -218,7 +218,7 @@ def _refusals(spec: UnlearnSpec) -> Sequence[str]:
         return (task and task.refusals) or REFUSALS
     path = Path(spec.refusals)
     try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{named('refusals')} {spec.refusals!r} cannot be read as UTF-8 text: {error}") from error
     if not any(lines):

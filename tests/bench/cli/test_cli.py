@@ -284,7 +284,7 @@ DATA: dict[str, tuple[Callable[[Inputs], Path | str], str]] = {
     "an empty Parquet file": (lambda i: i.file("d.parquet", ""), "not a readable Parquet file"),
     "nothing can be scored": (
         lambda i: i.file("d.jsonl", '{"id": "a", "prompt": "w1", "completion": ""}\n{"text": ""}\n'),
-        "none of 2 samples can be scored; the first, 'a': empty text",
+        "none of 2 samples can be scored; the first, 'a': empty answer",
     ),
 }
 
@@ -382,7 +382,7 @@ def test_samples_that_cannot_be_scored_are_named(inputs: Inputs, capsys: pytest.
     assert "3 rejected" in printed
     # bos + 60 + 3 + eos
     assert "rejected 'long': 65 tokens, the model's context holds 64" in printed
-    assert "rejected 'empty': empty text" in printed
+    assert "rejected 'empty': empty answer" in printed
     assert "rejected 'nothing': empty text" in printed
 
     found, _, facts = read_scores(out)
