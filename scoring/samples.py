@@ -181,6 +181,13 @@ def iter_encoded(
             yield Sample(text.sample_id, ids, scored, index)
 
 
+def answer_end(tokenizer: Any, samples: Sequence[Sample]) -> int | None:
+    """The token that ends a written answer: the special token that the samples' answers end with, such as a chat
+    template's end of a turn; else the tokenizer's EOS token, None if it has none."""
+    last = {int(sample.input_ids[-1]) for sample in samples}
+    return last.pop() if len(last) == 1 and last <= set(tokenizer.added_tokens_decoder) else tokenizer.eos_token_id
+
+
 def check_tokens(
     count: int, largest: int, rejected: Sequence[Rejected], vocabulary: int, tokenizer: str, name: str
 ) -> None:

@@ -216,6 +216,8 @@ def chosen_template(name: str, system: str | None, variables: Mapping[str, Varia
                     f"{named(setting)} is for chat templates, and {named('template')} is plain: expected chat or a file"
                 )
         return None
+    if (empty := next((key for key, value in variables.items() if value == ""), None)) is not None:
+        raise UserError(f"{named('template_variables')} has {empty!r} without a value: expected name=value")
     truth = {"true": True, "false": False}
     values = {key: truth.get(value, value) if isinstance(value, str) else value for key, value in variables.items()}
     arguments = inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters

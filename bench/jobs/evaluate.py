@@ -28,7 +28,7 @@ from bench.files.identity import identity_fields, with_spec_hash
 from bench.files.origin import origin
 from bench.files.parts import Parts, finished_output
 from bench.files.score_file import write_scores
-from bench.jobs.evaluation_sets import Sets, sets_of, tokens_sha256
+from bench.jobs.evaluation_sets import Sets, end_of_answers, sets_of, tokens_sha256
 from bench.jobs.evaluation_spec import EvaluateSpec
 from bench.jobs.measurement import Measurement
 from bench.jobs.resources import Resources, check_dtype
@@ -178,6 +178,7 @@ def evaluate_spec(
     with Parts(out, identity) as parts, ExitStack() as stack:
         pieces = _PieceCache(parts)
         first = models[MODEL]
+        end = end_of_answers(first.tokenizer, spec.chosen_template())
         in_memory = {model.source: model.loaded for model in models.values() if model.loaded is not None}
         # One pool for all models: replicas start when they are first needed, and then exchange their weights.
         pool = stack.enter_context(
@@ -187,7 +188,7 @@ def evaluate_spec(
         @contextmanager
         def reader_of(source: str, revision: str | None) -> Iterator[Reader]:
             pool.exchange(resources.replica(source, revision, spec.dtype))
-            yield Reader(pool, first.tokenizer.eos_token_id, spec.batch_tokens, progress)
+            yield Reader(pool, end, spec.batch_tokens, progress)
             if spec.relearn_workers:
                 # They need the cores.
                 pool.close()

@@ -18,7 +18,7 @@ from bench.tasks.task import Unreachable
 from bench.tasks.token_hash import TokenHash
 from scoring.errors import UserError, unknown_name
 from scoring.records import as_text, check_ids, pair_text, question_answer
-from scoring.samples import Rejected, Text, evenly_spaced, iter_encoded
+from scoring.samples import NO_LIMIT, Rejected, Text, answer_end, encode, evenly_spaced, iter_encoded
 from scoring.settings import named
 from scoring.templates import Template
 
@@ -97,6 +97,12 @@ def _fitting(
     if not fit:
         raise UserError(f"{name} set: none of {len(records)} records can be used; the first: {unfit[0].reason}")
     return fit, unfit
+
+
+def end_of_answers(tokenizer: Any, template: Template | None) -> int | None:
+    """The token that ends a written answer, see `scoring.samples.answer_end`."""
+    samples, _ = encode([pair_text("", "a", "a", template)], tokenizer, NO_LIMIT)
+    return answer_end(tokenizer, samples)
 
 
 def tokens_sha256(sets: Sets, tokenizer: Any, template: Template | None) -> str | None:

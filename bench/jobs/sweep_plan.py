@@ -34,7 +34,7 @@ from bench.tasks.selections import Selection, SelectionSpec, needs_difficulty, s
 from scoring.errors import UserError, expected_one_of, unknown_name
 from scoring.files import replacing
 from scoring.replica import load_model
-from scoring.samples import encode
+from scoring.samples import answer_end, encode
 from scoring.settings import Doc, Ge, build, check, current_naming, named, naming, settings_of
 from scoring.templates import TEMPLATE_FIELDS
 
@@ -346,7 +346,7 @@ class SweepPlan:
             samples, _ = encode(self.dataset.texts, self.model.tokenizer, self.model.max_length)
             model = load_model(self.model.source, revision=self.model.revision)
             samples = [dataclasses.replace(sample, index=i) for i, sample in enumerate(samples)]
-            ends = self.model.tokenizer.eos_token_id
+            ends = answer_end(self.model.tokenizer, samples)
             ma, el = measure_memorization(model, samples, self.base.el_n, ends, self.base.batch_tokens)
             averages = Thresholds.from_initial(ma, el)
             thresholds = {"ma_threshold": averages.ma}

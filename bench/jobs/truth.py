@@ -31,7 +31,7 @@ from scoring.api import run_tasks
 from scoring.errors import RefusedUnderWay, UserError
 from scoring.measuring import AVERAGE, MA_COLUMN, NOT_FINITE, MemorizationTask, average_of, joined, threshold_name
 from scoring.sample_file import Batches
-from scoring.samples import Batch, Rejected, nothing_scored
+from scoring.samples import Batch, Rejected, answer_end, nothing_scored
 from scoring.settings import Doc, Ge, Gt, Le, check, named
 from scoring.templates import TEMPLATE_FIELDS
 from scoring.updates import UpdateSettings
@@ -157,7 +157,7 @@ def truth(
             def in_rows(results: Sequence[Mapping[str, Any]]) -> dict[str, np.ndarray]:
                 return joined(results, len(samples), samples.rows_of)
 
-            eos = model.tokenizer.eos_token_id
+            eos = answer_end(model.tokenizer, [samples[row] for row in range(len(samples))])
             initial = in_rows(
                 run([MemorizationTask(n) for n in range(len(batches))], _by_batch(batches), "measuring MA")
             )

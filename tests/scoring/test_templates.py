@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 from scoring.errors import UserError
 from scoring.records import as_text
-from scoring.samples import Sample, encode
+from scoring.samples import Sample, answer_end, encode
 from scoring.templates import Template, chosen_template
 from scoring.tokens import Tokenization
 
@@ -216,6 +216,10 @@ def test_families(made: Any, settings: dict[str, Any], before: str, scored: str)
     whole = tokenizer(before + scored, add_special_tokens=False)["input_ids"]
     assert prompt + answer == whole
     assert tokenizer.decode(answer).strip() == scored.strip()
+    # A written answer ends where those of the template do, and a plain one with EOS.
+    assert answer_end(tokenizer, [sample]) == answer[-1]
+    assert answer_end(tokenizer, [only(tokenizer, RECORD)]) == tokenizer.eos_token_id
+    assert answer_end(tokenizer, [only(tokenizer, {"text": ANSWER})]) == tokenizer.eos_token_id
     # The tokens are those of training, to the end of the answer; and what is asked is what a chat would ask.
     system = [{"role": "system", "content": template.system}] if template.system else []
     turns = [*system, {"role": "user", "content": QUESTION}, {"role": "assistant", "content": ANSWER}]
@@ -404,6 +408,7 @@ def test_settings_that_do_not_go_together(tmp_path: Path) -> None:
     for arguments, message in (
         (("plain", "Be kind.", {}), "system is for chat templates"),
         (("plain", None, {"a": "b"}), "template_variables is for chat templates"),
+        (("chat", None, {"tone": ""}), "template_variables has 'tone' without a value"),
         (("chat", None, {"messages": "b"}), "template_variables sets 'messages'"),
         (("chat", None, {"tokenize": "b"}), "template_variables sets 'tokenize'"),
         ((str(tmp_path / "none.jinja"), None, {}), "expected plain, chat, or a file"),
