@@ -287,6 +287,21 @@ def test_what_the_window_cannot_hold(pair):
         pair[0].loglikelihood([instance("loglikelihood", "w1", " ")])
 
 
+def test_embedded_models_read_what_they_were_trained_on():
+    """Their tokenizers add nothing, and every text that they have learnt begins with BOS."""
+    from bench.models.embedded import train_tokenizer
+    from scoring.tokens import Tokenization
+
+    embedded = train_tokenizer(["Where was Anna born?"])
+    bare = embedded("Anna")["input_ids"]
+    lm = pool_model(SimpleNamespace(), embedded, CONTEXT)
+    assert lm.tok_encode("Anna") == [0, *bare]
+    assert lm.tok_encode("<s>Anna") == [0, *bare]
+    assert lm.tok_encode("Anna", add_special_tokens=False) == bare
+    context, answer = Tokenization(embedded).pair("An", "na")
+    assert context + answer == [0, *bare, embedded.eos_token_id]
+
+
 def test_a_tokenizer_with_neither_bos_nor_eos():
     bare = tokenizer(bos=False)
     bare.bos_token = bare.eos_token = None
