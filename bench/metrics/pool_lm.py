@@ -42,8 +42,9 @@ class PoolLM(TemplateLM):
         if self.prefix_token_id is None:
             raise UserError("the tokenizer has neither a BOS nor an EOS token: one of them has to begin a text")
         self._prefix = tokenizer.decode(self.prefix_token_id)
-        # A text begins as everywhere, see scoring.tokens; almost always the tokenizer has put it there by then.
-        self._begin = Tokenization(tokenizer).begin if add_bos_token is None else []
+        # What a text begins with everywhere, see scoring.tokens, where the tokenizer has not put it there by then.
+        rule = Tokenization(tokenizer)
+        self._begin = rule.begin if rule.begin_is_unsaid and add_bos_token is None else []
 
     @property
     def eot_token_id(self) -> Any:
@@ -59,8 +60,7 @@ class PoolLM(TemplateLM):
         elif has_bos_prefix(string, self._prefix):
             special = {"add_special_tokens": False}
         else:
-            ids = self.tokenizer.encode(string, **self._special)
-            return ids if ids[: len(self._begin)] == self._begin else [*self._begin, *ids]
+            return [*self._begin, *self.tokenizer.encode(string, **self._special)]
         return self.tokenizer.encode(string, **special)
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
@@ -87,7 +87,10 @@ class PoolLM(TemplateLM):
         windows: list[tuple[str, list[int], list[int]]] = []
         for owner, request in enumerate(requests):
             (text,) = request.args
-            for window in get_rolling_token_windows(self.tok_encode(text), self.prefix_token_id, self.max_length, 1):
+            # The prefix is the BOS that the tokenizer has not put there. Where it has, the harness has two, and so has
+            # this, so that perplexities compare.
+            tokens = self.tok_encode(text)[len(self._begin) :]
+            for window in get_rolling_token_windows(tokens, self.prefix_token_id, self.max_length, 1):
                 owners.append(owner)
                 windows.append((text, *make_disjoint_window(window)))
         totals = np.zeros(len(requests))
