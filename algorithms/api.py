@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +29,7 @@ from scoring.loaded import check_loaded
 from scoring.records import Record, texts_of
 from scoring.samples import BATCH_TOKENS, TextSet, context_length
 from scoring.settings import build
+from scoring.templates import PLAIN, chosen_template
 from scoring.work import LocalPool
 
 if TYPE_CHECKING:
@@ -70,6 +71,9 @@ def unlearn(
     evaluate_samples: int = AnswersMeasured.evaluate_samples,
     batch_tokens: int = BATCH_TOKENS,
     gradient_checkpointing: bool = False,
+    template: str = PLAIN,
+    system: str | None = None,
+    template_variables: Mapping[str, str | bool] | None = None,
     progress: bool = False,
     **recipe: Any,
 ) -> Unlearned:
@@ -88,6 +92,7 @@ def unlearn(
         evaluate_samples: the most samples of each set that are evaluated, evenly spaced.
         batch_tokens: padded tokens in a micro-batch.
         gradient_checkpointing: recompute activations in the backward pass, which takes less memory.
+        template, system, template_variables: how pairs and conversations are put, see `scoring.templates`.
         progress: show a bar.
         recipe: further fields of `algorithms.recipe.Recipe`, such as `epochs=4`, `alpha=1` or `seed=1`.
 
@@ -114,8 +119,9 @@ def unlearn(
     if (dtype := next(model.parameters()).dtype).itemsize < 4:
         raise UserError(f"model is in {str(dtype).removeprefix('torch.')}: its weights must be fp32; use model.float()")
     encoder = Encoder(tokenizer, context_length(model.config), model.config.get_text_config().vocab_size)
-    forget_texts = TextSet("forget", texts_of("forget", forget))
-    retain_texts = None if retain is None else TextSet("retain", texts_of("retain", retain))
+    chat = chosen_template(template, system, template_variables or {})
+    forget_texts = TextSet("forget", texts_of("forget", forget, chat))
+    retain_texts = None if retain is None else TextSet("retain", texts_of("retain", retain, chat))
     corpus, unused = make_corpus(settings, encoder, forget_texts, retain_texts, answers)
     evaluation = None
     if measured.evaluate:

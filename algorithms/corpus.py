@@ -16,7 +16,7 @@ from algorithms.group import Group
 from algorithms.recipe import Objectives, Recipe
 from scoring.answers import score_answers
 from scoring.errors import UserError
-from scoring.samples import Rejected, Sample, Text, TextSet, encode, encode_checked, evenly_spaced
+from scoring.samples import Rejected, Sample, Text, TextSet, answer_end, encode, encode_checked, evenly_spaced
 from scoring.settings import named
 
 # The refusals of the paper's Table 3 come first.
@@ -120,7 +120,7 @@ def make_corpus(
         for rejection in rejections
     ]
     values = {source: values_of(source, samples) for source in recipe.files}
-    return Corpus(samples, refusals, retain_samples, encoder.tokenizer.eos_token_id, values), unused
+    return Corpus(samples, refusals, retain_samples, answer_end(encoder.tokenizer, samples), values), unused
 
 
 def _refused(text: Text, phrases: Sequence[str], seed: int, name: str) -> Text:

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from scoring.eval_mode import in_eval_mode
 from scoring.generation import greedy_continuations
 from scoring.logprob import scored_logprobs
-from scoring.samples import BATCH_TOKENS, Sample, make_batches
+from scoring.samples import BATCH_TOKENS, Sample, answer_end, make_batches
 
 # How much longer than the true answer a written answer may be.
 EXTRA_TOKENS = 20
@@ -59,8 +59,7 @@ def rouge_l_recall(written: Sequence[str], truth: Sequence[str]) -> np.ndarray:
 
         recall(w, y) = |longest common subsequence of w and y| / |y|
 
-    Lin 2004, as the package rouge_score computes it with the Porter stemmer. Words are runs of a-z and 0-9 in
-    the lower-cased text: letters of other scripts, and those with accents, separate words.
+    Lin 2004, as the package rouge_score computes it with the Porter stemmer; what words are, see `scoring.rouge_words`.
 
     Args:
         written: N answers of a model.
@@ -71,7 +70,9 @@ def rouge_l_recall(written: Sequence[str], truth: Sequence[str]) -> np.ndarray:
     """
     from rouge_score.rouge_scorer import RougeScorer  # loads nltk, which takes a while
 
-    scorer = RougeScorer(["rougeL"], use_stemmer=True)
+    from scoring.rouge_words import Words
+
+    scorer = RougeScorer(["rougeL"], tokenizer=Words())
     recalls = [
         scorer.score(target=true_answer, prediction=answer)["rougeL"].recall
         for answer, true_answer in zip(written, truth, strict=True)
@@ -117,7 +118,7 @@ def written_answers(
 
     Args:
         model: a causal LM in eval mode.
-        tokenizer: the one that made the samples; its end token ends an answer.
+        tokenizer: the one that made the samples; what ends an answer, see `scoring.samples.answer_end`.
         samples: N samples.
         batch_tokens: rows times (prompt + new) tokens in one batch.
         extra_tokens: see `answer_limits`.
@@ -130,7 +131,8 @@ def written_answers(
     """
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     limits = answer_limits(samples, context, extra_tokens=extra_tokens)
-    written = greedy_continuations(model, question_ids(samples), limits, tokenizer.eos_token_id, batch_tokens)
+    end = answer_end(tokenizer, samples)
+    written = greedy_continuations(model, question_ids(samples), limits, end, batch_tokens)
     return [decoded(tokenizer, tokens) for tokens in written]
 
 

@@ -51,6 +51,7 @@ from scoring.samples import (
     nothing_scored,
 )
 from scoring.settings import Doc, Ge, Gt, Lt, build, check
+from scoring.templates import PLAIN, chosen_template
 from scoring.work import DrawTask, Facts, LocalPool, Pool, ReplicaTask
 
 if TYPE_CHECKING:
@@ -154,6 +155,9 @@ def score(
     tokens: Tokens = "answer",
     batch_tokens: int = BATCH_TOKENS,
     allow_lost_perturbation: bool = False,
+    template: str = PLAIN,
+    system: str | None = None,
+    template_variables: Mapping[str, str | bool] | None = None,
     progress: bool = False,
 ) -> pd.DataFrame:
     """Memory Removal Difficulty of records under a loaded model, in this process.
@@ -172,6 +176,7 @@ def score(
         tokens: "answer" scores the completion and its end token, as the unlearning loss does, "all" every token.
         batch_tokens: padded tokens in a batch.
         allow_lost_perturbation: score although the weights' dtype rounds the noise away.
+        template, system, template_variables: how pairs and conversations are put, see `scoring.templates`.
         progress: show a bar.
 
     Returns:
@@ -200,7 +205,7 @@ def score(
         },
     ).completed()
     check_loaded(model, tokenizer)
-    texts = texts_of("records", records)
+    texts = texts_of("records", records, chosen_template(template, system, template_variables or {}))
     samples, rejected = samples_of(model, tokenizer, texts, settings.tokens)
     batches = make_batches(samples, batch_tokens)
     shards = shards_of(batches, settings.chosen()[0])

@@ -31,6 +31,7 @@ from scoring.replica import TransformersReplica
 from scoring.samples import BATCH_TOKENS, Batch, Rejected, Tokens, make_batches
 from scoring.settings import Doc, Ge, Known, Le, build, check, named
 from scoring.similarity import mean_gradient
+from scoring.templates import PLAIN, chosen_template
 from scoring.updates import UpdateSettings, gradients_put_aside
 from scoring.work import LocalPool, Pool
 
@@ -307,6 +308,9 @@ def difficulty(
     checkpoints: str | Sequence[str] = (),
     tokens: Tokens = "answer",
     batch_tokens: int = BATCH_TOKENS,
+    template: str = PLAIN,
+    system: str | None = None,
+    template_variables: Mapping[str, str | bool] | None = None,
     progress: bool = False,
     **settings: Any,
 ) -> pd.DataFrame:
@@ -325,6 +329,7 @@ def difficulty(
         checkpoints: folders or ids of earlier states of the model; vog needs them.
         tokens: "answer" or "all", see `scoring.score`.
         batch_tokens: padded tokens in a batch.
+        template, system, template_variables: how pairs and conversations are put, see `scoring.templates`.
         progress: show a bar.
         settings: further fields of `DifficultySettings`, such as `learning_rate=1e-5`, `optimizer="sgd"` or
             `lookahead=2`.
@@ -345,7 +350,8 @@ def difficulty(
     if checked.needs("retain") and retain is None:
         raise UserError("retain is empty: gradient-cosine needs records that are to be kept, at least one")
     asked = asked_by(checked, loss, checkpoints=tuple((source, None) for source in _listed(checkpoints)))
-    texts = texts_of("records", records)
+    chat = chosen_template(template, system, template_variables or {})
+    texts = texts_of("records", records, chat)
     samples, rejected = samples_of(model, tokenizer, texts, tokens)
     batches = make_batches(samples, batch_tokens)
     row_of = {sample.index: row for row, sample in enumerate(samples)}
@@ -357,7 +363,7 @@ def difficulty(
         tempfile.TemporaryDirectory(prefix="mrd-bench-") as folder,
     ):
         if checked.needs("retain"):
-            kept, _ = samples_of(model, tokenizer, texts_of("retain", retain or []), tokens, "retain")
+            kept, _ = samples_of(model, tokenizer, texts_of("retain", retain or [], chat), tokens, "retain")
             ((_, gradient, _),) = list(pool.run([MeanGradientTask()], [make_batches(kept, batch_tokens)]))
             path = str(Path(folder) / "retain.safetensors")
             save_file(gradient, path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -10,8 +11,11 @@ import numpy as np
 
 from scoring.errors import UserError
 from scoring.samples import Text
+from scoring.templates import Template
 
 Record = dict[str, Any]
+# The prompt that `question_answer` makes.
+ASKED = re.compile(r"Question: (.*)\nAnswer:", re.DOTALL)
 
 
 def _pair(record: Record) -> tuple[str, str]:
@@ -34,13 +38,17 @@ LAYOUTS: dict[tuple[str, ...], Callable[[Record], tuple[str, str | None]]] = {
 }
 
 
-def as_text(name: str, number: int, record: Record) -> Text:
+def as_text(name: str, number: int, record: Record, template: Template | None = None) -> Text:
     """The text of a record. A record without an "id" gets its position as one.
+
+    A field that is null is one that is not there: formats with columns have it for every record. A prompt and its
+    completion may be lists of turns; they are one conversation.
 
     Args:
         name: name of the data set, for messages.
         number: number of the record, counted from 1.
         record: a record in one of the layouts.
+        template: of pairs and conversations; None: pairs are plain, and conversations have the tokenizer's.
 
     Raises:
         UserError: one line that names the record and field at fault.
@@ -49,38 +57,77 @@ def as_text(name: str, number: int, record: Record) -> Text:
         raise UserError(f"{name}, record {number}: {type(record).__name__}; expected a mapping of fields")
     sample_id = record.get("id")
     sample_id = str(number - 1) if sample_id is None else str(sample_id)
-    if "messages" in record:
-        return Text(sample_id, messages=_messages(name, number, record["messages"]))
-    for fields, layout in LAYOUTS.items():
-        if all(field in record for field in fields):
-            for field in fields:
-                if not isinstance(record[field], str):
-                    raise UserError(
-                        f"{name}, record {number}: field {field!r} is {type(record[field]).__name__}, expected text"
-                    )
-            return Text(sample_id, *layout(record))
-    raise UserError(
-        f"{name}, record {number}: fields {', '.join(map(repr, record)) or 'none'}; expected 'prompt'+'completion', "
-        "'question'+'answer', 'text' or 'messages'"
+    if record.get("messages") is not None:
+        return Text(sample_id, messages=_turns(name, number, "messages", record["messages"]), template=template)
+    if isinstance(record.get("prompt"), list) and record.get("completion") is not None:
+        return Text(sample_id, messages=_turns(name, number, *_joined(record)), template=template)
+    there = [field for field, value in record.items() if value is not None]
+    # A layout whose fields are all there but one that is null is the next best, for what is said of it.
+    fields = next((fields for names in (there, record) for fields in LAYOUTS if set(fields) <= set(names)), None)
+    if fields is None:
+        raise UserError(
+            f"{name}, record {number}: fields {', '.join(map(repr, record)) or 'none'}; expected "
+            "'prompt'+'completion', 'question'+'answer', 'text' or 'messages'"
+        )
+    for field in fields:
+        if not isinstance(record[field], str):
+            raise UserError(
+                f"{name}, record {number}: field {field!r} is {type(record[field]).__name__}, expected text"
+            )
+    prompt, completion = LAYOUTS[fields](record)
+    return Text(sample_id, prompt) if completion is None else pair_text(sample_id, prompt, completion, template)
+
+
+def pair_text(sample_id: str, prompt: str, completion: str, template: Template | None = None) -> Text:
+    """The text of a prompt and its completion. In a chat template the prompt is the user's turn, without the words that
+    the plain layout has around a question, and the completion the assistant's; white space around them is left out."""
+    if template is None:
+        return Text(sample_id, prompt, completion)
+    question = match[1] if (match := ASKED.fullmatch(prompt)) else prompt
+    turns = (("user", question), ("assistant", completion))
+    return Text(
+        sample_id,
+        messages=tuple({"role": role, "content": content.strip()} for role, content in turns),
+        template=template,
     )
 
 
-def _messages(name: str, number: int, turns: Any) -> tuple[dict[str, str], ...]:
+def _joined(record: Record) -> tuple[str, Any]:
+    """The fields prompt and completion as one conversation, and their name."""
+    completion = record["completion"]
+    if isinstance(completion, str):
+        completion = [{"role": "assistant", "content": completion}]
+    return "prompt+completion", [*record["prompt"], *completion] if isinstance(completion, list) else None
+
+
+def _turns(name: str, number: int, field: str, turns: Any) -> tuple[dict[str, str], ...]:
+    """The turns of a conversation. A content that comes in parts is their text."""
     well_formed = isinstance(turns, list) and all(
-        isinstance(turn, dict) and isinstance(turn.get("role"), str) and isinstance(turn.get("content"), str)
+        isinstance(turn, dict) and isinstance(turn.get("role"), str) and isinstance(turn.get("content"), str | list)
         for turn in turns
     )
     if not well_formed or not turns or turns[-1]["role"] != "assistant":
         raise UserError(
-            f"{name}, record {number}: 'messages' must be a list of {{'role', 'content'}} that ends with an "
+            f"{name}, record {number}: {field!r} must be a list of {{'role', 'content'}} that ends with an "
             "assistant turn, which is what is scored"
         )
-    return tuple({"role": turn["role"], "content": turn["content"]} for turn in turns)
+    where = f"{name}, record {number}: {field!r}"
+    return tuple({"role": turn["role"], "content": _content(where, turn["content"])} for turn in turns)
+
+
+def _content(where: str, content: str | list[Any]) -> str:
+    if isinstance(content, str):
+        return content
+    for part in content:
+        kind = part.get("type", "text") if isinstance(part, dict) else type(part).__name__
+        if kind != "text" or not isinstance(part.get("text"), str):
+            raise UserError(f"{where} has a part of type {kind!r}: expected parts {{'type': 'text', 'text': ...}}")
+    return "".join(part["text"] for part in content)
 
 
 def question_answer(question: str, answer: str) -> tuple[str, str]:
-    """Prompt and completion of a question-answer pair. They are tokenized apart and joined, with bos before and eos
-    after. The completion starts with the space that separates the two, and eos counts as one of its tokens."""
+    """Prompt and completion of a question-answer pair. The completion starts with the space that separates the two, and
+    an EOS token after it counts as one of its tokens."""
     return f"Question: {question}\nAnswer:", f" {answer}"
 
 
@@ -115,8 +162,13 @@ def is_unicode(record: Record | str) -> bool:
     return True
 
 
-def texts_of(name: str, records: Iterable[Record | str]) -> list[Text]:
+def texts_of(name: str, records: Iterable[Record | str], template: Template | None = None) -> list[Text]:
     """The texts of records in memory; a plain string is a record by itself.
+
+    Args:
+        name: name of the data set, for messages.
+        records: in one of the layouts.
+        template: see `as_text`.
 
     Raises:
         UserError: one line that names the record and field at fault, or an id that occurs twice.
@@ -132,6 +184,6 @@ def texts_of(name: str, records: Iterable[Record | str]) -> list[Text]:
     for number, record in enumerate(records, start=1):
         if not is_unicode(record):
             raise UserError(f"{name}, record {number}: {HALF_A_PAIR}")
-        texts.append(as_text(name, number, {"text": record} if isinstance(record, str) else record))
+        texts.append(as_text(name, number, {"text": record} if isinstance(record, str) else record, template))
     check_ids(name, [text.sample_id for text in texts])
     return texts

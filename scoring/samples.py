@@ -16,6 +16,8 @@ import numpy as np
 import torch
 
 from scoring.errors import UserError
+from scoring.templates import Template
+from scoring.tokens import Tokenization
 
 T = TypeVar("T")
 Tokens = Literal["answer", "all"]
@@ -55,13 +57,26 @@ class Text:
     """A record before tokenization: the prompt that is conditioned on, and the completion that is scored.
 
     `completion` None means plain text: everything after the first token is scored. `messages` (a list of
-    {"role", "content"}) is rendered by the tokenizer's chat template; its last, assistant, turn is scored.
+    {"role", "content"}) is rendered by a chat template; its last, assistant, turn is scored. `template` None is the
+    tokenizer's own, with nothing added.
     """
 
     sample_id: str
     prompt: str = ""
     completion: str | None = None
     messages: tuple[dict[str, str], ...] | None = None
+    template: Template | None = None
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it is neither a pair nor a conversation."""
+        return self.completion is None and self.messages is None
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing is said that could be scored."""
+        said = self.messages[-1]["content"] if self.messages else self.completion
+        return not self.prompt if said is None else not said.strip()
 
     @property
     def words(self) -> str:
@@ -91,34 +106,20 @@ class Rejected:
     reason: str
 
 
-def _token_ids(tokenizer: Any, text: str) -> list[int]:
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+def split_ids(tokenization: Tokenization, text: Text) -> tuple[list[int], list[int]]:
+    """Token ids of the context and of the part to be scored, see `scoring.tokens`.
 
-
-def split_ids(tokenizer: Any, text: Text) -> tuple[list[int], list[int]]:
-    """Token ids of the context (bos first) and of the part to be scored (eos last, except for plain text).
-
-    The two parts are tokenized apart, so that no token straddles the border and the prompt has the ids that
-    generation starts from.
+    Raises:
+        UserError: one line that names the sample: a chat template cannot render it.
     """
-    bos = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []
-    eos = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
     if text.messages is not None:
-        if not getattr(tokenizer, "chat_template", None):
-            raise UserError(
-                "field 'messages' needs a chat template and this tokenizer has none: "
-                "use 'prompt'+'completion', or add chat_template to its tokenizer_config.json"
-            )
-        turns = [dict(turn) for turn in text.messages]
-        before = tokenizer.apply_chat_template(turns[:-1], tokenize=False, add_generation_prompt=True)
-        whole = tokenizer.apply_chat_template(turns, tokenize=False)
-        if not whole.startswith(before):
-            raise UserError("chat template renders the conversation differently with and without its last turn")
-        return _token_ids(tokenizer, before), _token_ids(tokenizer, whole[len(before) :])
+        try:
+            return tokenization.conversation(text.template or Template(), text.messages)
+        except UserError as error:
+            raise UserError(f"sample {text.sample_id!r}: {error}") from error
     if text.completion is None:
-        # A plain text gets no end token: that the text ends there was not memorised.
-        return bos, _token_ids(tokenizer, text.prompt)
-    return bos + _token_ids(tokenizer, text.prompt), _token_ids(tokenizer, text.completion) + eos
+        return tokenization.text(text.prompt)
+    return tokenization.pair(text.prompt, text.completion)
 
 
 def encode(
@@ -160,23 +161,31 @@ def iter_encoded(
     texts: Iterable[Text], tokenizer: Any, max_length: int, tokens: Tokens = "answer"
 ) -> Iterator[Sample | Rejected]:
     """The results of `encode` one at a time, in the order of the texts."""
+    tokenization = Tokenization(tokenizer)
     for index, text in enumerate(texts):
-        context, target = split_ids(tokenizer, text)
+        if text.is_empty:
+            yield Rejected(text.sample_id, "empty text" if text.is_plain else "empty answer")
+            continue
+        context, target = split_ids(tokenization, text)
         ids = np.asarray(context + target, dtype=np.int64)
         scored = np.zeros(len(ids), dtype=bool)
         if tokens == "all":
             scored[1:] = True
         else:
             scored[max(1, len(context)) :] = True
-        empty = not (text.completion if text.completion is not None else text.prompt) and text.messages is None
-        if empty:
-            yield Rejected(text.sample_id, "empty text")
-        elif len(ids) > max_length:
+        if len(ids) > max_length:
             yield Rejected(text.sample_id, f"{len(ids)} tokens, the model's context holds {max_length}")
         elif not scored.any():
             yield Rejected(text.sample_id, "no scored token")
         else:
             yield Sample(text.sample_id, ids, scored, index)
+
+
+def answer_end(tokenizer: Any, samples: Sequence[Sample]) -> int | None:
+    """The token that ends a written answer: the special token that the samples' answers end with, such as a chat
+    template's end of a turn; else the tokenizer's EOS token, None if it has none."""
+    last = {int(sample.input_ids[-1]) for sample in samples}
+    return last.pop() if len(last) == 1 and last <= set(tokenizer.added_tokens_decoder) else tokenizer.eos_token_id
 
 
 def check_tokens(

@@ -337,7 +337,8 @@ def _refusal(setting: Setting, value: Any, error: ValidationError) -> str:
         arguments = get_args(containers[0])
         expected = _expected(arguments[1] if isinstance(parts, dict) and location[-1] != "[key]" else arguments[0])
     if isinstance(value, FlagText):
-        expected = expected.replace(MAPPING, "name=number, with commas between several")
+        numbers = not any(str in _alternatives(get_args(kind)[1]) for kind in containers if get_origin(kind) is dict)
+        expected = expected.replace(MAPPING, f"name={'number' if numbers else 'value'}, with commas between several")
     if isinstance(refused, float) or (isinstance(refused, FlagText) and _written_as_number(refused)):
         expected = expected if math.isfinite(float(refused)) else expected.replace("a number", "a finite number")
     message = f"{place} is {described(refused)}: expected {expected}"

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from tests.tiny_models import VOCABULARY, tiny_model
@@ -29,12 +30,16 @@ def token_id(word: str) -> int:
     return [*SPECIAL, *WORDS].index(word)
 
 
-def tokenizer(chat: bool = False, extra: Iterable[str] = ()) -> PreTrainedTokenizerFast:
-    """Splits at white space; ids are positions in SPECIAL + WORDS + extra."""
+def tokenizer(chat: bool = False, extra: Iterable[str] = (), bos: bool = True) -> PreTrainedTokenizerFast:
+    """Splits at white space, and between words that touch, as a completion and its prompt may. Ids are positions in
+    SPECIAL + WORDS + extra. Texts begin with BOS, as Llama's do; with `bos` False with nothing."""
     vocabulary = {word: number for number, word in enumerate([*SPECIAL, *WORDS, *extra])}
     inner = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    words = pre_tokenizers.Split(Regex(r"w\d+"), "isolated")
+    inner.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), words])
     special = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
+    if bos:
+        inner.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", BOS)])
     fast = PreTrainedTokenizerFast(tokenizer_object=inner, **special)
     if chat:
         fast.chat_template = CHAT_TEMPLATE

@@ -13,7 +13,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, ClassVar, Self
 
 import numpy as np
 import pyarrow as pa
@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 
 from algorithms.alone import LossAlone
 from algorithms.objectives import algorithm_name
-from bench.files.identity import with_spec_hash
+from bench.files.identity import identity_fields, with_spec_hash
 from bench.files.origin import origin
 from bench.files.parts import ColumnParts, finished_output
 from bench.files.score_file import write_scores
@@ -52,15 +52,18 @@ from scoring.measuring import (
 )
 from scoring.samples import BATCH_TOKENS, Rejected, Tokens, make_batches, nothing_scored
 from scoring.settings import Doc, Ge, named
+from scoring.templates import TEMPLATE_FIELDS, TemplateSettings, absolute_template
 from scoring.work import Pool, ReplicaSpec
 
 SCHEMA_VERSION = 1
-NOT_HASHED = ("model", "data", "split", "retain", "corpus", "checkpoints")
+NOT_HASHED = ("model", "data", "split", "retain", "corpus", "checkpoints", *TEMPLATE_FIELDS)
 
 
 @dataclass(frozen=True, kw_only=True)
-class OnModel:
+class OnModel(TemplateSettings):
     """The samples and the model under which they are looked at, and the algorithm whose updates are meant."""
+
+    ADDED_LATER: ClassVar = TEMPLATE_FIELDS
 
     model: Annotated[ModelName, Doc("an embedded model (authors, graded), a folder, or a Hugging Face id")]
     data: Annotated[
@@ -84,8 +87,11 @@ class OnModel:
 
     def located(self) -> dict[str, Any]:
         """The fields that are right in every process, whatever folder it works in."""
-        return {"model": absolute_model(self.model), "data": absolute_source(self.data)} | {
-            "algorithm": algorithm_name(self.algorithm)
+        return {
+            "model": absolute_model(self.model),
+            "data": absolute_source(self.data),
+            "template": absolute_template(self.template),
+            "algorithm": algorithm_name(self.algorithm),
         }
 
 
@@ -115,6 +121,7 @@ class DifficultySpec(DifficultySettings, OnModel):
         """
         spec = self.checked_settings()
         spec.loss()
+        spec.chosen_template()
         if resources is not None and resources.engine == "vllm":
             refused = [name for name, measure in spec.measures.items() if "model" in measure.needs]
             if refused:
@@ -172,13 +179,13 @@ def difficulty(
     out = Path(out).absolute()
     check_dataset(spec.data, spec.split)
     model = find_model(spec.model)
-    texts = open_texts(spec.data, spec.split, model.tokenizer)
+    texts = open_texts(spec.data, spec.split, model.tokenizer, spec.chosen_template())
     retain = _retain_texts(spec, model) if spec.needs("retain") else None
     corpus = open_texts(spec.corpus, None, model.tokenizer) if spec.corpus else texts
     checkpoints = [find_model(source) for source in spec.checkpoints]
     asked = asked_by(spec, spec.loss(), tuple((checkpoint.source, checkpoint.revision) for checkpoint in checkpoints))
     identity = with_spec_hash(
-        dataclasses.asdict(spec)
+        identity_fields(spec)
         | {
             "schema_version": SCHEMA_VERSION,
             "data_sha256": texts.checked_sha256(),
@@ -255,8 +262,8 @@ def _retain_texts(spec: DifficultySpec, model: ModelReference) -> Texts:
             f"task or a data file with {named('retain')}"
         )
     if task is not None and source in task.splits:
-        return open_texts(spec.data, source, model.tokenizer)
-    return open_texts(source, None, model.tokenizer)
+        return open_texts(spec.data, source, model.tokenizer, spec.chosen_template())
+    return open_texts(source, None, model.tokenizer, spec.chosen_template())
 
 
 def _write_mean_gradient(pool: Pool, spec: DifficultySpec, retain: Texts, model: ModelReference, path: Path) -> None:

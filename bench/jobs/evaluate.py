@@ -24,14 +24,16 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from bench.files.identity import with_spec_hash
+from bench.files.identity import identity_fields, with_spec_hash
 from bench.files.origin import origin
 from bench.files.parts import Parts, finished_output
 from bench.files.score_file import write_scores
-from bench.jobs.evaluation_sets import Sets, sets_of
+from bench.jobs.evaluation_sets import Sets, end_of_answers, sets_of, tokens_sha256
 from bench.jobs.evaluation_spec import EvaluateSpec
 from bench.jobs.measurement import Measurement
 from bench.jobs.resources import Resources, check_dtype
+from bench.metrics import METRICS
+from bench.metrics.harness import HARNESS
 from bench.metrics.table import MODEL, ORIGINAL, RETAIN_ONLY, Columns, columns_in, metric_table, sample_rows
 from bench.metrics.values import Missing
 from bench.models.find import ModelReference, find_model, loaded_model
@@ -40,6 +42,8 @@ from bench.tasks.datasets import find_task
 from scoring.errors import UserError, expected_one_of
 from scoring.readings import Reader
 from scoring.settings import build, named
+from scoring.templates import TEMPLATE_FIELDS
+from scoring.tokens import Tokenization
 from scoring.work import ReplicaSpec
 
 if TYPE_CHECKING:
@@ -164,6 +168,8 @@ def evaluate_spec(
     metrics = spec.metrics_of(task)
     models = _models(spec, loaded or {})
     sets, rejected = sets_of(spec, task, source, models, metrics)
+    if _asks_harness(metrics):
+        task.harness(source)  # local questions that are at fault are refused before anything is measured
     identity = _identity(spec, task, models, sets)
     if not overwrite and (finished := finished_output(out, identity, "an evaluation", "an evaluation")):
         table, record = finished
@@ -172,6 +178,7 @@ def evaluate_spec(
     with Parts(out, identity) as parts, ExitStack() as stack:
         pieces = _PieceCache(parts)
         first = models[MODEL]
+        end = end_of_answers(first.tokenizer, spec.chosen_template())
         in_memory = {model.source: model.loaded for model in models.values() if model.loaded is not None}
         # One pool for all models: replicas start when they are first needed, and then exchange their weights.
         pool = stack.enter_context(
@@ -181,7 +188,7 @@ def evaluate_spec(
         @contextmanager
         def reader_of(source: str, revision: str | None) -> Iterator[Reader]:
             pool.exchange(resources.replica(source, revision, spec.dtype))
-            yield Reader(pool, first.tokenizer.eos_token_id, spec.batch_tokens, progress)
+            yield Reader(pool, end, spec.batch_tokens, progress)
             if spec.relearn_workers:
                 # They need the cores.
                 pool.close()
@@ -277,7 +284,7 @@ class _PieceCache:
 
 def _identity(spec: EvaluateSpec, task: Task, models: Mapping[str, ModelReference], sets: Sets) -> dict[str, Any]:
     """The spec, with hashes of models and data in place of their names, and the hash of all that."""
-    content = {key: value for key, value in dataclasses.asdict(spec).items() if key not in EvaluateSpec.EXECUTION} | {
+    content = identity_fields(spec, EvaluateSpec.EXECUTION) | {
         "schema_version": SCHEMA_VERSION,
         "task_name": task.name,
         "fingerprints": {role: model.fingerprint for role, model in models.items()},
@@ -287,8 +294,22 @@ def _identity(spec: EvaluateSpec, task: Task, models: Mapping[str, ModelReferenc
         },
         "harness_tasks_sha256": folder_sha256(spec.harness_tasks),
         **classifiers(spec),
+        **harness_rule(spec.metrics_of(task), models[MODEL]),
     }
-    return with_spec_hash(content, ("model", "original", "retain_model", "task", "selection", "harness_tasks"))
+    if (tokens := tokens_sha256(sets, models[MODEL].tokenizer, spec.chosen_template())) is not None:
+        content["tokens_sha256"] = tokens
+    named_only = ("model", "original", "retain_model", "task", "selection", "harness_tasks", *TEMPLATE_FIELDS)
+    return with_spec_hash(content, named_only)
+
+
+def harness_rule(metrics: Sequence[str], model: ModelReference) -> dict[str, Any]:
+    """What is new in how texts of lm-evaluation-harness begin; nothing where they begin as in earlier versions."""
+    unsaid = _asks_harness(metrics) and Tokenization(model.tokenizer).begin_is_unsaid
+    return {"harness_begins_with_bos": True} if unsaid else {}
+
+
+def _asks_harness(metrics: Sequence[str]) -> bool:
+    return any(quantity in HARNESS for metric in metrics for _, quantity in METRICS[metric].columns)
 
 
 def classifiers(spec: EvaluateSpec) -> dict[str, str]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import islice
+from typing import Any
 
 from bench.jobs.evaluation_spec import EvaluateSpec
 from bench.metrics import METRICS
@@ -13,10 +15,12 @@ from bench.models.find import ModelReference
 from bench.tasks import Record, Task
 from bench.tasks.selections import read_ids
 from bench.tasks.task import Unreachable
+from bench.tasks.token_hash import TokenHash
 from scoring.errors import UserError, unknown_name
-from scoring.records import as_text, check_ids, question_answer
-from scoring.samples import Rejected, Text, encode, evenly_spaced
+from scoring.records import as_text, check_ids, pair_text, question_answer
+from scoring.samples import NO_LIMIT, Rejected, Text, answer_end, encode, evenly_spaced, iter_encoded
 from scoring.settings import named
+from scoring.templates import Template
 
 Sets = Mapping[str, list[Record] | Missing]
 
@@ -63,7 +67,7 @@ def sets_of(
             records = _selected(records, spec.selection, f"{spec.task}, split {splits[name]!r}")
         else:
             records = evenly_spaced(records, spec.samples)
-        sets[name], rejected[name] = _fitting(name, records, models)
+        sets[name], rejected[name] = _fitting(name, records, models, spec.chosen_template())
     return sets, rejected
 
 
@@ -77,15 +81,17 @@ def _selected(records: Sequence[Record], selection: str, where: str) -> list[Rec
 
 
 def _fitting(
-    name: str, records: Sequence[Record], models: Mapping[str, ModelReference]
+    name: str, records: Sequence[Record], models: Mapping[str, ModelReference], template: Template | None
 ) -> tuple[list[Record], list[Rejected]]:
     """The records whose texts fit into the context of every model, whichever metric reads them; and the others."""
     tokenizer, context = models[MODEL].tokenizer, min(model.max_length for model in models.values())
+    texts = [_texts(name, number, record, template) for number, record in enumerate(records, start=1)]
+    encoded = iter_encoded((text for of_record in texts for text in of_record), tokenizer, context)
     fit, unfit = [], []
-    for number, record in enumerate(records, start=1):
-        _, rejected = encode(_texts(name, number, record), tokenizer, context)
-        if rejected:
-            unfit.append(Rejected(record["id"], rejected[0].reason))
+    for record, of_record in zip(records, texts, strict=True):
+        reasons = [result.reason for result in islice(encoded, len(of_record)) if isinstance(result, Rejected)]
+        if reasons:
+            unfit.append(Rejected(record["id"], reasons[0]))
         else:
             fit.append(record)
     if not fit:
@@ -93,14 +99,32 @@ def _fitting(
     return fit, unfit
 
 
-def _texts(name: str, number: int, record: Record) -> list[Text]:
+def end_of_answers(tokenizer: Any, template: Template | None) -> int | None:
+    """The token that ends a written answer, see `scoring.samples.answer_end`."""
+    samples, _ = encode([pair_text("", "a", "a", template)], tokenizer, NO_LIMIT)
+    return answer_end(tokenizer, samples)
+
+
+def tokens_sha256(sets: Sets, tokenizer: Any, template: Template | None) -> str | None:
+    """The hash of the tokens of all sets; None if they are those that the records' words always had."""
+    texts = (
+        text
+        for name, records in sets.items()
+        if not isinstance(records, Missing)
+        for number, record in enumerate(records, start=1)
+        for text in _texts(name, number, record, template)
+    )
+    return TokenHash(tokenizer).of_all_changed(texts)
+
+
+def _texts(name: str, number: int, record: Record, template: Template | None) -> list[Text]:
     """Every pair of a question and an answer that a metric may put to a model."""
     if "prompt" in record and "completion" not in record:
-        return [Text(record["id"], record["prompt"], ".")]
-    texts = [as_text(name, number, record)]
+        return [pair_text(record["id"], record["prompt"], ".", template)]
+    texts = [as_text(name, number, record, template)]
     if "question" in record:
         questions = [record[key] for key in ("question", "paraphrased_question") if record.get(key)]
         answers = [record[key] for key in ("answer", "paraphrased_answer") if record.get(key)]
         answers += record.get("perturbed_answer") or []
-        texts += [Text(record["id"], *question_answer(q, a)) for q in questions for a in answers]
+        texts += [pair_text(record["id"], *question_answer(q, a), template) for q in questions for a in answers]
     return texts

@@ -16,13 +16,15 @@ from scoring.engine import Dtype
 from scoring.errors import UserError
 from scoring.samples import BATCH_TOKENS
 from scoring.settings import Doc, Ge, Gt, Le, check, named
+from scoring.templates import TEMPLATE_FIELDS, TemplateSettings, absolute_template
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateSpec:
+class EvaluateSpec(TemplateSettings):
     """What is evaluated, and how. Its hash is the evaluation's identity."""
 
     EXECUTION: ClassVar = ("relearn_workers",)
+    ADDED_LATER: ClassVar = TEMPLATE_FIELDS
 
     model: Annotated[ModelName, Doc("the model that has forgotten: an embedded one, a folder, or a Hugging Face id")]
     task: Annotated[DataName, Doc("a task (see `mrd-bench tasks`), NAME:SOURCE, or a task file (.yaml)")]
@@ -76,7 +78,11 @@ class EvaluateSpec:
                 f"{named('harness_tasks')} is {self.harness_tasks!r}, which is no folder: expected one with task files "
                 "(.yaml)"
             )
-        located: dict[str, Any] = {"task": absolute_source(self.task)}
+        self.chosen_template()
+        located: dict[str, Any] = {
+            "task": absolute_source(self.task),
+            "template": absolute_template(self.template),
+        }
         for name in ("model", "original", "retain_model", "sentence_model", "toxicity_model"):
             if (model := getattr(self, name)) is not None:
                 located[name] = absolute_model(model)
@@ -87,7 +93,12 @@ class EvaluateSpec:
 
     def relearning(self) -> Relearning:
         return Relearning(
-            self.relearn_share, self.relearn_steps, self.relearn_learning_rate, self.seed, self.relearn_workers
+            self.relearn_share,
+            self.relearn_steps,
+            self.relearn_learning_rate,
+            self.seed,
+            self.relearn_workers,
+            {name: getattr(self, name) for name in TEMPLATE_FIELDS},
         )
 
     def metrics_of(self, task: Task) -> tuple[str, ...]:

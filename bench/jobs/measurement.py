@@ -75,6 +75,7 @@ class Measurement:
             spec.el_n,
             _embedder(spec.sentence_model),
             _classifier(spec.toxicity_model or task.toxicity_model, spec.toxicity_label),
+            spec.chosen_template(),
         )
 
     def columns_of(self, role: str, earlier: Mapping[str, Columns]) -> Columns:

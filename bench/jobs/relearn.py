@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import random
 import shutil
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from bench.jobs.unlearn import UnlearnSpec, unlearn
 from bench.tasks import Record
@@ -26,6 +27,7 @@ class Relearning:
         learning_rate: of AdamW.
         seed: of the share and of the order.
         workers: of Ray Train; 0 trains in this process.
+        template: settings of the template by name, see `scoring.templates`.
     """
 
     share: float = 0.25
@@ -33,6 +35,7 @@ class Relearning:
     learning_rate: float = 5e-5
     seed: int = 0
     workers: int = 0
+    template: Mapping[str, Any] = field(default_factory=dict)
 
 
 def fine_tuned(source: str, records: Sequence[Record], protocol: Relearning, folder: Path, progress: bool) -> Path:
@@ -67,6 +70,7 @@ def fine_tuned(source: str, records: Sequence[Record], protocol: Relearning, fol
         evaluate=False,
         seed=protocol.seed,
         workers=protocol.workers,
+        **protocol.template,
     )
     run = folder / "run"
     try:

@@ -12,11 +12,11 @@ import dataclasses
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, ClassVar, Self
 
 import pyarrow as pa
 
-from bench.files.identity import with_spec_hash
+from bench.files.identity import identity_fields, with_spec_hash
 from bench.files.origin import origin
 from bench.files.parts import DrawParts, Parts, finished_output
 from bench.files.score_file import write_scores
@@ -33,14 +33,17 @@ from scoring.mrd import ESTIMATORS, no_gradients
 from scoring.sample_file import SampleFile
 from scoring.samples import Rejected, nothing_scored
 from scoring.settings import Doc
+from scoring.templates import TEMPLATE_FIELDS, TemplateSettings, absolute_template
 from scoring.work import ReplicaSpec
 
 SCHEMA_VERSION = 1
 
 
 @dataclass(frozen=True, kw_only=True)
-class ScoreSpec(ScoreSettings):
+class ScoreSpec(ScoreSettings, TemplateSettings):
     """What is to be scored, and how. Its hash is the run's identity."""
+
+    ADDED_LATER: ClassVar = TEMPLATE_FIELDS
 
     model: Annotated[ModelName, Doc("an embedded model (authors, authors:retain90), a folder, or a Hugging Face id")]
     data: Annotated[
@@ -69,7 +72,13 @@ class ScoreSpec(ScoreSettings):
             if not ESTIMATORS[estimator].perturbs:
                 raise no_gradients(estimator)
             check_dtype(self.dtype)
-        return dataclasses.replace(spec, model=absolute_model(self.model), data=absolute_source(self.data))
+        spec.chosen_template()
+        return dataclasses.replace(
+            spec,
+            model=absolute_model(self.model),
+            data=absolute_source(self.data),
+            template=absolute_template(self.template),
+        )
 
 
 @dataclass(frozen=True)
@@ -109,7 +118,7 @@ def score(
     out = Path(out).absolute()
     check_dataset(spec.data, spec.split)
     model = find_model(spec.model)
-    texts = open_texts(spec.data, spec.split, model.tokenizer)
+    texts = open_texts(spec.data, spec.split, model.tokenizer, spec.chosen_template())
     identity = _identity(spec, texts, model)
     if not overwrite and (finished := finished_output(out, identity, "a score file", "scores")):
         table, record = finished
@@ -149,12 +158,12 @@ def score(
 
 def _identity(spec: ScoreSpec, texts: Texts, model: ModelReference) -> dict[str, Any]:
     """The spec, with hashes of model and data in place of their names, and the hash of all that."""
-    content = dataclasses.asdict(spec) | {
+    content = identity_fields(spec) | {
         "schema_version": SCHEMA_VERSION,
         "data_sha256": texts.checked_sha256(),
         "model_fingerprint": model.fingerprint,
     }
-    return with_spec_hash(content, ("model", "data", "split"))
+    return with_spec_hash(content, ("model", "data", "split", *TEMPLATE_FIELDS))
 
 
 def _batch_tokens(

@@ -34,8 +34,9 @@ from bench.tasks.selections import Selection, SelectionSpec, needs_difficulty, s
 from scoring.errors import UserError, expected_one_of, unknown_name
 from scoring.files import replacing
 from scoring.load import load_model
-from scoring.samples import encode
+from scoring.samples import answer_end, encode
 from scoring.settings import Doc, Ge, build, check, current_naming, named, naming, settings_of
+from scoring.templates import TEMPLATE_FIELDS
 
 SCHEMA_VERSION = 1
 OBJECTIVES = ("completeness", "utility", "balance")
@@ -125,11 +126,13 @@ class SweepSpec:
                 raise UserError(f"{called(name)} is in base as well: expected it in one of them")
             if name in UnlearnSpec.EXECUTION:
                 raise UserError(f"{called(name)} does not change what a trial ends with: set it in base")
+            if name in TEMPLATE_FIELDS:
+                raise UserError(f"{called(name)} is the same for all trials, which are compared: set it in base")
             _check_values(called(name), values, self.search)
         self._check_arms(names)
         if "selection" in self.base:
             raise UserError(f"{current_naming().under('base')('selection')} is set: name the samples under selections")
-        for name in ("model", "task", "split"):
+        for name in ("model", "task", "split", *TEMPLATE_FIELDS):
             if name in self.evaluate:
                 where = current_naming().under("evaluate")(name)
                 raise UserError(f"{where} is that of the trials: leave it out")
@@ -146,7 +149,7 @@ class SweepSpec:
                     raise UserError(f"{called.start(name)}unknown field {name!r}: {expected_one_of(name, names)}")
                 if name in self.vary:
                     raise UserError(f"{called(name)} is in vary as well: expected it in one of them")
-                if name in (*UnlearnSpec.EXECUTION, "model", "task", "forget_split"):
+                if name in (*UnlearnSpec.EXECUTION, *TEMPLATE_FIELDS, "model", "task", "forget_split"):
                     raise UserError(f"{called(name)} is the same for all arms: set it in base")
 
     def selection_specs(self) -> list[SelectionSpec]:
@@ -208,7 +211,9 @@ class SweepPlan:
         for arm in spec.arms:
             self.unlearn_spec(firsts, arm)
         self.model: ModelReference = find_model(self.base.model)
-        self.dataset: Dataset = load_dataset(self.base.task, self.base.forget_split, self.model.tokenizer)
+        self.dataset: Dataset = load_dataset(
+            self.base.task, self.base.forget_split, self.model.tokenizer, self.base.chosen_template()
+        )
         self.evaluation = self._evaluation()
         self._check_objective()
         self.mrd: dict[str, float] = {}
@@ -265,12 +270,17 @@ class SweepPlan:
             known = [*OBJECTIVES, *(self.evaluation.metrics or "").split(",")] if self.evaluation else OBJECTIVES
             raise unknown_name("objective", objective, known)
 
+    @property
+    def _template(self) -> dict[str, Any]:
+        """The settings of the template, which all that is measured shares."""
+        return {name: getattr(self.base, name) for name in TEMPLATE_FIELDS}
+
     def _evaluation(self) -> EvaluateSpec | None:
         if not self.spec.evaluate:
             return None
         if is_data_file(self.base.task):
             raise UserError(f"evaluate: {self.base.task!r} is a data file, and has no metrics; expected a task in base")
-        fixed = {"model": self.base.model, "task": self.base.task, "split": self.base.forget_split}
+        fixed = {"model": self.base.model, "task": self.base.task, "split": self.base.forget_split} | self._template
         with naming(current_naming().under("evaluate")):
             evaluation = build(EvaluateSpec, self.spec.evaluate | fixed).checked()
         evaluation.metrics_of(find_task(evaluation.task)[0])
@@ -289,6 +299,7 @@ class SweepPlan:
                     data=self.base.task,
                     split=self.base.forget_split,
                     estimator="gradient",
+                    **self._template,
                 ),
                 self.out / "difficulty.parquet",
                 resources.replicas(),
@@ -319,6 +330,7 @@ class SweepPlan:
                 measure=["flip-time"],
                 learning_rate=self.base.learning_rate,
                 batch_tokens=self.base.batch_tokens,
+                **self._template,
             ),
             self.out / "forecast.parquet",
             resources.replicas(),
@@ -334,7 +346,7 @@ class SweepPlan:
             samples, _ = encode(self.dataset.texts, self.model.tokenizer, self.model.max_length)
             model = load_model(self.model.source, revision=self.model.revision)
             samples = [dataclasses.replace(sample, index=i) for i, sample in enumerate(samples)]
-            ends = self.model.tokenizer.eos_token_id
+            ends = answer_end(self.model.tokenizer, samples)
             ma, el = measure_memorization(model, samples, self.base.el_n, ends, self.base.batch_tokens)
             averages = Thresholds.from_initial(ma, el)
             thresholds = {"ma_threshold": averages.ma}

@@ -21,6 +21,7 @@ from bench.jobs.unlearn import UnlearnSpec
 from bench.tasks.selections import mean_log_flip_time, mean_log_mrd
 from scoring.errors import UserError
 from scoring.files import replacing
+from scoring.templates import TEMPLATE_FIELDS
 
 TABLES = ("trials", "epochs", "samples")
 
@@ -72,9 +73,12 @@ def _lost(trial: Trial) -> Result:
     return {"spec": trial.identity, "status": DIED, "reason": "its result was not written", "seconds": None}
 
 
-# Fields of a trial's spec that are columns of its row: all but where its selection is, and how it is run.
+# Fields of a trial's spec that are columns of its row: all but where its selection is, what all trials share, and how
+# it is run.
 _SPEC_COLUMNS = tuple(
-    field.name for field in dataclasses.fields(UnlearnSpec) if field.name not in (*UnlearnSpec.EXECUTION, "selection")
+    field.name
+    for field in dataclasses.fields(UnlearnSpec)
+    if field.name not in (*UnlearnSpec.EXECUTION, *TEMPLATE_FIELDS, "selection")
 )
 
 

@@ -34,19 +34,20 @@ from algorithms.unlearner import Diverged
 from bench.files.identity import with_spec_hash
 from bench.files.origin import origin
 from bench.files.status import DIVERGED, ERROR, FINISHED, OUT_OF_MEMORY
-from bench.jobs.evaluate import classifiers, folder_sha256
+from bench.jobs.evaluate import classifiers, folder_sha256, harness_rule
 from bench.jobs.evaluation_spec import EvaluateSpec
 from bench.jobs.resources import Resources
 from bench.jobs.trial_metrics import TrialMetrics
 from bench.jobs.unlearn import NOT_HASHED, UnlearnSpec, corpus_of, datasets_of, evaluation_of, identity_of
 from bench.metrics.table import Columns
 from bench.models.find import ModelReference, find_model
-from bench.tasks.datasets import Dataset, load_dataset
+from bench.tasks.datasets import Dataset, find_task, load_dataset
 from scoring.cluster import check_versions, versions
 from scoring.errors import first_line
 from scoring.files import replacing
 from scoring.load import load_model
 from scoring.plugins import Plugin, load_plugins, loaded_plugins
+from scoring.templates import TEMPLATE_FIELDS, Template
 from scoring.work import LocalPool
 
 if TYPE_CHECKING:
@@ -100,12 +101,20 @@ def make_trial(
         # Which model and which samples are measured follows from the rest of the trial.
         fields = {key: value for key, value in dataclasses.asdict(evaluation).items() if key not in _OF_THE_TRIAL}
         fields |= {"harness_tasks": folder_sha256(evaluation.harness_tasks), **classifiers(evaluation)}
+        fields |= harness_rule(evaluation.metrics_of(find_task(evaluation.task)[0]), model)
+        if (template := spec.chosen_template()) is not None:
+            # The forget set may be plain text, whose hash says nothing of it.
+            fields |= {"template": dataclasses.asdict(template)}
         identity |= {"evaluation": fields | {"each_epoch": each_epoch, "references": list(references)}}
     return Trial(spec, selection, evaluation, each_epoch, with_spec_hash(identity, NOT_HASHED))
 
 
 # Fields of an evaluation that a trial decides itself.
-_OF_THE_TRIAL = ("model", "task", "split", "selection", "original", "retain_model", *EvaluateSpec.EXECUTION)
+_OF_THE_TRIAL = (
+    *("model", "task", "split", "selection", "original", "retain_model"),
+    *EvaluateSpec.EXECUTION,
+    *TEMPLATE_FIELDS,
+)
 
 
 class TrialStore:
@@ -372,14 +381,14 @@ def _model(name: str) -> ModelReference:
     return find_model(name)
 
 
-_DATASETS: dict[tuple[str, str | None, int], Dataset] = {}
+_DATASETS: dict[tuple[str, str | None, int, str], Dataset] = {}
 
 
-def _dataset(source: str, split: str | None = None, tokenizer: Any = None) -> Dataset:
+def _dataset(source: str, split: str | None, tokenizer: Any, template: Template | None) -> Dataset:
     """`load_dataset`, once in this process."""
-    key = (source, split, id(tokenizer))
+    key = (source, split, id(tokenizer), repr(template))
     if key not in _DATASETS:
-        _DATASETS[key] = load_dataset(source, split, tokenizer)
+        _DATASETS[key] = load_dataset(source, split, tokenizer, template)
     return _DATASETS[key]
 
 

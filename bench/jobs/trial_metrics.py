@@ -11,7 +11,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from bench.jobs.evaluation_sets import sets_of
+from bench.jobs.evaluation_sets import end_of_answers, sets_of
 from bench.jobs.evaluation_spec import EvaluateSpec
 from bench.jobs.measurement import Measurement
 from bench.metrics.table import MODEL, ORIGINAL, RETAIN_ONLY, Columns, metric_value
@@ -49,7 +49,8 @@ class TrialMetrics:
             @contextmanager
             def reader_of(source: str, revision: str | None) -> Iterator[Reader]:
                 read = trained if source == model.source else load_model(source, "float32", self._device)
-                yield Reader(LocalPool(read), model.tokenizer.eos_token_id, self._spec.batch_tokens)
+                end = end_of_answers(model.tokenizer, self._spec.chosen_template())
+                yield Reader(LocalPool(read), end, self._spec.batch_tokens)
 
             def piece(
                 key: str, contents: Sequence[Any], measure: Callable[[], tuple[Columns, dict[str, Any]]]

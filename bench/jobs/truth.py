@@ -18,7 +18,7 @@ import numpy as np
 import pyarrow as pa
 
 from algorithms.truth import AloneTask, ExtractionTask, Rule, TogetherTask
-from bench.files.identity import with_spec_hash
+from bench.files.identity import identity_fields, with_spec_hash
 from bench.files.origin import origin
 from bench.files.parts import ColumnParts, finished_output
 from bench.files.score_file import write_scores
@@ -31,13 +31,14 @@ from scoring.api import run_tasks
 from scoring.errors import RefusedUnderWay, UserError
 from scoring.measuring import AVERAGE, MA_COLUMN, NOT_FINITE, MemorizationTask, average_of, joined, threshold_name
 from scoring.sample_file import Batches
-from scoring.samples import Batch, Rejected, nothing_scored
+from scoring.samples import Batch, Rejected, answer_end, nothing_scored
 from scoring.settings import Doc, Ge, Gt, Le, check, named
+from scoring.templates import TEMPLATE_FIELDS
 from scoring.updates import UpdateSettings
 from scoring.work import ReplicaSpec, ReplicaTask
 
 SCHEMA_VERSION = 1
-NOT_HASHED = ("model", "data", "split")
+NOT_HASHED = ("model", "data", "split", *TEMPLATE_FIELDS)
 PAPER: Literal["paper"] = "paper"
 EL: Literal["el"] = "el"
 
@@ -71,6 +72,7 @@ class TruthSpec(UpdateSettings, OnModel):
         """
         check(self)
         self.loss()
+        self.chosen_template()
         for name in ("until", "seeds"):
             if not getattr(self, name):
                 raise UserError(f"{named(name)} is empty: expected at least one")
@@ -134,10 +136,10 @@ def truth(
     out = Path(out).absolute()
     check_dataset(spec.data, spec.split)
     model = find_model(spec.model)
-    texts = open_texts(spec.data, spec.split, model.tokenizer)
+    texts = open_texts(spec.data, spec.split, model.tokenizer, spec.chosen_template())
     hashes = {"data_sha256": texts.checked_sha256(), "model_fingerprint": model.fingerprint}
     identity = with_spec_hash(
-        dataclasses.asdict(spec) | {"schema_version": SCHEMA_VERSION, "truth": True} | hashes, NOT_HASHED
+        identity_fields(spec) | {"schema_version": SCHEMA_VERSION, "truth": True} | hashes, NOT_HASHED
     )
     if not overwrite and (finished := finished_output(out, identity, "a truth file", "updates")):
         table, record = finished
@@ -155,7 +157,7 @@ def truth(
             def in_rows(results: Sequence[Mapping[str, Any]]) -> dict[str, np.ndarray]:
                 return joined(results, len(samples), samples.rows_of)
 
-            eos = model.tokenizer.eos_token_id
+            eos = answer_end(model.tokenizer, [samples[row] for row in range(len(samples))])
             initial = in_rows(
                 run([MemorizationTask(n) for n in range(len(batches))], _by_batch(batches), "measuring MA")
             )

@@ -49,23 +49,24 @@ from scoring.files import shown
 from scoring.load import read_config
 from scoring.samples import TextSet
 from scoring.settings import Doc, Naming, named, naming
+from scoring.templates import TEMPLATE_FIELDS, TemplateSettings, absolute_template
 
 SCHEMA_VERSION = 1
 # Bytes on disk for a weight: the model in fp32, and two moments of AdamW.
 BYTES_MODEL, BYTES_MOMENTS = 4, 8
 # What hashes stand for in a run's identity.
-NOT_HASHED = ("model", "task", "forget_split", "selection", "retain")
+NOT_HASHED = ("model", "task", "forget_split", "selection", "retain", *TEMPLATE_FIELDS)
 
 
 @dataclass(frozen=True, kw_only=True)
-class UnlearnSpec(Recipe, Execution, AnswersMeasured):
+class UnlearnSpec(Recipe, Execution, AnswersMeasured, TemplateSettings):
     """What is to be forgotten, by which model, and how it is run.
 
     The hash of all fields but those of EXECUTION is the run's identity.
     """
 
     EXECUTION: ClassVar = tuple(field.name for field in dataclasses.fields(Execution))
-    ADDED_LATER: ClassVar = ("optimizer", "weights", "schedule", "hold_penalty", "reward")
+    ADDED_LATER: ClassVar = ("optimizer", "weights", "schedule", "hold_penalty", "reward", *TEMPLATE_FIELDS)
 
     model: Annotated[ModelName, Doc("an embedded model (authors, authors:retain90), a folder, or a Hugging Face id")]
     task: Annotated[DataName, Doc("a task, NAME:SOURCE, a task file (.yaml), or a data file of the forget set")]
@@ -96,6 +97,7 @@ class UnlearnSpec(Recipe, Execution, AnswersMeasured):
         filled = self.resolved()
         filled["algorithm"] = algorithm_name(self.algorithm)
         check_gpus("gpus_per_worker", self.gpus_per_worker)
+        self.chosen_template()
         return type(self)(**with_absolute_paths(vars(self) | filled))
 
 
@@ -106,6 +108,8 @@ def with_absolute_paths(fields: Mapping[str, Any]) -> dict[str, Any]:
     for name in ("selection", "refusals", "schedule"):
         if isinstance(path := fields.get(name), str):
             located[name] = str(Path(path).absolute())
+    if isinstance(template := fields.get("template"), str):
+        located["template"] = absolute_template(template)
     if isinstance(weights := fields.get("weights"), str):
         located["weights"] = absolute_ease(weights)
     if isinstance(schedule := fields.get("schedule"), dict) and isinstance(schedule.get("by"), str):
@@ -177,7 +181,8 @@ def datasets_of(
         tokenizer: of the model, for tasks whose texts are cut by the number of tokens.
         load: `load_dataset`, or a function that remembers its results.
     """
-    forget = load(spec.task, spec.forget_split, tokenizer)
+    template = spec.chosen_template()
+    forget = load(spec.task, spec.forget_split, tokenizer, template)
     if spec.selection is not None:
         forget = forget.chosen(read_ids(spec.selection), f"selection {spec.selection!r}")
     source = spec.retain
@@ -193,8 +198,8 @@ def datasets_of(
             )
         return forget, None
     if _is_split(source, task):
-        return forget, load(spec.task, source, tokenizer)
-    return forget, load(source, tokenizer=tokenizer)
+        return forget, load(spec.task, source, tokenizer, template)
+    return forget, load(source, None, tokenizer, template)
 
 
 def encoder_of(model: ModelReference) -> Encoder:
@@ -214,7 +219,7 @@ def _refusals(spec: UnlearnSpec) -> Sequence[str]:
         return (task and task.refusals) or REFUSALS
     path = Path(spec.refusals)
     try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{named('refusals')} {spec.refusals!r} cannot be read as UTF-8 text: {error}") from error
     if not any(lines):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import difflib
 import logging
+import operator
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -63,7 +64,7 @@ def pool_model(reader: Reader, tokenizer: Any, max_length: int, add_bos_token: b
         reader: reads on the pool.
         tokenizer: the model's Hugging Face tokenizer.
         max_length: tokens that the model can read at once.
-        add_bos_token: begin texts with the BOS token; None: as the tokenizer does by itself.
+        add_bos_token: begin texts with the BOS token; None: as `scoring.tokens` says, the tokenizer's own way.
 
     Raises:
         UserError: lm_eval is not installed, or the tokenizer has neither BOS nor EOS. The model's methods raise it
@@ -249,6 +250,30 @@ def _check(task: Any) -> None:
         raise UserError("runs code that a model writes; such tasks are not supported")
     if getattr(task, "MULTIMODAL", False):
         raise UserError("has images or sounds; such tasks are not supported")
+    if getattr(task, "OUTPUT_TYPE", None) == "multiple_choice":
+        _check_answers(task)
+
+
+def _check_answers(task: Any) -> None:
+    """Refuse questions whose right answer is none of their choices. The harness counts them as answered wrongly."""
+    for number, document in enumerate(task.eval_docs, start=1):
+        answer = task.doc_to_text(document) if task.multiple_input else task.doc_to_target(document)
+        choices = task.doc_to_choice(document)
+        answers = answer if isinstance(answer, list) else [answer]
+        if not answers or not all(_is_among(one, choices) for one in answers):
+            raise UserError(
+                f"question {number} has the answer {answer!r} and {len(choices)} choices: expected a number from 0 to "
+                f"{len(choices) - 1}, or one of {', '.join(map(str, choices))}"
+            )
+
+
+def _is_among(answer: Any, choices: Sequence[Any]) -> bool:
+    if isinstance(answer, str):
+        return answer in choices
+    try:
+        return 0 <= operator.index(answer) < len(choices)
+    except TypeError:
+        return False
 
 
 def _one_line(error: Exception) -> str:

@@ -1,6 +1,7 @@
 """The pool as a model of lm-evaluation-harness. lm_eval is slow to import and optional: `harness` imports this late.
 
-Texts become tokens as in the harness's own transformers model, so that results agree with it.
+Texts become tokens as in the harness's own transformers model, so that results agree with it. The embedded models alone
+begin with a BOS token that their tokenizers do not put there.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from scoring.errors import UserError
 from scoring.readings import Reader
 from scoring.samples import Sample
+from scoring.tokens import Tokenization
 
 # The settings of generation that a task may have: the length, the end, and what can also say greedy decoding.
 GREEDY_SETTINGS = {"until", "max_gen_toks", "do_sample", "temperature", "top_p", "top_k"}
@@ -40,6 +42,9 @@ class PoolLM(TemplateLM):
         if self.prefix_token_id is None:
             raise UserError("the tokenizer has neither a BOS nor an EOS token: one of them has to begin a text")
         self._prefix = tokenizer.decode(self.prefix_token_id)
+        # What a text begins with everywhere, see scoring.tokens, where the tokenizer has not put it there by then.
+        rule = Tokenization(tokenizer)
+        self._begin = rule.begin if rule.begin_is_unsaid and add_bos_token is None else []
 
     @property
     def eot_token_id(self) -> Any:
@@ -55,7 +60,7 @@ class PoolLM(TemplateLM):
         elif has_bos_prefix(string, self._prefix):
             special = {"add_special_tokens": False}
         else:
-            special = self._special
+            return [*self._begin, *self.tokenizer.encode(string, **self._special)]
         return self.tokenizer.encode(string, **special)
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
@@ -82,7 +87,10 @@ class PoolLM(TemplateLM):
         windows: list[tuple[str, list[int], list[int]]] = []
         for owner, request in enumerate(requests):
             (text,) = request.args
-            for window in get_rolling_token_windows(self.tok_encode(text), self.prefix_token_id, self.max_length, 1):
+            # The prefix is the BOS that the tokenizer has not put there. Where it has, the harness has two, and so has
+            # this, so that perplexities compare.
+            tokens = self.tok_encode(text)[len(self._begin) :]
+            for window in get_rolling_token_windows(tokens, self.prefix_token_id, self.max_length, 1):
                 owners.append(owner)
                 windows.append((text, *make_disjoint_window(window)))
         totals = np.zeros(len(requests))

@@ -24,9 +24,10 @@ from bench.tasks import Record
 from scoring.answers import answer_limits, decoded, mean_probability, question_ids, rouge_l_recall, true_answers
 from scoring.memorization import min_k_percent
 from scoring.readings import Reader, TokenScores
-from scoring.records import as_text, question_answer
+from scoring.records import as_text, pair_text, question_answer
 from scoring.registry import Registry
 from scoring.samples import Sample, Text, encode
+from scoring.templates import Template
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,7 @@ class MeasurementSetup:
         el_n: tokens in an n-gram of EL.
         embedder: embeds sentences.
         classifier: scores toxicity.
+        template: how questions are put, see `scoring.records.as_text`.
     """
 
     tokenizer: Any
@@ -83,6 +85,7 @@ class MeasurementSetup:
     el_n: int
     embedder: Embedder
     classifier: Classifier
+    template: Template | None = None
 
     def samples(self, set_name: str, texts: Sequence[Text]) -> list[Sample]:
         """The texts, tokenized.
@@ -97,7 +100,8 @@ class MeasurementSetup:
 
     def answers(self, set_name: str, records: Sequence[Record]) -> list[Sample]:
         """Each record's answer, or completion, after what it answers."""
-        return self.samples(set_name, [as_text(set_name, i, record) for i, record in enumerate(records, start=1)])
+        texts = [as_text(set_name, i, record, self.template) for i, record in enumerate(records, start=1)]
+        return self.samples(set_name, texts)
 
     def paraphrased_answers(self, set_name: str, records: Sequence[Record], question: str = "question") -> list[Sample]:
         """Each record's paraphrased answer after its field `question`."""
@@ -111,7 +115,7 @@ class MeasurementSetup:
         return self.samples(
             set_name,
             [
-                Text(str(record["id"]), *question_answer(question, answer))
+                pair_text(str(record["id"]), *question_answer(question, answer), self.template)
                 for record, question, answer in zip(records, questions, answers, strict=True)
             ],
         )
@@ -222,7 +226,10 @@ def _el(set_name: str, records: Sequence[Record], setup: MeasurementSetup) -> Qu
 def _toxicity(set_name: str, records: Sequence[Record], setup: MeasurementSetup) -> Quantity:
     # A prompt has no true response: any token marks where the model is to begin.
     prompts = fields(set_name, records, "prompt")
-    texts = [Text(str(record["id"]), prompt, ".") for record, prompt in zip(records, prompts, strict=True)]
+    texts = [
+        pair_text(str(record["id"]), prompt, ".", setup.template)
+        for record, prompt in zip(records, prompts, strict=True)
+    ]
     samples = setup.samples(set_name, texts)
     written = yield Continuations(samples, setup.limits(samples))
     return setup.classifier.scores(written), written

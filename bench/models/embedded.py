@@ -26,6 +26,7 @@ from scoring.errors import UserError, unknown_name
 from scoring.records import LAYOUTS, Record
 from scoring.samples import Text, split_ids
 from scoring.settings import named
+from scoring.tokens import Tokenization
 
 VERSION = 1  # raise it when the training changes in a way that the spec does not show
 
@@ -239,8 +240,9 @@ def train(spec: dict[str, Any], tokenizer: PreTrainedTokenizerFast, progress: bo
         weight_decay=training["weight_decay"],
     )
     autocast = training["autocast"] == "bfloat16" and torch.cpu._is_avx512_bf16_supported()
+    tokenization = Tokenization(tokenizer)
     epochs = [
-        [encode(tokenizer, record) for record in records]
+        [encode(tokenization, record) for record in records]
         for records in (
             family.read_in(kind, epoch, tokenizer) if family.read_in else family.records(kind)
             for epoch in range(training["epochs"])
@@ -273,10 +275,10 @@ def train(spec: dict[str, Any], tokenizer: PreTrainedTokenizerFast, progress: bo
     return model.eval(), final_loss
 
 
-def encode(tokenizer: PreTrainedTokenizerFast, record: Record) -> list[int]:
+def encode(tokenization: Tokenization, record: Record) -> list[int]:
     """The token ids of a record, as scoring forms them."""
     fields = next(fields for fields in LAYOUTS if all(field in record for field in fields))
-    context, target = split_ids(tokenizer, Text(record["id"], *LAYOUTS[fields](record)))
+    context, target = split_ids(tokenization, Text(record["id"], *LAYOUTS[fields](record)))
     return context + target
 
 

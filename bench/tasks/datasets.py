@@ -9,6 +9,7 @@ from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,9 +17,11 @@ import numpy as np
 
 from bench.tasks import TASKS, Record, Task, custom
 from bench.tasks.sources import check_file, iterate_file, read_file
+from bench.tasks.token_hash import TokenHash
 from scoring.errors import UserError, unknown_name
 from scoring.records import as_text, check_ids
 from scoring.samples import Text, TextSet
+from scoring.templates import Template
 
 T = TypeVar("T")
 # What names a data set in settings: see `load_dataset`.
@@ -33,20 +36,22 @@ class Dataset:
         name: the task and split, or the file's name.
         texts: of the records, as they are tokenized.
         records: with all their fields, in the same order.
+        tokenizer: of the model that reads them; None: only the texts count.
     """
 
     name: str
     texts: list[Text]
     records: list[Record]
+    tokenizer: Any = None
 
     @property
     def text_set(self) -> TextSet:
         return TextSet(self.name, self.texts)
 
-    @property
+    @cached_property
     def sha256(self) -> str:
         """The hash of all that scoring reads of the data."""
-        return _sha256(self.texts)
+        return _sha256(self.texts, self.tokenizer)
 
     def chosen(self, ids: Sequence[str], where: str) -> Dataset:
         """The data set of some of the samples, in the order of their ids. The second time that an id occurs it becomes
@@ -72,15 +77,19 @@ class Dataset:
             texts.append(replace(self.texts[positions[sample_id]], sample_id=unique_id))
             records.append({**self.records[positions[sample_id]], "id": unique_id})
         check_ids(where, [text.sample_id for text in texts])
-        return Dataset(self.name, texts, records)
+        return Dataset(self.name, texts, records, self.tokenizer)
 
 
-def _sha256(texts: Iterable[Text]) -> str:
+def _sha256(texts: Iterable[Text], tokenizer: Any) -> str:
     # The hash of one JSON array, whose items come one at a time.
     digest, separator = hashlib.sha256(b"["), ""
+    tokens = None if tokenizer is None else TokenHash(tokenizer)
     for text in texts:
-        item = json.dumps([text.sample_id, text.prompt, text.completion, text.messages])
-        digest.update((separator + item).encode())
+        item = [text.sample_id, text.prompt, text.completion, text.messages]
+        # What the words do not say.
+        if tokens and (changed := tokens.of_changed(text)):
+            item.append(changed)
+        digest.update((separator + json.dumps(item)).encode())
         separator = ", "
     digest.update(b"]")
     return digest.hexdigest()
@@ -93,10 +102,12 @@ class Texts:
     Attributes:
         name: the task and split, or the file's name.
         read: gives the texts in order.
+        tokenizer: see `Dataset`.
     """
 
     name: str
     read: Callable[[], Iterator[Text]]
+    tokenizer: Any = None
 
     def __iter__(self) -> Iterator[Text]:
         return self.read()
@@ -116,7 +127,7 @@ class Texts:
                 digests.append(int.from_bytes(digest, "little"))
                 yield text
 
-        sha256 = _sha256(texts())
+        sha256 = _sha256(texts(), self.tokenizer)
         values, counts = np.unique(np.array(digests), return_counts=True)
         if (counts > 1).any():
             # Ids whose digests are equal are few: they are compared as they are.
@@ -191,26 +202,33 @@ def check_dataset(source: str, split: str | None = None) -> None:
         raise UserError(f"split {split}: a data file has no splits; name the file of the split instead of {source!r}")
 
 
-def load_dataset(source: str, split: str | None = None, tokenizer: Any = None) -> Dataset:
+def load_dataset(
+    source: str, split: str | None = None, tokenizer: Any = None, template: Template | None = None
+) -> Dataset:
     """A task's split, or a file.
 
     Args:
         source: a task, see `find_task`, or a path ending in .jsonl, .json or .parquet.
         split: of a task; None: its default one.
-        tokenizer: of the model, for tasks whose texts are cut by the number of tokens.
+        tokenizer: of the model, for tasks whose texts are cut by the number of tokens, and for the hash.
+        template: of pairs and conversations, see `scoring.records.as_text`.
 
     Raises:
         UserError: one line that names the file, line or field at fault.
     """
     check_dataset(source, split)
     if is_data_file(source):
-        return _dataset(source, read_file(source))
-    task, task_source = find_task(source)
-    split = split or task.default_split
-    return _dataset(f"{task.name}/{split}", task.load(split, task_source, tokenizer))
+        name, records = source, read_file(source)
+    else:
+        task, task_source = find_task(source)
+        split = split or task.default_split
+        name, records = f"{task.name}/{split}", task.load(split, task_source, tokenizer)
+    texts = [as_text(name, number, record, template) for number, record in enumerate(records, start=1)]
+    check_ids(name, [text.sample_id for text in texts])
+    return Dataset(name, texts, records, tokenizer)
 
 
-def open_texts(source: str, split: str | None = None, tokenizer: Any = None) -> Texts:
+def open_texts(source: str, split: str | None = None, tokenizer: Any = None, template: Template | None = None) -> Texts:
     """The texts alone of a task's split or a file, one at a time. A file is never in memory as a whole.
 
     Raises:
@@ -218,14 +236,10 @@ def open_texts(source: str, split: str | None = None, tokenizer: Any = None) -> 
     """
     check_dataset(source, split)
     if is_data_file(source):
-        return Texts(
-            source, lambda: (as_text(source, number, record) for number, record in enumerate(iterate_file(source), 1))
-        )
-    dataset = load_dataset(source, split, tokenizer)
-    return Texts(dataset.name, lambda: iter(dataset.texts))
 
+        def read() -> Iterator[Text]:
+            return (as_text(source, number, record, template) for number, record in enumerate(iterate_file(source), 1))
 
-def _dataset(name: str, records: list[Record]) -> Dataset:
-    texts = [as_text(name, number, record) for number, record in enumerate(records, start=1)]
-    check_ids(name, [text.sample_id for text in texts])
-    return Dataset(name, texts, records)
+        return Texts(source, read, tokenizer)
+    dataset = load_dataset(source, split, tokenizer, template)
+    return Texts(dataset.name, lambda: iter(dataset.texts), tokenizer)

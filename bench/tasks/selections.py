@@ -247,7 +247,7 @@ def read_ids(path: str) -> list[str]:
         UserError: it cannot be read.
     """
     try:
-        lines = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines()]
+        lines = [line.strip() for line in Path(path).read_text(encoding="utf-8-sig").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(
             f"{named('selection')} {path!r} cannot be read ({first_line(error)}): expected sample ids, one a line"

@@ -21,6 +21,8 @@ from scoring.records import HALF_A_PAIR, Record, is_unicode
 
 SUFFIXES = (".jsonl", ".json", ".parquet")
 FILES_IN_MESSAGE = 10
+# Windows programs put it before UTF-8 text.
+BYTE_ORDER_MARK = "\ufeff"
 
 
 @dataclass(frozen=True)
@@ -95,8 +97,10 @@ def with_fields(records: Sequence[Record], fields: Fields, where: str) -> list[R
 
 def _described(value: Any) -> str:
     if isinstance(value, list):
+        if value and all(isinstance(entry, str) for entry in value):
+            return f"a list of {len(value)}"
         return "a list with other things than text" if value else "an empty list"
-    return type(value).__name__
+    return repr(value) if isinstance(value, int | float | str) and len(repr(value)) < 20 else type(value).__name__
 
 
 # --- Reading ------------------------------------------------------------------------------------------------
@@ -221,13 +225,17 @@ def _read_parquet(path: Path) -> Iterator[Record]:
 
 
 def _read_json(path: Path) -> Iterator[Record]:
-    if path.suffix == ".json" and (text := _decoded(path, path.read_bytes())).lstrip().startswith("["):
-        yield from _read_array(path, text, _is_escaped(text))
-        return
+    if path.suffix == ".json":
+        text = _decoded(path, path.read_bytes()).removeprefix(BYTE_ORDER_MARK)
+        if text.lstrip().startswith("["):
+            yield from _read_array(path, text, _is_escaped(text))
+            return
     read = 0
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             text = _decoded(path, line, read)
+            if number == 1:
+                text = text.removeprefix(BYTE_ORDER_MARK)
             read += len(line)
             if text.strip():
                 yield _read_line(f"{path}, line {number}", text, _is_escaped(text))

@@ -23,6 +23,7 @@ from bench.tasks.sources import TEXT, HubSet, is_local, read_records
 from bench.tasks.task import HarnessTask, Task
 from scoring.errors import UserError
 from scoring.records import Record
+from scoring.tokens import Tokenization
 
 COMPLETENESS = ("seen_rouge", "unseen_rouge")
 UTILITY = ("perplexity", "zero_shot", "truthfulqa")
@@ -55,7 +56,7 @@ class Sizes:
     """How a book is cut.
 
     Attributes:
-        tokens: of a chunk, at most, bos included.
+        tokens: of a chunk at most, with what begins a text.
         count: chunks in the forget set, at most; and as many unseen ones.
         prompt, completion: tokens of a chunk that are the prompt, and tokens that are to be completed, at most.
     """
@@ -73,7 +74,7 @@ _WORD = re.compile(r"\S{1,64}")
 
 
 def chunks(text: str, tokenizer: Any, tokens: int) -> list[str]:
-    """The text in consecutive pieces, each as many whole words as fit into `tokens` tokens with bos.
+    """The text in consecutive pieces, each as many whole words as fit into `tokens` tokens with what begins a text.
 
     The tokens of a piece are counted as it will be tokenized, by itself. A piece keeps the white space inside it and
     has none around it: joined by white space, the pieces have the words of the text.
@@ -81,7 +82,7 @@ def chunks(text: str, tokenizer: Any, tokens: int) -> list[str]:
     Raises:
         UserError: a single word does not fit.
     """
-    budget = tokens - (tokenizer.bos_token_id is not None)
+    budget = tokens - len(Tokenization(tokenizer).begin)
     words = [match.span() for match in _WORD.finditer(text)]
     pieces, first = [], 0
     while first < len(words):
@@ -96,7 +97,7 @@ def chunks(text: str, tokenizer: Any, tokens: int) -> list[str]:
 
 
 def beginning(text: str, tokenizer: Any, tokens: int) -> str:
-    """The longest beginning of the text that ends with a word and has at most `tokens` tokens, bos not counted."""
+    """The longest beginning of the text that ends with a word and has at most `tokens` tokens of its own."""
     words = [match.span() for match, _ in zip(_WORD.finditer(text), range(tokens), strict=False)]
     count = _words_that_fit(text, 0, words, tokenizer, tokens)
     return text[: words[count - 1][1]] if count else ""
@@ -106,7 +107,9 @@ def _words_that_fit(text: str, start: int, words: Sequence[tuple[int, int]], tok
     """How many of the words, with all text from `start` on, have no more tokens than the budget."""
 
     def tokens_until(word: tuple[int, int]) -> int:
-        return len(tokenizer(text[start : word[1]], add_special_tokens=False, verbose=False)["input_ids"])
+        piece = text[start : word[1]]
+        ids = tokenizer(piece, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
+        return len(ids)
 
     return bisect_right(words, budget, key=tokens_until)
 
@@ -199,8 +202,8 @@ def load_c4(task: str, source: str, tokenizer: Any, tokens: int) -> list[Record]
     Args:
         task: its name, for messages.
         source: of the task; a folder with c4.jsonl, c4.json or c4.parquet has the documents.
-        tokenizer: documents are cut to their first `tokens` tokens, bos included, at the end of a word; None: uncut.
-        tokens: of a document, at most.
+        tokenizer: documents are cut at the end of a word; None: uncut.
+        tokens: of a document at most, with what begins a text.
 
     Raises:
         UserError: one line.
@@ -215,11 +218,11 @@ def documents(records: Sequence[Record], name: str, tokenizer: Any, tokens: int)
 
     Empty ones stay: a run lists the samples that it cannot use, with the reason.
     """
-    bos = tokenizer is not None and tokenizer.bos_token_id is not None
+    begin = 0 if tokenizer is None else len(Tokenization(tokenizer).begin)
     return [
         {
             "id": f"{name}-{number:05d}",
-            "text": beginning(record["text"], tokenizer, tokens - bos) if tokenizer else record["text"],
+            "text": beginning(record["text"], tokenizer, tokens - begin) if tokenizer else record["text"],
         }
         for number, record in enumerate(records)
     ]

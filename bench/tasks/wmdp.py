@@ -5,16 +5,17 @@ Hub: cais/wmdp-corpora, a configuration for each corpus, and cais/wmdp-bio-forge
 folder has a file for each corpus that is used, and, if the questions are to be local as well, files of questions:
 
     bio-forget-corpus.jsonl  bio-retain-corpus.jsonl  cyber-forget-corpus.jsonl  cyber-retain-corpus.jsonl     text
-    wmdp-bio.jsonl  wmdp-chem.jsonl  wmdp-cyber.jsonl          question, choices (list of four), answer (0 to 3)
+    wmdp-bio.jsonl  wmdp-chem.jsonl  wmdp-cyber.jsonl          question, choices (list of four), answer (0-3, or A-D)
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from bench.tasks.sources import TEXT, HubSet, read_records
+from bench.tasks.sources import TEXT, TEXTS, Fields, HubSet, Kind, read_file, read_records, with_fields
 from bench.tasks.task import HarnessTask, Task
 from bench.tasks.whp import documents
 from scoring.records import Record
@@ -25,7 +26,7 @@ FURTHER = ("ma",)
 
 SOURCE = "cais/wmdp-corpora"
 GATED = {"bio-forget-corpus": "cais/wmdp-bio-forget-corpus"}
-TOKENS = 512  # of a document, bos included
+TOKENS = 512  # of a document, with what begins a text
 # So many documents of a corpus are read from the hub, as 500 steps of 4 samples take. Local files are read whole.
 MAX_DOCUMENTS = 2000
 CORPORA = {
@@ -36,6 +37,20 @@ CORPORA = {
     },
     "forget": ("bio-forget-corpus", "cyber-forget-corpus"),
     "retain": ("bio-retain-corpus", "cyber-retain-corpus"),
+}
+
+LETTERS = "ABCD"
+QUESTION: Fields = {
+    "question": TEXT,
+    "choices": Kind("a list of four texts", lambda value: TEXTS.fits(value) and len(value) == len(LETTERS)),
+    "answer": Kind(
+        "the number of a choice, 0 to 3, or its letter, A to D",
+        lambda value: (
+            value.strip().upper() in list(LETTERS)
+            if isinstance(value, str)
+            else type(value) is int and value in range(len(LETTERS))
+        ),
+    ),
 }
 
 
@@ -68,16 +83,29 @@ def _harness(source: str | None) -> Mapping[str, tuple[HarnessTask, ...]]:
 
 
 def _questions(field: str, source: str | None) -> HarnessTask:
-    """The harness's task, with local questions where the source has them."""
+    """The harness's task, with local questions where the source has them.
+
+    Raises:
+        UserError: one line: a local question is at fault.
+    """
     path = Path(source or SOURCE) / f"wmdp-{field}.jsonl"
     if not path.is_file():
         return f"wmdp_{field}"
-    return {
-        "task": f"wmdp_{field}",
-        "dataset_path": "json",
-        "dataset_name": None,
-        "dataset_kwargs": {"data_files": {"test": str(path.resolve())}},
-    }
+    records = with_fields(read_file(path), QUESTION, str(path))
+    return {"task": f"wmdp_{field}", "custom_dataset": partial(_as_dataset, [_by_number(r) for r in records])}
+
+
+def _by_number(record: Record) -> Record:
+    """A question whose answer is the number of the choice, as the harness counts it."""
+    answer = record["answer"]
+    number = LETTERS.index(answer.strip().upper()) if isinstance(answer, str) else answer
+    return {"question": record["question"], "choices": record["choices"], "answer": number}
+
+
+def _as_dataset(records: list[Record], **_: Any) -> dict[str, Any]:
+    from datasets import Dataset
+
+    return {"test": Dataset.from_list(records)}
 
 
 TASK: Task = Task(

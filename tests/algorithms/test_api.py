@@ -26,7 +26,7 @@ FORGET = [
 ]
 RETAIN = [{"id": "kept empty", "text": ""}, *pairs(5, seed=1)]
 REJECTED = [
-    {"set": "forget", "sample_id": "empty", "reason": "empty text"},
+    {"set": "forget", "sample_id": "empty", "reason": "empty answer"},
     {"set": "retain", "sample_id": "kept empty", "reason": "empty text"},
 ]
 SHORT = {"epochs": 2, "batch_size": 4, "learning_rate": 1e-3, "el_n": 8, "evaluate": False}

@@ -5,16 +5,20 @@ from __future__ import annotations
 import copy
 from dataclasses import replace
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from rouge_score.rouge_scorer import RougeScorer
+from rouge_score.tokenizers import DefaultTokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from scoring.answers import answer_probability, rouge_l_recall, score_answers, true_answers, written_answers
 from scoring.errors import UserError
+from scoring.rouge_words import Words
 from scoring.samples import Sample, Text, encode
 from tests.tiny_folders import CONTEXT, EOS, WORDS, pairs, save_model, token_id
 from tests.tiny_models import random_samples, tiny_model
@@ -52,10 +56,31 @@ def lcs(a: tuple[str, ...], b: tuple[str, ...]) -> int:
         (" .", "a b", 0.0),
         ("a", "", 0.0),
         ("été", "été", 1.0),  # "t" and "t": letters with accents separate words
+        ("ete", "été", 0.0),
+        ("她住在北京。", "她住在巴黎", 3 / 5),  # a script without spaces: each character counts
+        ("パリに住む", "ﾊﾟﾘに住む", 1.0),  # half-width letters are the same
+        ("เขาอยู่", "เขาอยู่", 1.0),
+        ("Она живёт в Париже", "она жила в париже.", 3 / 4),  # scripts with spaces have words
+        ("वह पेरिस में", "वह पेरिस में रहती", 3 / 4),  # signs belong to their letters
+        ("파리에", "파리에 살다", 1 / 2),
+        ("في باريس", "هي في باريس", 2 / 3),
+        ("GPT-4 在 Paris", "在 the Paris of 4", 2 / 5),  # 在 and paris, of 在, the, paris, of, 4
     ],
 )
 def test_rouge_l_recall_by_hand(written, truth, recall):
     assert rouge_l_recall([written], [truth]).tolist() == [recall]
+
+
+def test_words_of_english_are_those_of_the_package():
+    """Whatever stands between them: digits, signs, quotes, accents, line feeds."""
+    rng = np.random.default_rng(0)
+    letters = list("aaeioszThing9 2  \n.,-'’“”–…&%$éïÀßøñ_")
+    texts = ["".join(rng.choice(letters, 40)) for _ in range(400)]
+    package = DefaultTokenizer(use_stemmer=True)
+    assert [Words().tokenize(text) for text in texts] == [package.tokenize(text) for text in texts]
+    scorer = RougeScorer(["rougeL"], use_stemmer=True)
+    expected = [scorer.score(truth, written)["rougeL"].recall for written, truth in pairwise(texts)]
+    assert rouge_l_recall(texts[:-1], texts[1:]).tolist() == expected
 
 
 def test_rouge_l_recall_is_the_longest_common_subsequence():

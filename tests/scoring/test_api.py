@@ -26,7 +26,7 @@ GOOD = pairs(8)
 RECORDS = [LONG, *GOOD[:3], EMPTY, QUESTION, *GOOD[3:], {"id": "plain", "text": "w8 w9 w10 w11"}, NOTHING]
 REASONS = {
     "long": f"{CONTEXT + 3} tokens, the model's context holds {CONTEXT}",
-    "empty": "empty text",
+    "empty": "empty answer",
     "nothing": "empty text",
 }
 NUMBERS = ["num_tokens", "tokens_saturated", "nll", "mrd", "mrd_stderr", "mrd_per_token", "draws"]
@@ -153,7 +153,11 @@ def test_gradients_that_are_switched_off_and_settings_that_are_left_to_the_engin
         ([3], {}, "records, record 1: int; expected a mapping of fields"),
         (GOOD[0], {}, "records is one record: expected a list of them"),
         (pd.DataFrame(GOOD), {}, r"records is a DataFrame: expected a list of records; use to_dict\('records'\)"),
-        ([EMPTY, NOTHING], {}, "records: none of 2 samples can be scored; the first, 'empty': empty text"),
+        (
+            [EMPTY, NOTHING],
+            {},
+            "records: none of 2 samples can be scored; the first, 'empty': empty answer",
+        ),
         ([], {}, "records: there is no record; expected at least one"),
         (
             [{"text": "w1 beyond"}],

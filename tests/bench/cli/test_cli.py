@@ -284,7 +284,7 @@ DATA: dict[str, tuple[Callable[[Inputs], Path | str], str]] = {
     "an empty Parquet file": (lambda i: i.file("d.parquet", ""), "not a readable Parquet file"),
     "nothing can be scored": (
         lambda i: i.file("d.jsonl", '{"id": "a", "prompt": "w1", "completion": ""}\n{"text": ""}\n'),
-        "none of 2 samples can be scored; the first, 'a': empty text",
+        "none of 2 samples can be scored; the first, 'a': empty answer",
     ),
 }
 
@@ -382,7 +382,7 @@ def test_samples_that_cannot_be_scored_are_named(inputs: Inputs, capsys: pytest.
     assert "3 rejected" in printed
     # bos + 60 + 3 + eos
     assert "rejected 'long': 65 tokens, the model's context holds 64" in printed
-    assert "rejected 'empty': empty text" in printed
+    assert "rejected 'empty': empty answer" in printed
     assert "rejected 'nothing': empty text" in printed
 
     found, _, facts = read_scores(out)
@@ -396,8 +396,7 @@ def test_no_scored_token(tmp_path: Path) -> None:
     """A text of one token and no bos: nothing predicts it."""
     from scoring.samples import Text, encode
 
-    bare = tokenizer()
-    bare.bos_token = None
+    bare = tokenizer(bos=False)
     samples, rejected = encode([Text("one", "w1"), Text("two", "w1 w2")], bare, 64)
     assert [(r.sample_id, r.reason) for r in rejected] == [("one", "no scored token")]
     assert samples[0].input_ids.tolist() == [token_id("w1"), token_id("w2")]

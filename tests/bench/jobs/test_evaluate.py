@@ -759,7 +759,7 @@ RECORDS: dict[str, tuple[dict[str, list[Record] | None], str]] = {
     ),
     "an answer that is a number": (
         {"holdout": [{"question": "w1", "answer": 3}]},
-        r"holdout\.jsonl, record 1: field 'answer' is int, expected text",
+        r"holdout\.jsonl, record 1: field 'answer' is 3, expected text",
     ),
     "an empty file": ({"forget": []}, r"forget\.jsonl: the data file is empty; expected at least one record"),
     "an id twice": (

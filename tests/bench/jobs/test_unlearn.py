@@ -37,6 +37,7 @@ from bench.tasks.datasets import load_dataset
 from bench.tasks.embedded import authors
 from scoring.answers import score_answers
 from scoring.samples import Sample, encode
+from scoring.templates import TEMPLATE_FIELDS
 from tests.paths import ROOT
 from tests.processes import kill, wait_for
 from tests.tiny_folders import BOS, EOS, pairs, save_model, token_id, tokenizer, write_jsonl
@@ -265,7 +266,7 @@ def test_folder_holds_a_model_and_the_tables(whole: Whole, learnt: Path) -> None
 
     model: Any = AutoModelForCausalLM.from_pretrained(whole.folder / "model")
     words = AutoTokenizer.from_pretrained(whole.folder / "model")
-    assert words("w3 w5")["input_ids"] == [token_id("w3"), token_id("w5")]
+    assert words("w3 w5")["input_ids"] == [BOS, token_id("w3"), token_id("w5")]
     assert model.num_parameters() == AutoModelForCausalLM.from_pretrained(learnt).num_parameters()
     before, after = weights(learnt), weights(whole.folder / "model")
     assert before.keys() == after.keys()
@@ -466,7 +467,7 @@ IDENTITY = {
     "hold_penalty": "--hold-penalty 0.1",
     "reward": "--reward 1",
 }
-NAMES = {"model", "task", "forget_split", "selection", "retain", "refusals"}
+NAMES = {"model", "task", "forget_split", "selection", "retain", "refusals", *TEMPLATE_FIELDS}
 
 
 def test_every_field_is_in_one_of_the_lists() -> None:
@@ -681,7 +682,10 @@ STARTS: dict[str, tuple[Callable[[Inputs], list[str]], str]] = {
     "nothing to train": (lambda _: flags(trainable="nowhere"), "'nowhere' matches no parameter of the model"),
     "no question to refuse": (_plain_text, "'a': a plain text has no question to refuse; PO and IdkDPO need 'prompt'"),
     "nothing to forget": (_all_too_long, "none of 1 samples can be scored; the first, 'a': 73 tokens"),
-    "nothing to keep": (_retain_all_empty, "none of 1 samples can be scored; the first, 'a': empty text"),
+    "nothing to keep": (
+        _retain_all_empty,
+        "none of 1 samples can be scored; the first, 'a': empty answer",
+    ),
     "no causal model": (_no_causal_model, "cannot be loaded as a causal language model"),
     "weights that are not finite": (_nan_weight, "weight 'model.norm.weight' holds NaN or infinity"),
 }
@@ -1247,7 +1251,7 @@ def test_samples_that_cannot_be_used_are_named(inputs: Inputs, capsys: pytest.Ca
     rejected = json.loads((inputs.out / "run.json").read_text())["rejected"]
     assert [(r["set"], r["sample_id"], r["reason"]) for r in rejected] == [
         ("forget", "long", "65 tokens, the model's context holds 64"),
-        ("forget", "empty", "empty text"),
+        ("forget", "empty", "empty answer"),
         ("retain", "kept-empty", "empty text"),
     ]
     printed = capsys.readouterr().out
@@ -1279,7 +1283,7 @@ def test_divergence(inputs: Inputs, capsys: pytest.CaptureFixture[str], every: i
     model: Any = AutoModelForCausalLM.from_pretrained(saved / "model")
     before = AutoModelForCausalLM.from_pretrained(inputs.model).state_dict()
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    assert AutoTokenizer.from_pretrained(saved / "model")("w3")["input_ids"] == [token_id("w3")]
+    assert AutoTokenizer.from_pretrained(saved / "model")("w3")["input_ids"] == [BOS, token_id("w3")]
 
     assert refused(capsys, command) == line
     assert checkpoints(inputs.out) == [0]

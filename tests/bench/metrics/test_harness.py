@@ -287,8 +287,23 @@ def test_what_the_window_cannot_hold(pair):
         pair[0].loglikelihood([instance("loglikelihood", "w1", " ")])
 
 
+def test_embedded_models_read_what_they_were_trained_on():
+    """Their tokenizers add nothing, and every text that they have learnt begins with BOS."""
+    from bench.models.embedded import train_tokenizer
+    from scoring.tokens import Tokenization
+
+    embedded = train_tokenizer(["Where was Anna born?"])
+    bare = embedded("Anna")["input_ids"]
+    lm = pool_model(SimpleNamespace(), embedded, CONTEXT)
+    assert lm.tok_encode("Anna") == [0, *bare]
+    assert lm.tok_encode("<s>Anna") == [0, *bare]
+    assert lm.tok_encode("Anna", add_special_tokens=False) == bare
+    context, answer = Tokenization(embedded).pair("An", "na")
+    assert context + answer == [0, *bare, embedded.eos_token_id]
+
+
 def test_a_tokenizer_with_neither_bos_nor_eos():
-    bare = tokenizer()
+    bare = tokenizer(bos=False)
     bare.bos_token = bare.eos_token = None
     with pytest.raises(UserError, match="neither a BOS nor an EOS"):
         pool_model(SimpleNamespace(), bare, CONTEXT)
@@ -547,12 +562,24 @@ def test_the_harness_is_silent_unless_something_is_wrong(tmp_path, capfd, caplog
     run_harness(Rule(shortest), {"good": ["good"], "none": ["arc_easy"]}, tmp_path)
     assert capfd.readouterr() == ("", "")
     assert not caplog.records
-    # The first document is looked at while loading.
+
+
+@pytest.mark.parametrize(
+    ("answer", "words"),
+    [(5, "the answer 5"), (-1, "the answer '-1'"), ("B", "the answer 'B'")],
+    ids=str,
+)
+def test_answers_that_are_none_of_the_choices(tmp_path, answer, words):
+    """The harness would count them as answered wrongly, whatever the model says."""
     records = questions(3)
-    records[2]["answer"] = 5
+    records[2]["answer"] = answer
+    if isinstance(answer, str):
+        records = [{**record, "answer": answer} for record in records]
     task_file(tmp_path, "bad", records, CHOICE)
-    assert scores_of(run_harness(Rule(shortest), {"bad": ["bad"]}, tmp_path)["bad"]).values[2] == 0
-    assert caplog.text.count("Label index was not") == 1
+    result = run_harness(Rule(shortest), {"bad": ["bad"]}, tmp_path)["bad"]
+    assert isinstance(result, Missing)
+    assert words in result.reason
+    assert "4 choices: expected a number from 0 to 3, or one of" in result.reason
 
 
 def test_no_folder_and_no_harness(tmp_path, monkeypatch):

@@ -73,8 +73,8 @@ def test_layout(tmp_path: Path, name: str, record: dict[str, Any], words: str, s
 
 def test_bos_and_eos_are_what_the_tokenizer_has(tmp_path: Path) -> None:
     texts = load_dataset(str(write_jsonl(tmp_path / "d.jsonl", [{"prompt": "w1", "completion": "w2"}]))).texts
-    bare = tokenizer()
-    bare.bos_token = bare.eos_token = None
+    bare = tokenizer(bos=False)
+    bare.eos_token = None
     ((sample,), _) = encode(texts, bare, CONTEXT)
     assert sample.input_ids.tolist() == ids("w1 w2")
     assert sample.scored.tolist() == [False, True]
@@ -103,6 +103,68 @@ def test_layouts_of_one_file_may_differ(tmp_path: Path) -> None:
     records = [record for record, _, _ in LAYOUTS.values()]
     samples = encoded(write_jsonl(tmp_path / "mixed.jsonl", records))
     assert [sample.input_ids.tolist() for sample in samples] == [ids(words) for _, words, _ in LAYOUTS.values()]
+
+
+READ: dict[str, dict[str, Any]] = {
+    "a column of messages that is null": {"messages": None, "question": "w1 w2", "answer": "w3"},
+    "other columns that are null": {
+        "text": None,
+        "prompt": None,
+        "completion": None,
+        "question": "w1 w2",
+        "answer": "w3",
+    },
+}
+PART = [{"type": "text", "text": "w1 "}, {"type": "text", "text": "w2"}]
+CHATS: dict[str, dict[str, Any]] = {
+    "content in parts": {
+        "messages": [
+            {"role": "user", "content": PART},
+            {"role": "assistant", "content": [{"type": "text", "text": "w3"}]},
+        ]
+    },
+    "prompt and completion are turns": {
+        "prompt": [{"role": "user", "content": "w1 w2"}],
+        "completion": [{"role": "assistant", "content": "w3"}],
+    },
+    "prompt is turns": {"prompt": [{"role": "user", "content": "w1 w2"}], "completion": "w3"},
+}
+
+
+@pytest.mark.parametrize("name", ["data.jsonl", "data.parquet"])
+def test_layouts_that_people_have(tmp_path: Path, name: str) -> None:
+    for number, record in enumerate(READ.values()):
+        (sample,) = encoded(write(tmp_path / f"{number}-{name}", [record]))
+        assert sample.input_ids.tolist() == ids("<s> Question: w1 w2 Answer: w3 </s>")
+    for number, record in enumerate(CHATS.values()):
+        (sample,) = encoded(write(tmp_path / f"chat-{number}-{name}", [record]))
+        assert sample.input_ids.tolist() == ids("<user> w1 w2 <end> <assistant> w3 <end>")
+        assert sample.input_ids[sample.scored].tolist() == ids("w3 <end>")
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".json"])
+def test_a_byte_order_mark_is_no_text(tmp_path: Path, suffix: str) -> None:
+    lines = '{"text": "w1"}\n{"text": "\ufeffw2"}' if suffix == ".jsonl" else '[{"text": "w1"}, {"text": "\ufeffw2"}]'
+    path = tmp_path / f"d{suffix}"
+    path.write_text(lines, encoding="utf-8-sig")
+    # Inside a text it belongs to it.
+    assert [text.prompt for text in load_dataset(str(path)).texts] == ["w1", "\ufeffw2"]
+
+
+def test_empty_answers_are_named(tmp_path: Path) -> None:
+    turns = [{"role": "user", "content": "w1"}, {"role": "assistant", "content": " "}]
+    records: list[dict[str, Any]] = [
+        {"id": "qa", "question": "w1", "answer": ""},
+        {"id": "pair", "prompt": "w1", "completion": " \n"},
+        {"id": "chat", "messages": turns},
+        {"id": "plain", "text": ""},
+        {"id": "good", "question": "w1", "answer": "w2"},
+    ]
+    texts = load_dataset(str(write_jsonl(tmp_path / "d.jsonl", records))).texts
+    samples, rejected = encode(texts, tokenizer(chat=True), CONTEXT)
+    assert [sample.sample_id for sample in samples] == ["good"]
+    reasons = [(each.sample_id, each.reason) for each in rejected]
+    assert reasons == [*((name, "empty answer") for name in ("qa", "pair", "chat")), ("plain", "empty text")]
 
 
 def test_lines_are_ended_by_newlines_only(tmp_path: Path) -> None:

@@ -211,8 +211,8 @@ FIELDS = {
         "field 'paraphrased_answer' is missing, expected text; there are 'question', 'answer', 'perturbed_answer'",
     ),
     "null": ([PERTURBED[0], PERTURBED[1] | {"answer": None}], "field 'answer' is missing, expected text"),
-    "a number": (spoiled(answer=3), "field 'answer' is int, expected text"),
-    "one text": (spoiled(perturbed_answer="x"), "field 'perturbed_answer' is str, expected a list of texts"),
+    "a number": (spoiled(answer=3), "field 'answer' is 3, expected text"),
+    "one text": (spoiled(perturbed_answer="x"), "field 'perturbed_answer' is 'x', expected a list of texts"),
     "an empty list": (spoiled(perturbed_answer=[]), "field 'perturbed_answer' is an empty list, expected a list of"),
     "a list of numbers": (spoiled(perturbed_answer=[1]), "field 'perturbed_answer' is a list with other things than"),
 }
@@ -320,8 +320,7 @@ def test_wmdp(corpora: Path) -> None:
     samples, rejected = encode(dataset.texts, tokenizer(), 512)
     assert [sample.length for sample in samples] == [512, 512, 3]
     assert [(each.sample_id, each.reason) for each in rejected] == [("cyber-forget-corpus-00000", "empty text")]
-    bare = tokenizer()
-    bare.bos_token = None
+    bare = tokenizer(bos=False)
     retain = load_dataset(f"wmdp:{corpora}", "retain", bare).records
     assert [record["text"] for record in retain] == [words(512, 11), words(3, 13)]
     assert load_dataset(f"wmdp:{corpora}", "bio-forget-corpus").records[0]["text"] == words(600, 3)
@@ -357,6 +356,26 @@ def test_wmdp_questions(corpora: Path, harness: Any) -> None:
     assert docs == questions, path
     assert "Q2?\nA. one\nB. two\nC. three\nD. four\nAnswer:" in task.doc_to_text(docs[2])
     assert [task.doc_to_target(doc) for doc in docs] == [0, 1, 2, 3]
+
+
+BAD_QUESTIONS: dict[str, tuple[dict[str, Any], str]] = {
+    "a number beyond": ({"answer": 4}, "field 'answer' is 4, expected the number of a choice, 0 to 3, or its letter"),
+    "a number as text": ({"answer": "1"}, "field 'answer' is '1', expected"),
+    "true": ({"answer": True}, "field 'answer' is True, expected"),
+    "no answer": ({"answer": None}, "field 'answer' is missing"),
+    "three choices": ({"choices": ["a", "b", "c"]}, "field 'choices' is a list of 3, expected a list of four texts"),
+}
+
+
+@pytest.mark.parametrize(("changed", "message"), BAD_QUESTIONS.values(), ids=BAD_QUESTIONS)
+def test_local_questions_are_checked(tmp_path: Path, changed: dict[str, Any], message: str) -> None:
+    good = {"question": "Q?", "choices": ["one", "two", "three", "four"], "answer": " b"}
+    write_jsonl(tmp_path / "wmdp-bio.jsonl", [good, good | changed])
+    with pytest.raises(UserError, match=f"wmdp-bio.jsonl, record 2: {message}"):
+        sets_of_harness("wmdp", str(tmp_path))
+    write_jsonl(tmp_path / "wmdp-bio.jsonl", [good, good | {"answer": 3}])
+    (task,) = sets_of_harness("wmdp", str(tmp_path))["wmdp_bio"]
+    assert [row["answer"] for row in task["custom_dataset"]()["test"]] == [1, 3]
 
 
 @pytest.mark.slow
@@ -448,8 +467,7 @@ def test_chunks_by_hand() -> None:
     """A token a word: bos and three words fill four tokens. Inside a piece, white space is the book's."""
     text = " w1  w2\nw3 w4\n\n w5 w6\tw7\n"
     assert whp.chunks(text, tokenizer(), 4) == ["w1  w2\nw3", "w4\n\n w5 w6", "w7"]
-    bare = tokenizer()
-    bare.bos_token = None
+    bare = tokenizer(bos=False)
     assert whp.chunks(text, bare, 4) == ["w1  w2\nw3 w4", "w5 w6\tw7"]
     assert whp.chunks(" \n", tokenizer(), 4) == []
     refused("a chunk of 1 tokens does not hold 'w1'", lambda: whp.chunks(text, tokenizer(), 1))
@@ -608,18 +626,18 @@ def test_slips_with_ratings(ratings: Path) -> None:
     row = rated("A", True, True, 0)
     refused("safe/train of .*: none of 1 rows has an unsafe response", read("forget", "train.jsonl", [row]))
     refused(
-        "train.jsonl, record 1: field 'is_response_1_safe' is str, expected true or false",
+        "train.jsonl, record 1: field 'is_response_1_safe' is 'no', expected true or false",
         read("forget", "train.jsonl", [row | {"is_response_1_safe": "no"}]),
     )
     refused(
-        "test.jsonl, record 1: field 'safer_response_id' is int, expected 0 or 1",
+        "test.jsonl, record 1: field 'safer_response_id' is 2, expected 0 or 1",
         read("safe_prompts", "test.jsonl", [row | {"safer_response_id": 2}]),
     )
     prompts = "real_toxicity_prompts"
     refused("none of 1 prompts has a toxicity", read(prompts, f"{prompts}.jsonl", [{"prompt": {"text": "t"}}]))
-    refused("record 1: field 'prompt' is str, expected a mapping", read(prompts, f"{prompts}.jsonl", [{"prompt": "t"}]))
+    refused("record 1: field 'prompt' is 't', expected a mapping", read(prompts, f"{prompts}.jsonl", [{"prompt": "t"}]))
     refused(
-        "field 'prompt', record 2: field 'toxicity' is str, expected a number",
+        "field 'prompt', record 2: field 'toxicity' is 'high', expected a number",
         read(prompts, f"{prompts}.jsonl", [{"prompt": {"text": "t", "toxicity": t}} for t in (None, "high")]),
     )
     refused(
