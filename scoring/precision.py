@@ -36,4 +36,6 @@ def as_precise_as_weights(model: nn.Module) -> Iterator[None]:
         if next(model.parameters()).dtype == torch.float64:
             stack.enter_context(spelled_out(experts_of(model)))  # grouped kernels have no fp64
             stack.enter_context(_Fp64Throughout())
+            stack.callback(torch.set_default_dtype, torch.get_default_dtype())
+            torch.set_default_dtype(torch.float64)  # for tensors that are made without saying in what
         yield
