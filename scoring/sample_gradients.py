@@ -305,7 +305,7 @@ class _Recorder:
                     dim=1,
                 ),
             )
-        elif isinstance(module, nn.Linear | Conv1D):
+        elif getattr(type(module), "forward", None) in (nn.Linear.forward, Conv1D.forward):  # routers may be more
             inputs = [self._split(name, module, call.args[0].detach()).flatten(1, -2) for call in calls]
             grads = [self._split(name, module, call.grads[0]).flatten(1, -2) for call in calls]
             self._add_linear(module, _precise(torch.cat(inputs, dim=1)), _precise(torch.cat(grads, dim=1)))
@@ -407,27 +407,41 @@ class _Recorder:
             return tuple((output if isinstance(output, tuple | list) else (output,))[place] for place in places)
 
         with _hooks_off(module):
-            if not call.kwargs and all(isinstance(arg, torch.Tensor) for arg in call.args):
-                rows = tuple(_precise(self._split(name, module, arg.detach())) for arg in call.args)
-
-                def gradient(row: tuple[torch.Tensor, ...], grad: tuple[torch.Tensor, ...]) -> dict[str, torch.Tensor]:
-                    # As the module was called: (T, d) where it sees tokens without samples.
-                    one = tuple(
-                        x if arg.dim() < split.dim() else x.unsqueeze(0)
-                        for x, arg, split in zip(row, call.args, rows, strict=True)
-                    )
-                    pull_back = vjp(lambda values: outputs(values, one, {}), parameters)
-                    shaped = tuple(g.reshape(x.shape) for g, x in zip(grad, pull_back[0], strict=True))
-                    gradients: dict[str, torch.Tensor] = pull_back[1](shaped)[0]
-                    return gradients
-
-                with suppress(Exception):
-                    return vmap(gradient)(rows, grads)
+            # An argument in which samples cannot be told apart, a keyword, a branch on a value: torch goes row by row.
+            with suppress(Exception):
+                return self._gradients_at_once(name, module, parameters, call, grads, outputs)
             found = [
                 self._gradient_of_row(row, parameters, outputs, call, [grad[row : row + 1] for grad in grads])
                 for row in range(len(self._batch))
             ]
         return {key: torch.stack([gradients[key] for gradients in found]) for key in parameters}
+
+    def _gradients_at_once(
+        self,
+        name: str,
+        module: nn.Module,
+        parameters: dict[str, torch.Tensor],
+        call: _Call,
+        grads: tuple[torch.Tensor, ...],
+        outputs: Callable[..., tuple[torch.Tensor, ...]],
+    ) -> dict[str, torch.Tensor]:
+        if call.kwargs:
+            raise UnsupportedModule(f"{name} takes keywords")
+        rows = tuple(_precise(self._split(name, module, arg.detach())) for arg in call.args)
+
+        def gradient(row: tuple[torch.Tensor, ...], grad: tuple[torch.Tensor, ...]) -> dict[str, torch.Tensor]:
+            # As the module was called: (T, d) where it sees tokens without samples.
+            one = tuple(
+                x if arg.dim() < split.dim() else x.unsqueeze(0)
+                for x, arg, split in zip(row, call.args, rows, strict=True)
+            )
+            found, pull_back = vjp(lambda values: outputs(values, one, {}), parameters)[:2]
+            shaped = tuple(g.reshape(x.shape) for g, x in zip(grad, found, strict=True))
+            gradients: dict[str, torch.Tensor] = pull_back(shaped)[0]
+            return gradients
+
+        result: dict[str, torch.Tensor] = vmap(gradient)(rows, grads)
+        return result
 
     def _gradient_of_row(
         self,

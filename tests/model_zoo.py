@@ -231,7 +231,7 @@ def _relative(model: Any, sample: Sample, sign: int) -> float:
 
 def _curvature(model: Any, sample: Sample) -> float:
     signs = {name: fill_signs_(torch.empty_like(p), 1, 1, name).double() for name, p in model.named_parameters()}
-    step = 3e-6  # small, as the second derivatives of some activations have steps
+    step = 1e-6  # small, as the second derivatives of some activations have steps
     low, middle, high = (_changed(model, sample, lambda name, p, k=k: p + k * step * signs[name]) for k in (-1, 0, 1))
     return float(-(SIGMA**2) / 2 * ((low - 2 * middle + high) / step**2 / middle).sum())
 

@@ -119,6 +119,24 @@ class Crossed(RunTwice):
         return self.layer(x) + x.mean(0, keepdim=True)
 
 
+class Pair(nn.Linear):
+    """A linear layer by name, which gives more than one does: as routers do (PhiMoE)."""
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        output = super().forward(x)
+        return output, output.softmax(-1)
+
+
+class Paired(RunTwice):
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__(layer)
+        self.pair = Pair(32, 32)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        logits, shares = self.pair(x)
+        return self.layer(x) + logits * shares
+
+
 class OwnScale(RunTwice):
     """Owns a parameter beside its layer, takes keyword arguments, and torch cannot run it under vmap."""
 
@@ -131,7 +149,7 @@ class OwnScale(RunTwice):
 
 
 def test_layers_that_run_twice_and_samples_that_see_each_other():
-    for kind in (RunTwice, Crossed, OwnScale):
+    for kind in (RunTwice, Crossed, Paired, OwnScale):
         model, samples = tiny_model(), random_samples(4)
         model.model.layers[0].self_attn.o_proj = kind(model.model.layers[0].self_attn.o_proj)
         model.model.layers[1].input_layernorm = kind(model.model.layers[1].input_layernorm)
@@ -151,16 +169,10 @@ def test_what_cannot_be_batched_falls_back_and_says_so():
     assert len(replica.notes) == 1
 
 
-class Scaled(nn.Linear):
-    """Not the layer that it says it is."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return 2 * super().forward(x)
-
-
 def test_a_silent_difference_from_autograd_is_noticed():
     model, samples = tiny_model(), random_samples(4)
-    model.model.layers[0].self_attn.o_proj.__class__ = Scaled
+    # Not the layer that it says it is.
+    model.model.layers[0].self_attn.o_proj.register_forward_hook(lambda module, args, output: 2 * output)
     replica = TransformersReplica(model)
     with pytest.warns(UserWarning, match="batched and plain gradients differ"):
         got, _ = replica.log_abs_gradient_norms(collate(samples))
