@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 import yaml
 
 from bench.experiments.experiment import Answer, Experiment, Setup
-from bench.files.folders import locked
+from bench.files.folders import Hashed, locked
 from bench.files.identity import with_spec_hash
 from bench.files.origin import origin
 from bench.files.spec import read_mapping
@@ -27,6 +27,7 @@ from bench.jobs.resources import SweepResources
 from bench.report import figures
 from scoring.errors import UserError, unknown_name
 from scoring.files import replacing
+from scoring.reading import read_json
 from scoring.settings import Naming, named
 
 PRESETS = ("demo", "decide", "paper")
@@ -53,6 +54,10 @@ TABLES = (
 FURTHER = ("tournament", "samplers")
 NAMES = (*FIGURES, *TABLES, *FURTHER)
 EXPERIMENTS: dict[str, Experiment] = {name: import_module(f"bench.experiments.{name}").EXPERIMENT for name in NAMES}
+
+
+class _Record(Hashed):
+    preset: str
 
 
 def reproduce(
@@ -138,7 +143,7 @@ def _answer_once(experiment: Experiment, setup: Setup, preset: str, out: Path) -
     )
     path = folder / "record.json"
     if path.is_file():
-        record = json.loads(path.read_text())
+        record = read_json(path, _Record, f"the record of an answer: remove {folder}, and give the same command again")
         if record["spec_hash"] == identity["spec_hash"]:
             print(f"{experiment.name}: {folder} is there already", flush=True)
             return folder

@@ -7,13 +7,14 @@ import os
 import shutil
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, TypedDict
 
 from filelock import FileLock, Timeout
 
 from bench.files.identity import differences
 from scoring.errors import UserError
 from scoring.files import replacing, shown
+from scoring.reading import read_json
 from scoring.settings import named
 
 LOCK = ".lock"
@@ -73,13 +74,19 @@ def claim(folder: Path, identity: dict[str, Any]) -> None:
             unfinished.write_text(json.dumps(identity, indent=2) + "\n")
 
 
+class Hashed(TypedDict):
+    """A spec with its hash."""
+
+    spec_hash: str
+
+
 def owner_of(folder: Path) -> dict[str, Any] | None:
     """The identity of the run that a folder belongs to; None where nothing sound is noted."""
     try:
-        owner: dict[str, Any] = json.loads((folder / "spec.json").read_text())
-        return owner if "spec_hash" in owner else None
-    except (OSError, ValueError, TypeError):
+        owner: dict[str, Any] = read_json(folder / "spec.json", Hashed, "the spec of a run")
+    except UserError:
         return None
+    return owner
 
 
 class OwnedFolder:

@@ -16,6 +16,7 @@ from typing import Any
 import yaml
 
 from scoring.errors import UserError
+from scoring.reading import read_text
 from scoring.settings import MAPPING, build, current_naming, described, naming, settings_of, unknown_setting
 
 Lines = dict[tuple[str | int, ...], int]
@@ -76,12 +77,7 @@ def read_mapping(path: str | Path) -> tuple[dict[Any, Any], Lines]:
     Raises:
         UserError: one line that names the file, and the line at fault.
     """
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"spec file {str(path)!r} cannot be read ({error.strerror}): expected a YAML file") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text at byte {error.start}; expected a YAML file") from error
+    text = read_text(path, "a YAML file", f"spec file {str(path)!r}")
     loader = _Loader("")
     try:
         loader = _Loader(text)

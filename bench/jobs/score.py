@@ -28,11 +28,13 @@ from scoring.api import ScoreSettings, draw_tasks, run_tasks, score_columns, sco
 from scoring.batch_size import BatchSizeTask
 from scoring.cluster import how_many_fit
 from scoring.engine import Dtype
+from scoring.errors import UserError
 from scoring.files import replacing
 from scoring.mrd import ESTIMATORS, no_gradients
+from scoring.reading import read_text
 from scoring.sample_file import SampleFile
 from scoring.samples import Rejected, nothing_scored
-from scoring.settings import Doc
+from scoring.settings import Doc, described
 from scoring.work import ReplicaSpec
 
 SCHEMA_VERSION = 1
@@ -173,4 +175,7 @@ def _batch_tokens(
             ((_, tokens, _),) = list(pool.run([BatchSizeTask(estimator, samples.longest, sharing)], [[]]))
         with replacing(path) as unfinished:
             unfinished.write_text(str(tokens))
-    return int(path.read_text())
+    text = read_text(path, "a number of tokens")
+    if not text.isdecimal():
+        raise UserError(f"{path} is {described(text)}: expected a number of tokens; remove the folder {parts.folder}")
+    return int(text)

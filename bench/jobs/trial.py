@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, NotRequired, TypedDict
 
 import numpy as np
 import torch
@@ -31,6 +31,7 @@ from algorithms.history import History
 from algorithms.ray_train import TrainingJob, ensure_reference, train_on_ray, unlearner_of
 from algorithms.tables import sample_table
 from algorithms.unlearner import Diverged
+from bench.files.folders import Hashed
 from bench.files.identity import with_spec_hash
 from bench.files.origin import origin
 from bench.files.status import DIVERGED, ERROR, FINISHED, OUT_OF_MEMORY
@@ -43,9 +44,10 @@ from bench.metrics.table import Columns
 from bench.models.find import ModelReference, find_model
 from bench.tasks.datasets import Dataset, load_dataset
 from scoring.cluster import check_versions, versions
-from scoring.errors import first_line
+from scoring.errors import UserError, first_line
 from scoring.files import replacing
 from scoring.plugins import Plugin, load_plugins, loaded_plugins
+from scoring.reading import read_json
 from scoring.replica import load_model
 from scoring.work import LocalPool
 
@@ -108,6 +110,20 @@ def make_trial(
 _OF_THE_TRIAL = ("model", "task", "split", "selection", "original", "retain_model", *EvaluateSpec.EXECUTION)
 
 
+class _Outcome(TypedDict):
+    """What every reader of a result may rely on."""
+
+    spec: Hashed
+    status: Literal["finished", "diverged", "out of memory", "error", "died", "stopped"]
+    reason: str | None
+    seconds: float | None
+    updates: NotRequired[int]
+    values: NotRequired[dict[str, float | None]]
+    epochs: NotRequired[list[dict[str, float | None]]]
+    samples: NotRequired[list[dict[str, Any]]]
+    origin: NotRequired[dict[str, Any]]
+
+
 class TrialStore:
     """Results by hash, one file each, whole or not at all.
 
@@ -120,11 +136,19 @@ class TrialStore:
         self.shared, self.local = shared, local
 
     def find(self, key: str) -> Result | None:
-        """The result of a trial, None if there is none yet."""
+        """The result of a trial, None if there is none yet.
+
+        Raises:
+            UserError: the file of its result is damaged, or is of another trial.
+        """
         for folder in (self.shared, self.local):
             path = folder / f"{key}.json"
             if path.is_file():
-                return json.loads(path.read_text())
+                expected = "the result of a trial: remove it, and the same command runs the trial again"
+                result: Result = read_json(path, _Outcome, expected)
+                if result["spec"]["spec_hash"] != key:
+                    raise UserError(f"{path} is the result of {result['spec']['spec_hash']}: expected {expected}")
+                return result
         return None
 
     def write(self, key: str, result: Result) -> None:

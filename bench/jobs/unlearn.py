@@ -46,6 +46,7 @@ from bench.tasks.selections import read_ids
 from scoring.cluster import connect
 from scoring.errors import UserError
 from scoring.files import shown
+from scoring.reading import read_text
 from scoring.samples import TextSet
 from scoring.settings import Doc, Naming, named, naming
 
@@ -211,11 +212,8 @@ def _refusals(spec: UnlearnSpec) -> Sequence[str]:
     if spec.refusals is None:
         task = _task(spec)
         return (task and task.refusals) or REFUSALS
-    path = Path(spec.refusals)
-    try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{named('refusals')} {spec.refusals!r} cannot be read as UTF-8 text: {error}") from error
+    text = read_text(spec.refusals, "one refusal a line", f"{named('refusals')} {spec.refusals!r}")
+    lines = [line.strip() for line in text.splitlines()]
     if not any(lines):
         raise UserError(f"{named('refusals')} {spec.refusals!r} is empty; expected one refusal a line")
     return [line for line in lines if line]

@@ -18,8 +18,9 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from importlib import resources as packaged
-from pathlib import Path
 from typing import Annotated, Any, Literal
+
+from pydantic import AllowInfNan
 
 from algorithms.recipe import DEFAULT_BATCH_SIZE
 from scoring.api import BATCHES_PER_TASK, DRAWS_PER_TASK
@@ -27,6 +28,7 @@ from scoring.engine import Dtype
 from scoring.errors import UserError, unknown_name
 from scoring.measures import MEASURES, Asked
 from scoring.mrd import ESTIMATORS, EstimatorName
+from scoring.reading import parse_json, read_text, shaped
 from scoring.samples import BATCH_TOKENS
 from scoring.settings import Doc, Ge, Gt, Known, check, named
 
@@ -35,6 +37,8 @@ KINDS = ("forward", "gradient", "curvature", "training")
 USABLE = 0.9
 # Of a weight, by dtype.
 BYTES = {"float32": 4, "bfloat16": 2, "float64": 8}
+# A constant of a machine.
+Amount = Annotated[float, Ge(0), AllowInfNan(False)]
 
 
 @dataclass(frozen=True)
@@ -91,12 +95,12 @@ class UnitCost:
         copies: of the weights that are held during the call, the weights themselves included.
     """
 
-    layer: float
-    width: float
-    flop: float
-    activation: float
-    logit: float
-    copies: float
+    layer: Amount
+    width: Amount
+    flop: Amount
+    activation: Amount
+    logit: Amount
+    copies: Amount
 
 
 @dataclass(frozen=True)
@@ -121,13 +125,13 @@ class Profile:
     hardware: str
     measured: bool
     costs: dict[str, UnitCost]
-    noise: float
-    update: float
-    start: float
-    load: float
-    task: float
-    sharing: float
-    memory: float
+    noise: Amount
+    update: Amount
+    start: Amount
+    load: Amount
+    task: Amount
+    sharing: Annotated[Amount, Gt(0)]
+    memory: Annotated[Amount, Gt(0)]
 
     @classmethod
     def read(cls, content: Mapping[str, Any]) -> Profile:
@@ -152,12 +156,17 @@ def find_profile(name: str) -> Profile:
         return known[name]
     if not name.endswith(".json"):
         raise unknown_name("profile", name, [*known, "FILE.json"])
-    try:
-        return Profile.read(json.loads(Path(name).read_text())["profile"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"profile {name!r} cannot be read: expected what `mrd-bench benchmark plan --out FILE` writes"
-        ) from error
+    expected = "what `mrd-bench benchmark plan --out FILE` writes"
+    text = read_text(name, expected, f"profile {name!r}")
+    profile: Profile = shaped(parse_json(text, name, expected, lines=True), _ProfileFile, name, expected).profile
+    if missing := [kind for kind in KINDS if kind not in profile.costs]:
+        raise UserError(f"profile {name!r} has no costs of {', '.join(missing)}: expected {expected}")
+    return profile
+
+
+@dataclass(frozen=True)
+class _ProfileFile:
+    profile: Profile
 
 
 @dataclass(frozen=True)
