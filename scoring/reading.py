@@ -89,12 +89,13 @@ def read_bytes(path: str | Path, expected: str, where: str = "") -> bytes:
 
 
 def read_text(path: str | Path, expected: str, where: str = "") -> str:
-    """The text of a plain file in UTF-8.
+    """The text of a plain file in UTF-8, with line feeds at the ends of lines, whatever they are there.
 
     Raises:
         UserError: one line; of what is no UTF-8 it names the byte.
     """
-    return decoded(read_bytes(path, expected, where), str(path), expected)
+    text = decoded(read_bytes(path, expected, where), str(path), expected)
+    return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def decoded(content: bytes, where: str, expected: str, before: int = 0) -> str:
@@ -214,8 +215,7 @@ def read_parquet(path: str | Path, expected: str, columns: pa.Schema | None = No
     """The table of a Parquet file.
 
     Args:
-        columns: those that it must have, in types that can become these. A field that is not nullable must have a
-            value in every row.
+        columns: see `check_columns`.
 
     Raises:
         UserError: one line: it cannot be read, or a column is missing or of another type.
@@ -224,11 +224,24 @@ def read_parquet(path: str | Path, expected: str, columns: pa.Schema | None = No
         table = file.read()
         # Read through once: what is damaged inside a column shows itself only then.
         table.validate(full=True)
-    for field in columns or ():
-        if field.name not in table.column_names:
-            raise UserError(f"{path} has no column {field.name!r}: expected {expected}")
-        with readable(f"{path}, column {field.name!r}", expected, "is of another type"):
+    check_columns(table, columns or pa.schema([]), str(path), expected)
+    return table
+
+
+def check_columns(table: pa.Table, columns: pa.Schema, where: str, expected: str) -> None:
+    """Refuse a table that lacks a column, or has one of another type.
+
+    Args:
+        columns: those that it must have, in types that can become these. A field that is not nullable must have a
+            value in every row.
+
+    Raises:
+        UserError: one line.
+    """
+    for field in columns:
+        if table.column_names.count(field.name) != 1:
+            raise UserError(f"{where} has no column {field.name!r}: expected {expected}")
+        with readable(f"{where}, column {field.name!r}", expected, "is of another type"):
             table[field.name].cast(field.type)
         if not field.nullable and table[field.name].null_count:
-            raise UserError(f"{path}, column {field.name!r}, has a row without a value: expected {expected}")
-    return table
+            raise UserError(f"{where}, column {field.name!r}, has a row without a value: expected {expected}")

@@ -25,14 +25,14 @@ import pyarrow.compute as pc
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from bench.files.identity import with_spec_hash
-from bench.files.origin import origin
+from bench.files.origin import Origin, origin
 from bench.files.parts import Parts, finished_output
 from bench.files.score_file import write_scores
 from bench.jobs.evaluation_sets import Sets, sets_of
 from bench.jobs.evaluation_spec import EvaluateSpec
 from bench.jobs.measurement import Measurement
 from bench.jobs.resources import Resources, check_dtype
-from bench.metrics.table import MODEL, ORIGINAL, RETAIN_ONLY, Columns, columns_in, metric_table, sample_rows
+from bench.metrics.table import MODEL, ORIGINAL, RETAIN_ONLY, SCHEMA, Columns, columns_in, metric_table, sample_rows
 from bench.metrics.values import Missing
 from bench.models.find import ModelReference, find_model, loaded_model
 from bench.tasks import Task
@@ -139,6 +139,10 @@ def _is_loaded(model: object) -> bool:
     return not isinstance(model, str | Path)
 
 
+class _Record(Origin):
+    rejected: list[dict[str, str]]
+
+
 def evaluate_spec(
     spec: EvaluateSpec,
     out: str | Path,
@@ -165,7 +169,7 @@ def evaluate_spec(
     models = _models(spec, loaded or {})
     sets, rejected = sets_of(spec, task, source, models, metrics)
     identity = _identity(spec, task, models, sets)
-    if not overwrite and (finished := finished_output(out, identity, "an evaluation", "an evaluation")):
+    if finished := finished_output(out, identity, "an evaluation", "an evaluation", spec, overwrite, _Record, SCHEMA):
         table, record = finished
         return EvaluationResult(out, table, {"spec": identity} | record)
     started = time.perf_counter()

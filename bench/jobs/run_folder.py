@@ -21,7 +21,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -33,7 +33,7 @@ from algorithms.corpus import Corpus
 from algorithms.history import History
 from algorithms.tables import tables_of
 from bench.files.folders import Hashed, OwnedFolder
-from bench.files.origin import origin
+from bench.files.origin import Origin, origin
 from bench.report.words import size_of
 from scoring.errors import UserError
 from scoring.files import replacing, shown
@@ -171,7 +171,7 @@ class _Identity(Hashed):
     forget_sha256: str
 
 
-class _Record(TypedDict):
+class _Record(Origin):
     """What every reader of run.json may rely on."""
 
     spec: _Identity
@@ -181,7 +181,6 @@ class _Record(TypedDict):
     passes: dict[str, list[int]]
     notes: list[str]
     rejected: list[dict[str, str]]
-    packages: dict[str, str]
 
 
 _COLUMNS = {

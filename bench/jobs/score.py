@@ -17,7 +17,7 @@ from typing import Annotated, Any, Self
 import pyarrow as pa
 
 from bench.files.identity import with_spec_hash
-from bench.files.origin import origin
+from bench.files.origin import Origin, origin
 from bench.files.parts import DrawParts, Parts, finished_output
 from bench.files.score_file import write_scores
 from bench.jobs.read_samples import read_samples
@@ -93,6 +93,22 @@ class ScoreResult:
     seconds: float
 
 
+class _Record(Origin):
+    """What every reader of a score file may rely on."""
+
+    rejected: list[dict[str, str]]
+    perturbation_survival: float | None
+    gradient_error: float | None
+    notes: list[str]
+
+
+_COLUMNS = pa.schema(
+    [pa.field("sample_id", pa.string(), nullable=False)]
+    + [pa.field(name, pa.int64(), nullable=False) for name in ("num_tokens", "tokens_saturated", "draws")]
+    + [pa.field(name, pa.float64(), nullable=False) for name in ("nll", "mrd", "mrd_stderr")]
+)
+
+
 def score(
     spec: ScoreSpec, out: str | Path, resources: Resources | None = None, overwrite: bool = False, progress: bool = True
 ) -> ScoreResult:
@@ -113,7 +129,7 @@ def score(
     model = find_model(spec.model)
     texts = open_texts(spec.data, spec.split, model.tokenizer)
     identity = _identity(spec, texts, model)
-    if not overwrite and (finished := finished_output(out, identity, "a score file", "scores")):
+    if finished := finished_output(out, identity, "a score file", "scores", spec, overwrite, _Record, _COLUMNS):
         table, record = finished
         return ScoreResult(out, table, [Rejected(**r) for r in record["rejected"]], record, 0.0)
     samples, rejected = read_samples(texts, model, spec.tokens)

@@ -20,11 +20,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NotRequired, TypedDict
+from typing import TYPE_CHECKING, Any, Literal, NotRequired
 
 import numpy as np
 import torch
 from transformers import PreTrainedModel
+from typing_extensions import TypedDict
 
 from algorithms.group import Group
 from algorithms.history import History
@@ -33,7 +34,7 @@ from algorithms.tables import sample_table
 from algorithms.unlearner import Diverged
 from bench.files.folders import Hashed
 from bench.files.identity import with_spec_hash
-from bench.files.origin import origin
+from bench.files.origin import Origin, origin
 from bench.files.status import DIVERGED, ERROR, FINISHED, OUT_OF_MEMORY
 from bench.jobs.evaluate import classifiers, folder_sha256
 from bench.jobs.evaluation_spec import EvaluateSpec
@@ -121,7 +122,7 @@ class _Outcome(TypedDict):
     values: NotRequired[dict[str, float | None]]
     epochs: NotRequired[list[dict[str, float | None]]]
     samples: NotRequired[list[dict[str, Any]]]
-    origin: NotRequired[dict[str, Any]]
+    origin: NotRequired[Origin]
 
 
 class TrialStore:

@@ -30,13 +30,15 @@ from scoring.measures import MEASURES, Asked
 from scoring.mrd import ESTIMATORS, EstimatorName
 from scoring.reading import parse_json, read_text, shaped
 from scoring.samples import BATCH_TOKENS
-from scoring.settings import Doc, Ge, Gt, Known, check, named
+from scoring.settings import Doc, Ge, Gt, Known, Le, check, named
 
 KINDS = ("forward", "gradient", "curvature", "training")
 # The share of a device's memory that may be planned with.
 USABLE = 0.9
 # Of a weight, by dtype.
 BYTES = {"float32": 4, "bfloat16": 2, "float64": 8}
+# More than any job has, and so little that sums of its costs stay numbers.
+MOST, MANY = 1e18, 1e9
 # A constant of a machine.
 Amount = Annotated[float, Ge(0), AllowInfNan(False)]
 
@@ -234,26 +236,26 @@ def _measures() -> Iterable[str]:
 class PlanSettings:
     """What is planned, and for which machines."""
 
-    model_params: Annotated[float, Gt(0), Doc("weights of the model, such as 7e9")]
-    samples: Annotated[float, Ge(1), Doc("to be scored, or to be forgotten, such as 1e6")]
-    tokens: Annotated[float, Ge(1), Doc("of a sample, on average")] = 100
-    scored: Annotated[float | None, Ge(1), Doc("those of them that are scored (default: half)")] = None
+    model_params: Annotated[float, Gt(0), Le(MOST), Doc("weights of the model, such as 7e9")]
+    samples: Annotated[float, Ge(1), Le(MOST), Doc("to be scored, or to be forgotten, such as 1e6")]
+    tokens: Annotated[float, Ge(1), Le(MANY), Doc("of a sample, on average")] = 100
+    scored: Annotated[float | None, Ge(1), Le(MANY), Doc("those of them that are scored (default: half)")] = None
     estimator: Annotated[EstimatorName | Literal["none"], Doc("of MRD; none plans no scoring")] = "gradient"
-    draws: Annotated[int | None, Ge(1), Doc("K (default: the estimator's own)")] = None
+    draws: Annotated[int | None, Ge(1), Le(MANY), Doc("K (default: the estimator's own)")] = None
     measure: Annotated[
         list[str],
         Known(_measures),
         Doc("also take these measures of difficulty, with commas; see `mrd-bench measures` (default: none)"),
     ] = field(default_factory=list)
-    lookahead: Annotated[int, Ge(1), Doc("h of forecasts among them")] = 1
-    epochs: Annotated[float, Ge(0), Doc("also unlearn for so many")] = 0
-    retained: Annotated[float, Ge(0), Doc("retain samples for each forgotten")] = 1
-    batch_size: Annotated[int, Ge(1), Doc("samples an update")] = DEFAULT_BATCH_SIZE
-    batch_tokens: Annotated[int, Ge(1), Doc("padded tokens in a batch")] = BATCH_TOKENS
+    lookahead: Annotated[int, Ge(1), Le(MANY), Doc("h of forecasts among them")] = 1
+    epochs: Annotated[float, Ge(0), Le(MANY), Doc("also unlearn for so many")] = 0
+    retained: Annotated[float, Ge(0), Le(MANY), Doc("retain samples for each forgotten")] = 1
+    batch_size: Annotated[int, Ge(1), Le(MANY), Doc("samples an update")] = DEFAULT_BATCH_SIZE
+    batch_tokens: Annotated[int, Ge(1), Le(MANY), Doc("padded tokens in a batch")] = BATCH_TOKENS
     dtype: Annotated[Dtype, Doc("of the weights")] = "float32"
-    gpus: Annotated[int, Ge(1), Doc("devices in all; cores, with a profile of a CPU")] = 1
+    gpus: Annotated[int, Ge(1), Le(MANY), Doc("devices in all; cores, with a profile of a CPU")] = 1
     profile: Annotated[str, Doc("a machine that is known, or what `benchmark plan --out FILE` wrote")] = "h100"
-    price: Annotated[float | None, Ge(0), Doc("of a device and hour, in any currency")] = None
+    price: Annotated[float | None, Ge(0), Le(MANY), Doc("of a device and hour, in any currency")] = None
 
     def job(self) -> PlannedJob:
         """The job that the settings describe.
