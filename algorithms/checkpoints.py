@@ -12,6 +12,7 @@ There is no random state: every random number depends on the seed and the step.
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import shutil
 from collections.abc import Iterator, Mapping
@@ -102,6 +103,10 @@ class Checkpoints:
                 f"{named('out')} {shown(self.folder.parent)}: a process of an earlier start has been writing here for "
                 f"{WAIT_S:.0f} s; end it, and give the same command again"
             ) from None
+        except (OSError, NotImplementedError) as error:
+            # The folder of the run is locked too, and its command has said that this file system has no locks.
+            if isinstance(error, OSError) and error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+                raise
         try:
             yield
         finally:

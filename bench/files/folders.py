@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
+import sys
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -41,9 +43,22 @@ def locked(folder: Path, out: Path, kind: str, name: str = LOCK) -> FileLock:
         raise UserError(
             f"{named('out')} {shown(out)}: another {kind} is writing here; wait for it, or choose another"
         ) from None
-    except OSError as error:
-        raise unwritable(out, error) from error
+    except (OSError, NotImplementedError) as error:
+        if not _has_no_locks(error):
+            raise unwritable(out, error if isinstance(error, OSError) else OSError(errno.ENOSYS, str(error))) from error
+        print(
+            f"mrd-bench: {shown(out)}: this file system has no locks: start nothing else that writes there",
+            file=sys.stderr,
+        )
     return lock
+
+
+def _has_no_locks(error: Exception) -> bool:
+    """Whether a lock failed because the file system has none, as some that are shared between machines."""
+    # filelock raises NotImplementedError where flock is not implemented.
+    return isinstance(error, NotImplementedError) or (
+        isinstance(error, OSError) and error.errno in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+    )
 
 
 class MadeFolders:
