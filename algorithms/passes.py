@@ -65,7 +65,10 @@ def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
 
 
 def layer_output(model: PreTrainedModel, batch: Batch, layer: int) -> torch.Tensor:
-    """Output of decoder layer `layer` (1 is the first) at the positions that predict the scored tokens, (B, S, d)."""
+    """Output of decoder layer `layer` (1 is the first) at the positions of the scored tokens, (B, S, d).
+
+    `batch.positions` are those from which the tokens are predicted, one earlier.
+    """
     hidden: list[torch.Tensor] = []
 
     def keep(_: nn.Module, __: Any, output: Any) -> None:
@@ -78,7 +81,7 @@ def layer_output(model: PreTrainedModel, batch: Batch, layer: int) -> torch.Tens
     finally:
         handle.remove()
     rows = torch.arange(len(batch), device=batch.positions.device).unsqueeze(-1)
-    return hidden[0][rows, batch.positions]
+    return hidden[0][rows, batch.positions + 1]
 
 
 @contextmanager

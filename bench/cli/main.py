@@ -41,12 +41,14 @@ class Verb:
         about: one line.
         arguments: adds its flags to a parser; None: it has none.
         run: does it; None: its sub-commands do.
+        computes: in this process, if it is asked to.
     """
 
     name: str
     about: str
     arguments: Callable[[argparse.ArgumentParser], None] | None
     run: Callable[[argparse.Namespace], None] | None
+    computes: bool = False
 
 
 VERBS = (
@@ -55,24 +57,28 @@ VERBS = (
         "score the Memory Removal Difficulty of every sample of a data set",
         jobs.score_arguments,
         jobs.score,
+        computes=True,
     ),
     Verb(
         "difficulty",
         "forecast how many updates forgetting takes, beside MRD and other measures; --truth finds out",
         jobs.difficulty_arguments,
         jobs.difficulty,
+        computes=True,
     ),
     Verb(
         "unlearn",
         "make a model forget samples, easy or hard ones first, or as they come",
         jobs.unlearn_arguments,
         jobs.unlearn,
+        computes=True,
     ),
     Verb(
         "evaluate",
         "measure the metrics of a task, with intervals and reference models",
         jobs.evaluate_arguments,
         jobs.evaluate,
+        computes=True,
     ),
     Verb(
         "sweep",
@@ -128,6 +134,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with _terminable(), naming(Naming(flags=True)):
             arguments = make_parser(next(iter(argv), None)).parse_args(argv)
+            _set_threads(getattr(arguments, "threads", None))
             load_plugins([*installed_plugins(), *map(read_plugin, arguments.plugin)])
             arguments.run(arguments)
             sys.stdout.flush()
@@ -149,6 +156,18 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _ended(USER_ERROR, one_line(f"mrd-bench: error: {where}{error.strerror}"))
         return _ended(OUR_FAULT, one_line(f"mrd-bench: {_confession(error, argv)}"))
     return 0
+
+
+def _set_threads(count: int | None) -> None:
+    """Compute with so many threads in this process."""
+    if count is None:
+        return
+    cores = os.cpu_count() or 1
+    if not 1 <= count <= cores:
+        raise UserError(f"--threads is {count}: expected a whole number from 1 to {cores}, the cores of this machine")
+    import torch
+
+    torch.set_num_threads(count)
 
 
 def _ended(code: int, line: str) -> int:
@@ -217,6 +236,14 @@ def make_parser(verb_name: str | None) -> argparse.ArgumentParser:
             default=[],
             help="a file that adds algorithms, orders, metrics or tasks; can be given again (see docs/extending.md)",
         )
+        if verb.computes:
+            sub.add_argument(
+                "--threads",
+                metavar="N",
+                type=int,
+                help="threads of what is computed in this process (default: as many as there are cores); those of "
+                "replicas and workers on Ray have flags of their own",
+            )
         if verb.arguments and verb.name == verb_name:
             verb.arguments(sub)
     return parser

@@ -12,7 +12,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -38,6 +37,7 @@ from bench.models.find import ModelReference, find_model, loaded_model
 from bench.tasks import Task
 from bench.tasks.datasets import find_task
 from scoring.errors import UserError, expected_one_of
+from scoring.files import work_folder
 from scoring.readings import Reader
 from scoring.settings import build, named
 from scoring.work import ReplicaSpec
@@ -130,8 +130,8 @@ def evaluate(
     references = {name: loaded_model(name, one, tokenizer) for name, one in loaded.items()}
     if out is not None:
         return evaluate_spec(spec, out, resources, overwrite, progress, references)
-    with tempfile.TemporaryDirectory(prefix="mrd-bench-") as folder:
-        result = evaluate_spec(spec, Path(folder) / "evaluation.parquet", resources, False, progress, references)
+    with work_folder() as folder:
+        result = evaluate_spec(spec, folder / "evaluation.parquet", resources, False, progress, references)
     return dataclasses.replace(result, path=None)
 
 

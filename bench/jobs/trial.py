@@ -12,7 +12,6 @@ import dataclasses
 import json
 import math
 import shutil
-import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -46,7 +45,7 @@ from bench.models.find import ModelReference, find_model
 from bench.tasks.datasets import Dataset, load_dataset
 from scoring.cluster import check_versions, versions
 from scoring.errors import UserError, first_line
-from scoring.files import replacing
+from scoring.files import replacing, work_folder
 from scoring.plugins import Plugin, load_plugins, loaded_plugins
 from scoring.reading import read_json
 from scoring.replica import load_model
@@ -304,8 +303,8 @@ def derived(row: Mapping[str, Any]) -> dict[str, float]:
 def _folder(trial: Trial, shared: TrialContext) -> Iterator[Path]:
     """Where the run works: anywhere, or where all its workers see it."""
     if not trial.spec.workers:
-        with tempfile.TemporaryDirectory(prefix="mrd-bench-") as name:
-            yield Path(name)
+        with work_folder() as folder:
+            yield folder
         return
     folder = shared.work / trial.hash
     folder.mkdir(parents=True, exist_ok=True)

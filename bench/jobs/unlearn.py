@@ -268,6 +268,9 @@ def identity_of(spec: UnlearnSpec, model: ModelReference, forget: Dataset, retai
         "retain_sha256": retain.sha256 if retain else None,
         "refusals": list(_refusals(spec)) if Objectives.of(spec).needs_refusals else None,
     }
+    if Objectives.of(spec).needs_layer:
+        # Earlier versions took the positions from which the tokens are predicted, and did not say so.
+        content["hidden_at"] = "tokens"
     return with_spec_hash(content, NOT_HASHED)
 
 
