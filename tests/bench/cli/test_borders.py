@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
 import io
 import itertools
 import json
 import os
 import random
 import shutil
+import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
@@ -22,11 +25,14 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import HealthCheck, Phase, event, given, settings
+import torch
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from bench.cli import main
 from bench.cli.main import make_parser
+from bench.tasks import TASKS
+from scoring.files import work_folder
 from tests.paths import ROOT
 from tests.tiny_folders import pairs, write_jsonl
 from tests.tiny_tofu import write_task
@@ -89,7 +95,6 @@ class World:
         assert "Traceback" not in printed + out.getvalue(), said
         assert list(self.temporary.iterdir()) == [], said
         if code == 2:
-            event("refused")
             # What a progress bar drew before the error is no line of its own.
             lines = [line for line in printed.splitlines() if line.startswith("mrd-bench")]
             others = [line for line in printed.splitlines() if line.strip() and "it/s" not in line and "%|" not in line]
@@ -556,3 +561,130 @@ def test_files_of_our_own(world: World, data: st.DataObject) -> None:
     else:
         file.write_bytes({"empty": b"", "cut": content[: len(content) // 2], "zeros": b"\0" * len(content)}[how])
     world.keeps_promise(STATE[name](path, world))
+
+
+# --- What is never written over -----------------------------------------------------------------------------
+
+
+def refusal(capsys: pytest.CaptureFixture[str], command: Sequence[str]) -> str:
+    capsys.readouterr()
+    assert main(list(command)) == 2
+    return capsys.readouterr().err
+
+
+def test_inputs_and_foreign_files_stay_as_they_are(world: World, capsys: pytest.CaptureFixture[str]) -> None:
+    folder, store = world.emptied(), world.scratch / "store"
+    shutil.copytree(world.sound / "store", store)
+    mine = folder / "mine.parquet"
+    pq.write_table(pa.table({"text": ["w1 w2", "w3 w4"]}), mine)
+    inside = next(store.rglob("*.parquet"))
+    board = folder / "board"
+    board.mkdir()
+    (board / "README.md").write_text("# My project\n")
+    figures = folder / "notes.json"
+    figures.write_text("not figures")
+    scores = folder / "scores.parquet"
+    shutil.copy(world.sound / "scores.parquet", scores)
+    unlearning = [*unlearn_command(world, folder / "run"), "--order", "weighted"]
+    before = {path: path.read_bytes() for path in (mine, inside, board / "README.md", figures, scores)}
+    for command, said in (
+        ([*score_command(world, mine, str(mine)), "--overwrite"], "is what --data names: choose another file"),
+        ([*score_command(world, mine), "--overwrite"], "was not written by mrd-bench: choose another file, or remove"),
+        (["results", "export", str(store), "--out", str(inside)], "lies in the store"),
+        (["leaderboard", str(store), "--out", str(board)], "exists and is not of a leaderboard: choose another folder"),
+        (["benchmark", "gpu", "--samples", "0", "--out", str(figures)], "not JSON"),
+        ([*unlearning[:-3], str(scores), "--order", "weighted"], "is a file: expected a folder to write to"),
+    ):
+        assert said in refusal(capsys, command), command
+    assert {path: path.read_bytes() for path in before} == before
+    # What an earlier run has left is replaced.
+    assert main([*score_command(world, scores), "--overwrite", "--tokens", "all"]) == 0
+    assert scores.read_bytes() != before[scores]
+
+
+# --- How a command ends -------------------------------------------------------------------------------------
+
+
+def test_a_fault_of_our_own_is_one_line_and_a_file(
+    world: World, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plugin = world.emptied() / "own.py"
+    # A task whose list of splits breaks where it is printed.
+    plugin.write_text(
+        "import dataclasses\nfrom bench.tasks import TASKS\n"
+        "TASKS['broken'] = dataclasses.replace(TASKS['authors'], name='broken', splits=(1,))\n"
+    )
+    monkeypatch.setattr("bench.tasks.TASKS", dict(TASKS))
+    monkeypatch.setattr("scoring.plugins._LOADED", {})
+    assert main(["tasks", "--plugin", str(plugin)]) == 70
+    (line,) = capsys.readouterr().err.splitlines()
+    (saved,) = world.temporary.iterdir()
+    assert line.startswith("mrd-bench: a fault of mrd-bench itself (TypeError: ")
+    assert line.endswith(f"please report it with {saved}")
+    assert "Traceback" in saved.read_text()
+    assert "mrd-bench tasks --plugin" in saved.read_text()
+    saved.unlink()
+
+
+@pytest.mark.parametrize("end", ["closed pipe", "SIGTERM"])
+def test_ends_of_a_process(end: str, tmp_path: Path) -> None:
+    """Nobody reads: quiet. Terminated at work: one line."""
+    waiting = tmp_path / "waiting.py"
+    waiting.write_text("print('at work', flush=True)\nimport time\ntime.sleep(100)\n")
+    command = [sys.executable, "-m", "bench.cli", "measures"]
+    command += ["--plugin", str(waiting)] if end == "SIGTERM" else []
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stderr is not None
+    if end == "SIGTERM":
+        assert process.stdout.readline() == "at work\n"
+        process.terminate()
+    process.stdout.close()
+    said = process.stderr.read().strip()
+    assert (process.wait(), said) == {
+        "closed pipe": (141, ""),
+        "SIGTERM": (143, "mrd-bench: terminated; the same command continues"),
+    }[end]
+
+
+def test_work_folders_of_killed_processes_are_removed(world: World) -> None:
+    world.emptied()
+    script = "import os, tempfile\ntempfile.tempdir = os.environ['AT']\nfrom scoring.files import work_folder\n"
+    script += "with work_folder() as folder:\n    (folder / 'x').touch()\n    os.kill(os.getpid(), 9)\n"
+    killed = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, env=os.environ | {"AT": str(world.temporary)}, check=False
+    )
+    assert killed.returncode == -9
+    assert len(list(world.temporary.glob("mrd-bench-work-*/x"))) == 1
+    with work_folder() as mine:
+        (mine / "y").touch()
+        with work_folder() as other:
+            assert other != mine
+            assert (mine / "y").exists(), "its process lives"
+        assert list(world.temporary.glob("mrd-bench-work-*/*")) == [mine / "y"]
+    assert list(world.temporary.iterdir()) == []
+
+
+def test_threads_of_this_process(world: World, capsys: pytest.CaptureFixture[str]) -> None:
+    before = torch.get_num_threads()
+    try:
+        command = score_command(world, world.emptied() / "out.parquet")
+        assert "--threads is 0: expected a whole number from 1 to" in refusal(capsys, [*command, "--threads", "0"])
+        torch.set_num_threads(2)
+        assert main([*command, "--threads", "1"]) == 0
+        assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_a_file_system_without_locks_is_named(
+    world: World, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_locks(*_: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    command = score_command(world, world.emptied() / "out.parquet")
+    monkeypatch.setattr("fcntl.flock", no_locks)
+    capsys.readouterr()
+    assert main(command) == 0
+    assert "this file system has no locks: start nothing else that writes there" in capsys.readouterr().err
