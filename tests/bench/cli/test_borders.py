@@ -278,7 +278,7 @@ def test_what_the_cases_begin_with_is_sound(world: World, verb: str) -> None:
 
 
 @given(data=st.data())
-@drawn(200)
+@drawn(120)
 def test_flags(world: World, data: st.DataObject) -> None:
     verb = data.draw(st.sampled_from(sorted(COMMANDS)))
     world.emptied()
@@ -310,7 +310,7 @@ def test_benchmarks(world: World) -> None:
 
 
 @given(data=st.data())
-@drawn(50)
+@drawn(40)
 def test_long_verbs(world: World, data: st.DataObject) -> None:
     world.emptied()
     odd = data.draw(st.sampled_from(sorted(str(path) for path in (world.sound / "odd").iterdir())))
@@ -416,7 +416,7 @@ def sound_specs(world: World) -> dict[str, tuple[list[str], dict[str, Any]]]:
 
 
 @given(data=st.data())
-@drawn(100)
+@drawn(60)
 def test_spec_files(world: World, data: st.DataObject) -> None:
     folder = world.emptied()
     specs = sound_specs(world)
@@ -473,7 +473,7 @@ def parquet_bytes(draw: Callable[[Any], Any]) -> bytes:
 
 
 @given(data=st.data())
-@drawn(150)
+@drawn(80)
 def test_data_files(world: World, data: st.DataObject) -> None:
     folder = world.emptied()
     suffix = data.draw(st.sampled_from(["jsonl", "json", "parquet"]))
@@ -547,7 +547,7 @@ def bent_parquet(path: Path, draw: Callable[[Any], Any]) -> None:
 
 
 @given(data=st.data())
-@drawn(150)
+@drawn(80)
 def test_files_of_our_own(world: World, data: st.DataObject) -> None:
     folder = world.emptied()
     name = data.draw(st.sampled_from(sorted(STATE)))
