@@ -8,11 +8,9 @@ The command line runs the same loop, on Ray Train workers and from a folder.
 from __future__ import annotations
 
 import dataclasses
-import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
@@ -25,6 +23,7 @@ from algorithms.recipe import AnswersMeasured, Execution, Recipe, total_updates
 from algorithms.tables import tables_of
 from scoring.errors import UserError
 from scoring.eval_mode import in_eval_mode
+from scoring.files import work_folder
 from scoring.loaded import check_loaded
 from scoring.records import Record, texts_of
 from scoring.samples import BATCH_TOKENS, TextSet, context_length
@@ -131,7 +130,7 @@ def unlearn(
     total = total_updates(len(corpus.forget), settings)
     with (
         ExitStack() as on_error,
-        tempfile.TemporaryDirectory(prefix="mrd-bench-") as folder,
+        work_folder() as folder,
         tqdm(total=total, unit="update", desc=f"unlearning ({settings.algorithm})", disable=not progress) as bar,
     ):
         on_error.enter_context(in_eval_mode(model))
@@ -141,7 +140,7 @@ def unlearn(
             corpus,
             source="",
             revision=None,
-            folder=Path(folder),
+            folder=folder,
             tokenizer=tokenizer,
             evaluation=evaluation,
             keeps_checkpoints=False,

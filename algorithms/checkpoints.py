@@ -11,6 +11,8 @@ There is no random state: every random number depends on the seed and the step.
 
 from __future__ import annotations
 
+import dataclasses
+import errno
 import json
 import shutil
 from collections.abc import Iterator, Mapping
@@ -24,8 +26,10 @@ from filelock import FileLock, Timeout
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from algorithms.history import History
 from scoring.errors import UserError
 from scoring.files import shown
+from scoring.reading import read_json, readable
 from scoring.settings import named
 
 # A worker whose driver was killed goes on until Ray notices.
@@ -50,15 +54,23 @@ class Checkpoint:
         """The model's weights by name."""
         weights: dict[str, torch.Tensor] = {}
         for path in sorted(self.model.glob("*.safetensors")):
-            weights |= load_file(str(path))
+            with readable(str(path), self._expected):
+                weights |= load_file(str(path))
         return weights
 
     def training(self) -> dict[str, torch.Tensor]:
         """Optimizer moments and adapters, as `Trainable.state` gave them."""
-        return load_file(str(self.folder / "training.safetensors"))
+        path = self.folder / "training.safetensors"
+        with readable(str(path), self._expected):
+            return load_file(str(path))
+
+    @property
+    def _expected(self) -> str:
+        return f"a checkpoint: remove {self.folder}, and the same command goes on from an earlier one, or begins again"
 
     def history(self) -> dict[str, Any]:
-        history: dict[str, Any] = json.loads((self.folder / "history.json").read_text())
+        path = self.folder / "history.json"
+        history: dict[str, Any] = dataclasses.asdict(read_json(path, History, self._expected))
         return history
 
 
@@ -91,6 +103,10 @@ class Checkpoints:
                 f"{named('out')} {shown(self.folder.parent)}: a process of an earlier start has been writing here for "
                 f"{WAIT_S:.0f} s; end it, and give the same command again"
             ) from None
+        except (OSError, NotImplementedError) as error:
+            # The folder of the run is locked too, and its command has said that this file system has no locks.
+            if isinstance(error, OSError) and error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+                raise
         try:
             yield
         finally:

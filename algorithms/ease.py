@@ -18,10 +18,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.json
-import pyarrow.parquet as pq
 
-from scoring.errors import UserError, first_line, unknown_name
+from scoring.errors import UserError, unknown_name
 from scoring.files import shown
+from scoring.reading import check_regular, exists, read_parquet, readable
 from scoring.samples import Sample
 from scoring.settings import named
 
@@ -98,14 +98,15 @@ def _path_and_column(source: str) -> tuple[Path, str]:
 def _read(source: str) -> dict[str, float]:
     """Sample id -> value, 0 or more."""
     path, column = _path_and_column(source)
-    if not path.is_file():
+    if not exists(path):
         raise UserError(f"{shown(path)} does not exist: expected {SOURCES}")
-    try:
-        table = pq.ParquetFile(path).read() if path.suffix == ".parquet" else pyarrow.json.read_json(path)
-    except (pa.ArrowException, OSError) as error:
-        raise UserError(
-            f"{path} cannot be read ({first_line(error)}): expected Parquet, or a JSON object a line"
-        ) from error
+    expected = "Parquet, or a JSON object a line"
+    if path.suffix == ".parquet":
+        table = read_parquet(path, expected)
+    else:
+        with readable(str(path), expected):
+            check_regular(path)
+            table = pyarrow.json.read_json(path)
     if ID not in table.column_names:
         raise UserError(f"{path} has no column {ID}: expected it, and a column of numbers")
     numbers = [
@@ -118,8 +119,9 @@ def _read(source: str) -> dict[str, float]:
             f"{path} has {len(numbers)} columns of numbers ({', '.join(numbers) or 'none'}): expected one, or "
             f"{path}:COLUMN"
         )
-    ids = pc.cast(table[ID], pa.string()).to_pylist()
-    values = pc.cast(table[column or numbers[0]], pa.float64()).to_pylist()
+    with readable(f"{path}, column {ID}", "ids as text or whole numbers", "is of another type"):
+        ids = pc.cast(table[ID], pa.string()).to_pylist()
+    values = pc.cast(table[column or numbers[0]], pa.float64(), safe=False).to_pylist()
     for sample_id, value in zip(ids, values, strict=True):
         if value is None or not (0 <= value < np.inf):
             raise UserError(

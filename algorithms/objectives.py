@@ -37,7 +37,7 @@ INPUTS: dict[str, str] = {
     "mask": "(B, S) bool: which entries are scored tokens and not padding; at least one a sample",
     "targets": "(B, S) int64: the scored tokens",
     "logits": "(B, S, V): logits at the scored positions",
-    "hidden": "(B, S, d): output of decoder layer `layer` at the positions from which the scored tokens are predicted",
+    "hidden": "(B, S, d): output of decoder layer `layer` at the positions of the scored tokens themselves",
     "reference_nll": "(B,) fp64 nats: summed NLL L of the sample under the initial model",
     "reference_logits": "(B, S, V): logits of the initial model at the scored positions",
     "reference_hidden": "(B, S, d): `hidden` of the initial model",
@@ -102,8 +102,8 @@ def npo(logprobs: torch.Tensor, mask: torch.Tensor, reference_nll: torch.Tensor,
 def simnpo(logprobs: torch.Tensor, mask: torch.Tensor, *, beta: float = 4.5, delta: float = 0.0) -> torch.Tensor:
     """NPO without a reference: -(2/beta) log sigmoid(beta (l - delta)), l the mean. Fan et al. 2024.
 
-    The formula's gamma = 0.125 weighs the retain term, as in ALGORITHMS. Some published configurations weigh the
-    forget term by 0.125 and the retain term by 1 instead: `forget_weight` and `retain_weight` do either.
+    ALGORITHMS weighs the forget term by 0.125 and the retain term by 1, as the authors' code and open-unlearning do.
+    In the paper's formula 0.125 stands at the retain term: a balance 64 times as much towards forgetting.
     """
     return _softened(nll(logprobs, mask) - delta, beta)
 
@@ -128,7 +128,10 @@ def idk_dpo(
 
 
 def rmu(hidden: torch.Tensor, mask: torch.Tensor, direction: torch.Tensor, *, c: float = 6.5) -> torch.Tensor:
-    """Representation misdirection: the mean of (h - c u)^2 over scored positions and features. Li et al. 2024."""
+    """Representation misdirection: the mean of (h - c u)^2 over the scored tokens and features. Li et al. 2024.
+
+    h is the output at a token's own position, as in the authors' code, and not where the token is predicted.
+    """
     return hidden_mse(hidden, mask, (c * _precise(direction)).expand_as(hidden))
 
 
@@ -149,6 +152,19 @@ def undial(
     return _token_mean(cross_entropy, mask)
 
 
+def ceu(logits: torch.Tensor, targets: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Cross-entropy unlearning: cross-entropy to the model's own distribution without the target, the mean over the
+    answer's tokens. Yang 2025.
+
+    The teacher is softmax of the logits with the target's at -inf; no gradient passes through it. All tokens of the
+    answer count, where open-unlearning leaves out the first.
+    """
+    indices = targets.masked_fill(~mask, 0).unsqueeze(-1)  # padding may hold -100, which is no index
+    logits = _blank(logits, mask)
+    teacher = logits.detach().scatter(-1, indices, -math.inf).softmax(-1)
+    return _token_mean(-(teacher * logits.log_softmax(-1)).sum(-1), mask)
+
+
 def wga(logprobs: torch.Tensor, mask: torch.Tensor, *, beta: float = 1.0) -> torch.Tensor:
     """Weighted gradient ascent: -mean_t p_t^beta l_t. Wang et al. 2025.
 
@@ -163,7 +179,8 @@ def satimp(logprobs: torch.Tensor, mask: torch.Tensor, *, beta1: float = 5.0, be
     """Saturation and importance: -mean_t p_t^beta1 (1 - p_t)^beta2 l_t. Yang et al. 2025.
 
     The weights are constants: no gradient passes through them, as in the publication. 1 - p comes from P_t without
-    a difference of nearly equal numbers, so it keeps its digits as p -> 1.
+    a difference of nearly equal numbers, so it keeps its digits as p -> 1. ALGORITHMS weighs this term by 0.1 and the
+    retain term by 1, as the published configuration does.
     """
     logprobs = _blank(logprobs, mask)
     fixed = logprobs.detach()
@@ -301,12 +318,13 @@ ALGORITHMS: Registry[Algorithm] = Registry(
         "PO": Algorithm(po, "nll"),
         "NPO": Algorithm(npo, epochs=4),
         "NPO-GradDiff": Algorithm(npo, "nll", epochs=4),
-        "SimNPO": Algorithm(simnpo, "nll", retain_weight=0.125),
+        "SimNPO": Algorithm(simnpo, "nll", forget_weight=0.125),
         "IdkDPO": Algorithm(idk_dpo, "nll"),
         "RMU": Algorithm(rmu, "hidden"),
         "UNDIAL": Algorithm(undial),
+        "CE-U": Algorithm(ceu),
         "WGA": Algorithm(wga, "nll"),
-        "SatImp": Algorithm(satimp, "nll"),
+        "SatImp": Algorithm(satimp, "nll", forget_weight=0.1),
         # Learns the forget set again, as an attacker and the metric Relearn do with a model that has forgotten.
         "Relearn": Algorithm(nll),
     },

@@ -66,7 +66,10 @@ def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
 
 
 def layer_output(model: PreTrainedModel, batch: Batch, layer: int) -> torch.Tensor:
-    """Output of decoder layer `layer` (1 is the first) at the positions that predict the scored tokens, (B, S, d)."""
+    """Output of decoder layer `layer` (1 is the first) at the positions of the scored tokens, (B, S, d).
+
+    `batch.positions` are those from which the tokens are predicted, one earlier.
+    """
     decoder_layer = decoder_layers(model)[layer - 1]
 
     def compute(rows: Batch, _: Abilities) -> tuple[torch.Tensor]:
@@ -81,7 +84,7 @@ def layer_output(model: PreTrainedModel, batch: Batch, layer: int) -> torch.Tens
                 scored_logits(model, rows)
         finally:
             handle.remove()
-        return (at_positions(hidden[0], rows.positions),)
+        return (at_positions(hidden[0], rows.positions + 1),)
 
     return row_by_row(model, batch, compute)[0]
 

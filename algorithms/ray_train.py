@@ -150,7 +150,8 @@ def train_on_ray(job: TrainingJob, footprint: Footprint, observe: Observe = lamb
         run_config=RunConfig(
             name=f"unlearn-{uuid.uuid4().hex[:12]}",
             storage_path=str(storage),
-            failure_config=FailureConfig(max_failures=max_failures, controller_failure_limit=1),  # type: ignore[call-arg]
+            # A worker that dies while it starts is a failure of the controller to Ray, and one like any other to us.
+            failure_config=FailureConfig(max_failures=max_failures, controller_failure_limit=max_failures),  # type: ignore[call-arg]
         ),
     )
     (job.folder / LASTING_ERROR).unlink(missing_ok=True)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -31,6 +33,16 @@ def connect(num_cpus: int | None = None) -> None:
     Raises:
         UserError: the cluster does not answer within a minute, or cannot be started.
     """
+    # Ray takes SIGTERM for itself where it is imported: it would abort with the stack of its C++ side.
+    on_sigterm = signal.getsignal(signal.SIGTERM)
+    try:
+        _connect(num_cpus)
+    finally:
+        if threading.current_thread() is threading.main_thread() and on_sigterm is not None:
+            signal.signal(signal.SIGTERM, on_sigterm)
+
+
+def _connect(num_cpus: int | None) -> None:
     import ray
 
     if ray.is_initialized():
@@ -40,6 +52,8 @@ def connect(num_cpus: int | None = None) -> None:
         return
     # Silences a note about a future default for GPUs; replicas choose their device themselves.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    # By default Ray's workers are nice and get next to nothing on a machine that others use too.
+    os.environ.setdefault("RAY_worker_niceness", "0")
     # In this thread, not in one of its own: the processes of a local cluster end with the thread that started them.
     try:
         ray.init(

@@ -7,7 +7,15 @@ from collections.abc import Iterable
 
 
 class UserError(ValueError):
-    """Something in the input is wrong. The message is one line: what, where, what was expected, what to do."""
+    """Something in the input is wrong. The message is one line: what, where, what was expected, what to do.
+
+    Args:
+        message: line breaks in it, of a path or of another library's message, become spaces, and half of a surrogate
+            pair, which no terminal takes, is written as its number.
+    """
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(one_line(message))
 
 
 class RefusedUnderWay(UserError):
@@ -26,6 +34,12 @@ def expected_one_of(name: str, known: Iterable[str]) -> str:
     nearest = difflib.get_close_matches(name.lower(), by_lower, n=1, cutoff=0.4)
     hint = f"; did you mean {by_lower[nearest[0]]!r}?" if nearest else ""
     return f"expected one of {', '.join(known)}{hint}"
+
+
+def one_line(text: str) -> str:
+    """Text on one line that any terminal can show."""
+    joined = " ".join(part for line in text.splitlines() if (part := line.strip()))
+    return joined.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def first_line(error: BaseException) -> str:

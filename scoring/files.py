@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 import os
+import shutil
+import tempfile
+import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+WORK = "mrd-bench-work-"
 
 
 @contextmanager
@@ -17,6 +24,35 @@ def replacing(path: Path) -> Iterator[Path]:
         os.replace(unfinished, path)
     finally:
         unfinished.unlink(missing_ok=True)
+
+
+@contextmanager
+def work_folder() -> Iterator[Path]:
+    """A temporary folder, which is removed at the end; those of processes that were killed are removed at the start.
+
+    Each has a lock beside it that ends with its process: a number of a process may be given again, or belong to
+    another container that shares the folder of temporary files.
+    """
+    _remove_abandoned()
+    with FileLock(Path(tempfile.gettempdir()) / f"{WORK}{uuid.uuid4().hex}.lock") as lock:
+        folder = Path(lock.lock_file).with_suffix("")
+        folder.mkdir(mode=0o700)
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+            Path(lock.lock_file).unlink(missing_ok=True)
+
+
+def _remove_abandoned() -> None:
+    """Remove the work folders whose processes are gone; those of other users stay."""
+    for path in Path(tempfile.gettempdir()).glob(f"{WORK}*.lock"):
+        with suppress(OSError, NotImplementedError, Timeout):
+            if path.stat().st_uid != os.getuid():
+                continue
+            with FileLock(path).acquire(timeout=0):
+                shutil.rmtree(path.with_suffix(""), ignore_errors=True)
+                path.unlink(missing_ok=True)
 
 
 def shown(path: Path) -> str:

@@ -7,11 +7,9 @@ The command line goes the same way, with records from a file and replicas on a c
 
 from __future__ import annotations
 
-import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 import numpy as np
@@ -22,6 +20,7 @@ from safetensors.torch import save_file
 from scoring.api import FinishedInMemory, FinishedTasks, in_order, run_tasks, samples_of
 from scoring.errors import UserError
 from scoring.eval_mode import left_unchanged
+from scoring.files import work_folder
 from scoring.flip_time import ForgetLoss, gradient_ascent
 from scoring.loaded import check_loaded
 from scoring.measures import MEASURES, Asked, Measure
@@ -360,12 +359,12 @@ def difficulty(
         left_unchanged(model),
         gradients_put_aside(model),
         LocalPool(model) as pool,
-        tempfile.TemporaryDirectory(prefix="mrd-bench-") as folder,
+        work_folder() as folder,
     ):
         if checked.needs("retain"):
             kept, _ = samples_of(model, tokenizer, texts_of("retain", retain or [], chat), tokens, "retain")
             ((_, gradient, _),) = list(pool.run([MeanGradientTask()], [make_batches(kept, batch_tokens)]))
-            path = str(Path(folder) / "retain.safetensors")
+            path = str(folder / "retain.safetensors")
             save_file(gradient, path)
             asked = replace(asked, retain_gradient=path)
         columns, asked, _ = columns_of(

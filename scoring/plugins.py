@@ -17,6 +17,7 @@ from pathlib import Path
 from types import ModuleType
 
 from scoring.errors import UserError, first_line
+from scoring.reading import read_text
 
 GROUP = "mrd_bench.plugins"
 
@@ -54,10 +55,7 @@ def read_plugin(path: str | Path) -> Plugin:
     Raises:
         UserError: the file cannot be read.
     """
-    try:
-        return Plugin(str(path), Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"plugin {str(path)!r} cannot be read ({first_line(error)}): expected a Python file") from error
+    return Plugin(str(path), read_text(path, "a Python file", f"plugin {str(path)!r}"))
 
 
 def installed_plugins() -> list[Plugin]:

@@ -46,6 +46,7 @@ __all__ = [
 ]
 
 T = TypeVar("T")
+LARGEST = 2**63 - 1  # what a column of whole numbers holds
 MAPPING = "a mapping, one 'name: value' a line"
 
 
@@ -228,6 +229,10 @@ def build(kind: type[T], values: Mapping[str, Any]) -> T:
     Raises:
         UserError: one line: an unknown name, a value that is not allowed, or a missing one.
     """
+    if not isinstance(values, Mapping):
+        raise UserError(
+            f"{current_naming().start().removesuffix(': ') or kind.__name__} is {described(values)}: expected {MAPPING}"
+        )
     known = {setting.name: setting for setting in settings_of(kind)}
     for name in values:
         if name not in known:
@@ -263,6 +268,9 @@ def _typed(setting: Setting, value: Any) -> Any:
         typed = _validated(setting.type, value)
     except ValidationError as error:
         raise UserError(_refusal(setting, value, error)) from None
+    for number in typed if isinstance(typed, list | tuple) else [typed]:
+        if isinstance(number, int) and abs(number) > LARGEST:
+            raise UserError(f"{named(setting.name)} is {described(number)}: expected a number of at most {LARGEST}")
     known = next((part for part in _metadata(setting.type) if isinstance(part, Known)), None)
     if known is None or typed is None:
         return typed

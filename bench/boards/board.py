@@ -21,7 +21,7 @@ from bench.boards.conflicts import canonical_json, conflicting_specs, setting_di
 from bench.boards.standings import MetricLabel, SelectionLabel, Standing, standings
 from bench.files.status import FINISHED
 from bench.metrics import METRICS
-from bench.results.store import Results
+from bench.results.store import Results, identity_of
 from scoring.errors import UserError
 
 # Fields of a run's spec that are the same for all runs of a board: the model, the data and how it is measured.
@@ -146,7 +146,7 @@ def boards(
         raise UserError(f"no runs{restriction}; expected runs that `mrd-bench results add` has put into the store")
     for row in rows:
         row["metrics"] = dict(row["metrics"] or ())
-        row["identity"] = json.loads(row["spec"])
+        row["identity"] = identity_of(row)
         row["setting"] = setting_of(row["identity"])
     rows, contradictions = without_repeats(rows)
     experiments: dict[tuple[str, str], dict[str, list[dict[str, Any]]]] = {}  # (task, experiment) -> setting -> runs

@@ -14,7 +14,7 @@ import numpy as np
 from bench.boards.board import entry_of, metric_label, setting_of
 from bench.boards.conflicts import canonical_json
 from bench.files.status import FINISHED
-from bench.results.store import Results
+from bench.results.store import Results, identity_of
 from bench.stats import selection_bias as bias
 from bench.stats.estimates import LEVEL, Estimate, t_interval
 from scoring.errors import UserError, unknown_name
@@ -185,7 +185,7 @@ def _finished_rows(results: Results) -> list[dict[str, Any]]:
     if not rows:
         raise UserError("no finished runs; expected runs that `mrd-bench results add` has put into the store")
     for row in rows:
-        row["identity"] = json.loads(row["spec"])
+        row["identity"] = identity_of(row)
     return rows
 
 

@@ -9,11 +9,14 @@ from bench.boards.board import Board, boards
 from bench.boards.figures import pareto, strips
 from bench.boards.page import cells, columns, has_forecasts, page
 from bench.boards.text import standings_latex
-from bench.files.folders import unwritable
+from bench.files.folders import MadeFolders, refuse_foreign, unwritable
 from bench.report import figures
 from bench.report.words import markdown_table
 from bench.results.store import read_stores
 from scoring.files import replacing
+
+# How the files of a leaderboard begin.
+TITLE, PAGE_BEGINS = "# Leaderboard\n", '<!doctype html>\n<html lang="en"><head>'
 
 
 def leaderboard(
@@ -54,6 +57,9 @@ def write_leaderboard(ranked: Sequence[Board], notes: Sequence[str], out: str | 
         UserError: `out` cannot be written to.
     """
     out = Path(out)
+    made = MadeFolders(out)
+    for name, beginning in (("README.md", TITLE), ("index.html", PAGE_BEGINS)):
+        refuse_foreign(out / name, beginning, "a leaderboard")
     try:
         out.mkdir(parents=True, exist_ok=True)
         for number, board in enumerate(ranked):
@@ -66,6 +72,7 @@ def write_leaderboard(ranked: Sequence[Board], notes: Sequence[str], out: str | 
             with replacing(out / name) as unfinished:
                 unfinished.write_text(text, encoding="utf-8")
     except OSError as error:
+        made.remove_unused()
         raise unwritable(out, error) from error
 
 
@@ -81,7 +88,7 @@ def _draw(board: Board, path: Path) -> None:
 
 def overview(ranked: Sequence[Board], notes: Sequence[str]) -> str:
     """README.md: the standings of every board by its first metrics, with the sentences that a reader must know."""
-    parts = ["# Leaderboard\n", "The page with all metrics, runs and samples is `index.html`: open it in a browser.\n"]
+    parts = [f"{TITLE}\n", "The page with all metrics, runs and samples is `index.html`: open it in a browser.\n"]
     for number, board in enumerate(ranked):
         parts.append(f"## {board.name}\n")
         parts.append(", ".join(f"{name} {value}" for name, value in board.about.items()) + ".\n")

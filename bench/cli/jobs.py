@@ -123,7 +123,7 @@ def sweep(arguments: argparse.Namespace) -> None:
     from bench.results.store import Store
 
     if arguments.results:
-        Store(arguments.results).check()
+        Store(arguments.results).check(arguments.experiment)
     file = arguments.spec
     arguments.spec = None
     with settings_from(arguments, SweepResources) as resources:

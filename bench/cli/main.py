@@ -3,17 +3,33 @@
 from __future__ import annotations
 
 import argparse
+import errno
+import os
+import select
+import shlex
+import signal
 import sys
-from collections.abc import Callable, Sequence
+import tempfile
+import threading
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from typing import NoReturn
 
 from bench.cli import jobs, programs, results
 from bench.cli.flags import USER_ERROR, Parser
-from scoring.errors import UserError
+from scoring.errors import UserError, first_line, one_line
 from scoring.plugins import installed_plugins, load_plugins, read_plugin
 from scoring.settings import Naming, naming
 
-INTERRUPTED = 130
+INTERRUPTED, TERMINATED, NOBODY_READS = 130, 143, 141  # as shells count: 128 and the signal's number
+OUR_FAULT = 70  # EX_SOFTWARE of sysexits.h
+# What the file system refuses at any time, and no check beforehand can rule out.
+REFUSED_BY_FILE_SYSTEM = {
+    getattr(errno, name)
+    for name in ("EACCES", "EPERM", "ENAMETOOLONG", "ENOSPC", "EDQUOT", "EROFS", "EIO", "ELOOP", "ESTALE", "EMFILE")
+}
 
 
 @dataclass(frozen=True)
@@ -25,12 +41,14 @@ class Verb:
         about: one line.
         arguments: adds its flags to a parser; None: it has none.
         run: does it; None: its sub-commands do.
+        computes: in this process, if it is asked to.
     """
 
     name: str
     about: str
     arguments: Callable[[argparse.ArgumentParser], None] | None
     run: Callable[[argparse.Namespace], None] | None
+    computes: bool = False
 
 
 VERBS = (
@@ -39,24 +57,28 @@ VERBS = (
         "score the Memory Removal Difficulty of every sample of a data set",
         jobs.score_arguments,
         jobs.score,
+        computes=True,
     ),
     Verb(
         "difficulty",
         "forecast how many updates forgetting takes, beside MRD and other measures; --truth finds out",
         jobs.difficulty_arguments,
         jobs.difficulty,
+        computes=True,
     ),
     Verb(
         "unlearn",
         "make a model forget samples, easy or hard ones first, or as they come",
         jobs.unlearn_arguments,
         jobs.unlearn,
+        computes=True,
     ),
     Verb(
         "evaluate",
         "measure the metrics of a task, with intervals and reference models",
         jobs.evaluate_arguments,
         jobs.evaluate,
+        computes=True,
     ),
     Verb(
         "sweep",
@@ -97,21 +119,107 @@ VERBS = (
 )
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM: all that cleans up after an interrupt cleans up after it."""
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a verb; the exit code: 0 done, 2 the input must be mended, 130 interrupted."""
+    """Run a verb.
+
+    Returns:
+        The exit code: 0 done, 2 the input must be mended, 70 a fault of this program, 130 interrupted, 141 nobody reads
+        what is printed, 143 terminated.
+    """
     argv = sys.argv[1:] if argv is None else argv
-    arguments = make_parser(next(iter(argv), None)).parse_args(argv)
     try:
-        with naming(Naming(flags=True)):
+        with _terminable(), naming(Naming(flags=True)):
+            arguments = make_parser(next(iter(argv), None)).parse_args(argv)
+            _set_threads(getattr(arguments, "threads", None))
             load_plugins([*installed_plugins(), *map(read_plugin, arguments.plugin)])
             arguments.run(arguments)
+            sys.stdout.flush()
+    except SystemExit:  # of --help, whose reader may have gone too
+        if _nobody_reads():
+            return NOBODY_READS
+        raise
     except UserError as error:
-        print(f"mrd-bench: error: {error}", file=sys.stderr)
-        return USER_ERROR
+        return _ended(USER_ERROR, f"mrd-bench: error: {one_line(str(error))}")
+    except Terminated:
+        return _ended(TERMINATED, "\nmrd-bench: terminated; the same command continues")
     except KeyboardInterrupt:
-        print("\nmrd-bench: interrupted; the same command continues", file=sys.stderr)
-        return INTERRUPTED
+        return _ended(INTERRUPTED, "\nmrd-bench: interrupted; the same command continues")
+    except Exception as error:
+        if isinstance(error, BrokenPipeError) and _nobody_reads():
+            return NOBODY_READS
+        if isinstance(error, OSError) and error.errno in REFUSED_BY_FILE_SYSTEM:
+            where = f"{error.filename}: " if error.filename else ""
+            return _ended(USER_ERROR, one_line(f"mrd-bench: error: {where}{error.strerror}"))
+        return _ended(OUR_FAULT, one_line(f"mrd-bench: {_confession(error, argv)}"))
     return 0
+
+
+def _set_threads(count: int | None) -> None:
+    """Compute with so many threads in this process."""
+    if count is None:
+        return
+    cores = os.cpu_count() or 1
+    if not 1 <= count <= cores:
+        raise UserError(f"--threads is {count}: expected a whole number from 1 to {cores}, the cores of this machine")
+    import torch
+
+    torch.set_num_threads(count)
+
+
+def _ended(code: int, line: str) -> int:
+    with suppress(BrokenPipeError):
+        print(line, file=sys.stderr)
+    return code
+
+
+def _nobody_reads() -> bool:
+    """Whether the reader of standard output has gone, as `head` does; nothing more is written there then."""
+    try:
+        out = sys.stdout.fileno()
+    except (OSError, ValueError):  # no file: a test, or a notebook, reads
+        return False
+    poll = select.poll()
+    poll.register(out, 0)
+    if not any(event & select.POLLERR for _, event in poll.poll(0)):
+        return False
+    # Else Python would try once more when it ends, and complain.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), out)
+    return True
+
+
+def _confession(error: Exception, argv: Sequence[str]) -> str:
+    """What to say of an error that nobody has foreseen; its traceback goes to a file."""
+    what = f"{type(error).__name__}: {first_line(error)}"
+    text = f"mrd-bench {shlex.join(argv)}\n\n{''.join(traceback.format_exception(error))}"
+    try:
+        with tempfile.NamedTemporaryFile(
+            "w", encoding="utf-8", errors="backslashreplace", prefix="mrd-bench-fault-", suffix=".txt", delete=False
+        ) as file:
+            file.write(text)
+    except OSError:
+        return f"a fault of mrd-bench itself ({what}); its traceback could not be saved"
+    return f"a fault of mrd-bench itself ({what}); please report it with {file.name}"
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """Within the context SIGTERM ends work as an interrupt does; only the main thread can arrange that."""
+
+    def end(*_: object) -> NoReturn:
+        raise Terminated
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def make_parser(verb_name: str | None) -> argparse.ArgumentParser:
@@ -128,6 +236,14 @@ def make_parser(verb_name: str | None) -> argparse.ArgumentParser:
             default=[],
             help="a file that adds algorithms, orders, metrics or tasks; can be given again (see docs/extending.md)",
         )
+        if verb.computes:
+            sub.add_argument(
+                "--threads",
+                metavar="N",
+                type=int,
+                help="threads of what is computed in this process (default: as many as there are cores); those of "
+                "replicas and workers on Ray have flags of their own",
+            )
         if verb.arguments and verb.name == verb_name:
             verb.arguments(sub)
     return parser

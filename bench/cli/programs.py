@@ -5,9 +5,11 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from bench.cli.flags import Parser, add_settings, settings_from, whole_numbers
 from scoring.errors import UserError
+from scoring.reading import exists, read_json
 
 
 def demo_arguments(parser: argparse.ArgumentParser) -> None:
@@ -127,6 +129,9 @@ def _out(arguments: argparse.Namespace) -> str | None:
     out: str | None = arguments.out
     if out and not Path(out).absolute().parent.is_dir():
         raise UserError(f"--out {out}: its folder does not exist; make it, or choose another")
+    if out and exists(out):
+        expected = "a JSON file of figures, which is replaced, or a new name"
+        read_json(out, dict[str, Any], expected)
     return out
 
 

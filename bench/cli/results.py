@@ -78,9 +78,12 @@ def _results_show(arguments: argparse.Namespace) -> None:
 def _results_export(arguments: argparse.Namespace) -> None:
     from bench.files.folders import unwritable
     from bench.results.export import exported, skipped_lines
-    from bench.results.store import read_stores
+    from bench.results.store import Store, read_stores
     from scoring.files import replacing
 
+    if arguments.out:
+        for root in arguments.stores:
+            Store(root).refuse_inside(Path(arguments.out))
     results = read_stores(arguments.stores, arguments.task, arguments.experiment)
     text = exported(results, arguments.table, arguments.format)
     for line in skipped_lines(results.skipped):

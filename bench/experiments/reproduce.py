@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
@@ -19,7 +20,7 @@ import pyarrow.parquet as pq
 import yaml
 
 from bench.experiments.experiment import Answer, Experiment, Setup
-from bench.files.folders import locked
+from bench.files.folders import LOCK, Hashed, MadeFolders, locked, refuse_foreign
 from bench.files.identity import with_spec_hash
 from bench.files.origin import origin
 from bench.files.spec import read_mapping
@@ -27,12 +28,14 @@ from bench.jobs.resources import SweepResources
 from bench.report import figures
 from scoring.errors import UserError, unknown_name
 from scoring.files import replacing
+from scoring.reading import read_json
 from scoring.settings import Naming, named
 
 PRESETS = ("demo", "decide", "paper")
 SPECS = Path(__file__).parent / "specs"
 ALL = "all"
 SCHEMA_VERSION = 1
+TITLE = "# The paper's figures and tables"
 
 # Each name is a module of this package.
 FIGURES = ("fig2", "fig3", "fig4", "fig5", "fig6", "fig7")
@@ -53,6 +56,10 @@ TABLES = (
 FURTHER = ("tournament", "samplers")
 NAMES = (*FIGURES, *TABLES, *FURTHER)
 EXPERIMENTS: dict[str, Experiment] = {name: import_module(f"bench.experiments.{name}").EXPERIMENT for name in NAMES}
+
+
+class _Record(Hashed):
+    preset: str
 
 
 def reproduce(
@@ -103,10 +110,21 @@ def reproduce(
         on_model = chosen[0].on_model
         assert on_model is not None
         setups = [replace(setup, values=on_model(setup.values, model, data, split)) for setup in setups]
-    with locked(out / "work", out, "run"):
-        folders = [
-            _answer_once(experiment, setup, preset, out) for experiment, setup in zip(chosen, setups, strict=True)
-        ]
+    refuse_foreign(out / "README.md", TITLE, "answers")
+    made = MadeFolders(out / "work")
+    with locked(out / "work", out, "run") as lock:
+        try:
+            folders = [
+                _answer_once(experiment, setup, preset, out) for experiment, setup in zip(chosen, setups, strict=True)
+            ]
+        except UserError:
+            for setup in setups:
+                with suppress(OSError):
+                    setup.work.rmdir()
+            if not any(path.name != LOCK for path in (out / "work").iterdir()):
+                Path(lock.lock_file).unlink()
+            made.remove_unused()
+            raise
         _write_overview(out, preset)
     return folders
 
@@ -138,7 +156,7 @@ def _answer_once(experiment: Experiment, setup: Setup, preset: str, out: Path) -
     )
     path = folder / "record.json"
     if path.is_file():
-        record = json.loads(path.read_text())
+        record = read_json(path, _Record, f"the record of an answer: remove {folder}, and give the same command again")
         if record["spec_hash"] == identity["spec_hash"]:
             print(f"{experiment.name}: {folder} is there already", flush=True)
             return folder
@@ -189,7 +207,7 @@ def _finding(experiment: Experiment, sentences: Sequence[str]) -> str:
 def _write_overview(out: Path, preset: str) -> None:
     """Write README.md with every finding in the folder."""
     finished = [name for name in EXPERIMENTS if (out / name / "record.json").is_file()]
-    parts = [f"# The paper's figures and tables, preset {preset}\n"]
+    parts = [f"{TITLE}, preset {preset}\n"]
     for name in finished:
         text = (out / name / "finding.md").read_text(encoding="utf-8")
         parts.append(text.replace(f"]({name}.png)", f"]({name}/{name}.png)"))

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
+import sys
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
 from filelock import FileLock, Timeout
+from typing_extensions import TypedDict
 
 from bench.files.identity import differences
 from scoring.errors import UserError
 from scoring.files import replacing, shown
-from scoring.settings import named
+from scoring.reading import exists, read_json
+from scoring.settings import named, settings_of
 
 LOCK = ".lock"
 
@@ -39,9 +43,83 @@ def locked(folder: Path, out: Path, kind: str, name: str = LOCK) -> FileLock:
         raise UserError(
             f"{named('out')} {shown(out)}: another {kind} is writing here; wait for it, or choose another"
         ) from None
-    except OSError as error:
-        raise unwritable(out, error) from error
+    except (OSError, NotImplementedError) as error:
+        if not _has_no_locks(error):
+            raise unwritable(out, error if isinstance(error, OSError) else OSError(errno.ENOSYS, str(error))) from error
+        print(
+            f"mrd-bench: {shown(out)}: this file system has no locks: start nothing else that writes there",
+            file=sys.stderr,
+        )
     return lock
+
+
+def _has_no_locks(error: Exception) -> bool:
+    """Whether a lock failed because the file system has none, as some that are shared between machines."""
+    # filelock raises NotImplementedError where flock is not implemented.
+    return isinstance(error, NotImplementedError) or (
+        isinstance(error, OSError) and error.errno in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+    )
+
+
+class MadeFolders:
+    """Folders on the way to a place that are not there yet: whoever makes them and does not use them removes them.
+
+    Args:
+        place: that will be made with all its parents.
+    """
+
+    def __init__(self, place: Path) -> None:
+        self._missing = [folder for folder in (place, *place.parents) if not exists(folder)]
+
+    def remove_unused(self) -> None:
+        """Remove those that are empty, the innermost first."""
+        for folder in self._missing:
+            with suppress(OSError):
+                folder.rmdir()
+
+
+def refuse_foreign(path: Path, beginning: str, kind: str) -> None:
+    """Refuse to replace a file that somebody else has written.
+
+    Args:
+        beginning: of the text of ours.
+        kind: of ours, in words: "a leaderboard".
+
+    Raises:
+        UserError: one line.
+    """
+    if exists(path) and not (path.is_file() and path.read_bytes().startswith(beginning.encode())):
+        raise UserError(f"{named('out')}: {shown(path)} exists and is not of {kind}: choose another folder")
+
+
+def refuse_inputs(out: Path, settings: Any) -> None:
+    """Refuse an output that is one of the inputs.
+
+    Args:
+        settings: whose values may name files: PATH, TASK:PATH or PATH:COLUMN.
+
+    Raises:
+        UserError: one line.
+    """
+    for setting in settings_of(type(settings)):
+        value = getattr(settings, setting.name)
+        for text in value if isinstance(value, list | tuple) else [value]:
+            if isinstance(text, str) and any(_same_file(out, part) for part in (text, *_parts(text))):
+                raise UserError(
+                    f"{named('out')} {shown(out)} is what {named(setting.name)} names: choose another file, so that "
+                    "it is not lost"
+                )
+
+
+def _parts(text: str) -> tuple[str, str]:
+    return text.partition(":")[2], text.rpartition(":")[0]
+
+
+def _same_file(one: Path, other: str) -> bool:
+    try:
+        return bool(other) and os.path.samefile(one, other)
+    except (OSError, ValueError):
+        return False
 
 
 def unwritable(out: Path, error: OSError) -> UserError:
@@ -59,7 +137,7 @@ def check_folder(name: str, folder: Path) -> None:
     Raises:
         UserError: a file stands in the way, or nothing can be written there.
     """
-    nearest = next(path for path in (folder, *folder.parents) if path.exists())
+    nearest = next(path for path in (folder, *folder.parents) if exists(path))
     if not nearest.is_dir():
         raise UserError(f"{named(name)} {shown(folder)}: {shown(nearest)} is a file; expected a folder")
     if not os.access(nearest, os.W_OK):
@@ -73,13 +151,19 @@ def claim(folder: Path, identity: dict[str, Any]) -> None:
             unfinished.write_text(json.dumps(identity, indent=2) + "\n")
 
 
+class Hashed(TypedDict):
+    """A spec with its hash."""
+
+    spec_hash: str
+
+
 def owner_of(folder: Path) -> dict[str, Any] | None:
     """The identity of the run that a folder belongs to; None where nothing sound is noted."""
     try:
-        owner: dict[str, Any] = json.loads((folder / "spec.json").read_text())
-        return owner if "spec_hash" in owner else None
-    except (OSError, ValueError, TypeError):
+        owner: dict[str, Any] = read_json(folder / "spec.json", Hashed, "the spec of a run")
+    except UserError:
         return None
+    return owner
 
 
 class OwnedFolder:
@@ -98,13 +182,12 @@ class OwnedFolder:
     def __init__(self, out: Path, identity: dict[str, Any]) -> None:
         self._out, self._identity = out, identity
         self._lock: FileLock | None = None
-        self._made = False
+        self._made = MadeFolders(out)
 
     def __enter__(self) -> Self:
         out, spec = self._out, self._out / "spec.json"
-        if out.exists() and not out.is_dir():
+        if exists(out) and not out.is_dir():
             raise UserError(f"{named('out')} {shown(out)} is a file: expected a folder to write to")
-        self._made = not out.exists()
         if spec.is_file():
             self._check_owner()
         # What a killed start may have left does not make the folder someone else's.
@@ -153,8 +236,7 @@ class OwnedFolder:
     def _leave_nothing(self) -> None:
         with suppress(OSError):
             (self._out / LOCK).unlink(missing_ok=True)
-            if self._made:
-                self._out.rmdir()
+            self._made.remove_unused()
 
     def is_finished(self) -> bool:
         return (self._out / self.RECORD).is_file()

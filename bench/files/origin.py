@@ -8,11 +8,21 @@ import subprocess
 from functools import lru_cache
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired
+
+from typing_extensions import TypedDict
 
 PACKAGES = ("mrd-bench", "torch", "transformers", "ray", "numpy", "pyarrow")
 # Of a job whose working folder was sent without its history.
 COMMIT_VARIABLE = "MRD_BENCH_COMMIT"
+
+
+class Origin(TypedDict):
+    """What `origin` says; files of early versions lack some of it."""
+
+    packages: dict[str, str | None]
+    hardware: NotRequired[str | None]
+    git_commit: NotRequired[str | None]
 
 
 def origin(*packages: str) -> dict[str, Any]:

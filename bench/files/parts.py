@@ -15,36 +15,55 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from filelock import FileLock
 
-from bench.files.folders import claim, locked, owner_of
+from bench.files.folders import MadeFolders, claim, locked, owner_of, refuse_inputs
 from bench.files.identity import differences
 from bench.files.score_file import FACTS_KEY, read_scores
 from scoring.errors import RefusedUnderWay, UserError
 from scoring.files import replacing, shown
 from scoring.mrd import Draws
+from scoring.reading import check_columns, exists, shaped
 from scoring.settings import named
 from scoring.work import DrawTask, Facts, ReplicaTask
 
 
 def finished_output(
-    out: Path, identity: dict[str, Any], kind: str, contents: str
+    out: Path,
+    identity: dict[str, Any],
+    kind: str,
+    contents: str,
+    settings: Any,
+    overwrite: bool,
+    shape: Any,
+    columns: pa.Schema,
 ) -> tuple[pa.Table, dict[str, Any]] | None:
-    """The table and the record that a run of the same spec has left in `out`; None if there is no file.
+    """The table and the record that a run of the same spec has left in `out`; None if it is to be written.
 
     Args:
         out: the output file.
         identity: of the run that would be started.
         kind: of file that it must be, for messages: "a score file".
         contents: of such a file: "scores".
+        settings: of the run, which may name `out` as an input.
+        overwrite: replace what an earlier run has left.
+        shape: of the record, see `scoring.reading.shaped`.
+        columns: of the table, see `scoring.reading.check_columns`.
 
     Raises:
-        UserError: the file is something else, or of another spec.
+        UserError: the file is something else, or of another spec; or, with `overwrite`, it is none of ours.
     """
-    if not out.exists():
+    refuse_inputs(out, settings)
+    if not exists(out):
         return None
     try:
         table, spec, record = read_scores(out)
     except UserError:
         spec = {}
+    if overwrite and spec:
+        return None
+    if overwrite and not out.is_dir():
+        raise UserError(f"{named('out')} {shown(out)} was not written by mrd-bench: choose another file, or remove it")
+    if overwrite:
+        return None  # a folder is refused by who writes there
     if not identity.keys() <= spec.keys():
         raise UserError(
             f"{named('out')} {shown(out)} exists and is not {kind}: choose another, or {named('overwrite')}"
@@ -54,6 +73,9 @@ def finished_output(
             f"{named('out')} {shown(out)} holds {contents} of another spec (different: {differences(spec, identity)}): "
             f"choose another file, or {named('overwrite')}"
         )
+    expected = f"what this command writes; {named('overwrite')} replaces it"
+    shaped(record, shape, str(out), expected)
+    check_columns(table, columns, str(out), expected)
     print(f"{shown(out)} is there already (spec {identity['spec_hash']})", file=sys.stderr)
     return table, record
 
@@ -69,6 +91,7 @@ class Parts:
         self.folder = out.with_name(out.name + ".parts")
         self._out, self._identity = out, identity
         self._lock: FileLock | None = None
+        self._made = MadeFolders(self.folder)
 
     def __enter__(self) -> Self:
         self._lock = locked(self.folder, self._out, "run", "lock")
@@ -83,6 +106,7 @@ class Parts:
                 )
         except BaseException:
             self._lock.release()
+            self._made.remove_unused()
             raise
         return self
 
@@ -92,6 +116,7 @@ class Parts:
             self.remove()
         if self._lock is not None:
             self._lock.release()
+        self._made.remove_unused()
 
     def _path(self, key: str) -> Path:
         return self.folder / f"{key}.parquet"

@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 
 from scoring.errors import UserError
 from scoring.files import replacing
+from scoring.reading import parse_json, read_parquet, shaped
 
 SPEC_KEY, FACTS_KEY = b"mrd_bench.spec", b"mrd_bench.facts"
 # Rows that are encoded at a time, so that writing a file takes no more memory the longer it is.
@@ -32,12 +33,16 @@ def read_scores(path: str | Path) -> tuple[pa.Table, dict[str, Any], dict[str, A
     Raises:
         UserError: not a file that `score` wrote.
     """
-    try:
-        table = pq.ParquetFile(path).read()
-        metadata = table.schema.metadata or {}
-        return table, json.loads(metadata[SPEC_KEY]), json.loads(metadata[FACTS_KEY])
-    except (pa.ArrowException, OSError, KeyError) as error:
-        raise UserError(f"{path}: not a score file of mrd-bench; expected what `mrd-bench score` writes") from error
+    expected = "what `mrd-bench score` writes"
+    table = read_parquet(path, expected)
+    metadata = table.schema.metadata or {}
+    if SPEC_KEY not in metadata or FACTS_KEY not in metadata:
+        raise UserError(f"{path}: not a score file of mrd-bench; expected {expected}")
+    spec, facts = (
+        shaped(parse_json(metadata[key], f"{path}, {key.decode()}", expected), dict[str, Any], str(path), expected)
+        for key in (SPEC_KEY, FACTS_KEY)
+    )
+    return table, spec, facts
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from typing import Any
 import yaml
 
 from scoring.errors import UserError
+from scoring.reading import read_text
 from scoring.settings import MAPPING, build, current_naming, described, naming, settings_of, unknown_setting
 
 Lines = dict[tuple[str | int, ...], int]
@@ -76,12 +77,7 @@ def read_mapping(path: str | Path) -> tuple[dict[Any, Any], Lines]:
     Raises:
         UserError: one line that names the file, and the line at fault.
     """
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"spec file {str(path)!r} cannot be read ({error.strerror}): expected a YAML file") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text at byte {error.start}; expected a YAML file") from error
+    text = read_text(path, "a YAML file", f"spec file {str(path)!r}")
     loader = _Loader("")
     try:
         loader = _Loader(text)
@@ -93,15 +89,36 @@ def read_mapping(path: str | Path) -> tuple[dict[Any, Any], Lines]:
         loader.dispose()
     if not isinstance(values, dict):
         raise UserError(f"{path} is {described(values)}: expected {MAPPING}")
+    lines: Lines = {}
     try:
-        return values, dict(_lines(node))
+        for keys, line in _lines(node):
+            lines[keys] = line
+            if len(lines) > MOST_ENTRIES:
+                raise UserError(f"{path} has more than {MOST_ENTRIES} entries, aliases counted: expected a spec")
+    except yaml.MarkedYAMLError as error:
+        raise UserError(f"{path}{_at_line(error, text)}: {error.problem}") from None
     except RecursionError:
         raise UserError(f"{path}: not valid YAML (an alias contains itself)") from None
+    return values, lines
+
+
+# The kinds of values that JSON has too: specs are kept as JSON, and so are their hashes made.
+_KINDS = {f"tag:yaml.org,2002:{name}" for name in ("map", "seq", "str", "int", "float", "bool", "null")}
+MOST_ENTRIES, MOST_DIGITS = 10_000, 400
 
 
 def _lines(node: yaml.Node | None, path: tuple[str | int, ...] = ()) -> Iterator[tuple[tuple[str | int, ...], int]]:
+    """The line of each key and entry below a node, by the keys that lead there; other kinds of values are refused."""
+    if node is not None and node.tag not in _KINDS:
+        kind = node.tag.rpartition(":")[2]
+        found = "a date" if kind == "timestamp" else f"of YAML's kind {kind!r}"
+        raise _at(node, f"{path[-1] if path else 'the file'} is {found}: expected text; put it in quotes")
+    if isinstance(node, yaml.ScalarNode) and node.tag.endswith(":int") and len(node.value) > MOST_DIGITS:
+        raise _at(node, f"{path[-1] if path else 'the file'} has {len(node.value)} digits: expected a smaller number")
     if isinstance(node, yaml.MappingNode):
         for key, value in node.value:
+            if key.tag != "tag:yaml.org,2002:str":
+                raise _at(key, f"the key {key.value!r} is no text: put it in quotes")
             keys = (*path, str(key.value))
             yield keys, key.start_mark.line + 1
             yield from _lines(value, keys)
@@ -109,6 +126,10 @@ def _lines(node: yaml.Node | None, path: tuple[str | int, ...] = ()) -> Iterator
         for number, value in enumerate(node.value):
             yield (*path, number), value.start_mark.line + 1
             yield from _lines(value, (*path, number))
+
+
+def _at(node: yaml.Node, problem: str) -> yaml.MarkedYAMLError:
+    return yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark)
 
 
 def _at_line(error: Exception, text: str) -> str:

@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from algorithms.alone import LossAlone
 from algorithms.objectives import algorithm_name
 from bench.files.identity import identity_fields, with_spec_hash
-from bench.files.origin import origin
+from bench.files.origin import Origin, origin
 from bench.files.parts import ColumnParts, finished_output
 from bench.files.score_file import write_scores
 from bench.jobs.read_samples import read_samples
@@ -50,6 +50,7 @@ from scoring.measuring import (
     difficulty_table,
     text_columns,
 )
+from scoring.reading import check_columns
 from scoring.samples import BATCH_TOKENS, Rejected, Tokens, make_batches, nothing_scored
 from scoring.settings import Doc, Ge, named
 from scoring.templates import TEMPLATE_FIELDS, TemplateSettings, absolute_template
@@ -157,6 +158,19 @@ class DifficultyResult:
     seconds: float
 
 
+class _Record(Origin):
+    rejected: list[dict[str, str]]
+    thresholds: dict[str, float]
+    cost: dict[str, float]
+    seconds_of_measures: dict[str, float]
+    notes: list[str]
+
+
+_COLUMNS = pa.schema(
+    [pa.field("sample_id", pa.string(), nullable=False), pa.field("num_tokens", pa.int64(), nullable=False)]
+)
+
+
 def difficulty(
     spec: DifficultySpec,
     out: str | Path,
@@ -196,8 +210,10 @@ def difficulty(
         },
         NOT_HASHED,
     )
-    if not overwrite and (finished := finished_output(out, identity, "a difficulty file", "measures")):
+    if finished := finished_output(out, identity, "a difficulty file", "measures", spec, overwrite, _Record, _COLUMNS):
         table, record = finished
+        numbers = pa.schema([(name, pa.float64()) for name in table.column_names[2:]])
+        check_columns(table, numbers, str(out), "a number for each measure")
         return DifficultyResult(out, table, [Rejected(**r) for r in record["rejected"]], record, 0.0)
     samples, rejected = read_samples(texts, model, spec.tokens, spec.samples)
     batches = samples.batches(spec.batch_tokens)

@@ -12,7 +12,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -25,7 +24,7 @@ import pyarrow.compute as pc
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from bench.files.identity import identity_fields, with_spec_hash
-from bench.files.origin import origin
+from bench.files.origin import Origin, origin
 from bench.files.parts import Parts, finished_output
 from bench.files.score_file import write_scores
 from bench.jobs.evaluation_sets import Sets, end_of_answers, sets_of, tokens_sha256
@@ -34,12 +33,13 @@ from bench.jobs.measurement import Measurement
 from bench.jobs.resources import Resources, check_dtype
 from bench.metrics import METRICS
 from bench.metrics.harness import HARNESS
-from bench.metrics.table import MODEL, ORIGINAL, RETAIN_ONLY, Columns, columns_in, metric_table, sample_rows
+from bench.metrics.table import MODEL, ORIGINAL, RETAIN_ONLY, SCHEMA, Columns, columns_in, metric_table, sample_rows
 from bench.metrics.values import Missing
 from bench.models.find import ModelReference, find_model, loaded_model
 from bench.tasks import Task
 from bench.tasks.datasets import find_task
 from scoring.errors import UserError, expected_one_of
+from scoring.files import work_folder
 from scoring.readings import Reader
 from scoring.settings import build, named
 from scoring.templates import TEMPLATE_FIELDS
@@ -134,13 +134,17 @@ def evaluate(
     references = {name: loaded_model(name, one, tokenizer) for name, one in loaded.items()}
     if out is not None:
         return evaluate_spec(spec, out, resources, overwrite, progress, references)
-    with tempfile.TemporaryDirectory(prefix="mrd-bench-") as folder:
-        result = evaluate_spec(spec, Path(folder) / "evaluation.parquet", resources, False, progress, references)
+    with work_folder() as folder:
+        result = evaluate_spec(spec, folder / "evaluation.parquet", resources, False, progress, references)
     return dataclasses.replace(result, path=None)
 
 
 def _is_loaded(model: object) -> bool:
     return not isinstance(model, str | Path)
+
+
+class _Record(Origin):
+    rejected: list[dict[str, str]]
 
 
 def evaluate_spec(
@@ -171,7 +175,7 @@ def evaluate_spec(
     if _asks_harness(metrics):
         task.harness(source)  # local questions that are at fault are refused before anything is measured
     identity = _identity(spec, task, models, sets)
-    if not overwrite and (finished := finished_output(out, identity, "an evaluation", "an evaluation")):
+    if finished := finished_output(out, identity, "an evaluation", "an evaluation", spec, overwrite, _Record, SCHEMA):
         table, record = finished
         return EvaluationResult(out, table, {"spec": identity} | record)
     started = time.perf_counter()

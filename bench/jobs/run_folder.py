@@ -32,11 +32,12 @@ from algorithms.checkpoints import Checkpoints
 from algorithms.corpus import Corpus
 from algorithms.history import History
 from algorithms.tables import tables_of
-from bench.files.folders import OwnedFolder
-from bench.files.origin import origin
+from bench.files.folders import Hashed, OwnedFolder
+from bench.files.origin import Origin, origin
 from bench.report.words import size_of
 from scoring.errors import UserError
 from scoring.files import replacing, shown
+from scoring.reading import read_json, read_parquet
 from scoring.settings import named
 
 
@@ -146,9 +147,54 @@ def read_run(folder: str | Path) -> UnlearnResult:
         UserError: the folder holds none.
     """
     folder = Path(folder)
-    try:
-        record = json.loads((folder / "run.json").read_text())
-        steps, epochs, samples = (pq.read_table(folder / f"{name}.parquet") for name in ("steps", "epochs", "samples"))
-    except (OSError, json.JSONDecodeError, pa.ArrowException) as error:
-        raise UserError(f"{folder}: no finished run; expected what `mrd-bench unlearn` writes") from error
+    expected = "what `mrd-bench unlearn` writes"
+    if not (folder / RunFolder.RECORD).is_file():
+        raise UserError(f"{folder}: no finished run; expected {expected}")
+    record = read_json(folder / RunFolder.RECORD, _Record, expected)
+    steps, epochs, samples = (
+        read_parquet(folder / f"{name}.parquet", expected, columns) for name, columns in _COLUMNS.items()
+    )
+    if not epochs.num_rows:
+        raise UserError(f"{folder / 'epochs.parquet'} has no rows: expected {expected}")
     return UnlearnResult(folder, steps, epochs, samples, record)
+
+
+class _Identity(Hashed):
+    algorithm: str
+    alpha: float
+    seed: int
+    model: str
+    task: str
+    forget_split: str | None
+    selection: str | None
+    model_fingerprint: str
+    forget_sha256: str
+
+
+class _Record(Origin):
+    """What every reader of run.json may rely on."""
+
+    spec: _Identity
+    updates: int
+    thresholds: dict[str, float | None]
+    seconds: dict[str, float]
+    passes: dict[str, list[int]]
+    notes: list[str]
+    rejected: list[dict[str, str]]
+
+
+_COLUMNS = {
+    "steps": pa.schema([pa.field("step", pa.int64(), nullable=False)]),
+    "epochs": pa.schema(
+        [pa.field(name, pa.int64(), nullable=False) for name in ("epoch", "step")]
+        + [(name, pa.float64()) for name in ("forget_loss", "retain_loss", "forgotten", "mean_abs_delta")]
+    ),
+    "samples": pa.schema(
+        [
+            pa.field("sample_id", pa.string(), nullable=False),
+            pa.field("num_tokens", pa.int64(), nullable=False),
+            pa.field("updates", pa.int64(), nullable=False),
+            ("updates_until_forgotten", pa.int64()),
+        ]
+    ),
+}

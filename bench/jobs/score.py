@@ -17,7 +17,7 @@ from typing import Annotated, Any, ClassVar, Self
 import pyarrow as pa
 
 from bench.files.identity import identity_fields, with_spec_hash
-from bench.files.origin import origin
+from bench.files.origin import Origin, origin
 from bench.files.parts import DrawParts, Parts, finished_output
 from bench.files.score_file import write_scores
 from bench.jobs.read_samples import read_samples
@@ -28,11 +28,13 @@ from scoring.api import ScoreSettings, draw_tasks, run_tasks, score_columns, sco
 from scoring.batch_size import BatchSizeTask
 from scoring.cluster import how_many_fit
 from scoring.engine import Dtype
+from scoring.errors import UserError
 from scoring.files import replacing
 from scoring.mrd import ESTIMATORS, no_gradients
+from scoring.reading import read_text
 from scoring.sample_file import SampleFile
 from scoring.samples import Rejected, nothing_scored
-from scoring.settings import Doc
+from scoring.settings import Doc, described
 from scoring.templates import TEMPLATE_FIELDS, TemplateSettings, absolute_template
 from scoring.work import ReplicaSpec
 
@@ -100,6 +102,22 @@ class ScoreResult:
     seconds: float
 
 
+class _Record(Origin):
+    """What every reader of a score file may rely on."""
+
+    rejected: list[dict[str, str]]
+    perturbation_survival: float | None
+    gradient_error: float | None
+    notes: list[str]
+
+
+_COLUMNS = pa.schema(
+    [pa.field("sample_id", pa.string(), nullable=False)]
+    + [pa.field(name, pa.int64(), nullable=False) for name in ("num_tokens", "tokens_saturated", "draws")]
+    + [pa.field(name, pa.float64(), nullable=False) for name in ("nll", "mrd", "mrd_stderr")]
+)
+
+
 def score(
     spec: ScoreSpec, out: str | Path, resources: Resources | None = None, overwrite: bool = False, progress: bool = True
 ) -> ScoreResult:
@@ -120,7 +138,7 @@ def score(
     model = find_model(spec.model)
     texts = open_texts(spec.data, spec.split, model.tokenizer, spec.chosen_template())
     identity = _identity(spec, texts, model)
-    if not overwrite and (finished := finished_output(out, identity, "a score file", "scores")):
+    if finished := finished_output(out, identity, "a score file", "scores", spec, overwrite, _Record, _COLUMNS):
         table, record = finished
         return ScoreResult(out, table, [Rejected(**r) for r in record["rejected"]], record, 0.0)
     samples, rejected = read_samples(texts, model, spec.tokens)
@@ -182,4 +200,7 @@ def _batch_tokens(
             ((_, tokens, _),) = list(pool.run([BatchSizeTask(estimator, samples.longest, sharing)], [[]]))
         with replacing(path) as unfinished:
             unfinished.write_text(str(tokens))
-    return int(path.read_text())
+    text = read_text(path, "a number of tokens")
+    if not text.isdecimal():
+        raise UserError(f"{path} is {described(text)}: expected a number of tokens; remove the folder {parts.folder}")
+    return int(text)

@@ -6,13 +6,22 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from typing_extensions import TypedDict
+
 from bench.jobs.sweep_plan import SweepPlan
 from bench.jobs.trial import Trial
 from scoring.errors import UserError
 from scoring.files import replacing
+from scoring.reading import read_json
 
 # What an adaptive search maximises, and what a configuration is given that has no value: all that have are shares.
 OBJECTIVE, WORST = "objective", -1.0
+
+
+class _Tried(TypedDict):
+    values: dict[str, Any]
+    objective: float
+    reason: str | None
 
 
 class Search:
@@ -26,7 +35,10 @@ class Search:
         self._plan, self._path = plan, plan.out / "search.json"
         self.total = plan.spec.trials or 0
         # Of each configuration its values, the objective, and the reason where its values do not go together.
-        self._tried: list[dict[str, Any]] = json.loads(self._path.read_text()) if self._path.is_file() else []
+        expected = "what the search has tried: remove it, and the search begins again with the trials that are there"
+        self._tried: list[dict[str, Any]] = (
+            read_json(self._path, list[_Tried], expected) if self._path.is_file() else []
+        )
 
     @property
     def left(self) -> int:

@@ -24,7 +24,7 @@ from bench.jobs.search import OBJECTIVE, WORST, Search
 from bench.jobs.sweep_plan import SweepPlan
 from bench.jobs.trial import Result, Trial, TrialContext, TrialStore, run_trial, shareable_weights
 from bench.models.find import find_model
-from scoring.cluster import connect, how_many_fit
+from scoring.cluster import Footprint, connect, how_many_fit
 from scoring.errors import UserError
 from scoring.plugins import load_plugins
 
@@ -67,26 +67,53 @@ def run_on_tune(
         plan.spec.keep_models,
     )
     objective = None if plan.spec.scheduler == "none" else plan.spec.objective
-    if search is None:
-        watch: _Watch = _Trials(shared.store, waiting, len(trials), progress)
-        work = tune.with_parameters(_one_trial, trials=list(waiting), shared=shared, objective=objective)
-        space: dict[str, Any] = {"number": tune.grid_search(list(range(len(waiting))))}
-        search_by: dict[str, Any] = {"scheduler": _scheduler(plan)}
-    else:
-        watch = _Configurations(search, progress)
-        work = tune.with_parameters(_every_selection, plan=plan, shared=shared)
+
+    def fit(watch: _Watch, work: Any, space: dict[str, Any], search_by: dict[str, Any]) -> None:
+        _fit(plan, watch, work, space, search_by, footprint, concurrent, resources.reuse)
+
+    if search is not None:
         space = {name: _domain_of(values) for name, values in plan.spec.vary.items()}
         search_by = {"search_alg": search.algorithm(), "num_samples": search.left, "metric": OBJECTIVE, "mode": "max"}
+        fit(
+            _Configurations(search, progress),
+            tune.with_parameters(_every_selection, plan=plan, shared=shared),
+            space,
+            search_by,
+        )
+        return
+    # Tune begins a trial anew whose worker dies at work, and gives up one whose worker dies while it starts.
+    for turn in range(MAX_DEATHS + 1):
+        if not (left := [trial for trial in waiting if store.find(trial.hash) is None]):
+            break
+        fit(
+            _Trials(store, left, len(trials), progress, is_last=turn == MAX_DEATHS),
+            tune.with_parameters(_one_trial, trials=left, shared=shared, objective=objective),
+            {"number": tune.grid_search(list(range(len(left))))},
+            {"scheduler": _scheduler(plan)},
+        )
+
+
+def _fit(
+    plan: SweepPlan,
+    watch: _Watch,
+    work: Any,
+    space: dict[str, Any],
+    search_by: dict[str, Any],
+    footprint: Footprint,
+    concurrent: int,
+    reuse: bool,
+) -> None:
+    """Let Tune do the work with every point of a space, and tell `watch` how each ended."""
     # A trial with workers of its own takes no core here, where its workers may need them all; Tune wants it to take
     # something.
-    bundles = [{"memory": 1.0}] if has_workers else [{"CPU": footprint.cpus, "GPU": footprint.gpus}]
+    bundles = [{"memory": 1.0}] if plan.base.workers > 0 else [{"CPU": footprint.cpus, "GPU": footprint.gpus}]
     storage = plan.out / ".tune"
     shutil.rmtree(storage, ignore_errors=True)
     with _environment(), watch:
         tune.Tuner(
             tune.with_resources(work, tune.PlacementGroupFactory(bundles)),
             param_space=space,
-            tune_config=tune.TuneConfig(max_concurrent_trials=concurrent, reuse_actors=resources.reuse, **search_by),
+            tune_config=tune.TuneConfig(max_concurrent_trials=concurrent, reuse_actors=reuse, **search_by),
             run_config=tune.RunConfig(
                 name="sweep",
                 storage_path=str(storage),
@@ -194,11 +221,17 @@ class _Watch(tune.Callback):
 
 
 class _Trials(_Watch):
-    """Keeps what only the driver knows: which trials were stopped, and whose worker died."""
+    """Keeps what only the driver knows: which trials were stopped, and whose worker died.
 
-    def __init__(self, store: TrialStore, waiting: Sequence[Trial], total: int, shown: bool) -> None:
+    Args:
+        is_last: a trial whose worker died is not begun anew after this.
+    """
+
+    def __init__(
+        self, store: TrialStore, waiting: Sequence[Trial], total: int, shown: bool, is_last: bool = True
+    ) -> None:
         super().__init__(total, total - len(waiting), "trial", shown)
-        self._store, self._waiting = store, waiting
+        self._store, self._waiting, self._is_last = store, waiting, is_last
         self._rows: dict[str, list[dict[str, Any]]] = {}
 
     def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **_: Any) -> None:
@@ -209,6 +242,8 @@ class _Trials(_Watch):
         self._ended(trial, STOPPED, "behind the others after epoch {epoch}")
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
+        if not self._is_last and trial.run_metadata.num_failures <= MAX_DEATHS:
+            return  # its worker died while it started: the trial is begun anew
         self._ended(
             trial, DIED, f"its worker died {MAX_DEATHS + 1} times; out of memory? Give it more, or fewer at once"
         )

@@ -34,6 +34,7 @@ from bench.tasks.selections import Selection, SelectionSpec, needs_difficulty, s
 from scoring.errors import UserError, expected_one_of, unknown_name
 from scoring.files import replacing
 from scoring.load import load_model
+from scoring.reading import read_json
 from scoring.samples import answer_end, encode
 from scoring.settings import Doc, Ge, build, check, current_naming, named, naming, settings_of
 from scoring.templates import TEMPLATE_FIELDS
@@ -354,7 +355,7 @@ class SweepPlan:
                 thresholds["el_threshold"] = averages.el
             with replacing(path) as unfinished:
                 unfinished.write_text(json.dumps(thresholds))
-        return json.loads(path.read_text())
+        return read_json(path, dict[str, float], "thresholds: remove it, and the same command measures them again")
 
     def _measure_references(self, evaluation: EvaluateSpec, resources: SweepResources) -> None:
         """The original model, and the retain-only one where there is one, on all samples that any selection has."""

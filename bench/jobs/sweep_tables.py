@@ -12,7 +12,9 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from typing_extensions import TypedDict
 
+from bench.files.folders import Hashed
 from bench.files.origin import origin
 from bench.files.status import DIED
 from bench.jobs.sweep_plan import SweepPlan
@@ -21,9 +23,20 @@ from bench.jobs.unlearn import UnlearnSpec
 from bench.tasks.selections import mean_log_flip_time, mean_log_mrd
 from scoring.errors import UserError
 from scoring.files import replacing
+from scoring.reading import read_json, read_parquet
 from scoring.templates import TEMPLATE_FIELDS
 
-TABLES = ("trials", "epochs", "samples")
+# The tables, with columns that every reader may rely on; a table of no rows has no columns.
+TABLES = {
+    "trials": pa.schema(
+        [pa.field(name, pa.string(), nullable=False) for name in ("trial", "status", "selection", "algorithm", "task")]
+        + [("reason", pa.string()), ("kind", pa.string()), ("level", pa.string())]
+        + [pa.field(name, pa.int64(), nullable=False) for name in ("forget_samples", "seed")]
+        + [("mean_log_mrd", pa.float64()), ("seconds", pa.float64()), ("updates", pa.int64())]
+    ),
+    "epochs": None,
+    "samples": None,
+}
 
 
 @dataclass(frozen=True)
@@ -138,9 +151,23 @@ def read_sweep(folder: str | Path) -> SweepResult:
         UserError: the folder holds none.
     """
     folder = Path(folder)
-    try:
-        record = json.loads((folder / "sweep.json").read_text())
-        trials, epochs, samples = (pq.read_table(folder / f"{name}.parquet") for name in TABLES)
-    except (OSError, json.JSONDecodeError, pa.ArrowException) as error:
-        raise UserError(f"{folder}: no finished sweep; expected what `mrd-bench sweep` writes") from error
+    expected = "what `mrd-bench sweep` writes"
+    if not (folder / "sweep.json").is_file():
+        raise UserError(f"{folder}: no finished sweep; expected {expected}")
+    record = read_json(folder / "sweep.json", _Record, expected)
+    trials, epochs, samples = (
+        read_parquet(folder / f"{name}.parquet", expected, columns) for name, columns in TABLES.items()
+    )
     return SweepResult(folder, trials, epochs, samples, record)
+
+
+class _Spec(Hashed):
+    vary: dict[str, Any]
+
+
+class _Record(TypedDict):
+    """What every reader of sweep.json may rely on."""
+
+    spec: _Spec
+    counts: dict[str, int]
+    seconds: float

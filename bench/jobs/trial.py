@@ -12,7 +12,6 @@ import dataclasses
 import json
 import math
 import shutil
-import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,19 +19,21 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, NotRequired
 
 import numpy as np
 import torch
 from transformers import PreTrainedModel
+from typing_extensions import TypedDict
 
 from algorithms.group import Group
 from algorithms.history import History
 from algorithms.ray_train import TrainingJob, ensure_reference, train_on_ray, unlearner_of
 from algorithms.tables import sample_table
 from algorithms.unlearner import Diverged
+from bench.files.folders import Hashed
 from bench.files.identity import with_spec_hash
-from bench.files.origin import origin
+from bench.files.origin import Origin, origin
 from bench.files.status import DIVERGED, ERROR, FINISHED, OUT_OF_MEMORY
 from bench.jobs.evaluate import classifiers, folder_sha256, harness_rule
 from bench.jobs.evaluation_spec import EvaluateSpec
@@ -43,10 +44,11 @@ from bench.metrics.table import Columns
 from bench.models.find import ModelReference, find_model
 from bench.tasks.datasets import Dataset, find_task, load_dataset
 from scoring.cluster import check_versions, versions
-from scoring.errors import first_line
-from scoring.files import replacing
+from scoring.errors import UserError, first_line
+from scoring.files import replacing, work_folder
 from scoring.load import load_model
 from scoring.plugins import Plugin, load_plugins, loaded_plugins
+from scoring.reading import read_json
 from scoring.templates import TEMPLATE_FIELDS, Template
 from scoring.work import LocalPool
 
@@ -117,6 +119,20 @@ _OF_THE_TRIAL = (
 )
 
 
+class _Outcome(TypedDict):
+    """What every reader of a result may rely on."""
+
+    spec: Hashed
+    status: Literal["finished", "diverged", "out of memory", "error", "died", "stopped"]
+    reason: str | None
+    seconds: float | None
+    updates: NotRequired[int]
+    values: NotRequired[dict[str, float | None]]
+    epochs: NotRequired[list[dict[str, float | None]]]
+    samples: NotRequired[list[dict[str, Any]]]
+    origin: NotRequired[Origin]
+
+
 class TrialStore:
     """Results by hash, one file each, whole or not at all.
 
@@ -129,11 +145,19 @@ class TrialStore:
         self.shared, self.local = shared, local
 
     def find(self, key: str) -> Result | None:
-        """The result of a trial, None if there is none yet."""
+        """The result of a trial, None if there is none yet.
+
+        Raises:
+            UserError: the file of its result is damaged, or is of another trial.
+        """
         for folder in (self.shared, self.local):
             path = folder / f"{key}.json"
             if path.is_file():
-                return json.loads(path.read_text())
+                expected = "the result of a trial: remove it, and the same command runs the trial again"
+                result: Result = read_json(path, _Outcome, expected)
+                if result["spec"]["spec_hash"] != key:
+                    raise UserError(f"{path} is the result of {result['spec']['spec_hash']}: expected {expected}")
+                return result
         return None
 
     def write(self, key: str, result: Result) -> None:
@@ -288,8 +312,8 @@ def derived(row: Mapping[str, Any]) -> dict[str, float]:
 def _folder(trial: Trial, shared: TrialContext) -> Iterator[Path]:
     """Where the run works: anywhere, or where all its workers see it."""
     if not trial.spec.workers:
-        with tempfile.TemporaryDirectory(prefix="mrd-bench-") as name:
-            yield Path(name)
+        with work_folder() as folder:
+            yield folder
         return
     folder = shared.work / trial.hash
     folder.mkdir(parents=True, exist_ok=True)

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -18,6 +16,7 @@ from bench.metrics.table import MODEL, ORIGINAL, RETAIN_ONLY, Columns, metric_va
 from bench.metrics.values import Measured, Missing, Scores
 from bench.models.find import ModelReference
 from bench.tasks.datasets import find_task
+from scoring.files import work_folder
 from scoring.load import load_model
 from scoring.readings import Reader
 from scoring.work import LocalPool
@@ -43,7 +42,7 @@ class TrialMetrics:
 
     def of(self, trained: PreTrainedModel) -> dict[str, float]:
         """Metric -> value; nan where it cannot be measured."""
-        with tempfile.TemporaryDirectory(prefix="mrd-bench-") as folder:
+        with work_folder() as folder:
             model = dataclasses.replace(self._model, source="trained", revision=None, loaded=trained)
 
             @contextmanager
@@ -66,7 +65,7 @@ class TrialMetrics:
                 self._metrics,
                 reader_of,
                 piece,
-                Path(folder),
+                folder,
                 progress=False,
             )
             columns = measurement.columns_of(MODEL, self._of_reference(ORIGINAL))

@@ -19,7 +19,7 @@ import pyarrow as pa
 
 from algorithms.truth import AloneTask, ExtractionTask, Rule, TogetherTask
 from bench.files.identity import identity_fields, with_spec_hash
-from bench.files.origin import origin
+from bench.files.origin import Origin, origin
 from bench.files.parts import ColumnParts, finished_output
 from bench.files.score_file import write_scores
 from bench.jobs.difficulty import OnModel
@@ -30,6 +30,7 @@ from bench.tasks.datasets import check_dataset, open_texts
 from scoring.api import run_tasks
 from scoring.errors import RefusedUnderWay, UserError
 from scoring.measuring import AVERAGE, MA_COLUMN, NOT_FINITE, MemorizationTask, average_of, joined, threshold_name
+from scoring.reading import check_columns
 from scoring.sample_file import Batches
 from scoring.samples import Batch, Rejected, answer_end, nothing_scored
 from scoring.settings import Doc, Ge, Gt, Le, check, named
@@ -112,6 +113,16 @@ class TruthResult:
     seconds: float
 
 
+class _Record(Origin):
+    rejected: list[dict[str, str]]
+    rules: dict[str, dict[str, Any]]
+
+
+_COLUMNS = pa.schema(
+    [pa.field("sample_id", pa.string(), nullable=False), pa.field("num_tokens", pa.int64(), nullable=False)]
+)
+
+
 def truth(
     spec: TruthSpec,
     out: str | Path,
@@ -141,8 +152,10 @@ def truth(
     identity = with_spec_hash(
         identity_fields(spec) | {"schema_version": SCHEMA_VERSION, "truth": True} | hashes, NOT_HASHED
     )
-    if not overwrite and (finished := finished_output(out, identity, "a truth file", "updates")):
+    if finished := finished_output(out, identity, "a truth file", "updates", spec, overwrite, _Record, _COLUMNS):
         table, record = finished
+        numbers = pa.schema([(f"updates@{name}", pa.float64()) for name in record["rules"]])
+        check_columns(table, numbers, str(out), "a number for each rule")
         return TruthResult(out, table, [Rejected(**r) for r in record["rejected"]], record, 0.0)
     samples, rejected = read_samples(texts, model, spec.tokens, spec.samples)
     batches = samples.batches(spec.batch_tokens)

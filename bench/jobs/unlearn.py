@@ -47,6 +47,7 @@ from scoring.cluster import connect
 from scoring.errors import UserError
 from scoring.files import shown
 from scoring.load import read_config
+from scoring.reading import read_text
 from scoring.samples import TextSet
 from scoring.settings import Doc, Naming, named, naming
 from scoring.templates import TEMPLATE_FIELDS, TemplateSettings, absolute_template
@@ -217,11 +218,8 @@ def _refusals(spec: UnlearnSpec) -> Sequence[str]:
     if spec.refusals is None:
         task = _task(spec)
         return (task and task.refusals) or REFUSALS
-    path = Path(spec.refusals)
-    try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{named('refusals')} {spec.refusals!r} cannot be read as UTF-8 text: {error}") from error
+    text = read_text(spec.refusals, "one refusal a line", f"{named('refusals')} {spec.refusals!r}")
+    lines = [line.strip() for line in text.splitlines()]
     if not any(lines):
         raise UserError(f"{named('refusals')} {spec.refusals!r} is empty; expected one refusal a line")
     return [line for line in lines if line]
@@ -276,6 +274,9 @@ def identity_of(spec: UnlearnSpec, model: ModelReference, forget: Dataset, retai
         "retain_sha256": retain.sha256 if retain else None,
         "refusals": list(_refusals(spec)) if Objectives.of(spec).needs_refusals else None,
     }
+    if Objectives.of(spec).needs_layer:
+        # Earlier versions took the positions from which the tokens are predicted, and did not say so.
+        content["hidden_at"] = "tokens"
     return with_spec_hash(content, NOT_HASHED)
 
 

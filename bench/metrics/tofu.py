@@ -6,7 +6,6 @@ say, so that they serve one data set and stacks of bootstrap resamples alike.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -16,6 +15,7 @@ from scipy import stats
 
 from scoring.answers import mean_probability
 from scoring.errors import UserError
+from scoring.reading import read_json
 
 Mean = Literal["geometric", "arithmetic"]
 
@@ -154,13 +154,7 @@ def tofu_metrics(
 def _read(logs: Logs | str | Path) -> Logs:
     if isinstance(logs, Mapping):
         return logs
-    try:
-        contents = json.loads(Path(logs).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"TOFU log {str(logs)!r} cannot be read: {error}") from error
-    if not isinstance(contents, dict):
-        raise UserError(f"TOFU log {str(logs)!r} is a JSON {type(contents).__name__}: expected an object of sets")
-    return contents
+    return read_json(logs, dict[str, dict[str, dict[str, Any] | list[Any]]], "a TOFU log: sets of fields of samples")
 
 
 class _Log:

@@ -10,16 +10,19 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+from typing_extensions import TypedDict
 
+from bench.files.origin import Origin
 from bench.files.score_file import read_scores
 from bench.files.status import FINISHED
 from bench.jobs.run_folder import read_run
 from bench.jobs.sweep_tables import read_sweep
 from bench.jobs.trial import derived
 from bench.metrics import METRICS
-from bench.results.store import SCHEMAS, Store
+from bench.results.store import SCHEMAS, Identity, Store, as_stored
 from bench.tasks.datasets import Dataset, find_task, is_data_file, load_dataset
 from scoring.errors import UserError
+from scoring.reading import parse_json, readable, shaped
 
 # Metrics that the training loop measures itself: columns of the table of epochs.
 LOOP_METRICS = (
@@ -62,13 +65,16 @@ def add(store: Store, path: str | Path, experiment: str | None = None) -> Collec
     else:
         raise UserError(f"{path}: expected the folder of a finished sweep or run, or a score file (.parquet)")
     experiment = experiment or _folder_name(path.absolute())
+    with readable(str(path), "what this version writes", "has values that a store does not take"):
+        tables = {
+            "scores": pa.Table.from_pylist(collected.scores, SCHEMAS["scores"]),
+            "samples": as_stored("samples", collected.samples),
+            "runs": pa.Table.from_pylist(collected.runs, SCHEMAS["runs"]),
+        }
     # Runs are written last: where there is a run, its samples and their difficulty are there as well.
-    if collected.scores:
-        store.write("scores", pa.Table.from_pylist(collected.scores, SCHEMAS["scores"]), collected.task, experiment)
-    if collected.samples.num_rows:
-        store.write("samples", collected.samples, collected.task, experiment)
-    if collected.runs:
-        store.write("runs", pa.Table.from_pylist(collected.runs, SCHEMAS["runs"]), collected.task, experiment)
+    for name, table in tables.items():
+        if table.num_rows:
+            store.write(name, table, collected.task, experiment)
     return collected
 
 
@@ -77,6 +83,9 @@ def _from_sweep(folder: Path) -> Collected:
     if "identity" not in sweep.trials.column_names:
         raise UserError(f"{folder}: its trials do not say what they are; run the sweep again, with the same --trials")
     rows = sweep.trials.to_pylist()
+    if not rows:
+        raise UserError(f"{folder}: the sweep has no trial: nothing can be added")
+    _check_numbers(sweep.trials, folder / "trials.parquet")
     runs = [
         {
             **{name: row[name] for name in ("status", "reason", "algorithm", "selection", "kind", "level", "seed")},
@@ -85,7 +94,7 @@ def _from_sweep(folder: Path) -> Collected:
             "mean_log_flip_time": row.get("mean_log_flip_time"),
             "run": row["trial"],
             "metrics": _metrics(row) if row["status"] == FINISHED else [],
-            **_identity_columns(json.loads(row["identity"])),
+            **_identity_columns(_identity_of(row["identity"], folder / "trials.parquet")),
         }
         for row in rows
     ]
@@ -100,6 +109,7 @@ def _from_sweep(folder: Path) -> Collected:
 
 def _from_run(folder: Path) -> Collected:
     result = read_run(folder)
+    _check_numbers(result.epochs, folder / "epochs.parquet")
     spec, last_epoch = result.record["spec"], result.epochs.to_pylist()[-1]
     ids = result.samples["sample_id"].to_pylist()
     # The file of ids may have another name on another machine; a hash of the samples is the same everywhere.
@@ -135,6 +145,10 @@ def _from_score_file(path: Path) -> Collected:
 
 def _score_rows(table: pa.Table, spec: Mapping[str, Any], record: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Scores, with the texts of the samples if their data set can be loaded and has not changed."""
+    shaped(spec, _ScoredBy, "the spec of a score file", "what `mrd-bench score` writes")
+    shaped(record, Origin, "the record of a score file", "what `mrd-bench score` writes")
+    if "sample_id" not in table.column_names:
+        raise UserError("a score file has no column 'sample_id': expected what `mrd-bench score` writes")
     texts = {}
     try:
         dataset = load_dataset(spec["data"], spec["split"])
@@ -152,6 +166,42 @@ def _score_rows(table: pa.Table, spec: Mapping[str, Any], record: Mapping[str, A
         "git_commit": record.get("git_commit"),
     }
     return [row | columns | texts.get(row["sample_id"], {}) for row in table.to_pylist()]
+
+
+class _ScoredBy(TypedDict):
+    data: str
+    split: str | None
+    data_sha256: str
+    estimator: str
+    statistic: str
+    sigma: float
+    seed: int
+    model: str
+    model_fingerprint: str
+    spec_hash: str
+
+
+class _TrialIdentity(Identity):
+    forget_split: str | None
+    model_fingerprint: str
+    forget_sha256: str
+
+
+def _identity_of(text: Any, where: Path) -> dict[str, Any]:
+    expected = "the identity of a trial"
+    if not isinstance(text, str):
+        raise UserError(f"{where}, column 'identity', has a row without a value: expected {expected}")
+    identity: dict[str, Any] = shaped(parse_json(text, str(where), expected), _TrialIdentity, str(where), expected)
+    return identity
+
+
+def _check_numbers(table: pa.Table, where: Path) -> None:
+    """Refuse a table whose metrics are no numbers."""
+    names = {"completeness", "utility", "balance", *METRICS, *LOOP_METRICS}
+    for field in table.schema:
+        kinds = (pa.types.is_floating, pa.types.is_integer, pa.types.is_boolean, pa.types.is_null)
+        if field.name in names and not any(is_kind(field.type) for is_kind in kinds):
+            raise UserError(f"{where}, column {field.name!r}, is of type {field.type}: expected numbers")
 
 
 def _texts_by_id(dataset: Dataset) -> dict[str, dict[str, str]]:

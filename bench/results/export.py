@@ -14,6 +14,7 @@ import pyarrow as pa
 from bench.files.status import FINISHED
 from bench.results.store import PARTITIONS, Results, Skipped
 from scoring.errors import UserError, unknown_name
+from scoring.reading import parse_json, shaped
 
 FORMATS = ("csv", "json", "latex")
 MOST_SKIPPED = 20  # skipped files that are named on the terminal
@@ -55,14 +56,14 @@ def run_lines(results: Results, run: str) -> list[str]:
     Raises:
         UserError: no hash begins so, or several do.
     """
-    rows = [row for row in results.runs.to_pylist() if row["run"].startswith(run)]
+    rows = [row for row in results.runs.to_pylist() if (row["run"] or "").startswith(run)]
     if not rows:
         raise UserError(f"run {run!r} is not there; expected the hash of a run, or how it begins (see results export)")
     if len(hashes := sorted({row["run"] for row in rows})) > 1:
         raise UserError(f"run {run!r} is the beginning of {len(hashes)}: {', '.join(hashes[:5])}; give more of it")
     row = rows[0]
-    metrics, spec = dict(row.pop("metrics") or ()), json.loads(row.pop("spec"))
-    packages = json.loads(row.pop("packages") or "{}")
+    metrics, spec = dict(row.pop("metrics") or ()), _object(row, "spec")
+    packages = _object(row, "packages")
     lines = [f"{name:<22}{_cell(value)}" for name, value in row.items()]
     lines.append(f"{'packages':<22}{', '.join(f'{name} {version}' for name, version in packages.items())}")
     lines += ["metrics", *(f"  {name:<30}{_cell(value)}" for name, value in metrics.items())]
@@ -83,6 +84,15 @@ def run_lines(results: Results, run: str) -> list[str]:
             cells = zip(map(_cell, numbers), (8, 12, 9, 17), strict=True)
             lines.append(f"{sample['sample_id']:<30}" + "".join(f"{cell:>{width}}" for cell, width in cells))
     return lines
+
+
+def _object(row: dict[str, Any], column: str) -> dict[str, Any]:
+    """The JSON object of a column, which leaves the row."""
+    where, expected = f"run {row['run']!r}: {column}", "a JSON object, as `mrd-bench results add` writes it"
+    found: dict[str, Any] = shaped(
+        parse_json(row.pop(column) or "{}", where, expected), dict[str, Any], where, expected
+    )
+    return found
 
 
 def exported(results: Results, table: str, form: str) -> str:

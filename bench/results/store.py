@@ -18,19 +18,23 @@ import hashlib
 import os
 import re
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from urllib.parse import unquote
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow import fs
+from typing_extensions import TypedDict
 
 from bench.files.folders import check_folder
 from scoring.errors import UserError, first_line
 from scoring.files import replacing
+from scoring.reading import parse_json, shaped
+from scoring.settings import named
 
 # Version of the tables' columns. Every file names its own; an older file is brought up to date as it is read.
 SCHEMA_VERSION = 1
@@ -160,14 +164,28 @@ class Store:
                 "s3://bucket/folder"
             ) from error
 
-    def check(self) -> None:
+    def check(self, experiment: str | None = None) -> None:
         """Refuse a local store that cannot be written to, before the work whose results go there.
 
+        Args:
+            experiment: the name that will be written under.
+
         Raises:
-            UserError: a file stands in the way, or nothing can be written there.
+            UserError: a file stands in the way, nothing can be written there, or the name cannot be a folder's.
         """
+        if experiment is not None:
+            _partition("any", experiment)
         if isinstance(self._fs, fs.LocalFileSystem):
             check_folder("results", Path(self._path))
+
+    def refuse_inside(self, out: Path) -> None:
+        """Refuse to write something else into a local store.
+
+        Raises:
+            UserError: one line.
+        """
+        if isinstance(self._fs, fs.LocalFileSystem) and Path(self._path).resolve() in out.resolve().parents:
+            raise UserError(f"{named('out')} {out} lies in the store {self.root}: choose another place")
 
     def write(self, name: str, table: pa.Table, task: str, experiment: str) -> str:
         """Write rows of the table `name` as one file, all of them or none, and give back its path.
@@ -267,9 +285,33 @@ class Store:
             for old in range(version, SCHEMA_VERSION):
                 table = MIGRATIONS[old](name, table)
             table = _cast(table, SCHEMAS[name])
-        except (pa.ArrowException, OSError, ValueError, KeyError) as error:
+            table.validate(full=True)
+        except Exception as error:  # of Arrow, of the file system, or of a library that unpacks
             return Skipped(shown, f"damaged: {first_line(error)}")
         return partition, table
+
+
+class Identity(TypedDict):
+    """What is needed of the spec of a run."""
+
+    algorithm: str
+
+
+def identity_of(run: Mapping[str, Any]) -> dict[str, Any]:
+    """The spec of a run, from its row of a store.
+
+    Raises:
+        UserError: the row lacks what runs are ranked and compared by.
+    """
+    where = f"store {run['store']!r}, run {run['run']!r}"
+    expected = "a row that `mrd-bench results add` has written; remove the file that it is in"
+    for column in ("run", "spec", "algorithm", "selection", "status", "seed", "data_sha256"):
+        if run[column] is None:
+            raise UserError(f"{where}: no {column}; expected {expected}")
+    packages = parse_json(run["packages"] or "{}", f"{where}: packages", expected)
+    shaped(packages, dict[str, str | None], f"{where}: packages", expected)
+    identity: dict[str, Any] = shaped(parse_json(run["spec"], f"{where}: spec", expected), Identity, where, expected)
+    return identity
 
 
 def merge(results: Sequence[Results]) -> Results:
@@ -309,6 +351,15 @@ def _is_of(relative: str, task: str | None, experiment: str | None) -> bool:
     if partition is None:
         return True
     return task in (None, partition[0]) and experiment in (None, partition[1])
+
+
+def as_stored(name: str, table: pa.Table) -> pa.Table:
+    """The table with exactly the columns of the table `name`; one that it lacks is null.
+
+    Raises:
+        pa.ArrowException: values that cannot become those of a column.
+    """
+    return _cast(table, SCHEMAS[name])
 
 
 def _cast(table: pa.Table, schema: pa.Schema) -> pa.Table:

@@ -24,15 +24,20 @@ from scoring.work import Pool, ReplicaTask
 Name = TypeVar("Name", bound=Hashable)
 
 
+# Of samples, draws, weights: more than any machine that a benchmark runs on can hold.
+MOST = 1e15
+
+
 def require_at_least(least: float, **settings: float) -> None:
-    """Refuse settings below a bound.
+    """Refuse settings below a bound, or that are no number of things at all.
 
     Raises:
         UserError: one line.
     """
     for name, value in settings.items():
-        if value < least:
-            raise UserError(f"{named(name)} is {value:g}: expected at least {least:g}")
+        if not least <= value <= MOST:
+            beyond = f" and at most {MOST:g}" if value > MOST else ""
+            raise UserError(f"{named(name)} is {value:g}: expected at least {least:g}{beyond}")
 
 
 # --- Measuring ----------------------------------------------------------------------------------------------

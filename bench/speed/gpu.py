@@ -44,6 +44,7 @@ def run_benchmark(params: float, samples: int, tokens: int, draws: int, batch_to
     require_at_least(1e5, model_params=params)
     require_at_least(2, samples=samples, draws=draws)
     require_at_least(4, tokens=tokens)
+    require_at_least(1, batch_tokens=batch_tokens)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     card = torch.cuda.get_device_name() if device == "cuda" else "CPU"
     model = _model(params)

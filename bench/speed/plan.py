@@ -18,8 +18,9 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from importlib import resources as packaged
-from pathlib import Path
 from typing import Annotated, Any, Literal
+
+from pydantic import AllowInfNan
 
 from algorithms.recipe import DEFAULT_BATCH_SIZE
 from scoring.api import BATCHES_PER_TASK, DRAWS_PER_TASK
@@ -27,14 +28,19 @@ from scoring.engine import Dtype
 from scoring.errors import UserError, unknown_name
 from scoring.measures import MEASURES, Asked
 from scoring.mrd import ESTIMATORS, EstimatorName
+from scoring.reading import parse_json, read_text, shaped
 from scoring.samples import BATCH_TOKENS
-from scoring.settings import Doc, Ge, Gt, Known, check, named
+from scoring.settings import Doc, Ge, Gt, Known, Le, check, named
 
 KINDS = ("forward", "gradient", "curvature", "training")
 # The share of a device's memory that may be planned with.
 USABLE = 0.9
 # Of a weight, by dtype.
 BYTES = {"float32": 4, "bfloat16": 2, "float64": 8}
+# More than any job has, and so little that sums of its costs stay numbers.
+MOST, MANY = 1e18, 1e9
+# A constant of a machine.
+Amount = Annotated[float, Ge(0), AllowInfNan(False)]
 
 
 @dataclass(frozen=True)
@@ -91,12 +97,12 @@ class UnitCost:
         copies: of the weights that are held during the call, the weights themselves included.
     """
 
-    layer: float
-    width: float
-    flop: float
-    activation: float
-    logit: float
-    copies: float
+    layer: Amount
+    width: Amount
+    flop: Amount
+    activation: Amount
+    logit: Amount
+    copies: Amount
 
 
 @dataclass(frozen=True)
@@ -121,13 +127,13 @@ class Profile:
     hardware: str
     measured: bool
     costs: dict[str, UnitCost]
-    noise: float
-    update: float
-    start: float
-    load: float
-    task: float
-    sharing: float
-    memory: float
+    noise: Amount
+    update: Amount
+    start: Amount
+    load: Amount
+    task: Amount
+    sharing: Annotated[Amount, Gt(0)]
+    memory: Annotated[Amount, Gt(0)]
 
     @classmethod
     def read(cls, content: Mapping[str, Any]) -> Profile:
@@ -152,12 +158,17 @@ def find_profile(name: str) -> Profile:
         return known[name]
     if not name.endswith(".json"):
         raise unknown_name("profile", name, [*known, "FILE.json"])
-    try:
-        return Profile.read(json.loads(Path(name).read_text())["profile"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"profile {name!r} cannot be read: expected what `mrd-bench benchmark plan --out FILE` writes"
-        ) from error
+    expected = "what `mrd-bench benchmark plan --out FILE` writes"
+    text = read_text(name, expected, f"profile {name!r}")
+    profile: Profile = shaped(parse_json(text, name, expected, lines=True), _ProfileFile, name, expected).profile
+    if missing := [kind for kind in KINDS if kind not in profile.costs]:
+        raise UserError(f"profile {name!r} has no costs of {', '.join(missing)}: expected {expected}")
+    return profile
+
+
+@dataclass(frozen=True)
+class _ProfileFile:
+    profile: Profile
 
 
 @dataclass(frozen=True)
@@ -225,26 +236,26 @@ def _measures() -> Iterable[str]:
 class PlanSettings:
     """What is planned, and for which machines."""
 
-    model_params: Annotated[float, Gt(0), Doc("weights of the model, such as 7e9")]
-    samples: Annotated[float, Ge(1), Doc("to be scored, or to be forgotten, such as 1e6")]
-    tokens: Annotated[float, Ge(1), Doc("of a sample, on average")] = 100
-    scored: Annotated[float | None, Ge(1), Doc("those of them that are scored (default: half)")] = None
+    model_params: Annotated[float, Gt(0), Le(MOST), Doc("weights of the model, such as 7e9")]
+    samples: Annotated[float, Ge(1), Le(MOST), Doc("to be scored, or to be forgotten, such as 1e6")]
+    tokens: Annotated[float, Ge(1), Le(MANY), Doc("of a sample, on average")] = 100
+    scored: Annotated[float | None, Ge(1), Le(MANY), Doc("those of them that are scored (default: half)")] = None
     estimator: Annotated[EstimatorName | Literal["none"], Doc("of MRD; none plans no scoring")] = "gradient"
-    draws: Annotated[int | None, Ge(1), Doc("K (default: the estimator's own)")] = None
+    draws: Annotated[int | None, Ge(1), Le(MANY), Doc("K (default: the estimator's own)")] = None
     measure: Annotated[
         list[str],
         Known(_measures),
         Doc("also take these measures of difficulty, with commas; see `mrd-bench measures` (default: none)"),
     ] = field(default_factory=list)
-    lookahead: Annotated[int, Ge(1), Doc("h of forecasts among them")] = 1
-    epochs: Annotated[float, Ge(0), Doc("also unlearn for so many")] = 0
-    retained: Annotated[float, Ge(0), Doc("retain samples for each forgotten")] = 1
-    batch_size: Annotated[int, Ge(1), Doc("samples an update")] = DEFAULT_BATCH_SIZE
-    batch_tokens: Annotated[int, Ge(1), Doc("padded tokens in a batch")] = BATCH_TOKENS
+    lookahead: Annotated[int, Ge(1), Le(MANY), Doc("h of forecasts among them")] = 1
+    epochs: Annotated[float, Ge(0), Le(MANY), Doc("also unlearn for so many")] = 0
+    retained: Annotated[float, Ge(0), Le(MANY), Doc("retain samples for each forgotten")] = 1
+    batch_size: Annotated[int, Ge(1), Le(MANY), Doc("samples an update")] = DEFAULT_BATCH_SIZE
+    batch_tokens: Annotated[int, Ge(1), Le(MANY), Doc("padded tokens in a batch")] = BATCH_TOKENS
     dtype: Annotated[Dtype, Doc("of the weights")] = "float32"
-    gpus: Annotated[int, Ge(1), Doc("devices in all; cores, with a profile of a CPU")] = 1
+    gpus: Annotated[int, Ge(1), Le(MANY), Doc("devices in all; cores, with a profile of a CPU")] = 1
     profile: Annotated[str, Doc("a machine that is known, or what `benchmark plan --out FILE` wrote")] = "h100"
-    price: Annotated[float | None, Ge(0), Doc("of a device and hour, in any currency")] = None
+    price: Annotated[float | None, Ge(0), Le(MANY), Doc("of a device and hour, in any currency")] = None
 
     def job(self) -> PlannedJob:
         """The job that the settings describe.

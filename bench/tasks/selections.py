@@ -18,8 +18,9 @@ import pyarrow.parquet as pq
 
 from bench.tasks.datasets import Dataset
 from scoring.characteristics import Characteristics, characteristics
-from scoring.errors import UserError, first_line, unknown_name
+from scoring.errors import UserError, unknown_name
 from scoring.files import replacing
+from scoring.reading import read_text
 from scoring.settings import Doc, Ge, check, named
 
 ALL = "all"
@@ -246,12 +247,8 @@ def read_ids(path: str) -> list[str]:
     Raises:
         UserError: it cannot be read.
     """
-    try:
-        lines = [line.strip() for line in Path(path).read_text(encoding="utf-8-sig").splitlines()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(
-            f"{named('selection')} {path!r} cannot be read ({first_line(error)}): expected sample ids, one a line"
-        ) from error
+    text = read_text(path, "sample ids, one a line", f"{named('selection')} {path!r}")
+    lines = [line.strip() for line in text.splitlines()]
     return [line for line in lines if line]
 
 

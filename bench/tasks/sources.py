@@ -6,23 +6,18 @@ NAME.parquet: the first of these that exists.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
 from bench.tasks.task import Unreachable
 from scoring.errors import UserError, first_line
+from scoring.reading import decoded, exists, parquet_file, parse_json, read_text, readable
 from scoring.records import HALF_A_PAIR, Record, is_unicode
 
 SUFFIXES = (".jsonl", ".json", ".parquet")
 FILES_IN_MESSAGE = 10
-# Windows programs put it before UTF-8 text.
-BYTE_ORDER_MARK = "\ufeff"
 
 
 @dataclass(frozen=True)
@@ -131,7 +126,7 @@ def read_records(task: str, source: str, name: str, hub: HubSet, fields: Fields)
 def is_local(source: str) -> bool:
     """Whether a source is a folder or file of this machine. A name that does not look like a path, or that has one
     slash and does not exist here, is an id on the hub."""
-    return Path(source).exists() or source.startswith((".", "/", "~")) or source.count("/") > 1
+    return exists(source) or source.startswith((".", "/", "~")) or source.count("/") > 1
 
 
 def find_file(folder: str | Path, name: str) -> Path:
@@ -184,10 +179,13 @@ def check_file(path: str | Path) -> None:
     Raises:
         UserError: one line.
     """
+    expected = "a JSON Lines or Parquet file"
+    if not exists(path):
+        raise UserError(f"data file {str(path)!r} does not exist: expected {expected}")
     if Path(path).is_dir():
-        raise UserError(f"data file {str(path)!r} is a folder: expected a JSON Lines or Parquet file")
+        raise UserError(f"data file {str(path)!r} is a folder: expected {expected}")
     if not Path(path).is_file():
-        raise UserError(f"data file {str(path)!r} does not exist: expected a JSON Lines or Parquet file")
+        raise UserError(f"data file {str(path)!r} is a pipe or a device: expected {expected}")
 
 
 def read_file(path: str | Path) -> list[Record]:
@@ -216,36 +214,22 @@ def iterate_file(path: str | Path) -> Iterator[Record]:
 
 
 def _read_parquet(path: Path) -> Iterator[Record]:
-    try:
-        with pq.ParquetFile(path) as file:
-            for batch in file.iter_batches(batch_size=1024):
-                yield from batch.to_pylist()
-    except pa.ArrowException as error:
-        raise UserError(f"{path}: not a readable Parquet file ({str(error).splitlines()[0]})") from error
+    with parquet_file(path, "rows of text") as file:
+        for batch in file.iter_batches(batch_size=1024):
+            yield from batch.to_pylist()
 
 
 def _read_json(path: Path) -> Iterator[Record]:
-    if path.suffix == ".json":
-        text = _decoded(path, path.read_bytes()).removeprefix(BYTE_ORDER_MARK)
-        if text.lstrip().startswith("["):
-            yield from _read_array(path, text, _is_escaped(text))
-            return
+    if path.suffix == ".json" and (text := read_text(path, "JSON Lines")).lstrip().startswith("["):
+        yield from _read_array(path, text, _is_escaped(text))
+        return
     read = 0
-    with path.open("rb") as file:
+    with readable(str(path), "JSON Lines"), path.open("rb") as file:
         for number, line in enumerate(file, start=1):
-            text = _decoded(path, line, read)
-            if number == 1:
-                text = text.removeprefix(BYTE_ORDER_MARK)
+            text = decoded(line, str(path), "JSON Lines", read)
             read += len(line)
             if text.strip():
                 yield _read_line(f"{path}, line {number}", text, _is_escaped(text))
-
-
-def _decoded(path: Path, content: bytes, before: int = 0) -> str:
-    try:
-        return content.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text at byte {before + error.start}; expected JSON Lines") from error
 
 
 def _is_escaped(text: str) -> bool:
@@ -254,12 +238,7 @@ def _is_escaped(text: str) -> bool:
 
 
 def _read_array(path: Path, text: str, escaped: bool) -> list[Record]:
-    try:
-        values = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise UserError(
-            f"{path}, line {error.lineno}: not JSON ({error.msg} at column {error.colno}); expected an array of objects"
-        ) from error
+    values = parse_json(text, str(path), "an array of objects", lines=True)
     return [
         _object(f"{path}, record {number}", value, "an array of objects", escaped)
         for number, value in enumerate(values, start=1)
@@ -267,12 +246,7 @@ def _read_array(path: Path, text: str, escaped: bool) -> list[Record]:
 
 
 def _read_line(where: str, line: str, escaped: bool) -> Record:
-    try:
-        value = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise UserError(
-            f"{where}: not JSON ({error.msg} at column {error.colno}); expected one object a line"
-        ) from error
+    value = parse_json(line, where, "one object a line")
     return _object(where, value, "one object a line (JSON Lines)", escaped)
 
 

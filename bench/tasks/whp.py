@@ -22,6 +22,7 @@ from typing import Any
 from bench.tasks.sources import TEXT, HubSet, is_local, read_records
 from bench.tasks.task import HarnessTask, Task
 from scoring.errors import UserError
+from scoring.reading import read_text
 from scoring.records import Record
 from scoring.tokens import Tokenization
 
@@ -172,10 +173,7 @@ def load(split: str, source: str | None, tokenizer: Any) -> list[Record]:
     if split == "retain":
         return load_c4("whp", source, tokenizer, PAPER.tokens)
     path = _book(Path(source))
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text at byte {error.start}; expected a book as plain text") from error
+    text = read_text(path, "a book as plain text").removeprefix("\ufeff")
     return sets(text, tokenizer, name=str(path))[split]
 
 

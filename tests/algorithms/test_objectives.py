@@ -16,6 +16,7 @@ from algorithms.objectives import (
     INPUTS,
     RETAIN_TERMS,
     Algorithm,
+    ceu,
     find_algorithm,
     ga,
     hidden_mse,
@@ -35,7 +36,7 @@ from algorithms.objectives import (
 )
 from scoring.errors import UserError
 
-FUNCTIONS = [ga, po, npo, simnpo, idk_dpo, rmu, undial, wga, satimp, nll, kl, hidden_mse]
+FUNCTIONS = [ga, po, npo, simnpo, idk_dpo, rmu, undial, ceu, wga, satimp, nll, kl, hidden_mse]
 each_function = pytest.mark.parametrize("function", FUNCTIONS, ids=lambda f: f.__name__)
 DIFFERENTIATED = {"logprobs", "refusal_logprobs", "logits", "hidden"}
 # Which mask says what of an input is padding.
@@ -166,6 +167,16 @@ def test_undial_by_hand():
     assert got.tolist() == pytest.approx([(1.3862445 + 0.6931472) / 2, 0.8369882], rel=1e-6)
 
 
+def test_ceu_by_hand():
+    # Of (1/2, 1/4, 1/4) without the first: (0, 1/2, 1/2), CE = log 4; without the second: (2/3, 0, 1/3), CE =
+    # (2/3) log 2 + (1/3) log 4 = .9241962. Of (1/4, 1/2, 1/4) without the third: (1/3, 2/3, 0), CE the same.
+    quarter, half = math.log(1 / 4), math.log(1 / 2)
+    first = [half, quarter, quarter]
+    logits = torch.tensor([[first, first], [[quarter + 7, half + 7, quarter + 7], [JUNK, 0.0, 0.0]]])
+    targets = torch.tensor([[0, 1], [2, -100]])
+    assert ceu(logits, targets, MASK).tolist() == pytest.approx([(1.3862944 + 0.9241962) / 2, 0.9241962], rel=1e-6)
+
+
 HALVES = torch.tensor([[math.log(1 / 2), math.log(1 / 4)], [math.log(1 / 2), JUNK]])
 
 
@@ -236,6 +247,24 @@ def test_kl_against_scipy():
 # What holds for all of them.
 
 
+def with_fixed_teacher(at: torch.Tensor) -> Callable:
+    """CE-U with the teacher of the logits `at`, token by token."""
+
+    def fixed(logits: torch.Tensor, targets: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        rows = []
+        for row, length in enumerate(mask.sum(-1).tolist()):
+            losses = []
+            for t in range(length):
+                others = [v for v in range(at.shape[-1]) if v != targets[row, t]]
+                student = logits[row, t] - torch.logsumexp(logits[row, t], 0)
+                losses.append(-(torch.from_numpy(softmax(at[row, t, others].numpy())) * student[others]).sum())
+            rows.append(sum(losses) / length)
+        return torch.stack(rows)
+
+    fixed.__signature__ = inspect.signature(ceu)  # type: ignore[attr-defined]
+    return fixed
+
+
 def with_fixed_weights(function: Callable, at: torch.Tensor) -> Callable:
     """WGA and SatImp with the weights of the log-probs `at`, token by token."""
 
@@ -258,6 +287,7 @@ def test_gradient_is_that_of_finite_differences(function: Callable):
     inputs = random_inputs(3)
     values, gradients = value_and_gradients(function, inputs)
     plain = with_fixed_weights(function, inputs["logprobs"]) if function in (wga, satimp) else function
+    plain = with_fixed_teacher(inputs["logits"]) if function is ceu else plain
     torch.testing.assert_close(call(plain, inputs), values, rtol=1e-12, atol=0)
     assert gradients
     step, weights = 1e-5, torch.arange(1, 4)
@@ -337,12 +367,13 @@ def test_algorithms_are_those_of_the_table():
         "PO": ("po", "nll", 1, 1, 5, None, None),
         "NPO": ("npo", None, 1, 1, 4, None, None),
         "NPO-GradDiff": ("npo", "nll", 1, 1, 4, None, None),
-        "SimNPO": ("simnpo", "nll", 1, 0.125, 5, None, None),
+        "SimNPO": ("simnpo", "nll", 0.125, 1, 5, None, None),
         "IdkDPO": ("idk_dpo", "nll", 1, 1, 5, None, None),
         "RMU": ("rmu", "hidden", 1, 1, 5, None, None),
         "UNDIAL": ("undial", None, 1, 1, 5, None, None),
+        "CE-U": ("ceu", None, 1, 1, 5, None, None),
         "WGA": ("wga", "nll", 1, 1, 5, None, None),
-        "SatImp": ("satimp", "nll", 1, 1, 5, None, None),
+        "SatImp": ("satimp", "nll", 0.1, 1, 5, None, None),
         "Relearn": ("nll", None, 1, 1, 5, None, None),
     }
 

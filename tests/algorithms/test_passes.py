@@ -59,6 +59,11 @@ def predicting(sample: Sample) -> np.ndarray:
     return np.flatnonzero(sample.scored) - 1
 
 
+def own(sample: Sample) -> np.ndarray:
+    """Positions of the scored tokens."""
+    return np.flatnonzero(sample.scored)
+
+
 def whole_model_output(model: Any, sample: Sample, layer: int) -> torch.Tensor:
     """Output of a decoder layer when the whole model runs on one sample, (T, d)."""
     seen = []
@@ -82,11 +87,11 @@ def test_layer_output(architecture: str, layer: int, batch: Batch):
     assert found.shape == (len(SAMPLES), WIDTH, 32)
     for row, sample in zip(found, SAMPLES, strict=True):
         ids = torch.from_numpy(sample.input_ids).unsqueeze(0)
-        want = whole_model_output(model, sample, layer)[predicting(sample)]
+        want = whole_model_output(model, sample, layer)[own(sample)]
         torch.testing.assert_close(row[: sample.num_scored], want, atol=2e-6, rtol=1e-5)
         if layer < DEPTH:
             # What transformers calls hidden_states[DEPTH] has gone through the final norm.
-            states = model(input_ids=ids, output_hidden_states=True).hidden_states[layer][0, predicting(sample)]
+            states = model(input_ids=ids, output_hidden_states=True).hidden_states[layer][0, own(sample)]
             torch.testing.assert_close(row[: sample.num_scored], states, atol=2e-6, rtol=1e-5)
 
 
@@ -142,7 +147,7 @@ def test_gradient_of_layer_output(architecture: str, batch: Batch):
 
     model.zero_grad()
     for sample, weight in zip(SAMPLES, weights, strict=True):
-        states = whole_model_output(model, sample, 1)[predicting(sample)]
+        states = whole_model_output(model, sample, 1)[own(sample)]
         (states * weight[: sample.num_scored]).sum().backward()
     wanted = {name: p.grad for name, p in model.named_parameters() if name in reached}
     for name, gradient in reached.items():
@@ -205,7 +210,7 @@ def test_passes_yield_what_is_wanted(architecture: str, batch: Batch):
             scored = sample.num_scored
             with torch.no_grad():
                 logits = exact(input_ids=torch.from_numpy(sample.input_ids).unsqueeze(0)).logits[0, predicting(sample)]
-                hidden = whole_model_output(exact, sample, 1)[predicting(sample)]
+                hidden = whole_model_output(exact, sample, 1)[own(sample)]
             tokens = torch.from_numpy(sample.input_ids[sample.scored])
             want = {
                 "logprobs": logits.log_softmax(-1)[torch.arange(scored), tokens],

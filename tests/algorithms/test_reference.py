@@ -50,7 +50,7 @@ def in_fp64(model: Any, sample: Sample) -> dict[str, np.ndarray]:
         "nll": -table.gather(-1, ids[sample.scored].unsqueeze(-1)).sum().numpy(),
         "logits": output.logits[0, positions].numpy(),
         "last": given[0].reshape(sample.length, -1)[positions].numpy(),
-        "layer": output.hidden_states[LAYER][0, positions].numpy(),
+        "layer": output.hidden_states[LAYER][0, positions + 1].numpy(),
     }
 
 

@@ -185,7 +185,7 @@ class Plain:
     def state(self, model: Any, sample: Sample) -> torch.Tensor:
         ids = torch.from_numpy(sample.input_ids)[None]
         states = model(input_ids=ids, output_hidden_states=True).hidden_states[self.recipe.layer]
-        return states[0, np.flatnonzero(sample.scored) - 1]
+        return states[0, np.flatnonzero(sample.scored)]
 
     def setting(self, name: str, default: float) -> float:
         return self.recipe.settings.get(name, default)
@@ -225,6 +225,11 @@ class Plain:
             # Log-probs are logits: softmax does not see what is the same for all tokens.
             teacher = self.table(self.initial, sample) - self.setting("beta", 10.0) * F.one_hot(targets, VOCABULARY)
         return F.cross_entropy(self.table(self.model, sample), torch.softmax(teacher, -1))
+
+    def ceu(self, sample: Sample, _: Sample) -> torch.Tensor:
+        student, targets = self.table(self.model, sample), torch.from_numpy(sample.input_ids[sample.scored])
+        others = torch.exp(student.detach()) * (1 - F.one_hot(targets, VOCABULARY))
+        return F.cross_entropy(student, others / others.sum(-1, keepdim=True))
 
     def rmu(self, sample: Sample, _: Sample) -> torch.Tensor:
         u = np.random.default_rng([self.recipe.seed, DIRECTION]).uniform(size=32)
@@ -326,6 +331,7 @@ def exact_model(folder: Path) -> Any:
         ("IdkDPO", {"settings": {"beta": 0.3}}),
         ("SimNPO", {"settings": {"beta": 2.0, "delta": 0.5}}),
         ("UNDIAL", {"clip_norm": 0.03}),
+        ("CE-U", {"clip_norm": 0.03}),
         ("WGA", {"settings": {"beta": 0.5}}),
         ("SatImp", {}),
         ("RMU", {"layer": 1, "settings": {"c": 3.0}}),
@@ -1390,7 +1396,7 @@ def test_recipe_that_cannot_be(fields: dict, message: str):
         ("NPO", {"retain_term": "none", "epochs": 4, "lora_alpha": None}),
         ("NPO-GradDiff", {"retain_term": "nll", "epochs": 4, "batch_size": 4}),
         ("npo-graddiff", {"retain_term": "nll", "epochs": 4}),
-        ("SimNPO", {"retain_term": "nll", "forget_weight": 1.0, "retain_weight": 0.125}),
+        ("SimNPO", {"retain_term": "nll", "forget_weight": 0.125, "retain_weight": 1.0}),
         ("RMU", {"retain_term": "hidden"}),
     ],
 )

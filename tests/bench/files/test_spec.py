@@ -135,12 +135,12 @@ def test_flags_alone():
         ("warm: 'yes'", "warm is 'yes': expected true or false"),
         ("split: 10", "split is 10: expected text; put it in quotes"),
         ("split: 12e5", "split is 1200000.0: expected text; put it in quotes"),
-        ("split: 2024-01-31", "split is 2024-01-31: expected text; put it in quotes"),
+        ("split: 2024-01-31", "split is a date: expected text; put it in quotes"),
         ("split: {a: b}", "split is a mapping: expected text"),
         ("model:", "model is empty: expected text"),
         ("weights: 1", "weights is 1: expected a mapping, one 'name: value' a line"),
         ("weights: {forget: high}", "weights['forget'] is 'high': expected a number"),
-        ("weights: {5: 0.1}", "weights[5] is 5: expected text; put it in quotes"),
+        ("weights: {5: 0.1}", "the key '5' is no text: put it in quotes"),
         (f"learning_rate: {'a' * 100}", f"learning_rate is '{'a' * 56}...: expected a number"),
     ],
 )
@@ -175,7 +175,6 @@ def test_a_flag_of_the_wrong_type_is_not_the_file_s_fault():
         ("learning-rate", "; did you mean 'learning_rate'?"),
         ("xyz", ""),
         ("derived", "; did you mean 'learning_rate'?"),  # a field, but not for the user to set
-        ("7", ""),
     ],
 )
 def test_unknown_fields(name, hint):

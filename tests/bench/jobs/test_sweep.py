@@ -597,6 +597,28 @@ def test_trials_on_a_node_with_other_packages_are_rows_that_say_so(
 
 
 @pytest.mark.usefixtures("cluster")
+def test_a_worker_that_dies_while_it_starts_is_no_row(inputs: Inputs, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a worker is given kills it as it is read, before Tune counts the trial as running; the next one lives."""
+    killed = inputs.folder / "killed"
+
+    def read() -> tuple[()]:
+        if not killed.exists():
+            killed.touch()
+            os.kill(os.getpid(), 9)
+        return ()
+
+    class Deadly:
+        def __reduce__(self) -> Any:
+            return read, ()
+
+    monkeypatch.setattr("bench.jobs.sweep_on_tune.TrialContext", partial(TrialContext, plugins=Deadly()))
+    spec = inputs.spec(vary={"algorithm": ["GA"]}, selections=[])
+    result = inputs.run(spec, resources=SweepResources(concurrent=1))
+    assert killed.exists()
+    assert result.record["counts"] == {"finished": 1}
+
+
+@pytest.mark.usefixtures("cluster")
 def test_a_worker_that_always_dies_is_a_row(inputs: Inputs, monkeypatch: pytest.MonkeyPatch) -> None:
     """A model of a size that the worker's process may not hold: the system kills it, as it does those out of memory."""
     deadly = build(SweepSpec, inputs.spec(vary={"algorithm": ["GA", "NPO"]}, selections=[]))

@@ -1180,9 +1180,9 @@ def test_refusals_are_part_of_the_spec(inputs: Inputs, capsys: pytest.CaptureFix
 NO_REFUSALS: dict[str, tuple[Callable[[Inputs], Path], str]] = {
     "empty": (lambda i: i.file("r.txt", ""), "r.txt' is empty; expected one refusal a line"),
     "blank lines": (lambda i: i.file("r.txt", "\n  \n"), "r.txt' is empty; expected one refusal a line"),
-    "missing": (lambda i: i.tmp_path / "r.txt", "r.txt' cannot be read as UTF-8 text: .*No such file or directory"),
-    "a folder": (lambda i: i.model, "cannot be read as UTF-8 text: .*Is a directory"),
-    "not text": (lambda i: i.model / "model.safetensors", "model.safetensors' cannot be read as UTF-8 text"),
+    "missing": (lambda i: i.tmp_path / "r.txt", "r.txt' cannot be read .*No such file or directory"),
+    "a folder": (lambda i: i.model, "cannot be read .*Is a directory"),
+    "not text": (lambda i: i.model / "model.safetensors", "model.safetensors: not UTF-8 text at byte"),
     "longer than the context": (
         lambda i: i.file("r.txt", "w1 " * 64),
         r"task.jsonl, 'r0': with a refusal as its answer: \d+ tokens, the model's context holds 64",

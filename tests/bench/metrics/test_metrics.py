@@ -151,7 +151,7 @@ def test_logs_of_tofu_are_read_from_files(tmp_path):
     with pytest.raises(UserError, match="cannot be read"):
         tofu_metrics(tmp_path / "none.json")
     files[0].write_text("[]")
-    with pytest.raises(UserError, match="a JSON list: expected an object of sets"):
+    with pytest.raises(UserError, match="expected a TOFU log: sets of fields of samples"):
         tofu_metrics(str(files[0]))
 
 

@@ -218,18 +218,18 @@ def test_on_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ("--samples 0", "--samples is 0: expected a number of at least 1"),
+        ("--samples 0", "--samples is 0: expected a number from 1 to 1e+18"),
         ("--samples 1e4 --scored 200", "--scored is 200: expected at most --tokens, 100"),
         ("--samples 1e4 --estimator gradiant", "--estimator is 'gradiant': expected one of"),
         ("--samples 1e4 --measure flip-tim", "'flip-tim'"),
-        ("--samples 1e4 --lookahead 0", "--lookahead is 0: expected a whole number of at least 1"),
+        ("--samples 1e4 --lookahead 0", "--lookahead is 0: expected a whole number from 1 to 1e+09"),
         ("--samples 1e4 --profile h10", "unknown profile 'h10': expected one of"),
         ("--samples 1e4 --profile none.json", "profile 'none.json' cannot be read"),
-        ("--samples 1e4 --gpus 0", "--gpus is 0: expected a whole number of at least 1"),
+        ("--samples 1e4 --gpus 0", "--gpus is 0: expected a whole number from 1 to 1e+09"),
         ("--samples 1e4 --model-params 5", "--model-params is 5: expected a number of weights"),
         ("--samples 1e4 --model-params 7e11 --gpus 4", "a replica needs"),
         ("--samples 1e4 --dtype float8", "--dtype is 'float8': expected one of"),
-        ("--samples 1e4 --epochs -1", "--epochs is -1: expected a number of at least 0"),
+        ("--samples 1e4 --epochs -1", "--epochs is -1: expected a number from 0 to 1e+09"),
     ],
 )
 def test_refused(capsys: pytest.CaptureFixture[str], flags: str, message: str) -> None:

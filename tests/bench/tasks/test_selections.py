@@ -165,7 +165,7 @@ def test_files_at_fault(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="cannot be read"):
         read_ids(str(tmp_path / "none.txt"))
     (tmp_path / "bytes.txt").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(UserError, match="cannot be read"):
+    with pytest.raises(UserError, match=r"bytes.txt: not UTF-8 text at byte 0"):
         read_ids(str(tmp_path / "bytes.txt"))
     with pytest.raises(UserError, match="names no sample"):
         dataset(3).chosen([], "selection 'a.txt'")
