@@ -20,6 +20,7 @@ from transformers import (
     Qwen3Config,
 )
 
+from scoring.abilities import abilities_of
 from scoring.samples import Sample
 
 VOCABULARY = 97
@@ -100,6 +101,7 @@ def tiny_model(architecture: str = "llama", tied: bool = True, seed: int = 0, he
     with torch.no_grad():
         for p in model.parameters():
             p.add_(torch.randn_like(p), alpha=0.3 if p.dim() == 1 else 0.1)
+    abilities_of(model)  # which are tried at the first use: tests count passes
     return model
 
 

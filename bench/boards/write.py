@@ -88,7 +88,7 @@ def _draw(board: Board, path: Path) -> None:
 
 def overview(ranked: Sequence[Board], notes: Sequence[str]) -> str:
     """README.md: the standings of every board by its first metrics, with the sentences that a reader must know."""
-    parts = [f"{TITLE}\n", "The page with all metrics, runs and samples is `index.html`: open it in a browser.\n"]
+    parts = [TITLE, "The page with all metrics, runs and samples is `index.html`: open it in a browser.\n"]
     for number, board in enumerate(ranked):
         parts.append(f"## {board.name}\n")
         parts.append(", ".join(f"{name} {value}" for name, value in board.about.items()) + ".\n")

@@ -10,6 +10,7 @@ import torch
 
 import scoring.training_difficulty as training_difficulty
 from scoring.errors import UserError
+from scoring.precision import as_precise_as_weights
 from scoring.sample_gradients import UnsupportedModule
 from scoring.samples import Sample, collate
 from scoring.training_difficulty import el2n, grand, vog
@@ -21,7 +22,8 @@ SAMPLES = random_samples(5, seed=1)
 
 def plain_loss(model: torch.nn.Module, sample: Sample, **inputs: torch.Tensor) -> torch.Tensor:
     """Negative log-likelihoods of the scored tokens from plain log_softmax, one sample without padding."""
-    logits = model(**(inputs or {"input_ids": torch.from_numpy(sample.input_ids).unsqueeze(0)})).logits[0]
+    with as_precise_as_weights(model):
+        logits = model(**(inputs or {"input_ids": torch.from_numpy(sample.input_ids).unsqueeze(0)})).logits[0]
     logp = torch.log_softmax(logits[:-1], -1)[range(sample.length - 1), sample.input_ids[1:]]
     return -logp[torch.from_numpy(sample.scored[1:])]
 
@@ -61,7 +63,7 @@ def test_el2n_is_the_mean_norm_of_the_error(architecture):
     model = fp64(architecture)
     expected = []
     for sample in SAMPLES:
-        with torch.no_grad():
+        with torch.no_grad(), as_precise_as_weights(model):
             logits = model(input_ids=torch.from_numpy(sample.input_ids).unsqueeze(0)).logits[0]
         norms = []
         for t in np.flatnonzero(sample.scored):

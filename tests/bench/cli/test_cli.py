@@ -216,10 +216,10 @@ MODELS: dict[str, tuple[Callable[[Inputs], Path], str]] = {
     "no weights": (_without("*.safetensors"), r"has no \*.safetensors"),
     "no tokenizer": (_without("tokenizer*"), r"has no tokenizer.*tokenizer.save_pretrained\(folder\)"),
     "pickles only": (_pickled, r"pickled weights only \(pytorch_model.bin\).*which writes safetensors"),
-    "config is not JSON": (_with("config.json", b"{broken"), "configuration or tokenizer cannot be loaded"),
-    "config is a list": (_with("config.json", b"[]"), "configuration or tokenizer cannot be loaded"),
-    "config names no architecture": (_with("config.json", b"{}"), "configuration or tokenizer cannot be loaded"),
-    "tokenizer is not JSON": (_with("tokenizer.json", b"{broken"), "configuration or tokenizer cannot be loaded"),
+    "config is not JSON": (_with("config.json", b"{broken"), "configuration cannot be loaded"),
+    "config is a list": (_with("config.json", b"[]"), "configuration cannot be loaded"),
+    "config names no architecture": (_with("config.json", b"{}"), "configuration cannot be loaded"),
+    "tokenizer is not JSON": (_with("tokenizer.json", b"{broken"), "tokenizer cannot be loaded"),
     "tokenizer has more words": (_more_words, "vocabulary mismatch: .* gives token id 97, the model embeds 97"),
 }
 

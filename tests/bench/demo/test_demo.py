@@ -403,11 +403,15 @@ def test_forecasts_are_held_against_the_real_updates() -> None:
 def run_folder(folder: Path, epochs: list[dict], until: list[int | None]) -> Path:
     """What bench.jobs.unlearn leaves behind, as far as it is read here."""
     folder.mkdir()
-    spec = {"algorithm": "NPO", "alpha": 1.0, "epochs": 4, "max_steps": None, "batch_size": 2}
-    (folder / "run.json").write_text(json.dumps({"spec": spec}))
+    spec = {"algorithm": "NPO", "alpha": 1.0, "epochs": 4, "max_steps": None, "batch_size": 2, "seed": 0}
+    spec |= dict.fromkeys(("model", "task", "model_fingerprint", "forget_sha256", "spec_hash"), "x")
+    spec |= {"forget_split": None, "selection": None}
+    facts = {"packages": {}, "updates": 8, "thresholds": {}, "seconds": {}, "passes": {}, "notes": [], "rejected": []}
+    (folder / "run.json").write_text(json.dumps({"spec": spec} | facts))
     samples = {
         "sample_id": [f"s{i}" for i in range(len(until))],
         "num_tokens": [20 + i for i in range(len(until))],
+        "updates": [4] * len(until),
         "updates_until_forgotten": pa.array(until, pa.int64()),
     }
     pq.write_table(pa.Table.from_pylist(epochs), folder / "epochs.parquet")
@@ -418,6 +422,7 @@ def run_folder(folder: Path, epochs: list[dict], until: list[int | None]) -> Pat
 
 def epoch_row(epoch: int, forgotten: float, value: float, retain: float | None) -> dict:
     row = {"epoch": epoch, "step": 2 * epoch, "forgotten": forgotten, "mean_abs_delta": 0.001 * epoch}
+    row |= {"forget_loss": 1.0, "retain_loss": 1.0}
     row |= {"forget_rouge_l_recall": value, "forget_probability": value + 0.01}
     if retain is not None:
         row |= {"retain_rouge_l_recall": retain, "retain_probability": retain + 0.01}

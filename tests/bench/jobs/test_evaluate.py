@@ -474,7 +474,7 @@ def test_forgotten_and_relearned(whole: Whole, sentences: Any) -> None:
 @pytest.fixture(scope="module")
 def lacking(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Whole:
     """No holdout set, a forget record without a paraphrased question, and a sentence model that does not exist; 12
-    samples of the forget set. Written over a file that was something else."""
+    samples of the forget set. A file that is something else is in the way at first."""
     folder = tmp_path_factory.mktemp("lacking")
     first, *others = records("forget")
     del first["paraphrased_question"]
@@ -486,8 +486,11 @@ def lacking(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -
     out.write_text("my own notes")
     with pytest.raises(Exception, match="exists and is not an evaluation"):
         evaluate_spec(spec, out, HERE, progress=False)
+    with pytest.raises(Exception, match="was not written by mrd-bench: choose another file"):
+        evaluate_spec(spec, out, HERE, overwrite=True, progress=False)
     assert out.read_text() == "my own notes"
-    result = evaluate_spec(spec, out, HERE, overwrite=True, progress=False)
+    out.unlink()
+    result = evaluate_spec(spec, out, HERE, progress=False)
     return Whole({"model": models["model"]}, task, result, result.table.to_pandas(), {})
 
 

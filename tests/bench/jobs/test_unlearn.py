@@ -493,7 +493,7 @@ def test_another_spec_is_refused(whole: Whole, capsys: pytest.CaptureFixture[str
     assert field in found
     # What was asked for, and at most what follows from it.
     asked = {flag.removeprefix("--").removeprefix("no-").replace("-", "_") for flag in IDENTITY[field].split()}
-    assert found <= asked | {"statistic", "draws", "lora_alpha", "retain_weight"}
+    assert found <= asked | {"statistic", "draws", "lora_alpha", "forget_weight", "retain_weight"}
     assert content(whole.folder) == before
 
 
