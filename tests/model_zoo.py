@@ -196,13 +196,18 @@ def _estimator(model: Any, estimator: EstimatorName) -> tuple[bool, str]:
     return bool(right), "alone" if alone else "yes"
 
 
+def _differentiable(model: Any) -> Any:
+    """The model, with gradients of all its weights: torch gives none to an embedding of padding."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.Embedding):
+            module.padding_idx = None
+    return model.requires_grad_(True)
+
+
 def _gradient(model: Any, sample: Sample) -> float:
     exact = _exact(model)
     twin = exact.model  # type: ignore[attr-defined]
-    for module in twin.modules():
-        if isinstance(module, torch.nn.Embedding):
-            module.padding_idx = None
-    parameters = [p.requires_grad_() for p in twin.parameters()]
+    parameters = list(_differentiable(twin).parameters())
     gradients = torch.autograd.grad(exact(sample).neg().log().sum(), parameters, allow_unused=True)
     norm = sum(g.square().sum() for g in gradients if g is not None) ** 0.5
     return SIGMA * np.sqrt(2 / np.pi) * float(norm)
@@ -230,10 +235,22 @@ def _relative(model: Any, sample: Sample, sign: int) -> float:
 
 
 def _curvature(model: Any, sample: Sample) -> float:
+    """A difference of first derivatives: so small a step that it meets no kink of an activation (relu squared)."""
     signs = {name: fill_signs_(torch.empty_like(p), 1, 1, name).double() for name, p in model.named_parameters()}
-    step = 1e-6  # small, as the second derivatives of some activations have steps
-    low, middle, high = (_changed(model, sample, lambda name, p, k=k: p + k * step * signs[name]) for k in (-1, 0, 1))
-    return float(-(SIGMA**2) / 2 * ((low - 2 * middle + high) / step**2 / middle).sum())
+    base, step = _changed(model, sample, lambda _, p: p), 1e-8
+
+    def slope(direction: int) -> float:
+        exact = _exact(model)
+        twin = _differentiable(exact.model)  # type: ignore[attr-defined]
+        named = dict(twin.named_parameters())
+        with torch.no_grad():
+            for name, p in named.items():
+                p.add_(signs[name], alpha=direction * step)
+        gradients = torch.autograd.grad((exact(sample) / base).sum(), list(named.values()), allow_unused=True)
+        pairs = zip(gradients, named, strict=True)
+        return float(sum((g * signs[name]).sum() for g, name in pairs if g is not None))
+
+    return -(SIGMA**2) / 2 * (slope(1) - slope(-1)) / (2 * step)
 
 
 _IN_FP64: dict[EstimatorName, Callable[[Any, Sample], float]] = {
