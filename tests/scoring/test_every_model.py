@@ -10,6 +10,7 @@ from tests.paths import ROOT
 TABLE = (ROOT / "docs" / "models.md").read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODEL_TYPES)
 def test_the_table(name: str) -> None:
     measured = row(name, findings(name))
