@@ -12,7 +12,6 @@ There is no random state: every random number depends on the seed and the step.
 from __future__ import annotations
 
 import dataclasses
-import errno
 import json
 import shutil
 from collections.abc import Iterator, Mapping
@@ -28,7 +27,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from algorithms.history import History
 from scoring.errors import UserError
-from scoring.files import shown
+from scoring.files import has_no_locks, shown
 from scoring.reading import read_json, readable
 from scoring.settings import named
 
@@ -105,7 +104,7 @@ class Checkpoints:
             ) from None
         except (OSError, NotImplementedError) as error:
             # The folder of the run is locked too, and its command has said that this file system has no locks.
-            if isinstance(error, OSError) and error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+            if not has_no_locks(error):
                 raise
         try:
             yield

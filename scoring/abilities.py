@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from functools import wraps
+from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
@@ -14,6 +16,7 @@ from scoring.errors import UserError, first_line
 from scoring.precision import as_precise_as_weights
 from scoring.settings import named
 
+T = TypeVar("T")
 # How far logits may be apart that should be the same, relative to the largest: they are computed in other shapes.
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 0.02}
 # Tokens of the rows that are tried.
@@ -56,19 +59,28 @@ class Abilities:
         return [torch.nonzero(kinds == kind)[:, 0] for kind in kinds.unique()]
 
 
-_KNOWN: WeakKeyDictionary[nn.Module, Abilities] = WeakKeyDictionary()
+def remembered(tried: Callable[[Any], T]) -> Callable[[Any], T]:
+    """A function of a model that is computed at its first use for each, and for the model within its adapters."""
+    known: WeakKeyDictionary[nn.Module, T] = WeakKeyDictionary()
+
+    @wraps(tried)
+    def of(model: Any) -> T:
+        unwrapped = model.get_base_model() if hasattr(model, "get_base_model") else model
+        if unwrapped not in known:
+            known[unwrapped] = tried(unwrapped)
+        return known[unwrapped]
+
+    return of
 
 
+@remembered
 def abilities_of(model: Any) -> Abilities:
     """What a causal LM can be asked; tried at its first use.
 
     Raises:
         UserError: it cannot be run on tokens alone, or a token's logits depend on later tokens.
     """
-    unwrapped = model.get_base_model() if hasattr(model, "get_base_model") else model
-    if unwrapped not in _KNOWN:
-        _KNOWN[unwrapped] = _try(unwrapped)
-    return _KNOWN[unwrapped]
+    return _try(model)
 
 
 def notes_on(model: Any) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import tempfile
@@ -53,6 +54,14 @@ def _remove_abandoned() -> None:
             with FileLock(path).acquire(timeout=0):
                 shutil.rmtree(path.with_suffix(""), ignore_errors=True)
                 path.unlink(missing_ok=True)
+
+
+def has_no_locks(error: Exception) -> bool:
+    """Whether a lock failed because the file system has none, as some that are shared between machines."""
+    # filelock raises NotImplementedError where flock is not implemented.
+    return isinstance(error, NotImplementedError) or (
+        isinstance(error, OSError) and error.errno in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+    )
 
 
 def shown(path: Path) -> str:

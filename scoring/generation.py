@@ -11,14 +11,12 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
-from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
-from torch import nn
 from transformers import DynamicCache, PreTrainedModel
 
-from scoring.abilities import abilities_of, positions_for, same, tokens_to_try
+from scoring.abilities import abilities_of, positions_for, remembered, same, tokens_to_try
 from scoring.errors import UserError
 from scoring.precision import as_precise_as_weights
 
@@ -158,16 +156,11 @@ def _last_logits_anew(model: Any, ids: torch.Tensor) -> torch.Tensor:
     return logits
 
 
-_KNOWN: WeakKeyDictionary[nn.Module, Way] = WeakKeyDictionary()
-
-
+@remembered
 def way_of_decoding(model: Any) -> Way:
     """How a model's continuations come out right: rows of a batch together, padded on the left; one at a time with a
     cache; or reading everything anew for each token. Tried at its first use."""
-    unwrapped = model.get_base_model() if hasattr(model, "get_base_model") else model
-    if unwrapped not in _KNOWN:
-        _KNOWN[unwrapped] = _try_ways(unwrapped)
-    return _KNOWN[unwrapped]
+    return _try_ways(model)
 
 
 @torch.no_grad()

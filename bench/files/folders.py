@@ -16,7 +16,7 @@ from typing_extensions import TypedDict
 
 from bench.files.identity import differences
 from scoring.errors import UserError
-from scoring.files import replacing, shown
+from scoring.files import has_no_locks, replacing, shown
 from scoring.reading import exists, read_json
 from scoring.settings import named, settings_of
 
@@ -44,21 +44,13 @@ def locked(folder: Path, out: Path, kind: str, name: str = LOCK) -> FileLock:
             f"{named('out')} {shown(out)}: another {kind} is writing here; wait for it, or choose another"
         ) from None
     except (OSError, NotImplementedError) as error:
-        if not _has_no_locks(error):
+        if not has_no_locks(error):
             raise unwritable(out, error if isinstance(error, OSError) else OSError(errno.ENOSYS, str(error))) from error
         print(
             f"mrd-bench: {shown(out)}: this file system has no locks: start nothing else that writes there",
             file=sys.stderr,
         )
     return lock
-
-
-def _has_no_locks(error: Exception) -> bool:
-    """Whether a lock failed because the file system has none, as some that are shared between machines."""
-    # filelock raises NotImplementedError where flock is not implemented.
-    return isinstance(error, NotImplementedError) or (
-        isinstance(error, OSError) and error.errno in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
-    )
 
 
 class MadeFolders:
