@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,6 +17,18 @@ import pytest
 
 # A number of cores that Ray believes in: three replicas run side by side on any machine.
 LOGICAL_CPUS = 4
+
+
+@pytest.fixture(autouse=True)
+def threads_stay() -> Iterator[None]:
+    """Sums depend on the number of threads in their last bits: a test that leaves another would fail others."""
+    torch = sys.modules.get("torch")
+    before = torch.get_num_threads() if torch else None
+    yield
+    if torch and before:
+        after = torch.get_num_threads()
+        torch.set_num_threads(before)
+        assert after == before, "the test left another number of threads than it met"
 
 
 @pytest.fixture(scope="session")

@@ -134,9 +134,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with _terminable(), naming(Naming(flags=True)):
             arguments = make_parser(next(iter(argv), None)).parse_args(argv)
-            _set_threads(getattr(arguments, "threads", None))
-            load_plugins([*installed_plugins(), *map(read_plugin, arguments.plugin)])
-            arguments.run(arguments)
+            with _threads(getattr(arguments, "threads", None)):
+                load_plugins([*installed_plugins(), *map(read_plugin, arguments.plugin)])
+                arguments.run(arguments)
             sys.stdout.flush()
     except SystemExit:  # of --help, whose reader may have gone too
         if _nobody_reads():
@@ -158,16 +158,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _set_threads(count: int | None) -> None:
-    """Compute with so many threads in this process."""
+@contextmanager
+def _threads(count: int | None) -> Iterator[None]:
+    """Within the context, compute with so many threads in this process; who called `main` gets theirs back."""
     if count is None:
+        yield
         return
     cores = os.cpu_count() or 1
     if not 1 <= count <= cores:
         raise UserError(f"--threads is {count}: expected a whole number from 1 to {cores}, the cores of this machine")
     import torch
 
+    before = torch.get_num_threads()
     torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _ended(code: int, line: str) -> int:

@@ -670,14 +670,18 @@ def test_work_folders_of_killed_processes_are_removed(world: World) -> None:
     assert list(world.temporary.iterdir()) == []
 
 
-def test_threads_of_this_process(world: World, capsys: pytest.CaptureFixture[str]) -> None:
+def test_threads_of_this_process(world: World, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """A plugin sees those of the command; afterwards the process has its own again."""
+    seen, plugin = tmp_path / "seen", tmp_path / "look.py"
+    plugin.write_text(f"import torch\nopen({str(seen)!r}, 'w').write(str(torch.get_num_threads()))\n")
     before = torch.get_num_threads()
     try:
         command = score_command(world, world.emptied() / "out.parquet")
         assert "--threads is 0: expected a whole number from 1 to" in refusal(capsys, [*command, "--threads", "0"])
         torch.set_num_threads(2)
-        assert main([*command, "--threads", "1"]) == 0
-        assert torch.get_num_threads() == 1
+        assert main([*command, "--threads", "1", "--plugin", str(plugin)]) == 0
+        assert seen.read_text() == "1"
+        assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)
 

@@ -281,9 +281,9 @@ def test_generation_is_greedy_or_refused(pair, asked):
 def test_what_the_window_cannot_hold(pair):
     with pytest.raises(UserError, match="64 new tokens, the model's context holds 64"):
         pair[0].generate_until([instance("generate_until", "w1", {"until": [], "max_gen_toks": CONTEXT})])
-    with pytest.raises(UserError, match="1 tokens of context and 65 to be scored"):
+    with pytest.raises(UserError, match="2 tokens of context and 65 to be scored"):
         pair[0].loglikelihood([instance("loglikelihood", "w1", " w2" * (CONTEXT + 1))])
-    with pytest.raises(UserError, match="1 tokens of context and 0 to be scored"):
+    with pytest.raises(UserError, match="2 tokens of context and 0 to be scored"):
         pair[0].loglikelihood([instance("loglikelihood", "w1", " ")])
 
 
