@@ -34,8 +34,14 @@ class LossAlone:
     settings: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        objective = find_algorithm(self.algorithm).forget
+        algorithm = find_algorithm(self.algorithm)
+        objective = algorithm.forget
         with_settings(objective, self.settings)
+        if algorithm.negation:
+            raise UserError(
+                f"{named('algorithm')} {self.algorithm} has no forecast: what it trains learns the sample; forecast by "
+                "GA, NPO or another that pushes the answer down"
+            )
         if more := [name for name in inputs_of(objective) if name not in INPUTS_ALONE]:
             raise UserError(
                 f"{named('algorithm')} {self.algorithm} has no forecast: its objective takes {', '.join(more)}, which "

@@ -19,7 +19,7 @@ from algorithms.corpus import REFUSALS, Encoder, answers_evaluation, make_corpus
 from algorithms.group import ALONE
 from algorithms.history import Progress
 from algorithms.ray_train import TrainingJob, ensure_reference, unlearner_of
-from algorithms.recipe import AnswersMeasured, Execution, Recipe, total_updates
+from algorithms.recipe import AnswersMeasured, Execution, Objectives, Recipe, total_updates
 from algorithms.tables import tables_of
 from scoring.errors import UserError
 from scoring.eval_mode import in_eval_mode
@@ -65,6 +65,7 @@ def unlearn(
     *,
     algorithm: str,
     refusals: Sequence[str] = REFUSALS,
+    alternatives: Sequence[Sequence[str]] | None = None,
     evaluate: bool = AnswersMeasured.evaluate,
     evaluate_every: int = AnswersMeasured.evaluate_every,
     evaluate_samples: int = AnswersMeasured.evaluate_samples,
@@ -86,6 +87,7 @@ def unlearn(
         retain: the records to retain; algorithms with a retain term need them. None evaluates the forget set alone.
         algorithm: a key of `algorithms.objectives.ALGORITHMS`, such as "NPO".
         refusals: the answers that PO and IdkDPO teach, one string each (the setting of the command line names a file).
+        alternatives: the answers that AltPO teaches: one or more for each record to forget, in the records' order.
         evaluate: measure ROUGE-L recall and probability of the answers.
         evaluate_every: epochs from one measurement to the next; 0: only of the initial and the last model.
         evaluate_samples: the most samples of each set that are evaluated, evenly spaced.
@@ -121,7 +123,10 @@ def unlearn(
     chat = chosen_template(template, system, template_variables or {})
     forget_texts = TextSet("forget", texts_of("forget", forget, chat))
     retain_texts = None if retain is None else TextSet("retain", texts_of("retain", retain, chat))
-    corpus, unused = make_corpus(settings, encoder, forget_texts, retain_texts, answers)
+    taught: Sequence[str] | Mapping[str, Sequence[str]] = answers
+    if Objectives.of(settings).teaches == "alternatives":
+        taught = _alternatives_of(forget_texts, alternatives)
+    corpus, unused = make_corpus(settings, encoder, forget_texts, retain_texts, taught)
     evaluation = None
     if measured.evaluate:
         evaluation = answers_evaluation(
@@ -165,3 +170,16 @@ def unlearn(
         "rejected": unused,
     }
     return Unlearned(unlearned_model, **tables, record=record)
+
+
+def _alternatives_of(forget: TextSet, alternatives: Sequence[Sequence[str]] | None) -> dict[str, Sequence[str]]:
+    """Sample id -> alternative answers."""
+    lists = [] if alternatives is None or isinstance(alternatives, str) else list(alternatives)
+    for number, answers in enumerate(lists):
+        if isinstance(answers, str) or not answers or not all(isinstance(answer, str) and answer for answer in answers):
+            raise UserError(f"alternatives[{number}] is {answers!r}: expected a list of answers, at least one")
+    if len(lists) != len(forget.texts):
+        raise UserError(
+            f"alternatives has {len(lists)} lists for {len(forget.texts)} records: expected a list of answers for each"
+        )
+    return {text.sample_id: answers for text, answers in zip(forget.texts, lists, strict=True)}

@@ -40,7 +40,8 @@ class Corpus:
 
     Attributes:
         forget: N samples to forget.
-        refusals: for each of them the same question with a refusal as its answer; empty if the algorithm needs none.
+        refusals: for each of them the same question with a refusal, or with an alternative answer; empty if the
+            algorithm teaches none.
         retain: samples to retain; empty if the algorithm needs none.
         eos_token_id: the token that ends a continuation when EL is measured.
         values: by the name of a file that draws or groups go by, a number for each forget sample, (N,).
@@ -80,7 +81,11 @@ class Encoder:
 
 
 def make_corpus(
-    recipe: Recipe, encoder: Encoder, forget: TextSet, retain: TextSet | None, phrases: Sequence[str] = REFUSALS
+    recipe: Recipe,
+    encoder: Encoder,
+    forget: TextSet,
+    retain: TextSet | None,
+    phrases: Sequence[str] | Mapping[str, Sequence[str]] = REFUSALS,
 ) -> tuple[Corpus, list[dict[str, str]]]:
     """Make the samples of a run; and list the texts that cannot be used, with their set and the reason.
 
@@ -89,7 +94,8 @@ def make_corpus(
         encoder: turns texts into samples.
         forget: texts to forget.
         retain: texts to retain; None is an error if the recipe has a retain term.
-        phrases: refusals. If the objective needs refusals, each sample gets one of them, by seed and sample.
+        phrases: what the objective teaches, if it does: refusals, or the alternative answers of each sample by its id.
+            Each sample gets one of them, by seed and sample.
 
     Raises:
         UserError: a set has no sample that can be used, a sample has no question that could be refused, or a file that
@@ -100,11 +106,14 @@ def make_corpus(
     refusals: list[Sample] = []
     if objectives.needs_refusals:
         text_of = {text.sample_id: text for text in forget.texts}
-        refused = [_refused(text_of[sample.sample_id], phrases, recipe.seed, forget.name) for sample in samples]
+        refused = [
+            _refused(text_of[sample.sample_id], _phrases_of(sample, phrases, forget.name), recipe.seed, forget.name)
+            for sample in samples
+        ]
         refusals, too_long = encode(refused, encoder.tokenizer, encoder.max_length)
         if too_long:
-            first = too_long[0]
-            raise UserError(f"{forget.name}, {first.sample_id!r}: with a refusal as its answer: {first.reason}")
+            first, other = too_long[0], "a refusal" if objectives.teaches == "refusals" else "an alternative"
+            raise UserError(f"{forget.name}, {first.sample_id!r}: with {other} as its answer: {first.reason}")
     retain_samples: list[Sample] = []
     retain_rejected: list[Rejected] = []
     if objectives.retain is not None:
@@ -123,14 +132,27 @@ def make_corpus(
     return Corpus(samples, refusals, retain_samples, answer_end(encoder.tokenizer, samples), values), unused
 
 
+def _phrases_of(
+    sample: Sample, phrases: Sequence[str] | Mapping[str, Sequence[str]], forget_name: str
+) -> Sequence[str]:
+    if not isinstance(phrases, Mapping):
+        return phrases
+    if not (own := phrases.get(sample.sample_id)):
+        raise UserError(
+            f"{forget_name}, {sample.sample_id!r} has no alternative answer: expected one or more of each sample "
+            f"({named('alternatives')}), which this algorithm teaches instead of the answer"
+        )
+    return own
+
+
 def _refused(text: Text, phrases: Sequence[str], seed: int, name: str) -> Text:
-    """The question with a refusal for an answer: one for each sample, drawn by seed and sample."""
+    """The question with another answer: one for each sample, drawn by seed and sample."""
     phrase = random.Random(f"{seed}/{text.sample_id}").choice(phrases)
     if text.messages is not None:
         return replace(text, messages=(*text.messages[:-1], {**text.messages[-1], "content": phrase}))
     if text.completion is None:
         raise UserError(
-            f"{name}, {text.sample_id!r}: a plain text has no question to refuse; PO and IdkDPO need "
+            f"{name}, {text.sample_id!r}: a plain text has no question to answer; PO, IdkDPO and AltPO need "
             "'prompt'+'completion', 'question'+'answer' or 'messages'"
         )
     # The space that separates prompt and answer belongs to the completion.

@@ -33,6 +33,7 @@ class History:
             forecasts too.
         notes: what a reader must know, each once.
         sampler: the state of the sampler at the last checkpoint.
+        retain_weight: of the next update, where it follows the retain loss; else None.
     """
 
     step: int = 0
@@ -51,6 +52,7 @@ class History:
     passes: dict[str, list[int]] = field(default_factory=lambda: {"training": [0, 0], "mrd": [0, 0]})
     notes: list[str] = field(default_factory=list)
     sampler: dict[str, Any] = field(default_factory=dict)
+    retain_weight: float | None = None
 
     @classmethod
     def of(cls, forget_samples: int) -> History:

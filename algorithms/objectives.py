@@ -20,6 +20,7 @@ import inspect
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -32,6 +33,7 @@ from scoring.sample_gradients import mean_negative_log_likelihood, negative_log_
 Objective = Callable[..., torch.Tensor]
 
 # The inputs that the training loop can give an objective. S, R: scored tokens of the longest sample or refusal.
+# What is said of refusals holds for alternative answers too, see Algorithm.teaches.
 INPUTS: dict[str, str] = {
     "logprobs": "(B, S) fp32 nats: log-probs P_t of the sample's scored tokens; 0 where mask is False",
     "mask": "(B, S) bool: which entries are scored tokens and not padding; at least one a sample",
@@ -108,7 +110,7 @@ def simnpo(logprobs: torch.Tensor, mask: torch.Tensor, *, beta: float = 4.5, del
     return _softened(nll(logprobs, mask) - delta, beta)
 
 
-def idk_dpo(
+def dpo(
     logprobs: torch.Tensor,
     mask: torch.Tensor,
     refusal_logprobs: torch.Tensor,
@@ -118,9 +120,10 @@ def idk_dpo(
     *,
     beta: float = 0.1,
 ) -> torch.Tensor:
-    """DPO with the refusal preferred over the answer, and with NPO's factor 2/beta. Rafailov et al. 2023.
+    """DPO with another answer preferred, and with NPO's factor 2/beta. Rafailov et al. 2023; with a refusal IdkDPO,
+    Maini et al. 2024; with a plausible alternative AltPO, Mekala et al. 2024.
 
-    -(2/beta) log sigmoid(beta [(log pi(refusal) - log pi_ref(refusal)) - (log pi(answer) - log pi_ref(answer))]),
+    -(2/beta) log sigmoid(beta [(log pi(other) - log pi_ref(other)) - (log pi(answer) - log pi_ref(answer))]),
     log pi a sum over tokens.
     """
     refusal = _log_ratio(refusal_logprobs, refusal_mask, refusal_reference_nll)
@@ -165,6 +168,16 @@ def ceu(logits: torch.Tensor, targets: torch.Tensor, mask: torch.Tensor) -> torc
     return _token_mean(-(teacher * logits.log_softmax(-1)).sum(-1), mask)
 
 
+def flat(logits: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Logit-margin flattening: (max_v z_v - mean_v z_v)^2, the mean over the answer's tokens. Entesari et al. 2025.
+
+    It is 0 where all tokens are equally likely. The published code takes the mean over every position of the padded
+    batch, prompts and padding included; here, as for every objective, the answer's tokens count.
+    """
+    logits = _blank(logits, mask)
+    return _token_mean((logits.amax(-1) - logits.mean(-1)).square(), mask)
+
+
 def wga(logprobs: torch.Tensor, mask: torch.Tensor, *, beta: float = 1.0) -> torch.Tensor:
     """Weighted gradient ascent: -mean_t p_t^beta l_t. Wang et al. 2025.
 
@@ -188,7 +201,7 @@ def satimp(logprobs: torch.Tensor, mask: torch.Tensor, *, beta1: float = 5.0, be
     return _token_mean(weights * logprobs, mask)
 
 
-# Retain terms.
+# Retain terms. The first also learns a forget set: TaskVector and Relearn.
 
 
 def nll(logprobs: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -284,6 +297,10 @@ class Algorithm:
         batch_size: forget samples a step; None: the spec's default.
         alpha: forget sample i is drawn with probability proportional to MRD_i^alpha; 0: uniformly; None: the
             spec's default.
+        teaches: what the refusal inputs of `forget` are: one of the refusals, or one of the sample's own alternative
+            answers.
+        retain_limit, dual_step, dual_warmup: see `Recipe`; None: the retain weight is a constant.
+        negation: see `Recipe`; 0: the model is the one that was trained.
 
     Raises:
         TypeError: a function with an input that is not in INPUTS, or a setting without a default.
@@ -297,6 +314,11 @@ class Algorithm:
     epochs: int = 5
     batch_size: int | None = None
     alpha: float | None = None
+    teaches: Literal["refusals", "alternatives"] = "refusals"
+    retain_limit: float | None = None
+    dual_step: float | None = None
+    dual_warmup: int | None = None
+    negation: float = 0.0
 
     def __post_init__(self) -> None:
         if self.retain is not None and self.retain not in RETAIN_TERMS:
@@ -319,12 +341,16 @@ ALGORITHMS: Registry[Algorithm] = Registry(
         "NPO": Algorithm(npo, epochs=4),
         "NPO-GradDiff": Algorithm(npo, "nll", epochs=4),
         "SimNPO": Algorithm(simnpo, "nll", forget_weight=0.125),
-        "IdkDPO": Algorithm(idk_dpo, "nll"),
+        "IdkDPO": Algorithm(dpo, "nll"),
+        "AltPO": Algorithm(dpo, "nll", teaches="alternatives"),
         "RMU": Algorithm(rmu, "hidden"),
         "UNDIAL": Algorithm(undial),
         "CE-U": Algorithm(ceu),
         "WGA": Algorithm(wga, "nll"),
         "SatImp": Algorithm(satimp, "nll", forget_weight=0.1),
+        # As published for TOFU.
+        "PDU": Algorithm(flat, "nll", retain_weight=100.0, epochs=10, retain_limit=0.3, dual_step=5.0, dual_warmup=5),
+        "TaskVector": Algorithm(nll, negation=1.0),
         # Learns the forget set again, as an attacker and the metric Relearn do with a model that has forgotten.
         "Relearn": Algorithm(nll),
     },

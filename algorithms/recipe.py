@@ -18,6 +18,7 @@ from algorithms.objectives import (
     ALGORITHMS,
     REFUSAL_PREFIX,
     RETAIN_TERMS,
+    Algorithm,
     find_algorithm,
     inputs_of,
     with_settings,
@@ -34,6 +35,8 @@ from scoring.updates import OptimizerName
 
 Unit = Literal["epochs", "steps"]
 DEFAULT_BATCH_SIZE = 4
+# The settings of a retain weight that follows the retain loss.
+DUAL = ("retain_limit", "dual_step", "dual_warmup")
 
 
 def _algorithms() -> Iterable[str]:
@@ -63,6 +66,25 @@ class Recipe:
     ] = None
     forget_weight: Annotated[float | None, Ge(0), Doc("factor of the forget term (default: the algorithm's)")] = None
     retain_weight: Annotated[float | None, Ge(0), Doc("factor of the retain term (default: the algorithm's)")] = None
+    retain_limit: Annotated[
+        float | None,
+        Gt(0),
+        Doc(
+            "nats: the retain weight grows by dual_step times what the retain loss of an update exceeds this by, and "
+            "falls likewise, down to 0 (default: the algorithm's, mostly none: the weight is constant)"
+        ),
+    ] = None
+    dual_step: Annotated[float | None, Gt(0), Doc("see retain_limit (default: the algorithm's, else 1)")] = None
+    dual_warmup: Annotated[
+        int | None,
+        Ge(0),
+        Doc("epochs with a constant retain weight before retain_limit acts (default: likewise, else 0)"),
+    ] = None
+    negation: Annotated[
+        float | None,
+        Ge(0),
+        Doc("s: the model is initial - s (trained - initial); 0: the trained one (default: 1 for TaskVector, else 0)"),
+    ] = None
     layer: Annotated[
         int | None,
         Ge(1),
@@ -172,6 +194,9 @@ class Recipe:
             "batch_size": _value_or(self.batch_size, algorithm.batch_size or DEFAULT_BATCH_SIZE),
             "alpha": float(_value_or(self.alpha, algorithm.alpha or 0.0)),
             "lora_alpha": _value_or(self.lora_alpha, 2 * self.lora_rank) if self.lora_rank else None,
+            **self._dual(algorithm),
+            # None where nobody asked for it, as in the identities of runs from before there was such a setting.
+            "negation": _value_or(self.negation, algorithm.negation or None),
         }
         check_source("weights", self.weights)
         schedule = self._resolved_schedule(filled["forget_weight"])
@@ -183,12 +208,37 @@ class Recipe:
                 f"{named('check_every')} is 0: nobody looks which samples are forgotten; expected "
                 f"{named('early_stopping')} false"
             )
+        if filled["retain_limit"] is not None and filled["retain_term"] == "none":
+            raise UserError(
+                f"{named('retain_limit')} limits the retain term, and there is none: give {named('retain_term')}"
+            )
+        if filled["negation"] and (self.weights == FLIP_TIME or self.reward or self.hold_penalty):
+            raise UserError(
+                f"{named('negation')} does not go with {named('hold_penalty')} or forecasts ({named('weights')} "
+                f"{FLIP_TIME}, {named('reward')}): they are of the model that is trained, which learns the forget set"
+            )
         if self.lora_rank and self.trainable:
             raise UserError(
                 f"{named('trainable')} and {named('lora_rank')} exclude each other: adapters take "
                 f"{named('lora_targets')} instead"
             )
         return filled
+
+    def _dual(self, algorithm: Algorithm) -> dict[str, float | None]:
+        """How the retain weight follows the retain loss; Nones where it is constant."""
+        limit = _value_or(self.retain_limit, algorithm.retain_limit)
+        if limit is None:
+            for name in DUAL[1:]:
+                if getattr(self, name) is not None:
+                    raise UserError(
+                        f"{named(name)} is of a retain weight that changes: give {named('retain_limit')} too"
+                    )
+            return dict.fromkeys(DUAL)
+        return {
+            "retain_limit": limit,
+            "dual_step": _value_or(self.dual_step, _value_or(algorithm.dual_step, 1.0)),
+            "dual_warmup": _value_or(self.dual_warmup, algorithm.dual_warmup or 0),
+        }
 
     def _resolved_schedule(self, forget_weight: float | None) -> Schedule | None:
         if self.schedule is None:
@@ -264,12 +314,14 @@ class Objectives:
         forget: the objectives on the forget set: one for each group of the schedule; without one, that of all samples.
         retain: the objective on the retain set; None: the retain set is not used.
         forget_inputs, retain_inputs: the names of their inputs, see `algorithms.objectives.INPUTS`.
+        teaches: what the refusal inputs are, see `algorithms.objectives.Algorithm`; None: there are none.
     """
 
     forget: tuple[Callable[..., torch.Tensor], ...]
     retain: Callable[..., torch.Tensor] | None
     forget_inputs: tuple[str, ...]
     retain_inputs: tuple[str, ...]
+    teaches: str | None = None
 
     @classmethod
     def of(cls, recipe: Recipe) -> Objectives:
@@ -280,7 +332,18 @@ class Objectives:
             for algorithm, settings in algorithms or [(recipe.algorithm, recipe.settings)]
         )
         inputs = dict.fromkeys(name for objective in forget for name in inputs_of(objective))
-        return cls(forget, retain, tuple(inputs), inputs_of(retain) if retain else ())
+        teaches = {
+            find_algorithm(algorithm).teaches
+            for (algorithm, _), objective in zip(
+                algorithms or [(recipe.algorithm, recipe.settings)], forget, strict=True
+            )
+            if any(name.startswith(REFUSAL_PREFIX) for name in inputs_of(objective))
+        }
+        if len(teaches) > 1:
+            raise UserError(
+                f"{named('schedule')}: one group teaches refusals and another alternative answers; expected one of them"
+            )
+        return cls(forget, retain, tuple(inputs), inputs_of(retain) if retain else (), next(iter(teaches), None))
 
     @property
     def inputs(self) -> tuple[str, ...]:
@@ -288,7 +351,8 @@ class Objectives:
 
     @property
     def needs_refusals(self) -> bool:
-        return any(name.startswith(REFUSAL_PREFIX) for name in self.forget_inputs)
+        """Whether there are answers that are taught: refusals or alternatives."""
+        return self.teaches is not None
 
     @property
     def needs_layer(self) -> bool:

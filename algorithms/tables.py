@@ -38,6 +38,7 @@ def _step_schema() -> pa.Schema:
             ("loss", number),
             ("forget_loss", number),
             ("retain_loss", number),
+            ("retain_weight", number),
             ("gradient_norm", number),
             ("learning_rate", number),
             ("samples", pa.list_(pa.string())),

@@ -53,6 +53,8 @@ class Trainable:
         bfloat16: compute forward and backward by autocast; weights, gradients and optimizer stay in fp32.
         gradient_checkpointing: recompute activations in the backward pass.
         seed: seed of the adapters' initial values.
+        negation: s: everybody else sees initial - s (trained - initial) of the weights, a task vector taken away
+            (Ilharco et al. 2023); 0: what is trained.
 
     Raises:
         UserError: no parameter matches `trainable`, or the adapters cannot be put on.
@@ -72,8 +74,11 @@ class Trainable:
         bfloat16: bool = False,
         gradient_checkpointing: bool = False,
         seed: int = 0,
+        negation: float = 0.0,
     ) -> None:
         self.group = group
+        self._negation = negation
+        self._initial = {n: p.detach().cpu().clone() for n, p in model.named_parameters()} if negation else {}
         self.device = next(model.parameters()).device
         self._bfloat16 = bfloat16
         self._adapted: Any = _with_adapters(model, lora, seed) if lora else None
@@ -81,8 +86,9 @@ class Trainable:
         if trainable is not None:
             _freeze_all_but(self.model, trainable)
         sharded = group.size > 1 and group.strategy == "fsdp"
-        # A copy for `whole_model`, which gets the whole weights: adapters merged, shards put together.
-        self._whole: Any = copy.deepcopy(self._adapted or self.model).cpu() if lora or sharded else None
+        # A copy for `whole_model`, which gets the whole weights: adapters merged, shards put together, or negated.
+        needs_copy = lora or sharded or negation
+        self._whole: Any = copy.deepcopy(self._adapted or self.model).cpu() if needs_copy else None
         self._recomputing = _checkpoint_activations(self.model) if gradient_checkpointing else []
         forward_pass = ForwardPass(self.model, layer)
         self._forward: nn.Module = forward_pass
@@ -155,7 +161,8 @@ class Trainable:
     def whole_model(self) -> Iterator[PreTrainedModel]:
         """Gives the model with whole weights, in eval mode; all workers enter together.
 
-        It is a copy if the weights are sharded or adapters have to be merged, else the model itself.
+        It is a copy if the weights are sharded, adapters have to be merged or the change is negated, else the model
+        itself.
         """
         if self._whole is None:
             with self.model_itself() as model:
@@ -167,10 +174,18 @@ class Trainable:
         )
         if self._adapted is not None:
             whole = copy.deepcopy(whole).merge_and_unload()
+        if self._negation:
+            self._negate(whole)
         try:
             yield whole.to(self.device)
         finally:
             whole.to("cpu")
+
+    @torch.no_grad()
+    def _negate(self, whole: PreTrainedModel) -> None:
+        for name, p in whole.named_parameters():
+            initial = self._initial[name]
+            p.copy_(initial - self._negation * (p - initial))
 
     @contextmanager
     def model_itself(self) -> Iterator[PreTrainedModel]:
@@ -205,28 +220,33 @@ class Trainable:
         finished: PreTrainedModel = model.to(self.device)
         return finished
 
+    @property
+    def keeps_own_weights(self) -> bool:
+        """Whether the trained weights are in `state`, since they do not follow from those of `whole_model`."""
+        return self._adapted is not None or bool(self._negation)
+
     def state(self) -> dict[str, torch.Tensor]:
-        """The state of the training that `whole_model` lacks: optimizer moments and adapters, as whole tensors on the
-        CPU. All workers call it together."""
+        """The state of the training that `whole_model` lacks: optimizer moments, and adapters or weights whose change
+        is negated, as whole tensors on the CPU. All workers call it together."""
         tensors: dict[str, Any] = {
             f"optimizer.{name}.{key}": value
             for name, p in self._parameters.items()
             for key, value in self.optimizer.state.get(p, {}).items()
         }
-        if self._adapted is not None:
-            tensors |= {f"adapter.{name}": p for name, p in self._parameters.items()}
+        if self.keeps_own_weights:
+            tensors |= {f"trained.{name}": p for name, p in self._parameters.items()}
         return {name: value.contiguous().clone() for name, value in _on_cpu(tensors).items()}
 
     def restore(self, weights: Mapping[str, torch.Tensor], state: Mapping[str, torch.Tensor]) -> None:
         """Continue from a checkpoint.
 
         Args:
-            weights: the model's trainable weights by name; not used with adapters.
+            weights: the model's trainable weights by name; not used if `keeps_own_weights`.
             state: a result of `state`.
         """
         with torch.no_grad():
             for name, p in self._parameters.items():
-                p.copy_(_like(state[f"adapter.{name}"] if self._adapted is not None else weights[name], p))
+                p.copy_(_like(state[f"trained.{name}"] if self.keeps_own_weights else weights[name], p))
         for name, p in self._parameters.items():
             # Plain gradient descent has none.
             moments = {key: state.get(f"optimizer.{name}.{key}") for key in ("step", "exp_avg", "exp_avg_sq")}
@@ -321,4 +341,5 @@ def trainable_for(
         bfloat16=recipe.dtype == "bfloat16",
         gradient_checkpointing=gradient_checkpointing,
         seed=recipe.seed,
+        negation=recipe.negation or 0.0,
     )

@@ -97,6 +97,8 @@ class Unlearner:
             len(corpus.forget), recipe.order, recipe.alpha or 0.0, recipe.replacement, seed=recipe.seed
         )
         self.history = History.of(len(corpus.forget))
+        if recipe.retain_limit is not None:
+            self.history.retain_weight = recipe.retain_weight
         self._group_by = recipe.schedule["by"] if isinstance(recipe.schedule, dict) else None
         draws_by_forecast = self.sampler.needs_difficulty and recipe.weights == FLIP_TIME
         self._needs_forecasts = draws_by_forecast or recipe.reward > 0 or self._group_by == FLIP_TIME
@@ -205,6 +207,8 @@ class Unlearner:
             history.drawn[position] += 1
         loss = self._weight("forget") * weighed_forget + penalty
         loss += self._weight("retain") * retain if self._objectives.retain else 0.0
+        retain_weight = self._weight("retain") if self._objectives.retain else None
+        self._follow_retain_loss(retain)
         history.steps.append(
             {
                 "step": history.step + 1,
@@ -212,6 +216,7 @@ class Unlearner:
                 "loss": loss,
                 "forget_loss": forget,
                 "retain_loss": retain if self._objectives.retain else None,
+                "retain_weight": retain_weight,
                 "gradient_norm": norm,
                 "learning_rate": rate,
                 "samples": [self.corpus.forget[position].sample_id for position in positions],
@@ -233,8 +238,24 @@ class Unlearner:
     def _weight(self, set_name: SetName) -> float:
         if set_name == "forget" and self._group_by is not None:
             return 1.0  # each group has its own, see `_factors`
-        weight = self.recipe.forget_weight if set_name == "forget" else self.recipe.retain_weight
+        weight = self.recipe.forget_weight
+        if set_name == "retain":
+            weight = self.recipe.retain_weight if self.history.retain_weight is None else self.history.retain_weight
         return 1.0 if weight is None else weight
+
+    def _follow_retain_loss(self, loss: float) -> None:
+        """One step of dual ascent: the retain weight is the multiplier of "retain loss <= limit". Entesari et al. 2025.
+
+        Args:
+            loss: of the update on the current retain batch, before the update.
+        """
+        history, recipe = self.history, self.recipe
+        if recipe.retain_limit is None or history.step < (recipe.dual_warmup or 0) * self.updates_per_epoch:
+            return
+        assert history.retain_weight is not None
+        history.retain_weight = max(
+            0.0, history.retain_weight + (recipe.dual_step or 0.0) * (loss - recipe.retain_limit)
+        )
 
     def _groups(self) -> np.ndarray | None:
         """The group of each forget sample, (N,); None without a schedule."""
@@ -498,8 +519,7 @@ class Unlearner:
     def _continue_from(self, saved: Checkpoint) -> None:
         self.history = History(**saved.history())
         self.sampler.restore(self.history.sampler)
-        has_adapters = self.recipe.lora_rank > 0
-        self.trained.restore({} if has_adapters else saved.weights(), saved.training())
+        self.trained.restore({} if self.trained.keeps_own_weights else saved.weights(), saved.training())
 
     @contextmanager
     def _clock(self, name: str) -> Iterator[_Clock]:

@@ -90,7 +90,7 @@ def benchmark_arguments(parser: argparse.ArgumentParser) -> None:
     add("--generations", type=int, default=800, help="at most this many (default: 800)")
 
     add = on_data("difficulty", "what each measure of difficulty costs, in forward passes", _difficulty)
-    add("--samples", type=int, default=100, help="at most this many samples (default: 100)")
+    add("--samples", type=int, default=40, help="at most this many samples (default: 40)")
 
     about = "the training loop against transformers' Trainer, and unlearning with MRD against without"
     add = on_data("unlearning", about, _unlearning)

@@ -9,6 +9,8 @@ that is finished. `algorithms.unlearn` does the same with a loaded model.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,7 +27,7 @@ from algorithms.ease import absolute_source as absolute_ease
 from algorithms.history import History, Progress
 from algorithms.objectives import algorithm_name
 from algorithms.ray_train import TrainingJob, train_here, train_on_ray
-from algorithms.recipe import AnswersMeasured, Execution, Objectives, Recipe, total_updates
+from algorithms.recipe import DUAL, AnswersMeasured, Execution, Objectives, Recipe, total_updates
 from algorithms.schedule import resolved_schedule
 from bench.files.identity import identity_fields, with_spec_hash
 from bench.files.spec import read_mapping
@@ -43,6 +45,7 @@ from bench.tasks.datasets import (
     load_dataset,
 )
 from bench.tasks.selections import read_ids
+from bench.tasks.sources import TEXT, TEXTS, read_file, with_fields
 from scoring.cluster import connect
 from scoring.errors import UserError
 from scoring.files import shown
@@ -67,7 +70,17 @@ class UnlearnSpec(Recipe, Execution, AnswersMeasured, TemplateSettings):
     """
 
     EXECUTION: ClassVar = tuple(field.name for field in dataclasses.fields(Execution))
-    ADDED_LATER: ClassVar = ("optimizer", "weights", "schedule", "hold_penalty", "reward", *TEMPLATE_FIELDS)
+    ADDED_LATER: ClassVar = (
+        "optimizer",
+        "weights",
+        "schedule",
+        "hold_penalty",
+        "reward",
+        *DUAL,
+        "negation",
+        "alternatives",
+        *TEMPLATE_FIELDS,
+    )
 
     model: Annotated[ModelName, Doc("an embedded model (authors, authors:retain90), a folder, or a Hugging Face id")]
     task: Annotated[DataName, Doc("a task, NAME:SOURCE, a task file (.yaml), or a data file of the forget set")]
@@ -80,6 +93,14 @@ class UnlearnSpec(Recipe, Execution, AnswersMeasured, TemplateSettings):
     ] = None
     refusals: Annotated[
         str | None, Doc("text file, one refusal a line, for PO and IdkDPO (default: the task's, or built-in ones)")
+    ] = None
+
+    alternatives: Annotated[
+        str | None,
+        Doc(
+            "file (.jsonl) of objects with sample_id and alternatives, a list of answers, for AltPO (default: the "
+            "task's wrong answers, where it has some)"
+        ),
     ] = None
 
     def checked(self) -> Self:
@@ -106,7 +127,7 @@ def with_absolute_paths(fields: Mapping[str, Any]) -> dict[str, Any]:
     """Fields of an UnlearnSpec; those that name files and folders are right in every process, whatever folder it works
     in."""
     located = dict(fields)
-    for name in ("selection", "refusals", "schedule"):
+    for name in ("selection", "refusals", "alternatives", "schedule"):
         if isinstance(path := fields.get(name), str):
             located[name] = str(Path(path).absolute())
     if isinstance(template := fields.get("template"), str):
@@ -211,7 +232,26 @@ def corpus_of(
     spec: UnlearnSpec, model: ModelReference, forget: Dataset, retain: Dataset | None
 ) -> tuple[Corpus, list[dict[str, str]]]:
     """The samples of a checked spec; and those that cannot be used, with their set and the reason."""
-    return make_corpus(spec, encoder_of(model), forget.text_set, _text_set(retain), _refusals(spec))
+    taught = _alternatives(spec, model.tokenizer) if Objectives.of(spec).teaches == "alternatives" else _refusals(spec)
+    return make_corpus(spec, encoder_of(model), forget.text_set, _text_set(retain), taught)
+
+
+def _alternatives(spec: UnlearnSpec, tokenizer: Any) -> dict[str, list[str]]:
+    """Sample id -> its alternative answers."""
+    if spec.alternatives is not None:
+        where = f"{named('alternatives')} {spec.alternatives!r}"
+        records = with_fields(read_file(Path(spec.alternatives)), {"sample_id": TEXT, "alternatives": TEXTS}, where)
+        return {record["sample_id"]: record["alternatives"] for record in records}
+    task, source = (None, None) if is_data_file(spec.task) else find_task(spec.task)
+    if task is not None:
+        split = spec.forget_split or task.default_split
+        records = task.load(task.evaluation(split).get("forget", split), source, tokenizer)
+        if any("perturbed_answer" in record for record in records):
+            return {record["id"]: record.get("perturbed_answer") or [] for record in records}
+    raise UserError(
+        f"algorithm {spec.algorithm} teaches alternative answers, and {spec.task!r} has none: give "
+        f"{named('alternatives')}, a .jsonl file of objects with sample_id and alternatives, a list of answers"
+    )
 
 
 def _refusals(spec: UnlearnSpec) -> Sequence[str]:
@@ -272,8 +312,12 @@ def identity_of(spec: UnlearnSpec, model: ModelReference, forget: Dataset, retai
         "model_fingerprint": model.fingerprint,
         "forget_sha256": forget.sha256,
         "retain_sha256": retain.sha256 if retain else None,
-        "refusals": list(_refusals(spec)) if Objectives.of(spec).needs_refusals else None,
+        "refusals": list(_refusals(spec)) if Objectives.of(spec).teaches == "refusals" else None,
     }
+    content.pop("alternatives", None)
+    if Objectives.of(spec).teaches == "alternatives":
+        answers = json.dumps(_alternatives(spec, model.tokenizer), sort_keys=True)
+        content["alternatives"] = f"sha256:{hashlib.sha256(answers.encode()).hexdigest()}"
     if Objectives.of(spec).needs_layer:
         # Earlier versions took the positions from which the tokens are predicted, and did not say so.
         content["hidden_at"] = "tokens"

@@ -43,6 +43,7 @@ def run_benchmark(model: str, data: str, split: str | None, samples: int, out: s
     require_at_least(2, samples=samples)
     reference = find_model(model)
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.set_num_threads(1)  # as a replica has
     replica = TransformersReplica(load_model(reference.source, "float32", device, reference.revision))
     measured = samples_of(data, split, reference)[:samples]
     batches = make_batches(measured, BATCH_TOKENS)

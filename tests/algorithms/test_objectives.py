@@ -17,10 +17,11 @@ from algorithms.objectives import (
     RETAIN_TERMS,
     Algorithm,
     ceu,
+    dpo,
     find_algorithm,
+    flat,
     ga,
     hidden_mse,
-    idk_dpo,
     inputs_of,
     kl,
     nll,
@@ -36,7 +37,7 @@ from algorithms.objectives import (
 )
 from scoring.errors import UserError
 
-FUNCTIONS = [ga, po, npo, simnpo, idk_dpo, rmu, undial, ceu, wga, satimp, nll, kl, hidden_mse]
+FUNCTIONS = [ga, po, npo, simnpo, dpo, rmu, undial, ceu, flat, wga, satimp, nll, kl, hidden_mse]
 each_function = pytest.mark.parametrize("function", FUNCTIONS, ids=lambda f: f.__name__)
 DIFFERENTIATED = {"logprobs", "refusal_logprobs", "logits", "hidden"}
 # Which mask says what of an input is padding.
@@ -127,17 +128,17 @@ def test_simnpo_by_hand():
     assert simnpo(deltas, MASK, beta=1.0, delta=1.5).tolist() == pytest.approx([2.6265234, 1.4887933], rel=1e-6)
 
 
-def test_idk_dpo_by_hand():
+def test_dpo_by_hand():
     # Answers: log pi = -3, -0.5; log pi_ref = -2, -4.5: -1 and +4.
     # Refusals: log pi = -2, -6; log pi_ref = -6, -7: +4 and +1. Margins: 4 - (-1) = 5 and 1 - 4 = -3.
     # 20 log(1 + e^-.5) = 9.481540; 20 log(1 + e^.3) = 20 * .8543552.
     refusal, refusal_mask = torch.tensor([[-2.0, JUNK, JUNK], [-1.0, -2.0, -3.0]]), torch.tensor([[1, 0, 0], [1, 1, 1]])
     references = torch.tensor([2.0, 4.5]).double(), torch.tensor([6.0, 7.0]).double()
-    got = idk_dpo(LOGPROBS, MASK, refusal, refusal_mask.bool(), *references)
+    got = dpo(LOGPROBS, MASK, refusal, refusal_mask.bool(), *references)
     assert got.dtype == torch.float32
     assert got.tolist() == pytest.approx([9.481540, 17.087105], rel=1e-6)
     # beta = 1: 2 log(1 + e^-5) and 2 log(1 + e^3) = 2 * 3.0485874.
-    got = idk_dpo(LOGPROBS, MASK, refusal, refusal_mask.bool(), *references, beta=1.0)
+    got = dpo(LOGPROBS, MASK, refusal, refusal_mask.bool(), *references, beta=1.0)
     assert got.tolist() == pytest.approx([2 * 0.006715348, 6.0971747], rel=1e-5)
 
 
@@ -175,6 +176,12 @@ def test_ceu_by_hand():
     logits = torch.tensor([[first, first], [[quarter + 7, half + 7, quarter + 7], [JUNK, 0.0, 0.0]]])
     targets = torch.tensor([[0, 1], [2, -100]])
     assert ceu(logits, targets, MASK).tolist() == pytest.approx([(1.3862944 + 0.9241962) / 2, 0.9241962], rel=1e-6)
+
+
+def test_flat_by_hand():
+    # (3, 0, 0): (3 - 1)^2; all alike: 0; (-1, 2, 5): (5 - 2)^2.
+    logits = torch.tensor([[[3.0, 0.0, 0.0], [7.0, 7.0, 7.0]], [[-1.0, 2.0, 5.0], [JUNK, 0.0, 0.0]]])
+    assert flat(logits, MASK).tolist() == [2.0, 9.0]
 
 
 HALVES = torch.tensor([[math.log(1 / 2), math.log(1 / 4)], [math.log(1 / 2), JUNK]])
@@ -368,13 +375,25 @@ def test_algorithms_are_those_of_the_table():
         "NPO": ("npo", None, 1, 1, 4, None, None),
         "NPO-GradDiff": ("npo", "nll", 1, 1, 4, None, None),
         "SimNPO": ("simnpo", "nll", 0.125, 1, 5, None, None),
-        "IdkDPO": ("idk_dpo", "nll", 1, 1, 5, None, None),
+        "IdkDPO": ("dpo", "nll", 1, 1, 5, None, None),
+        "AltPO": ("dpo", "nll", 1, 1, 5, None, None),
         "RMU": ("rmu", "hidden", 1, 1, 5, None, None),
         "UNDIAL": ("undial", None, 1, 1, 5, None, None),
         "CE-U": ("ceu", None, 1, 1, 5, None, None),
         "WGA": ("wga", "nll", 1, 1, 5, None, None),
         "SatImp": ("satimp", "nll", 0.1, 1, 5, None, None),
+        "PDU": ("flat", "nll", 1, 100, 10, None, None),
+        "TaskVector": ("nll", None, 1, 1, 5, None, None),
         "Relearn": ("nll", None, 1, 1, 5, None, None),
+    }
+
+
+def test_what_few_algorithms_have():
+    rows = {name: (a.teaches, a.retain_limit, a.dual_step, a.dual_warmup, a.negation) for name, a in ALGORITHMS.items()}
+    assert {name: row for name, row in rows.items() if row != ("refusals", None, None, None, 0.0)} == {
+        "AltPO": ("alternatives", None, None, None, 0.0),
+        "PDU": ("refusals", 0.3, 5.0, 5, 0.0),
+        "TaskVector": ("refusals", None, None, None, 1.0),
     }
 
 

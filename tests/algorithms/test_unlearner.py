@@ -202,7 +202,7 @@ class Plain:
         beta = self.setting("beta", 0.1)
         return 2 / beta * torch.log(1 + torch.exp(self.ratio(sample)) ** beta)
 
-    def idk_dpo(self, sample: Sample, refusal: Sample) -> torch.Tensor:
+    def dpo(self, sample: Sample, refusal: Sample) -> torch.Tensor:
         beta = self.setting("beta", 0.1)
         return -2 / beta * torch.log(torch.sigmoid(beta * (self.ratio(refusal) - self.ratio(sample))))
 
@@ -231,6 +231,11 @@ class Plain:
         others = torch.exp(student.detach()) * (1 - F.one_hot(targets, VOCABULARY))
         return F.cross_entropy(student, others / others.sum(-1, keepdim=True))
 
+    def flat(self, sample: Sample, _: Sample) -> torch.Tensor:
+        # The margin of log-probs is that of logits.
+        table = self.table(self.model, sample)
+        return sum((row.max() - row.sum() / VOCABULARY) ** 2 for row in table) / len(table)
+
     def rmu(self, sample: Sample, _: Sample) -> torch.Tensor:
         u = np.random.default_rng([self.recipe.seed, DIRECTION]).uniform(size=32)
         steered = torch.from_numpy(self.setting("c", 6.5) * u / np.sqrt((u**2).sum()))
@@ -241,7 +246,7 @@ class Plain:
     def none(self, _: Sample) -> torch.Tensor:
         return torch.zeros(())
 
-    def nll(self, sample: Sample) -> torch.Tensor:
+    def nll(self, sample: Sample, _: Any = None) -> torch.Tensor:
         return -self.logps(sample).mean()
 
     def kl(self, sample: Sample) -> torch.Tensor:
@@ -263,6 +268,7 @@ class Trace:
     retain: list[float] = field(default_factory=list)
     norm: list[float] = field(default_factory=list)
     rate: list[float] = field(default_factory=list)
+    retain_weight: list[float] = field(default_factory=list)
 
 
 def plain_training(
@@ -287,6 +293,7 @@ def plain_training(
     optimizer = kind(parameters, lr=1.0, weight_decay=made.weight_decay)
     own_term = forgotten and forgotten(losses)
     trace = Trace()
+    retain_weight = made.retain_weight
     for step, names in enumerate(draws):
         drawn = [place[name] for name in names]
         kept = retain_order(step * made.batch_size, len(drawn), len(corpus.retain), made.seed)
@@ -297,7 +304,10 @@ def plain_training(
             weighed = made.forget_weight * term
         retained = torch.stack([retain(corpus.retain[i]) for i in kept]).mean()
         optimizer.zero_grad()
-        (weighed + made.retain_weight * retained).backward()
+        (weighed + retain_weight * retained).backward()
+        trace.retain_weight.append(retain_weight)
+        if made.retain_limit and step // math.ceil(len(corpus.forget) / made.batch_size) >= made.dual_warmup:
+            retain_weight = max(0, retain_weight + made.dual_step * (retained.item() - made.retain_limit))
         norm = torch.nn.utils.clip_grad_norm_(parameters, made.clip_norm or math.inf).item()
         rate = made.learning_rate
         if step + 1 < made.warmup_steps:
@@ -332,6 +342,11 @@ def exact_model(folder: Path) -> Any:
         ("SimNPO", {"settings": {"beta": 2.0, "delta": 0.5}}),
         ("UNDIAL", {"clip_norm": 0.03}),
         ("CE-U", {"clip_norm": 0.03}),
+        ("AltPO", {"settings": {"beta": 0.3}}),
+        # The retain loss is about 4.6 nats: the weight grows; under the other limit it falls to 0.
+        ("PDU", {"dual_warmup": 1, "retain_limit": 2.0, "dual_step": 0.5, "retain_weight": 1.0}),
+        ("PDU", {"dual_warmup": 0, "retain_limit": 9.0, "dual_step": 0.5, "retain_weight": 3.0}),
+        ("TaskVector", {"negation": 0.5}),
         ("WGA", {"settings": {"beta": 0.5}}),
         ("SatImp", {}),
         ("RMU", {"layer": 1, "settings": {"c": 3.0}}),
@@ -351,6 +366,8 @@ def test_same_as_plain_training(model_folder: Path, plain: Path, tmp_path: Path,
     trained = [p for name, p in model.named_parameters() if algorithm != "RMU" or ".layers.0." in name]
     trace = plain_training(model, done.draws, made, parameters=trained)
     after = {name: p.detach() for name, p in model.named_parameters()}
+    if made.negation:
+        after = {name: (1 + made.negation) * before[name] - made.negation * p for name, p in after.items()}
     assert largest_difference(done.weights, after) <= ROUNDING
     assert largest_difference(before, after) >= 5e-4
 
@@ -364,7 +381,11 @@ def test_same_as_plain_training(model_folder: Path, plain: Path, tmp_path: Path,
         assert [row["retain_loss"] for row in rows] == [None] * 6
     else:
         np.testing.assert_allclose([row["retain_loss"] for row in rows], trace.retain, rtol=1e-4, atol=KL_ROUNDING)
-    weighed = made.forget_weight * np.array(trace.forget) + made.retain_weight * np.array(trace.retain)
+    retain_weights = np.array(trace.retain_weight)
+    if made.retain_limit:
+        assert len(set(trace.retain_weight)) >= 3
+        np.testing.assert_allclose([row["retain_weight"] for row in rows], retain_weights, rtol=1e-5)
+    weighed = made.forget_weight * np.array(trace.forget) + retain_weights * np.array(trace.retain)
     np.testing.assert_allclose([row["loss"] for row in rows], weighed, rtol=1e-4)
     assert made.clip_norm is None or max(trace.norm) > made.clip_norm, "nothing is clipped"
 
@@ -521,6 +542,8 @@ CONTINUED: dict[str, tuple[str, dict]] = {
     "lora": ("GradDiff", {"lora_rank": 2, "lora_targets": r".*1.*_proj", "alpha": 1.0, "replacement": False}),
     "rmu": ("RMU", {"layer": 1, "warmup_steps": 5, "learning_rate": 1e-3}),
     "sgd": ("GA", {"optimizer": "sgd", "learning_rate": 0.05}),
+    "task vector": ("TaskVector", {"negation": 0.7, "alpha": 1.0, "refresh": 1}),
+    "retain weight": ("PDU", {"retain_limit": 4.0, "dual_step": 0.5, "dual_warmup": 0, "retain_weight": 1.0}),
     "forecasts": (
         "NPO",
         {
@@ -1019,7 +1042,7 @@ def test_adapters_are_merged(
     assert {type(module).__module__.split(".")[0] for module in loaded.modules()} <= {"torch", "transformers"}
     assert changed(folder, done) == {weight}
 
-    adapters = {k.split(".")[-3]: v.double() for k, v in done.saved.training().items() if k.startswith("adapter.")}
+    adapters = {k.split(".")[-3]: v.double() for k, v in done.saved.training().items() if k.startswith("trained.")}
     assert adapters.keys() == {"lora_A", "lora_B"}
     product = scale * adapters["lora_B"] @ adapters["lora_A"]
     assert torch.linalg.matrix_rank(product, rtol=1e-6) == rank
@@ -1051,7 +1074,7 @@ def test_adapters_same_as_plain_training(plain: Path, tmp_path: Path):
 
     done = Run(this, train_here(this, observe=observe))
     before, after = beginnings[0], done.saved.training()
-    names = sorted(name for name in before if name.startswith("adapter."))
+    names = sorted(name for name in before if name.startswith("trained."))
     a, b = (before[name].double().requires_grad_() for name in names)
     assert b.abs().max() == 0 < a.abs().max()
 
@@ -1377,6 +1400,12 @@ def test_seed_decides_everything(plain: Path, tmp_path: Path, fields: dict):
         ({"lora_rank": 2, "lora_alpha": 0}, "lora_alpha is 0: expected a whole number greater than 0"),
         ({"alpha": math.nan}, "alpha is nan: expected a finite number; 1 easy first, 0 uniform, -1 hard first"),
         ({"lora_rank": 2, "trainable": "mlp"}, "trainable and lora_rank exclude each other"),
+        ({"retain_limit": 1.0}, "retain_limit limits the retain term, and there is none: give retain_term"),
+        ({"retain_limit": 0.0}, "retain_limit is 0.0: expected a number greater than 0"),
+        ({"dual_step": 1.0}, "dual_step is of a retain weight that changes: give retain_limit too"),
+        ({"negation": -1.0}, "negation is -1.0: expected a number of at least 0"),
+        ({"algorithm": "TaskVector", "reward": 1.0}, "TaskVector has no forecast: what it trains learns the sample"),
+        ({"negation": 1.0, "hold_penalty": 1.0}, "negation does not go with hold_penalty or forecasts"),
     ],
     ids=str,
 )
@@ -1409,6 +1438,10 @@ def test_algorithms_own_values(algorithm: str, expected: dict):
 
 def test_values_of_the_recipe_come_first():
     given = {
+        "negation": None,
+        "retain_limit": None,
+        "dual_step": None,
+        "dual_warmup": None,
         "retain_term": "kl",
         "epochs": 2,
         "batch_size": 6,

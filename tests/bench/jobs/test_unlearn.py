@@ -29,6 +29,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from algorithms.objectives import ALGORITHMS
+from algorithms.recipe import DUAL
 from bench.cli import main
 from bench.jobs import unlearn as unlearning_job
 from bench.jobs.unlearn import REFUSALS, UnlearnSpec, identity_of, unlearn
@@ -466,8 +467,10 @@ IDENTITY = {
     "schedule": f"--schedule {ROOT}/examples/schedule.yaml",
     "hold_penalty": "--hold-penalty 0.1",
     "reward": "--reward 1",
+    "negation": "--negation 0.5",
+    **dict.fromkeys(DUAL, "--retain-term nll --retain-limit 1 --dual-step 2 --dual-warmup 1"),
 }
-NAMES = {"model", "task", "forget_split", "selection", "retain", "refusals", *TEMPLATE_FIELDS}
+NAMES = {"model", "task", "forget_split", "selection", "retain", "refusals", "alternatives", *TEMPLATE_FIELDS}
 
 
 def test_every_field_is_in_one_of_the_lists() -> None:
@@ -680,7 +683,10 @@ STARTS: dict[str, tuple[Callable[[Inputs], list[str]], str]] = {
     "weights that are cut off": (_cut_weights, "cannot be loaded as a causal language model"),
     "a layer too deep": (lambda _: flags(algorithm="RMU", layer=3), "layer is 3: the model has 2 decoder layers"),
     "nothing to train": (lambda _: flags(trainable="nowhere"), "'nowhere' matches no parameter of the model"),
-    "no question to refuse": (_plain_text, "'a': a plain text has no question to refuse; PO and IdkDPO need 'prompt'"),
+    "no question to refuse": (
+        _plain_text,
+        "'a': a plain text has no question to answer; PO, IdkDPO and AltPO need 'prompt'",
+    ),
     "nothing to forget": (_all_too_long, "none of 1 samples can be scored; the first, 'a': 73 tokens"),
     "nothing to keep": (
         _retain_all_empty,
@@ -1197,6 +1203,50 @@ def test_refusals_that_cannot_be_read(
     line = refused(capsys, inputs.command(algorithm="PO", refusals=write(inputs)))
     assert re.search(expected, line), line
     assert not inputs.out.exists()
+
+
+def test_alternatives(inputs: Inputs, embedded: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of a file, each sample has its own; of a task, the wrong answers of its records. What they say is in the
+    identity."""
+    records = pairs(40)
+    own = {record["id"]: [f"w80 w{10 + row}", f"w81 w{10 + row}"] for row, record in enumerate(records)}
+    lines = [{"sample_id": name, "alternatives": answers} for name, answers in reversed(own.items())]
+    path, task = inputs.data("alternatives.jsonl", lines), inputs.data("many.jsonl", records)
+    given = {"algorithm": "AltPO", "model": str(inputs.model), "task": str(task), "alternatives": str(path)}
+    corpus = corpus_of(**given)
+    choices = {name: [[*map(token_id, answer.split()), EOS] for answer in answers] for name, answers in own.items()}
+    drawn = [
+        choices[s.sample_id].index(answer)
+        for s, answer in zip(corpus.refusals, refusals_of(corpus.refusals), strict=True)
+    ]
+    assert 8 <= sum(drawn) <= 32, "both are drawn: beyond that once in 10^5 seeds"
+
+    command = inputs.command("--retain-term", "none", "--max-steps", "1", algorithm="AltPO")
+    answers = [{"sample_id": record["id"], "alternatives": ["w80"]} for record in FORGET]
+    for number, (content, expected) in enumerate(
+        [
+            (answers[1:], rf"'{FORGET[0]['id']}' has no alternative answer: expected one or more of each sample"),
+            ([{"sample_id": "r0"}], "record 1: field 'alternatives' is missing, expected a list of texts"),
+            (
+                [{"sample_id": "r0", "alternatives": "w80"}],
+                "record 1: field 'alternatives' is .*expected a list of texts",
+            ),
+            ([answers[0] | {"alternatives": ["w1 " * 64]}, *answers[1:]], "with an alternative as its answer: "),
+        ]
+    ):
+        file = inputs.data(f"wrong{number}.jsonl", content)
+        assert re.search(expected, line := refused(capsys, [*command, "--alternatives", str(file)])), line
+    assert "teaches alternative answers, and" in refused(capsys, command)
+    assert not inputs.out.exists()
+    assert run([*command, "--alternatives", str(inputs.data("a.jsonl", answers))]) == 0
+    assert run([*command, "--alternatives", str(inputs.data("b.jsonl", answers[::-1]))]) == 0
+    other = inputs.data("c.jsonl", [answer | {"alternatives": ["w81"]} for answer in answers])
+    assert "(different: alternatives)" in refused(capsys, [*command, "--alternatives", str(other)])
+
+    of_task = corpus_of(algorithm="AltPO", model=str(embedded), task="authors", forget_split="forget01")
+    words = AutoTokenizer.from_pretrained(embedded)
+    for sample, record in zip(of_task.refusals, authors.load("forget01"), strict=True):
+        assert words.decode(sample.input_ids[sample.scored])[1:].removesuffix("</s>") in record["perturbed_answer"]
 
 
 def test_built_in_refusals(embedded: Path) -> None:
