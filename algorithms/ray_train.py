@@ -62,6 +62,7 @@ class TrainingJob:
         folder: the absolute path of the run's folder, which has checkpoints, reference and progress.
         tokenizer: the tokenizer, which is saved with the model.
         evaluation: what to measure after each epoch; None measures nothing.
+        continues_adapter: `source` is the folder of an adapter, which alone is trained further.
         keeps_checkpoints: False for a run so short that it begins again if it was stopped.
         plugins: files that add to the registries, see `scoring.plugins`.
     """
@@ -74,6 +75,7 @@ class TrainingJob:
     folder: Path
     tokenizer: PreTrainedTokenizerBase
     evaluation: Evaluation | None = None
+    continues_adapter: bool = False
     keeps_checkpoints: bool = True
     plugins: tuple[Plugin, ...] = field(default_factory=loaded_plugins)
 
@@ -256,7 +258,8 @@ def unlearner_of(
         initial = {name: p.detach().to("cpu", copy=True) for name, p in parameters}
     head = Head(model) if "reference_logits" in objectives.inputs else None
     reference = Reference(job.reference_path) if objectives.reference_quantities() else None
-    trained = trainable_for(job.recipe, model, group, job.execution.gradient_checkpointing)
+    continued = job.source if job.continues_adapter else None
+    trained = trainable_for(job.recipe, model, group, job.execution.gradient_checkpointing, continued)
     unlearner = Unlearner(
         job.recipe,
         job.corpus,

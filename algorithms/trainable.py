@@ -26,6 +26,7 @@ from algorithms.group import ALONE, Group
 from algorithms.passes import ForwardPass, Output, decoder_layers
 from algorithms.recipe import Recipe, layer_of
 from scoring.errors import UserError
+from scoring.load import load_adapted
 from scoring.samples import Batch
 from scoring.settings import named
 from scoring.updates import OptimizerName, make_optimizer
@@ -40,13 +41,20 @@ class Lora:
     targets: str | None = None
 
 
+@dataclass(frozen=True)
+class Continued:
+    """The adapter in a folder, of whatever kind, which is trained further."""
+
+    folder: str
+
+
 class Trainable:
     """Weights and optimizer, spread over the workers.
 
     Args:
         model: the initial model in fp32, on this worker's device; it is trained in place, not copied.
         group: this worker.
-        lora: adapters instead of full weights.
+        adapter: adapters are trained, instead of full weights. One that is continued is in `model` already, merged.
         trainable: regular expression searched in parameter names: only matching ones are trained.
         layer: see `ForwardPass`.
         optimizer, learning_rate, weight_decay: see `scoring.updates`.
@@ -65,7 +73,7 @@ class Trainable:
         model: PreTrainedModel,
         group: Group = ALONE,
         *,
-        lora: Lora | None = None,
+        adapter: Lora | Continued | None = None,
         trainable: str | None = None,
         layer: int | None = None,
         optimizer: OptimizerName = "adamw",
@@ -81,13 +89,17 @@ class Trainable:
         self._initial = {n: p.detach().cpu().clone() for n, p in model.named_parameters()} if negation else {}
         self.device = next(model.parameters()).device
         self._bfloat16 = bfloat16
-        self._adapted: Any = _with_adapters(model, lora, seed) if lora else None
+        self._adapted: Any = None
+        if isinstance(adapter, Continued):
+            self._adapted = load_adapted(adapter.folder, str(self.device))
+        elif adapter is not None:
+            self._adapted = _with_adapters(model, adapter, seed)
         self.model: PreTrainedModel = model if self._adapted is None else self._adapted.get_base_model()
         if trainable is not None:
             _freeze_all_but(self.model, trainable)
         sharded = group.size > 1 and group.strategy == "fsdp"
         # A copy for `whole_model`, which gets the whole weights: adapters merged, shards put together, or negated.
-        needs_copy = lora or sharded or negation
+        needs_copy = adapter or sharded or negation
         self._whole: Any = copy.deepcopy(self._adapted or self.model).cpu() if needs_copy else None
         self._recomputing = _checkpoint_activations(self.model) if gradient_checkpointing else []
         forward_pass = ForwardPass(self.model, layer)
@@ -320,19 +332,29 @@ def _checkpoint_activations(model: PreTrainedModel) -> list[nn.Module]:
 
 
 def trainable_for(
-    recipe: Recipe, model: PreTrainedModel, group: Group, gradient_checkpointing: bool = False
+    recipe: Recipe,
+    model: PreTrainedModel,
+    group: Group,
+    gradient_checkpointing: bool = False,
+    continued: str | None = None,
 ) -> Trainable:
-    """The initial model, made ready for training by a resolved recipe."""
+    """The initial model, made ready for training by a resolved recipe.
+
+    Args:
+        continued: the folder of an adapter, merged into `model`, which alone is trained further.
+    """
     layer = layer_of(recipe, model.config)
     pattern = recipe.trainable
-    if pattern is None and layer is not None and not recipe.lora_rank:
+    if pattern is None and layer is not None and not recipe.lora_rank and not continued:
         # RMU moves the layer and the two before it: their numbers stand between dots, counted from 0.
         pattern = r"\.(" + "|".join(str(i) for i in range(max(0, layer - 3), layer)) + r")\."
-    lora = Lora(recipe.lora_rank, recipe.lora_alpha or 0, recipe.lora_targets) if recipe.lora_rank else None
+    adapter: Lora | Continued | None = Continued(continued) if continued else None
+    if recipe.lora_rank:
+        adapter = Lora(recipe.lora_rank, recipe.lora_alpha or 0, recipe.lora_targets)
     return Trainable(
         model,
         group,
-        lora=lora,
+        adapter=adapter,
         trainable=pattern,
         layer=layer,
         optimizer=recipe.optimizer,

@@ -64,7 +64,11 @@ def load_model(
     notes: list[str] = []
     loaded = _read(base or name, dtype, device, None if base else revision, notes)
     if base:
-        loaded = _merged(loaded, name)
+        adapted = _with_adapter(loaded, name)
+        try:
+            loaded = adapted.merge_and_unload()
+        except Exception as error:
+            raise UserError(f"adapter {name!r} cannot be merged into its base model: {first_line(error)}") from error
         notes.append(f"adapter {Path(name).name} merged into {Path(base).name}")
     if device == "auto" and any(p.device.type != "cuda" for p in loaded.parameters()):
         raise UserError(
@@ -78,6 +82,19 @@ def load_model(
     abilities_of(model)
     vars(model)["loading_notes"] = notes
     return model
+
+
+def load_adapted(folder: str, device: str = "cpu") -> Any:
+    """The base model of an adapter's folder in fp32, with the adapter on it to be trained further: a `peft.PeftModel`
+    in eval mode.
+
+    Raises:
+        UserError: one of the two cannot be loaded, or they do not fit.
+    """
+    base = adapter_base(Path(folder))
+    if base is None:
+        raise UserError(f"adapter {folder!r} has no adapter_config.json: expected a folder of a PEFT adapter")
+    return _with_adapter(load_model(base, "float32", device), folder, is_trainable=True).eval()
 
 
 def loading_notes(model: Any) -> list[str]:
@@ -202,15 +219,15 @@ def _first(keys: Any) -> str:
     return repr(first[0] if isinstance(first, Sequence) and not isinstance(first, str) else first)
 
 
-def _merged(base: Any, folder: str) -> Any:
+def _with_adapter(base: Any, folder: str, is_trainable: bool = False) -> Any:
     try:
         from peft import PeftModel
     except ImportError as error:
         raise UserError(f"model folder {folder!r} holds an adapter: pip install 'mrd-bench[lora]'") from error
     try:
-        return PeftModel.from_pretrained(base, folder).merge_and_unload()
+        return PeftModel.from_pretrained(base, folder, is_trainable=is_trainable)
     except Exception as error:
-        raise UserError(f"adapter {folder!r} cannot be merged into its base model: {first_line(error)}") from error
+        raise UserError(f"adapter {folder!r} cannot be put on its base model: {first_line(error)}") from error
 
 
 def _make_savable(model: Any, notes: list[str]) -> None:

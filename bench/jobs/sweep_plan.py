@@ -118,7 +118,7 @@ class SweepSpec:
                 f"{named('objective')} of scheduler asha is {self.objective!r}: "
                 f"{expected_one_of(self.objective, OBJECTIVES)}"
             )
-        names = [setting.name for setting in settings_of(UnlearnSpec) if setting.name != "selection"]
+        names = [setting.name for setting in settings_of(UnlearnSpec) if setting.name not in ("selection", "adapter")]
         called = current_naming().under("vary")
         for name, values in self.vary.items():
             if name not in names:
@@ -133,6 +133,11 @@ class SweepSpec:
         self._check_arms(names)
         if "selection" in self.base:
             raise UserError(f"{current_naming().under('base')('selection')} is set: name the samples under selections")
+        if "adapter" in self.base:
+            raise UserError(
+                f"{current_naming().under('base')('adapter')} is set: an adapter is continued by unlearn alone; as the "
+                "model, its folder is merged and trained whole"
+            )
         for name in ("model", "task", "split", *TEMPLATE_FIELDS):
             if name in self.evaluate:
                 where = current_naming().under("evaluate")(name)

@@ -46,6 +46,7 @@ from bench.tasks.datasets import (
 )
 from bench.tasks.selections import read_ids
 from bench.tasks.sources import TEXT, TEXTS, read_file, with_fields
+from scoring.adapters import adapter_base
 from scoring.cluster import connect
 from scoring.errors import UserError
 from scoring.files import shown
@@ -79,6 +80,7 @@ class UnlearnSpec(Recipe, Execution, AnswersMeasured, TemplateSettings):
         *DUAL,
         "negation",
         "alternatives",
+        "adapter",
         *TEMPLATE_FIELDS,
     )
 
@@ -95,6 +97,10 @@ class UnlearnSpec(Recipe, Execution, AnswersMeasured, TemplateSettings):
         str | None, Doc("text file, one refusal a line, for PO and IdkDPO (default: the task's, or built-in ones)")
     ] = None
 
+    adapter: Annotated[
+        str | None,
+        Doc("folder of a PEFT adapter of the model: it is put on, and it alone is trained further (default: none)"),
+    ] = None
     alternatives: Annotated[
         str | None,
         Doc(
@@ -116,6 +122,13 @@ class UnlearnSpec(Recipe, Execution, AnswersMeasured, TemplateSettings):
             with naming(Naming(file=self.schedule, lines=lines)):
                 schedule = resolved_schedule(values, self.algorithm, self.settings, self.forget_weight)
             return dataclasses.replace(self, schedule=dataclasses.asdict(schedule)).checked()
+        if self.adapter is not None:
+            for name in ("lora_rank", "lora_alpha", "lora_targets", "trainable"):
+                if getattr(self, name):
+                    raise UserError(
+                        f"{named('adapter')} and {named(name)} exclude each other: the adapter itself says what is "
+                        "trained"
+                    )
         filled = self.resolved()
         filled["algorithm"] = algorithm_name(self.algorithm)
         check_gpus("gpus_per_worker", self.gpus_per_worker)
@@ -127,7 +140,7 @@ def with_absolute_paths(fields: Mapping[str, Any]) -> dict[str, Any]:
     """Fields of an UnlearnSpec; those that name files and folders are right in every process, whatever folder it works
     in."""
     located = dict(fields)
-    for name in ("selection", "refusals", "alternatives", "schedule"):
+    for name in ("selection", "refusals", "alternatives", "adapter", "schedule"):
         if isinstance(path := fields.get(name), str):
             located[name] = str(Path(path).absolute())
     if isinstance(template := fields.get("template"), str):
@@ -155,7 +168,7 @@ def unlearn(spec: UnlearnSpec, out: str | Path, progress: bool = True) -> Unlear
     spec = spec.checked()
     out = Path(out).absolute()
     check_dataset(spec.task, spec.forget_split)
-    model = find_model(spec.model)
+    model = _model_of(spec)
     forget, retain = datasets_of(spec, model.tokenizer)
     identity = identity_of(spec, model, forget, retain)
     with RunFolder(out, identity) as folder:
@@ -165,12 +178,33 @@ def unlearn(spec: UnlearnSpec, out: str | Path, progress: bool = True) -> Unlear
         corpus, rejected = corpus_of(spec, model, forget, retain)
         folder.check_room(*room_of(spec, model, corpus))
         evaluation = evaluation_of(spec, model, corpus, retain)
-        job = TrainingJob(spec, spec, corpus, model.source, model.revision, out, model.tokenizer, evaluation)
+        job = TrainingJob(
+            spec, spec, corpus, model.source, model.revision, out, model.tokenizer, evaluation, spec.adapter is not None
+        )
         with full_disks_said_plainly(out):
             with _Bar(spec, len(corpus.forget), progress) as bar:
                 history = _train(spec, job, bar)
             folder.finish(history, corpus, rejected, job.checkpoints)
     return read_run(out)
+
+
+def _model_of(spec: UnlearnSpec) -> ModelReference:
+    """The initial model; with an adapter the base model with the adapter merged."""
+    model = find_model(spec.model)
+    if spec.adapter is None:
+        return model
+    folder, where = Path(spec.adapter), f"{named('adapter')} {spec.adapter!r}"
+    base = adapter_base(folder) if folder.is_dir() else None
+    if base is None:
+        raise UserError(
+            f"{where} is no folder with adapter_config.json: expected one that PEFT's save_pretrained wrote"
+        )
+    if find_model(base).fingerprint != model.fingerprint:
+        raise UserError(
+            f"{where} is for the model {base!r}, which is another one than {spec.model!r}: give that, or mend "
+            "base_model_name_or_path in adapter_config.json"
+        )
+    return find_model(spec.adapter)
 
 
 def _train(spec: UnlearnSpec, job: TrainingJob, bar: _Bar) -> History:
@@ -294,7 +328,7 @@ def room_of(spec: UnlearnSpec, model: ModelReference, corpus: Corpus) -> tuple[i
         for quantity in quantities
         if quantity != "nll"
     )
-    moments = 0 if spec.lora_rank or spec.optimizer == "sgd" else BYTES_MOMENTS
+    moments = 0 if spec.lora_rank or spec.adapter or spec.optimizer == "sgd" else BYTES_MOMENTS
     return weights * (BYTES_MODEL + moments), states
 
 
@@ -314,6 +348,8 @@ def identity_of(spec: UnlearnSpec, model: ModelReference, forget: Dataset, retai
         "retain_sha256": retain.sha256 if retain else None,
         "refusals": list(_refusals(spec)) if Objectives.of(spec).teaches == "refusals" else None,
     }
+    if spec.adapter is not None:
+        content["adapter"] = "continued"  # which one is in the fingerprint of the model
     content.pop("alternatives", None)
     if Objectives.of(spec).teaches == "alternatives":
         answers = json.dumps(_alternatives(spec, model.tokenizer), sort_keys=True)

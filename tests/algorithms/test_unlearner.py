@@ -1099,6 +1099,40 @@ def test_adapters_same_as_plain_training(plain: Path, tmp_path: Path):
         assert (after[name] - before[name]).abs().max() >= 5e-4
 
 
+def test_an_adapter_is_trained_further(plain: Path, tmp_path: Path):
+    """As a plain loop trains it, from what it has learnt; a stopped run ends the same."""
+    peft = pytest.importorskip("peft")
+    adapter = tmp_path / "adapter"
+    config = peft.LoraConfig(
+        r=2, lora_alpha=3, use_rslora=True, target_modules=["up_proj"], init_lora_weights=False, lora_dropout=0.5
+    )
+    peft.get_peft_model(load_model(plain), config).save_pretrained(adapter)
+    folders = [tmp_path / name for name in ("whole", "stopped")]
+    for folder in folders:
+        folder.mkdir()
+    this, stopped = (
+        TrainingJob(
+            recipe("NPO-GradDiff"), Execution(), CORPUS, str(adapter), None, folder, tokenizer(), continues_adapter=True
+        )
+        for folder in folders
+    )
+    done = Run(this, train_here(this))
+    with pytest.raises(Stopped):
+        train_here(stopped, observe=stop_at(4))
+    assert_bitwise(Run(stopped, train_here(stopped)).weights, done.weights)
+    assert changed(plain, done) == {name for name in read(plain) if "up_proj" in name}
+
+    model = peft.PeftModel.from_pretrained(exact_model(plain), adapter, is_trainable=True).eval()
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    before = {name: p.detach().clone() for name, p in parameters.items()}
+    trace = plain_training(model, done.draws, this.recipe, parameters=[*parameters.values()])
+    np.testing.assert_allclose([row["forget_loss"] for row in done.history.steps], trace.forget, rtol=1e-4)
+    assert trace.forget[0] == pytest.approx(20 * math.log(2)), "the initial model has the adapter"
+    assert largest_difference(before, {name: p.detach() for name, p in parameters.items()}) >= 5e-4
+    merged = model.merge_and_unload()
+    assert largest_difference(done.weights, {name: p.detach() for name, p in merged.named_parameters()}) <= ROUNDING
+
+
 def test_adapters_of_all_linear_layers(plain: Path, tmp_path: Path):
     """But the head; the initial model is what training begins with."""
     done = run(plain, tmp_path, recipe("NPO", lora_rank=1, settings={"beta": 0.1}))
@@ -1108,7 +1142,7 @@ def test_adapters_of_all_linear_layers(plain: Path, tmp_path: Path):
 
 def test_adapters_on_nothing():
     with pytest.raises(UserError, match=r"LoRA: .*lora_targets is a regular expression") as caught:
-        Trainable(tiny_model(), lora=Lora(2, 4, "no_such_layer"))
+        Trainable(tiny_model(), adapter=Lora(2, 4, "no_such_layer"))
     assert "\n" not in str(caught.value)
 
 

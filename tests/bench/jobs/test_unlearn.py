@@ -470,7 +470,17 @@ IDENTITY = {
     "negation": "--negation 0.5",
     **dict.fromkeys(DUAL, "--retain-term nll --retain-limit 1 --dual-step 2 --dual-warmup 1"),
 }
-NAMES = {"model", "task", "forget_split", "selection", "retain", "refusals", "alternatives", *TEMPLATE_FIELDS}
+NAMES = {
+    "model",
+    "task",
+    "forget_split",
+    "selection",
+    "retain",
+    "refusals",
+    "alternatives",
+    "adapter",
+    *TEMPLATE_FIELDS,
+}
 
 
 def test_every_field_is_in_one_of_the_lists() -> None:
@@ -1247,6 +1257,28 @@ def test_alternatives(inputs: Inputs, embedded: Path, capsys: pytest.CaptureFixt
     words = AutoTokenizer.from_pretrained(embedded)
     for sample, record in zip(of_task.refusals, authors.load("forget01"), strict=True):
         assert words.decode(sample.input_ids[sample.scored])[1:].removesuffix("</s>") in record["perturbed_answer"]
+
+
+def test_adapter(inputs: Inputs, capsys: pytest.CaptureFixture[str]) -> None:
+    """It alone is trained further; one of another model, and settings that contradict it, are refused."""
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=2, target_modules=["up_proj"], init_lora_weights=False)
+    adapted = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(inputs.model), config)
+    adapted.save_pretrained(inputs.tmp_path / "adapter")
+    command = inputs.command("--adapter", str(inputs.tmp_path / "adapter"), algorithm="NPO", max_steps=2)
+    assert "--adapter and --lora-rank exclude each other" in refused(capsys, [*command, "--lora-rank", "2"])
+    other = save_model(inputs.tmp_path / "other", seed=3)
+    assert "which is another one than" in refused(capsys, [*command, "--model", str(other)])
+    assert "is no folder with adapter_config.json" in refused(capsys, [*command, "--adapter", str(other)])
+    assert not inputs.out.exists()
+    assert run(command) == 0
+    assert "(different: model_fingerprint, adapter)" in refused(capsys, [*command[:-2]])
+    before = adapted.merge_and_unload().state_dict()
+    after = AutoModelForCausalLM.from_pretrained(inputs.out / "model").state_dict()
+    assert {name for name in before if not torch.equal(before[name], after[name])} == {
+        name for name in before if "up_proj" in name
+    }
+    assert table(inputs.out, "steps")[0]["forget_loss"] == pytest.approx(20 * np.log(2), rel=1e-5)
 
 
 def test_built_in_refusals(embedded: Path) -> None:
