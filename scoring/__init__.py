@@ -8,7 +8,13 @@ table = scoring.difficulty(model, tokenizer, records, measure=["flip-time", "mrd
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING
+
+# Under `uv run` Ray starts its workers by `uv run` again, in an environment that uv makes anew for each. On a cluster
+# of our own they run in this one instead. Ray reads it where it is first imported, which is after this.
+if "RAY_ADDRESS" not in os.environ:
+    os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
 
 if TYPE_CHECKING:
     from scoring.api import score

@@ -64,6 +64,18 @@ def has_no_locks(error: Exception) -> bool:
     )
 
 
+def locks_nothing(path: Path) -> bool:
+    """Whether the lock that this process has on a file keeps nobody out: some file systems say yes and lock nothing."""
+    import fcntl  # not on Windows, where this is not asked
+
+    with path.open() as again:
+        try:
+            fcntl.flock(again, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            return False
+    return True
+
+
 def shown(path: Path) -> str:
     """A path as messages show it: relative to the working folder if it lies below that, else whole."""
     try:

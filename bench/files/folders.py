@@ -16,7 +16,7 @@ from typing_extensions import TypedDict
 
 from bench.files.identity import differences
 from scoring.errors import UserError
-from scoring.files import has_no_locks, replacing, shown
+from scoring.files import has_no_locks, locks_nothing, replacing, shown
 from scoring.reading import exists, read_json
 from scoring.settings import named, settings_of
 
@@ -39,6 +39,8 @@ def locked(folder: Path, out: Path, kind: str, name: str = LOCK) -> FileLock:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=0)
+        if os.name == "posix" and locks_nothing(folder / name):
+            _warn_of_no_locks(out)
     except Timeout:
         raise UserError(
             f"{named('out')} {shown(out)}: another {kind} is writing here; wait for it, or choose another"
@@ -46,11 +48,15 @@ def locked(folder: Path, out: Path, kind: str, name: str = LOCK) -> FileLock:
     except (OSError, NotImplementedError) as error:
         if not has_no_locks(error):
             raise unwritable(out, error if isinstance(error, OSError) else OSError(errno.ENOSYS, str(error))) from error
-        print(
-            f"mrd-bench: {shown(out)}: this file system has no locks: start nothing else that writes there",
-            file=sys.stderr,
-        )
+        _warn_of_no_locks(out)
     return lock
+
+
+def _warn_of_no_locks(out: Path) -> None:
+    print(
+        f"mrd-bench: {shown(out)}: this file system has no locks: start nothing else that writes there",
+        file=sys.stderr,
+    )
 
 
 class MadeFolders:

@@ -4,6 +4,8 @@ gives the same numbers to the last bit."""
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -41,6 +43,15 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("environment", [{}, {"RAY_ADDRESS": "somewhere:6379"}], ids=["local", "cluster"])
+def test_workers_of_a_local_cluster_have_this_python(environment: dict[str, str]) -> None:
+    """Also under `uv run`, which Ray would start for each of them again; a cluster says it itself."""
+    script = "import scoring.cluster, ray._private.ray_constants as c; print(c.RAY_ENABLE_UV_RUN_RUNTIME_ENV)"
+    bare = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    done = subprocess.run([sys.executable, "-c", script], env=bare | environment, capture_output=True, text=True)
+    assert done.stdout.split() == [str(bool(environment))], done.stderr
 
 
 def groups(seed: int = 0) -> list[list[Batch]]:

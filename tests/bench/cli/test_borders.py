@@ -686,12 +686,19 @@ def test_threads_of_this_process(world: World, capsys: pytest.CaptureFixture[str
         torch.set_num_threads(before)
 
 
+@pytest.mark.parametrize("says_so", [True, False])
 def test_a_file_system_without_locks_is_named(
-    world: World, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    world: World, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, says_so: bool
 ) -> None:
-    def no_locks(*_: object) -> None:
-        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+    """Whether locking fails there, or succeeds and keeps nobody out."""
 
+    def no_locks(*_: object) -> None:
+        if says_so:
+            raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    command = score_command(world, world.emptied() / "out.parquet")
+    assert main(command) == 0
+    assert "locks" not in capsys.readouterr().err
     command = score_command(world, world.emptied() / "out.parquet")
     monkeypatch.setattr("fcntl.flock", no_locks)
     capsys.readouterr()
