@@ -7,7 +7,9 @@ the place of the answer in the text, and a date that stays the same.
 
 from __future__ import annotations
 
+import hashlib
 import inspect
+import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -57,13 +59,14 @@ class Template:
         begun = turns and turns[0]["role"] == "system"
         return list(turns) if self.system is None or begun else [{"role": "system", "content": self.system}, *turns]
 
-    def render(self, tokenizer: Any, turns: Sequence[Turn], for_answer: bool = False) -> str:
+    def render(self, tokenizer: Any, turns: Sequence[Turn], for_answer: bool = False, unfinished: bool = False) -> str:
         """The text of a conversation.
 
         Args:
             tokenizer: has the template, and the special tokens that it names.
             turns: of the conversation.
             for_answer: add what an assistant's turn begins with.
+            unfinished: leave out what comes after the last turn: it is to be written further.
 
         Raises:
             UserError: one line: there is no template, or it cannot be rendered with these turns.
@@ -77,7 +80,12 @@ class Template:
         names = {"date_string": date, "strftime_now": lambda style: _written(date, style)} | dict(self.variables)
         try:
             text = tokenizer.apply_chat_template(
-                list(turns), chat_template=self.source, add_generation_prompt=for_answer, tokenize=False, **names
+                list(turns),
+                chat_template=self.source,
+                add_generation_prompt=for_answer,
+                tokenize=False,
+                continue_final_message=unfinished,
+                **names,
             )
         except Exception as error:  # of Jinja, or of whatever a template calls
             line = f", line {error.lineno}" if isinstance(error, jinja2.TemplateSyntaxError) else ""
@@ -86,6 +94,12 @@ class Template:
                 hint = f"; it was given a system turn: if it takes none, leave out {named('system')} or the turn"
             raise UserError(f"{self.of_whom}{line}: {first_line(error)}{hint}") from error
         return str(text)
+
+    def digest(self, tokenizer: Any) -> str:
+        """A hash of all that decides how a conversation is rendered."""
+        source = self.source or getattr(tokenizer, "chat_template", None)
+        content = json.dumps([source, self.system, dict(self.variables)], sort_keys=True, default=str)
+        return hashlib.sha256(content.encode()).hexdigest()
 
     @property
     def of_whom(self) -> str:

@@ -42,7 +42,7 @@ from scoring.errors import UserError, expected_one_of
 from scoring.files import work_folder
 from scoring.readings import Reader
 from scoring.settings import build, named
-from scoring.templates import TEMPLATE_FIELDS
+from scoring.templates import TEMPLATE_FIELDS, Template
 from scoring.tokens import Tokenization
 from scoring.work import ReplicaSpec
 
@@ -298,7 +298,7 @@ def _identity(spec: EvaluateSpec, task: Task, models: Mapping[str, ModelReferenc
         },
         "harness_tasks_sha256": folder_sha256(spec.harness_tasks),
         **classifiers(spec),
-        **harness_rule(spec.metrics_of(task), models[MODEL]),
+        **harness_rule(spec.metrics_of(task), models[MODEL], spec.chosen_template()),
     }
     if (tokens := tokens_sha256(sets, models[MODEL].tokenizer, spec.chosen_template())) is not None:
         content["tokens_sha256"] = tokens
@@ -306,10 +306,14 @@ def _identity(spec: EvaluateSpec, task: Task, models: Mapping[str, ModelReferenc
     return with_spec_hash(content, named_only)
 
 
-def harness_rule(metrics: Sequence[str], model: ModelReference) -> dict[str, Any]:
-    """What is new in how texts of lm-evaluation-harness begin; nothing where they begin as in earlier versions."""
-    unsaid = _asks_harness(metrics) and Tokenization(model.tokenizer).begin_is_unsaid
-    return {"harness_begins_with_bos": True} if unsaid else {}
+def harness_rule(metrics: Sequence[str], model: ModelReference, template: Template | None) -> dict[str, Any]:
+    """What is new in how questions of lm-evaluation-harness are put; nothing where it is as in earlier versions."""
+    if not _asks_harness(metrics):
+        return {}
+    rule: dict[str, Any] = {"harness_begins_with_bos": True} if Tokenization(model.tokenizer).begin_is_unsaid else {}
+    if template is not None:
+        rule["harness_template"] = template.digest(model.tokenizer)
+    return rule
 
 
 def _asks_harness(metrics: Sequence[str]) -> bool:

@@ -113,7 +113,7 @@ class Measurement:
         folder = self.spec.harness_tasks
         context = self.setup.max_length if self.setup.max_length < NO_LIMIT else HARNESS_CONTEXT
         try:
-            lm = pool_model(reader, self.setup.tokenizer, context - self.spare)
+            lm = pool_model(reader, self.setup.tokenizer, context - self.spare, template=self.setup.template)
         except UserError as error:  # the harness is not installed, or cannot handle this tokenizer
             return {(name, quantity): Missing(str(error)) for name in names for quantity in HARNESS}, {}
         present = {name: tasks[name] for name in names if name in tasks}

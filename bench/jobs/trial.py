@@ -103,8 +103,9 @@ def make_trial(
         # Which model and which samples are measured follows from the rest of the trial.
         fields = {key: value for key, value in dataclasses.asdict(evaluation).items() if key not in _OF_THE_TRIAL}
         fields |= {"harness_tasks": folder_sha256(evaluation.harness_tasks), **classifiers(evaluation)}
-        fields |= harness_rule(evaluation.metrics_of(find_task(evaluation.task)[0]), model)
-        if (template := spec.chosen_template()) is not None:
+        template = spec.chosen_template()
+        fields |= harness_rule(evaluation.metrics_of(find_task(evaluation.task)[0]), model, template)
+        if template is not None:
             # The forget set may be plain text, whose hash says nothing of it.
             fields |= {"template": dataclasses.asdict(template)}
         identity |= {"evaluation": fields | {"each_epoch": each_epoch, "references": list(references)}}

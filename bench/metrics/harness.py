@@ -24,6 +24,7 @@ from bench.metrics.values import Missing
 from bench.tasks.task import HarnessTask
 from scoring.errors import UserError
 from scoring.readings import Reader
+from scoring.templates import Template
 
 # The metrics of the harness's tasks that are known here.
 ACCURACY, PERPLEXITY = "acc", "word_perplexity"
@@ -53,7 +54,9 @@ class HarnessScores:
     metric: str
 
 
-def pool_model(reader: Reader, tokenizer: Any, max_length: int, add_bos_token: bool | None = None) -> Any:
+def pool_model(
+    reader: Reader, tokenizer: Any, max_length: int, add_bos_token: bool | None = None, template: Template | None = None
+) -> Any:
     """A model of lm-evaluation-harness (an `lm_eval.api.model.LM`) that answers on all replicas of a pool.
 
     It tokenizes as the harness's own transformers model does: a context loses its trailing spaces to the
@@ -65,6 +68,8 @@ def pool_model(reader: Reader, tokenizer: Any, max_length: int, add_bos_token: b
         tokenizer: the model's Hugging Face tokenizer.
         max_length: tokens that the model can read at once.
         add_bos_token: begin texts with the BOS token; None: as `scoring.tokens` says, the tokenizer's own way.
+        template: puts the questions as conversations; None: as they stand. Texts whose words are all scored, as those
+            of perplexities, have none either way.
 
     Raises:
         UserError: lm_eval is not installed, or the tokenizer has neither BOS nor EOS. The model's methods raise it
@@ -73,7 +78,7 @@ def pool_model(reader: Reader, tokenizer: Any, max_length: int, add_bos_token: b
     _need_lm_eval()
     from bench.metrics.pool_lm import PoolLM
 
-    return PoolLM(reader, tokenizer, max_length, add_bos_token)
+    return PoolLM(reader, tokenizer, max_length, add_bos_token, template)
 
 
 def run_harness(
@@ -111,7 +116,14 @@ def run_harness(
     if by_id:
         with _quiet(logging.WARNING):
             task_dict = {"tasks": by_id, "groups": {}, "group_map": {}}
-            results = evaluate(lm=lm, task_dict=task_dict, limit=limit, bootstrap_iters=0, log_samples=True)
+            results = evaluate(
+                lm=lm,
+                task_dict=task_dict,
+                limit=limit,
+                bootstrap_iters=0,
+                log_samples=True,
+                apply_chat_template=lm.template is not None,
+            )
             documents = results["samples"]
     return {
         name: tasks if isinstance(tasks, Missing) else _scores(tasks, documents, _metric(next(iter(tasks.values()))))

@@ -24,6 +24,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from scoring.errors import UserError
 from scoring.readings import Reader
 from scoring.samples import Sample
+from scoring.templates import Template
 from scoring.tokens import Tokenization
 
 # The settings of generation that a task may have: the length, the end, and what can also say greedy decoding.
@@ -33,11 +34,14 @@ GREEDY_SETTINGS = {"until", "max_gen_toks", "do_sample", "temperature", "top_p",
 class PoolLM(TemplateLM):
     """A model of the harness that answers on a pool; see `bench.metrics.harness.pool_model`."""
 
-    def __init__(self, reader: Reader, tokenizer: Any, max_length: int, add_bos_token: bool | None) -> None:
+    def __init__(
+        self, reader: Reader, tokenizer: Any, max_length: int, add_bos_token: bool | None, template: Template | None
+    ) -> None:
         super().__init__()
         self.tokenizer = tokenizer
         self.max_length = max_length
         self._reader = reader
+        self.template = template
         self._special = {} if add_bos_token is None else {"add_special_tokens": add_bos_token}
         if self.prefix_token_id is None:
             raise UserError("the tokenizer has neither a BOS nor an EOS token: one of them has to begin a text")
@@ -62,6 +66,16 @@ class PoolLM(TemplateLM):
         else:
             return [*self._begin, *self.tokenizer.encode(string, **self._special)]
         return self.tokenizer.encode(string, **special)
+
+    @property
+    def tokenizer_name(self) -> str:
+        return str(self.tokenizer.name_or_path)
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """What a question is put as, where there is a template; a begun answer is left open."""
+        assert self.template is not None
+        turns = self.template.with_system(chat_history)
+        return self.template.render(self.tokenizer, turns, add_generation_prompt, unfinished=not add_generation_prompt)
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
         return super().loglikelihood(requests, disable_tqdm)

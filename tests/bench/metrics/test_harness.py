@@ -26,6 +26,7 @@ from scoring.errors import UserError
 from scoring.pool import ReplicaPool
 from scoring.readings import Reader
 from scoring.samples import Sample
+from scoring.templates import chosen_template
 from scoring.work import LocalPool, ReplicaSpec
 from tests.paths import SHARED
 from tests.tiny_folders import CONTEXT, EOS, WORDS, save_model, tokenizer, write_jsonl
@@ -101,13 +102,13 @@ def theirs(folder: Path) -> Any:
     return HFLM(pretrained=str(folder), device="cpu", dtype="float32", batch_size=16)
 
 
-def their_results(lm: Any, folder: Path, names: list[str], limit: int | None = None) -> Any:
+def their_results(lm: Any, folder: Path, names: list[str], limit: int | None = None, **how: Any) -> Any:
     """The harness by itself: its loading, its evaluation, its aggregates."""
     from lm_eval.evaluator import evaluate
     from lm_eval.tasks import TaskManager
 
     tasks = TaskManager(include_path=folder, include_defaults=False).load(names)
-    return evaluate(lm=lm, task_dict=tasks, limit=limit, bootstrap_iters=0, log_samples=True)
+    return evaluate(lm=lm, task_dict=tasks, limit=limit, bootstrap_iters=0, log_samples=True, **how)
 
 
 @pytest.fixture(scope="module")
@@ -276,6 +277,26 @@ def test_generation_is_that_of_the_harness(pair):
 def test_generation_is_greedy_or_refused(pair, asked):
     with pytest.raises(UserError, match="greedy"):
         pair[0].generate_until([instance("generate_until", "w1", {"until": [], "max_gen_toks": 5, **asked})])
+
+
+@pytest.mark.parametrize("prefix", [{}, {"gen_prefix": "w7 w8"}], ids=["", "begun answer"])
+@pytest.mark.parametrize("system", [None, "w5 w6"])
+def test_questions_as_conversations(tmp_path, system, prefix):
+    """As the harness itself puts them through the tokenizer's template."""
+    folder = save_model(tmp_path / "chat", chat=True)
+    records = [record | {"question": record["question"][:60]} for record in questions(40, 3)]
+    task_file(tmp_path, "asked", records, CHOICE, **prefix)
+    wanted = {"asked": ["asked"]}
+    with LocalPool(ReplicaSpec(str(folder))) as pool:
+        reader, words = Reader(pool, EOS, batch_tokens=512), AutoTokenizer.from_pretrained(folder)
+        chat, plain = (
+            run_harness(pool_model(reader, words, CONTEXT, template=template), wanted, tmp_path)["asked"].values
+            for template in (chosen_template("chat", system, {}), None)
+        )
+    hflm = theirs(folder)
+    own = their_results(hflm, tmp_path, ["asked"], apply_chat_template=True, system_instruction=system)
+    assert chat.tolist() == [document["acc"] for document in own["samples"]["asked"]]
+    assert chat.tolist() != plain.tolist()
 
 
 def test_what_the_window_cannot_hold(pair):
