@@ -92,6 +92,11 @@ def benchmark_arguments(parser: argparse.ArgumentParser) -> None:
     add = on_data("difficulty", "what each measure of difficulty costs, in forward passes", _difficulty)
     add("--samples", type=int, default=40, help="at most this many samples (default: 40)")
 
+    add = benchmark("experts", "gradients of mixtures of experts, a batch at once against a sample at a time", _experts)
+    add("--experts", type=whole_numbers, default="8,32", help="of a model, several models (default: %(default)s)")
+    add("--samples", type=int, default=32, help="in a batch (default: %(default)s)")
+    add("--turns", type=int, default=5, help="how often each way is timed (default: %(default)s)")
+
     about = "the training loop against transformers' Trainer, and unlearning with MRD against without"
     add = on_data("unlearning", about, _unlearning)
     add("--retain", help="split of the task or data file of what is to be kept (default: the task's own)")
@@ -154,6 +159,13 @@ def _difficulty(arguments: argparse.Namespace) -> None:
     from bench.speed import difficulty
 
     difficulty.run_benchmark(arguments.model, arguments.data, arguments.split, arguments.samples, out)
+
+
+def _experts(arguments: argparse.Namespace) -> None:
+    out = _out(arguments)
+    from bench.speed import experts
+
+    experts.run_benchmark(arguments.experts, arguments.samples, arguments.turns, out)
 
 
 def _unlearning(arguments: argparse.Namespace) -> None:

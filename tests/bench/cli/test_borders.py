@@ -295,6 +295,7 @@ BENCHMARKS = {
     "scoring": ("--samples", "--draws"),
     "evaluation": ("--generations",),
     "difficulty": ("--samples",),
+    "experts": ("--experts", "--samples", "--turns"),
     "sweep": ("--trials",),
     "cluster": ("--sizes",),
     "engines": ("--samples",),

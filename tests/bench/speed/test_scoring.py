@@ -76,3 +76,20 @@ def test_the_command_prints_ratios_and_writes_figures(cluster, model_folder, dat
     assert (rows["a"]["forwards"], rows["b"]["forwards"], rows["c"]["forwards"]) == (16, 9, 1)
     assert rows["c"]["error"] < 1e-5
     assert 0 < figures["share_of_matmul_peak"] < 1.5
+
+
+def test_experts(tmp_path, capsys):
+    out = tmp_path / "experts.json"
+    before = torch.get_num_threads()
+    try:
+        assert main(f"benchmark experts --experts 4,8 --samples 3 --turns 2 --out {out}".split()) == 0
+    finally:
+        torch.set_num_threads(before)
+    figures = json.loads(out.read_text())
+    printed = capsys.readouterr().out
+    for experts in ("4", "8"):
+        row = figures[experts]
+        assert 0 < row["largest_error"] < 1e-5
+        assert f"{row['ratio']['value']:.2f}" in printed
+    # Four layers, three matrices of 256 x 96 an expert and its row in the router.
+    assert figures["8"]["weights"] - figures["4"]["weights"] == 4 * 4 * (3 * 256 * 96 + 256)
