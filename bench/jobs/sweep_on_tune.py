@@ -29,7 +29,7 @@ from scoring.errors import UserError
 from scoring.plugins import load_plugins
 
 # How often a trial whose worker dies is begun anew before its row says so.
-MAX_DEATHS = 2
+MAX_DEATHS = 3
 
 
 def run_on_tune(

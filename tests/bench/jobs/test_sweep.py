@@ -635,7 +635,7 @@ def test_a_worker_that_always_dies_is_a_row(inputs: Inputs, monkeypatch: pytest.
     rows = {row["algorithm"]: row for row in result.trials.to_pylist()}
     assert rows["GA"]["status"] == "finished"
     assert rows["NPO"]["status"] == "died"
-    assert "its worker died 3 times" in rows["NPO"]["reason"]
+    assert "its worker died 4 times" in rows["NPO"]["reason"]
     monkeypatch.undo()
     # The same command leaves it; asked to, it is tried again.
     assert rows_of(sweep(deadly, out, inputs.trials, progress=False)) == rows_of(result)
