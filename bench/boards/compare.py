@@ -168,8 +168,9 @@ def paired_g(differences: np.ndarray, level: float = LEVEL) -> Estimate:
 
         g = J mean / sd,   J = 1 - 3 / (4 (n - 1) - 1)
 
-    The interval inverts the noncentral t distribution of sqrt(n) mean / sd (Cumming & Finch 2001). nan with fewer than
-    three differences, or where they are all the same.
+    The interval inverts the noncentral t distribution of sqrt(n) mean / sd (Cumming & Finch 2001). J corrects the value
+    for its bias; the limits are those of the true effect as they stand, and times J they would miss it more often. nan
+    with fewer than three differences, or where they are all the same.
     """
     n = len(differences)
     if n < 3 or (spread := float(differences.std(ddof=1))) <= bias.SAME * max(1.0, float(np.abs(differences).max())):
@@ -177,7 +178,7 @@ def paired_g(differences: np.ndarray, level: float = LEVEL) -> Estimate:
     d = float(differences.mean()) / spread
     correction = 1 - 3 / (4 * (n - 1) - 1)
     limits = bias.noncentrality(np.array([d * math.sqrt(n)]), n - 1, level)[:, 0] / math.sqrt(n)
-    return Estimate(correction * d, *(correction * float(limit) for limit in limits))
+    return Estimate(correction * d, *map(float, limits))
 
 
 def _finished_rows(results: Results) -> list[dict[str, Any]]:
