@@ -34,6 +34,8 @@ from bench.report.words import decimal, interval
 from bench.stats.estimates import Estimate
 
 HERE = Path(__file__).parent
+# By that a page is told from somebody else's.
+PAGE_TITLE = "<title>mrd-bench leaderboard</title>"
 # Letters with which the JSON could end its script element, begin another, or end a line.
 _ESCAPES = {ord(letter): f"\\u{ord(letter):04x}" for letter in "<>&\u2028\u2029"}
 
@@ -59,7 +61,7 @@ def page(boards: Sequence[Board], notes: Sequence[str] = ()) -> str:
         f'<meta http-equiv="Content-Security-Policy" content="{escape(policy)}">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         '<meta name="color-scheme" content="light dark">'
-        f'<title>mrd-bench leaderboard</title><link rel="icon" href="data:,"><style>{style}</style></head>'
+        f'{PAGE_TITLE}<link rel="icon" href="data:,"><style>{style}</style></head>'
         '<body><a class="skip" href="#main">Skip to the standings</a>'
         '<header><h1>Leaderboard</h1><button type="button" id="theme" hidden>Theme: auto</button>'
         f"<p>Unlearning algorithms on {len(boards)} {'board' if len(boards) == 1 else 'boards'}, {runs:,} runs. Ranks "

@@ -7,16 +7,16 @@ from pathlib import Path
 
 from bench.boards.board import Board, boards
 from bench.boards.figures import pareto, strips
-from bench.boards.page import cells, columns, has_forecasts, page
+from bench.boards.page import PAGE_TITLE, cells, columns, has_forecasts, page
 from bench.boards.text import standings_latex
-from bench.files.folders import MadeFolders, refuse_foreign, unwritable
+from bench.files.folders import HEAD_BYTES, MadeFolders, refuse_foreign, unwritable
 from bench.report import figures
 from bench.report.words import markdown_table
 from bench.results.store import read_stores
 from scoring.files import replacing
 
 # How the files of a leaderboard begin.
-TITLE, PAGE_BEGINS = "# Leaderboard\n", '<!doctype html>\n<html lang="en"><head>'
+TITLE = "# Leaderboard\n"
 
 
 def leaderboard(
@@ -58,8 +58,8 @@ def write_leaderboard(ranked: Sequence[Board], notes: Sequence[str], out: str | 
     """
     out = Path(out)
     made = MadeFolders(out)
-    for name, beginning in (("README.md", TITLE), ("index.html", PAGE_BEGINS)):
-        refuse_foreign(out / name, beginning, "a leaderboard")
+    refuse_foreign(out / "README.md", TITLE, "a leaderboard")
+    refuse_foreign(out / "index.html", PAGE_TITLE, "a leaderboard", HEAD_BYTES)
     try:
         out.mkdir(parents=True, exist_ok=True)
         for number, board in enumerate(ranked):

@@ -23,6 +23,8 @@ from bench.stats.estimates import Estimate, spearman
 
 SHOWN_SAMPLES = 5  # hardest and easiest
 RUN_INCHES = (5.0, 3.9)  # with room for a legend of two rows above the axes
+# By that a page is told from somebody else's.
+PAGE_TITLE = "<title>mrd-bench: how hard is each sample to forget?</title>"
 
 
 def page(findings: Findings, unlearning: Unlearning) -> str:
@@ -46,7 +48,7 @@ def page(findings: Findings, unlearning: Unlearning) -> str:
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         '<meta name="color-scheme" content="light dark">'
-        f"<title>mrd-bench: how hard is each sample to forget?</title><style>{STYLE_SHEET}</style></head>"
+        f"{PAGE_TITLE}<style>{STYLE_SHEET}</style></head>"
         "<body><header><h1>How hard is each sample to forget?</h1>"
         f"{paragraph(_lead(findings))}</header>"
         f'<nav aria-label="Sections"><ul>{links}</ul></nav><main>{body}</main></body></html>\n'

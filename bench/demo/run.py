@@ -24,8 +24,9 @@ from tqdm import tqdm
 from algorithms.recipe import Objectives
 from bench.demo.figures import difficulty, recall_by_epoch, scaling, trade_off
 from bench.demo.findings import Findings, Forecasts
-from bench.demo.page import page
+from bench.demo.page import PAGE_TITLE, page
 from bench.demo.runs import DemoRun, Unlearning, has_retain_set, predictions, table_lines
+from bench.files.folders import HEAD_BYTES, refuse_foreign
 from bench.files.score_file import Scores, read_scores
 from bench.jobs import difficulty as measures
 from bench.jobs.draws import Point, ScalingLine, measure_draws, scaling_line
@@ -100,9 +101,10 @@ def run_demo(
     """Measure and unlearn, and write `out`/index.html, the pictures, the score files and the runs in unlearning/.
 
     Raises:
-        UserError: the split is unknown, or `out` holds a demo of another one.
+        UserError: the split is unknown, or `out` holds a demo of another one, or a page of somebody else's.
     """
     out = Path(out)
+    refuse_foreign(out / "index.html", PAGE_TITLE, "a demo", HEAD_BYTES)
     resources = resources or Resources()
     records = load_dataset(TASK, split).records
     if not overwrite:

@@ -21,6 +21,8 @@ from scoring.reading import exists, read_json
 from scoring.settings import named, settings_of
 
 LOCK = ".lock"
+# Of a page, that its title stands in.
+HEAD_BYTES = 1000
 
 
 def locked(folder: Path, out: Path, kind: str, name: str = LOCK) -> FileLock:
@@ -76,17 +78,20 @@ class MadeFolders:
                 folder.rmdir()
 
 
-def refuse_foreign(path: Path, beginning: str, kind: str) -> None:
+def refuse_foreign(path: Path, mark: str, kind: str, within: int = 0) -> None:
     """Refuse to replace a file that somebody else has written.
 
     Args:
-        beginning: of the text of ours.
-        kind: of ours, in words: "a leaderboard".
+        path: may be missing.
+        mark: text that ours has.
+        kind: what ours is of, for the message.
+        within: how many bytes may stand before the mark.
 
     Raises:
         UserError: one line.
     """
-    if exists(path) and not (path.is_file() and path.read_bytes().startswith(beginning.encode())):
+    wanted = mark.encode()
+    if exists(path) and not (path.is_file() and wanted in path.read_bytes()[: within + len(wanted)]):
         raise UserError(f"{named('out')}: {shown(path)} exists and is not of {kind}: choose another folder")
 
 

@@ -587,17 +587,24 @@ def test_inputs_and_foreign_files_stay_as_they_are(world: World, capsys: pytest.
     board = folder / "board"
     board.mkdir()
     (board / "README.md").write_text("# My project\n")
+    site = folder / "site"
+    site.mkdir()
+    (site / "index.html").write_text('<!doctype html>\n<html lang="en"><head><title>Mine</title></head></html>\n')
     figures = folder / "notes.json"
     figures.write_text("not figures")
     scores = folder / "scores.parquet"
     shutil.copy(world.sound / "scores.parquet", scores)
     unlearning = [*unlearn_command(world, folder / "run"), "--order", "weighted"]
-    before = {path: path.read_bytes() for path in (mine, inside, board / "README.md", figures, scores)}
+    before = {
+        path: path.read_bytes() for path in (mine, inside, board / "README.md", site / "index.html", figures, scores)
+    }
     for command, said in (
         ([*score_command(world, mine, str(mine)), "--overwrite"], "is what --data names: choose another file"),
         ([*score_command(world, mine), "--overwrite"], "was not written by mrd-bench: choose another file, or remove"),
         (["results", "export", str(store), "--out", str(inside)], "lies in the store"),
         (["leaderboard", str(store), "--out", str(board)], "exists and is not of a leaderboard: choose another folder"),
+        (["demo", "--replicas", "0", "--out", str(site)], "exists and is not of a demo: choose another folder"),
+        (["leaderboard", str(store), "--out", str(site)], "exists and is not of a leaderboard: choose another folder"),
         (["benchmark", "gpu", "--samples", "0", "--out", str(figures)], "not JSON"),
         ([*unlearning[:-3], str(scores), "--order", "weighted"], "is a file: expected a folder to write to"),
     ):
