@@ -20,15 +20,25 @@ LOGICAL_CPUS = 4
 
 
 @pytest.fixture(autouse=True)
-def threads_stay() -> Iterator[None]:
-    """Sums depend on the number of threads in their last bits: a test that leaves another would fail others."""
-    torch = sys.modules.get("torch")
-    before = torch.get_num_threads() if torch else None
+def nothing_left_behind() -> Iterator[None]:
+    """No test leaves another number of threads, on which the last bits of sums depend, nor a plugin, which is in the
+    identity of all runs of its process: other tests would fail by it."""
+    before = _left_behind()
     yield
-    if torch and before:
-        after = torch.get_num_threads()
-        torch.set_num_threads(before)
-        assert after == before, "the test left another number of threads than it met"
+    after = _left_behind()
+    if before[0] and after[0] != before[0]:
+        sys.modules["torch"].set_num_threads(before[0])
+    assert not before[0] or after[0] == before[0], "the test left another number of threads than it met"
+    assert after[1] == before[1], "the test left a plugin loaded"
+
+
+def _left_behind() -> tuple[int | None, tuple[str, ...]]:
+    """Threads of torch, None where it is not loaded yet; and the names of the loaded plugins."""
+    torch, plugins = sys.modules.get("torch"), sys.modules.get("scoring.plugins")
+    return (
+        torch.get_num_threads() if torch else None,
+        tuple(plugin.name for plugin in plugins.loaded_plugins()) if plugins else (),
+    )
 
 
 @pytest.fixture(scope="session")

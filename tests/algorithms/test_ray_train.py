@@ -104,7 +104,7 @@ def after_checkpoint(run: Path, step: int, action: Callable[[], None]) -> thread
         return any(int(path.name.removeprefix("step-")) >= step for path in run.glob("checkpoints/step-*"))
 
     def wait() -> None:
-        wait_for(reached, 120)
+        wait_for(reached, 300)
         action()
 
     thread = threading.Thread(target=wait, daemon=True)

@@ -678,8 +678,11 @@ def test_work_folders_of_killed_processes_are_removed(world: World) -> None:
     assert list(world.temporary.iterdir()) == []
 
 
-def test_threads_of_this_process(world: World, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_threads_of_this_process(
+    world: World, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A plugin sees those of the command; afterwards the process has its own again."""
+    monkeypatch.setattr("scoring.plugins._LOADED", {})  # what is in it is in the identity of all that follows
     seen, plugin = tmp_path / "seen", tmp_path / "look.py"
     plugin.write_text(f"import torch\nopen({str(seen)!r}, 'w').write(str(torch.get_num_threads()))\n")
     before = torch.get_num_threads()

@@ -69,7 +69,7 @@ def test_everything_is_measured_and_written(cluster, model_folder, data_file, re
 
     figures = json.loads(out.read_text(), parse_constant=refuse)
     assert (figures["forget_samples"], figures["retain_samples"], figures["batch_size"]) == (24, 10, 4)
-    assert set(figures["speed"]) == set(ALGORITHMS) - {"SGA", "CGA"}
+    assert set(figures["speed"]) == set(distinct_algorithms())
     assert all(row["tokens_per_second"] > 0 and row["round_updates"] == 6 for row in figures["speed"].values())
 
     assert set(figures["trainer"]) == set(COMPARED)
@@ -135,7 +135,8 @@ def test_padded_by_hand():
 
 
 def test_objectives_come_once():
-    assert distinct_algorithms() == [name for name in ALGORITHMS if name not in ("SGA", "CGA")]
+    """SGA and CGA have GA's, AltPO that of IdkDPO with other answers, and TaskVector and Relearn learn alike."""
+    assert distinct_algorithms() == [name for name in ALGORITHMS if name not in ("SGA", "CGA", "AltPO", "Relearn")]
 
 
 def test_median_has_an_interval_from_ten_values_on():
