@@ -77,7 +77,7 @@ class TrainingLoop:
 
 
 def distinct_algorithms() -> list[str]:
-    """The algorithms, without those whose updates cost as those of an earlier one, by the same objective and weights."""
+    """The algorithms, but those whose updates cost as those of an earlier one, by the same objective and weights."""
     objectives, names = set(), []
     for name, algorithm in ALGORITHMS.items():
         objective = (algorithm.forget, algorithm.retain, algorithm.forget_weight, algorithm.retain_weight)
