@@ -117,7 +117,9 @@ class Measurement:
         except UserError as error:  # the harness is not installed, or cannot handle this tokenizer
             return {(name, quantity): Missing(str(error)) for name in names for quantity in HARNESS}, {}
         present = {name: tasks[name] for name in names if name in tasks}
-        results = run_harness(lm, present, Path(folder) if folder else None, self.spec.harness_limit)
+        tasks_folder = Path(folder) if folder else None
+        as_turns = self.setup.template is not None
+        results = run_harness(lm, present, tasks_folder, self.spec.harness_limit, as_turns)
         columns: Columns = {}
         versions: dict[str, Any] = {}
         for name, scores in {**absent, **results}.items():

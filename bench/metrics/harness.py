@@ -86,6 +86,7 @@ def run_harness(
     sets: Mapping[str, Sequence[HarnessTask]],
     include_path: Path | None = None,
     limit: int | None = None,
+    conversations: bool = False,
 ) -> dict[str, HarnessScores | Missing]:
     """Measure sets of tasks, zero-shot, all of them in one run.
 
@@ -97,6 +98,7 @@ def run_harness(
             configuration's "metadata" and "dataset_kwargs") and gives {split: `datasets.Dataset`}.
         include_path: folder of task files (YAML), which come before the harness's own of the same name.
         limit: documents of each task at most.
+        conversations: put the questions through the template of `lm`.
 
     Returns:
         The scores of each set. A set is Missing if one of its tasks cannot be loaded or gives neither metric.
@@ -122,7 +124,7 @@ def run_harness(
                 limit=limit,
                 bootstrap_iters=0,
                 log_samples=True,
-                apply_chat_template=lm.template is not None,
+                apply_chat_template=conversations,
             )
             documents = results["samples"]
     return {

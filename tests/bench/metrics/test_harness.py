@@ -290,7 +290,12 @@ def test_questions_as_conversations(tmp_path, system, prefix):
     with LocalPool(ReplicaSpec(str(folder))) as pool:
         reader, words = Reader(pool, EOS, batch_tokens=512), AutoTokenizer.from_pretrained(folder)
         chat, plain = (
-            run_harness(pool_model(reader, words, CONTEXT, template=template), wanted, tmp_path)["asked"].values
+            run_harness(
+                pool_model(reader, words, CONTEXT, template=template),
+                wanted,
+                tmp_path,
+                conversations=template is not None,
+            )["asked"].values
             for template in (chosen_template("chat", system, {}), None)
         )
     hflm = theirs(folder)
