@@ -212,10 +212,11 @@ class Recipe:
             raise UserError(
                 f"{named('retain_limit')} limits the retain term, and there is none: give {named('retain_term')}"
             )
-        if filled["negation"] and (self.weights == FLIP_TIME or self.reward or self.hold_penalty):
+        forecasts = FLIP_TIME in (self.weights, schedule.by if schedule else None) or self.reward
+        if filled["negation"] and (forecasts or self.hold_penalty):
             raise UserError(
                 f"{named('negation')} does not go with {named('hold_penalty')} or forecasts ({named('weights')} "
-                f"{FLIP_TIME}, {named('reward')}): they are of the model that is trained, which learns the forget set"
+                f"{FLIP_TIME}, {named('reward')}, a schedule by it): they are of the model that is trained, which learns the forget set"
             )
         if self.lora_rank and self.trainable:
             raise UserError(

@@ -1440,6 +1440,10 @@ def test_seed_decides_everything(plain: Path, tmp_path: Path, fields: dict):
         ({"negation": -1.0}, "negation is -1.0: expected a number of at least 0"),
         ({"algorithm": "TaskVector", "reward": 1.0}, "TaskVector has no forecast: what it trains learns the sample"),
         ({"negation": 1.0, "hold_penalty": 1.0}, "negation does not go with hold_penalty or forecasts"),
+        (
+            {"negation": 1.0, "schedule": {"groups": [{"share": 0.5, "algorithm": "NPO"}, {"share": 0.5}]}},
+            "negation does not go with hold_penalty or forecasts",
+        ),
     ],
     ids=str,
 )
