@@ -216,7 +216,8 @@ class Recipe:
         if filled["negation"] and (forecasts or self.hold_penalty):
             raise UserError(
                 f"{named('negation')} does not go with {named('hold_penalty')} or forecasts ({named('weights')} "
-                f"{FLIP_TIME}, {named('reward')}, a schedule by it): they are of the model that is trained, which learns the forget set"
+                f"{FLIP_TIME}, {named('reward')}, a schedule by it): they "
+                "are of the model that is trained, which learns the forget set"
             )
         if self.lora_rank and self.trainable:
             raise UserError(
