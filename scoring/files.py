@@ -52,6 +52,8 @@ def _remove_abandoned() -> None:
             if path.stat().st_uid != os.getuid():
                 continue
             with FileLock(path).acquire(timeout=0):
+                if os.name == "posix" and locks_nothing(path):
+                    continue  # its process may be alive: the lock says nothing here
                 shutil.rmtree(path.with_suffix(""), ignore_errors=True)
                 path.unlink(missing_ok=True)
 
