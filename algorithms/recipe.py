@@ -329,16 +329,12 @@ class Objectives:
     def of(cls, recipe: Recipe) -> Objectives:
         retain = None if recipe.retain_term in (None, "none") else RETAIN_TERMS[recipe.retain_term]
         algorithms = [(group.algorithm or recipe.algorithm, group.settings) for group in recipe.groups]
-        forget = tuple(
-            with_settings(find_algorithm(algorithm).forget, settings)
-            for algorithm, settings in algorithms or [(recipe.algorithm, recipe.settings)]
-        )
+        algorithms = algorithms or [(recipe.algorithm, recipe.settings)]
+        forget = tuple(with_settings(find_algorithm(name).forget, settings) for name, settings in algorithms)
         inputs = dict.fromkeys(name for objective in forget for name in inputs_of(objective))
         teaches = {
             find_algorithm(algorithm).teaches
-            for (algorithm, _), objective in zip(
-                algorithms or [(recipe.algorithm, recipe.settings)], forget, strict=True
-            )
+            for (algorithm, _), objective in zip(algorithms, forget, strict=True)
             if any(name.startswith(REFUSAL_PREFIX) for name in inputs_of(objective))
         }
         if len(teaches) > 1:

@@ -52,7 +52,7 @@ def _remove_abandoned() -> None:
             if path.stat().st_uid != os.getuid():
                 continue
             with FileLock(path).acquire(timeout=0):
-                if os.name == "posix" and locks_nothing(path):
+                if locks_nothing(path):
                     continue  # its process may be alive: the lock says nothing here
                 shutil.rmtree(path.with_suffix(""), ignore_errors=True)
                 path.unlink(missing_ok=True)
@@ -68,7 +68,9 @@ def has_no_locks(error: Exception) -> bool:
 
 def locks_nothing(path: Path) -> bool:
     """Whether the lock that this process has on a file keeps nobody out: some file systems say yes and lock nothing."""
-    import fcntl  # not on Windows, where this is not asked
+    if os.name != "posix":
+        return False  # there is no flock to ask
+    import fcntl
 
     with path.open() as again:
         try:

@@ -41,7 +41,7 @@ def locked(folder: Path, out: Path, kind: str, name: str = LOCK) -> FileLock:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=0)
-        if os.name == "posix" and locks_nothing(folder / name):
+        if locks_nothing(folder / name):
             _warn_of_no_locks(out)
     except Timeout:
         raise UserError(

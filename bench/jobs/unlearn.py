@@ -179,7 +179,15 @@ def unlearn(spec: UnlearnSpec, out: str | Path, progress: bool = True) -> Unlear
         folder.check_room(*room_of(spec, model, corpus))
         evaluation = evaluation_of(spec, model, corpus, retain)
         job = TrainingJob(
-            spec, spec, corpus, model.source, model.revision, out, model.tokenizer, evaluation, spec.adapter is not None
+            spec,
+            spec,
+            corpus,
+            model.source,
+            model.revision,
+            out,
+            model.tokenizer,
+            evaluation,
+            continues_adapter=spec.adapter is not None,
         )
         with full_disks_said_plainly(out):
             with _Bar(spec, len(corpus.forget), progress) as bar:
