@@ -23,9 +23,11 @@ from scipy import stats
 from bench.experiments.experiment import Answer, Experiment, Setup
 from bench.experiments.shared.single_samples import (
     COLOURS,
+    CORRELATION,
     MARKERS,
     Relation,
     SingleSampleRun,
+    claims_of,
     count_unusable,
     difficulties,
     left_out_sentences,
@@ -34,19 +36,22 @@ from bench.experiments.shared.single_samples import (
     run_table,
     single_sample_runs,
 )
-from bench.experiments.shared.verdicts import correlation_verdict, verdict_here
 from bench.jobs.sweep_plan import SweepSpec
 from bench.jobs.sweep_tables import as_table
 from bench.models.find import ModelReference, find_model
 from bench.report.figures import INK, Draw
+from bench.report.verdicts import listed
 from bench.report.words import decimal, interval, with_ci
 from bench.stats.estimates import Estimate, mean
+from bench.stats.verdicts import decide
 from bench.tasks.datasets import DataName, load_dataset
 from scoring.errors import UserError
 from scoring.files import replacing
 from scoring.records import Record
 from scoring.samples import Text, encode, evenly_spaced
 from scoring.settings import Doc, Ge, check, named
+
+IN_ORDER = "MRD orders texts by their difficulty at every level"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +94,7 @@ def run(setup: Setup) -> Answer:
         of_level = dataclasses.replace(setup, values={key: {**setup.values["sweep"], "base": base}})
         sweep = of_level.sweep(key)
         sweeps[level] = sweep.trials, sweep.samples
-    return answer(sweeps, spec.levels, model.max_length)
+    return answer(sweeps, spec.levels, model.max_length, setup.margins(CORRELATION))
 
 
 # --- Texts --------------------------------------------------------------------------------------------------
@@ -143,29 +148,39 @@ def _write(path: Path, records: Sequence[Record], level: str, model: ModelRefere
 # --- The answer ---------------------------------------------------------------------------------------------
 
 
-def answer(sweeps: Mapping[str, tuple[pa.Table, pa.Table]], levels: Mapping[str, int], context: int) -> Answer:
+def answer(
+    sweeps: Mapping[str, tuple[pa.Table, pa.Table]],
+    levels: Mapping[str, int],
+    context: int,
+    margins: Mapping[str, float],
+) -> Answer:
     """The answer from a sweep over single texts for each level.
 
     Args:
         sweeps: level -> trials and samples.
         levels: level -> how many records a text of it has.
         context: tokens that the model can read.
+        margins: the weakest rank correlation that matters, by the name CORRELATION.
     """
     runs = [run for level, (trials, samples) in sweeps.items() for run in single_sample_runs(trials, samples, level)]
     lost = sum(count_unusable(trials) for trials, _ in sweeps.values())
     relations = relations_of(runs, "change")
+    decided = decide(
+        [claim for each in relations for claim in claims_of(each, IN_ORDER, margins[CORRELATION], each.name)]
+    )
     sentences = [
         _headline(relations, levels),
         _before_any_update(runs, sweeps, context),
         _beyond_length(relations),
         *_all_levels_together(runs),
         *left_out_sentences(runs, lost),
-        _claim(relations),
+        f"The paper's claim, that {IN_ORDER}: {listed(decided)}.",
     ]
     return Answer(
         run_table(runs, "level"),
         [_rank_dots(level, relations, levels) for level in sweeps],
         sentences,
+        decided,
         tables={"fig7-correlations": as_table([relation_row(relation, "level") for relation in relations])},
     )
 
@@ -229,21 +244,6 @@ def _all_levels_together(runs: Sequence[SingleSampleRun]) -> list[str]:
             "of tokens partialled out"
         )
     return [f"All levels ranked together: {'; '.join(parts)}."] if parts else []
-
-
-def _claim(relations: Sequence[Relation]) -> str:
-    several = len({relation.algorithm for relation in relations}) > 1
-    named_relations = {relation.name if several else relation.group: relation for relation in relations}
-    by_mrd = verdict_here(
-        {name: correlation_verdict(relation.correlation, -1) for name, relation in named_relations.items()}
-    )
-    beyond = verdict_here(
-        {name: correlation_verdict(relation.beyond_length, -1) for name, relation in named_relations.items()}
-    )
-    return (
-        f"The paper's claim: MRD orders texts by their difficulty at every level: {by_mrd} (beyond what length "
-        f"explains: {beyond})."
-    )
 
 
 def _rank_dots(level: str, relations: Sequence[Relation], levels: Mapping[str, int]) -> Draw:
