@@ -31,7 +31,7 @@ from bench.models.find import ModelReference, find_model
 from bench.report.figures import BLUE, GREEN, INK, MUTED, ORANGE, VERMILLION, Draw
 from bench.report.verdicts import listed
 from bench.report.words import interval_columns, with_ci
-from bench.stats.estimates import LEVEL, RESAMPLES, Estimate, over_sets, partial_spearman, rank_correlation, spearman
+from bench.stats.estimates import RESAMPLES, Estimate, over_sets, partial_spearman, rank_correlation, spearman
 from bench.stats.verdicts import Claim, Verdict, bootstrapped, decide
 from bench.tasks.datasets import load_dataset
 from scoring.errors import UserError
@@ -291,21 +291,19 @@ def orderings(table: pa.Table) -> list[Ordering]:
     ]
 
 
-def advantage(
-    first: np.ndarray, second: np.ndarray, truth: np.ndarray, resamples: int = RESAMPLES, level: float = LEVEL
-) -> Estimate:
+def advantage(first: np.ndarray, second: np.ndarray, truth: np.ndarray, resamples: int = RESAMPLES) -> Estimate:
     """The rank correlation of the first with the truth, less that of the second; all (n,).
 
     Where the second surely orders the other way round it is turned: that orders as well. (Its size alone would be above
     0 by chance even if it orders nothing.)
     """
-    direction = spearman(second, truth, resamples, level).sign or 1
+    direction = spearman(second, truth).sign or 1
 
     def difference(sets: list[np.ndarray]) -> np.ndarray:
         rows = sets[0]
         return rank_correlation(first[rows], truth[rows]) - direction * rank_correlation(second[rows], truth[rows])
 
-    return over_sets(difference, [len(truth)], resamples, level)
+    return over_sets(difference, [len(truth)], resamples)
 
 
 def difficulties(table: pa.Table) -> np.ndarray:

@@ -229,7 +229,7 @@ def test_algorithms_agree_over_the_samples_of_both():
     assert of_npo.tolist() == list(range(100, 89, -1))
     answer = fig5.answer({"made-up": sweep.tables}, MARGIN)
     # Claims about MRD are made of the first algorithm alone: GA, with MRD going up with the updates.
-    assert words(answer) == [CONTRADICTED, CONTRADICTED, CONTRADICTED]
+    assert words(answer) == [CONTRADICTED, UNKNOWN, CONTRADICTED]  # lengths do not vary
     assert [verdict.claim.effect for verdict in answer.verdicts][
         2
     ] == "rank correlation of the updates, made-up, GA and NPO"
@@ -447,7 +447,7 @@ def test_chance_does_not_contradict_that_mrd_is_ahead():
     """Where nothing orders the groups, the size of the other correlation is above MRD's by chance: in 7 of 100 cases
     surely so by the interval of their difference alone."""
     said = []
-    for seed in range(60):
+    for seed in range(40):
         rng = np.random.default_rng(seed)
         table = grouped()
         for name in ("mrd", "grand"):
