@@ -25,6 +25,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from algorithms.group import ALONE, Group
 from algorithms.passes import ForwardPass, Output, decoder_layers
 from algorithms.recipe import Recipe, layer_of
+from scoring.adapters import merged, shared_weights
 from scoring.errors import UserError
 from scoring.load import load_adapted
 from scoring.samples import Batch
@@ -185,7 +186,7 @@ class Trainable:
             _on_cpu(self.model.state_dict())
         )
         if self._adapted is not None:
-            whole = copy.deepcopy(whole).merge_and_unload()
+            whole = merged(copy.deepcopy(whole))
         if self._negation:
             self._negate(whole)
         try:
@@ -309,9 +310,16 @@ def _with_adapters(model: PreTrainedModel, lora: Lora, seed: int) -> Any:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         try:
-            return peft.get_peft_model(model, config)
+            adapted = peft.get_peft_model(model, config)
         except (ValueError, re.error) as error:
             raise UserError(f"LoRA: {str(error).splitlines()[0]}; lora_targets is a regular expression") from error
+    for (first, *_), (second, *_) in shared_weights(adapted):
+        one, other = (name.removesuffix(".base_layer") for name in (first, second))
+        raise UserError(
+            f"LoRA: {one} and {other} share their weights, and adapters would change them differently: give "
+            f"{named('lora_targets')} that match neither"
+        )
+    return adapted
 
 
 def _checkpoint_activations(model: PreTrainedModel) -> list[nn.Module]:

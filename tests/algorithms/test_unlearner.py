@@ -1140,9 +1140,18 @@ def test_adapters_of_all_linear_layers(plain: Path, tmp_path: Path):
     assert done.history.steps[0]["forget_loss"] == pytest.approx(20 * math.log(2), rel=1e-6)
 
 
-def test_adapters_on_nothing():
-    with pytest.raises(UserError, match=r"LoRA: .*lora_targets is a regular expression") as caught:
-        Trainable(tiny_model(), adapter=Lora(2, 4, "no_such_layer"))
+@pytest.mark.parametrize(
+    ("targets", "message"),
+    [
+        ("no_such_layer", "LoRA: .*lora_targets is a regular expression"),
+        # Merged, they would change the embedding too.
+        (".*lm_head", "LoRA: model.embed_tokens and lm_head share their weights, .* lora_targets that match neither"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore")
+def test_adapters_where_none_can_be(targets: str, message: str):
+    with pytest.raises(UserError, match=message) as caught:
+        Trainable(tiny_model(), adapter=Lora(2, 4, targets))
     assert "\n" not in str(caught.value)
 
 
