@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from algorithms.group import ALONE, Group
 from algorithms.passes import ForwardPass, Output, decoder_layers
 from algorithms.recipe import Recipe, layer_of
-from scoring.adapters import merged, shared_weights
+from scoring.adapters import has_embeddings, merged, shared_weights
 from scoring.errors import UserError
 from scoring.load import load_adapted
 from scoring.samples import Batch
@@ -91,8 +92,10 @@ class Trainable:
         self.device = next(model.parameters()).device
         self._bfloat16 = bfloat16
         self._adapted: Any = None
+        self._adapter_has_embeddings = False
         if isinstance(adapter, Continued):
             self._adapted = load_adapted(adapter.folder, str(self.device))
+            self._adapter_has_embeddings = has_embeddings(self._adapted, Path(adapter.folder))
         elif adapter is not None:
             self._adapted = _with_adapters(model, adapter, seed)
         self.model: PreTrainedModel = model if self._adapted is None else self._adapted.get_base_model()
@@ -250,6 +253,12 @@ class Trainable:
             tensors |= {f"trained.{name}": p for name, p in self._parameters.items()}
         return {name: value.contiguous().clone() for name, value in _on_cpu(tensors).items()}
 
+    def save_adapter(self, folder: Path) -> None:
+        """Write the adapter as PEFT keeps it, with the weights of the last `whole_model`; nothing where there is none,
+        or where its negated change is what others see."""
+        if self._adapted is not None and not self._negation:
+            self._whole.save_pretrained(folder, save_embedding_layers=self._adapter_has_embeddings)
+
     def restore(self, weights: Mapping[str, torch.Tensor], state: Mapping[str, torch.Tensor]) -> None:
         """Continue from a checkpoint.
 
@@ -306,6 +315,7 @@ def _with_adapters(model: PreTrainedModel, lora: Lora, seed: int) -> Any:
         lora_dropout=0.0,
         target_modules=lora.targets or "all-linear",
         task_type="CAUSAL_LM",
+        revision=getattr(model.config, "_commit_hash", None),  # of the base, for whoever loads the adapter
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

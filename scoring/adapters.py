@@ -155,12 +155,9 @@ def unknown_settings(folder: Path) -> list[str]:
 
 def has_embeddings(adapted: Any, folder: Path) -> bool:
     """Whether an adapter's file has embeddings of its model too, as PEFT saves them where they were changed."""
-    own = set(_peft(folder).get_peft_model_state_dict(adapted, save_embedding_layers=False))
+    own: set[str] = set(_peft(folder).get_peft_model_state_dict(adapted, save_embedding_layers=False))
     with safe_open(folder / WEIGHTS, framework="pt") as file:
-        return any(
-            name not in own and name.removeprefix("base_model.model.") in adapted.get_base_model().state_dict()
-            for name in file.keys()  # noqa: SIM118 (safe_open is no mapping)
-        )
+        return not own.issuperset(file.keys())
 
 
 def shared_weights(adapted: Any) -> list[list[tuple[str, nn.Module, str]]]:
