@@ -132,7 +132,7 @@ class Checkpoints:
         model: PreTrainedModel,
         training: Mapping[str, torch.Tensor],
         history: Mapping[str, Any],
-        save_adapter: Callable[[Path], None],
+        save_adapter: Callable[[Path], None] = lambda _: None,
     ) -> None:
         """Write a checkpoint. Only one worker calls this method and the following ones.
 

@@ -1315,7 +1315,7 @@ def test_distrusted_checkpoint(checkpoints: Checkpoints):
     assert latest_step(checkpoints) == 3
 
 
-@pytest.mark.parametrize("stage", ["model", "tokenizer", "training", "history"])
+@pytest.mark.parametrize("stage", ["model", "tokenizer", "adapter", "training", "history"])
 def test_checkpoint_is_whole_or_not_there(checkpoints: Checkpoints, stage: str, monkeypatch: pytest.MonkeyPatch):
     """Wherever saving fails; and what it leaves is ignored, and removed by the next."""
     model: Any = tiny_model()
@@ -1333,7 +1333,8 @@ def test_checkpoint_is_whole_or_not_there(checkpoints: Checkpoints, stage: str, 
             patched.setattr("algorithms.checkpoints.save_file", fail)
         # What is no JSON fails by itself.
         with pytest.raises(TypeError if stage == "history" else OSError):
-            checkpoints.save(2, model, {}, {"step": object() if stage == "history" else 2})
+            adapter = {"save_adapter": fail} if stage == "adapter" else {}
+            checkpoints.save(2, model, {}, {"step": object() if stage == "history" else 2}, **adapter)
     assert names(checkpoints) == [".step-00000002.tmp", "step-00000001"]
     assert latest_step(checkpoints) == 1
     checkpoints.save(3, model, {}, {"step": 3})

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, BertConfig, BertLMHeadModel
 
 from bench.models.find import find_model
 from scoring.abilities import check_fp64
+from scoring.adapters import adapter_base
 from scoring.errors import UserError
 from scoring.generation import greedy_continuations
 from scoring.load import load_model, loading_notes
@@ -98,6 +99,8 @@ def test_an_adapter_is_merged_into_the_base_that_it_names(tmp_path: Path):
     edit(folder / "adapter_config.json", base_model_name_or_path="./nowhere")
     with pytest.raises(UserError, match=r"is for the model './nowhere', which does not exist: mend its path"):
         find_model(str(folder))
+    edit(folder / "adapter_config.json", base_model_name_or_path="org/base", revision="v1")
+    assert adapter_base(folder) == ("org/base", "v1"), "the base is read at the revision that the adapter is for"
 
 
 LINEAR = ["q_proj", "up_proj"]
