@@ -1331,9 +1331,9 @@ def test_checkpoint_is_whole_or_not_there(checkpoints: Checkpoints, stage: str, 
             patched.setattr("transformers.PreTrainedTokenizerFast.save_pretrained", fail)
         elif stage == "training":
             patched.setattr("algorithms.checkpoints.save_file", fail)
+        adapter = {"save_adapter": fail} if stage == "adapter" else {}
         # What is no JSON fails by itself.
         with pytest.raises(TypeError if stage == "history" else OSError):
-            adapter = {"save_adapter": fail} if stage == "adapter" else {}
             checkpoints.save(2, model, {}, {"step": object() if stage == "history" else 2}, **adapter)
     assert names(checkpoints) == [".step-00000002.tmp", "step-00000001"]
     assert latest_step(checkpoints) == 1
