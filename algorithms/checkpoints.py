@@ -3,6 +3,7 @@ has shown that training can go on from the newest.
 
     step-00000012/
         model/                   loads with AutoModelForCausalLM.from_pretrained; fp32, adapters merged
+        adapter/                 of a run that trains adapters; loads with peft.PeftModel.from_pretrained
         training.safetensors     optimizer moments, and adapters
         history.json             everything else: the step, the sampler, the record of the run
 
@@ -14,7 +15,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,6 +49,11 @@ class Checkpoint:
     @property
     def model(self) -> Path:
         return self.folder / "model"
+
+    @property
+    def adapter(self) -> Path:
+        """The folder of the adapter, which is there if one was trained."""
+        return self.folder / "adapter"
 
     def weights(self) -> dict[str, torch.Tensor]:
         """The model's weights by name."""
@@ -121,15 +127,25 @@ class Checkpoints:
         return Checkpoint(finished[-1]) if finished else None
 
     def save(
-        self, step: int, model: PreTrainedModel, training: Mapping[str, torch.Tensor], history: Mapping[str, Any]
+        self,
+        step: int,
+        model: PreTrainedModel,
+        training: Mapping[str, torch.Tensor],
+        history: Mapping[str, Any],
+        save_adapter: Callable[[Path], None] = lambda _: None,
     ) -> None:
-        """Write a checkpoint. Only one worker calls this method and the following ones."""
+        """Write a checkpoint. Only one worker calls this method and the following ones.
+
+        Args:
+            save_adapter: writes the adapter, if there is one, into the folder that it is given.
+        """
         for leftover in self.folder.glob(".*.tmp"):
             shutil.rmtree(leftover)  # from a process that was killed
         unfinished = self.folder / f".step-{step:08d}.tmp"
         unfinished.mkdir(parents=True)
         model.save_pretrained(unfinished / "model")
         self._tokenizer.save_pretrained(unfinished / "model")
+        save_adapter(unfinished / "adapter")
         save_file(dict(training), str(unfinished / "training.safetensors"))
         (unfinished / "history.json").write_text(json.dumps(history))
         unfinished.rename(self.folder / f"step-{step:08d}")

@@ -219,6 +219,9 @@ class Recipe:
                 f"{FLIP_TIME}, {named('reward')}, a schedule by it): they "
                 "are of the model that is trained, which learns the forget set"
             )
+        for name in ("lora_alpha", "lora_targets") if not self.lora_rank else ():
+            if getattr(self, name) is not None:
+                raise UserError(f"{named(name)} is of adapters, and there are none: give {named('lora_rank')} too")
         if self.lora_rank and self.trainable:
             raise UserError(
                 f"{named('trainable')} and {named('lora_rank')} exclude each other: adapters take "

@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from algorithms.group import ALONE, Group
 from algorithms.passes import ForwardPass, Output, decoder_layers
 from algorithms.recipe import Recipe, layer_of
+from scoring.adapters import has_embeddings, merged, shared_weights
 from scoring.errors import UserError
 from scoring.load import load_adapted
 from scoring.samples import Batch
@@ -90,8 +92,10 @@ class Trainable:
         self.device = next(model.parameters()).device
         self._bfloat16 = bfloat16
         self._adapted: Any = None
+        self._adapter_has_embeddings = False
         if isinstance(adapter, Continued):
             self._adapted = load_adapted(adapter.folder, str(self.device))
+            self._adapter_has_embeddings = has_embeddings(self._adapted, Path(adapter.folder))
         elif adapter is not None:
             self._adapted = _with_adapters(model, adapter, seed)
         self.model: PreTrainedModel = model if self._adapted is None else self._adapted.get_base_model()
@@ -185,7 +189,7 @@ class Trainable:
             _on_cpu(self.model.state_dict())
         )
         if self._adapted is not None:
-            whole = copy.deepcopy(whole).merge_and_unload()
+            whole = merged(copy.deepcopy(whole))
         if self._negation:
             self._negate(whole)
         try:
@@ -249,6 +253,12 @@ class Trainable:
             tensors |= {f"trained.{name}": p for name, p in self._parameters.items()}
         return {name: value.contiguous().clone() for name, value in _on_cpu(tensors).items()}
 
+    def save_adapter(self, folder: Path) -> None:
+        """Write the adapter as PEFT keeps it, with the weights of the last `whole_model`; nothing where there is none,
+        or where its negated change is what others see."""
+        if self._adapted is not None and not self._negation:
+            self._whole.save_pretrained(folder, save_embedding_layers=self._adapter_has_embeddings)
+
     def restore(self, weights: Mapping[str, torch.Tensor], state: Mapping[str, torch.Tensor]) -> None:
         """Continue from a checkpoint.
 
@@ -305,13 +315,21 @@ def _with_adapters(model: PreTrainedModel, lora: Lora, seed: int) -> Any:
         lora_dropout=0.0,
         target_modules=lora.targets or "all-linear",
         task_type="CAUSAL_LM",
+        revision=getattr(model.config, "_commit_hash", None),  # of the base, for whoever loads the adapter
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         try:
-            return peft.get_peft_model(model, config)
+            adapted = peft.get_peft_model(model, config)
         except (ValueError, re.error) as error:
             raise UserError(f"LoRA: {str(error).splitlines()[0]}; lora_targets is a regular expression") from error
+    for (first, *_), (second, *_) in shared_weights(adapted):
+        one, other = (name.removesuffix(".base_layer") for name in (first, second))
+        raise UserError(
+            f"LoRA: {one} and {other} share their weights, and adapters would change them differently: give "
+            f"{named('lora_targets')} that match neither"
+        )
+    return adapted
 
 
 def _checkpoint_activations(model: PreTrainedModel) -> list[nn.Module]:

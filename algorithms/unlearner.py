@@ -507,7 +507,9 @@ class Unlearner:
             with self.trained.whole_model() as model:
                 if self.group.rank == 0:
                     self.history.sampler = self.sampler.state()
-                    self._checkpoints.save(self.history.step, model, training, dataclasses.asdict(self.history))
+                    self._checkpoints.save(
+                        self.history.step, model, training, dataclasses.asdict(self.history), self.trained.save_adapter
+                    )
             self.group.wait()
 
     def _trust_newest_checkpoint(self) -> None:

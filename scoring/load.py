@@ -21,7 +21,7 @@ from transformers.utils import logging as transformers_logging
 from transformers.utils.quantization_config import Mxfp4Config
 
 from scoring.abilities import abilities_of
-from scoring.adapters import adapter_base
+from scoring.adapters import adapter_base, checked_merge, unknown_settings, with_adapter
 from scoring.engine import Dtype
 from scoring.errors import UserError, first_line
 from scoring.settings import named
@@ -60,16 +60,8 @@ def load_model(
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
     name = str(source)
-    base = adapter_base(Path(name))
     notes: list[str] = []
-    loaded = _read(base or name, dtype, device, None if base else revision, notes)
-    if base:
-        adapted = _with_adapter(loaded, name)
-        try:
-            loaded = adapted.merge_and_unload()
-        except Exception as error:
-            raise UserError(f"adapter {name!r} cannot be merged into its base model: {first_line(error)}") from error
-        notes.append(f"adapter {Path(name).name} merged into {Path(base).name}")
+    loaded = _read_whole(name, dtype, device, revision, notes)
     if device == "auto" and any(p.device.type != "cuda" for p in loaded.parameters()):
         raise UserError(
             f"model {name!r} does not fit into the memory of its replica's GPUs: raise {named('gpus_per_replica')}"
@@ -94,7 +86,7 @@ def load_adapted(folder: str, device: str = "cpu") -> Any:
     base = adapter_base(Path(folder))
     if base is None:
         raise UserError(f"adapter {folder!r} has no adapter_config.json: expected a folder of a PEFT adapter")
-    return _with_adapter(load_model(base, "float32", device), folder, is_trainable=True).eval()
+    return with_adapter(load_model(base.name, "float32", device, base.revision), Path(folder), trainable=True)
 
 
 def loading_notes(model: Any) -> list[str]:
@@ -121,21 +113,51 @@ def read_config(source: str | Path, revision: str | None = None) -> PreTrainedCo
     Raises:
         UserError: it cannot be read.
     """
-    base = adapter_base(Path(source))
-    name, revision = (base, None) if base else (str(source), revision)
+    if base := adapter_base(Path(source)):
+        return read_config(*base)
     try:
         config: PreTrainedConfig = AutoConfig.from_pretrained(
-            name, revision=revision or "main", trust_remote_code=False
+            str(source), revision=revision or "main", trust_remote_code=False
         )
         return config
     except Exception as error:
-        raise UserError(f"model {name!r}: configuration cannot be loaded: {first_line(error)}") from error
+        raise UserError(f"model {str(source)!r}: configuration cannot be loaded: {first_line(error)}") from error
+
+
+def _read_whole(name: str, dtype: Dtype, device: str, revision: str | None, notes: list[str]) -> Any:
+    """What a name stands for: a model, or one with an adapter, which may itself be for such a one."""
+    folder = Path(name)
+    base = adapter_base(folder)
+    if base is None:
+        return _read(name, dtype, device, revision, notes)
+    loaded = _read_whole(base.name, "float32", device, base.revision, notes)
+    tied = loaded.config.tie_word_embeddings
+    whole = checked_merge(with_adapter(loaded, folder), folder)
+    whole.name_or_path = name
+    _convert(whole, DTYPES[dtype])
+    rounded = ", in float32 and rounded to bfloat16" if dtype == "bfloat16" else ""
+    notes.append(f"adapter {folder.name} merged into {Path(base.name).name}{rounded}")
+    if tied and not whole.config.tie_word_embeddings:
+        notes.append(f"adapter {folder.name} changes head and embedding differently: they share their weights no more")
+    if unknown := unknown_settings(folder):
+        notes.append(f"adapter {folder.name} has settings that this PEFT leaves out: {', '.join(unknown)}")
+    return whole
+
+
+def _convert(model: Any, dtype: torch.dtype) -> None:
+    """Give the weights another format, as if they were read in it: without buffers, such as the frequencies of
+    positions, and without what transformers keeps in fp32."""
+    kept = model._keep_in_fp32_modules_strict or () if dtype == torch.bfloat16 else ()
+    for name, p in model.named_parameters():
+        if not any(part in name for part in kept):
+            p.data = p.data.to(dtype)
+    model.config.dtype = dtype
 
 
 def _read(name: str, dtype: Dtype, device: str, revision: str | None, notes: list[str]) -> Any:
+    config = read_config(name, revision)
+    _check_layers(name, config)
     try:
-        config = AutoConfig.from_pretrained(name, revision=revision or "main", trust_remote_code=False)
-        _check_layers(name, config)
         options, dequantise = _options(name, config)
         result: Any = AutoModelForCausalLM.from_pretrained(
             name,
@@ -217,17 +239,6 @@ def _check_keys(name: str, loading: Any, notes: list[str]) -> None:
 def _first(keys: Any) -> str:
     first = sorted(keys)[0]
     return repr(first[0] if isinstance(first, Sequence) and not isinstance(first, str) else first)
-
-
-def _with_adapter(base: Any, folder: str, is_trainable: bool = False) -> Any:
-    try:
-        from peft import PeftModel
-    except ImportError as error:
-        raise UserError(f"model folder {folder!r} holds an adapter: pip install 'mrd-bench[lora]'") from error
-    try:
-        return PeftModel.from_pretrained(base, folder, is_trainable=is_trainable)
-    except Exception as error:
-        raise UserError(f"adapter {folder!r} cannot be put on its base model: {first_line(error)}") from error
 
 
 def _make_savable(model: Any, notes: list[str]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import warnings
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from tests.tiny_models import VOCABULARY, tiny_model
 
@@ -58,6 +59,23 @@ def save_model(
             p.copy_(p.bfloat16().float())
     model.save_pretrained(folder)
     tokenizer(chat).save_pretrained(folder)
+    return folder
+
+
+def save_adapter(folder: Path, base: Path, kind: str = "Lora", **settings: Any) -> Path:
+    """An adapter with random weights for the model of a folder, as PEFT writes it: LoRA of rank 2, or another kind."""
+    import peft
+
+    model: Any = AutoModelForCausalLM.from_pretrained(base)
+    rank = {"r": 2} if kind == "Lora" else {}
+    with torch.random.fork_rng(devices=[]), torch.no_grad(), warnings.catch_warnings(action="ignore"):
+        torch.manual_seed(1)
+        config = getattr(peft, f"{kind}Config")(**({"task_type": "CAUSAL_LM"} | rank | settings))
+        adapted = peft.get_peft_model(model, config)
+        for p in adapted.parameters():
+            if p.requires_grad:
+                p.add_(torch.randn_like(p), alpha=0.1)
+        adapted.save_pretrained(folder)
     return folder
 
 

@@ -182,7 +182,7 @@ def evaluate_spec(
     with Parts(out, identity) as parts, ExitStack() as stack:
         pieces = _PieceCache(parts)
         first = models[MODEL]
-        end = end_of_answers(first.tokenizer, spec.chosen_template())
+        end = end_of_answers(sets, first.tokenizer, spec.chosen_template())
         in_memory = {model.source: model.loaded for model in models.values() if model.loaded is not None}
         # One pool for all models: replicas start when they are first needed, and then exchange their weights.
         pool = stack.enter_context(
@@ -302,6 +302,10 @@ def _identity(spec: EvaluateSpec, task: Task, models: Mapping[str, ModelReferenc
     }
     if (tokens := tokens_sha256(sets, models[MODEL].tokenizer, spec.chosen_template())) is not None:
         content["tokens_sha256"] = tokens
+    if spec.template is None:
+        end = end_of_answers(sets, models[MODEL].tokenizer, None)
+        if end != models[MODEL].tokenizer.eos_token_id:
+            content["answers_end"] = end  # earlier versions took the tokenizer's EOS for conversations too
     named_only = ("model", "original", "retain_model", "task", "selection", "harness_tasks", *TEMPLATE_FIELDS)
     return with_spec_hash(content, named_only)
 

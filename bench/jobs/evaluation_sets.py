@@ -99,9 +99,15 @@ def _fitting(
     return fit, unfit
 
 
-def end_of_answers(tokenizer: Any, template: Template | None) -> int | None:
-    """The token that ends a written answer, see `scoring.samples.answer_end`."""
-    samples, _ = encode([pair_text("", "a", "a", template)], tokenizer, NO_LIMIT)
+def end_of_answers(sets: Sets, tokenizer: Any, template: Template | None) -> int | None:
+    """The token that ends a written answer, see `scoring.samples.answer_end`: that of the template, or of the sets'
+    own records, which may be conversations."""
+    if template is None:
+        firsts = [records[0] for records in sets.values() if not isinstance(records, Missing) and records]
+        texts = [text for record in firsts for text in _texts("evaluation", 1, record, None)[:1] if not text.is_plain]
+    else:
+        texts = [pair_text("", "a", "a", template)]
+    samples, _ = encode(texts, tokenizer, NO_LIMIT)
     return answer_end(tokenizer, samples)
 
 

@@ -4,6 +4,7 @@ spec.json                 the spec: its hash is the run's identity
 checkpoints/              while it runs, see algorithms.checkpoints
 reference.safetensors     while it runs, see algorithms.reference
 model/                    the model that has forgotten
+adapter/                  the adapter that was trained, if one was; model/ has it merged
 steps.parquet             one row an update
 epochs.parquet            one row an epoch; row 0 is the initial model
 samples.parquet           one row a forget sample
@@ -94,11 +95,12 @@ class RunFolder(OwnedFolder):
         """Put model and tables in place; run.json comes last and says that all is there."""
         saved = checkpoints.latest()
         assert saved is not None
-        unfinished = self._out / ".model.tmp"
-        shutil.rmtree(unfinished, ignore_errors=True)
-        shutil.copytree(saved.model, unfinished, copy_function=_link)
-        shutil.rmtree(self._out / "model", ignore_errors=True)
-        unfinished.rename(self._out / "model")
+        for kept in [saved.model, *([saved.adapter] if saved.adapter.is_dir() else [])]:
+            unfinished = self._out / f".{kept.name}.tmp"
+            shutil.rmtree(unfinished, ignore_errors=True)
+            shutil.copytree(kept, unfinished, copy_function=_link)
+            shutil.rmtree(self._out / kept.name, ignore_errors=True)
+            unfinished.rename(self._out / kept.name)
         for name, table in tables_of(history, corpus).items():
             with replacing(self._out / f"{name}.parquet") as path:
                 pq.write_table(table, path)

@@ -48,7 +48,7 @@ class TrialMetrics:
             @contextmanager
             def reader_of(source: str, revision: str | None) -> Iterator[Reader]:
                 read = trained if source == model.source else load_model(source, "float32", self._device)
-                end = end_of_answers(model.tokenizer, self._spec.chosen_template())
+                end = end_of_answers(self._sets, model.tokenizer, self._spec.chosen_template())
                 yield Reader(LocalPool(read), end, self._spec.batch_tokens)
 
             def piece(

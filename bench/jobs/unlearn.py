@@ -207,9 +207,9 @@ def _model_of(spec: UnlearnSpec) -> ModelReference:
         raise UserError(
             f"{where} is no folder with adapter_config.json: expected one that PEFT's save_pretrained wrote"
         )
-    if find_model(base).fingerprint != model.fingerprint:
+    if find_model(str(base)).fingerprint != model.fingerprint:
         raise UserError(
-            f"{where} is for the model {base!r}, which is another one than {spec.model!r}: give that, or mend "
+            f"{where} is for the model {str(base)!r}, which is another one than {spec.model!r}: give that, or mend "
             "base_model_name_or_path in adapter_config.json"
         )
     return find_model(spec.adapter)

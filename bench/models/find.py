@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from scoring.adapters import adapter_base
+from scoring.adapters import adapter_base, check_adapter
 from scoring.errors import UserError, first_line
 from scoring.loaded import check_loaded
 from scoring.samples import Rejected, Sample, check_tokens, context_length
@@ -90,9 +90,8 @@ def _in_folder(folder: Path) -> ModelReference:
         _check_folder(folder)
         config, tokenizer = _read(str(folder), f"folder {str(folder)!r}")
         return _reference(str(folder.resolve()), None, _fingerprint(folder), config, tokenizer)
-    if not any(folder.glob("adapter_model*.safetensors")):
-        raise UserError(f"adapter {str(folder)!r} has no adapter_model.safetensors: expected the adapter's weights")
-    model = find_model(base)
+    check_adapter(folder)
+    model = find_model(str(base))
     has_tokenizer = any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json"))
     tokenizer = _read_tokenizer(str(folder), f"adapter {str(folder)!r}") if has_tokenizer else model.tokenizer
     digest = hashlib.sha256(f"{model.fingerprint};{_fingerprint(folder)}".encode()).hexdigest()
@@ -106,13 +105,9 @@ def _reference(source: str, revision: str | None, fingerprint: str, config: Any,
 
 def _read(source: str, shown: str, revision: str | None = None) -> tuple[Any, Any]:
     """Configuration and tokenizer."""
-    from transformers import AutoConfig
+    from scoring.load import read_config
 
-    try:
-        config = AutoConfig.from_pretrained(source, trust_remote_code=False, revision=revision or "main")
-    except Exception as error:
-        raise UserError(f"model {shown}: configuration cannot be loaded: {first_line(error)}") from error
-    return config, _read_tokenizer(source, f"model {shown}", revision)
+    return read_config(source, revision), _read_tokenizer(source, f"model {shown}", revision)
 
 
 def _read_tokenizer(source: str, shown: str, revision: str | None = None) -> Any:

@@ -35,14 +35,16 @@ from algorithms.samplers import retain_order
 from algorithms.stopping import Thresholds
 from algorithms.trainable import Lora, Trainable, trainable_for
 from algorithms.unlearner import Diverged, Unlearner
+from scoring.adapters import adapter_base
 from scoring.errors import UserError
 from scoring.load import load_model
+from scoring.logprob import scored_logprobs
 from scoring.memorization import extraction_likelihood, memorization_accuracy
 from scoring.mrd import ESTIMATORS, Request, estimate, reduce_draws
 from scoring.replica import TransformersReplica
 from scoring.samples import Sample, collate
 from tests.paths import ROOT
-from tests.tiny_folders import EOS, save_model, tokenizer
+from tests.tiny_folders import EOS, save_adapter, save_model, tokenizer
 from tests.tiny_models import ARCHITECTURES, VOCABULARY, config, random_samples, tiny_model
 
 BATCH = 3
@@ -1099,14 +1101,22 @@ def test_adapters_same_as_plain_training(plain: Path, tmp_path: Path):
         assert (after[name] - before[name]).abs().max() >= 5e-4
 
 
-def test_an_adapter_is_trained_further(plain: Path, tmp_path: Path):
-    """As a plain loop trains it, from what it has learnt; a stopped run ends the same."""
+KINDS: dict[str, dict[str, Any]] = {
+    "rsLoRA": {"target_modules": ["up_proj"], "lora_alpha": 3, "use_rslora": True, "lora_dropout": 0.5},
+    "DoRA, head saved": {"target_modules": ["down_proj"], "use_dora": True, "modules_to_save": ["lm_head"]},
+    # The head stays as it is. The adapter's file has the embedding's own weights too.
+    "embedding": {"target_modules": ["up_proj", "embed_tokens"]},
+    "IA3": {"kind": "IA3", "target_modules": ["down_proj"], "feedforward_modules": ["down_proj"]},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+@pytest.mark.filterwarnings("ignore")
+def test_an_adapter_is_trained_further(tmp_path: Path, kind: dict[str, Any]):
+    """As a plain loop trains it, from what it has learnt; a stopped run ends the same; the adapter is saved, too."""
     peft = pytest.importorskip("peft")
-    adapter = tmp_path / "adapter"
-    config = peft.LoraConfig(
-        r=2, lora_alpha=3, use_rslora=True, target_modules=["up_proj"], init_lora_weights=False, lora_dropout=0.5
-    )
-    peft.get_peft_model(load_model(plain), config).save_pretrained(adapter)
+    base = save_model(tmp_path / "base")  # its head is its embedding
+    adapter = save_adapter(tmp_path / "adapter", base, **kind)
     folders = [tmp_path / name for name in ("whole", "stopped")]
     for folder in folders:
         folder.mkdir()
@@ -1120,29 +1130,56 @@ def test_an_adapter_is_trained_further(plain: Path, tmp_path: Path):
     with pytest.raises(Stopped):
         train_here(stopped, observe=stop_at(4))
     assert_bitwise(Run(stopped, train_here(stopped)).weights, done.weights)
-    assert changed(plain, done) == {name for name in read(plain) if "up_proj" in name}
+    assert done.history.epochs[0]["delta_norm"] == 0
 
-    model = peft.PeftModel.from_pretrained(exact_model(plain), adapter, is_trainable=True).eval()
+    model = peft.PeftModel.from_pretrained(exact_model(base), adapter, is_trainable=True).eval()
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     before = {name: p.detach().clone() for name, p in parameters.items()}
     trace = plain_training(model, done.draws, this.recipe, parameters=[*parameters.values()])
     np.testing.assert_allclose([row["forget_loss"] for row in done.history.steps], trace.forget, rtol=1e-4)
     assert trace.forget[0] == pytest.approx(20 * math.log(2)), "the initial model has the adapter"
     assert largest_difference(before, {name: p.detach() for name, p in parameters.items()}) >= 5e-4
-    merged = model.merge_and_unload()
-    assert largest_difference(done.weights, {name: p.detach() for name, p in merged.named_parameters()}) <= ROUNDING
+    again = peft.PeftModel.from_pretrained(exact_model(base), done.saved.adapter)
+    for name, p in parameters.items():
+        assert (again.get_parameter(name) - p).abs().max() <= ROUNDING
+    assert same_logprobs(done.saved.model, exact_model(base), done.saved.adapter)
 
 
+def same_logprobs(model: Path, base: Any, adapter: Path) -> bool:
+    """Whether the model of a folder gives the log-probs of its base with an adapter that is not merged."""
+    import peft
+
+    batch = collate(random_samples(4))
+    adapted = peft.PeftModel.from_pretrained(base, adapter).eval().get_base_model()
+    with torch.no_grad():
+        one, other = (scored_logprobs(each, batch) for each in (exact_model(model), adapted))
+    return (one - other).abs().max().item() <= 1e-5
+
+
+@pytest.mark.filterwarnings("ignore")
 def test_adapters_of_all_linear_layers(plain: Path, tmp_path: Path):
-    """But the head; the initial model is what training begins with."""
+    """But the head; the initial model is what training begins with. They are saved beside the model."""
     done = run(plain, tmp_path, recipe("NPO", lora_rank=1, settings={"beta": 0.1}))
     assert changed(plain, done) == {name for name in read(plain) if "_proj." in name}
     assert done.history.steps[0]["forget_loss"] == pytest.approx(20 * math.log(2), rel=1e-6)
+    assert adapter_base(done.saved.adapter) == (str(plain), None)
+    assert same_logprobs(done.saved.model, exact_model(plain), done.saved.adapter)
+    of_others = run(plain, tmp_path / "negated", recipe("NPO", lora_rank=1, negation=0.5))
+    assert not of_others.saved.adapter.exists(), "the model is another one than the trained adapter gives"
 
 
-def test_adapters_on_nothing():
-    with pytest.raises(UserError, match=r"LoRA: .*lora_targets is a regular expression") as caught:
-        Trainable(tiny_model(), adapter=Lora(2, 4, "no_such_layer"))
+@pytest.mark.parametrize(
+    ("targets", "message"),
+    [
+        ("no_such_layer", "LoRA: .*lora_targets is a regular expression"),
+        # Merged, they would change the embedding too.
+        (".*lm_head", "LoRA: model.embed_tokens and lm_head share their weights, .* lora_targets that match neither"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore")
+def test_adapters_where_none_can_be(targets: str, message: str):
+    with pytest.raises(UserError, match=message) as caught:
+        Trainable(tiny_model(), adapter=Lora(2, 4, targets))
     assert "\n" not in str(caught.value)
 
 
@@ -1278,7 +1315,7 @@ def test_distrusted_checkpoint(checkpoints: Checkpoints):
     assert latest_step(checkpoints) == 3
 
 
-@pytest.mark.parametrize("stage", ["model", "tokenizer", "training", "history"])
+@pytest.mark.parametrize("stage", ["model", "tokenizer", "adapter", "training", "history"])
 def test_checkpoint_is_whole_or_not_there(checkpoints: Checkpoints, stage: str, monkeypatch: pytest.MonkeyPatch):
     """Wherever saving fails; and what it leaves is ignored, and removed by the next."""
     model: Any = tiny_model()
@@ -1294,9 +1331,10 @@ def test_checkpoint_is_whole_or_not_there(checkpoints: Checkpoints, stage: str, 
             patched.setattr("transformers.PreTrainedTokenizerFast.save_pretrained", fail)
         elif stage == "training":
             patched.setattr("algorithms.checkpoints.save_file", fail)
+        adapter = {"save_adapter": fail} if stage == "adapter" else {}
         # What is no JSON fails by itself.
         with pytest.raises(TypeError if stage == "history" else OSError):
-            checkpoints.save(2, model, {}, {"step": object() if stage == "history" else 2})
+            checkpoints.save(2, model, {}, {"step": object() if stage == "history" else 2}, **adapter)
     assert names(checkpoints) == [".step-00000002.tmp", "step-00000001"]
     assert latest_step(checkpoints) == 1
     checkpoints.save(3, model, {}, {"step": 3})
@@ -1433,6 +1471,7 @@ def test_seed_decides_everything(plain: Path, tmp_path: Path, fields: dict):
         ({"weight_decay": -0.1}, "weight_decay is -0.1: expected a number of at least 0"),
         ({"lora_rank": 2, "lora_alpha": 0}, "lora_alpha is 0: expected a whole number greater than 0"),
         ({"alpha": math.nan}, "alpha is nan: expected a finite number; 1 easy first, 0 uniform, -1 hard first"),
+        ({"lora_alpha": 8}, "lora_alpha is of adapters, and there are none: give lora_rank too"),
         ({"lora_rank": 2, "trainable": "mlp"}, "trainable and lora_rank exclude each other"),
         ({"retain_limit": 1.0}, "retain_limit limits the retain term, and there is none: give retain_term"),
         ({"retain_limit": 0.0}, "retain_limit is 0.0: expected a number greater than 0"),

@@ -9,17 +9,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from transformers import BertConfig, BertLMHeadModel, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, BertConfig, BertLMHeadModel
 
 from bench.models.find import find_model
 from scoring.abilities import check_fp64
+from scoring.adapters import adapter_base
 from scoring.errors import UserError
 from scoring.generation import greedy_continuations
 from scoring.load import load_model, loading_notes
 from scoring.logprob import scored_logprobs
 from scoring.samples import collate, make_batches
-from tests.tiny_folders import save_model, tokenizer
+from tests.tiny_folders import save_adapter, save_model, tokenizer
 from tests.tiny_models import VOCABULARY, random_samples, tiny_model
 
 
@@ -80,20 +82,9 @@ def edit(file: Path, **values: Any) -> None:
     file.write_text(json.dumps(known | values))
 
 
-def adapter(folder: Path, base: Path) -> Path:
-    from peft import LoraConfig, get_peft_model
-
-    torch.manual_seed(1)
-    model: Any = LlamaForCausalLM.from_pretrained(base)
-    wrapped = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
-    wrapped.save_pretrained(folder)
-    edit(folder / "adapter_config.json", base_model_name_or_path=str(base))
-    return folder
-
-
 def test_an_adapter_is_merged_into_the_base_that_it_names(tmp_path: Path):
     base, folder = save_model(tmp_path / "base"), tmp_path / "adapter"
-    adapter(folder, base)
+    save_adapter(folder, base, target_modules=["q_proj"])
     model = load_model(folder)
     lora = load_file(folder / "adapter_model.safetensors")
     key = "base_model.model.model.layers.0.self_attn.q_proj.lora_{}.weight"
@@ -108,6 +99,121 @@ def test_an_adapter_is_merged_into_the_base_that_it_names(tmp_path: Path):
     edit(folder / "adapter_config.json", base_model_name_or_path="./nowhere")
     with pytest.raises(UserError, match=r"is for the model './nowhere', which does not exist: mend its path"):
         find_model(str(folder))
+    edit(folder / "adapter_config.json", base_model_name_or_path="org/base", revision="v1")
+    assert adapter_base(folder) == ("org/base", "v1"), "the base is read at the revision that the adapter is for"
+
+
+LINEAR = ["q_proj", "up_proj"]
+ENDS = ["embed_tokens", "lm_head"]
+UNTIED = "changes head and embedding differently"
+# Architecture, kind and settings of an adapter of a model whose head is the embedding, and what is said of it.
+ADAPTERS: dict[str, tuple[str, str, dict[str, Any], str | None]] = {
+    "DoRA": ("llama", "Lora", {"target_modules": LINEAR, "use_dora": True}, None),
+    "rsLoRA": ("llama", "Lora", {"target_modules": LINEAR, "use_rslora": True, "lora_dropout": 0.5}, None),
+    "patterns": (
+        "llama",
+        "Lora",
+        {"target_modules": LINEAR, "rank_pattern": {"up_proj": 3}, "alpha_pattern": {"q_proj": 5}},
+        None,
+    ),
+    "own biases": ("llama-bias", "Lora", {"target_modules": LINEAR, "bias": "lora_only"}, None),
+    "all biases": ("gpt2", "Lora", {"target_modules": ["c_fc"], "bias": "all"}, None),
+    "bias of LoRA": ("llama-bias", "Lora", {"target_modules": ["q_proj"], "lora_bias": True}, None),
+    "one layer": ("llama", "Lora", {"target_modules": LINEAR, "layers_to_transform": [1]}, None),
+    "parameters": ("llama", "Lora", {"target_parameters": ["mlp.down_proj.weight"]}, None),
+    "PiSSA": ("llama", "Lora", {"target_modules": LINEAR, "init_lora_weights": "pissa"}, None),
+    "Conv1D": ("gpt2", "Lora", {"target_modules": ["c_attn", "c_fc"], "use_dora": True}, None),
+    "norm saved": ("llama", "Lora", {"target_modules": LINEAR, "modules_to_save": ["norm"]}, None),
+    "head saved": ("llama", "Lora", {"target_modules": LINEAR, "modules_to_save": ["lm_head"]}, UNTIED),
+    "embedding saved": ("llama", "Lora", {"target_modules": LINEAR, "modules_to_save": ["embed_tokens"]}, UNTIED),
+    "both saved": ("llama", "Lora", {"target_modules": LINEAR, "modules_to_save": ENDS}, UNTIED),
+    "saved as one": (
+        "llama",
+        "Lora",
+        {"target_modules": LINEAR, "modules_to_save": ENDS, "ensure_weight_tying": True},
+        None,
+    ),
+    "head": ("llama", "Lora", {"target_modules": ["lm_head"]}, UNTIED),
+    "embedding": ("llama", "Lora", {"target_modules": ["q_proj", "embed_tokens"], "use_dora": True}, UNTIED),
+    "both": ("llama", "Lora", {"target_modules": ENDS}, UNTIED),
+    "both as one": ("llama", "Lora", {"target_modules": ENDS, "ensure_weight_tying": True, "lora_alpha": 0.1}, UNTIED),
+    "GPT-2's embedding": ("gpt2", "Lora", {"target_modules": ["c_attn", "wte", "wpe"]}, UNTIED),
+    "tokens": ("llama", "Lora", {"target_modules": LINEAR, "trainable_token_indices": [1, 5, 9]}, None),
+    "tokens of both": ("llama", "Lora", {"trainable_token_indices": {"embed_tokens": [5, 9], "lm_head": [7]}}, UNTIED),
+    "tokens alone": ("llama", "TrainableTokens", {"token_indices": [1, 5, 9]}, None),
+    "IA3": ("llama", "IA3", {"target_modules": ["k_proj", "down_proj"], "feedforward_modules": ["down_proj"]}, None),
+    "LoHa": ("llama", "LoHa", {"target_modules": LINEAR, "init_weights": False}, None),
+    "LoKr": ("llama", "LoKr", {"target_modules": LINEAR, "init_weights": False}, None),
+    "AdaLoRA": ("llama", "AdaLora", {"target_modules": LINEAR, "total_step": 10, "init_r": 3, "target_r": 2}, None),
+    "OFT": ("llama", "OFT", {"target_modules": LINEAR, "oft_block_size": 4, "r": 0}, None),
+    "BOFT": ("llama", "BOFT", {"target_modules": LINEAR, "boft_block_size": 4}, None),
+    "VeRA": ("llama", "Vera", {"target_modules": ["q_proj"], "r": 2, "save_projection": False}, None),
+    "FourierFT": ("llama", "FourierFT", {"target_modules": ["q_proj"], "n_frequency": 20}, None),
+    "HRA": ("llama", "HRA", {"target_modules": LINEAR}, None),
+    "VB-LoRA": (
+        "llama",
+        "VBLoRA",
+        {"target_modules": LINEAR, "r": 2, "num_vectors": 8, "vector_length": 16, "save_only_topk_weights": True},
+        None,
+    ),
+    "norms": ("llama", "LNTuning", {"target_modules": ["input_layernorm"]}, None),
+    "MiSS": ("llama", "Miss", {"target_modules": LINEAR, "r": 2}, None),
+    "RandLoRA": ("llama", "RandLora", {"target_modules": LINEAR, "r": 2, "randlora_alpha": 2}, None),
+    "SHiRA": ("llama", "Shira", {"target_modules": ["q_proj"], "r": 2}, None),
+    "C3A": ("llama", "C3A", {"target_modules": ["q_proj"], "block_size": 8}, None),
+    "RoAd": ("llama", "Road", {"target_modules": ["q_proj"], "group_size": 8}, None),
+}
+
+
+@pytest.mark.parametrize(("architecture", "kind", "settings", "note"), ADAPTERS.values(), ids=ADAPTERS)
+@pytest.mark.filterwarnings("ignore")
+def test_every_adapter_becomes_the_model_that_peft_has(
+    tmp_path: Path, architecture: str, kind: str, settings: dict[str, Any], note: str | None
+):
+    """The log-probs are those of PEFT's own model in fp64, which merges nothing; so are those of a saved copy. In
+    bfloat16 each weight is rounded once."""
+    base = save_model(tmp_path / "base", architecture)
+    folder = save_adapter(tmp_path / "adapter", base, kind, **settings)
+    whole: Any = AutoModelForCausalLM.from_pretrained(base)
+    expected = PeftModel.from_pretrained(whole, folder).eval().double().get_base_model()
+    model = load_model(find_model(str(folder)).source)
+    assert all(p.requires_grad for p in model.parameters())
+    load_model(folder).save_pretrained(tmp_path / "saved")
+    batch = collate(random_samples(8))
+    with torch.no_grad():
+        truth = scored_logprobs(expected, batch).double()
+        assert (truth - scored_logprobs(load_model(base), batch)).abs().max() > 0.02
+        for same in (model, load_model(tmp_path / "saved")):
+            torch.testing.assert_close(scored_logprobs(same, batch).double(), truth, atol=1e-5, rtol=0)
+    merge, *others = loading_notes(model)
+    assert merge == "adapter adapter merged into base"
+    assert [note in other for other in others] == [True] if note else not others
+    rounded, exact = load_model(folder, "bfloat16"), load_model(folder, "float64")
+    assert loading_notes(rounded)[0].endswith("merged into base, in float32 and rounded to bfloat16")
+    for name, p in model.named_parameters():
+        assert torch.equal(rounded.get_parameter(name), p.bfloat16())
+        assert torch.equal(exact.get_parameter(name), p.double())
+    plain = load_model(base, "bfloat16")
+    assert rounded.dtype == plain.dtype
+    for name, buffer in plain.named_buffers():
+        assert torch.equal(rounded.get_buffer(name), buffer)
+
+
+@pytest.mark.filterwarnings("ignore:Unexpected keyword arguments")
+def test_an_adapter_of_an_adapter(tmp_path: Path):
+    """The base may have an adapter of its own."""
+    base = save_model(tmp_path / "base")
+    first = save_adapter(tmp_path / "first", base, target_modules=["q_proj"])
+    second = save_adapter(tmp_path / "second", base, target_modules=["up_proj"])
+    edit(second / "adapter_config.json", base_model_name_or_path="../first", invented=7)
+    model, one = load_model(second), load_model(first)
+    two = AutoModelForCausalLM.from_pretrained(base)
+    for folder in (first, second):
+        two = PeftModel.from_pretrained(two, folder).merge_and_unload()
+    for name, p in two.named_parameters():
+        torch.testing.assert_close(model.get_parameter(name), p, rtol=1e-6, atol=1e-7)
+    assert not torch.equal(model.model.layers[0].mlp.up_proj.weight, one.model.layers[0].mlp.up_proj.weight)
+    assert loading_notes(model)[-1] == "adapter second has settings that this PEFT leaves out: invented"
 
 
 def indexed(folder: Path, shard: str) -> None:
@@ -152,6 +258,104 @@ def test_folders_that_are_refused(tmp_path: Path, change: Callable[[Path], None]
     change(save_model(tmp_path))
     with pytest.raises(UserError, match=message) as error:
         load_model(find_model(str(tmp_path)).source)
+    assert "\n" not in str(error.value)
+
+
+def without(folder: Path, *parts: str) -> None:
+    """Leave out the adapter's weights whose names have one of the parts."""
+    kept = {
+        name: value
+        for name, value in load_file(folder / "adapter_model.safetensors").items()
+        if not any(part in name for part in parts)
+    }
+    save_file(kept, folder / "adapter_model.safetensors")
+
+
+def renamed(folder: Path, old: str, new: str) -> None:
+    weights = load_file(folder / "adapter_model.safetensors")
+    save_file({name.replace(old, new): value for name, value in weights.items()}, folder / "adapter_model.safetensors")
+
+
+def for_another_base(folder: Path, architecture: str = "llama", **size: Any) -> None:
+    other = save_model(folder.with_name("other"), architecture, **size)
+    edit(folder / "adapter_config.json", base_model_name_or_path=str(other))
+
+
+def larger_vocabulary(folder: Path) -> None:
+    weights = load_file(folder / "adapter_model.safetensors")
+    name = next(name for name in weights if "embed_tokens" in name)
+    weights[name] = torch.ones(VOCABULARY + 3, weights[name].shape[1])
+    save_file(weights, folder / "adapter_model.safetensors")
+
+
+SAVED = {"target_modules": LINEAR, "modules_to_save": ["embed_tokens"]}
+UNFIT: dict[str, tuple[dict[str, Any], Callable[[Path], object], str]] = {
+    "a tensor too few": (
+        {},
+        lambda folder: without(folder, "layers.1.self_attn.q_proj.lora_A", "layers.0.self_attn.q_proj.lora_B"),
+        r"it lacks 2 weights that its adapter_config.json calls for, such as '.*layers.0.self_attn.q_proj.lora_B",
+    ),
+    "no magnitude": ({"use_dora": True}, lambda folder: without(folder, "magnitude"), "it lacks 2 weights .*magnitude"),
+    "no bias": ({"bias": "lora_only"}, lambda folder: without(folder, ".bias"), "it lacks 2 weights .*q_proj.*bias"),
+    "nothing saved": (SAVED, lambda folder: without(folder, "embed_tokens"), "it lacks '.*embed_tokens"),
+    "no such layer": ({}, lambda folder: renamed(folder, "layers.1", "layers.7"), "2 of its weights have .*7"),
+    "another name": ({}, lambda folder: renamed(folder, "self_attn", "attention"), "4 of its weights have no place"),
+    "another rank": ({}, lambda folder: edit(folder / "adapter_config.json", r=3), r"size mismatch for .*lora_A"),
+    "fewer targets": (
+        {"target_modules": LINEAR},
+        lambda folder: edit(folder / "adapter_config.json", target_modules=["q_proj"]),
+        "4 of its weights have no place there, such as '.*up_proj",
+    ),
+    "more targets": (
+        {},
+        lambda folder: edit(folder / "adapter_config.json", target_modules=["q_proj", "k_proj"]),
+        "it lacks 4 weights .*k_proj",
+    ),
+    "another architecture": ({}, lambda folder: for_another_base(folder, "gpt2"), "Target modules .* not found"),
+    "another size": ({}, lambda folder: for_another_base(folder, head_dim=16), "size mismatch for .*q_proj"),
+    "another vocabulary": (SAVED, larger_vocabulary, "size mismatch for .*embed_tokens"),
+    "no tensors": (
+        {},
+        lambda folder: (folder / "adapter_model.safetensors").write_bytes(b"none"),
+        "cannot be put on .*header",
+    ),
+    "no weights": ({}, lambda folder: (folder / "adapter_model.safetensors").unlink(), "has no adapter_model.safe"),
+    "no JSON": ({}, lambda folder: (folder / "adapter_config.json").write_text("{"), "expected what PEFT's save_pre"),
+    "of no kind": ({}, lambda folder: edit(folder / "adapter_config.json", peft_type="X"), "kind .*'X', which PEFT"),
+    "bias of LoRA": ({"lora_bias": True}, lambda _: None, "cannot be merged .*base layer has no bias"),
+    "switched by a token": ({"alora_invocation_tokens": [1]}, lambda _: None, "cannot be merged .*aLoRA"),
+    "layers twice": ({"layer_replication": [[0, 2], [1, 2]]}, lambda _: None, "repeats layers"),
+    "prompt": ({"kind": "PromptTuning", "num_virtual_tokens": 3}, lambda _: None, "PROMPT_TUNING, which cannot be"),
+    "prefix": ({"kind": "PrefixTuning", "num_virtual_tokens": 3}, lambda _: None, "PREFIX_TUNING, which cannot be"),
+    "encoder": (
+        {"kind": "PromptEncoder", "num_virtual_tokens": 3, "encoder_hidden_size": 8},
+        lambda _: None,
+        "P_TUNING, which cannot be merged",
+    ),
+    "attention": (
+        {"kind": "AdaptionPrompt", "adapter_len": 3, "adapter_layers": 1},
+        lambda _: None,
+        "ADAPTION_PROMPT, which cannot be merged",
+    ),
+    "mixture": (
+        {"kind": "Poly", "target_modules": ["q_proj"], "n_tasks": 1, "n_skills": 2, "n_splits": 1, "r": 4},
+        lambda _: None,
+        "cannot be merged",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("settings", "change", "message"), UNFIT.values(), ids=UNFIT)
+def test_adapters_that_are_refused(
+    tmp_path: Path, settings: dict[str, Any], change: Callable[[Path], object], message: str
+):
+    """PEFT leaves initial values where there is nothing, and leaves out what has no place."""
+    targets = {} if "kind" in settings else {"target_modules": ["q_proj"]}
+    base = save_model(tmp_path / "base", "llama-bias" if settings.get("bias") else "llama")
+    folder = save_adapter(tmp_path / "adapter", base, **(targets | settings))
+    change(folder)
+    with pytest.raises(UserError, match=message) as error:
+        load_model(find_model(str(folder)).source)
     assert "\n" not in str(error.value)
 
 

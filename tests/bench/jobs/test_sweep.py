@@ -682,6 +682,7 @@ REFUSED: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     ({}, {"vary": {"algorithm": ["GA"], "epochs": [2]}}, "epochs is in base as well"),
     ({}, {"vary": {"algorithm": ["GA"], "workers": [0]}}, "workers does not change what a trial ends with"),
     ({"algorithm": "GA", "selection": "a.txt"}, {"vary": {}}, "base: selection is set"),
+    ({"lora_alpha": 4}, {}, "base: lora_alpha is of adapters, and there are none"),
     ({}, {"arms": {"a": {"alhpa": 1}}}, "arms: a: unknown field 'alhpa'"),
     ({}, {"arms": {"a": {}, "b": {"alpha": "high"}}}, "alpha is 'high': expected a number"),
     ({}, {"arms": {"a": {"algorithm": "GA"}}}, "arms: a: algorithm is in vary as well"),

@@ -11,16 +11,20 @@ import pytest
 
 from bench.files.score_file import read_scores
 from bench.jobs.evaluate import evaluate
+from bench.jobs.evaluation_sets import end_of_answers
 from bench.jobs.resources import Resources, SweepResources
 from bench.jobs.score import ScoreSpec, score
 from bench.jobs.sweep import sweep
 from bench.jobs.sweep_plan import SweepSpec
 from bench.jobs.unlearn import UnlearnSpec, unlearn
+from bench.metrics.values import Missing
 from bench.tasks.datasets import load_dataset, open_texts
 from scoring.errors import UserError
+from scoring.records import as_text
+from scoring.samples import answer_end, encode
 from scoring.settings import build
 from scoring.templates import Template
-from tests.tiny_folders import CHAT_TEMPLATE, pairs, save_model, tokenizer, write_jsonl
+from tests.tiny_folders import CHAT_TEMPLATE, CONTEXT, pairs, save_model, token_id, tokenizer, write_jsonl
 from tests.tiny_tofu import write_task
 
 HERE = Resources(replicas=0)
@@ -140,3 +144,19 @@ def test_half_a_template_is_refused_before_anything_is_done(
         (line,) = capsys.readouterr().err.strip().splitlines()
         assert words in line
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bad.jinja", "d.jsonl"]
+
+
+def test_evaluate_lets_answers_end_where_unlearn_does() -> None:
+    """At the end of a turn for conversations, whether or not a template is asked for; of pairs at EOS."""
+    words = tokenizer(chat=True)
+    words.add_special_tokens({"additional_special_tokens": ["<end>"]})
+    turns = [{"role": "user", "content": "w1"}, {"role": "assistant", "content": "w2 w3"}]
+    conversation, pair = {"id": "a", "messages": turns}, {"id": "b", "question": "w1", "answer": "w2"}
+    for record, template, ending in (
+        (conversation, None, "<end>"),
+        (pair, None, "</s>"),
+        (pair, Template(), "<end>"),
+    ):
+        samples, _ = encode([as_text("forget", 1, record, template)], words, CONTEXT)
+        sets = {"forget": [record], "retain": Missing("none")}
+        assert answer_end(words, samples) == end_of_answers(sets, words, template) == token_id(ending)

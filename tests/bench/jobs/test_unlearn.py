@@ -434,7 +434,7 @@ IDENTITY = {
     "trainable": "--trainable mlp",
     "lora_rank": "--lora-rank 2",
     "lora_alpha": "--lora-rank 2 --lora-alpha 3",
-    "lora_targets": "--lora-targets q_proj",
+    "lora_targets": "--lora-rank 2 --lora-targets q_proj",
     "epochs": "--epochs 7",
     "max_steps": "--max-steps 24",
     "batch_size": "--batch-size 2",
@@ -1054,6 +1054,7 @@ SLIPS = {
     "negative workers": ("--workers -1", "--workers is -1: expected a whole number of at least 0"),
     "checkpoints never": ("--checkpoint-every 0", "--checkpoint-every is 0: expected a whole number of at least 1"),
     "one and a half GPUs": ("--gpus-per-worker 1.5", "--gpus-per-worker is 1.5: expected a fraction of one GPU, or a"),
+    "a setting of no adapters": ("--lora-targets mlp", "--lora-targets is of adapters, and there are none: give"),
     "adapters and a pattern": ("--lora-rank 2 --trainable mlp", "--trainable and --lora-rank exclude each other"),
     "one draw": ("--estimator monte-carlo --draws 1", "--draws is 1: expected a whole number of at least 2"),
     "split of a file": ("--forget-split forget10", "forget10: a data file has no splits"),
@@ -1260,7 +1261,8 @@ def test_alternatives(inputs: Inputs, embedded: Path, capsys: pytest.CaptureFixt
 
 
 def test_adapter(inputs: Inputs, capsys: pytest.CaptureFixture[str]) -> None:
-    """It alone is trained further; one of another model, and settings that contradict it, are refused."""
+    """It alone is trained further, and what is left is an adapter again; one of another model, one that lacks weights,
+    and settings that contradict it, are refused."""
     peft = pytest.importorskip("peft")
     config = peft.LoraConfig(r=2, target_modules=["up_proj"], init_lora_weights=False)
     adapted = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(inputs.model), config)
@@ -1270,6 +1272,11 @@ def test_adapter(inputs: Inputs, capsys: pytest.CaptureFixture[str]) -> None:
     other = save_model(inputs.tmp_path / "other", seed=3)
     assert "which is another one than" in refused(capsys, [*command, "--model", str(other)])
     assert "is no folder with adapter_config.json" in refused(capsys, [*command, "--adapter", str(other)])
+    spoilt = Path(shutil.copytree(inputs.tmp_path / "adapter", inputs.tmp_path / "spoilt"))
+    weights = load_file(spoilt / "adapter_model.safetensors")
+    weights.pop(min(weights))
+    save_file(weights, spoilt / "adapter_model.safetensors")
+    assert "it lacks 1 weights that its adapter_config" in refused(capsys, [*command, "--adapter", str(spoilt)])
     assert not inputs.out.exists()
     assert run(command) == 0
     assert "(different: model_fingerprint, adapter)" in refused(capsys, [*command[:-2]])
@@ -1279,6 +1286,10 @@ def test_adapter(inputs: Inputs, capsys: pytest.CaptureFixture[str]) -> None:
         name for name in before if "up_proj" in name
     }
     assert table(inputs.out, "steps")[0]["forget_loss"] == pytest.approx(20 * np.log(2), rel=1e-5)
+    base = AutoModelForCausalLM.from_pretrained(inputs.model)
+    left = peft.PeftModel.from_pretrained(base, inputs.out / "adapter").merge_and_unload().state_dict()
+    assert all(torch.allclose(left[name], after[name], rtol=0, atol=1e-6) for name in after)
+    assert run([*command, "--adapter", str(inputs.out / "adapter"), "--out", str(inputs.tmp_path / "further")]) == 0
 
 
 def test_built_in_refusals(embedded: Path) -> None:
