@@ -136,7 +136,7 @@ def test_another_preset_is_refused(counted: list[str], tmp_path: Path) -> None:
 def test_sweeps_of_every_spec_are_sound(name: str) -> None:
     """Every section that is a sweep is one that `mrd-bench sweep` takes, as far as it can be told without models."""
     presets = read_mapping(reproduce.SPECS / f"{name}.yaml")[0]
-    assert {"demo", "paper"} <= presets.keys() <= set(reproduce.PRESETS)
+    assert {"demo", "paper"} <= presets.keys() <= {*reproduce.PRESETS, reproduce.MARGINS}
     for values in presets.values():
         assert values
         for section in values.values():
