@@ -19,7 +19,7 @@ from bench.files.status import FINISHED
 from bench.jobs.sweep_tables import as_table
 from bench.report.figures import BLUE, GREEN, MUTED, ORANGE, VERMILLION, Draw
 from bench.report.words import count_with_ci, interval_columns, share_with_ci, with_ci
-from bench.stats.estimates import Estimate
+from bench.stats.estimates import LEVEL, Estimate
 from bench.stats.selection_bias import (
     AdjustedScores,
     Concordance,
@@ -40,6 +40,7 @@ from bench.tasks.selections import THIRDS
 from scoring.errors import UserError
 from scoring.settings import Doc, Ge, Gt, Le, Lt, check, named
 
+RARE = 0.05  # a smaller rate of reversals is none that matters
 COLOURS, MARKERS = (BLUE, VERMILLION, GREEN, ORANGE), ("o", "s", "^", "D")
 MOST = 0.5  # a larger share is most of the variance
 
@@ -210,13 +211,13 @@ def _claim(bias: MeasureBias) -> str:
         )
     else:
         depends = f"whether results depend on the samples that were drawn {UNKNOWN} here ({share_with_ci(share)})"
-    beyond_seeds = [r for r in bias.reversals if r.rate.low > (r.by_seeds or 0.0) and r.difference.sign > 0]
+    beyond_seeds = [r for r in bias.reversals if r.p_value < 1 - LEVEL]
     if beyond_seeds:
         pairs = "; ".join(f"{r.worse} ahead of {r.better} on {share_with_ci(r.rate)}" for r in beyond_seeds)
         reverse = (
             f"rankings reverse on some selections more often than the seed alone explains: the claim {HOLDS} ({pairs})"
         )
-    elif all(reversal.rate.high < 0.05 for reversal in bias.reversals):
+    elif all(reversal.at_most < RARE for reversal in bias.reversals):
         reverse = f"rankings do not reverse on these samples: the claim {CONTRADICTED}"
     else:
         reverse = f"that rankings reverse because of the samples, and not of the seed, {UNKNOWN} here"

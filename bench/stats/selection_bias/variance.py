@@ -63,7 +63,8 @@ def variance_shares(table: ScoreTable, level: float = LEVEL, draws: int = DRAWS,
 
         S = (MS_S - MS_R - MS_I + MS_e) / (a r),  R = (MS_R - MS_e) / a,
 
-    MS_R and MS_e being the mean squares of the seeds within a selection, of their means over algorithms and of the rest.
+    MS_R and MS_e being the mean squares of the seeds within a selection: of their means over algorithms, and of the
+    rest.
 
     Intervals of the shares of the total are a parametric bootstrap of the mean squares (generalized intervals,
     Weerahandi 1993): MS* = MS df / χ²_df. The df of selection, interaction and seed are lowered to what the jackknife

@@ -402,7 +402,8 @@ def test_ratios_are_geometric_and_paired() -> None:
     for measure in (COST, SECONDS):
         (by_chance,) = costs.ratios(measure, {"a": [(2.0, 1.0), (4.0, 2.0)]})
         assert (by_chance.value.value, by_chance.sign) == (pytest.approx(2), 0)
-        assert math.isnan(by_chance.value.low) and math.isnan(by_chance.corrected)
+        assert math.isnan(by_chance.value.low)
+        assert math.isnan(by_chance.corrected)
     assert costs.ratios(COST, {"a": [(2.0, 1.0)]}, by_design=True)[0].sign == 0
 
 

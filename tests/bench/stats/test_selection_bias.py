@@ -418,11 +418,30 @@ def test_the_interval_of_agreement_covers(means, s, bounds):
     assert np.mean(values) == pytest.approx(truth, abs=0.012)
 
 
+def test_reversals_are_corrected_over_pairs_and_can_be_shown_to_be_rare():
+    # A is 0; B is 10 ± 1; C is 0.5 ahead on 9 of 12 selections and 1 behind on 3, with almost no noise of seeds.
+    b = 10 + np.tile([-1.0, 1.0], 6)
+    c = np.tile([0.5, 0.5, 0.5, -1.0], 3) + 0.6
+    runs = np.stack([np.zeros(12), b, c])[..., None] + np.array([-1e-3, 1e-3])
+    found = {(r.better, r.worse): r for r in reversal_rates(table(runs))}
+    # Of B and A: t = 10 / (1.0445 / sqrt(12)); the limit is where P(t' >= t) is 2.5 % / 3.
+    sd = b.std(ddof=1)
+    apart = -stats.norm.ppf(found["B", "A"].at_most) * math.sqrt(12)
+    assert stats.nct.sf(10 / sd * math.sqrt(12), 11, apart) == pytest.approx(0.025 / 3, rel=0.01)
+    assert found["B", "A"].at_most < 0.05 < found["C", "A"].at_most
+    # C is behind A on 3 selections, which no seed explains; the t test is the larger p, corrected as the least of 3.
+    assert found["C", "A"].rate.value == 3 / 12
+    p = stats.ttest_1samp(c, 0).pvalue
+    assert found["C", "A"].p_value == pytest.approx(3 * p)
+    assert found["B", "A"].p_value == 1
+    assert math.isnan(reversal_rates(table(runs[..., :1]))[0].p_value)
+
+
 # Selections needed
 
 
 def test_selections_needed_by_brute_force():
-    y = simulated(np.random.default_rng(3), [0, 0.5, 1.2, 1.6], 30, 2, selection=1, interaction=1)
+    y = simulated(np.random.default_rng(3), [0, 0.9, 2.0, 2.8], 30, 2, selection=1, interaction=1)
     needed = selections_needed(y, probability=0.9).value
     means = y.means - y.means.mean(axis=0)  # what a selection adds to all changes no order
     rng = np.random.default_rng(0)
@@ -467,8 +486,9 @@ def test_selections_needed_says_where_no_number_suffices():
     # Not separable by a t test: no number of selections is known to be enough.
     near = table([y, y + 0.1 + rng.normal(size=20)])
     assert not reversal_rates(near)[0].difference.sign
-    assert math.isfinite(selections_needed(near).value)
-    assert selections_needed(near).high == math.inf
+    needed = selections_needed(near)
+    assert math.isnan(needed.value)
+    assert (math.isfinite(needed.low), needed.high) == (True, math.inf)
 
 
 def true_needed(means: list[float], variance: float) -> float:
