@@ -95,8 +95,8 @@ def reversal_rates(table: ScoreTable, level: float = LEVEL) -> tuple[Reversal, .
 
     Seed noise alone would give Φ(-|Δ| / sqrt((σ_1² + σ_2²) / r)), with Δ the mean difference and σ² the variance of
     each algorithm's runs on one selection. `p_value` is the larger of two, of the paired t test and of the binomial
-    test of that rate, corrected by Holm. `at_most` is Φ(-δ) with δ the lower limit of Δ in standard deviations (noncentral
-    t, Bonferroni's level): counts of a dozen selections cannot show that reversals are rare, sizes can.
+    test of that rate, corrected by Holm. `at_most` is Φ(-δ) with δ the lower limit of Δ in standard deviations
+    (noncentral t, Bonferroni's level): counts of a dozen selections cannot show that reversals are rare, sizes can.
     """
     pairs = Pairs.of(table)
     s = len(table.selections)
