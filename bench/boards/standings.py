@@ -134,7 +134,8 @@ def standings(
     if by_mrd.slope is not None:
         sentences.append(
             f"Per unit of mean log MRD {metric.title} changes by {with_ci(_signed(by_mrd.slope, sign))}; adjusted "
-            "values are what each entry would have at the mean difficulty of all selections."
+            "values are what each entry would have at the mean difficulty of all selections: the raw ones where every "
+            "entry has every selection."
         )
     else:
         sentences.append(f"Not adjusted: {by_mrd.reason or 'the difficulty of the selections was not measured'}.")
