@@ -134,7 +134,8 @@ def standings(
     if by_mrd.slope is not None:
         sentences.append(
             f"Per unit of mean log MRD {metric.title} changes by {with_ci(_signed(by_mrd.slope, sign))}; adjusted "
-            "values are what each entry would have at the mean difficulty of all selections."
+            "values are what each entry would have at the mean difficulty of all selections: the raw ones where every "
+            "entry has every selection."
         )
     else:
         sentences.append(f"Not adjusted: {by_mrd.reason or 'the difficulty of the selections was not measured'}.")
@@ -251,15 +252,15 @@ def _adjusted(measured: Sequence[tuple[str, str, float]], difficulties: Mapping[
 
 def _uncertainty_sentences(title: str, table: bias.ScoreTable, ranking: bias.Ranking) -> list[str]:
     """How much of the variance is the draw's, and how many selections the ranking would need."""
-    shares = bias.variance_shares(table)
-    share, bound, rest = shares.within_algorithm, "", ", the rest to the seed"
-    if not math.isfinite(share.value):
-        share, bound, rest = shares.within_algorithm_common, "at least ", ""
-    seeds = f"{table.seeds} seeds" if table.seeds > 1 else "one seed"
+    share = bias.variance_shares(table).within_algorithm
+    seeds = f"{table.seeds} seeds"
     separable = sum(pair.separable for pair in ranking.pairs)
     return [
-        f"Of the variance of one entry's {title}, {bound}{share_with_ci(share)} is due to which samples were "
-        f"drawn{rest} ({len(table.selections)} selections, {seeds} each).",
+        f"Of the variance of one entry's {title}, {share_with_ci(share)} is due to which samples were drawn, the rest "
+        f"to the seed ({len(table.selections)} selections, {seeds} each)."
+        if math.isfinite(share.value)
+        else f"How much of the variance of one entry's {title} is due to which samples were drawn cannot be told with "
+        f"one seed ({len(table.selections)} selections).",
         f"For this ranking to be right with a probability of 95 %, {count_with_ci(bias.selections_needed(table))} "
         f"selections are needed; {separable} of {len(ranking.pairs)} pairs of entries can be told apart on these.",
     ]

@@ -19,7 +19,7 @@ from bench.files.status import FINISHED
 from bench.jobs.sweep_tables import as_table
 from bench.report.figures import BLUE, GREEN, MUTED, ORANGE, VERMILLION, Draw
 from bench.report.words import count_with_ci, interval_columns, share_with_ci, with_ci
-from bench.stats.estimates import Estimate
+from bench.stats.estimates import LEVEL, Estimate
 from bench.stats.selection_bias import (
     AdjustedScores,
     Concordance,
@@ -40,6 +40,7 @@ from bench.tasks.selections import THIRDS
 from scoring.errors import UserError
 from scoring.settings import Doc, Ge, Gt, Le, Lt, check, named
 
+RARE = 0.05  # a smaller rate of reversals is none that matters
 COLOURS, MARKERS = (BLUE, VERMILLION, GREEN, ORANGE), ("o", "s", "^", "D")
 MOST = 0.5  # a larger share is most of the variance
 
@@ -140,7 +141,7 @@ def bias_of(trials: Sequence[Mapping[str, object]], measure: str, sign: float, s
     algorithms = [str(row["algorithm"]) for row in usable]
     selections = [str(row["selection"]) for row in usable]
     values = np.array([sign * float(row[measure]) for row in usable])  # type: ignore[arg-type]
-    table = ScoreTable.of(algorithms, selections, values)
+    table = ScoreTable.of(algorithms, selections, values, [int(str(row["seed"])) for row in usable])
     difficulty = np.array([float(row["mean_log_mrd"]) for row in usable])  # type: ignore[arg-type]
     return MeasureBias(
         measure,
@@ -158,21 +159,21 @@ def bias_of(trials: Sequence[Mapping[str, object]], measure: str, sign: float, s
 # --- Sentences ----------------------------------------------------------------------------------------------
 
 
-def _share(bias: MeasureBias) -> Estimate:
-    """The share of one algorithm's variance that is due to the draw; with one seed in a cell, its lower bound."""
-    known = math.isfinite(bias.shares.within_algorithm.value)
-    return bias.shares.within_algorithm if known else bias.shares.within_algorithm_common
-
-
 def _headline(bias: MeasureBias, spec: Fig2Spec) -> str:
     table = bias.table
     seeds = f"{table.seeds} seeds" if table.seeds > 1 else "one seed"
-    bound = "" if math.isfinite(bias.shares.within_algorithm.value) else "at least "
+    share = bias.shares.within_algorithm
+    due = (
+        f"**{share_with_ci(share)} of the variance of an algorithm's {bias.measure} is due to which samples were "
+        "drawn**, the rest to the seed"
+        if math.isfinite(share.value)
+        else f"How much of the variance of an algorithm's {bias.measure} is due to which samples were drawn, and how "
+        f"much to the seed, {UNKNOWN} with one seed"
+    )
     return (
-        f"**{bound.capitalize()}{share_with_ci(_share(bias))} of the variance of an algorithm's {bias.measure} is due "
-        f"to which samples were drawn**, the rest to the seed; on {len(table.selections)} selections with {seeds} "
-        f"each. For the ranking of {', '.join(table.algorithms)} to be right with a probability of "
-        f"{spec.probability:.0%}, a paper needs {count_with_ci(bias.needed)} selections; it usually reports one."
+        f"{due}; on {len(table.selections)} selections with {seeds} each. For the ranking of "
+        f"{', '.join(table.algorithms)} to be right with a probability of {spec.probability:.0%}, a paper needs "
+        f"{count_with_ci(bias.needed)} selections; it usually reports one."
     )
 
 
@@ -201,7 +202,7 @@ def _rankings(bias: MeasureBias) -> str:
 
 
 def _claim(bias: MeasureBias) -> str:
-    share = _share(bias)
+    share = bias.shares.within_algorithm
     if share.low > 0:
         part = "most" if share.low > MOST else "perhaps most" if share.high > MOST else "the smaller part"
         depends = (
@@ -210,13 +211,13 @@ def _claim(bias: MeasureBias) -> str:
         )
     else:
         depends = f"whether results depend on the samples that were drawn {UNKNOWN} here ({share_with_ci(share)})"
-    beyond_seeds = [r for r in bias.reversals if r.rate.low > (r.by_seeds or 0.0) and r.difference.sign > 0]
+    beyond_seeds = [r for r in bias.reversals if r.p_value < 1 - LEVEL]
     if beyond_seeds:
         pairs = "; ".join(f"{r.worse} ahead of {r.better} on {share_with_ci(r.rate)}" for r in beyond_seeds)
         reverse = (
             f"rankings reverse on some selections more often than the seed alone explains: the claim {HOLDS} ({pairs})"
         )
-    elif all(reversal.rate.high < 0.05 for reversal in bias.reversals):
+    elif all(reversal.at_most < RARE for reversal in bias.reversals):
         reverse = f"rankings do not reverse on these samples: the claim {CONTRADICTED}"
     else:
         reverse = f"that rankings reverse because of the samples, and not of the seed, {UNKNOWN} here"
@@ -352,7 +353,7 @@ def _share_bars(biases: Sequence[MeasureBias]) -> Draw:
 
     def draw(axes: Axes) -> None:
         parts = list(biases[0].shares.parts)
-        colours = dict(zip(parts, (MUTED, VERMILLION, ORANGE, BLUE), strict=False))
+        colours = dict(zip(parts, (MUTED, VERMILLION, ORANGE, BLUE, GREEN), strict=False))
         for row, bias in enumerate(biases):
             left = 0.0
             for part, share in bias.shares.parts.items():

@@ -78,11 +78,13 @@ def share_with_ci(estimate: Estimate) -> str:
 
 
 def count_with_ci(estimate: Estimate) -> str:
-    """A whole number: "2 [95 % CI 1 to 13]"; for inf, "no number"."""
+    """A whole number: "2 [95 % CI 1 to 13]"; for inf, "no number"; where only a lower limit is known, "at least 8"."""
 
     def whole(value: float) -> str:
         return "no number" if math.isinf(value) else f"{value:.0f}"
 
+    if math.isnan(estimate.value):
+        return f"at least {whole(estimate.low)} [the lower end of the 95 % CI; not all neighbours can be told apart]"
     return f"{whole(estimate.value)} [95 % CI {whole(estimate.low)} to {whole(estimate.high)}]"
 
 

@@ -2,8 +2,9 @@
 
 Scores are y[algorithm, selection, seed]: a selection is one draw of forget samples, a seed is one repeated run on it.
 Higher is better; a caller whose metric is better when lower turns its sign. Selections are taken as a random draw from
-all that could have been drawn, so every interval is about new selections, not about these. Runs of one cell are taken
-as independent: a seed shared between algorithms or selections is not modelled.
+all that could have been drawn, so every interval is about new selections, not about these. A seed that algorithms share
+can move all of them alike on a selection, which is told from the selection's own effect by `variance_shares`; means and
+differences over selections are right with shared seeds and without.
 
 The same data and seed give the same interval.
 """

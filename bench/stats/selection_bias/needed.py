@@ -37,9 +37,9 @@ def selections_needed(table: ScoreTable, probability: float = 0.95, level: float
 
         n = min{n: P(sqrt(n) d_l + z_l > 0 for all l) >= probability} = (quantile of max_l (-z_l / d_l))²
 
-    rounded up. inf where two algorithms have the same mean. The value takes the observed differences as the true
-    ones: where several algorithms lie within their noise, the smallest difference looks smaller than it is, and the
-    value is too large.
+    rounded up. The value takes the observed differences as the true ones, and hangs on the smallest: where neighbours
+    lie within their noise it would be many times too large (the square of one over a difference near 0). It is nan
+    there, and `low` says how many are needed at least; inf where two algorithms are the same.
 
     The interval is n with all differences at their upper, and at their lower limits (noncentral t). It has its level
     for two algorithms and more than it for several. `high` is inf unless every pair of neighbours differs by a t test.
@@ -95,7 +95,8 @@ def _needed(pairs: Pairs, probability: float, level: float) -> Estimate:
     root = math.sqrt(len(pairs.values))
     low, high = noncentrality(apart * root, len(pairs.values) - 1, level) / root
     high = np.where((pairs.deviation == 0) & (pairs.mean == 0), 0.0, high)  # the same algorithm twice
-    return Estimate(*(_smallest_count(differences, noise, probability) for differences in (apart, high, low)))
+    value, least, most = (_smallest_count(differences, noise, probability) for differences in (apart, high, low))
+    return Estimate(value if math.isfinite(most) or math.isinf(least) else math.nan, least, most)
 
 
 def _smallest_count(apart: np.ndarray, noise: np.ndarray, probability: float) -> float:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from scipy import special, stats
 
 from bench.stats.estimates import LEVEL, Estimate, holm
+from bench.stats.selection_bias.needed import noncentrality
 from bench.stats.selection_bias.table import SAME, Pairs, ScoreTable, ratio
 
 DRAWS = 500
@@ -23,6 +24,9 @@ class Reversal:
         rate: share of selections on which `worse` is ahead in the mean over the seeds.
         difference: mean of better - worse over selections, in units of the score.
         by_seeds: the rate that seed noise alone would give; None with one seed.
+        p_value: of "`better` is better, and yet behind more often than the seeds explain", corrected for the number of
+            pairs; nan with one seed, which cannot be told from the selection.
+        at_most: the most that the rate can be, for all pairs at once, if differences are normal.
     """
 
     better: str
@@ -30,6 +34,8 @@ class Reversal:
     rate: Estimate
     difference: Estimate
     by_seeds: float | None
+    p_value: float
+    at_most: float
 
 
 @dataclass(frozen=True)
@@ -88,23 +94,34 @@ def reversal_rates(table: ScoreTable, level: float = LEVEL) -> tuple[Reversal, .
     either: the interval then spans Wilson's for both directions, from min(low, 1 - high) to max(high, 1 - low).
 
     Seed noise alone would give Φ(-|Δ| / sqrt((σ_1² + σ_2²) / r)), with Δ the mean difference and σ² the variance of
-    each algorithm's runs on one selection.
+    each algorithm's runs on one selection. `p_value` is the larger of two, of the paired t test and of the binomial
+    test of that rate, corrected by Holm. `at_most` is Φ(-δ) with δ the lower limit of Δ in standard deviations
+    (noncentral t, Bonferroni's level): counts of a dozen selections cannot show that reversals are rare, sizes can.
     """
     pairs = Pairs.of(table)
+    s = len(table.selections)
+    t = ratio(pairs.mean, pairs.deviation / math.sqrt(s))
+    of_difference = 2 * stats.t.sf(t, s - 1)
+    least_apart = noncentrality(t, s - 1, 1 - (1 - level) / len(pairs.index))[0] / math.sqrt(s)
+    most = special.ndtr(-np.where((pairs.deviation == 0) & (pairs.mean == 0), 0.0, least_apart))
     noise = table.values.var(axis=2, ddof=1).mean(axis=1) if table.seeds > 1 else None
-    reversals = []
+    reversals: list[Reversal] = []
+    p = np.full(len(pairs.index), np.nan)
     for k, (better, worse) in enumerate(pairs.index):
         difference = pairs.interval(k, level)
         worse_ahead = (1 - np.sign(pairs.values[:, k])).sum() / 2
-        rate = wilson(float(worse_ahead), len(table.selections), level)
+        rate = wilson(float(worse_ahead), s, level)
         if not difference.sign:
             rate = Estimate(rate.value, min(rate.low, 1 - rate.high), max(rate.high, 1 - rate.low))
         by_seeds = None
         if noise is not None:
             deviation = np.sqrt((noise[better] + noise[worse]) / table.seeds)
             by_seeds = float(special.ndtr(-ratio(pairs.mean[k], deviation)))
-        reversals.append(Reversal(table.algorithms[better], table.algorithms[worse], rate, difference, by_seeds))
-    return tuple(reversals)
+            of_rate = 2 * stats.binom.sf(math.floor(worse_ahead) - 1, s, by_seeds)
+            p[k] = min(max(of_difference[k], of_rate), 1.0)
+        names = table.algorithms[better], table.algorithms[worse]
+        reversals.append(Reversal(*names, rate, difference, by_seeds, math.nan, float(most[k])))
+    return tuple(replace(reversal, p_value=float(value)) for reversal, value in zip(reversals, holm(p), strict=True))
 
 
 def wilson(successes: float, trials: int, level: float = LEVEL) -> Estimate:

@@ -25,14 +25,16 @@ class ScoreTable:
     Attributes:
         algorithms: (a,) names.
         selections: (s,) names.
-        values: (a, s, r) scores, finite; the r seeds of a cell are in no order.
+        values: (a, s, r) scores, finite; the r seeds of a cell are in no order unless they are shared.
         dropped: selections that were left out because they were not complete.
+        seeds_shared: whether the seeds of each selection are the same for all algorithms, and in the same order.
     """
 
     algorithms: tuple[str, ...]
     selections: tuple[str, ...]
     values: np.ndarray
     dropped: tuple[str, ...] = ()
+    seeds_shared: bool = False
 
     def __post_init__(self) -> None:
         a, s = len(self.algorithms), len(self.selections)
@@ -52,8 +54,14 @@ class ScoreTable:
             raise ValueError(f"values of shape {self.values.shape}: expected ({a}, {s}, seeds)")
 
     @classmethod
-    def of(cls, algorithm: Sequence[str], selection: Sequence[str], value: Sequence[float] | np.ndarray) -> ScoreTable:
-        """The balanced table of three sequences of one length, a row for each run.
+    def of(
+        cls,
+        algorithm: Sequence[str],
+        selection: Sequence[str],
+        value: Sequence[float] | np.ndarray,
+        seed: Sequence[int] | None = None,
+    ) -> ScoreTable:
+        """The balanced table of sequences of one length, a row for each run; without `seed`, none is shared.
 
         Rows with the same algorithm and selection are seeds, in any order. A selection is kept if every algorithm has
         r finite scores on it, with r the number that most selections can give (the larger of two equally common
@@ -62,10 +70,14 @@ class ScoreTable:
         Raises:
             UserError: fewer than 2 algorithms, or fewer than 3 complete selections.
         """
-        check_lengths(algorithm=algorithm, selection=selection, value=value)
-        cells: defaultdict[tuple[str, str], list[float]] = defaultdict(list)
-        for algorithm_name, selection_name, score in zip(algorithm, selection, value, strict=True):
-            cells[algorithm_name, selection_name].append(float(score))
+        seeds_of_rows = range(len(value)) if seed is None else seed
+        check_lengths(algorithm=algorithm, selection=selection, value=value, seed=seeds_of_rows)
+        runs: defaultdict[tuple[str, str], list[tuple[int, float]]] = defaultdict(list)
+        for algorithm_name, selection_name, number, score in zip(
+            algorithm, selection, seeds_of_rows, value, strict=True
+        ):
+            runs[algorithm_name, selection_name].append((number, float(score)))
+        cells = {cell: [score for _, score in sorted(of_cell)] for cell, of_cell in runs.items()}
         algorithms, selections = tuple(dict.fromkeys(algorithm)), tuple(dict.fromkeys(selection))
         seeds_of = {}  # of the selections on which all algorithms have as many finite scores
         for selection_name in selections:
@@ -78,7 +90,13 @@ class ScoreTable:
         complete = tuple(name for name in selections if seeds_of.get(name) == seeds)
         values = np.array([[cells[row, column] for column in complete] for row in algorithms], dtype=float)
         dropped = tuple(name for name in selections if name not in set(complete))
-        return cls(algorithms, complete, values.reshape(len(algorithms), len(complete), -1 if complete else 1), dropped)
+        shared = all(
+            len({tuple(sorted(number for number, _ in runs[row, column])) for row in algorithms}) == 1
+            for column in complete
+        )
+        return cls(
+            algorithms, complete, values.reshape(len(algorithms), len(complete), -1 if complete else 1), dropped, shared
+        )
 
     @property
     def seeds(self) -> int:

@@ -78,6 +78,20 @@ def test_the_command_prints_ratios_and_writes_figures(cluster, model_folder, dat
     assert 0 < figures["share_of_matmul_peak"] < 1.5
 
 
+def test_statistics(tmp_path, capsys):
+    out = tmp_path / "statistics.json"
+    assert main(f"benchmark statistics --replications 10 --out {out}".split()) == 0
+    printed = capsys.readouterr().out
+    rows = {row["case"]: row for row in json.loads(out.read_text())["cases"]}
+    shared = rows["no selection effect, shared seeds, normal, 10 × 40 × 4"]
+    assert shared["now"]["value"] < 0.5 < shared["before"]["value"]
+    needed = rows["selections needed, 10 × 12 × 2"]
+    assert needed["before"]["value"] < 0.5 < needed["now"]["value"]
+    for name, row in rows.items():
+        assert name in printed
+        assert row["replications"] == 10
+
+
 def test_experts(tmp_path, capsys):
     out = tmp_path / "experts.json"
     before = torch.get_num_threads()
