@@ -147,7 +147,7 @@ def _shared_seeds(a: int, s: int, r: int, selection: float, draw: Draw) -> Calla
         values = rng.normal(size=(a, 1, 1)) + math.sqrt(selection) * draw(rng, (1, s, 1))
         values = values + math.sqrt(0.5) * draw(rng, (1, s, r)) + math.sqrt(0.2) * draw(rng, (a, s, 1))
         values = values + math.sqrt(0.3) * draw(rng, (a, s, r))
-        found = [variance_shares(_table(values, shared), draws=300).selection for shared in (False, True)]
+        found = [variance_shares(_table(values, shared)).selection for shared in (False, True)]
         if selection:
             before, now = (_covers(share, selection / (selection + 2)) for share in found)
         else:
