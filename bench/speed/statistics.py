@@ -133,7 +133,7 @@ def _outliers(rng: np.random.Generator, size: tuple[int, ...]) -> np.ndarray:
 
 def _table(values: np.ndarray, shared: bool = False) -> ScoreTable:
     a, s, _ = values.shape
-    return ScoreTable(tuple(map(str, range(a))), tuple(map(str, range(s))), values, (), shared)
+    return ScoreTable(tuple(map(str, range(a))), tuple(map(str, range(s))), values, shared)
 
 
 # --- Faults -------------------------------------------------------------------------------------------------

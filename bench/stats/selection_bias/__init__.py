@@ -22,7 +22,7 @@ from bench.stats.selection_bias.rankings import (
     separable,
     wilson,
 )
-from bench.stats.selection_bias.table import FEWEST_SELECTIONS, SAME, ScoreTable
+from bench.stats.selection_bias.table import FEWEST_SELECTIONS, SAME, ScoreTable, mean_scores
 from bench.stats.selection_bias.variance import VarianceShares, variance_shares
 
 __all__ = [
@@ -41,6 +41,7 @@ __all__ = [
     "VarianceShares",
     "adjusted_scores",
     "kendalls_w",
+    "mean_scores",
     "noncentrality",
     "reversal_rates",
     "selections_needed",

@@ -10,7 +10,7 @@ from scipy import special, stats
 
 from bench.stats.estimates import LEVEL, Estimate, holm
 from bench.stats.selection_bias.needed import noncentrality
-from bench.stats.selection_bias.table import SAME, Pairs, ScoreTable, ratio
+from bench.stats.selection_bias.table import SAME, Pairs, ScoreTable, mean_scores, ratio
 
 DRAWS = 500
 
@@ -65,10 +65,10 @@ class SeparablePair:
 
 @dataclass(frozen=True)
 class Rank:
-    """The ranks that an algorithm can have, 1 the best."""
+    """The ranks that an algorithm can have, 1 the best, and its mean over all selections."""
 
     algorithm: str
-    mean: float
+    mean: Estimate
     best: int
     worst: int
 
@@ -99,29 +99,41 @@ def reversal_rates(table: ScoreTable, level: float = LEVEL) -> tuple[Reversal, .
     (noncentral t, Bonferroni's level): counts of a dozen selections cannot show that reversals are rare, sizes can.
     """
     pairs = Pairs.of(table)
-    s = len(table.selections)
-    t = ratio(pairs.mean, pairs.deviation / math.sqrt(s))
-    of_difference = 2 * stats.t.sf(t, s - 1)
-    least_apart = noncentrality(t, s - 1, 1 - (1 - level) / len(pairs.index))[0] / math.sqrt(s)
+    least_apart = noncentrality(pairs.t, pairs.counts - 1, 1 - (1 - level) / len(pairs.index))[0]
+    least_apart = least_apart / np.sqrt(pairs.counts)
     most = special.ndtr(-np.where((pairs.deviation == 0) & (pairs.mean == 0), 0.0, least_apart))
-    noise = table.values.var(axis=2, ddof=1).mean(axis=1) if table.seeds > 1 else None
+    noise = _noise_of_means(table) if table.seeds > 1 else None
     reversals: list[Reversal] = []
     p = np.full(len(pairs.index), np.nan)
     for k, (better, worse) in enumerate(pairs.index):
         difference = pairs.interval(k, level)
-        worse_ahead = (1 - np.sign(pairs.values[:, k])).sum() / 2
+        if not math.isfinite(pairs.mean[k]):
+            continue
+        s = int(pairs.counts[k])
+        worse_ahead = np.nansum(1 - np.sign(pairs.values[:, k])) / 2
         rate = wilson(float(worse_ahead), s, level)
         if not difference.sign:
             rate = Estimate(rate.value, min(rate.low, 1 - rate.high), max(rate.high, 1 - rate.low))
         by_seeds = None
         if noise is not None:
-            deviation = np.sqrt((noise[better] + noise[worse]) / table.seeds)
-            by_seeds = float(special.ndtr(-ratio(pairs.mean[k], deviation)))
+            by_seeds = float(special.ndtr(-ratio(pairs.mean[k], np.sqrt(noise[better] + noise[worse]))))
             of_rate = 2 * stats.binom.sf(math.floor(worse_ahead) - 1, s, by_seeds)
-            p[k] = min(max(of_difference[k], of_rate), 1.0)
+            p[k] = min(max(pairs.p[k], of_rate), 1.0)
         names = table.algorithms[better], table.algorithms[worse]
         reversals.append(Reversal(*names, rate, difference, by_seeds, math.nan, float(most[k])))
-    return tuple(replace(reversal, p_value=float(value)) for reversal, value in zip(reversals, holm(p), strict=True))
+    corrected = holm(p)[np.isfinite(pairs.mean)]
+    return tuple(
+        replace(reversal, p_value=float(value)) for reversal, value in zip(reversals, corrected, strict=True)
+    )
+
+
+def _noise_of_means(table: ScoreTable) -> np.ndarray:
+    """(a,): the variance that seeds give to a mean over the seeds of a selection."""
+    runs = np.isfinite(table.values).sum(axis=2)
+    squares = np.nansum((table.values - table.means[..., None]) ** 2, axis=(1, 2))
+    of_run = squares / np.maximum(runs - 1, 0).sum(axis=1)
+    there = runs > 0
+    return np.asarray(of_run * (there / np.maximum(runs, 1)).sum(axis=1) / there.sum(axis=1))
 
 
 def wilson(successes: float, trials: int, level: float = LEVEL) -> Estimate:
@@ -165,8 +177,8 @@ def kendalls_w(table: ScoreTable, level: float = LEVEL, draws: int = DRAWS, seed
     Args:
         draws: simulated tables; memory is draws × selections × pairs of algorithms.
     """
-    pairs = Pairs.of(table)
-    m = len(table.selections)
+    pairs = Pairs.of(table.complete)
+    m = len(pairs.values)
     ties = pairs.ties(pairs.values == 0).mean()
     w = float(pairs.concordance((np.sign(pairs.values) + 1).mean(axis=0) / 2, ties))
     if math.isnan(w):
@@ -216,9 +228,7 @@ def separable(table: ScoreTable, level: float = LEVEL) -> Ranking:
     """
     pairs = Pairs.of(table)
     a = len(table.algorithms)
-    standard_error = pairs.deviation / math.sqrt(len(table.selections))
-    p = 2 * stats.t.sf(ratio(pairs.mean, standard_error), len(table.selections) - 1)
-    corrected = holm(p)
+    corrected = holm(pairs.p)
     significant = corrected < 1 - level
 
     best, worst = np.full(a, 1), np.full(a, a)
@@ -226,11 +236,11 @@ def separable(table: ScoreTable, level: float = LEVEL) -> Ranking:
         if differ:
             best[worse] += 1
             worst[better] -= 1
-    means = table.means.mean(axis=1)
+    means = mean_scores(table, level)
     return Ranking(
         tuple(
-            Rank(table.algorithms[i], float(means[i]), int(best[i]), int(worst[i]))
-            for i in np.argsort(-means, kind="stable")
+            Rank(table.algorithms[i], means[i], int(best[i]), int(worst[i]))
+            for i in np.argsort([-mean.value for mean in means], kind="stable")
         ),
         tuple(
             SeparablePair(

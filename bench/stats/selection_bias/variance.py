@@ -88,6 +88,7 @@ def variance_shares(table: ScoreTable, level: float = LEVEL) -> VarianceShares:
     Raises:
         UserError: fewer than three selections are complete.
     """
+    table = table.complete
     a, s, r = table.values.shape
     shared = table.seeds_shared and r > 1
     layers = _layers(table.values, shared)

@@ -14,11 +14,12 @@ import numpy as np
 import pytest
 from scipy import special, stats
 
-from bench.stats.estimates import Estimate
+from bench.stats.estimates import Estimate, t_interval
 from bench.stats.selection_bias import (
     ScoreTable,
     adjusted_scores,
     kendalls_w,
+    mean_scores,
     reversal_rates,
     selections_needed,
     selections_needed_pair,
@@ -88,11 +89,11 @@ def test_a_table_is_made_of_rows_in_any_order():
         [made.selections.index(f"draw {k}") for k in range(4)],
     )
     assert np.array_equal(np.sort(made.values[i][:, j], axis=2), np.sort(values, axis=2))
-    assert made.dropped == ()
+    assert made.incomplete == ()
     assert made.seeds == 2
 
 
-def test_selections_that_are_not_complete_are_dropped():
+def test_selections_that_are_not_complete_are_known():
     values = np.random.default_rng(0).normal(size=(2, 7, 2))
     values[0, 1, 0] = np.nan
     values[1, 2, 1] = np.inf
@@ -115,26 +116,80 @@ def test_selections_that_are_not_complete_are_dropped():
             for column, extra in zip(columns, (name, "draw 7", 0.5), strict=True):
                 column.append(extra)
     made = ScoreTable.of(*columns)
-    assert made.selections == ("draw 0", "draw 4", "draw 7")
-    assert made.dropped == ("draw 1", "draw 2", "draw 3", "draw 5", "draw 6")
-    assert made.values.shape == (2, 3, 2)
+    assert made.complete.selections == ("draw 0", "draw 4", "draw 7")
+    assert made.incomplete == ("draw 1", "draw 2", "draw 3", "draw 5", "draw 6")
+    assert made.complete.values.shape == (2, 3, 2)
+    # All are kept for what needs one algorithm or two.
+    assert made.values.shape == (2, 8, 3)
+    assert np.isnan(made.means[1, 3])
+    assert made.means[0, 1] == values[0, 1, 1]
 
 
 def test_what_cannot_be_compared_is_one_clear_line():
     with pytest.raises(UserError, match=r"number of algorithms with scores: 1 \(GA\); expected at least 2") as found:
         ScoreTable.of(["GA"] * 3, ["a", "b", "c"], [1, 2, 3])
     assert "\n" not in str(found.value)
-    with pytest.raises(UserError, match=r"complete selections: 2 \(1 left out: c\); expected at least 3") as found:
+    with pytest.raises(UserError, match="selections that GA shares with another algorithm: 2; expected at least 3"):
         ScoreTable.of(["GA", "NPO"] * 2 + ["GA"], ["a", "a", "b", "b", "c"], [1, 2, 3, 4, 5])
+    with pytest.raises(UserError, match="A, B, C, D are of groups that have no selection in common"):
+        ScoreTable.of(list("ABCD" * 3), [name + str(k) for k in range(3) for name in "xxyy"], range(12))
+    some = ScoreTable.of(list("ABBCAC" * 3), [name + str(k) for k in range(3) for name in "xxyyzz"], range(18))
+    with pytest.raises(UserError, match=r"complete selections: 0 \(9 are not: x0, .*\); expected at least 3") as found:
+        variance_shares(some)
     assert "\n" not in str(found.value)
     with pytest.raises(UserError, match="number of algorithms with scores: 0"):
         ScoreTable.of([], [], [])
-    with pytest.raises(UserError, match="complete selections: 0"):
+    with pytest.raises(UserError, match="shares with another algorithm: 0"):
         ScoreTable.of(["GA", "NPO"], ["a", "b"], [1, 2])
     with pytest.raises(UserError, match="probability is 95: expected a number between 0 and 1"):
         selections_needed(table([[1, 2, 3], [2, 3, 5]]), probability=95)
     with pytest.raises(ValueError, match="different lengths"):
         ScoreTable.of(["GA", "NPO"], ["a"], [1.0])
+
+
+# Missing runs
+
+
+def test_means_over_selections_that_an_algorithm_has_no_run_on_by_hand():
+    # A = 0, B = 1, C = 3 and selections 0, -1, -4, -7, each sum a cell: without noise, the fit is exact. A and B lack
+    # the hardest, and C the easiest.
+    cells = np.add.outer([0.0, 1, 3], [0.0, -1, -4, -7, 2])
+    cells[:2, 3] = cells[2, 4] = np.nan
+    y = table(cells)
+    assert [mean.value for mean in mean_scores(y)] == pytest.approx([-2, -1, 1])
+    assert [mean.value for mean in mean_scores(table(cells[:, :3]))] == pytest.approx(cells[:, :3].mean(axis=1))
+    assert [rank.algorithm for rank in separable(y).ranks] == ["C", "B", "A"]
+    assert np.nanmean(cells[2]) < np.nanmean(cells[1])  # as C alone has finished the hardest
+    # Each pair is compared on what both have.
+    differences = {(r.better, r.worse): r.difference.value for r in reversal_rates(y)}
+    assert differences == pytest.approx({("B", "A"): 1, ("C", "A"): 3, ("C", "B"): 2})
+    # Without the one selection that links A and B to C and D, how far these lie from those is not known.
+    cells = np.add.outer([0.0, 1, 3, 4], np.arange(7.0))
+    cells[:2, 4:] = cells[2:, :3] = np.nan
+    linked = mean_scores(table(cells))
+    assert [mean.value for mean in linked] == pytest.approx([3, 4, 6, 7])
+    assert math.isnan(linked[0].low)
+    assert math.isnan(linked[3].high)
+
+
+def missing_where_hard(rng: np.random.Generator, y: ScoreTable) -> ScoreTable:
+    """Runs fail the more often, the harder the selection (the lower its mean), by themselves."""
+    hardness = -stats.zscore(y.means.mean(axis=0))
+    fails = rng.random(y.means.shape) < 0.5 * special.ndtr(2 * hardness - 1)
+    return dataclasses.replace(y, values=np.where(fails[..., None], np.nan, y.values))
+
+
+def test_runs_that_fail_on_hard_selections_do_not_move_means():
+    # Over complete selections, the means are off by .4 standard deviations of a selection, and cover 50 % or less.
+    rng, hits, off, off_complete = np.random.default_rng(0), {name: [] for name in "ABC"}, [], []
+    for _ in range(SIMULATIONS):
+        y = missing_where_hard(rng, simulated(rng, [0, 1, 2], 24, 2, 1.0, 0.2, 0.3))
+        for k, (name, mean) in enumerate(zip("ABC", mean_scores(y), strict=True)):
+            hits[name].append(covers(mean, k))
+            off.append(mean.value - k)
+            off_complete.append(float(y.complete.means[k].mean()) - k)
+    assert abs(np.mean(off)) < 0.05 < 0.25 < np.mean(off_complete)
+    assert_coverage(hits, EXACT)
 
 
 # Variance shares
@@ -286,7 +341,8 @@ def test_the_interval_within_algorithms_is_the_jackknifes_or_that_of_normal_scor
         half = stats.t.ppf(0.975, 11) * error
         expected = [(f - 1) / (f + 1) for f in np.exp(log_ratio(runs) + np.array([0, -half, half]))]
         for shared in (False, True):  # the seed's own variance is what is left over, whatever it is shared by
-            found = variance_shares(dataclasses.replace(table(runs), seeds_shared=shared)).within_algorithm
+            shares = variance_shares(dataclasses.replace(table(runs), seeds_shared=shared))
+            found, expected[2] = shares.within_algorithm, 1.0 if shares.long_tails else expected[2]
             # Normal seeds that are shared are two mean squares, whose logarithms vary a little more than that of one.
             tolerance = 0.01 if shared and error == normal(runs) else 1e-9
             assert [found.value, found.low, found.high] == pytest.approx(expected, abs=tolerance)
@@ -712,8 +768,12 @@ def test_separation_is_holm_of_paired_t_tests():
         apart = [pair for pair in found.pairs if pair.separable]
         assert ranks[name].best == 1 + sum(pair.worse == name for pair in apart)
         assert ranks[name].worst == 4 - sum(pair.better == name for pair in apart)
-        assert ranks[name].mean == pytest.approx(y.means[k].mean())
-    assert [rank.mean for rank in found.ranks] == sorted((rank.mean for rank in found.ranks), reverse=True)
+        expected = t_interval(y.means[k])
+        found_mean = ranks[name].mean
+        assert (found_mean.value, found_mean.low, found_mean.high) == pytest.approx(
+            (expected.value, expected.low, expected.high)
+        )
+    assert [rank.mean.value for rank in found.ranks] == sorted((rank.mean.value for rank in found.ranks), reverse=True)
 
 
 def test_ranks_are_written_as_what_they_can_be():
@@ -755,4 +815,4 @@ def test_results_do_not_depend_on_the_order_of_algorithms():
         rates = {frozenset((pair.better, pair.worse)): pair.rate for pair in reversal_rates(turned)}
         for pair in reversal_rates(y):
             assert rates[frozenset((pair.better, pair.worse))] == pair.rate
-    assert all(earlier.mean >= later.mean for earlier, later in pairwise(separable(y).ranks))
+    assert all(earlier.mean.value >= later.mean.value for earlier, later in pairwise(separable(y).ranks))
