@@ -38,6 +38,10 @@ class Estimate:
         """+1 or -1 where the whole interval lies on one side of 0; 0 where it does not, or is not known."""
         return int(self.low > 0) - int(self.high < 0)
 
+    def within(self, least: float, most: float) -> Estimate:
+        """The same, with the interval cut at what the number can be at all."""
+        return Estimate(self.value, max(self.low, least), min(self.high, most))  # nan stays
+
 
 def spearman(x: np.ndarray, y: np.ndarray, resamples: int = RESAMPLES, level: float = LEVEL, seed: int = 0) -> Estimate:
     """Spearman's rank correlation of two (N,) arrays: Pearson's, of the ranks, ties sharing their mean rank."""

@@ -10,7 +10,13 @@ The same data and seed give the same interval.
 """
 
 from bench.stats.selection_bias.adjusted import AdjustedDifference, AdjustedScore, AdjustedScores, adjusted_scores
-from bench.stats.selection_bias.needed import PairNeeded, noncentrality, selections_needed, selections_needed_pair
+from bench.stats.selection_bias.needed import (
+    PairNeeded,
+    noncentrality,
+    selections_needed,
+    selections_needed_between,
+    selections_needed_pair,
+)
 from bench.stats.selection_bias.rankings import (
     Concordance,
     Rank,
@@ -20,6 +26,7 @@ from bench.stats.selection_bias.rankings import (
     kendalls_w,
     reversal_rates,
     separable,
+    separable_groups,
     wilson,
 )
 from bench.stats.selection_bias.table import FEWEST_SELECTIONS, SAME, ScoreTable, mean_scores
@@ -45,8 +52,10 @@ __all__ = [
     "noncentrality",
     "reversal_rates",
     "selections_needed",
+    "selections_needed_between",
     "selections_needed_pair",
     "separable",
+    "separable_groups",
     "variance_shares",
     "wilson",
 ]

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import combinations, pairwise
+from itertools import combinations, pairwise, product
 
 import numpy as np
 from scipy import optimize, special, stats
@@ -53,6 +54,23 @@ def selections_needed(table: ScoreTable, probability: float = 0.95, level: float
     return _needed(Pairs.of(table, list(pairwise(order))), probability, level)
 
 
+def selections_needed_between(
+    table: ScoreTable, groups: Sequence[Sequence[str]], probability: float = 0.95, level: float = LEVEL
+) -> Estimate:
+    """As `selections_needed`, for the order of groups alone: each algorithm of one is ahead of each of the next.
+
+    With the groups of `separable_groups` this is what a paper needs that ranks no further than it can tell. Groups that
+    the same data have made are further apart in them than they are, so the value is rather too small. nan for one
+    group.
+    """
+    _check_probability(probability)
+    places = [[table.algorithms.index(name) for name in group] for group in groups]
+    index = [pair for better, worse in pairwise(places) for pair in product(better, worse)]
+    if not index:
+        return Estimate(math.nan, math.nan, math.nan)
+    return _needed(Pairs.of(table.complete, index), probability, level)
+
+
 def selections_needed_pair(
     table: ScoreTable, probability: float = 0.95, level: float = LEVEL
 ) -> tuple[PairNeeded, ...]:
@@ -76,7 +94,6 @@ def noncentrality(observed: np.ndarray, df: np.ndarray | int, level: float) -> n
     P(t' <= t) = E Φ(t sqrt(χ² / df) - λ), the mean over the quantiles of χ². Right to 3 digits for any t; scipy's
     distribution gives nan for some.
     """
-
 
     def limit(t: float, df: int, tail: float) -> float:
         if not math.isfinite(t):

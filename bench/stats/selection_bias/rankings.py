@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import numpy as np
 from scipy import special, stats
@@ -122,9 +123,7 @@ def reversal_rates(table: ScoreTable, level: float = LEVEL) -> tuple[Reversal, .
         names = table.algorithms[better], table.algorithms[worse]
         reversals.append(Reversal(*names, rate, difference, by_seeds, math.nan, float(most[k])))
     corrected = holm(p)[np.isfinite(pairs.mean)]
-    return tuple(
-        replace(reversal, p_value=float(value)) for reversal, value in zip(reversals, corrected, strict=True)
-    )
+    return tuple(replace(reversal, p_value=float(value)) for reversal, value in zip(reversals, corrected, strict=True))
 
 
 def _noise_of_means(table: ScoreTable) -> np.ndarray:
@@ -253,3 +252,16 @@ def separable(table: ScoreTable, level: float = LEVEL) -> Ranking:
             for k, (i, j) in enumerate(pairs.index)
         ),
     )
+
+
+def separable_groups(ranking: Ranking) -> tuple[tuple[str, ...], ...]:
+    """The ranking as far as it can be told: the most groups of which each algorithm of one is separable from each of
+    the next ones, the best first."""
+    apart = {frozenset((pair.better, pair.worse)) for pair in ranking.pairs if pair.separable}
+    order = [rank.algorithm for rank in ranking.ranks]
+    cuts = [
+        k
+        for k in range(1, len(order))
+        if all(frozenset((above, below)) in apart for above in order[:k] for below in order[k:])
+    ]
+    return tuple(tuple(order[start:end]) for start, end in pairwise([0, *cuts, len(order)]))

@@ -50,7 +50,7 @@ class ScoreTable:
         if most.min() < FEWEST_SELECTIONS:
             raise UserError(
                 f"selections that {self.algorithms[int(most.argmin())]} shares with another algorithm: {most.min()}; "
-                f"expected at least {FEWEST_SELECTIONS} with finite scores of both; add the missing runs or leave it out"
+                f"expected at least {FEWEST_SELECTIONS} with finite scores of both; add runs or leave it out"
             )
         if np.linalg.matrix_power((shared > 0).astype(float), a).min() == 0:
             raise UserError(

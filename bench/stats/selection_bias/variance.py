@@ -89,8 +89,7 @@ def variance_shares(table: ScoreTable, level: float = LEVEL) -> VarianceShares:
         UserError: fewer than three selections are complete.
     """
     table = table.complete
-    a, s, r = table.values.shape
-    shared = table.seeds_shared and r > 1
+    shared = table.seeds_shared and table.seeds > 1
     layers = _layers(table.values, shared)
     long_tails = _long_tails(layers)
     statistics = _MeanSquares.of(table.values, layers, shared)
@@ -109,7 +108,7 @@ def variance_shares(table: ScoreTable, level: float = LEVEL) -> VarianceShares:
         return _between(statistics.share(parts, within), low, high, long_tails, True)
 
     unknown = Estimate(math.nan, math.nan, math.nan)
-    one_seed = r == 1
+    one_seed = table.seeds == 1
     return VarianceShares(
         share(ALGORITHM),
         unknown if one_seed else share(SELECTION),

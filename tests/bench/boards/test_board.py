@@ -117,7 +117,7 @@ def test_at_equal_forecast_by_hand(tmp_path: Path) -> None:
     assert "Per unit of mean log flip time, the forecast of updates, it changes by \N{MINUS SIGN}0.25" in text
     assert "Not adjusted: the difficulty of the selections was not measured." in text
     assert board.selections["s6"].mean_log_flip_time == 8.0
-    head = "| rank | entry | completeness | at equal difficulty | rank there | at equal forecast | rank by forecast |"
+    head = "| rank | entry | completeness | at equal forecast | rank by forecast |"
     assert head in overview([board], [])
     latex = standings_latex(board, "completeness")
     assert "by forecast & forecast rank" in latex

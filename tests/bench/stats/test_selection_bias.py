@@ -240,7 +240,7 @@ def test_a_seed_that_algorithms_share_is_not_booked_as_selection():
 def test_no_selection_effect_is_claimed_where_seeds_are_shared(long_tails):
     rng, claims = np.random.default_rng(0), {True: 0, False: 0}
     tails = (lambda size: rng.standard_t(3, size) / math.sqrt(3)) if long_tails else None
-    for number in range(200):
+    for _ in range(200):
         runs = simulated(rng, [0, 1, 2, 3], 24, 3, 0.0, 0.2, 0.3, tails).values + rng.normal(size=(1, 24, 3))
         for shared in claims:
             known = dataclasses.replace(table(runs), seeds_shared=shared)
