@@ -39,8 +39,9 @@ class Estimate:
         return int(self.low > 0) - int(self.high < 0)
 
     def within(self, least: float, most: float) -> Estimate:
-        """The same, with the interval cut at what the number can be at all."""
-        return Estimate(self.value, max(self.low, least), min(self.high, most))  # nan stays
+        """The same, with the interval cut at what the number can be at all, but not short of the value; nan stays."""
+        low, high = max(self.low, least), min(self.high, most)
+        return Estimate(self.value, min(low, self.value), max(high, self.value))
 
 
 def spearman(x: np.ndarray, y: np.ndarray, resamples: int = RESAMPLES, level: float = LEVEL, seed: int = 0) -> Estimate:
