@@ -219,11 +219,11 @@ def _lost(failures: Sequence[Mapping[str, object]], bias: MeasureBias) -> str:
         for row in failures
     )
     lost, trials = (sum(int(str(row[name])) for row in failures) for name in ("failed", "trials"))
-    incomplete = len(bias.table.incomplete)
+    of_all = f"{len(bias.table.incomplete)} of {len(bias.table.selections)} selections are not complete"
     return (
-        f"{lost} of {trials} trials did not finish: {shares}. {incomplete} of {len(bias.table.selections)} selections "
-        "are not complete: means are adjusted for the selections that an algorithm lacks, and two are compared on those that "
-        "both have; the shares of the variance and the rank correlation are of complete selections."
+        f"{lost} of {trials} trials did not finish: {shares}. {of_all}: means are adjusted for the selections that an "
+        "algorithm lacks, and two are compared on those that both have; the shares of the variance and the rank "
+        "correlation are of complete selections."
     )
 
 

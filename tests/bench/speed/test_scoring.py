@@ -85,8 +85,11 @@ def test_statistics(tmp_path, capsys):
     rows = {row["case"]: row for row in json.loads(out.read_text())["cases"]}
     shared = rows["no selection effect, shared seeds, normal, 10 × 40 × 4"]
     assert shared["now"]["value"] < 0.5 < shared["before"]["value"]
-    needed = rows["selections needed, 10 × 12 × 2"]
-    assert needed["before"]["value"] < 0.5 < needed["now"]["value"]
+    missing = "mean of an algorithm, hard selections fail, normal, 4 × 40 × 2"
+    for name in ("selections needed, 10 × 12 × 2", "selections needed by two neighbours, 10 × 12 × 2", missing):
+        assert rows[name]["before"]["value"] < 0.5 < rows[name]["now"]["value"]
+    outliers = rows["share within an algorithm, 10 % outliers, 10 × 12 × 3"]
+    assert outliers["before"]["value"] < 0.8 < outliers["now"]["value"]
     for name, row in rows.items():
         assert name in printed
         assert row["replications"] == 10

@@ -22,8 +22,10 @@ from bench.stats.selection_bias import (
     mean_scores,
     reversal_rates,
     selections_needed,
+    selections_needed_between,
     selections_needed_pair,
     separable,
+    separable_groups,
     variance_shares,
     wilson,
 )
@@ -588,6 +590,31 @@ def test_selections_needed_says_where_no_number_suffices():
     needed = selections_needed(near)
     assert math.isnan(needed.value)
     assert (math.isfinite(needed.low), needed.high) == (True, math.inf)
+
+
+def test_selections_needed_up_to_groups():
+    # A and B differ by noise alone, C is 3 below them, D and E 3 below C and equal.
+    rng = np.random.default_rng(0)
+    y = table(np.array([6.0, 6.0, 3.0, 0.0, 0.0])[:, None] + 1.5 * rng.normal(size=(5, 20)))
+    ranking = separable(y)
+    groups = separable_groups(ranking)
+    assert [set(group) for group in groups] == [{"A", "B"}, {"C"}, {"D", "E"}]
+    found = selections_needed_between(y, groups)
+    assert math.isnan(selections_needed(y).value)
+    assert math.isfinite(found.high)
+    # As brute force has it: the smallest n after which both of a group are ahead of all of the next.
+    noise = rng.multivariate_normal(np.zeros(5), np.cov(y.means), size=100_000)
+    means = y.means.mean(axis=1)
+
+    def right(n: float) -> float:
+        drawn = means + noise / math.sqrt(n)
+        return float(((drawn[:, :2].min(axis=1) > drawn[:, 2]) & (drawn[:, 2] > drawn[:, 3:].max(axis=1))).mean())
+
+    assert right(found.value) > 0.95 > right(found.value - 1) or found.value == 1
+    # Groups of one are the ranking; one group needs nothing.
+    order = [rank.algorithm for rank in ranking.ranks]
+    assert selections_needed_between(y, [[name] for name in order]).low == selections_needed(y).low
+    assert math.isnan(selections_needed_between(y, [order]).value)
 
 
 def true_needed(means: list[float], variance: float) -> float:
