@@ -3,7 +3,8 @@
 Intervals over samples are bootstrap intervals: they resample the samples with replacement and are bias-corrected and
 accelerated (BCa, Efron 1987); where BCa is not defined, because a resample or the jackknife does not vary, the
 percentile interval stands in. Fewer than FEWEST samples give a value without an interval. The same data and seed give
-the same interval. Intervals over a few runs are Student's t intervals, as a bootstrap of so few is too narrow.
+the same interval. Intervals of means of few samples and of a few runs are Student's t intervals, as a bootstrap of so
+few is too narrow.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from scipy import stats
 RESAMPLES = 2000
 LEVEL = 0.95
 FEWEST = 10  # samples (of the smaller group): resamples of fewer are too alike, and the interval too narrow
+FEW_FOR_BCA = 20  # of a mean
 NUMBERS_IN_MEMORY = 4_000_000  # at a time: the jackknife of BCa alone is N resamples of N - 1
 ROUNDING = 1e-12  # repeats whose range is at most that, in units of their mean, do not vary
 
@@ -36,6 +38,11 @@ class Estimate:
     def sign(self) -> int:
         """+1 or -1 where the whole interval lies on one side of 0; 0 where it does not, or is not known."""
         return int(self.low > 0) - int(self.high < 0)
+
+    def within(self, least: float, most: float) -> Estimate:
+        """The same, with the interval cut at what the number can be at all, but not short of the value; nan stays."""
+        low, high = max(self.low, least), min(self.high, most)
+        return Estimate(self.value, min(low, self.value), max(high, self.value))
 
 
 @dataclass(frozen=True)
@@ -80,7 +87,9 @@ def partial_spearman(
 
 
 def mean(x: np.ndarray, resamples: int = RESAMPLES, level: float = LEVEL, seed: int = 0) -> Estimate:
-    """The mean of (N,)."""
+    """The mean of (N,). Of up to FEW_FOR_BCA samples the interval is Student's: BCa's covers 90 % at 10 to 14."""
+    if FEWEST <= len(x) <= FEW_FOR_BCA:
+        return t_interval(x, level)
     return _bootstrapped(_mean, (x,), True, resamples, level, seed)
 
 

@@ -236,6 +236,11 @@ def test_trials_that_failed_and_measures_that_do_not_vary() -> None:
     assert f"1 of {table.num_rows} trials did not finish" in text
     assert "flat does not vary" in text
     assert "on 39 selections" in text
+    assert "1 of 40 selections are not complete" in text
+    first, second = found.tables["fig2-failures"].to_pylist()
+    assert (first["algorithm"], first["trials"], first["failed"]) == ("A", 120, 1)
+    assert first["share_low"] < 1 / 120 < first["share_high"]
+    assert (second["failed"], second["share"], second["share_low"]) == (0, 0, 0)
     with pytest.raises(UserError, match="there is nothing to compare"):
         answer(table, Fig2Spec(measures={"flat": 1.0}))
     with pytest.raises(UserError, match="measures has 'fame': expected columns"):

@@ -447,13 +447,17 @@ def test_ratios_are_geometric_and_paired() -> None:
     assert ratio.value.value == pytest.approx(4)
     assert ratio.value.low < 1 < ratio.value.high
     assert ratio.sign == 0
-    # Counts that are the same in every seed are known for certain; seconds are not, and one seed is not.
-    (exact,) = costs.ratios(COST, {"a": [(2.0, 1.0), (4.0, 2.0)]})
+    # Counts that no seed can change are known for certain; what agrees in two seeds by chance is not, nor is one seed.
+    (exact,) = costs.ratios(COST, {"a": [(2.0, 1.0), (4.0, 2.0)]}, by_design=True)
     assert (exact.value.low, exact.value.high, exact.sign) == (pytest.approx(2), pytest.approx(2), 1)
-    (equal,) = costs.ratios(COST, {"a": [(2.0, 2.0), (4.0, 4.0)]})
+    (equal,) = costs.ratios(COST, {"a": [(2.0, 2.0), (4.0, 4.0)]}, by_design=True)
     assert equal.sign == 0
-    assert costs.ratios(SECONDS, {"a": [(2.0, 1.0), (4.0, 2.0)]})[0].sign == 0
-    assert costs.ratios(COST, {"a": [(2.0, 1.0)]})[0].sign == 0
+    for measure in (COST, SECONDS):
+        (by_chance,) = costs.ratios(measure, {"a": [(2.0, 1.0), (4.0, 2.0)]})
+        assert (by_chance.value.value, by_chance.sign) == (pytest.approx(2), 0)
+        assert math.isnan(by_chance.value.low)
+        assert math.isnan(by_chance.corrected)
+    assert costs.ratios(COST, {"a": [(2.0, 1.0)]}, by_design=True)[0].sign == 0
 
 
 def a_round(costs: Mapping[str, float]) -> tuple[pa.Table, pa.Table]:
