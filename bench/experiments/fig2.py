@@ -14,13 +14,13 @@ import pyarrow.compute as pc
 from matplotlib.axes import Axes
 
 from bench.experiments.experiment import Answer, Experiment, Setup
-from bench.experiments.shared.verdicts import CONTRADICTED, HOLDS, UNKNOWN
 from bench.files.status import FINISHED
 from bench.jobs.sweep_tables import as_table
 from bench.metrics import limits_of
 from bench.report.figures import BLUE, GREEN, MUTED, ORANGE, VERMILLION, Draw
+from bench.report.verdicts import listed
 from bench.report.words import count_with_ci, interval_columns, share_with_ci, with_ci
-from bench.stats.estimates import LEVEL, Estimate
+from bench.stats.estimates import Estimate
 from bench.stats.selection_bias import (
     AdjustedScores,
     Concordance,
@@ -40,13 +40,13 @@ from bench.stats.selection_bias import (
     variance_shares,
     wilson,
 )
+from bench.stats.verdicts import UNKNOWN, Claim, Interval, Verdict, decide
 from bench.tasks.selections import THIRDS
 from scoring.errors import UserError
 from scoring.settings import Doc, Ge, Gt, Le, Lt, check, named
 
-RARE = 0.05  # a smaller rate of reversals is none that matters
+SHARE, REVERSALS = "share", "reversals"  # effects that margins are named for
 COLOURS, MARKERS = (BLUE, VERMILLION, GREEN, ORANGE), ("o", "s", "^", "D")
-MOST = 0.5  # a larger share is most of the variance
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,12 +93,17 @@ def run(setup: Setup) -> Answer:
     spec = setup.spec(Fig2Spec, "statistics")
     thirds = setup.sweep("thirds").trials if "thirds" in setup.values else None
     trials = setup.sweep().trials
+    margins = setup.margins(SHARE, REVERSALS)
     with setup.section("statistics"):
-        return answer(trials, spec, thirds)
+        return answer(trials, spec, margins, thirds)
 
 
-def answer(trials: pa.Table, spec: Fig2Spec, thirds: pa.Table | None = None) -> Answer:
-    """From the trials of a sweep over algorithms, selections and seeds; and of one over thirds by MRD."""
+def answer(trials: pa.Table, spec: Fig2Spec, margins: Mapping[str, float], thirds: pa.Table | None = None) -> Answer:
+    """From the trials of a sweep over algorithms, selections and seeds; and of one over thirds by MRD.
+
+    Args:
+        margins: the smallest SHARE of the variance, and the smallest rate of REVERSALS, that matter.
+    """
     finished = trials.filter(pc.equal(trials["status"], FINISHED)).to_pylist()
     constant = [name for name in spec.measures if not _varies(finished, name)]
     biases = [bias_of(finished, name, sign, spec) for name, sign in spec.measures.items() if name not in constant]
@@ -121,11 +126,12 @@ def answer(trials: pa.Table, spec: Fig2Spec, thirds: pa.Table | None = None) -> 
         rows = third_rows(thirds, measures)
         tables["fig2-thirds"] = as_table(rows)
         sentences.append(_table_by_thirds(rows, first.measure))
-    sentences.append(_claim(first))
+    decided = decide(_claims(first, margins))
+    sentences.append(_claim(decided))
     panels = [*(_runs_by_selection(bias) for bias in biases), _share_bars(biases)]
     columns = ["algorithm", "selection", "seed", "mean_log_mrd", *measures]
     table = pa.table({name: [row[name] for row in finished] for name in columns})
-    return Answer(table, panels, sentences, tables=tables)
+    return Answer(table, panels, sentences, decided, tables=tables)
 
 
 def _varies(rows: Sequence[Mapping[str, object]], measure: str) -> bool:
@@ -246,27 +252,58 @@ def _rankings(bias: MeasureBias) -> str:
     )
 
 
-def _claim(bias: MeasureBias) -> str:
-    share = bias.shares.within_algorithm
-    if share.low > 0:
-        part = "most" if share.low > MOST else f"at least {share.low:.0%}"
-        depends = (
-            f"results depend on the samples that were drawn: the claim {HOLDS} here "
-            f"({share_with_ci(share)} of the variance, {part})"
-        )
-    else:
-        depends = f"whether results depend on the samples that were drawn {UNKNOWN} here ({share_with_ci(share)})"
-    beyond_seeds = [r for r in bias.reversals if r.p_value < 1 - LEVEL]
-    if beyond_seeds:
-        pairs = "; ".join(f"{r.worse} ahead of {r.better} on {share_with_ci(r.rate)}" for r in beyond_seeds)
-        reverse = (
-            f"rankings reverse on some selections more often than the seed alone explains: the claim {HOLDS} ({pairs})"
-        )
-    elif all(reversal.at_most < RARE for reversal in bias.reversals):
-        reverse = f"rankings do not reverse on these samples: the claim {CONTRADICTED}"
-    else:
-        reverse = f"that rankings reverse because of the samples, and not of the seed, {UNKNOWN} here"
-    return f"The paper's claim: {depends}; {reverse}."
+def _claims(bias: MeasureBias, margins: Mapping[str, float]) -> list[Claim]:
+    """That results depend on the draw, and that the worse of two is ahead on more selections than seeds explain."""
+    table = bias.table
+
+    def share(level: float) -> Estimate:
+        return variance_shares(table, level).within_algorithm
+
+    def beyond_seeds(pair: int) -> Interval:
+        def at(level: float) -> Estimate:
+            reversal = reversal_rates(table, level)[pair]
+            by_seeds = math.nan if reversal.by_seeds is None else reversal.by_seeds
+            # Counts show that there are reversals; that they are rare is shown by how far apart the two are.
+            ends = (reversal.rate.value, reversal.rate.low, reversal.at_most)
+            return Estimate(*(end - by_seeds for end in ends))
+
+        return at
+
+    selections = len(table.selections)
+    depends = Claim(
+        "results depend on the samples that were drawn",
+        f"share of the variance of one algorithm's {bias.measure} that is due to the draw",
+        +1,
+        margins[SHARE],
+        share,
+        len(table.complete.selections),
+        "selections",
+        "share",
+    )
+    return [
+        depends,
+        *(
+            Claim(
+                "rankings reverse with the samples",
+                f"share of selections on which {reversal.worse} is ahead of {reversal.better}, beyond what seeds do",
+                +1,
+                margins[REVERSALS],
+                beyond_seeds(pair),
+                selections,
+                "selections",
+                "share",
+            )
+            for pair, reversal in enumerate(bias.reversals)
+        ),
+    ]
+
+
+def _claim(decided: Sequence[Verdict]) -> str:
+    depends, *reverse = decided
+    return (
+        f"The paper's claims: that {depends.claim.text}: {depends.word}. That rankings reverse with the samples: "
+        f"{listed(reverse)}."
+    )
 
 
 # --- Thirds by MRD ------------------------------------------------------------------------------------------
