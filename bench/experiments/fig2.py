@@ -263,8 +263,10 @@ def _claims(bias: MeasureBias, margins: Mapping[str, float]) -> list[Claim]:
         def at(level: float) -> Estimate:
             reversal = reversal_rates(table, level)[pair]
             by_seeds = math.nan if reversal.by_seeds is None else reversal.by_seeds
-            # Counts show that there are reversals; that they are rare is shown by how far apart the two are.
-            ends = (reversal.rate.value, reversal.rate.low, reversal.at_most)
+            # Counts show that there are reversals; that they are rare is shown by how far apart the two are. Its limit
+            # is for all pairs at once, which the verdicts see to by themselves.
+            of_all = max(1 - (1 - level) * len(bias.reversals), 0.0)
+            ends = (reversal.rate.value, reversal.rate.low, reversal_rates(table, of_all)[pair].at_most)
             return Estimate(*(end - by_seeds for end in ends))
 
         return at
