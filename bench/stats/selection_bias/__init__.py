@@ -4,7 +4,9 @@ Scores are y[algorithm, selection, seed]: a selection is one draw of forget samp
 Higher is better; a caller whose metric is better when lower turns its sign. Selections are taken as a random draw from
 all that could have been drawn, so every interval is about new selections, not about these. A seed that algorithms share
 can move all of them alike on a selection, which is told from the selection's own effect by `variance_shares`; means and
-differences over selections are right with shared seeds and without.
+differences over selections are right with shared seeds and without. Runs may be missing: pairs are compared on the
+selections that both have, and means adjusted for those that an algorithm lacks (`mean_scores`); shares of the variance
+and agreement are of complete selections (`ScoreTable.complete`).
 
 The same data and seed give the same interval.
 """
