@@ -17,7 +17,7 @@ from bench.jobs.sweep_plan import SweepSpec
 from bench.jobs.sweep_tables import SweepResult
 from bench.report.figures import Draw
 from bench.stats.verdicts import Verdict
-from scoring.errors import UserError
+from scoring.errors import UserError, expected_one_of
 from scoring.settings import Naming, build, naming
 
 T = TypeVar("T")
@@ -73,19 +73,27 @@ class Setup:
             spec = build(kind, self.values.get(key, {}))
             return spec.checked() if isinstance(spec, Checked) else spec
 
-    def margins(self) -> Mapping[str, float]:
-        """The smallest effects that matter, by the names that the experiment has for them.
+    def margins(self, *effects: str) -> Mapping[str, float]:
+        """The smallest effects that matter, as the spec file has them under `margins`.
+
+        Args:
+            effects: the names that must be there.
 
         Raises:
-            UserError: there are none, or one is not a number of at least 0.
+            UserError: one is missing, unknown, or not a number of at least 0.
         """
-        margins = self.values.get("margins")
-        if not isinstance(margins, dict) or not margins:
-            raise UserError(f"{self.names.start('margins')}expected a mapping: effect -> the smallest that matters")
-        for name, margin in margins.items():
+        margins = self.values.get("margins", {})
+        names = self.names.under("margins")
+        if not isinstance(margins, dict):
+            raise UserError(f"{names.start()}expected a mapping: effect -> the smallest that matters")
+        for name in (*effects, *margins):
+            margin = margins.get(name)
+            if name not in effects:
+                raise UserError(f"{names.start(name)}unknown effect {name!r}: {expected_one_of(name, effects)}")
             if isinstance(margin, bool) or not isinstance(margin, int | float) or not 0 <= margin < math.inf:
                 raise UserError(
-                    f"{self.names.under('margins').start(name)}{name} is {margin!r}: expected a number of at least 0"
+                    f"{names.start(name)}{name} is {'missing' if margin is None else margin!r}: expected the smallest "
+                    "effect that matters, a number of at least 0"
                 )
         return margins
 

@@ -123,6 +123,7 @@ def ratios_by_seed(rounds: Sequence[RunCost], measure: str, pairs: Sequence[tupl
             ]
             for first, second in pairs
         },
+        by_design=measure == COST,  # what goes through the model in a round
     )
 
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from scipy import stats
@@ -27,6 +27,7 @@ from bench.stats.estimates import LEVEL, Estimate, t_test
 HOLDS, CONTRADICTED, NO_EFFECT, UNKNOWN = "holds", "is contradicted", "no effect of that size", "cannot be told"
 VERDICTS = (HOLDS, CONTRADICTED, NO_EFFECT, UNKNOWN)
 POWER = 0.8
+RESAMPLES = 10_000
 MOST = 1_000_000  # more data than anybody has
 Interval = Callable[[float], Estimate]  # level of confidence, such as 0.95 -> the effect and its interval
 Scale = Literal["difference", "correlation", "log ratio", "share"]
@@ -88,6 +89,15 @@ def half_of(paper: float) -> float:
 def over_runs(values: Sequence[float] | np.ndarray) -> Interval:
     """The mean of independent runs, or of differences between paired ones, with Student's t interval."""
     return lambda level: t_test(values, level)[0]
+
+
+def bootstrapped(estimator: Callable[..., Estimate], *data: Any) -> Interval:
+    """An estimate of `bench.stats.estimates` that resamples, with as many resamples as far tails take.
+
+    Args:
+        estimator: takes the data, `resamples` and `level`.
+    """
+    return lambda level: estimator(*data, resamples=RESAMPLES, level=level)
 
 
 def decide(claims: Sequence[Claim], level: float = LEVEL) -> list[Verdict]:

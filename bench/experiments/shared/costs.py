@@ -151,18 +151,20 @@ class Ratio:
         return f"{self.name} {times_with_ci(self.value)}"
 
 
-def ratios(measure: str, pairs: Mapping[str, Sequence[tuple[float, float]]]) -> list[Ratio]:
+def ratios(measure: str, pairs: Mapping[str, Sequence[tuple[float, float]]], by_design: bool = False) -> list[Ratio]:
     """The geometric mean ratio of each list of pairs, with its t interval on the log scale; corrected together.
 
     Args:
-        pairs: name -> (amount of one run, amount of the other) for each seed, greater than 0. A count that has the
-            same ratio in every seed, of two or more, has it for certain.
+        pairs: name -> (amount of one run, amount of the other) for each seed, greater than 0. Seeds that agree have no
+            interval and no p: whole updates of a few seeds agree by chance too.
+        by_design: amounts are counts that no seed can change, as of a round of fixed length: a ratio that is the same
+            in every seed, of two or more, is known for certain.
     """
     tests = []
     for seeds in pairs.values():
         logs = [math.log(x / y) for x, y in seeds]
         log_ratio, p = t_test(logs)
-        if measure != SECONDS and len(logs) > 1 and max(logs) - min(logs) < ROUNDING:
+        if by_design and len(logs) > 1 and max(logs) - min(logs) < ROUNDING:
             log_ratio, p = Estimate(logs[0], logs[0], logs[0]), float(abs(logs[0]) < ROUNDING)
         tests.append((exponential(log_ratio), p))
     corrected = holm([p for _, p in tests])
