@@ -11,7 +11,8 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from scipy import stats
@@ -35,6 +36,17 @@ class Estimate:
     def sign(self) -> int:
         """+1 or -1 where the whole interval lies on one side of 0; 0 where it does not, or is not known."""
         return int(self.low > 0) - int(self.high < 0)
+
+
+@dataclass(frozen=True)
+class Resampled(Estimate):
+    """An estimate whose interval is by resampling.
+
+    Attributes:
+        at: gives the same number with its interval at another level of confidence, from the same resamples.
+    """
+
+    at: Callable[[float], Estimate] = field(repr=False, compare=False)
 
 
 def spearman(x: np.ndarray, y: np.ndarray, resamples: int = RESAMPLES, level: float = LEVEL, seed: int = 0) -> Estimate:
@@ -208,28 +220,37 @@ def _bootstrapped(
         # Resamples that do not determine the statistic are dealt with below.
         warnings.simplefilter("ignore")
         value = float(statistic(*groups, axis=-1))
-        if smallest < FEWEST:
-            return Estimate(value, math.nan, math.nan)
-        bootstrap = stats.bootstrap(
-            groups,
-            statistic,
-            paired=paired,
-            n_resamples=resamples,
-            confidence_level=level,
-            method="BCa",
-            vectorized=True,
-            batch=max(1, NUMBERS_IN_MEMORY // max(len(group) for group in groups)),
-            rng=np.random.default_rng(seed),
-        )
-    low, high = float(bootstrap.confidence_interval.low), float(bootstrap.confidence_interval.high)
-    if math.isfinite(low) and math.isfinite(high):
-        return Estimate(value, low, high)
-    # The percentile interval, from the resamples that determine the statistic: a few may hold one value only.
-    finite = bootstrap.bootstrap_distribution[np.isfinite(bootstrap.bootstrap_distribution)]
-    if not (math.isfinite(value) and len(finite) > resamples / 2):
+    if smallest < FEWEST:
         return Estimate(value, math.nan, math.nan)
-    low, high = np.quantile(finite, [(1 - level) / 2, (1 + level) / 2]).tolist()
-    return Estimate(value, low, high)
+    drawn: Any = None
+
+    def at(level: float) -> Estimate:
+        nonlocal drawn
+        with np.errstate(all="ignore"), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            drawn = stats.bootstrap(
+                groups,
+                statistic,
+                paired=paired,
+                n_resamples=0 if drawn else resamples,
+                bootstrap_result=drawn,
+                confidence_level=level,
+                method="BCa",
+                vectorized=True,
+                batch=max(1, NUMBERS_IN_MEMORY // max(len(group) for group in groups)),
+                rng=np.random.default_rng(seed),
+            )
+        low, high = float(drawn.confidence_interval.low), float(drawn.confidence_interval.high)
+        if math.isfinite(low) and math.isfinite(high):
+            return Resampled(value, low, high, at)
+        # The percentile interval, from the resamples that determine the statistic: a few may hold one value only.
+        finite = drawn.bootstrap_distribution[np.isfinite(drawn.bootstrap_distribution)]
+        if not (math.isfinite(value) and len(finite) > resamples / 2):
+            return Resampled(value, math.nan, math.nan, at)
+        low, high = np.quantile(finite, [(1 - level) / 2, (1 + level) / 2]).tolist()
+        return Resampled(value, low, high, at)
+
+    return at(level)
 
 
 def _partial_spearman(x: np.ndarray, y: np.ndarray, z: np.ndarray, axis: int) -> np.ndarray:

@@ -22,7 +22,7 @@ from typing import Any, Literal
 import numpy as np
 from scipy import stats
 
-from bench.stats.estimates import LEVEL, Estimate, t_test
+from bench.stats.estimates import LEVEL, Estimate, Resampled, over_seeds, t_interval
 
 HOLDS, CONTRADICTED, NO_EFFECT, UNKNOWN = "holds", "is contradicted", "no effect of that size", "cannot be told"
 VERDICTS = (HOLDS, CONTRADICTED, NO_EFFECT, UNKNOWN)
@@ -87,17 +87,22 @@ def half_of(paper: float) -> float:
 
 
 def over_runs(values: Sequence[float] | np.ndarray) -> Interval:
-    """The mean of independent runs, or of differences between paired ones, with Student's t interval."""
-    return lambda level: t_test(values, level)[0]
+    """The mean of independent runs, or of differences between paired ones, with Student's t interval; without one where
+    they do not vary."""
+    estimate = over_seeds(values)
+    if not math.isfinite(estimate.low):
+        return lambda level: estimate
+    return lambda level: t_interval(values, level)
 
 
 def bootstrapped(estimator: Callable[..., Estimate], *data: Any) -> Interval:
     """An estimate of `bench.stats.estimates` that resamples, with as many resamples as far tails take.
 
     Args:
-        estimator: takes the data, `resamples` and `level`.
+        estimator: takes the data and `resamples`.
     """
-    return lambda level: estimator(*data, resamples=RESAMPLES, level=level)
+    estimate = estimator(*data, resamples=RESAMPLES)
+    return estimate.at if isinstance(estimate, Resampled) else lambda level: estimate
 
 
 def decide(claims: Sequence[Claim], level: float = LEVEL) -> list[Verdict]:
