@@ -35,6 +35,12 @@ LOW, HIGH = "low", "high"
 MADE, MEASURED = "made", "measured"
 # The text of section 3.3 says -1; the MRD of Table 11 (low 0.3481, high 0.7689) says the opposite.
 PROBABILITY = Attribute("probability", "initial probability", LOW, HIGH, -1)
+CLAIMS = {
+    "complexity": "complex samples have higher MRD",
+    "frequency": "frequent samples have lower MRD",
+    "probability": "probable samples have lower MRD",
+    "rare_words": "samples with rare words have higher MRD",
+}
 # Table 11: MRD at the low and at the high level.
 PAPER = {
     "complexity": (0.3085, 1.0026),
@@ -105,8 +111,11 @@ class Comparison:
 
     def claim(self, margin: float) -> Claim:
         """What the paper says about the attribute, judged where the lengths of all samples overlap."""
-        claim = self.whole.claim(margin)
-        return dataclasses.replace(claim, effect=f"{self.title}, rank correlation where lengths overlap")
+        return dataclasses.replace(
+            self.whole.claim(margin),
+            text=CLAIMS[self.grouping.attribute.field],
+            effect=f"{self.title}, rank correlation where lengths overlap",
+        )
 
 
 def run(setup: Setup) -> Answer:

@@ -434,6 +434,9 @@ def test_the_draw_of_a_level_is_that_of_the_seed():
 # --- Table 12 -------------------------------------------------------------------------------------------------
 
 
+SIZE_MARGIN = {table12.MARGIN: math.log(1.25)}
+
+
 def stability(**changes: object) -> table12.Table12Spec:
     models = [{"model": "a", "task": "t"}, {"model": "b", "task": "t"}]
     return dataclasses.replace(table12.Table12Spec(models=models, samples=24, draws=250), **changes)
@@ -474,25 +477,34 @@ def test_half_normal_draws_are_stable_where_the_theory_says():
 def test_table_12_can_say_each_verdict():
     sizes = [10**5 + 1, 10**6 + 2, 10**7 + 3]
 
-    def claim(tails: list[float], samples: int = 24, half_normal: bool = True) -> str:
+    def word(tails: list[float], samples: int = 24, half_normal: bool = True) -> str:
         models = [normal_draws(str(n), size, tail, samples) for size, tail, n in zip(sizes, tails, "abc", strict=True)]
-        found = table12.answer(models, stability())
+        found = table12.answer(models, stability(), SIZE_MARGIN)
         assert found.table.num_rows == 3
         assert found.sentences[1].count("\n") == 1 + 3 + len(table12.PAPER)
         assert ("nothing of models" in found.sentences[2]) == half_normal
-        return found.sentences[-1]
+        (verdict,) = found.verdicts
+        assert f"hardly matters for K {verdict.word} here" in found.sentences[-1]
+        assert verdict.claim.count == samples
+        return verdict.word
 
-    assert only(HOLDS, claim([0, 0, 0]))
-    assert only(CONTRADICTED, claim([0, 0.4, 0.7], half_normal=False))
-    assert only(UNKNOWN, claim([0, 0, 0], samples=6, half_normal=False))
+    assert word([0, 0, 0]) == HOLDS
+    assert word([0, 0.4, 0.7], half_normal=False) == CONTRADICTED
+    assert word([0, 0, 0], samples=6, half_normal=False) == UNKNOWN
 
 
+def test_the_slope_by_size_is_that_of_a_power():
+    assert table12.slope_by_size([1e6, 1e7, 1e9], np.array([40.0, 60.0, 135.0])) == pytest.approx(math.log(1.5))
+
+
+@pytest.mark.slow
 def test_a_model_that_is_never_stable_is_said_to_be():
     models = [normal_draws("a", 10**6, draws=120), normal_draws("b", 10**7, tail=1.5, draws=120)]
-    found = table12.answer(models, stability(draws=120))
+    found = table12.answer(models, stability(draws=120), SIZE_MARGIN)
     assert "1 are not stable after 120" in found.sentences[0]
     assert "more than were drawn" in found.sentences[1]
-    assert only(UNKNOWN, found.sentences[-1])
+    assert [verdict.word for verdict in found.verdicts] == [UNKNOWN]
+    assert f"{UNKNOWN} here: a tenfold size changes it by a factor of not determined" in found.sentences[-1]
 
 
 def test_random_models_are_made_once_and_counted(tmp_path, model_folder):
