@@ -17,7 +17,6 @@ from scipy import stats
 from bench.experiments import fig6, table8, table11, table12
 from bench.experiments.experiment import Answer, Setup
 from bench.experiments.reproduce import SPECS
-from bench.experiments.shared.verdicts import range_verdict
 from bench.files.score_file import Scores
 from bench.files.spec import read_mapping
 from bench.jobs.draws import HALF_NORMAL_SPREAD, Point, PointDraws, measure_draws, read_finished, scaling_line
@@ -31,7 +30,7 @@ from bench.stats.estimates import Estimate, geometric_mean
 from bench.stats.verdicts import CONTRADICTED, HOLDS, NO_EFFECT, UNKNOWN, decide
 from bench.tasks.datasets import Dataset, load_dataset
 from scoring.load import load_model
-from scoring.mrd import ESTIMATORS, Request, estimate
+from scoring.mrd import ESTIMATORS, Request, estimate, scaling_slope
 from scoring.replica import TransformersReplica
 from scoring.samples import Text, encode, evenly_spaced, make_batches
 from scoring.settings import Naming, build
@@ -39,23 +38,7 @@ from scoring.work import Facts
 from tests.tiny_folders import tokenizer
 from tests.tiny_models import random_samples
 
-VERDICTS = (HOLDS, CONTRADICTED, UNKNOWN)
-
-
-def only(verdict: str, sentence: str) -> bool:
-    """Whether a sentence gives this verdict and no other."""
-    return [each for each in VERDICTS if each in sentence] == [verdict]
-
-
 # --- Words ----------------------------------------------------------------------------------------------------
-
-
-def test_the_interval_decides():
-    assert range_verdict(Estimate(1.0, 0.9, 1.1), 0.5, 2.0) == HOLDS
-    assert range_verdict(Estimate(1.0, 0.9, 2.1), 0.5, 2.0) == UNKNOWN
-    assert range_verdict(Estimate(3.0, 2.1, 4.0), 0.5, 2.0) == CONTRADICTED
-    assert range_verdict(Estimate(0.1, 0.0, 0.4), 0.5, 2.0) == CONTRADICTED
-    assert range_verdict(Estimate(1.0, math.nan, math.nan), 0.5, 2.0) == UNKNOWN
 
 
 def test_numbers_in_words():
@@ -116,7 +99,7 @@ def row(table: pa.Table, **wanted: object) -> dict:
 @pytest.mark.slow
 def test_figure_6_finds_what_the_draws_are_made_of():
     drawn = synthetic()
-    found = fig6.answer(drawn, read(drawn).tokens, SENSITIVITY)
+    found = fig6.answer(drawn, read(drawn).tokens, SENSITIVITY, {fig6.MARGIN: 0.1})
     exact = {"estimator": "monte-carlo", "statistic": "mean_abs", "dtype": "float32"}
     assert row(found.table, **exact, sigma=1e-6)["slope"] == pytest.approx(1, abs=0.01)
     assert row(found.table, **exact | {"dtype": "bfloat16"}, sigma=1e-6)["slope"] == pytest.approx(0, abs=0.01)
@@ -136,9 +119,16 @@ def test_figure_6_finds_what_the_draws_are_made_of():
     assert naive["relative_error"] > 3
     pairs = row(by_draws, estimator="antithetic", statistic="abs_mean", draws=16)
     assert pairs["relative_error"] < 0.05
+    # Of sigma in float32 and in bfloat16, of K for mean_abs and for abs_mean.
+    assert [verdict.word for verdict in found.verdicts] == [CONTRADICTED, HOLDS, HOLDS, CONTRADICTED]
+    assert math.exp(found.verdicts[2].estimate.value) == pytest.approx(
+        HALF_NORMAL_SPREAD, rel=0.1
+    )  # / sqrt(100) / 10 %
     of_sigma, of_draws = found.sentences[-2:]
-    assert only(CONTRADICTED, of_sigma)
-    assert only(HOLDS, of_draws.split("; it ")[0])
+    assert "MRD does not depend on sigma (mean_abs) is contradicted here: in float32" in of_sigma
+    assert "storage keeps 50%" in of_sigma
+    assert of_sigma.endswith("that MRD does not depend on sigma holds: it is rounding that does not.")
+    assert "holds for relative standard error of mean_abs / 10%" in of_draws
 
 
 def test_the_error_of_a_reference_against_itself_is_made_up_for():
@@ -153,29 +143,30 @@ def test_the_error_of_a_reference_against_itself_is_made_up_for():
     assert against_own.error.value == pytest.approx(expected, rel=0.1)
 
 
-def test_figure_6_can_say_each_verdict_of_sigma():
-    contradicted = read(synthetic()).claim_on_sigma()
-    assert "does not depend on sigma is contradicted here" in contradicted
-    assert "nearer to flat than to proportional" in contradicted
-    assert "storage keeps 50%" in contradicted
-    assert only(HOLDS, read(synthetic(power=0.0)).claim_on_sigma())
-    undecided = read(synthetic(power=0.1, spread=0.1, coarse=1.0)).claim_on_sigma()
-    assert only(UNKNOWN, undecided)
-    assert "nearer to proportional than to flat" in undecided
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({}, [CONTRADICTED, HOLDS]),
+        ({"power": 0.0}, [HOLDS, HOLDS]),
+        ({"power": 0.1, "spread": 0.1, "coarse": 1.0}, [UNKNOWN, CONTRADICTED]),
+    ],
+)
+def test_figure_6_can_say_each_verdict_of_sigma(changes: dict[str, float], words: list[str]):
+    sensitivity = read(synthetic(**changes))
+    verdicts = decide(sensitivity.sigma_claims(0.1))
+    assert [verdict.word for verdict in verdicts] == words
+    lines = [sensitivity.line(*fig6.DRAWN[0], dtype, fitted=True) for dtype in ("float32", "bfloat16")]
+    assert [verdict.estimate.value for verdict in verdicts] == pytest.approx(
+        [scaling_slope(line.sigmas.tolist(), line.scores) for line in lines]
+    )
+    assert ("rounding" in sensitivity.on_sigma(*verdicts)) == (words == [CONTRADICTED, HOLDS])
 
 
-def test_figure_6_can_say_each_verdict_of_draws():
+@pytest.mark.parametrize(("tolerance", "word"), [(0.1, HOLDS), (0.06, CONTRADICTED), (0.0755, UNKNOWN)])
+def test_figure_6_can_say_each_verdict_of_draws(tolerance: float, word: str):
     """The relative standard error of 100 half-normal draws is 7.6 %."""
-
-    def claim(tolerance: float) -> str:
-        sentence = read(synthetic(), tolerance=tolerance).claim_on_draws()
-        of_mean_abs, of_abs_mean = sentence.split("; it ")
-        assert only(CONTRADICTED, of_abs_mean)
-        return of_mean_abs
-
-    assert only(HOLDS, claim(0.1))
-    assert only(CONTRADICTED, claim(0.06))
-    assert only(UNKNOWN, claim(0.0755))
+    verdicts = decide(read(synthetic(), tolerance=tolerance).draws_claims())
+    assert [verdict.word for verdict in verdicts] == [word, CONTRADICTED]
 
 
 def test_figure_6_tells_one_sigma_from_another():
