@@ -11,7 +11,7 @@ import pyarrow as pa
 
 from bench.report.words import decimal, interval, markdown_table
 from bench.stats.estimates import Estimate
-from bench.stats.verdicts import CONTRADICTED, UNKNOWN, VERDICTS, Scale, Verdict
+from bench.stats.verdicts import UNKNOWN, VERDICTS, Scale, Verdict
 
 GLANCE = (
     "Intervals are 95 %, of each effect by itself. A verdict is made by an interval corrected for all claims of its "
@@ -148,14 +148,6 @@ def listed(verdicts: Iterable[Verdict]) -> str:
         if names:
             parts.append(f"{word} for {', '.join(names)}")
     return "; ".join(parts)
-
-
-def together(verdicts: Sequence[Verdict]) -> str:
-    """One word for a claim that is made of several: contradicted if one of them is, else what all of them are."""
-    words = {verdict.word for verdict in verdicts}
-    if CONTRADICTED in words:
-        return CONTRADICTED
-    return words.pop() if len(words) == 1 else UNKNOWN
 
 
 def _digits(scale: str) -> int:

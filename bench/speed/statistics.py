@@ -15,12 +15,12 @@ from itertools import pairwise
 import numpy as np
 from scipy import optimize, special, stats
 
-from bench.boards.compare import paired_g
 from bench.experiments.shared.costs import UPDATES, ratios
 from bench.files.origin import origin
 from bench.speed.figures import require_at_least, write_figures
 from bench.stats.estimates import LEVEL, Estimate, holm, t_interval
 from bench.stats.estimates import mean as mean_of
+from bench.stats.paired import paired_g
 from bench.stats.selection_bias import (
     ScoreTable,
     mean_scores,
