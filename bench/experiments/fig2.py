@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import cycle, pairwise
 from typing import Annotated, Self
 
@@ -18,7 +19,7 @@ from bench.files.status import FINISHED
 from bench.jobs.sweep_tables import as_table
 from bench.metrics import limits_of
 from bench.report.figures import BLUE, GREEN, MUTED, ORANGE, VERMILLION, Draw
-from bench.report.verdicts import listed
+from bench.report.verdicts import outcome
 from bench.report.words import count_with_ci, interval_columns, share_with_ci, with_ci
 from bench.stats.estimates import Estimate
 from bench.stats.selection_bias import (
@@ -40,7 +41,7 @@ from bench.stats.selection_bias import (
     variance_shares,
     wilson,
 )
-from bench.stats.verdicts import UNKNOWN, Claim, Interval, Verdict, decide
+from bench.stats.verdicts import UNKNOWN, Claim, Verdict, decide
 from bench.tasks.selections import THIRDS
 from scoring.errors import UserError
 from scoring.settings import Doc, Ge, Gt, Le, Lt, check, named
@@ -259,53 +260,48 @@ def _claims(bias: MeasureBias, margins: Mapping[str, float]) -> list[Claim]:
     def share(level: float) -> Estimate:
         return variance_shares(table, level).within_algorithm
 
-    def beyond_seeds(pair: int) -> Interval:
-        def at(level: float) -> Estimate:
-            reversal = reversal_rates(table, level)[pair]
-            by_seeds = math.nan if reversal.by_seeds is None else reversal.by_seeds
-            # Counts show that there are reversals; that they are rare is shown by how far apart the two are. Its limit
-            # is for all pairs at once, which the verdicts see to by themselves.
-            of_all = max(1 - (1 - level) * len(bias.reversals), 0.0)
-            ends = (reversal.rate.value, reversal.rate.low, reversal_rates(table, of_all)[pair].at_most)
-            return Estimate(*(end - by_seeds for end in ends))
-
-        return at
-
-    selections = len(table.selections)
-    depends = Claim(
-        "results depend on the samples that were drawn",
-        f"share of the variance of one algorithm's {bias.measure} that is due to the draw",
-        +1,
-        margins[SHARE],
-        share,
-        len(table.complete.selections),
-        "selections",
-        "share",
-    )
     return [
-        depends,
-        *(
-            Claim(
-                "rankings reverse with the samples",
-                f"share of selections on which {reversal.worse} is ahead of {reversal.better}, beyond what seeds do",
-                +1,
-                margins[REVERSALS],
-                beyond_seeds(pair),
-                selections,
-                "selections",
-                "share",
-            )
-            for pair, reversal in enumerate(bias.reversals)
+        Claim(
+            "results depend on the samples that were drawn",
+            f"share of the variance of one algorithm's {bias.measure} that is due to the draw",
+            +1,
+            margins[SHARE],
+            share,
+            len(table.complete.selections),
+            "selections",
+            "share",
+        ),
+        Claim(
+            "rankings reverse with the samples",
+            "share of selections on which the worse of two algorithms is ahead, beyond what seeds do; of the two with "
+            "the most",
+            +1,
+            margins[REVERSALS],
+            partial(_most_reversed, table),
+            len(table.selections),
+            "selections",
+            "share",
         ),
     ]
 
 
+def _most_reversed(table: ScoreTable, level: float) -> Estimate:
+    """The largest rate of reversals beyond seeds, over the pairs of algorithms, which are all corrected for.
+
+    Counts of selections show that there are reversals; that they are rare is shown by how far apart algorithms are.
+    """
+    pairs = len(reversal_rates(table))
+    counted = reversal_rates(table, 1 - (1 - level) / max(pairs, 1))
+    beyond = [
+        (counts.rate.value - counts.by_seeds, counts.rate.low - counts.by_seeds, sizes.at_most - counts.by_seeds)
+        for counts, sizes in zip(counted, reversal_rates(table, level), strict=True)
+        if counts.by_seeds is not None
+    ]
+    return Estimate(*map(max, zip(*beyond, strict=True))) if beyond else Estimate(math.nan, math.nan, math.nan)
+
+
 def _claim(decided: Sequence[Verdict]) -> str:
-    depends, *reverse = decided
-    return (
-        f"The paper's claims: that {depends.claim.text}: {depends.word}. That rankings reverse with the samples: "
-        f"{listed(reverse)}."
-    )
+    return "The paper's claims: " + ". ".join(f"that {v.claim.text}: {outcome(v)}" for v in decided) + "."
 
 
 # --- Thirds by MRD ------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from scipy import stats
 
 from bench.experiments import fig6, table8, table11, table12
 from bench.experiments.experiment import Answer, Setup
-from bench.experiments.reproduce import SPECS
+from bench.experiments.reproduce import PRESETS, SPECS
 from bench.files.score_file import Scores
 from bench.files.spec import read_mapping
 from bench.jobs.draws import HALF_NORMAL_SPREAD, Point, PointDraws, measure_draws, read_finished, scaling_line
@@ -535,7 +535,7 @@ KINDS = {
 }
 
 
-@pytest.mark.parametrize("preset", ["demo", "paper"])
+@pytest.mark.parametrize("preset", PRESETS)
 @pytest.mark.parametrize("name", KINDS)
 def test_specs_are_read_and_checked(name, preset):
     values = read_mapping(SPECS / f"{name}.yaml")[0][preset]
@@ -569,7 +569,7 @@ def begin(name: str, work: Path, model: Path, data: Path) -> Answer:
     """Run an experiment on the tiny model, and draw its picture."""
     experiment = importlib.import_module(f"bench.experiments.{name}").EXPERIMENT
     assert experiment.name == name
-    values = tiny(name, str(model), str(data))
+    values = tiny(name, str(model), str(data)) | {"margins": read_mapping(SPECS / f"{name}.yaml")[0]["margins"]}
     trials = work / "trials"
     found = experiment.run(Setup(name, values, Naming(), work, trials, SweepResources(concurrent=0), progress=False))
     assert found.table.num_rows
