@@ -6,7 +6,6 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 
 from bench.report.words import decimal, interval, markdown_table
@@ -122,7 +121,7 @@ def margin(value: float, scale: str) -> str:
     if not value:
         return "any"
     if scale == "log ratio":
-        return f"{np.expm1(value):.0%}"
+        return f"×{math.exp(value):.3g}"
     return f"{value:g}"
 
 
