@@ -1,8 +1,8 @@
 """Figure 7: does MRD order sentences, paragraphs and long texts as the difficulty of forgetting them does?
 
-A text of a level is made of so many consecutive records of a task. Each text is unlearned by itself until forgotten,
-and counts as forgotten below the averages over its level. The difficulty of a text is mean |Δθ| when it is forgotten,
-as in Figures 3 and 4.
+A text of a level is made of so many consecutive records of a task, or comes from a split that has such texts. Each text
+is unlearned by itself until forgotten, and counts as forgotten below the averages over its level. The difficulty of a
+text is mean |Δθ| when it is forgotten, as in Figures 3 and 4.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import cycle
 from pathlib import Path
-from typing import Annotated, Self
+from typing import Annotated, Any, Self
 
 import numpy as np
 import pyarrow as pa
@@ -45,10 +45,11 @@ from bench.report.words import decimal, interval, with_ci
 from bench.stats.estimates import Estimate, mean
 from bench.stats.verdicts import decide
 from bench.tasks.datasets import DataName, load_dataset
+from bench.tasks.joined import joined
 from scoring.errors import UserError
 from scoring.files import replacing
 from scoring.records import Record
-from scoring.samples import Text, encode, evenly_spaced
+from scoring.samples import encode, evenly_spaced
 from scoring.settings import Doc, Ge, check, named
 
 IN_ORDER = "MRD orders texts by their difficulty at every level"
@@ -60,10 +61,14 @@ class Fig7Spec:
 
     task: Annotated[DataName, Doc("whose records are joined")]
     levels: Annotated[
-        dict[str, Annotated[int, Ge(1)]], Doc("level -> how many records a text of it has, from the shortest on")
+        dict[str, Annotated[int, Ge(1)] | str],
+        Doc(
+            "level -> how many records of the split are joined to a text of it, or the split of the task that has its "
+            "texts; from the shortest on"
+        ),
     ]
     count: Annotated[int, Ge(1), Doc("texts of each level, evenly spaced over the split")]
-    split: Annotated[str | None, Doc("of the task (default: the task's own)")] = None
+    split: Annotated[str | None, Doc("whose records are joined (default: the task's own)")] = None
 
     def checked(self) -> Self:
         """The same.
@@ -81,12 +86,13 @@ def run(setup: Setup) -> Answer:
     spec = setup.spec(Fig7Spec, "texts")
     sweep_spec = setup.spec(SweepSpec, "sweep")
     model = find_model(sweep_spec.base["model"])
-    texts = load_dataset(spec.task, spec.split, model.tokenizer).texts
-    paths = {level: setup.work / f"texts-{records}.jsonl" for level, records in spec.levels.items()}
+    paths = {level: setup.work / f"texts-{made_of}.jsonl" for level, made_of in spec.levels.items()}
+    records_of = {}
     # The texts of all levels first, so that one that does not fit is not noticed after an hour.
     with setup.section("texts"):
-        for level, records in spec.levels.items():
-            _write(paths[level], joined(texts, records, spec.count), level, model)
+        for level, path in paths.items():
+            texts, records_of[level] = _texts(spec, level, model.tokenizer)
+            _write(path, texts, level, model)
     sweeps = {}
     for level, path in paths.items():
         base = sweep_spec.base | {"task": str(path.absolute())}
@@ -94,41 +100,31 @@ def run(setup: Setup) -> Answer:
         of_level = dataclasses.replace(setup, values={key: {**setup.values["sweep"], "base": base}})
         sweep = of_level.sweep(key)
         sweeps[level] = sweep.trials, sweep.samples
-    return answer(sweeps, spec.levels, model.max_length, setup.margins(CORRELATION))
+    return answer(sweeps, records_of, model.max_length, setup.margins(CORRELATION))
 
 
 # --- Texts --------------------------------------------------------------------------------------------------
 
 
-def joined(texts: Sequence[Text], records: int, count: int) -> list[Record]:
-    """`count` texts of `records` consecutive texts each, without overlap.
-
-    The first prompt is the prompt of the joined text, and all that follows is scored, so one record alone stays what
-    it is. Plain texts are joined to a plain text.
+def _texts(spec: Fig7Spec, level: str, tokenizer: Any) -> tuple[list[Record], int]:
+    """`count` texts of a level, and how many records each of them is made of.
 
     Raises:
-        UserError: there are too few texts, or chats among them.
+        UserError: there are too few texts, or texts that cannot be joined.
     """
-    groups = [texts[start : start + records] for start in range(0, len(texts) - records + 1, records)]
-    if len(groups) < count:
+    made_of = spec.levels[level]
+    if isinstance(made_of, str):
+        dataset = load_dataset(spec.task, made_of, tokenizer)
+        records, texts = int(dataset.records[0].get("records", 1)), joined(dataset.texts, 1)
+    else:
+        dataset = load_dataset(spec.task, spec.split, tokenizer)
+        records, texts = made_of, joined(dataset.texts, made_of)
+    if len(texts) < spec.count:
         raise UserError(
-            f"{named('count')} is {count}: {len(texts)} records give {len(groups)} texts of {records}; lower it, or "
-            "choose a larger split"
+            f"{named('count')} is {spec.count}: {len(dataset.texts)} records of {dataset.name} give {len(texts)} texts "
+            f"for {level!r}; lower it, or choose a larger split"
         )
-    return [_join(group) for group in evenly_spaced(groups, count)]
-
-
-def _join(group: Sequence[Text]) -> Record:
-    first = group[0]
-    name = first.sample_id if len(group) == 1 else f"{first.sample_id}+{len(group) - 1}"
-    if any(text.messages is not None for text in group):
-        raise UserError(
-            f"{named('task')}: {first.sample_id!r} is a chat; expected prompts with completions, or plain texts"
-        )
-    if first.completion is None:
-        return {"id": name, "text": " ".join(text.prompt for text in group)}
-    rest = "".join(f"\n{text.prompt}{text.completion or ''}" for text in group[1:])
-    return {"id": name, "prompt": first.prompt, "completion": first.completion + rest}
+    return evenly_spaced(texts, spec.count), records
 
 
 def _write(path: Path, records: Sequence[Record], level: str, model: ModelReference) -> None:
@@ -215,8 +211,8 @@ def _before_any_update(
     longest = max((run.tokens for run in runs), default=0)
     return (
         f"Before any update, {'; '.join(parts)}. The longest text has {longest} scored tokens, of the {context} that "
-        "the model's context holds. Joined texts were not trained on as such: a model that knows their parts need not "
-        "know the whole as well."
+        "the model's context holds. A model that has read the parts of a joined text, and not the text as such, need "
+        "not know the whole as well."
     )
 
 

@@ -32,7 +32,7 @@ from bench.stats.verdicts import CONTRADICTED, HOLDS, NO_EFFECT, UNKNOWN
 from bench.tasks.datasets import load_dataset
 from scoring.errors import UserError
 from scoring.load import load_model
-from scoring.samples import Text, collate, encode
+from scoring.samples import collate, encode
 from scoring.settings import Naming, build
 from scoring.training_difficulty import el2n, grand, vog
 from tests.tiny_folders import write_jsonl
@@ -482,37 +482,28 @@ def test_epochs_are_for_models_that_can_be_trained_again(model_folder, data_file
 # --- Figure 7 -----------------------------------------------------------------------------------------------
 
 
-def question(number: int) -> Text:
-    return Text(f"q{number}", f"Q{number}?", f" A{number}.")
-
-
-def test_texts_are_joined_from_consecutive_records():
-    texts = [question(n) for n in range(7)]
-    assert fig7.joined(texts, 1, 2) == [
-        {"id": "q0", "prompt": "Q0?", "completion": " A0."},
-        {"id": "q6", "prompt": "Q6?", "completion": " A6."},
-    ]
-    assert fig7.joined(texts, 3, 2) == [
-        {"id": "q0+2", "prompt": "Q0?", "completion": " A0.\nQ1? A1.\nQ2? A2."},
-        {"id": "q3+2", "prompt": "Q3?", "completion": " A3.\nQ4? A4.\nQ5? A5."},
-    ]
-    plain = [Text("a", "One."), Text("b", "Two.")]
-    assert fig7.joined(plain, 2, 1) == [{"id": "a+1", "text": "One. Two."}]
-
-
-def test_texts_that_cannot_be_joined():
-    with pytest.raises(UserError, match="7 records give 2 texts of 3"):
-        fig7.joined([question(n) for n in range(7)], 3, 3)
-    with pytest.raises(UserError, match="'c' is a chat"):
-        fig7.joined([Text("c", messages=({"role": "assistant", "content": "Hi"},))], 1, 1)
-
-
 def test_a_text_that_the_context_does_not_hold_is_refused_first(model_folder, data_file, tmp_path):
     values = {
         "texts": {"task": str(data_file), "levels": {"short": 1, "endless": 12}, "count": 2},
         "sweep": {"base": {"model": str(model_folder), "algorithm": "GA", "evaluate": False}},
     }
     with pytest.raises(UserError, match=r"levels\['endless'\]: 'r0\+11' has \d+ tokens, the model's context holds 64"):
+        fig7.run(Setup("fig7", values, Naming(), tmp_path, tmp_path / "trials", SweepResources(), progress=False))
+
+
+@pytest.mark.parametrize(
+    ("level", "message"),
+    [
+        (3, r"count is 14: \d+ records of graded/holdout give 13 texts for 'own'; lower it"),
+        ("paragraph", "unknown split of task 'graded' 'paragraph': .*mean 'paragraphs'"),
+    ],
+)
+def test_levels_that_the_task_does_not_have(level, message, model_folder, tmp_path):
+    values = {
+        "texts": {"task": "graded", "split": "holdout", "levels": {"own": level}, "count": 14},
+        "sweep": {"base": {"model": str(model_folder), "algorithm": "GA", "evaluate": False}},
+    }
+    with pytest.raises(UserError, match=message):
         fig7.run(Setup("fig7", values, Naming(), tmp_path, tmp_path / "trials", SweepResources(), progress=False))
 
 
