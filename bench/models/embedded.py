@@ -122,7 +122,9 @@ FAMILIES: dict[str, Family] = {
         | {"joined": {"learning_rate": 3e-3, "batch_size": 8, "epochs": 3}},
     ),
     "novel": Family(novel.training_records, novel.tokenizer_text, novel.read_in, SMALL, _small_training(22, 36)),
-    "replies": Family(replies.training_records, replies.tokenizer_text, None, SMALL, _small_training(26, 28)),
+    "replies": Family(
+        replies.training_records, replies.tokenizer_text, replies.read_in, SMALL, _small_training(26, 28)
+    ),
 }
 
 

@@ -653,7 +653,7 @@ def test_margins_are_asked_for_before_a_run(module: Any, tmp_path: Path) -> None
 # --- Specs and the real thing -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("preset", ["demo", "paper"])
+@pytest.mark.parametrize("preset", ["demo", "decide", "paper"])
 @pytest.mark.parametrize("module", MODULES, ids=lambda module: module.EXPERIMENT.name)
 def test_specs_are_sound(module: Any, preset: str) -> None:
     name = module.EXPERIMENT.name
@@ -677,7 +677,7 @@ def test_specs_are_sound(module: Any, preset: str) -> None:
             assert run.draws == 200 or run.estimator != "monte-carlo"
     if module in (table1, table4, table5, table6, table7):
         assert {0, 1} <= arms
-    assert (-1 in arms) == (module is table1)
+    assert (-1 in arms) == (module is table1 and preset != "decide")
 
 
 @pytest.mark.slow
