@@ -11,16 +11,16 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import pyarrow.compute as pc
 
 from bench.boards.conflicts import canonical_json, conflicting_specs, setting_differences, shortened, without_repeats
-from bench.boards.standings import MetricLabel, SelectionLabel, Standing, standings
+from bench.boards.standings import MetricLabel, SelectionLabel, Standing, failed_runs, standings
 from bench.files.status import FINISHED
-from bench.metrics import METRICS
+from bench.metrics import METRICS, limits_of
 from bench.results.store import Results, identity_of
 from scoring.errors import UserError
 
@@ -246,10 +246,12 @@ def _board(
                 origins.setdefault(origin, len(origins)),
             )
         )
+    failures = failed_runs([(run.entry, run.status == FINISHED) for run in runs])
     standings_by_metric, sentences = {}, {}
     for name, metric in metrics.items():
         values = [(r.entry, r.selection, r.values[name]) for r in runs if r.status == FINISHED and name in r.values]
-        standings_by_metric[name], sentences[name] = standings(metric, values, list(entries), selections)
+        standings_by_metric[name], remarks = standings(metric, values, list(entries), selections)
+        sentences[name] = (*remarks, *failures)
     setting = rows[0]["setting"]
     ids = {name for selection in selections.values() for name in selection.ids}
     others = [other for other in settings if other != setting]
@@ -338,8 +340,10 @@ def metric_label(name: str) -> MetricLabel:
     """The label of a metric of a task or of the training loop."""
     if name in METRICS:
         metric = METRICS[name]
-        return MetricLabel(metric.title, metric.definition, metric.higher_is_better)
-    return _LOOP_METRICS.get(name, MetricLabel(name, "", True))
+        label = MetricLabel(metric.title, metric.definition, metric.higher_is_better)
+    else:
+        label = _LOOP_METRICS.get(name, MetricLabel(name, "", True))
+    return replace(label, limits=limits_of(name))
 
 
 def _about(rows: Sequence[Mapping[str, Any]], differences: str) -> dict[str, str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections import defaultdict
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +15,8 @@ from bench.boards.conflicts import canonical_json
 from bench.files.status import FINISHED
 from bench.results.store import Results, identity_of
 from bench.stats import selection_bias as bias
-from bench.stats.estimates import LEVEL, Estimate, t_interval
+from bench.stats.estimates import Estimate, t_interval
+from bench.stats.paired import paired_g
 from scoring.errors import UserError, unknown_name
 
 
@@ -161,24 +161,6 @@ def _paired(name: str, shared: Sequence[Any], first: Side, second: Side) -> Pair
         t_interval(difference),
         paired_g(sign * difference),
     )
-
-
-def paired_g(differences: np.ndarray, level: float = LEVEL) -> Estimate:
-    """Hedges' g of paired differences (n,).
-
-        g = J mean / sd,   J = 1 - 3 / (4 (n - 1) - 1)
-
-    The interval inverts the noncentral t distribution of sqrt(n) mean / sd (Cumming & Finch 2001). J corrects the value
-    for its bias; the limits are those of the true effect as they stand, and times J they would miss it more often. nan
-    with fewer than three differences, or where they are all the same.
-    """
-    n = len(differences)
-    if n < 3 or (spread := float(differences.std(ddof=1))) <= bias.SAME * max(1.0, float(np.abs(differences).max())):
-        return Estimate(math.nan, math.nan, math.nan)
-    d = float(differences.mean()) / spread
-    correction = 1 - 3 / (4 * (n - 1) - 1)
-    limits = bias.noncentrality(np.array([d * math.sqrt(n)]), n - 1, level)[:, 0] / math.sqrt(n)
-    return Estimate(correction * d, *map(float, limits))
 
 
 def _finished_rows(results: Results) -> list[dict[str, Any]]:

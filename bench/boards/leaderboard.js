@@ -125,7 +125,16 @@ function movedRankCell(row, rank, at) {
   return make("span", {}, `${rank}`, mark);
 }
 
-function standingColumns(title, where, forecasts) {
+function standingColumns(title, where, adjusted, forecasts) {
+  const byDifficulty = [
+    {
+      title: "at equal difficulty",
+      value: (row) => (row.adjusted ? row.adjusted[0] : null),
+      cell: (row) => withInterval(row.adjusted),
+      downFirst: true,
+    },
+    { title: "rank there", value: (row) => row.adjustedRank, cell: (row) => movedRankCell(row, row.adjustedRank, "difficulty") },
+  ];
   const byForecast = [
     {
       title: "at equal forecast",
@@ -140,13 +149,7 @@ function standingColumns(title, where, forecasts) {
     { title: "rank", value: (row) => row.rank, cell: rankText, about: "as measured, with the ranks it can have" },
     { title: "entry", value: (row) => row.name, cell: (row) => link(row.name, { ...where, entry: row.name }), words: true },
     { title, value: (row) => row.value[0], cell: (row) => withInterval(row.value), downFirst: true },
-    {
-      title: "at equal difficulty",
-      value: (row) => (row.adjusted ? row.adjusted[0] : null),
-      cell: (row) => withInterval(row.adjusted),
-      downFirst: true,
-    },
-    { title: "rank there", value: (row) => row.adjustedRank, cell: (row) => movedRankCell(row, row.adjustedRank, "difficulty") },
+    ...(adjusted ? byDifficulty : []),
     ...(forecasts ? byForecast : []),
     { title: "not separable", value: (row) => row.groups || null, about: "entries that share a letter" },
     { title: "runs", value: (row) => row.runs, downFirst: true },
@@ -171,8 +174,8 @@ function showBoard(section, number, board, metric) {
   choice.title = board.metrics[metric][2];
   const rows = board.standings[metric].map((row) => standingRow(board, row));
   const where = { board: number, metric: board.metrics[metric][0] };
-  const forecasts = rows.some((row) => row.forecast);
-  const table = sortable("Standings", standingColumns(board.metrics[metric][1], where, forecasts), rows, { by: 0 });
+  const adjusted = rows.some((row) => row.adjusted), forecasts = rows.some((row) => row.forecast);
+  const table = sortable("Standings", standingColumns(board.metrics[metric][1], where, adjusted, forecasts), rows, { by: 0 });
   place.replaceChildren(table.node);
   section.querySelector(".sentences").replaceChildren(...board.sentences[metric].map((text) => make("p", { textContent: text })));
 

@@ -65,8 +65,8 @@ def page(boards: Sequence[Board], notes: Sequence[str] = ()) -> str:
         '<body><a class="skip" href="#main">Skip to the standings</a>'
         '<header><h1>Leaderboard</h1><button type="button" id="theme" hidden>Theme: auto</button>'
         f"<p>Unlearning algorithms on {len(boards)} {'board' if len(boards) == 1 else 'boards'}, {runs:,} runs. Ranks "
-        "are given twice: as measured, on the selections of forget samples that all entries share, and at equal "
-        "difficulty. Intervals are 95 %, over selections.</p>"
+        "are as measured, adjusted for selections of forget samples that an entry lacks, and, where entries differ in "
+        "their selections, at equal difficulty. Intervals are 95 %, over selections.</p>"
         "<noscript><p>Without JavaScript this page shows each board by its first metric.</p></noscript></header>"
         + (f'<nav aria-label="Boards"><ul id="boards">{links}</ul></nav>' if len(boards) > 1 else "")
         + f'<main id="main" tabindex="-1">{body}<section id="detail" hidden></section></main>'
@@ -111,10 +111,8 @@ def _figures(board: Board, number: int) -> str:
 
 def _static_table(board: Board, metric: str) -> str:
     """The table of the standings for readers without JavaScript; the script replaces it."""
-    forecast = has_forecasts(board, metric)
     rows = "".join(
-        "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in cells(standing, forecast)) + "</tr>"
-        for standing in board.standings[metric]
+        "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in table_rows(board, metric)
     )
     heads = "".join(f'<th scope="col">{escape(title)}</th>' for title in columns(board, metric))
     return (
@@ -123,24 +121,31 @@ def _static_table(board: Board, metric: str) -> str:
     )
 
 
+def has_adjusted(board: Board, metric: str) -> bool:
+    """Whether values at equal difficulty are known and not the raw ones: only then are they shown."""
+    return any(standing.adjusted for standing in board.standings[metric])
+
+
 def has_forecasts(board: Board, metric: str) -> bool:
-    """Whether values at equal forecast are known: only then are they shown."""
+    """The same of values at equal forecast."""
     return any(standing.adjusted_by_forecast for standing in board.standings[metric])
 
 
 def columns(board: Board, metric: str) -> list[str]:
     """Column heads of the standings by a metric."""
+    adjusted = ["at equal difficulty", "rank there"] if has_adjusted(board, metric) else []
     forecast = ["at equal forecast", "rank by forecast"] if has_forecasts(board, metric) else []
     title = board.metrics[metric].title
-    return ["rank", "entry", title, "at equal difficulty", "rank there", *forecast, "not separable", "runs"]
+    return ["rank", "entry", title, *adjusted, *forecast, "not separable", "runs"]
 
 
-def cells(standing: Standing, forecast: bool) -> list[str]:
-    """The row of an entry, below `columns`.
+def table_rows(board: Board, metric: str) -> list[list[str]]:
+    """The rows of the standings, below `columns`."""
+    adjusted, forecast = has_adjusted(board, metric), has_forecasts(board, metric)
+    return [_cells(standing, adjusted, forecast) for standing in board.standings[metric]]
 
-    Args:
-        forecast: with its value at equal forecast.
-    """
+
+def _cells(standing: Standing, adjusted: bool, forecast: bool) -> list[str]:
     rank = "not compared" if standing.rank is None else str(standing.rank)
     if standing.best is not None and standing.best != standing.worst:
         rank += f" ({standing.best}–{standing.worst})"
@@ -148,7 +153,7 @@ def cells(standing: Standing, forecast: bool) -> list[str]:
         rank,
         standing.entry,
         _with_interval(standing.value),
-        *_adjusted_cells(standing.adjusted, standing.adjusted_rank),
+        *(_adjusted_cells(standing.adjusted, standing.adjusted_rank) if adjusted else ()),
         *(_adjusted_cells(standing.adjusted_by_forecast, standing.forecast_rank) if forecast else ()),
         standing.groups or "–",
         str(standing.runs),

@@ -7,6 +7,7 @@ import math
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
@@ -26,11 +27,13 @@ class MetricLabel:
         title: heading of its column.
         definition: what it measures, in one line.
         higher_is_better: for an unlearned model.
+        limits: what it can be at all.
     """
 
     title: str
     definition: str
     higher_is_better: bool
+    limits: tuple[float, float] = (-math.inf, math.inf)
 
 
 @dataclass(frozen=True)
@@ -40,12 +43,14 @@ class Standing:
     Attributes:
         entry: its name.
         runs: how many have a value.
-        selections, seeds: how many are compared: those that every entry has.
-        value: mean over the selections of the mean over the seeds; t interval over the selections, nan with one.
+        selections, seeds: how many it has, of selections, and of seeds on each of them at least.
+        value: mean over all selections of the mean over the seeds, also over those that it has no run on
+            (`bias.mean_scores`); interval over the selections, nan with one.
         rank: by the value, 1 is the best; None for an entry that could not be compared.
         best, worst: the ranks that it can have; None with fewer than three selections.
         groups: letters; two entries that share one are not separable; "" where that is not known.
-        adjusted: the value at the mean difficulty of all selections; None where difficulty is not known.
+        adjusted: the value at the mean difficulty of all selections; None where difficulty is not known, and where
+            every entry has every selection: then it is the raw one.
         adjusted_rank: rank by the adjusted value; None without one.
         adjusted_by_forecast, forecast_rank: the same, difficulty being the mean log flip time and not the mean log MRD.
     """
@@ -96,15 +101,15 @@ def standings(
         values: entry, selection and value of each run that has one.
         entries: names of all of them, also of those without a value.
 
-    Entries are compared on the selections that all of them have with the same number of seeds (`bias.ScoreTable.of`):
-    raw values on different selections would compare the draws. At equal difficulty each is compared on all it has.
+    Two entries are compared on the selections that both have, and means are adjusted for what is missing: raw values on
+    different selections would compare the draws. At equal difficulty each is compared on all it has.
     """
     sign = 1.0 if metric.higher_is_better else -1.0
     measured = [(entry, selection, sign * value) for entry, selection, value in values]
     by_mrd = _adjusted(measured, {name: label.mean_log_mrd for name, label in selections.items()})
     by_forecast = _adjusted(measured, {name: label.mean_log_flip_time for name, label in selections.items()})
-    table, left_out = _balanced_table(measured)
-    sentences = [left_out] if left_out else []
+    table, remark = _table(measured)
+    sentences = [remark] if remark else []
     rows = []
     for entry in entries:
         own_values = [(selection, value) for other, selection, value in measured if other == entry]
@@ -128,20 +133,26 @@ def standings(
     if table:
         ranking = bias.separable(table)
         sentences += _uncertainty_sentences(metric.title, table, ranking)
-        rows = _ranked_by_table(rows, table, ranking, sign)
+        rows = _ranked_by_table(rows, ranking, sign)
     else:
         rows = _ranked_by_value(rows, sign)
+    rows = [_within(row, *metric.limits) for row in rows]
     if by_mrd.slope is not None:
         sentences.append(
-            f"Per unit of mean log MRD {metric.title} changes by {with_ci(_signed(by_mrd.slope, sign))}; adjusted "
-            "values are what each entry would have at the mean difficulty of all selections."
+            f"Per unit of mean log MRD {metric.title} changes by {with_ci(_signed(by_mrd.slope, sign))}; "
+            + (
+                "adjusted values are what each entry would have at the mean difficulty of all selections."
+                if by_mrd.values
+                else "every entry has every selection, so values at equal difficulty are the raw ones."
+            )
         )
     else:
         sentences.append(f"Not adjusted: {by_mrd.reason or 'the difficulty of the selections was not measured'}.")
     if by_forecast.slope is not None:
         sentences.append(
             f"Per unit of mean log flip time, the forecast of updates, it changes by "
-            f"{with_ci(_signed(by_forecast.slope, sign))}; values at equal forecast are those at its mean."
+            f"{with_ci(_signed(by_forecast.slope, sign))}; values at equal forecast are "
+            + ("those at its mean." if by_forecast.values else "the raw ones, too.")
         )
     elif by_forecast.reason:
         sentences.append(f"Not adjusted by forecast: {by_forecast.reason}.")
@@ -149,19 +160,14 @@ def standings(
     return tuple(rows), tuple(sentences)
 
 
-def _ranked_by_table(
-    rows: Sequence[Standing], table: bias.ScoreTable, ranking: bias.Ranking, sign: float
-) -> list[Standing]:
-    """The rows with values and ranks from the balanced table, for the entries that are in it."""
+def _ranked_by_table(rows: Sequence[Standing], ranking: bias.Ranking, sign: float) -> list[Standing]:
+    """The rows with values and ranks from the table, for the entries that are in it."""
     places = {rank.algorithm: (number, rank) for number, rank in enumerate(ranking.ranks, 1)}
     groups = group_letters(list(places), ranking.pairs)
-    means = dict(zip(table.algorithms, table.means, strict=True))
     return [
         dataclasses.replace(
             row,
-            selections=len(table.selections),
-            seeds=table.seeds,
-            value=_signed(_mean(means[row.entry]), sign),
+            value=_signed(places[row.entry][1].mean, sign),
             rank=places[row.entry][0],
             best=places[row.entry][1].best,
             worst=places[row.entry][1].worst,
@@ -173,8 +179,16 @@ def _ranked_by_table(
     ]
 
 
-def _balanced_table(measured: Sequence[tuple[str, str, float]]) -> tuple[bias.ScoreTable | None, str]:
-    """The table of the entries that share at least three selections, and a sentence about what is left out of it."""
+def _within(row: Standing, least: float, most: float) -> Standing:
+    """With intervals that end where the metric does."""
+    adjusted, by_forecast = (value and value.within(least, most) for value in (row.adjusted, row.adjusted_by_forecast))
+    return dataclasses.replace(
+        row, value=row.value.within(least, most), adjusted=adjusted, adjusted_by_forecast=by_forecast
+    )
+
+
+def _table(measured: Sequence[tuple[str, str, float]]) -> tuple[bias.ScoreTable | None, str]:
+    """The table of the entries that share at least three selections, and a sentence about what it lacks."""
     entries = list(dict.fromkeys(entry for entry, _, _ in measured))
     compared = list(entries)
     while len(compared) > 1:
@@ -190,17 +204,36 @@ def _balanced_table(measured: Sequence[tuple[str, str, float]]) -> tuple[bias.Sc
             compared = [entry for entry in compared if counts[entry] > fewest]
             continue
         remarks = []
-        if table.dropped:
+        if table.incomplete:
             remarks.append(
-                f"{len(table.dropped)} of {len(table.dropped) + len(table.selections)} selections do not have the "
-                "same number of runs of all, and are left out of the raw comparison"
+                f"{len(table.incomplete)} of {len(table.selections)} selections do not have the same number of runs of "
+                "all: means are adjusted for the selections that an entry lacks, and two entries are compared on those "
+                "that both have"
             )
         if excluded := [entry for entry in entries if entry not in compared]:
             remarks.append(f"{', '.join(excluded)}: not compared, on too few selections")
         return table, ". ".join(remarks) + "." if remarks else ""
     if len(entries) < 2:
         return None, "There is one entry, and none to compare it with."
-    return None, "Ranks have no intervals: entries do not share three selections with the same number of seeds."
+    return None, "Ranks have no intervals: entries do not share three selections."
+
+
+def failed_runs(runs: Sequence[tuple[str, bool]]) -> tuple[str, ...]:
+    """A sentence about the runs that did not finish; none if all did.
+
+    Args:
+        runs: the entry of each run, and whether it finished.
+    """
+    finished: defaultdict[str, list[bool]] = defaultdict(list)
+    for entry, has_finished in runs:
+        finished[entry].append(has_finished)
+    if all(all(of_entry) for of_entry in finished.values()):
+        return ()
+    shares = ", ".join(
+        f"{entry} {share_with_ci(bias.wilson(of_entry.count(False), len(of_entry)))}"
+        for entry, of_entry in finished.items()
+    )
+    return (f"Runs that did not finish: {shares}.",)
 
 
 def _ranked_by_value(rows: Sequence[Standing], sign: float) -> list[Standing]:
@@ -215,7 +248,7 @@ class _Adjusted:
     """Values at equal difficulty.
 
     Attributes:
-        values: by entry, higher is better; {} if there are none.
+        values: by entry, higher is better; {} if there are none, or every entry has every selection.
         slope: of the value, per unit of difficulty.
         reason: why there are none; "" where difficulty was not measured.
     """
@@ -233,7 +266,7 @@ class _Adjusted:
 
 
 def _adjusted(measured: Sequence[tuple[str, str, float]], difficulties: Mapping[str, float | None]) -> _Adjusted:
-    """Values at equal difficulty, from that of each selection."""
+    """Values at equal difficulty, from that of each selection; none where they are the raw ones."""
     rows = [
         (entry, selection, value, difficulty)
         for entry, selection, value in measured
@@ -246,23 +279,58 @@ def _adjusted(measured: Sequence[tuple[str, str, float]], difficulties: Mapping[
         result = bias.adjusted_scores(entries, found, values, names)
     except UserError as error:
         return _Adjusted({}, None, str(error))
+    if len(set(zip(entries, names, strict=True))) == len(set(entries)) * len(set(names)):
+        return _Adjusted({}, result.slope, "")
     return _Adjusted({score.algorithm: score.adjusted for score in result.scores}, result.slope, "")
 
 
 def _uncertainty_sentences(title: str, table: bias.ScoreTable, ranking: bias.Ranking) -> list[str]:
     """How much of the variance is the draw's, and how many selections the ranking would need."""
+    apart = sum(pair.separable for pair in ranking.pairs)
+    told = f"{apart} of {len(ranking.pairs)} pairs of entries can be told apart on these selections."
+    try:
+        table = table.complete
+    except UserError:
+        return [
+            f"Which part of the variance of {title} is due to the samples that were drawn, and how many selections the "
+            f"ranking needs, cannot be told with {int(table.is_complete.sum())} complete selections; {told}"
+        ]
+    return [_variance_sentence(title, table), f"{_needed_sentence(table, ranking)} {told}"]
+
+
+def _variance_sentence(title: str, table: bias.ScoreTable) -> str:
     shares = bias.variance_shares(table)
-    share, bound, rest = shares.within_algorithm, "", ", the rest to the seed"
+    share = shares.within_algorithm
     if not math.isfinite(share.value):
-        share, bound, rest = shares.within_algorithm_common, "at least ", ""
-    seeds = f"{table.seeds} seeds" if table.seeds > 1 else "one seed"
-    separable = sum(pair.separable for pair in ranking.pairs)
-    return [
-        f"Of the variance of one entry's {title}, {bound}{share_with_ci(share)} is due to which samples were "
-        f"drawn{rest} ({len(table.selections)} selections, {seeds} each).",
+        return (
+            f"How much of the variance of one entry's {title} is due to which samples were drawn cannot be told with "
+            f"one seed ({len(table.selections)} selections)."
+        )
+    tails = f"; no upper limit, as scores have long tails ({shares.long_tails})" if shares.long_tails else ""
+    return (
+        f"Of the variance of one entry's {title}, {share_with_ci(share)} is due to which samples were drawn, the rest "
+        f"to the seed ({len(table.selections)} selections, {table.seeds} seeds each{tails})."
+    )
+
+
+def _needed_sentence(table: bias.ScoreTable, ranking: bias.Ranking) -> str:
+    """Selections for the whole ranking, for it up to groups that cannot be told apart, and for each two neighbours."""
+    sentence = (
         f"For this ranking to be right with a probability of 95 %, {count_with_ci(bias.selections_needed(table))} "
-        f"selections are needed; {separable} of {len(ranking.pairs)} pairs of entries can be told apart on these.",
-    ]
+        "selections are needed"
+    )
+    groups = bias.separable_groups(ranking)
+    if 1 < len(groups) < len(ranking.ranks):
+        needed = bias.selections_needed_between(table, groups)
+        names = ", then ".join("/".join(group) for group in groups)
+        sentence += f", and for no more than {names}, {count_with_ci(needed)}"
+    pairs = {frozenset((p.better, p.worse)): p for p in bias.selections_needed_pair(table)}
+    order = [rank.algorithm for rank in ranking.ranks]
+    neighbours = [pairs[frozenset(pair)] for pair in pairwise(order)]
+    if len(neighbours) > 1:
+        counts = "; ".join(f"{p.better} before {p.worse} {count_with_ci(p.selections)}" for p in neighbours)
+        sentence += f"; of neighbours, {counts}"
+    return sentence + "."
 
 
 def group_letters(order: Sequence[str], pairs: Sequence[bias.SeparablePair]) -> dict[str, str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bench.boards.board import Board, metric_label
 from bench.boards.compare import Comparison, Side
-from bench.boards.page import has_forecasts
+from bench.boards.page import has_adjusted, has_forecasts
 from bench.boards.standings import Standing
 from bench.report.words import decimal, interval, three_digits
 from bench.results.export import latex_table
@@ -12,21 +12,25 @@ from bench.results.export import latex_table
 
 def standings_latex(board: Board, metric: str) -> str:
     """The standings of a board as rows of a LaTeX table."""
-    forecast = has_forecasts(board, metric)
+    adjusted, forecast = has_adjusted(board, metric), has_forecasts(board, metric)
     rows = [
         {
             "rank": standing.rank,
             "entry": standing.entry,
             board.metrics[metric].title: decimal(standing.value.value, 3),
             "95 % CI": interval(standing.value, 3),
-            "adjusted": decimal(standing.adjusted.value, 3) if standing.adjusted else None,
-            "adjusted rank": standing.adjusted_rank,
+            **(_adjusted_cells(standing) if adjusted else {}),
             **(_forecast_cells(standing) if forecast else {}),
             "not separable": standing.groups,
         }
         for standing in board.standings[metric]
     ]
     return latex_table(list(rows[0]), rows)
+
+
+def _adjusted_cells(standing: Standing) -> dict[str, str | int | None]:
+    value = standing.adjusted
+    return {"adjusted": decimal(value.value, 3) if value else None, "adjusted rank": standing.adjusted_rank}
 
 
 def _forecast_cells(standing: Standing) -> dict[str, str | int | None]:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from bench.boards.board import Board, boards
 from bench.boards.figures import pareto, strips
-from bench.boards.page import PAGE_TITLE, cells, columns, has_forecasts, page
+from bench.boards.page import PAGE_TITLE, columns, page, table_rows
 from bench.boards.text import standings_latex
 from bench.files.folders import HEAD_BYTES, MadeFolders, refuse_foreign, unwritable
 from bench.report import figures
@@ -29,7 +29,7 @@ def leaderboard(
 ) -> tuple[list[Board], list[str]]:
     """Rank the runs in result stores, and write the leaderboard's page.
 
-    Entries are ranked by raw values, on the selections that all of them share, and at equal difficulty.
+    Entries are ranked by their means over selections, adjusted for those that an entry lacks, and at equal difficulty.
 
     Args:
         stores: folders or URIs (s3://, gs://) of stores.
@@ -104,6 +104,4 @@ def overview(ranked: Sequence[Board], notes: Sequence[str]) -> str:
 
 
 def _table(board: Board, metric: str) -> str:
-    forecast = has_forecasts(board, metric)
-    rows = [cells(standing, forecast) for standing in board.standings[metric]]
-    return markdown_table(columns(board, metric), rows) + "\n"
+    return markdown_table(columns(board, metric), table_rows(board, metric)) + "\n"

@@ -121,6 +121,10 @@ def benchmark_arguments(parser: argparse.ArgumentParser) -> None:
 
     benchmark("plan", "the constants of `mrd-bench plan` on this machine, and its sums against runs", _plan)
 
+    about = "how often intervals cover and claims are false, on simulated data, before faults were mended and now"
+    add = benchmark("statistics", about, _statistics)
+    add("--replications", type=int, default=500, help="simulated data sets a case (default: %(default)s)")
+
     add = benchmark("leaderboard", "building a leaderboard of many runs, and opening it", _leaderboard)
     add("--runs", type=int, default=10_000, help="number of made runs in the store (default: 10000)")
 
@@ -217,3 +221,10 @@ def _leaderboard(arguments: argparse.Namespace) -> None:
     from bench.speed import leaderboard
 
     leaderboard.run_benchmark(arguments.runs, out)
+
+
+def _statistics(arguments: argparse.Namespace) -> None:
+    out = _out(arguments)
+    from bench.speed import statistics
+
+    statistics.run_benchmark(arguments.replications, out)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -15,6 +16,8 @@ from bench.jobs.sweep import sweep
 from bench.jobs.sweep_plan import SweepSpec
 from bench.jobs.sweep_tables import SweepResult
 from bench.report.figures import Draw
+from bench.stats.verdicts import Verdict
+from scoring.errors import UserError, expected_one_of
 from scoring.settings import Naming, build, naming
 
 T = TypeVar("T")
@@ -70,6 +73,30 @@ class Setup:
             spec = build(kind, self.values.get(key, {}))
             return spec.checked() if isinstance(spec, Checked) else spec
 
+    def margins(self, *effects: str) -> Mapping[str, float]:
+        """The smallest effects that matter, as the spec file has them under `margins`.
+
+        Args:
+            effects: the names that must be there.
+
+        Raises:
+            UserError: one is missing, unknown, or not a number of at least 0.
+        """
+        margins = self.values.get("margins", {})
+        names = self.names.under("margins")
+        if not isinstance(margins, dict):
+            raise UserError(f"{names.start()}expected a mapping: effect -> the smallest that matters")
+        for name in (*effects, *margins):
+            margin = margins.get(name)
+            if name not in effects:
+                raise UserError(f"{names.start(name)}unknown effect {name!r}: {expected_one_of(name, effects)}")
+            if isinstance(margin, bool) or not isinstance(margin, int | float) or not 0 <= margin < math.inf:
+                raise UserError(
+                    f"{names.start(name)}{name} is {'missing' if margin is None else margin!r}: expected the smallest "
+                    "effect that matters, a number of at least 0"
+                )
+        return margins
+
     def section(self, key: str) -> AbstractContextManager[None]:
         """A context in which messages name settings of the section `key`, with their lines in the spec file."""
         return naming(self.names.under(key))
@@ -82,7 +109,8 @@ class Answer:
     Attributes:
         table: the numbers behind the picture.
         panels: of the picture, from left to right.
-        sentences: the answer, each number with its interval; the last says whether the paper's claim holds here.
+        sentences: the answer, each number with its interval.
+        verdicts: on the paper's claims.
         polar: the panels have a centre and angles.
         inches: width and height of the picture; None: 5 by 5 for each panel.
         tables: further tables by name.
@@ -91,6 +119,7 @@ class Answer:
     table: pa.Table
     panels: Sequence[Draw]
     sentences: Sequence[str]
+    verdicts: Sequence[Verdict] = ()
     polar: bool = False
     inches: tuple[float, float] | None = None
     tables: Mapping[str, pa.Table] = field(default_factory=dict)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import cycle
+from functools import partial
+from itertools import cycle, pairwise
 from typing import Annotated, Self
 
 import numpy as np
@@ -14,10 +15,11 @@ import pyarrow.compute as pc
 from matplotlib.axes import Axes
 
 from bench.experiments.experiment import Answer, Experiment, Setup
-from bench.experiments.shared.verdicts import CONTRADICTED, HOLDS, UNKNOWN
 from bench.files.status import FINISHED
 from bench.jobs.sweep_tables import as_table
+from bench.metrics import limits_of
 from bench.report.figures import BLUE, GREEN, MUTED, ORANGE, VERMILLION, Draw
+from bench.report.verdicts import outcome
 from bench.report.words import count_with_ci, interval_columns, share_with_ci, with_ci
 from bench.stats.estimates import Estimate
 from bench.stats.selection_bias import (
@@ -32,16 +34,20 @@ from bench.stats.selection_bias import (
     kendalls_w,
     reversal_rates,
     selections_needed,
+    selections_needed_between,
     selections_needed_pair,
     separable,
+    separable_groups,
     variance_shares,
+    wilson,
 )
+from bench.stats.verdicts import UNKNOWN, Claim, Verdict, decide
 from bench.tasks.selections import THIRDS
 from scoring.errors import UserError
 from scoring.settings import Doc, Ge, Gt, Le, Lt, check, named
 
+SHARE, REVERSALS = "share", "reversals"  # effects that margins are named for
 COLOURS, MARKERS = (BLUE, VERMILLION, GREEN, ORANGE), ("o", "s", "^", "D")
-MOST = 0.5  # a larger share is most of the variance
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,23 +82,30 @@ class MeasureBias:
     reversals: Sequence[Reversal]
     concordance: Concordance
     needed: Estimate
+    groups: Sequence[Sequence[str]]
+    needed_of_groups: Estimate
     pairs_needed: Sequence[PairNeeded]
     ranking: Ranking
     adjusted: AdjustedScores
+    limits: tuple[float, float]  # what a score can be
 
 
 def run(setup: Setup) -> Answer:
     spec = setup.spec(Fig2Spec, "statistics")
     thirds = setup.sweep("thirds").trials if "thirds" in setup.values else None
     trials = setup.sweep().trials
+    margins = setup.margins(SHARE, REVERSALS)
     with setup.section("statistics"):
-        return answer(trials, spec, thirds)
+        return answer(trials, spec, margins, thirds)
 
 
-def answer(trials: pa.Table, spec: Fig2Spec, thirds: pa.Table | None = None) -> Answer:
-    """From the trials of a sweep over algorithms, selections and seeds; and of one over thirds by MRD."""
+def answer(trials: pa.Table, spec: Fig2Spec, margins: Mapping[str, float], thirds: pa.Table | None = None) -> Answer:
+    """From the trials of a sweep over algorithms, selections and seeds; and of one over thirds by MRD.
+
+    Args:
+        margins: the smallest SHARE of the variance, and the smallest rate of REVERSALS, that matter.
+    """
     finished = trials.filter(pc.equal(trials["status"], FINISHED)).to_pylist()
-    lost = trials.num_rows - len(finished)
     constant = [name for name in spec.measures if not _varies(finished, name)]
     biases = [bias_of(finished, name, sign, spec) for name, sign in spec.measures.items() if name not in constant]
     if not biases:
@@ -100,23 +113,26 @@ def answer(trials: pa.Table, spec: Fig2Spec, thirds: pa.Table | None = None) -> 
     first = biases[0]
     sentences = [_headline(first, spec), *(_variance(bias) for bias in biases), _rankings(first)]
     sentences += [f"{name} does not vary between these trials, and is left out." for name in constant]
-    if lost:
-        sentences.append(f"{lost} of {trials.num_rows} trials did not finish; selections without them are left out.")
+    failures = _failures(trials)
+    if any(row["failed"] for row in failures):
+        sentences.append(_lost(failures, first))
     tables = {
         "fig2-shares": as_table(_share_rows(biases)),
         "fig2-pairs": as_table(_pair_rows(biases)),
         "fig2-ranking": as_table(_ranking_rows(biases)),
+        "fig2-failures": as_table(failures),
     }
     measures = [bias.measure for bias in biases]
     if thirds is not None:
         rows = third_rows(thirds, measures)
         tables["fig2-thirds"] = as_table(rows)
         sentences.append(_table_by_thirds(rows, first.measure))
-    sentences.append(_claim(first))
+    decided = decide(_claims(first, margins))
+    sentences.append(_claim(decided))
     panels = [*(_runs_by_selection(bias) for bias in biases), _share_bars(biases)]
     columns = ["algorithm", "selection", "seed", "mean_log_mrd", *measures]
     table = pa.table({name: [row[name] for row in finished] for name in columns})
-    return Answer(table, panels, sentences, tables=tables)
+    return Answer(table, panels, sentences, decided, tables=tables)
 
 
 def _varies(rows: Sequence[Mapping[str, object]], measure: str) -> bool:
@@ -140,8 +156,11 @@ def bias_of(trials: Sequence[Mapping[str, object]], measure: str, sign: float, s
     algorithms = [str(row["algorithm"]) for row in usable]
     selections = [str(row["selection"]) for row in usable]
     values = np.array([sign * float(row[measure]) for row in usable])  # type: ignore[arg-type]
-    table = ScoreTable.of(algorithms, selections, values)
+    table = ScoreTable.of(algorithms, selections, values, [int(str(row["seed"])) for row in usable])
     difficulty = np.array([float(row["mean_log_mrd"]) for row in usable])  # type: ignore[arg-type]
+    ranking = separable(table)
+    groups = separable_groups(ranking)
+    ends = [sign * end for end in limits_of(measure)]
     return MeasureBias(
         measure,
         table,
@@ -149,36 +168,70 @@ def bias_of(trials: Sequence[Mapping[str, object]], measure: str, sign: float, s
         reversal_rates(table),
         kendalls_w(table),
         selections_needed(table, spec.probability),
+        groups,
+        selections_needed_between(table, groups, spec.probability),
         selections_needed_pair(table, spec.probability),
-        separable(table),
+        ranking,
         adjusted_scores(algorithms, difficulty, values, selections),
+        (min(ends), max(ends)),
     )
 
 
 # --- Sentences ----------------------------------------------------------------------------------------------
 
 
-def _share(bias: MeasureBias) -> Estimate:
-    """The share of one algorithm's variance that is due to the draw; with one seed in a cell, its lower bound."""
-    known = math.isfinite(bias.shares.within_algorithm.value)
-    return bias.shares.within_algorithm if known else bias.shares.within_algorithm_common
-
-
 def _headline(bias: MeasureBias, spec: Fig2Spec) -> str:
-    table = bias.table
+    table = bias.table.complete
     seeds = f"{table.seeds} seeds" if table.seeds > 1 else "one seed"
-    bound = "" if math.isfinite(bias.shares.within_algorithm.value) else "at least "
-    return (
-        f"**{bound.capitalize()}{share_with_ci(_share(bias))} of the variance of an algorithm's {bias.measure} is due "
-        f"to which samples were drawn**, the rest to the seed; on {len(table.selections)} selections with {seeds} "
-        f"each. For the ranking of {', '.join(table.algorithms)} to be right with a probability of "
-        f"{spec.probability:.0%}, a paper needs {count_with_ci(bias.needed)} selections; it usually reports one."
+    share = bias.shares.within_algorithm
+    due = (
+        f"**{share_with_ci(share)} of the variance of an algorithm's {bias.measure} is due to which samples were "
+        "drawn**, the rest to the seed"
+        if math.isfinite(share.value)
+        else f"How much of the variance of an algorithm's {bias.measure} is due to which samples were drawn, and how "
+        f"much to the seed, {UNKNOWN} with one seed"
     )
+    return (
+        f"{due}; on {len(table.selections)} selections with {seeds} each. For the ranking of "
+        f"{', '.join(table.algorithms)} to be right with a probability of {spec.probability:.0%}, a paper needs "
+        f"{count_with_ci(bias.needed)} selections{_needed_in_part(bias)}; it usually reports one."
+    )
+
+
+def _needed_in_part(bias: MeasureBias) -> str:
+    """What a ranking needs that goes no further than algorithms can be told apart, and what neighbours need."""
+    text = ""
+    if 1 < len(bias.groups) < len(bias.ranking.ranks):
+        names = ", then ".join("/".join(group) for group in bias.groups)
+        text = f", and for no more than {names} {count_with_ci(bias.needed_of_groups)}"
+    if len(bias.ranking.ranks) > 2:
+        of_pair = {frozenset((pair.better, pair.worse)): pair for pair in bias.pairs_needed}
+        neighbours = [of_pair[frozenset(pair)] for pair in pairwise(rank.algorithm for rank in bias.ranking.ranks)]
+        counts = [f"{pair.better} before {pair.worse} {count_with_ci(pair.selections)}" for pair in neighbours]
+        text += f" (of neighbours, {'; '.join(counts)})"
+    return text
 
 
 def _variance(bias: MeasureBias) -> str:
     parts = ", ".join(f"{name} {share_with_ci(share)}" for name, share in bias.shares.parts.items())
-    return f"Shares of the variance of {bias.measure}: {parts}."
+    tails = bias.shares.long_tails
+    limits = f" No upper limits, as scores have long tails ({tails}): outliers that were not drawn would change them."
+    return f"Shares of the variance of {bias.measure}: {parts}.{limits if tails else ''}"
+
+
+def _lost(failures: Sequence[Mapping[str, object]], bias: MeasureBias) -> str:
+    """How many trials of which algorithm did not finish, and what that does to the numbers."""
+    shares = ", ".join(
+        f"{row['algorithm']} {share_with_ci(wilson(float(str(row['failed'])), int(str(row['trials']))))}"
+        for row in failures
+    )
+    lost, trials = (sum(int(str(row[name])) for row in failures) for name in ("failed", "trials"))
+    of_all = f"{len(bias.table.incomplete)} of {len(bias.table.selections)} selections are not complete"
+    return (
+        f"{lost} of {trials} trials did not finish: {shares}. {of_all}: means are adjusted for the selections that an "
+        "algorithm lacks, and two are compared on those that both have; the shares of the variance and the rank "
+        "correlation are of complete selections."
+    )
 
 
 def _rankings(bias: MeasureBias) -> str:
@@ -200,27 +253,55 @@ def _rankings(bias: MeasureBias) -> str:
     )
 
 
-def _claim(bias: MeasureBias) -> str:
-    share = _share(bias)
-    if share.low > 0:
-        part = "most" if share.low > MOST else "perhaps most" if share.high > MOST else "the smaller part"
-        depends = (
-            f"results depend on the samples that were drawn: the claim {HOLDS} here "
-            f"({share_with_ci(share)} of the variance, {part})"
-        )
-    else:
-        depends = f"whether results depend on the samples that were drawn {UNKNOWN} here ({share_with_ci(share)})"
-    beyond_seeds = [r for r in bias.reversals if r.rate.low > (r.by_seeds or 0.0) and r.difference.sign > 0]
-    if beyond_seeds:
-        pairs = "; ".join(f"{r.worse} ahead of {r.better} on {share_with_ci(r.rate)}" for r in beyond_seeds)
-        reverse = (
-            f"rankings reverse on some selections more often than the seed alone explains: the claim {HOLDS} ({pairs})"
-        )
-    elif all(reversal.rate.high < 0.05 for reversal in bias.reversals):
-        reverse = f"rankings do not reverse on these samples: the claim {CONTRADICTED}"
-    else:
-        reverse = f"that rankings reverse because of the samples, and not of the seed, {UNKNOWN} here"
-    return f"The paper's claim: {depends}; {reverse}."
+def _claims(bias: MeasureBias, margins: Mapping[str, float]) -> list[Claim]:
+    """That results depend on the draw, and that the worse of two is ahead on more selections than seeds explain."""
+    table = bias.table
+
+    def share(level: float) -> Estimate:
+        return variance_shares(table, level).within_algorithm
+
+    return [
+        Claim(
+            "results depend on the samples that were drawn",
+            f"share of the variance of one algorithm's {bias.measure} that is due to the draw",
+            +1,
+            margins[SHARE],
+            share,
+            len(table.complete.selections),
+            "selections",
+            "share",
+        ),
+        Claim(
+            "rankings reverse with the samples",
+            "share of selections on which the worse of two algorithms is ahead, beyond what seeds do; of the two with "
+            "the most",
+            +1,
+            margins[REVERSALS],
+            partial(_most_reversed, table),
+            len(table.selections),
+            "selections",
+            "share",
+        ),
+    ]
+
+
+def _most_reversed(table: ScoreTable, level: float) -> Estimate:
+    """The largest rate of reversals beyond seeds, over the pairs of algorithms, which are all corrected for.
+
+    Counts of selections show that there are reversals; that they are rare is shown by how far apart algorithms are.
+    """
+    pairs = len(reversal_rates(table))
+    counted = reversal_rates(table, 1 - (1 - level) / max(pairs, 1))
+    beyond = [
+        (counts.rate.value - counts.by_seeds, counts.rate.low - counts.by_seeds, sizes.at_most - counts.by_seeds)
+        for counts, sizes in zip(counted, reversal_rates(table, level), strict=True)
+        if counts.by_seeds is not None
+    ]
+    return Estimate(*map(max, zip(*beyond, strict=True))) if beyond else Estimate(math.nan, math.nan, math.nan)
+
+
+def _claim(decided: Sequence[Verdict]) -> str:
+    return "The paper's claims: " + ". ".join(f"that {v.claim.text}: {outcome(v)}" for v in decided) + "."
 
 
 # --- Thirds by MRD ------------------------------------------------------------------------------------------
@@ -262,6 +343,7 @@ def _share_rows(biases: Sequence[MeasureBias]) -> list[dict[str, object]]:
             "within an algorithm: selection, common to all": bias.shares.within_algorithm_common,
             "agreement of rankings": bias.concordance.agreement,
             "selections needed": bias.needed,
+            "selections needed up to groups": bias.needed_of_groups,
         }
         rows += [
             {"measure": bias.measure, "part": part, "value": number.value, "low": number.low, "high": number.high}
@@ -298,20 +380,33 @@ def _pair_rows(biases: Sequence[MeasureBias]) -> list[dict[str, object]]:
     return rows
 
 
+def _failures(trials: pa.Table) -> list[dict[str, object]]:
+    """The share of trials that did not finish, of each algorithm."""
+    finished: dict[str, list[bool]] = {}
+    for row in trials.select(["algorithm", "status"]).to_pylist():
+        finished.setdefault(str(row["algorithm"]), []).append(row["status"] == FINISHED)
+    return [
+        {"algorithm": name, "trials": len(each), "failed": each.count(False)}
+        | interval_columns("share", wilson(each.count(False), len(each)))
+        for name, each in finished.items()
+    ]
+
+
 def _ranking_rows(biases: Sequence[MeasureBias]) -> list[dict[str, object]]:
     rows: list[dict[str, object]] = []
     for bias in biases:
-        adjusted = {score.algorithm: score for score in bias.adjusted.scores}
+        adjusted = {score.algorithm: score.adjusted for score in bias.adjusted.scores}
         for rank in bias.ranking.ranks:
-            score = adjusted[rank.algorithm]
+            # Where all have all selections, the adjusted score is the mean, and is not shown as another number.
+            of_rank = adjusted[rank.algorithm] if bias.table.incomplete else Estimate(math.nan, math.nan, math.nan)
             rows.append(
                 {
                     "measure": bias.measure,
                     "algorithm": rank.algorithm,
                     "rank_best": rank.best,
                     "rank_worst": rank.worst,
-                    **interval_columns("mean", score.raw),
-                    **interval_columns("adjusted", score.adjusted),
+                    **interval_columns("mean", rank.mean.within(*bias.limits)),
+                    **interval_columns("adjusted", of_rank.within(*bias.limits)),
                 }
             )
     return rows
@@ -352,7 +447,7 @@ def _share_bars(biases: Sequence[MeasureBias]) -> Draw:
 
     def draw(axes: Axes) -> None:
         parts = list(biases[0].shares.parts)
-        colours = dict(zip(parts, (MUTED, VERMILLION, ORANGE, BLUE), strict=False))
+        colours = dict(zip(parts, (MUTED, VERMILLION, ORANGE, BLUE, GREEN), strict=False))
         for row, bias in enumerate(biases):
             left = 0.0
             for part, share in bias.shares.parts.items():

@@ -7,7 +7,7 @@ its samples. Groups are independent draws from one forget set, so intervals are 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Self
 
@@ -19,7 +19,7 @@ from scipy import stats
 from transformers import PreTrainedModel
 
 from bench.experiments.experiment import Answer, Experiment, Setup
-from bench.experiments.shared.verdicts import CONTRADICTED, HOLDS, UNKNOWN, correlation_verdict, verdict_here
+from bench.experiments.shared.single_samples import is_below
 from bench.files.identity import with_spec_hash
 from bench.files.score_file import write_scores
 from bench.files.status import FINISHED
@@ -29,8 +29,10 @@ from bench.jobs.sweep_tables import as_table
 from bench.models.embedded import shorter_training
 from bench.models.find import ModelReference, find_model
 from bench.report.figures import BLUE, GREEN, INK, MUTED, ORANGE, VERMILLION, Draw
+from bench.report.verdicts import listed
 from bench.report.words import interval_columns, with_ci
-from bench.stats.estimates import Estimate, over_sets, partial_spearman, rank_correlation, spearman
+from bench.stats.estimates import RESAMPLES, Estimate, over_sets, partial_spearman, rank_correlation, spearman
+from bench.stats.verdicts import Claim, Verdict, bootstrapped, decide
 from bench.tasks.datasets import load_dataset
 from scoring.errors import UserError
 from scoring.load import load_model
@@ -42,6 +44,7 @@ from scoring.work import ReplicaSpec
 
 SCHEMA_VERSION = 1
 MRD = "MRD"
+ORDERS, AHEAD = "correlation", "difference of correlations"  # effects that margins are named for
 
 
 @dataclass(frozen=True)
@@ -102,7 +105,7 @@ def run(setup: Setup) -> Answer:
     with setup.section("metrics"):
         metrics = measure(setup, spec, base)
     selections = pq.read_table(sweep.folder / "selections.parquet")
-    return answer(groups_of(sweep.trials, selections, metrics))
+    return answer(groups_of(sweep.trials, sweep.samples, selections, metrics), setup.margins(ORDERS, AHEAD))
 
 
 # --- Training difficulty ------------------------------------------------------------------------------------
@@ -198,12 +201,14 @@ def _on_replicas(
 # --- The answer ---------------------------------------------------------------------------------------------
 
 
-def groups_of(trials: pa.Table, selections: pa.Table, metrics: pa.Table) -> pa.Table:
+def groups_of(trials: pa.Table, samples: pa.Table, selections: pa.Table, metrics: pa.Table) -> pa.Table:
     """One row for each group that finished: its difficulty, and the means of the metrics over its samples.
 
+    A group whose samples were all below the thresholds before any update had nothing to forget, and is left out.
+
     Args:
-        trials, selections: tables of a sweep over random selections, see `bench.jobs.sweep_tables`. Several runs of a
-            group, which differ by their seed, are averaged.
+        trials, samples, selections: tables of a sweep over random selections, see `bench.jobs.sweep_tables`. Several
+            runs of a group, which differ by their seed, are averaged.
         metrics: see `measure`.
     """
     metrics_of = {row["sample_id"]: row for row in metrics.to_pylist()}
@@ -212,9 +217,12 @@ def groups_of(trials: pa.Table, selections: pa.Table, metrics: pa.Table) -> pa.T
     for row in selections.to_pylist():
         if row["sample_id"] in metrics_of:
             members.setdefault(row["selection"], []).append(metrics_of[row["sample_id"]] | {"mrd": row["mrd"]})
+    samples_of: dict[str, list[dict[str, Any]]] = {}
+    for row in samples.to_pylist():
+        samples_of.setdefault(row["trial"], []).append(row)
     runs: dict[str, list[dict[str, Any]]] = {}
     for row in trials.to_pylist():
-        if row["status"] == FINISHED:
+        if row["status"] == FINISHED and not all(is_below(row, sample) for sample in samples_of[row["trial"]]):
             runs.setdefault(row["selection"], []).append(row)
     return as_table(
         [
@@ -247,7 +255,8 @@ class Ordering:
         ranks: (n,) of the groups, 1 the easiest by the metric.
         correlation: Spearman's, with the difficulty; +1 if the metric's order from easy to hard is the true one.
         beyond_length: the same with the mean number of scored tokens partialled out.
-        mrd_ahead: correlation of MRD - |correlation| of this metric, in whichever direction it orders; None for MRD.
+        mrd_ahead: see `advantage`; None for MRD.
+        hardness: (n,) the metric, turned so that high is hard.
     """
 
     metric: Metric
@@ -255,6 +264,7 @@ class Ordering:
     correlation: Estimate
     beyond_length: Estimate
     mrd_ahead: Estimate | None
+    hardness: np.ndarray
 
 
 def orderings(table: pa.Table) -> list[Ordering]:
@@ -268,24 +278,32 @@ def orderings(table: pa.Table) -> list[Ordering]:
         if metric.column in table.column_names
     }
     by_mrd = hardness[METRICS[0]]
-
-    def mrd_ahead_of(other: np.ndarray) -> Estimate:
-        def advantage(sets: list[np.ndarray]) -> np.ndarray:
-            rows = sets[0]
-            return rank_correlation(by_mrd[rows], hard[rows]) - np.abs(rank_correlation(other[rows], hard[rows]))
-
-        return over_sets(advantage, [len(hard)])
-
     return [
         Ordering(
             metric,
             stats.rankdata(values),
             spearman(values, hard),
             partial_spearman(values, hard, tokens),
-            None if metric.title == MRD else mrd_ahead_of(values),
+            None if metric.title == MRD else advantage(by_mrd, values, hard),
+            values,
         )
         for metric, values in hardness.items()
     ]
+
+
+def advantage(first: np.ndarray, second: np.ndarray, truth: np.ndarray, resamples: int = RESAMPLES) -> Estimate:
+    """The rank correlation of the first with the truth, less that of the second; all (n,).
+
+    Where the second surely orders the other way round it is turned: that orders as well. (Its size alone would be above
+    0 by chance even if it orders nothing.)
+    """
+    direction = spearman(second, truth).sign or 1
+
+    def difference(sets: list[np.ndarray]) -> np.ndarray:
+        rows = sets[0]
+        return rank_correlation(first[rows], truth[rows]) - direction * rank_correlation(second[rows], truth[rows])
+
+    return over_sets(difference, [len(truth)], resamples)
 
 
 def difficulties(table: pa.Table) -> np.ndarray:
@@ -293,8 +311,11 @@ def difficulties(table: pa.Table) -> np.ndarray:
     return np.where(np.array(table["forgotten"].to_pylist()), table["mean_abs_delta"].to_numpy(), np.inf)
 
 
-def answer(table: pa.Table) -> Answer:
+def answer(table: pa.Table, margins: Mapping[str, float]) -> Answer:
     """From a table of groups, see `groups_of`.
+
+    Args:
+        margins: smallest effects that matter, of ORDERS and AHEAD.
 
     Raises:
         UserError: fewer than two groups.
@@ -311,7 +332,8 @@ def answer(table: pa.Table) -> Answer:
             f"{capped} of {len(hard)} groups were not wholly forgotten at the cap: they need more than was measured, "
             "and share the last rank."
         )
-    sentences.append(_claim(by_metric))
+    decided = decide(claims_of(by_metric, hard, _unit(table), margins))
+    sentences.append(_claim(decided))
     ranks = {f"rank_{ordering.metric.column}": ordering.ranks for ordering in by_metric}
     for name, column in (ranks | {"rank_difficulty": stats.rankdata(hard)}).items():
         table = table.append_column(name, pa.array(column))
@@ -327,14 +349,50 @@ def answer(table: pa.Table) -> Answer:
         ]
     )
     panels = [_rank_lines(hard, by_metric), _correlation_dots(by_metric)]
-    return Answer(table, panels, sentences, inches=(14.0, 5.5), tables={"fig3-correlations": correlations})
+    return Answer(table, panels, sentences, decided, inches=(14.0, 5.5), tables={"fig3-correlations": correlations})
+
+
+def claims_of(by_metric: Sequence[Ordering], hard: np.ndarray, unit: str, margins: Mapping[str, float]) -> list[Claim]:
+    """That MRD orders groups as their difficulty does, and that every other metric does so less well."""
+    mrd, *others = by_metric
+    orders = Claim(
+        "MRD orders samples as their difficulty does",
+        "rank correlation of MRD's order with the difficulty",
+        +1,
+        margins[ORDERS],
+        bootstrapped(spearman, mrd.hardness, hard),
+        len(hard),
+        unit,
+        "correlation",
+    )
+    return [
+        orders,
+        *(
+            Claim(
+                "metrics of training difficulty do not order them as well",
+                f"rank correlation of MRD less that of {ordering.metric.title}",
+                +1,
+                margins[AHEAD],
+                bootstrapped(advantage, mrd.hardness, ordering.hardness, hard),
+                len(hard),
+                unit,
+                "correlation",
+            )
+            for ordering in others
+        ),
+    ]
+
+
+def _unit(table: pa.Table) -> str:
+    size = table["samples"][0].as_py()
+    return "samples" if size == 1 else f"groups of {size} samples"
 
 
 def _headline(table: pa.Table, by_metric: Sequence[Ordering]) -> str:
     parts = ", ".join(f"{ordering.metric.title} {with_ci(ordering.correlation)}" for ordering in by_metric)
     return (
-        f"**Rank correlation with the true difficulty of {table.num_rows} groups of {table['samples'][0].as_py()} "
-        f"samples: {parts}**. All are turned so that +1 means: easy to hard by the metric is easy to hard in truth; "
+        f"**Rank correlation with the true difficulty of {table.num_rows} {_unit(table)}: {parts}**. "
+        "All are turned so that +1 means: easy to hard by the metric is easy to hard in truth; "
         "hard is high GraNd, EL2N and VoG, and low MRD. The truth is mean |Δθ| when all samples of a group are "
         "forgotten."
     )
@@ -352,33 +410,17 @@ def _mrd_ahead(by_metric: Sequence[Ordering]) -> list[str]:
     if not parts:
         return []
     return [
-        "MRD's rank correlation less the size of the other metric's, whichever way round that one orders: "
+        "MRD's rank correlation less that of the other metric, turned where it surely orders the other way round: "
         f"{', '.join(parts)}."
     ]
 
 
-def _claim(by_metric: Sequence[Ordering]) -> str:
-    mrd, *others = by_metric
-    text = (
-        "The paper's claim: MRD orders the groups as their difficulty does: "
-        f"{correlation_verdict(mrd.correlation, +1)} here (beyond what length explains: "
-        f"{correlation_verdict(mrd.beyond_length, +1)})"
-    )
+def _claim(decided: Sequence[Verdict]) -> str:
+    mrd, *others = decided
+    text = f"The paper's claim: {mrd.claim.text}: {mrd.word} here"
     if others:
-        verdicts = {ordering.metric.title: _behind_verdict(ordering) for ordering in others}
-        text += f"; metrics of training difficulty do not order them as well: {verdict_here(verdicts)}"
+        text += f"; {others[0].claim.text}: {listed(others)}"
     return f"{text}."
-
-
-def _behind_verdict(ordering: Ordering) -> str:
-    """Whether a metric orders the groups less well than MRD does.
-
-    CONTRADICTED only for a metric that orders them at all: the size of a correlation is above 0 by chance alone.
-    """
-    sign = ordering.mrd_ahead.sign if ordering.mrd_ahead else 0
-    if sign < 0:
-        return CONTRADICTED if ordering.correlation.sign else UNKNOWN
-    return HOLDS if sign > 0 else UNKNOWN
 
 
 # --- Pictures -----------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
@@ -20,16 +20,18 @@ from matplotlib.axes import Axes
 
 from bench.experiments.experiment import Answer, Experiment, Setup
 from bench.experiments.shared.single_samples import COLOURS
-from bench.experiments.shared.verdicts import HOLDS, UNKNOWN, correlation_verdict, range_verdict, verdict_here
 from bench.files.status import FINISHED
 from bench.jobs.sweep_tables import as_table
 from bench.report.figures import INK, Draw
+from bench.report.verdicts import listed
 from bench.report.words import interval_columns, with_ci
 from bench.stats.estimates import FEWEST, LEVEL, Estimate, over_sets, partial_spearman, spearman
+from bench.stats.verdicts import Claim, Verdict, decide
 from scoring.errors import UserError
 
 # Composites whose standard deviation is under a tenth of their mean are not "vastly different".
 LARGE_VARIATION = 0.1
+VARIATION = "variation"  # the effect that the margin is named for
 DRAWS = 10_000
 
 
@@ -66,20 +68,22 @@ class Spread:
         """(n,) the means; inf, the tied last rank, for composites that were not forgotten."""
         return np.where(self.forgotten, self.means, math.inf)
 
-    def variation(self) -> Estimate:
+    def variation(self, level: float = LEVEL) -> Estimate:
         """Standard deviation between composites over their mean.
 
         With several seeds, the part of the variance that they explain is taken off (one-way random effects,
         (MS_between - MS_within) / seeds, and 0 where that is negative); with one seed it is part of the number.
         """
-        return self._estimate(lambda between, _, mean: np.sqrt(between) / mean)
+        return self._estimate(lambda between, _, mean: np.sqrt(between) / mean, level)
 
     def composite_share(self) -> Estimate:
         """Share of the variance of one run's change that is due to the composite (intraclass correlation); nan with
         one seed."""
         return self._estimate(lambda between, within, _: between / (between + within))
 
-    def _estimate(self, statistic: Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]) -> Estimate:
+    def _estimate(
+        self, statistic: Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray], level: float = LEVEL
+    ) -> Estimate:
         """A number made of the variances between composites and between seeds, and of the mean.
 
         The interval is a generalized one (Weerahandi 1993): MS* = MS df / chi^2_df of both mean squares, with the df
@@ -109,7 +113,7 @@ class Spread:
             within * df_within / rng.chisquare(df_within, DRAWS),
             means.mean() + np.sqrt(variances / count) * rng.normal(size=DRAWS),
         )
-        low, high = np.quantile(simulated, [(1 - LEVEL) / 2, (1 + LEVEL) / 2]).tolist()
+        low, high = np.quantile(simulated, [(1 - level) / 2, (1 + level) / 2]).tolist()
         return Estimate(value, low, high)
 
     def percentile_ratio(self) -> Estimate:
@@ -133,11 +137,15 @@ def _degrees_of_freedom(values: np.ndarray) -> float:
 
 def run(setup: Setup) -> Answer:
     sweep = setup.sweep()
-    return answer(sweep.trials, sweep.samples)
+    return answer(sweep.trials, sweep.samples, setup.margins(VARIATION))
 
 
-def answer(trials: pa.Table, samples: pa.Table) -> Answer:
-    """From the trials of a sweep over algorithms, composites and seeds, and their samples."""
+def answer(trials: pa.Table, samples: pa.Table, margins: Mapping[str, float]) -> Answer:
+    """From the trials of a sweep over algorithms, composites and seeds, and their samples.
+
+    Args:
+        margins: the smallest VARIATION beyond LARGE_VARIATION that matters.
+    """
     spreads = spreads_of(trials, samples)
     sentences = [_headline(spreads), _inequality(spreads), _relation_to_mrd(spreads)]
     if len(spreads) > 1:
@@ -149,13 +157,15 @@ def answer(trials: pa.Table, samples: pa.Table) -> Answer:
         )
     if lost := trials.num_rows - sum(spread.changes.size for spread in spreads):
         sentences.append(f"{lost} of {trials.num_rows} trials are left out: they, or another seed, did not finish.")
-    sentences.append(_claim(spreads))
+    decided = decide([_claim_of(spread, margins[VARIATION]) for spread in spreads])
+    sentences.append(_claim(decided, spreads[0].seeds))
     rows = [row for spread in spreads for row in _rows(spread)]
     largest = max(float(spread.means.max()) for spread in spreads)
     return Answer(
         as_table(rows),
         [_polar(spread, COLOURS[number % len(COLOURS)], largest) for number, spread in enumerate(spreads)],
         sentences,
+        decided,
         polar=True,
         tables={"fig4-spread": as_table([_summary(spread) for spread in spreads])},
     )
@@ -261,27 +271,31 @@ def agreements_of(spreads: Sequence[Spread]) -> dict[tuple[str, str], Estimate]:
     return correlations
 
 
-def _claim(spreads: Sequence[Spread]) -> str:
-    different = verdict_here({spread.algorithm: _variation_verdict(spread) for spread in spreads})
-    text = (
-        f"The paper's claim: composites need vastly different changes: {different} (taken to mean a coefficient of "
-        f"variation above {LARGE_VARIATION:g})."
+def _claim_of(spread: Spread, margin: float) -> Claim:
+    """That composites need vastly different changes."""
+
+    def beyond_large(level: float) -> Estimate:
+        variation = spread.variation(level)
+        if spread.seeds == 1:  # its noise is part of the variation
+            return Estimate(variation.value - LARGE_VARIATION, math.nan, math.nan)
+        return Estimate(*(end - LARGE_VARIATION for end in (variation.value, variation.low, variation.high)))
+
+    return Claim(
+        "sets of samples need vastly different changes of the weights",
+        f"coefficient of variation beyond {LARGE_VARIATION:g}, {spread.algorithm}",
+        +1,
+        margin,
+        beyond_large,
+        len(spread.composites),
+        "composites",
     )
-    if spreads[0].seeds == 1:
+
+
+def _claim(decided: Sequence[Verdict], seeds: int) -> str:
+    text = f"The paper's claim, that {decided[0].claim.text}: {listed(decided)}."
+    if seeds == 1:
         text += " With one seed, composites cannot be told from noise."
-    by_mrd = verdict_here(
-        {
-            spread.algorithm: correlation_verdict(spearman(spread.mean_log_mrd, spread.difficulties), -1)
-            for spread in spreads
-        }
-    )
-    return f"{text} That MRD tells which ones need less: {by_mrd}."
-
-
-def _variation_verdict(spread: Spread) -> str:
-    verdict = range_verdict(spread.variation(), LARGE_VARIATION, math.inf)
-    # With one seed its noise is part of the variation.
-    return UNKNOWN if verdict == HOLDS and spread.seeds == 1 else verdict
+    return text
 
 
 # --- Rows and picture ---------------------------------------------------------------------------------------

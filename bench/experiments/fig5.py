@@ -16,9 +16,11 @@ from matplotlib.ticker import FixedFormatter, FixedLocator, MaxNLocator, NullFor
 from bench.experiments.experiment import Answer, Experiment, Setup
 from bench.experiments.shared.single_samples import (
     COLOURS,
+    CORRELATION,
     MARKERS,
     Relation,
     agreements_of,
+    claims_of,
     count_unusable,
     left_out_sentences,
     relation_row,
@@ -26,55 +28,86 @@ from bench.experiments.shared.single_samples import (
     run_table,
     single_sample_runs,
 )
-from bench.experiments.shared.verdicts import WEAK, correlation_verdict, verdict_here
 from bench.jobs.sweep_tables import as_table
 from bench.report.figures import Draw
+from bench.report.verdicts import listed
 from bench.report.words import decimal, interval, interval_columns, with_ci
-from bench.stats.estimates import Estimate
+from bench.stats.estimates import Estimate, spearman
+from bench.stats.verdicts import Claim, Verdict, bootstrapped, decide
 from scoring.errors import UserError
 
-# Sections of the spec file that may describe a sweep: over one of these tasks, or over what stands in for it.
-TASKS = ("tofu", "wmdp")
-Agreements = Mapping[tuple[str, str, str], Estimate]
+FEWER = "the higher the MRD of a sample, the fewer updates it takes to forget it"
+ALIKE = "different algorithms order samples alike"
+Agreements = Mapping[tuple[str, str, str], tuple[np.ndarray, np.ndarray]]
 
 
 def run(setup: Setup) -> Answer:
-    tables = {}
-    for key in TASKS:
-        if key in setup.values:
-            sweep = setup.sweep(key)
-            tables[sweep.trials["task"][0].as_py()] = sweep.trials, sweep.samples
-    if not tables:
-        raise UserError(f"{setup.names.start()}expected a sweep under {' or '.join(TASKS)}")
-    return answer(tables)
+    """Every section of the spec file with a base is a sweep; one that is alone on its task has the task's name."""
+    sweeps = {
+        key: setup.sweep(key) for key, values in setup.values.items() if isinstance(values, dict) and "base" in values
+    }
+    if not sweeps:
+        raise UserError(f"{setup.names.start()}expected sections with base, vary and selections: sweeps over samples")
+    tasks = {key: str(sweep.trials["task"][0].as_py()) for key, sweep in sweeps.items()}
+    names = {key: task if list(tasks.values()).count(task) == 1 else f"{task}, {key}" for key, task in tasks.items()}
+    return answer(
+        {names[key]: (sweep.trials, sweep.samples) for key, sweep in sweeps.items()}, setup.margins(CORRELATION)
+    )
 
 
-def answer(sweeps: Mapping[str, tuple[pa.Table, pa.Table]]) -> Answer:
+def answer(sweeps: Mapping[str, tuple[pa.Table, pa.Table]], margins: Mapping[str, float]) -> Answer:
     """The answer from sweeps over single samples.
 
     Args:
-        sweeps: task -> trials and samples.
+        sweeps: name -> trials and samples.
+        margins: the weakest rank correlation that matters, by the name CORRELATION.
     """
-    runs = [run for task, (trials, samples) in sweeps.items() for run in single_sample_runs(trials, samples, task)]
+    runs = [run for name, (trials, samples) in sweeps.items() for run in single_sample_runs(trials, samples, name)]
     lost = sum(count_unusable(trials) for trials, _ in sweeps.values())
     relations, agreements = relations_of(runs, "updates"), agreements_of(runs, "updates")
+    estimates = {pair: spearman(*difficulties) for pair, difficulties in agreements.items()}
+    decided = decide(_claims(relations, agreements, margins[CORRELATION]))
     sentences = [
         _headline(relations),
-        *(_of_task(task, relations, agreements) for task in sweeps),
+        *(_of_task(name, relations, estimates) for name in sweeps),
         *left_out_sentences(runs, lost),
-        _claim(relations, agreements),
+        _claim(decided),
     ]
     tables = {
         "fig5-correlations": as_table([relation_row(relation, "task") for relation in relations]),
         "fig5-agreement": as_table(
             [
                 {"task": task, "first": first, "second": second, **interval_columns("spearman", correlation)}
-                for (task, first, second), correlation in agreements.items()
+                for (task, first, second), correlation in estimates.items()
             ]
         ),
     }
     panels = [_scatter(task, relations) for task in sweeps]
-    return Answer(run_table(runs, "task"), panels, sentences, tables=tables, inches=(6.0 * len(panels), 5.5))
+    inches = (6.0 * len(panels), 5.5)
+    return Answer(run_table(runs, "task"), panels, sentences, decided, tables=tables, inches=inches)
+
+
+def _claims(relations: Sequence[Relation], agreements: Agreements, margin: float) -> list[Claim]:
+    """MRD and updates for the first algorithm of each task; the others enter by whether they order samples alike."""
+    first = {relation.group: relation for relation in reversed(relations)}
+    claims = [
+        claim
+        for group in dict.fromkeys(relation.group for relation in relations)
+        for claim in claims_of(first[group], FEWER, margin, first[group].name)
+    ]
+    return claims + [
+        Claim(
+            ALIKE,
+            f"rank correlation of the updates, {task}, {one} and {other}",
+            +1,
+            margin,
+            bootstrapped(spearman, *difficulties),
+            len(difficulties[0]),
+            "samples",
+            "correlation",
+        )
+        for (task, one, other), difficulties in agreements.items()
+    ]
 
 
 def _headline(relations: Sequence[Relation]) -> str:
@@ -88,7 +121,7 @@ def _headline(relations: Sequence[Relation]) -> str:
     )
 
 
-def _of_task(task: str, relations: Sequence[Relation], agreements: Agreements) -> str:
+def _of_task(task: str, relations: Sequence[Relation], agreements: Mapping[tuple[str, str, str], Estimate]) -> str:
     of_task = [relation for relation in relations if relation.group == task]
     updates = [run.updates for relation in of_task for run in relation.runs if run.forgotten]
     span = f"took {min(updates):g} to {max(updates):g} updates" if updates else "were never forgotten"
@@ -108,22 +141,13 @@ def _of_task(task: str, relations: Sequence[Relation], agreements: Agreements) -
     )
 
 
-def _claim(relations: Sequence[Relation], agreements: Agreements) -> str:
-    by_mrd = verdict_here({relation.name: correlation_verdict(relation.correlation, -1) for relation in relations})
-    beyond = verdict_here({relation.name: correlation_verdict(relation.beyond_length, -1) for relation in relations})
-    text = (
-        f"The paper's claim: the higher the MRD, the fewer updates: {by_mrd} (beyond what length explains: {beyond}). "
-        f"It counts as contradicted where even the end of the interval is weaker than {decimal(-WEAK, 1)}."
-    )
-    if agreements:
-        order = verdict_here(
-            {
-                f"{task}, {first} and {second}": correlation_verdict(correlation, +1)
-                for (task, first, second), correlation in agreements.items()
-            }
-        )
-        text += f" That difficulty is the sample's own, the same order under different algorithms: {order}."
-    return text
+def _claim(decided: Sequence[Verdict]) -> str:
+    parts = []
+    for text in (FEWER, ALIKE):
+        of_text = [verdict for verdict in decided if verdict.claim.text == text]
+        if of_text:
+            parts.append(f"that {text}: {listed(of_text)}")
+    return f"The paper's claims: {'. And '.join(parts)}."
 
 
 def _scatter(task: str, relations: Sequence[Relation]) -> Draw:

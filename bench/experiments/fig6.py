@@ -7,6 +7,8 @@ statistics. That also decides where the paper contradicts itself: sigma = 1e-5 o
 from __future__ import annotations
 
 import dataclasses
+import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,12 +19,10 @@ import pyarrow as pa
 from matplotlib.axes import Axes
 
 from bench.experiments.experiment import Answer, Experiment, Setup
-from bench.experiments.shared.verdicts import CONTRADICTED, HOLDS, UNKNOWN, range_verdict
 from bench.jobs.draws import (
     EXACT,
     EXPECTED_SLOPE,
     HALF_NORMAL_SPREAD,
-    SLOPE_TOLERANCE,
     Point,
     PointDraws,
     ScalingLine,
@@ -32,6 +32,7 @@ from bench.jobs.draws import (
 )
 from bench.models.find import ModelName, find_model
 from bench.report.figures import BLUE, GREEN, GRID, INK, MUTED, ORANGE, VERMILLION, Draw
+from bench.report.verdicts import listed
 from bench.report.words import (
     decimal,
     interval,
@@ -41,6 +42,7 @@ from bench.report.words import (
     with_ci,
 )
 from bench.stats.estimates import Estimate, over_sets, spearman
+from bench.stats.verdicts import CONTRADICTED, HOLDS, UNKNOWN, Claim, Verdict, bootstrapped, decide
 from bench.tasks.datasets import DataName, load_dataset
 from scoring.engine import Dtype
 from scoring.errors import UserError
@@ -54,7 +56,7 @@ DRAWN = (("monte-carlo", "mean_abs"), ("monte-carlo", "abs_mean"), ("antithetic"
 COUNTED = (*DRAWN, ("curvature", "abs_mean"))
 PAPER_LEVEL = 0.64  # the paper says that MRD fluctuates around it
 MEDIAN_OF_NORMAL = 0.6745  # of |x|, x normal
-FLAT = (-SLOPE_TOLERANCE, SLOPE_TOLERANCE)  # slopes of numbers that do not depend on sigma
+MARGIN = "slope of log MRD against log sigma"
 CLOSE = 2.0  # a score within this factor of the closed form measures the same thing
 
 Sigma = Annotated[float, Gt(0)]
@@ -160,25 +162,27 @@ def run(setup: Setup) -> Answer:
         spec.seed,
         setup.progress,
     )
-    return answer(draws, np.array([sample.num_scored for sample in samples]), spec)
+    return answer(draws, np.array([sample.num_scored for sample in samples]), spec, setup.margins(MARGIN))
 
 
-def answer(draws: Sequence[PointDraws], tokens: np.ndarray, spec: Fig6Spec) -> Answer:
+def answer(draws: Sequence[PointDraws], tokens: np.ndarray, spec: Fig6Spec, margins: Mapping[str, float]) -> Answer:
     """The answer from the draws at all points of a spec.
 
     Args:
         draws: at spec.points().
         tokens: (N,) how many scored tokens the samples have.
+        margins: the smallest slope that matters, by the name MARGIN.
     """
     sensitivity = Sensitivity.of(draws, tokens, spec)
     by_sigma, by_count = sensitivity.by_sigma(), sensitivity.by_count()
+    verdicts = decide([*sensitivity.sigma_claims(margins[MARGIN]), *sensitivity.draws_claims()])
     sentences = [
         sensitivity.scaling(),
         sensitivity.either_sigma(),
         sensitivity.either_count(by_count),
         sensitivity.either_statistic(by_count),
-        sensitivity.claim_on_sigma(),
-        sensitivity.claim_on_draws(),
+        sensitivity.on_sigma(*verdicts[:2]),
+        sensitivity.on_draws(verdicts[2:]),
     ]
     tables = {"fig6-draws": pa.Table.from_pylist([error.row() for error in by_count])}
     panels = [
@@ -186,7 +190,7 @@ def answer(draws: Sequence[PointDraws], tokens: np.ndarray, spec: Fig6Spec) -> A
         _against_sigma(sensitivity, "abs_mean", "(a) abs_mean, |E·|, against sigma"),
         _against_draws(by_count, "(b) Error, against draws"),
     ]
-    return Answer(pa.Table.from_pylist(by_sigma), panels, sentences, inches=(18.0, 6.0), tables=tables)
+    return Answer(pa.Table.from_pylist(by_sigma), panels, sentences, verdicts, inches=(18.0, 6.0), tables=tables)
 
 
 @dataclass(frozen=True)
@@ -356,11 +360,12 @@ class Sensitivity:
             mrd = _score(at.values[:, : spec.stable], "mean_abs")
             expected = self.expected("mean_abs", sigma)
             ratio = _median(mrd / expected)
+            same = self._claim("it is the closed form", "MRD / closed form", 0, math.log(CLOSE), mrd / expected)
             parts.append(
                 f"At sigma {sigma:g} MRD has a median of {np.median(mrd):.3g}, {number_with_ci(ratio)} times the "
                 f"closed form; its rank correlation with that is {with_ci(spearman(mrd, expected))}, with the number "
                 f"of scored tokens {with_ci(spearman(mrd, self.tokens))}: "
-                f"{meaning[range_verdict(ratio, 1 / CLOSE, CLOSE)]}."
+                f"{meaning[decide([same])[0].word]}."
             )
         title = (
             f"**Sigma {spec.sigma:g} or {spec.other_sigma:g}** (mean_abs by Monte Carlo, {EXACT}, K = {spec.stable})."
@@ -400,34 +405,77 @@ class Sensitivity:
             f"forms: {with_ci(rank)}."
         )
 
-    def claim_on_sigma(self) -> str:
-        exact, coarse = (self.line(*DRAWN[0], dtype, fitted=True) for dtype in (EXACT, COARSE))
-        slope, coarse_slope = exact.slope(), coarse.slope()
-        survival = self.draws[DRAWN[0][0], COARSE, float(coarse.sigmas[0])].survival
-        storage = "" if survival is None else f", where storage keeps {survival:.0%} of the smallest perturbation"
-        meaning = {
-            HOLDS: "nearer to flat than to proportional, and there it is rounding that is measured",
-            CONTRADICTED: "nearer to proportional than to flat",
-            UNKNOWN: f"whether that is nearer to flat {UNKNOWN}",
-        }
-        return (
-            f"The claim that MRD (mean_abs) does not depend on sigma {range_verdict(slope, *FLAT)} here: in {EXACT} "
-            f"{_change(exact)}, a slope of {with_ci(slope)} where a number without dependence has 0. In {COARSE} "
-            f"{_change(coarse)}, slope {with_ci(coarse_slope)}{storage}: "
-            f"{meaning[range_verdict(coarse_slope, -0.5, 0.5)]}."
+    # --- Claims -----------------------------------------------------------------------------------------------
+
+    def sigma_claims(self, margin: float) -> list[Claim]:
+        """That the slope of MRD (mean_abs) against sigma is 0, in float32 and in bfloat16."""
+        lines = [self.line(*DRAWN[0], dtype, fitted=True) for dtype in (EXACT, COARSE)]
+        return [
+            Claim(
+                "MRD does not depend on sigma",
+                f"slope of log MRD against log sigma, mean_abs in {line.dtype}",
+                0,
+                margin,
+                bootstrapped(over_sets, functools.partial(_slopes, line), [line.scores.shape[1]]),
+                line.scores.shape[1],
+                "samples",
+            )
+            for line in lines
+        ]
+
+    def draws_claims(self) -> list[Claim]:
+        """That the relative standard error of MRD by Monte Carlo is below the tolerance, for both statistics."""
+        spec = self.spec
+        claims = []
+        statistics: tuple[Statistic, ...] = ("mean_abs", "abs_mean")
+        for statistic in statistics:
+            values = self.draws["monte-carlo", EXACT, spec.sigma].values[:, : spec.stable]
+            mrd, stderr = reduce_draws(values, statistic)
+            effect = f"relative standard error of {statistic} / {spec.tolerance:.0%}"
+            # The tolerance says what matters; any error below it is stable.
+            claims.append(
+                self._claim(f"MRD is stable from K = {spec.stable} on", effect, -1, 0.0, stderr / mrd / spec.tolerance)
+            )
+        return claims
+
+    def _claim(self, text: str, effect: str, sign: int, margin: float, ratios: np.ndarray) -> Claim:
+        """On the logarithm of the median of a ratio that each sample has, (N,)."""
+        return Claim(
+            text,
+            f"{effect}, median of samples",
+            sign,
+            margin,
+            bootstrapped(over_sets, lambda sets: np.log(np.median(ratios[sets[0]], axis=-1)), [len(ratios)]),
+            len(ratios),
+            "samples",
+            "log ratio",
         )
 
-    def claim_on_draws(self) -> str:
+    def on_sigma(self, exact: Verdict, coarse: Verdict) -> str:
+        """The verdicts on the claim about sigma, in float32 and in bfloat16."""
+        exact_line, coarse_line = (self.line(*DRAWN[0], dtype, fitted=True) for dtype in (EXACT, COARSE))
+        survival = self.draws[DRAWN[0][0], COARSE, float(coarse_line.sigmas[0])].survival
+        storage = "" if survival is None else f", where storage keeps {survival:.0%} of the smallest perturbation"
+        rounding = ": it is rounding that does not" if (exact.word, coarse.word) == (CONTRADICTED, HOLDS) else ""
+        return (
+            f"The claim that {exact.claim.text} (mean_abs) {exact.word} here: in {EXACT} {_change(exact_line)}, a "
+            f"slope of {with_ci(exact.estimate)} where a number without dependence has 0. In {COARSE} "
+            f"{_change(coarse_line)}, slope {with_ci(coarse.estimate)}{storage}: that MRD does not depend on sigma "
+            f"{coarse.word}{rounding}."
+        )
+
+    def on_draws(self, verdicts: Sequence[Verdict]) -> str:
+        """The verdicts on the claim about K."""
         spec = self.spec
-        parts = []
-        for statistic in ("mean_abs", "abs_mean"):
-            values = self.draws["monte-carlo", EXACT, spec.sigma].values[:, : spec.stable]
-            stderr = _relative_stderr(values, statistic)
-            verdict = range_verdict(stderr, 0.0, spec.tolerance)
-            parts.append(f"{verdict} here for {statistic}, with a relative standard error of {percent_with_ci(stderr)}")
+        values = self.draws["monte-carlo", EXACT, spec.sigma].values[:, : spec.stable]
+        errors = [
+            f"{percent_with_ci(_relative_stderr(values, statistic))} for {statistic}"
+            for statistic in ("mean_abs", "abs_mean")
+        ]
         return (
             f"The claim that MRD by Monte Carlo is stable from K = {spec.stable} on (relative standard error at most "
-            f"{spec.tolerance:.0%}, median of samples; the paper gives none) {parts[0]}; it {parts[1]}."
+            f"{spec.tolerance:.0%}, median of samples; the paper gives none): {listed(verdicts)}. The error is "
+            f"{' and '.join(errors)}."
         )
 
 
@@ -483,6 +531,12 @@ def count_errors(
         )
         for count in counts
     ]
+
+
+def _slopes(line: ScalingLine, sets: list[np.ndarray]) -> np.ndarray:
+    """scoring.mrd.scaling_slope for many sets of samples, (..., n) -> (...,)."""
+    medians = np.stack([np.median(scores[sets[0]], axis=-1) for scores in line.scores])
+    return np.polyfit(np.log(line.sigmas), np.log(medians).reshape(len(medians), -1), 1)[0].reshape(medians.shape[1:])
 
 
 def _change(line: ScalingLine) -> str:

@@ -1,8 +1,8 @@
 """Figure 7: does MRD order sentences, paragraphs and long texts as the difficulty of forgetting them does?
 
-A text of a level is made of so many consecutive records of a task. Each text is unlearned by itself until forgotten,
-and counts as forgotten below the averages over its level. The difficulty of a text is mean |Δθ| when it is forgotten,
-as in Figures 3 and 4.
+A text of a level is made of so many consecutive records of a task, or comes from a split that has such texts. Each text
+is unlearned by itself until forgotten, and counts as forgotten below the averages over its level. The difficulty of a
+text is mean |Δθ| when it is forgotten, as in Figures 3 and 4.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import cycle
 from pathlib import Path
-from typing import Annotated, Self
+from typing import Annotated, Any, Self
 
 import numpy as np
 import pyarrow as pa
@@ -23,9 +23,11 @@ from scipy import stats
 from bench.experiments.experiment import Answer, Experiment, Setup
 from bench.experiments.shared.single_samples import (
     COLOURS,
+    CORRELATION,
     MARKERS,
     Relation,
     SingleSampleRun,
+    claims_of,
     count_unusable,
     difficulties,
     left_out_sentences,
@@ -34,19 +36,23 @@ from bench.experiments.shared.single_samples import (
     run_table,
     single_sample_runs,
 )
-from bench.experiments.shared.verdicts import correlation_verdict, verdict_here
 from bench.jobs.sweep_plan import SweepSpec
 from bench.jobs.sweep_tables import as_table
 from bench.models.find import ModelReference, find_model
 from bench.report.figures import INK, Draw
+from bench.report.verdicts import listed
 from bench.report.words import decimal, interval, with_ci
 from bench.stats.estimates import Estimate, mean
+from bench.stats.verdicts import decide
 from bench.tasks.datasets import DataName, load_dataset
+from bench.tasks.joined import joined
 from scoring.errors import UserError
 from scoring.files import replacing
 from scoring.records import Record
-from scoring.samples import Text, encode, evenly_spaced
+from scoring.samples import encode, evenly_spaced
 from scoring.settings import Doc, Ge, check, named
+
+IN_ORDER = "MRD orders texts by their difficulty at every level"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,10 +61,14 @@ class Fig7Spec:
 
     task: Annotated[DataName, Doc("whose records are joined")]
     levels: Annotated[
-        dict[str, Annotated[int, Ge(1)]], Doc("level -> how many records a text of it has, from the shortest on")
+        dict[str, Annotated[int, Ge(1)] | str],
+        Doc(
+            "level -> how many records of the split are joined to a text of it, or the split of the task that has its "
+            "texts; from the shortest on"
+        ),
     ]
     count: Annotated[int, Ge(1), Doc("texts of each level, evenly spaced over the split")]
-    split: Annotated[str | None, Doc("of the task (default: the task's own)")] = None
+    split: Annotated[str | None, Doc("whose records are joined (default: the task's own)")] = None
 
     def checked(self) -> Self:
         """The same.
@@ -76,12 +86,13 @@ def run(setup: Setup) -> Answer:
     spec = setup.spec(Fig7Spec, "texts")
     sweep_spec = setup.spec(SweepSpec, "sweep")
     model = find_model(sweep_spec.base["model"])
-    texts = load_dataset(spec.task, spec.split, model.tokenizer).texts
-    paths = {level: setup.work / f"texts-{records}.jsonl" for level, records in spec.levels.items()}
+    paths = {level: setup.work / f"texts-{made_of}.jsonl" for level, made_of in spec.levels.items()}
+    records_of = {}
     # The texts of all levels first, so that one that does not fit is not noticed after an hour.
     with setup.section("texts"):
-        for level, records in spec.levels.items():
-            _write(paths[level], joined(texts, records, spec.count), level, model)
+        for level, path in paths.items():
+            texts, records_of[level] = _texts(spec, level, model.tokenizer)
+            _write(path, texts, level, model)
     sweeps = {}
     for level, path in paths.items():
         base = sweep_spec.base | {"task": str(path.absolute())}
@@ -89,41 +100,31 @@ def run(setup: Setup) -> Answer:
         of_level = dataclasses.replace(setup, values={key: {**setup.values["sweep"], "base": base}})
         sweep = of_level.sweep(key)
         sweeps[level] = sweep.trials, sweep.samples
-    return answer(sweeps, spec.levels, model.max_length)
+    return answer(sweeps, records_of, model.max_length, setup.margins(CORRELATION))
 
 
 # --- Texts --------------------------------------------------------------------------------------------------
 
 
-def joined(texts: Sequence[Text], records: int, count: int) -> list[Record]:
-    """`count` texts of `records` consecutive texts each, without overlap.
-
-    The first prompt is the prompt of the joined text, and all that follows is scored, so one record alone stays what
-    it is. Plain texts are joined to a plain text.
+def _texts(spec: Fig7Spec, level: str, tokenizer: Any) -> tuple[list[Record], int]:
+    """`count` texts of a level, and how many records each of them is made of.
 
     Raises:
-        UserError: there are too few texts, or chats among them.
+        UserError: there are too few texts, or texts that cannot be joined.
     """
-    groups = [texts[start : start + records] for start in range(0, len(texts) - records + 1, records)]
-    if len(groups) < count:
+    made_of = spec.levels[level]
+    if isinstance(made_of, str):
+        dataset = load_dataset(spec.task, made_of, tokenizer)
+        records, texts = int(dataset.records[0].get("records", 1)), joined(dataset.texts, 1)
+    else:
+        dataset = load_dataset(spec.task, spec.split, tokenizer)
+        records, texts = made_of, joined(dataset.texts, made_of)
+    if len(texts) < spec.count:
         raise UserError(
-            f"{named('count')} is {count}: {len(texts)} records give {len(groups)} texts of {records}; lower it, or "
-            "choose a larger split"
+            f"{named('count')} is {spec.count}: {len(dataset.texts)} records of {dataset.name} give {len(texts)} texts "
+            f"for {level!r}; lower it, or choose a larger split"
         )
-    return [_join(group) for group in evenly_spaced(groups, count)]
-
-
-def _join(group: Sequence[Text]) -> Record:
-    first = group[0]
-    name = first.sample_id if len(group) == 1 else f"{first.sample_id}+{len(group) - 1}"
-    if any(text.messages is not None for text in group):
-        raise UserError(
-            f"{named('task')}: {first.sample_id!r} is a chat; expected prompts with completions, or plain texts"
-        )
-    if first.completion is None:
-        return {"id": name, "text": " ".join(text.prompt for text in group)}
-    rest = "".join(f"\n{text.prompt}{text.completion or ''}" for text in group[1:])
-    return {"id": name, "prompt": first.prompt, "completion": first.completion + rest}
+    return evenly_spaced(texts, spec.count), records
 
 
 def _write(path: Path, records: Sequence[Record], level: str, model: ModelReference) -> None:
@@ -143,29 +144,39 @@ def _write(path: Path, records: Sequence[Record], level: str, model: ModelRefere
 # --- The answer ---------------------------------------------------------------------------------------------
 
 
-def answer(sweeps: Mapping[str, tuple[pa.Table, pa.Table]], levels: Mapping[str, int], context: int) -> Answer:
+def answer(
+    sweeps: Mapping[str, tuple[pa.Table, pa.Table]],
+    levels: Mapping[str, int],
+    context: int,
+    margins: Mapping[str, float],
+) -> Answer:
     """The answer from a sweep over single texts for each level.
 
     Args:
         sweeps: level -> trials and samples.
         levels: level -> how many records a text of it has.
         context: tokens that the model can read.
+        margins: the weakest rank correlation that matters, by the name CORRELATION.
     """
     runs = [run for level, (trials, samples) in sweeps.items() for run in single_sample_runs(trials, samples, level)]
     lost = sum(count_unusable(trials) for trials, _ in sweeps.values())
     relations = relations_of(runs, "change")
+    decided = decide(
+        [claim for each in relations for claim in claims_of(each, IN_ORDER, margins[CORRELATION], each.name)]
+    )
     sentences = [
         _headline(relations, levels),
         _before_any_update(runs, sweeps, context),
         _beyond_length(relations),
         *_all_levels_together(runs),
         *left_out_sentences(runs, lost),
-        _claim(relations),
+        f"The paper's claim, that {IN_ORDER}: {listed(decided)}.",
     ]
     return Answer(
         run_table(runs, "level"),
         [_rank_dots(level, relations, levels) for level in sweeps],
         sentences,
+        decided,
         tables={"fig7-correlations": as_table([relation_row(relation, "level") for relation in relations])},
     )
 
@@ -200,8 +211,8 @@ def _before_any_update(
     longest = max((run.tokens for run in runs), default=0)
     return (
         f"Before any update, {'; '.join(parts)}. The longest text has {longest} scored tokens, of the {context} that "
-        "the model's context holds. Joined texts were not trained on as such: a model that knows their parts need not "
-        "know the whole as well."
+        "the model's context holds. A model that has read the parts of a joined text, and not the text as such, need "
+        "not know the whole as well."
     )
 
 
@@ -229,21 +240,6 @@ def _all_levels_together(runs: Sequence[SingleSampleRun]) -> list[str]:
             "of tokens partialled out"
         )
     return [f"All levels ranked together: {'; '.join(parts)}."] if parts else []
-
-
-def _claim(relations: Sequence[Relation]) -> str:
-    several = len({relation.algorithm for relation in relations}) > 1
-    named_relations = {relation.name if several else relation.group: relation for relation in relations}
-    by_mrd = verdict_here(
-        {name: correlation_verdict(relation.correlation, -1) for name, relation in named_relations.items()}
-    )
-    beyond = verdict_here(
-        {name: correlation_verdict(relation.beyond_length, -1) for name, relation in named_relations.items()}
-    )
-    return (
-        f"The paper's claim: MRD orders texts by their difficulty at every level: {by_mrd} (beyond what length "
-        f"explains: {beyond})."
-    )
 
 
 def _rank_dots(level: str, relations: Sequence[Relation], levels: Mapping[str, int]) -> Draw:

@@ -1,7 +1,8 @@
 """The experiments by name, and how they are run: each leaves a table, a picture and a paragraph, with their spec.
 
 OUT/NAME/spec.yaml  NAME.parquet  NAME.png, .svg  finding.md  the answer; record.json comes last and says it is whole
-OUT/README.md                                             all findings, figures first
+OUT/NAME/claims.parquet                                   the verdicts on the paper's claims
+OUT/README.md                                             all claims at a glance, and all findings, figures first
 OUT/work/NAME, OUT/trials                                 measurements, which the next start reads
 """
 
@@ -9,13 +10,13 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
 
@@ -25,13 +26,15 @@ from bench.files.identity import with_spec_hash
 from bench.files.origin import origin
 from bench.files.spec import read_mapping
 from bench.jobs.resources import SweepResources
-from bench.report import figures
+from bench.report import figures, verdicts
 from scoring.errors import UserError, unknown_name
 from scoring.files import replacing
 from scoring.reading import read_json
 from scoring.settings import Naming, named
 
 PRESETS = ("demo", "decide", "paper")
+MARGINS = "margins"  # of a spec file: the smallest effects that matter, for all presets that name none themselves
+CLAIMS = "claims.parquet"
 SPECS = Path(__file__).parent / "specs"
 ALL = "all"
 SCHEMA_VERSION = 1
@@ -133,7 +136,7 @@ def _setup(
     experiment: Experiment, preset: str, path: Path, out: Path, resources: SweepResources | None, progress: bool
 ) -> Setup:
     sections, lines = read_mapping(path)
-    if unknown := next((name for name in sections if name not in PRESETS), None):
+    if unknown := next((name for name in sections if name not in (*PRESETS, MARGINS)), None):
         raise UserError(f"{path}: {unknown_name('preset', str(unknown), PRESETS)}")
     values = sections.get(preset)
     if not isinstance(values, dict):
@@ -141,6 +144,8 @@ def _setup(
         raise UserError(
             f"{path}: no section {preset!r}: expected a mapping of what the experiment is given; there is {there}"
         )
+    if MARGINS in sections and MARGINS not in values:
+        values = {**values, MARGINS: sections[MARGINS]}
     resources = (resources or SweepResources()).checked()
     work = out / "work" / experiment.name
     names = Naming(file=str(path), lines=lines, path=(preset,))
@@ -186,28 +191,50 @@ def _write(
         with replacing(folder / f"{name}.parquet") as unfinished:
             pq.write_table(table, unfinished)
     inches = answer.inches or (5.0 * len(answer.panels), 5.0)
+    if answer.verdicts:
+        with replacing(folder / CLAIMS) as unfinished:
+            pq.write_table(pa.Table.from_pylist(verdicts.rows(answer.verdicts), verdicts.SCHEMA), unfinished)
     for suffix in ("png", "svg"):
         with replacing(folder / f"{experiment.name}.{suffix}") as unfinished:
             figures.picture(answer.panels, unfinished, inches, polar=answer.polar)
     with replacing(folder / "spec.yaml") as unfinished:
         unfinished.write_text(yaml.safe_dump({identity["preset"]: setup.values}, sort_keys=False), encoding="utf-8")
     with replacing(folder / "finding.md") as unfinished:
-        unfinished.write_text(_finding(experiment, answer.sentences), encoding="utf-8")
+        unfinished.write_text(_finding(experiment, answer), encoding="utf-8")
     with replacing(folder / "record.json") as unfinished:
         unfinished.write_text(json.dumps(identity | {"seconds": seconds} | origin(), indent=2) + "\n")
 
 
-def _finding(experiment: Experiment, sentences: Sequence[str]) -> str:
-    return (
-        f"## {experiment.name}: {experiment.title}\n\n{experiment.question}\n\n*The paper:* {experiment.claim}\n\n"
-        f"![{experiment.title}]({experiment.name}.png)\n\n" + "\n\n".join(sentences) + "\n"
-    )
+def _finding(experiment: Experiment, answer: Answer) -> str:
+    parts = [
+        f"## {experiment.name}: {experiment.title}",
+        experiment.question,
+        f"*The paper:* {experiment.claim}",
+        f"![{experiment.title}]({experiment.name}.png)",
+        *answer.sentences,
+    ]
+    if answer.verdicts:
+        parts.append(verdicts.as_table(verdicts.rows(answer.verdicts)))
+    return "\n\n".join(parts) + "\n"
+
+
+def _anchor(title: str) -> str:
+    """The end of the address of a heading, as Markdown pages make it."""
+    return "".join(letter for letter in title.lower().replace(" ", "-") if letter.isalnum() or letter == "-")
 
 
 def _write_overview(out: Path, preset: str) -> None:
-    """Write README.md with every finding in the folder."""
+    """Write README.md with every claim at a glance, and every finding in the folder."""
     finished = [name for name in EXPERIMENTS if (out / name / "record.json").is_file()]
     parts = [f"{TITLE}, preset {preset}\n"]
+    claims = [
+        {"experiment": f"[{name}](#{name}-{_anchor(EXPERIMENTS[name].title)})"} | row
+        for name in finished
+        if (out / name / CLAIMS).is_file()
+        for row in pq.read_table(out / name / CLAIMS).to_pylist()
+    ]
+    if claims:
+        parts.append(f"## The claims at a glance\n\n{verdicts.GLANCE}\n\n{verdicts.as_table(claims)}\n")
     for name in finished:
         text = (out / name / "finding.md").read_text(encoding="utf-8")
         parts.append(text.replace(f"]({name}.png)", f"]({name}/{name}.png)"))

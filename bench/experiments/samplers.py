@@ -23,13 +23,15 @@ from bench.experiments.shared.arms import UNIFORM, merged
 from bench.files.status import FINISHED
 from bench.jobs.sweep_tables import as_table
 from bench.report.figures import BLUE, GREEN, MUTED, VERMILLION, Draw, error_bars
+from bench.report.verdicts import needed
 from bench.report.words import decimal, interval, interval_columns, listed, markdown_table
-from bench.stats.equivalence import equivalence_p, pairs_to_tell
-from bench.stats.estimates import LEVEL, Estimate, geometric_mean, holm, over_seeds, t_test
+from bench.stats.estimates import Estimate, geometric_mean, over_seeds
+from bench.stats.verdicts import CONTRADICTED, HOLDS, NO_EFFECT, UNKNOWN, Claim, Verdict, decide, over_runs
 from scoring.errors import UserError
 from scoring.settings import Doc, Ge, Gt, Lt, check, named
 
-BETTER, WORSE, NO_EFFECT, UNKNOWN = "better", "worse", "no effect of that size", "cannot be told"
+BETTER, WORSE = "better", "worse"
+WORDS = {HOLDS: BETTER, CONTRADICTED: WORSE, NO_EFFECT: NO_EFFECT, UNKNOWN: UNKNOWN}  # of the claim to be better
 COLOURS = {BETTER: GREEN, WORSE: VERMILLION, NO_EFFECT: BLUE, UNKNOWN: MUTED}
 UPDATES = "updates"
 # What says how much of the forget set is gone, and what is left of utility; columns of a sweep's epochs.
@@ -88,33 +90,26 @@ class Compared:
 
     Attributes:
         algorithm, arm, measure: what is compared.
-        change: mean over the pairs with its 95 % interval: of the logarithm of the ratio of updates, of the difference
-            of utilities.
-        margin: of the change.
-        higher_is_better: of the measure.
-        p, p_equivalence: of no change, and of a change beyond the margin; corrected for all comparisons.
-        pairs: how many there are.
-        pairs_needed: about how many could show that there is no effect of that size.
+        verdict: on the claim that the arm is better. Its effect is the mean over the pairs: of the logarithm of the
+            ratio of updates, of the difference of utilities.
     """
 
     algorithm: str
     arm: str
     measure: str
-    change: Estimate
-    margin: float
-    higher_is_better: bool
-    p: float
-    p_equivalence: float
-    pairs: int
-    pairs_needed: float
+    verdict: Verdict
 
     @property
-    def verdict(self) -> str:
-        if self.p_equivalence < 1 - LEVEL:
-            return NO_EFFECT
-        if self.p < 1 - LEVEL:
-            return BETTER if (self.change.value > 0) == self.higher_is_better else WORSE
-        return UNKNOWN
+    def change(self) -> Estimate:
+        return self.verdict.estimate
+
+    @property
+    def pairs(self) -> int:
+        return self.verdict.claim.count
+
+    @property
+    def word(self) -> str:
+        return WORDS[self.verdict.word]
 
     def text(self) -> str:
         """The change in words: "−4 % (−9 to 1)"."""
@@ -184,41 +179,30 @@ def utility_at(epochs: Sequence[Mapping[str, Any]], utility: str, completeness: 
 
 
 def comparisons_of(runs: Sequence[Run], compare: CompareSpec) -> list[Compared]:
-    """Every arm against uniform draws, by algorithm and measure; corrected for their number together."""
-    found = []
-    for algorithm, arm in dict.fromkeys((run.algorithm, run.arm) for run in runs):
-        if arm == UNIFORM:
-            continue
-        for measure in (UPDATES, *UTILITIES):
-            changes = changes_of(runs, algorithm, arm, measure)
-            margin = -math.log1p(-compare.margin_updates) if measure == UPDATES else compare.margin_utility
-            found.append((algorithm, arm, measure, np.array(changes), margin))
-    enough = [len(changes) >= compare.least_pairs for *_, changes, _ in found]
-    tests = [t_test(changes) for *_, changes, _ in found]
-    p = holm([p if is_enough else math.nan for (_, p), is_enough in zip(tests, enough, strict=True)])
-    equivalent = holm(
-        [
-            equivalence_p(changes, margin) if is_enough else math.nan
-            for (*_, changes, margin), is_enough in zip(found, enough, strict=True)
-        ]
-    )
-    return [
-        Compared(
-            algorithm,
-            arm,
-            measure,
-            change,
-            margin,
-            measure != UPDATES,
-            float(p_here),
-            float(equivalent_here),
-            len(changes),
-            pairs_to_tell(float(changes.std(ddof=1)), margin, len(found)) if len(changes) > 1 else math.nan,
-        )
-        for (algorithm, arm, measure, changes, margin), (change, _), p_here, equivalent_here in zip(
-            found, tests, p, equivalent, strict=True
-        )
+    """Every arm against uniform draws, by algorithm and measure; one family."""
+    keys = [
+        (algorithm, arm, measure)
+        for algorithm, arm in dict.fromkeys((run.algorithm, run.arm) for run in runs)
+        if arm != UNIFORM
+        for measure in (UPDATES, *UTILITIES)
     ]
+    verdicts = decide([_claim(runs, compare, *key) for key in keys])
+    return [Compared(*key, verdict) for key, verdict in zip(keys, verdicts, strict=True)]
+
+
+def _claim(runs: Sequence[Run], compare: CompareSpec, algorithm: str, arm: str, measure: str) -> Claim:
+    changes = changes_of(runs, algorithm, arm, measure)
+    mean = over_runs(changes)
+    return Claim(
+        f"{arm} beats uniform draws",
+        f"{UTILITIES.get(measure, measure)}, {algorithm}",
+        -1 if measure == UPDATES else +1,
+        -math.log1p(-compare.margin_updates) if measure == UPDATES else compare.margin_utility,
+        mean if len(changes) >= compare.least_pairs else lambda level: Estimate(mean(level).value, math.nan, math.nan),
+        len(changes),
+        "pairs",
+        "log ratio" if measure == UPDATES else "difference",
+    )
 
 
 def changes_of(runs: Sequence[Run], algorithm: str, arm: str, measure: str) -> list[float]:
@@ -251,7 +235,11 @@ def answer(trials: pa.Table, epochs: pa.Table, compare: CompareSpec) -> Answer:
     panels = [_forest(compared, measure, first=not number) for number, measure in enumerate((UPDATES, *UTILITIES))]
     rows = len({(c.algorithm, c.arm) for c in compared})
     return Answer(
-        as_table(_rows(runs, compared)), panels, sentences, inches=(2.5 + 4.2 * len(panels), 1.8 + 0.42 * rows)
+        as_table(_rows(runs, compared)),
+        panels,
+        sentences,
+        [c.verdict for c in compared],
+        inches=(2.5 + 4.2 * len(panels), 1.8 + 0.42 * rows),
     )
 
 
@@ -271,12 +259,10 @@ def _rows(runs: Sequence[Run], compared: Sequence[Compared]) -> list[dict[str, A
                 "algorithm": c.algorithm,
                 **(_reached(runs, c.algorithm, c.arm) if c.measure == UPDATES else {}),
                 **interval_columns("change", c.change),
-                "margin": c.margin,
-                "p_corrected": c.p,
-                "p_equivalence_corrected": c.p_equivalence,
+                "margin": c.verdict.claim.margin,
                 "pairs": c.pairs,
-                "pairs_needed": c.pairs_needed,
-                "verdict": c.verdict,
+                "pairs_needed": c.verdict.needed,
+                "verdict": c.word,
             }
         )
     return rows
@@ -308,7 +294,7 @@ def _table(runs: Sequence[Run], compared: Sequence[Compared]) -> str:
                 row.append(f"{decimal(mean.value, 3)} ({interval(mean, 3)})")
             else:
                 found = by_key.get((algorithm, arm, measure))
-                row.append(f"{found.text()}: {found.verdict}" if found else "–")
+                row.append(f"{found.text()}: {found.word}" if found else "–")
         rows.append(row)
     head = ["algorithm", "arm", "all forgotten", "updates (95 % CI)", "less uniform: updates", *UTILITIES.values()]
     return (
@@ -329,7 +315,7 @@ def _what_is_compared(runs: Sequence[Run], compared: Sequence[Compared], compare
         f"Paired by samples and seed ({min(c.pairs for c in compared)} pairs or more), with as many updates at most; "
         f"utility is that at which {compare.completeness:.0%} of the forget set's ROUGE-L recall is gone. An "
         f"effect matters from {compare.margin_updates:.0%} fewer updates on, and from {compare.margin_utility:g} in "
-        f"utility. Verdicts by t test and by two one-sided tests, after Holm's correction for {len(compared)} "
+        f"utility. Verdicts by t intervals and by two one-sided tests, after Holm's correction for {len(compared)} "
         f"comparisons{': ' if notes else ''}{'; '.join(notes)}."
     )
 
@@ -338,24 +324,21 @@ def _of_measure(compared: Sequence[Compared], measure: str) -> str:
     of_measure = [c for c in compared if c.measure == measure]
     several = len({c.algorithm for c in of_measure}) > 1
     parts = []
-    for verdict in (BETTER, WORSE, NO_EFFECT, UNKNOWN):
-        names = [f"{c.arm} ({c.algorithm})" if several else c.arm for c in of_measure if c.verdict == verdict]
-        if verdict == UNKNOWN:
-            needed = [f"{_count(c.pairs_needed)} pairs" for c in of_measure if c.verdict == verdict]
-            names = [f"{name} (would take {n})" for name, n in zip(names, needed, strict=True)]
+    for word in WORDS.values():
+        names = []
+        for c in of_measure:
+            if c.word == word:
+                name = f"{c.arm} ({c.algorithm})" if several else c.arm
+                names.append(name + (f" ({needed(c.verdict.needed, 'pairs')})" if word == UNKNOWN else ""))
         if names:
-            parts.append(f"{verdict}: {listed(names)}")
+            parts.append(f"{word}: {listed(names)}")
     title = "Updates until all are forgotten" if measure == UPDATES else f"Utility, {UTILITIES[measure]}"
     return f"{title}, against uniform draws: {'; '.join(parts)}."
 
 
-def _count(number: float) -> str:
-    return f"about {number:.0f}" if math.isfinite(number) else "more than anybody runs"
-
-
 def _conclusion(compared: Sequence[Compared]) -> str:
-    better = [c for c in compared if c.verdict == BETTER]
-    unknown = [c for c in compared if c.verdict == UNKNOWN]
+    better = [c for c in compared if c.word == BETTER]
+    unknown = [c for c in compared if c.word == UNKNOWN]
     if better:
         several = len({c.algorithm for c in compared}) > 1
         names = [
@@ -381,12 +364,12 @@ def _forest(compared: Sequence[Compared], measure: str, first: bool) -> Draw:
     def draw(axes: Axes) -> None:
         shown = [c for c in compared if c.measure == measure]
         several = len({c.algorithm for c in shown}) > 1
-        margin = shown[0].margin
+        margin = shown[0].verdict.claim.margin
         axes.axvspan(-margin, margin, color=MUTED, alpha=0.15, linewidth=0)
         axes.axvline(0, color=MUTED, linewidth=1)
         for row, c in enumerate(shown):
             bars = error_bars([c.change])
-            axes.errorbar(c.change.value, -row, xerr=bars, fmt="o", color=COLOURS[c.verdict], capsize=4)
+            axes.errorbar(c.change.value, -row, xerr=bars, fmt="o", color=COLOURS[c.word], capsize=4)
         names = [f"{c.algorithm}, {c.arm}" if several else c.arm for c in shown]
         axes.set_yticks([-float(row) for row in range(len(shown))], names if first else [""] * len(shown))
         axes.grid(axis="y", visible=False)

@@ -9,6 +9,7 @@ does not count: it is part of the stop rule and not of the sampling.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -19,11 +20,12 @@ from bench.experiments.experiment import Answer, Experiment, Setup
 from bench.experiments.shared import costs
 from bench.experiments.shared.arms import ALL, UNIFORM, Row, merged, plus_minus
 from bench.experiments.shared.costs import BACKWARD, COST, SECONDS, UPDATES, ForgetSet, Ratio, RunCost
-from bench.experiments.shared.verdicts import CONTRADICTED, HOLDS, UNKNOWN, list_verdicts, overall_verdict
 from bench.files.status import FINISHED
 from bench.jobs.sweep_tables import as_table
+from bench.report.verdicts import listed
 from bench.report.words import interval_columns
 from bench.stats.estimates import Estimate, geometric_mean, over_seeds
+from bench.stats.verdicts import Claim, Interval, Verdict, decide, half_of
 from scoring.errors import UserError
 
 # Arm -> measure -> a ratio to uniform draws for each algorithm, or one for their average.
@@ -31,6 +33,7 @@ Ratios = Mapping[str, Mapping[str, Sequence[Ratio]]]
 PAPER_DRAWS = 200
 # Seconds of the paper: without and with MRD.
 PAPER = {"GA": (500.0, 383.0), "GradDiff": (861.0, 698.0), "PO": (1024.0, 851.0), "NPO": (960.0, 723.0)}
+PAPER_LOG_RATIO = float(np.mean([math.log(with_mrd / without) for without, with_mrd in PAPER.values()]))
 MONTE_CARLO = "Monte Carlo, K = "
 PRINTED = f"{MONTE_CARLO}{PAPER_DRAWS}"  # the arm of Algorithm 1 as printed
 COUNTED = " (counted)"  # follows an arm that was not run: its cost is computed from that of another
@@ -71,7 +74,8 @@ def answer(trials: pa.Table, forget: ForgetSet) -> Answer:
         sentences.append(_not_at_the_end(capped, runs))
     if lost := trials.num_rows - len(rows):
         sentences.append(f"{lost} of {trials.num_rows} trials did not finish and are left out.")
-    sentences.append(_claim(runs, single, average))
+    verdicts = decide(claims_of(runs, average))
+    sentences.append(_claim(verdicts))
     panels = [
         costs.stacked_bars(_cost_parts(runs), ("updates", "MRD"), "cost to the end, forwards of the forget set"),
         costs.ratio_dots(
@@ -88,7 +92,7 @@ def answer(trials: pa.Table, forget: ForgetSet) -> Answer:
             for measure in (UPDATES, SECONDS)
         ),
     ]
-    return Answer(as_table(_rows(runs, single, average)), panels, sentences, inches=(19.0, 5.5))
+    return Answer(as_table(_rows(runs, single, average)), panels, sentences, verdicts, inches=(19.0, 5.5))
 
 
 # --- Runs ---------------------------------------------------------------------------------------------------
@@ -150,26 +154,49 @@ def average_ratio(runs: Sequence[RunCost], arm: str, measure: str) -> list[Ratio
     return costs.ratios(measure, {ALL: means}) if means else []
 
 
-def verdicts(runs: Sequence[RunCost], arm: str, single: Sequence[Ratio], average: Sequence[Ratio]) -> dict[str, str]:
-    """Algorithm, or ALL -> whether an arm takes less in all.
+def claims_of(runs: Sequence[RunCost], average: Ratios) -> list[Claim]:
+    """That each way to measure MRD takes less than uniform draws, in all and in updates alone."""
+    unknown = Estimate(math.nan, math.nan, math.nan)
+    claims = []
+    for measure, text in (
+        (COST, "drawing by MRD takes less in all, MRD included"),
+        (UPDATES, "drawing by MRD takes fewer updates"),
+    ):
+        # The arm that measures MRD as the paper does comes first.
+        for arm in sorted(average, key=lambda arm: not arm.startswith(PRINTED)):
+            if measure in average[arm]:
+                ratio = next(iter(average[arm][measure]), None)
+                claims.append(
+                    Claim(
+                        text,
+                        f"{measure} / uniform, MRD by {arm}, geometric mean of algorithms",
+                        -1,
+                        half_of(PAPER_LOG_RATIO),
+                        _never_for_capped(ratio.at, runs, arm) if ratio else lambda _: unknown,
+                        ratio.pairs if ratio else 0,
+                        "seeds",
+                        "log ratio",
+                        PAPER_LOG_RATIO if measure == COST and arm.startswith(PRINTED) else None,
+                    )
+                )
+    return claims
 
-    A run that had not come to the end when its updates were used up would have taken more: where such runs are left
-    out, nothing is concluded in favour of their arm.
+
+def _never_for_capped(at: Interval, runs: Sequence[RunCost], arm: str) -> Interval:
+    """The interval of arm / uniform, not known where it could speak for an arm with runs that are left out.
+
+    A run that had not come to the end when its updates were used up would have taken more: what is left of its arm
+    looks better than it is. Only an interval that is wholly against such an arm stands.
     """
-    verdict_of = {}
-    for ratio in (*single, *average):
-        algorithms = [ratio.name] if ratio.name != ALL else [other.name for other in single]
-        if ratio.sign < 0:
-            verdict_of[ratio.name] = UNKNOWN if _any_capped(runs, algorithms, arm) else HOLDS
-        elif ratio.sign > 0:
-            verdict_of[ratio.name] = UNKNOWN if _any_capped(runs, algorithms, UNIFORM) else CONTRADICTED
-        else:
-            verdict_of[ratio.name] = UNKNOWN
-    return verdict_of
+    arm_capped, uniform_capped = (any(run.arm == each and not run.reached for run in runs) for each in (arm, UNIFORM))
 
+    def at_level(level: float) -> Estimate:
+        found = at(level)
+        if (arm_capped and found.sign != 1) or (uniform_capped and found.sign != -1):
+            return Estimate(found.value, math.nan, math.nan)
+        return found
 
-def _any_capped(runs: Sequence[RunCost], algorithms: Sequence[str], arm: str) -> bool:
-    return any(run.arm == arm and run.algorithm in algorithms and not run.reached for run in runs)
+    return at_level
 
 
 # --- Words --------------------------------------------------------------------------------------------------
@@ -226,22 +253,16 @@ def _not_at_the_end(capped: Sequence[RunCost], runs: Sequence[RunCost]) -> str:
     names = list(dict.fromkeys(method_name(run.algorithm, run.arm) for run in capped))
     return (
         f"{len(capped)} of {len(measured)} runs had not forgotten all when their updates were used up "
-        f"({'; '.join(names)}); they are left out of the ratios, and nothing is concluded in favour of their arm."
+        f"({'; '.join(names)}); they are left out of the ratios, and nothing is concluded in favour of their arm: "
+        "where the mean of the algorithms could speak for it, its interval is not known."
     )
 
 
-def _claim(runs: Sequence[RunCost], single: Ratios, average: Ratios) -> str:
+def _claim(verdicts: Sequence[Verdict]) -> str:
     parts = []
-    # The arm that measures MRD as the paper does comes first.
-    for arm in sorted(single, key=lambda arm: not arm.startswith(PRINTED)):
-        by_algorithm = verdicts(runs, arm, single[arm][COST], average[arm][COST])
-        on_average = by_algorithm.pop(ALL, UNKNOWN)
-        ratio = costs.times_with_ci(average[arm][COST][0].value) if average[arm][COST] else "not determined"
-        parts.append(
-            f"**with MRD by {arm} it {overall_verdict(by_algorithm, on_average)}**: cost {ratio} that of uniform "
-            f"draws over the algorithms together, by themselves it {list_verdicts(by_algorithm)}"
-        )
-    return f"The paper's claim, that drawing by MRD takes less in all, MRD included: {'; '.join(parts)}."
+    for text in dict.fromkeys(verdict.claim.text for verdict in verdicts):
+        parts.append(f"that {text}: {listed(verdict for verdict in verdicts if verdict.claim.text == text)}")
+    return f"The paper's claim, {'; '.join(parts)}."
 
 
 # --- Rows and pictures --------------------------------------------------------------------------------------

@@ -1,7 +1,8 @@
 """Table 11: what makes a sample's MRD high? Low against high levels of four characteristics, with length set aside.
 
 Levels are those with which the task made its records, where it has them, and the outer quarters of numbers that are
-counted in the text (scoring.characteristics) or given by the model.
+counted in the text (scoring.characteristics) or given by the model. Claims are judged in the range of lengths that both
+levels have, length partialled out: complex texts are long, and MRD is a sum over tokens.
 """
 
 from __future__ import annotations
@@ -19,25 +20,27 @@ from bench.experiments.experiment import Answer, Experiment, Setup
 from bench.files.score_file import Scores
 from bench.jobs.score import ScoreSpec, score
 from bench.models.find import find_model
-from bench.report.attributes import ATTRIBUTES, Attribute, Effect, Record, attribute_effects, by_attribute, forest_plot
-from bench.report.words import (
-    decimal,
-    interval_columns,
-    markdown_table,
-    number_with_ci,
-    sign_verdict,
-    with_ci,
-)
+from bench.report.attributes import ATTRIBUTES, Attribute, Effect, Record, by_attribute, effect_of_level, forest_plot
+from bench.report.verdicts import listed
+from bench.report.words import decimal, interval_columns, markdown_table, number_with_ci, with_ci
+from bench.stats.verdicts import Claim, Verdict, decide
 from bench.tasks.datasets import Dataset, load_dataset
 from scoring.characteristics import characteristics
 from scoring.errors import UserError
 from scoring.records import LAYOUTS
 from scoring.settings import Doc, Ge, check, named
 
+MARGIN = "rank correlation"
 LOW, HIGH = "low", "high"
 MADE, MEASURED = "made", "measured"
 # The text of section 3.3 says -1; the MRD of Table 11 (low 0.3481, high 0.7689) says the opposite.
 PROBABILITY = Attribute("probability", "initial probability", LOW, HIGH, -1)
+CLAIMS = {
+    "complexity": "complex samples have higher MRD",
+    "frequency": "frequent samples have lower MRD",
+    "probability": "probable samples have lower MRD",
+    "rare_words": "samples with rare words have higher MRD",
+}
 # Table 11: MRD at the low and at the high level.
 PAPER = {
     "complexity": (0.3085, 1.0026),
@@ -95,7 +98,7 @@ class Comparison:
     Attributes:
         grouping: with all samples of its levels.
         drawn: the effect in as many samples as the paper draws from each level.
-        whole: the effect in all samples.
+        whole: the effect in all samples, by which the claim is judged.
     """
 
     grouping: Grouping
@@ -106,9 +109,13 @@ class Comparison:
     def title(self) -> str:
         return f"{self.grouping.attribute.title} ({self.grouping.source})"
 
-    @property
-    def claim(self) -> int:
-        return self.grouping.attribute.claim
+    def claim(self, margin: float) -> Claim:
+        """What the paper says about the attribute, judged where the lengths of all samples overlap."""
+        return dataclasses.replace(
+            self.whole.claim(margin),
+            text=CLAIMS[self.grouping.attribute.field],
+            effect=f"{self.title}, rank correlation where lengths overlap",
+        )
 
 
 def run(setup: Setup) -> Answer:
@@ -120,7 +127,7 @@ def run(setup: Setup) -> Answer:
     corpus = [
         text for split in spec.corpus for text in texts_as_trained(load_dataset(score_spec.data, split, tokenizer))
     ]
-    return answer(Scores.read(scores.path), dataset, corpus, spec)
+    return answer(Scores.read(scores.path), dataset, corpus, spec, setup.margins(MARGIN))
 
 
 def texts_as_trained(dataset: Dataset) -> list[str]:
@@ -134,8 +141,14 @@ def text_of(record: Record) -> str:
     return " ".join(record[field] for field in fields)
 
 
-def answer(scores: Scores, dataset: Dataset, corpus: Sequence[str], spec: Table11Spec) -> Answer:
-    """From the scores of a data set's samples and the texts that the model was trained on."""
+def answer(
+    scores: Scores, dataset: Dataset, corpus: Sequence[str], spec: Table11Spec, margins: Mapping[str, float]
+) -> Answer:
+    """From the scores of a data set's samples and the texts that the model was trained on.
+
+    Args:
+        margins: the weakest rank correlation that matters, by the name MARGIN.
+    """
     comparisons = [
         Comparison(
             grouping,
@@ -146,30 +159,46 @@ def answer(scores: Scores, dataset: Dataset, corpus: Sequence[str], spec: Table1
     ]
     if not comparisons:
         raise UserError(f"{dataset.name}: no characteristic varies between its samples; there is nothing to compare")
+    judged = judged_of(comparisons)
+    verdicts = decide([comparison.claim(margins[MARGIN]) for comparison in judged])
+    words = {comparison.title: verdict.word for comparison, verdict in zip(judged, verdicts, strict=True)}
     sentences = [
         f"**{len(scores.ids)} samples of {dataset.name}**, {spec.size} drawn from each level as in the paper, and all "
-        "of them. Made: the level with which the task made the record. Measured: the lowest against the highest "
-        "quarter of what is counted in the text, or of the probability under the model.",
+        "of them. Made: the level with which the task made the record; where there are more than two, the lower two "
+        "against the upper two. Measured: the lowest against the highest quarter of what is counted in the text, or "
+        "of the probability under the model.",
         _table(comparisons),
-        *(_sentence(comparison) for comparison in comparisons),
-        _claim(comparisons, spec),
+        *(_sentence(comparison, words.get(comparison.title)) for comparison in comparisons),
+        _claim(verdicts),
     ]
     panels = [
-        by_attribute([_with_source(comparison, "\n") for comparison in comparisons], f"MRD, {spec.size} of each level"),
-        forest_plot([_with_source(comparison, " ") for comparison in comparisons], []),
+        by_attribute(
+            [_with_source(comparison, comparison.drawn, "\n") for comparison in comparisons],
+            f"MRD, {spec.size} of each level",
+        ),
+        forest_plot([_with_source(comparison, comparison.whole, " ") for comparison in comparisons], []),
     ]
-    table = pa.Table.from_pylist([_row(comparison) for comparison in comparisons])
-    return Answer(table, panels, sentences, inches=(20.0, 6.0))
+    table = pa.Table.from_pylist([_row(comparison, words.get(comparison.title)) for comparison in comparisons])
+    return Answer(table, panels, sentences, verdicts, inches=(20.0, 6.0))
 
 
-def _with_source(comparison: Comparison, space: str) -> Effect:
-    """The effect in the drawn samples, under a title that says where the levels are from.
+def judged_of(comparisons: Sequence[Comparison]) -> list[Comparison]:
+    """One comparison for each attribute: by the levels of the task where it made some, which is an experiment; what is
+    measured besides is shown."""
+    first: dict[str, Comparison] = {}
+    for comparison in comparisons:
+        first.setdefault(comparison.grouping.attribute.field, comparison)
+    return list(first.values())
+
+
+def _with_source(comparison: Comparison, effect: Effect, space: str) -> Effect:
+    """An effect of a comparison under a title that says where the levels are from.
 
     Args:
         space: what the words of the title are separated by.
     """
     attribute = dataclasses.replace(comparison.grouping.attribute, title=comparison.title.replace(" ", space))
-    return dataclasses.replace(comparison.drawn, attribute=attribute)
+    return dataclasses.replace(effect, attribute=attribute)
 
 
 def groupings_of(scores: Scores, dataset: Dataset, corpus: Sequence[str]) -> list[Grouping]:
@@ -185,16 +214,25 @@ def groupings_of(scores: Scores, dataset: Dataset, corpus: Sequence[str]) -> lis
     }
     groupings = []
     for attribute in (*ATTRIBUTES, PROBABILITY):
-        levels = {True: attribute.high, False: attribute.low}
-        made = {
-            name: high
-            for name, record in zip(scores.ids, records, strict=True)
-            for high, level in levels.items()
-            if record.get(attribute.field) == level
-        }
+        values = [record.get(attribute.field) for record in records]
+        levels = made_levels(attribute, values)
+        made = {name: levels[value] for name, value in zip(scores.ids, values, strict=True) if value in levels}
         quarters = outer_quarters(dict(zip(scores.ids, numbers[attribute.field], strict=True)))
         groupings += [Grouping(attribute, MADE, made), Grouping(attribute, MEASURED, quarters)]
     return [grouping for grouping in groupings if len(set(grouping.high.values())) == 2]
+
+
+def made_levels(attribute: Attribute, values: Sequence[Any]) -> dict[Any, bool]:
+    """Level -> whether it is a high one; levels at neither end are left out.
+
+    Of more than two numbers the lower two are compared with the upper two, and not ranked all along: the paper compares
+    groups, and only for two groups can be told which lengths both have.
+    """
+    numbers = sorted({value for value in values if isinstance(value, int | float)})
+    if len(numbers) <= 2:
+        return {attribute.low: False, attribute.high: True}
+    ends = min(2, len(numbers) // 2)
+    return dict.fromkeys(numbers[:ends], False) | dict.fromkeys(numbers[-ends:], True)
 
 
 def outer_quarters(values: Mapping[str, float]) -> dict[str, bool]:
@@ -224,64 +262,47 @@ def draw_samples(grouping: Grouping, size: int, seed: int) -> Grouping:
 
 def effect_of(scores: Scores, grouping: Grouping) -> Effect:
     """The effect of a grouping on the MRD of its samples."""
-    # `attribute_effects` reads levels from records: these have the levels of the grouping, under a name that it knows.
-    carrier = ATTRIBUTES[0]
-    records = [
-        {"id": name, carrier.field: carrier.high if high else carrier.low} for name, high in grouping.high.items()
-    ]
-    table = scores.table.filter(pa.array([name in grouping.high for name in scores.ids]))
-    (effect,) = attribute_effects(Scores(table, scores.spec, scores.facts), records)
-    return dataclasses.replace(effect, attribute=grouping.attribute)
+    chosen = [name in grouping.high for name in scores.ids]
+    is_high = np.array([grouping.high[name] for name in scores.ids if name in grouping.high])
+    return effect_of_level(grouping.attribute, is_high, scores["mrd"][chosen], scores["num_tokens"][chosen])
 
 
 # --- Words and rows -----------------------------------------------------------------------------------------
 
 
-def _sentence(comparison: Comparison) -> str:
-    title, drawn, whole = comparison.title.capitalize(), comparison.drawn, comparison.whole
-    count = f"With all {len(whole.low)} + {len(whole.high)} samples, Hedges' g {with_ci(whole.size)}"
-    if comparison.grouping.attribute != PROBABILITY:
-        return (
-            f"{title}. {drawn.sentence()} {count}: {sign_verdict(whole.size, comparison.claim)}; rank correlation "
-            f"beyond length {with_ci(whole.beyond_length)}: {sign_verdict(whole.beyond_length, comparison.claim)}."
+def _sentence(comparison: Comparison, word: str | None) -> str:
+    """What was measured, and the verdict where there is one."""
+    drawn, whole, attribute = comparison.drawn, comparison.whole, comparison.grouping.attribute
+    note = ""
+    if attribute == PROBABILITY:
+        low, high = PAPER[PROBABILITY.field]
+        note = (
+            f" The paper contradicts itself: its Table 11 has {low} at the low and {high} at the high level, the "
+            "opposite sign; what is claimed is what its text says."
         )
-    low, high = PAPER[PROBABILITY.field]
-    sides = {-1: "as the text says", 1: "as the table shows, against the text", 0: "neither can be told"}
+    change = (
+        f"With {len(drawn.low)} + {len(drawn.high)} samples Hedges' g is {with_ci(drawn.size)}, with all "
+        f"{len(whole.low)} + {len(whole.high)} {with_ci(whole.size)}; neither is set apart from length, with which the "
+        f"level has a rank correlation of {with_ci(whole.with_length)}."
+    )
+    verdict = word or "not judged, as the task made levels of it"
     return (
-        f"{title}. The paper contradicts itself: by its text high probability means low MRD, its Table 11 has {low} at "
-        f"the low and {high} at the high level. Here the mean MRD is {number_with_ci(drawn.low_mean)} and "
-        f"{number_with_ci(drawn.high_mean)}, Hedges' g {with_ci(drawn.size)}: {sides[drawn.size.sign]}. With length "
-        f"partialled out, rank correlation {with_ci(drawn.beyond_length)}: {sides[drawn.beyond_length.sign]}. {count}: "
-        f"{sides[whole.size.sign]}; rank correlation beyond length {with_ci(whole.beyond_length)}: "
-        f"{sides[whole.beyond_length.sign]}."
+        f"{comparison.title.capitalize()}. The paper says: high {attribute.title}, "
+        f"{'higher' if attribute.claim > 0 else 'lower'} MRD.{note} {change} With length partialled out of all, rank "
+        f"correlation {with_ci(whole.beyond_length)}; where lengths overlap, {whole.overlap.text()}: {verdict}."
     )
 
 
-def _claim(comparisons: Sequence[Comparison], spec: Table11Spec) -> str:
-    parts = []
-    for samples, estimates in (
-        (f"With {spec.size} of each level", [comparison.drawn.size for comparison in comparisons]),
-        ("With all", [comparison.whole.size for comparison in comparisons]),
-        ("With all and length partialled out", [comparison.whole.beyond_length for comparison in comparisons]),
-    ):
-        titles_of: dict[str, list[str]] = {}
-        for comparison, estimate in zip(comparisons, estimates, strict=True):
-            titles_of.setdefault(sign_verdict(estimate, comparison.claim), []).append(comparison.title)
-        listed = "; ".join(f"{verdict} for {', '.join(titles)}" for verdict, titles in titles_of.items())
-        signs = {estimate.sign * comparison.claim for comparison, estimate in zip(comparisons, estimates, strict=True)}
-        if -1 in signs:
-            together = "some are contradicted here"
-        else:
-            together = "all hold here" if signs == {1} else "not all can be told here"
-        parts.append(f"{samples}, {together}: {listed}.")
+def _claim(verdicts: Sequence[Verdict]) -> str:
     return (
         "The claims of the paper's text are that MRD is high for samples that are complex, rare, improbable or have "
-        f"rare words. {' '.join(parts)} Each is judged at 95 % by itself."
+        f"rare words. Judged where lengths overlap, with length partialled out: {listed(verdicts)}."
     )
 
 
 def _table(comparisons: Sequence[Comparison]) -> str:
-    head = ["attribute", "n", "MRD, low", "MRD, high", "Hedges' g", "g, all", "beyond length, all", "the paper"]
+    head = ["attribute", "n", "MRD, low", "MRD, high", "Hedges' g", "g, all", "beyond length, all"]
+    head += ["where lengths overlap", "n there", "the paper"]
     rows = []
     for comparison in comparisons:
         drawn, whole = comparison.drawn, comparison.whole
@@ -295,14 +316,17 @@ def _table(comparisons: Sequence[Comparison]) -> str:
                 with_ci(drawn.size),
                 with_ci(whole.size),
                 with_ci(whole.beyond_length),
+                with_ci(whole.overlap.correlation),
+                " + ".join(map(str, whole.overlap.counts)),
                 f"{decimal(low, 4)}, {decimal(high, 4)}",
             ]
         )
     return markdown_table(head, rows)
 
 
-def _row(comparison: Comparison) -> dict[str, Any]:
-    drawn, whole, claim = comparison.drawn, comparison.whole, comparison.claim
+def _row(comparison: Comparison, word: str | None) -> dict[str, Any]:
+    drawn, whole = comparison.drawn, comparison.whole
+    overlap_low, overlap_high = whole.overlap.counts
     paper_low, paper_high = PAPER[comparison.grouping.attribute.field]
     return {
         "attribute": comparison.grouping.attribute.field,
@@ -320,11 +344,15 @@ def _row(comparison: Comparison) -> dict[str, Any]:
         **interval_columns("with_length", drawn.with_length),
         **interval_columns("hedges_g_of_all", whole.size),
         **interval_columns("beyond_length_of_all", whole.beyond_length),
-        "paper_says": claim,
+        **interval_columns("where_lengths_overlap", whole.overlap.correlation),
+        "overlap_low_samples": overlap_low,
+        "overlap_high_samples": overlap_high,
+        "shortest_tokens": whole.overlap.shortest,
+        "longest_tokens": whole.overlap.longest,
+        "paper_says": comparison.grouping.attribute.claim,
         "paper_low": paper_low,
         "paper_high": paper_high,
-        "verdict": sign_verdict(drawn.size, claim),
-        "verdict_beyond_length": sign_verdict(drawn.beyond_length, claim),
+        "verdict": word,
     }
 
 

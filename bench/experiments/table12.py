@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Self
@@ -24,12 +24,12 @@ from scipy import stats
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from bench.experiments.experiment import Answer, Experiment, Setup
-from bench.experiments.shared.verdicts import range_verdict
 from bench.jobs.draws import HALF_NORMAL_SPREAD, Point, measure_draws
 from bench.models.find import ModelName, ModelReference, find_model
 from bench.report.figures import BLUE, INK, MUTED, VERMILLION, Draw
 from bench.report.words import interval_columns, markdown_table, with_ci
-from bench.stats.estimates import LEVEL, Estimate, over_sets
+from bench.stats.estimates import LEVEL, Estimate, exponential, over_sets
+from bench.stats.verdicts import Claim, Verdict, bootstrapped, decide
 from bench.tasks.datasets import DataName, load_dataset
 from scoring.errors import UserError
 from scoring.load import read_config
@@ -39,8 +39,7 @@ from scoring.settings import Doc, Ge, Gt, Lt, build, check, current_naming, name
 
 PAPER = {"Qwen3 4B": (4e9, 60), "Qwen3 8B": (8e9, 80), "Qwen3 14B": (14e9, 50), "Qwen3 32B": (32e9, 80)}
 HEAD_SIZE = 32  # of the attention of random models
-# A tenfold size that changes K by less than this factor hardly matters.
-MINIMAL = 1.25
+MARGIN = "log factor of K by tenfold size"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,7 +133,8 @@ class ModelDraws:
 
 def run(setup: Setup) -> Answer:
     spec = setup.spec(Table12Spec, "stability")
-    return answer([_measure(model, spec, setup) for model in spec.model_specs()], spec)
+    margins = setup.margins(MARGIN)
+    return answer([_measure(model, spec, setup) for model in spec.model_specs()], spec, margins)
 
 
 def _measure(model_spec: ModelSpec, spec: Table12Spec, setup: Setup) -> ModelDraws:
@@ -211,19 +211,23 @@ class Stability:
     spread: Estimate
 
 
-def answer(models: Sequence[ModelDraws], spec: Table12Spec) -> Answer:
-    """From the draws of each model."""
+def answer(models: Sequence[ModelDraws], spec: Table12Spec, margins: Mapping[str, float]) -> Answer:
+    """From the draws of each model.
+
+    Args:
+        margins: the smallest factor that matters, as a logarithm by the name MARGIN.
+    """
     stabilities = [stability_of(model, spec.tolerance) for model in models]
-    factor = factor_of_tenfold_size(models, spec.tolerance)
+    verdicts = decide([size_claim(models, spec.tolerance, margins[MARGIN])])
     sentences = [
         _headline(stabilities, spec),
         _table(stabilities),
         _theory(stabilities, spec),
-        _claim(factor, stabilities),
+        _claim(verdicts[0], stabilities),
     ]
     table = pa.Table.from_pylist([_row(stability, spec) for stability in stabilities])
     panels = [_count_dots(stabilities, spec), _error_lines(models, spec)]
-    return Answer(table, panels, sentences, inches=(14.0, 6.0))
+    return Answer(table, panels, sentences, verdicts, inches=(14.0, 6.0))
 
 
 def relative_errors(values: np.ndarray) -> np.ndarray:
@@ -265,20 +269,38 @@ def stability_of(model: ModelDraws, tolerance: float) -> Stability:
     )
 
 
-def factor_of_tenfold_size(models: Sequence[ModelDraws], tolerance: float) -> Estimate:
-    """The factor by which K changes with a tenfold size: 10 to the slope of log K against log10 of the parameters.
+def size_claim(models: Sequence[ModelDraws], tolerance: float, margin: float) -> Claim:
+    """That K hardly changes with the size: the slope of log K against log10 of the parameters is near 0.
 
     The interval is over the samples of each model, for just these models.
     """
     errors_of = [relative_errors(model.values) for model in models]
-    size = np.log10([model.parameters for model in models])
+    parameters = [model.parameters for model in models]
+
+    def log_factor(sets: list[np.ndarray]) -> np.ndarray:
+        counts = [stable_count(errors, rows, tolerance) for errors, rows in zip(errors_of, sets, strict=True)]
+        return slope_by_size(parameters, np.stack(counts))
+
+    paper_sizes, paper_counts = zip(*PAPER.values(), strict=True)
+    samples = [len(model.values) for model in models]
+    return Claim(
+        "the size of the model hardly matters for K",
+        f"factor of K by tenfold size, {len(models)} models",
+        0,
+        margin,
+        bootstrapped(over_sets, log_factor, samples),
+        min(samples),
+        "samples of each model",
+        "log ratio",
+        float(slope_by_size(paper_sizes, np.array(paper_counts, dtype=float))),
+    )
+
+
+def slope_by_size(parameters: Sequence[float], counts: np.ndarray) -> np.ndarray:
+    """The slope of log K, (M, ...), against log10 of the numbers of parameters, (M,)."""
+    size = np.log10(parameters)
     size -= size.mean()
-
-    def factor(sets: list[np.ndarray]) -> np.ndarray:
-        counts = np.stack([stable_count(errors, rows, tolerance) for errors, rows in zip(errors_of, sets, strict=True)])
-        return np.exp(np.tensordot(size, np.log(counts), 1) / (size @ size))
-
-    return over_sets(factor, [len(model.values) for model in models])
+    return np.tensordot(size, np.log(counts), 1) / (size @ size)
 
 
 def _headline(stabilities: Sequence[Stability], spec: Table12Spec) -> str:
@@ -318,11 +340,12 @@ def _theory(stabilities: Sequence[Stability], spec: Table12Spec) -> str:
     )
 
 
-def _claim(factor: Estimate, stabilities: Sequence[Stability]) -> str:
+def _claim(verdict: Verdict, stabilities: Sequence[Stability]) -> str:
+    factor = exponential(verdict.estimate)
     return (
-        f"The claim that the size of the model hardly matters for K {range_verdict(factor, 1 / MINIMAL, MINIMAL)} "
-        f"here: a tenfold size changes it by a factor of {with_ci(factor)}, over {len(stabilities)} models (hardly: by "
-        f"less than {MINIMAL:g} either way)."
+        f"The claim that {verdict.claim.text} {verdict.word} here: a tenfold size changes it by a factor of "
+        f"{with_ci(factor)}, over {len(stabilities)} models (hardly: by less than {math.exp(verdict.claim.margin):.3g} "
+        "either way)."
     )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -18,32 +17,41 @@ from bench.experiments.shared.arms import (
     Contrast,
     Outcome,
     Row,
+    better_sign,
     contrasts,
     finished_outcomes,
     merged,
     methods_of,
     metric_label,
+    metric_title,
     values_of,
 )
-from bench.experiments.shared.verdicts import CONTRADICTED, HOLDS, UNKNOWN
 from bench.files.status import FINISHED
 from bench.jobs.sweep_tables import as_table
-from bench.report.words import NO_EFFECT_SHOWN, decimal
-from bench.stats.estimates import LEVEL, holm
+from bench.report.words import decimal
+from bench.stats.verdicts import Claim, decide
 from scoring.errors import UserError
 
 BEST = "m = 2"  # according to the paper
 OTHERS = ("m = 1", "m = 3")  # the paper compares it with these
 ONCE = "once"
 STEPS = " steps"
-ROUNDING = 1e-24  # of a mean square: the noise of arms that differ by the same in every seed
+ROUNDING = 1e-24  # of a mean square: the noise of arms that differ by the same in every pair
+# Less m = 2 in Table 13; m = 2 is computed again from its parts.
+PAPER = {
+    ("m = 1", "uc_average"): -0.0031,
+    ("m = 1", "ut_average"): -0.0030,
+    ("m = 3", "uc_average"): -0.00445,
+    ("m = 3", "ut_average"): -0.00055,
+}
 
 
 def run(setup: Setup) -> Answer:
+    columns = weighted_tables.columns_of(setup)
+    margins = setup.margins(*columns.judged)
     sweeps = [setup.sweep(key) for key in setup.sweep_keys()]
     trials = merged([sweep.trials for sweep in sweeps])
-    columns = Columns.of(trials["task"][0].as_py(), trials)
-    return answer(trials, columns, weighted_tables.original_metrics(sweeps[0]))
+    return answer(trials, columns, weighted_tables.original_metrics(sweeps[0]), margins)
 
 
 def arm_of_refresh(row: Row) -> str:
@@ -53,11 +61,12 @@ def arm_of_refresh(row: Row) -> str:
     return f"m = {row['refresh']}" + (STEPS if row["refresh_unit"] == "steps" else "")
 
 
-def answer(trials: pa.Table, columns: Columns, original: Mapping[str, Any]) -> Answer:
-    """From trials of one algorithm over refreshes and seeds.
+def answer(trials: pa.Table, columns: Columns, original: Mapping[str, Any], margins: Mapping[str, float]) -> Answer:
+    """From trials of one algorithm over refreshes, selections and seeds.
 
     Args:
         original: metric -> value of the model before it forgets.
+        margins: metric -> the smallest change that matters, of those that are judged.
     """
     outcomes, lost_sentence = finished_outcomes(trials, columns.all, arm_of_refresh)
     arms = list(dict.fromkeys(outcome.arm for outcome in outcomes))
@@ -65,8 +74,8 @@ def answer(trials: pa.Table, columns: Columns, original: Mapping[str, Any]) -> A
         raise UserError(f"trials with {', '.join(arms)}: expected {BEST} and one of {', '.join(OTHERS)} to compare")
     epoch_arms = [arm for arm in arms if not arm.endswith(STEPS)]
     p_values = {metric: f_test(outcomes, epoch_arms, metric) for metric in columns.judged}
-    corrected = dict(zip(p_values, holm(list(p_values.values())), strict=True))
-    compared = _against_best(outcomes, arms, columns.judged)
+    compared = [c for arm in arms if arm != BEST for c in contrasts(outcomes, columns.judged, arm, BEST)]
+    verdicts = decide(claims_of(compared, margins))
     measurements = measurements_of_mrd(trials)
     rows = {
         f"{method_name(algorithm, arm)}{f' ({measurements[arm]:g} × MRD)' if arm in measurements else ''}": [
@@ -75,21 +84,21 @@ def answer(trials: pa.Table, columns: Columns, original: Mapping[str, Any]) -> A
         for algorithm, arm in methods_of(outcomes)
     }
     sentences = [
-        weighted_tables.table_of_means(rows, columns, original, len({outcome.seed for outcome in outcomes})),
-        _whether_m_matters(corrected, epoch_arms),
+        weighted_tables.table_of_means(rows, columns, original, {outcome.pair for outcome in outcomes}),
+        _whether_m_matters(p_values, epoch_arms),
         _differences([contrast for contrast in compared if not contrast.arm.endswith(STEPS)]),
     ]
     if steps := [contrast for contrast in compared if contrast.arm.endswith(STEPS)]:
         sentences.append(_steps_or_epochs(steps, measurements))
     if lost_sentence:
         sentences.append(lost_sentence)
-    sentences.append(_claim([contrast for contrast in compared if contrast.arm in epoch_arms], columns))
+    sentences.append(f"**The paper's claim, that {BEST} is best: {weighted_tables.decided(verdicts)}.**")
     panels = [
         weighted_tables.metric_dots(outcomes, metric, original, first=not number, name_of=method_name)
         for number, metric in enumerate(columns.judged)
     ]
     table = as_table(_rows(outcomes, columns, compared, measurements))
-    return Answer(table, panels, sentences, inches=(2 + 5.0 * len(panels), 1.8 + 0.5 * len(arms)))
+    return Answer(table, panels, sentences, verdicts, inches=(2 + 5.0 * len(panels), 1.8 + 0.5 * len(arms)))
 
 
 def method_name(algorithm: str, arm: str) -> str:
@@ -110,19 +119,19 @@ def measurements_of_mrd(trials: pa.Table) -> dict[str, float]:
 
 
 def f_test(outcomes: Sequence[Outcome], arms: Sequence[str], metric: str) -> float:
-    """p of no difference between arms: F test of the arms, seeds as blocks; nan where it is not determined."""
+    """p of no difference between arms: F test of the arms, pairs as blocks; nan where it is not determined."""
     values = [
         {
-            outcome.seed: outcome.values[metric]
+            outcome.pair: outcome.values[metric]
             for outcome in outcomes
             if outcome.arm == arm and metric in outcome.values
         }
         for arm in arms
     ]
-    seeds = sorted(set.intersection(*(set(by_seed) for by_seed in values)))
-    if len(arms) < 2 or len(seeds) < 2:
+    pairs = sorted(set.intersection(*(set(by_pair) for by_pair in values)))
+    if len(arms) < 2 or len(pairs) < 2:
         return math.nan
-    y = np.array([[by_seed[seed] for seed in seeds] for by_seed in values])
+    y = np.array([[by_pair[pair] for pair in pairs] for by_pair in values])
     residual = y - y.mean(axis=0) - y.mean(axis=1, keepdims=True) + y.mean()
     a, s = y.shape
     noise = float((residual**2).sum() / ((a - 1) * (s - 1)))
@@ -132,28 +141,33 @@ def f_test(outcomes: Sequence[Outcome], arms: Sequence[str], metric: str) -> flo
     return float(stats.f.sf(between / noise, a - 1, (a - 1) * (s - 1)))
 
 
-def _against_best(outcomes: Sequence[Outcome], arms: Sequence[str], metrics: Sequence[str]) -> list[Contrast]:
-    """Every other m less BEST; corrected for all of them together."""
-    compared = [contrast for arm in arms if arm != BEST for contrast in contrasts(outcomes, metrics, arm, BEST)]
-    corrected = holm([contrast.p for contrast in compared])
-    return [dataclasses.replace(contrast, corrected=p) for contrast, p in zip(compared, corrected, strict=True)]
+def claims_of(compared: Sequence[Contrast], margins: Mapping[str, float]) -> list[Claim]:
+    """That BEST is ahead of each of OTHERS in every metric; and, as the paper has both units, that they are the same.
+
+    Args:
+        compared: the contrasts of every other arm with BEST.
+    """
+    claims = []
+    for contrast in compared:
+        metric, effect = contrast.metric, f"{metric_title(contrast.metric)} of {contrast.arm} less that of {BEST}"
+        if contrast.arm in OTHERS:
+            text, sign = f"{BEST} is ahead of {contrast.arm}", -better_sign(metric)
+            claims.append(contrast.claim(text, effect, sign, margins[metric], PAPER.get((contrast.arm, metric))))
+        elif contrast.arm.endswith(STEPS):
+            text = "m may count steps as well as epochs"
+            claims.append(contrast.claim(text, effect, 0, margins[metric], exploratory=True))
+    return claims
 
 
 # --- Words --------------------------------------------------------------------------------------------------
 
 
-def _whether_m_matters(corrected: Mapping[str, float], arms: Sequence[str]) -> str:
-    parts = []
-    for metric, p in corrected.items():
-        if not math.isfinite(p):
-            parts.append(f"{metric_label(metric)}: not determined")
-        else:
-            effect = "m matters" if p < 1 - LEVEL else NO_EFFECT_SHOWN
-            parts.append(f"{metric_label(metric)}: p = {decimal(p, 3)}, {effect}")
-    return (
-        f"Does m matter at all? F test over {', '.join(arms)}, seeds as blocks, after Holm's correction: "
-        f"{'; '.join(parts)}."
-    )
+def _whether_m_matters(p_values: Mapping[str, float], arms: Sequence[str]) -> str:
+    parts = [
+        f"{metric_label(metric)}: " + (f"p = {decimal(p, 3)}" if math.isfinite(p) else "not determined")
+        for metric, p in p_values.items()
+    ]
+    return f"Does m matter at all? F test over {', '.join(arms)}, pairs of runs as blocks: {'; '.join(parts)}."
 
 
 def _differences(compared: Sequence[Contrast]) -> str:
@@ -163,7 +177,7 @@ def _differences(compared: Sequence[Contrast]) -> str:
         parts.append(f"{arm}: {', '.join(texts)}")
     ends = [abs(end) for c in compared for end in (c.difference.low, c.difference.high) if math.isfinite(end)]
     bound = f" Differences beyond {decimal(max(ends), 3)} are excluded by all of these intervals." if ends else ""
-    return f"Less {BEST}, paired by seed, each with its own interval: {'; '.join(parts)}.{bound}"
+    return f"Less {BEST}, pair by pair of runs, each with its own interval: {'; '.join(parts)}.{bound}"
 
 
 def _steps_or_epochs(steps: Sequence[Contrast], measurements: Mapping[str, float]) -> str:
@@ -171,42 +185,8 @@ def _steps_or_epochs(steps: Sequence[Contrast], measurements: Mapping[str, float
     often = ""
     if arm in measurements and BEST in measurements:
         often = f", which measures MRD {measurements[arm]:g} times instead of {measurements[BEST]:g}"
-    better, worse = (
-        [metric_label(contrast.metric) for contrast in steps if contrast.better == sign] for sign in (1, -1)
-    )
-    effects = [f"{word} in {' and '.join(names)}" for word, names in (("better", better), ("worse", worse)) if names]
-    return (
-        f"Steps instead of epochs: {arm}{often}, less {BEST} epochs: "
-        f"{', '.join(contrast.text() for contrast in steps)}: "
-        f"{' and '.join(effects) if effects else NO_EFFECT_SHOWN}."
-    )
-
-
-def refresh_verdict(compared: Sequence[Contrast], columns: Columns) -> str:
-    """Whether BEST is the best.
-
-    That holds if its completeness is better than that of all OTHERS that were run and no metric of it is worse; it is
-    contradicted if any other m is better in a metric.
-
-    Args:
-        compared: the contrasts of every other m with BEST.
-    """
-    if any(contrast.better > 0 for contrast in compared):
-        return CONTRADICTED
-    completeness = [c for c in compared if c.arm in OTHERS and columns.side(c.metric) == "completeness"]
-    return HOLDS if completeness and all(contrast.better < 0 for contrast in completeness) else UNKNOWN
-
-
-def _claim(compared: Sequence[Contrast], columns: Columns) -> str:
-    verdict = refresh_verdict(compared, columns)
-    others = [arm for arm in OTHERS if any(contrast.arm == arm for contrast in compared)]
-    ahead = [f"{contrast.arm} in {metric_label(contrast.metric)}" for contrast in compared if contrast.better > 0]
-    why = {
-        HOLDS: f"its completeness is better than that of {' and '.join(others)}",
-        CONTRADICTED: f"better is {', '.join(ahead)}",
-        UNKNOWN: f"its completeness is not separable from that of {' and '.join(others)}, by {compared[0].pairs} seeds",
-    }[verdict]
-    return f"**The paper's claim, that {BEST} is best, {verdict} here**: {why}."
+    differences = ", ".join(contrast.text() for contrast in steps)
+    return f"Steps instead of epochs: {arm}{often}, less {BEST} epochs: {differences}."
 
 
 # --- Rows ---------------------------------------------------------------------------------------------------
@@ -215,7 +195,7 @@ def _claim(compared: Sequence[Contrast], columns: Columns) -> str:
 def _rows(
     outcomes: Sequence[Outcome], columns: Columns, compared: Sequence[Contrast], measurements: Mapping[str, float]
 ) -> list[dict[str, Any]]:
-    """One row for each arm and metric: mean over seeds, and the difference to BEST."""
+    """One row for each arm and metric: mean over runs, and the difference to BEST."""
     contrast_of = {(contrast.arm, contrast.metric): contrast for contrast in compared}
     rows = []
     for algorithm, arm in methods_of(outcomes):

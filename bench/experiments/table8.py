@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,15 +16,16 @@ from matplotlib.ticker import NullFormatter, ScalarFormatter
 from tqdm import tqdm
 
 from bench.experiments.experiment import Answer, Experiment, Setup
-from bench.experiments.shared.verdicts import range_verdict
 from bench.files.identity import with_spec_hash
 from bench.files.parts import Parts
 from bench.files.score_file import write_scores
 from bench.jobs.draws import read_finished
 from bench.models.find import ModelName, find_model
 from bench.report.figures import BLUE, GREEN, MUTED, Draw
+from bench.report.verdicts import listed
 from bench.report.words import interval_columns, markdown_table, number_with_ci
 from bench.stats.estimates import Estimate, geometric_mean
+from bench.stats.verdicts import Claim, Verdict, decide, half_of, over_runs
 from bench.tasks.datasets import DataName, load_dataset
 from scoring.api import DRAWS_PER_TASK
 from scoring.errors import UserError
@@ -36,6 +38,7 @@ from scoring.work import Facts, ReplicaSpec
 ESTIMATORS: tuple[EstimatorName, ...] = ("monte-carlo", "gradient")
 PAPER_SECONDS = {8: 210, 16: 152, 32: 127, 64: 115, 128: 83}  # Table 8, on another machine
 FEWEST_REPEATS = 3
+MARGIN = "log ratio of times"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,7 +109,7 @@ class Timing:
 
 def run(setup: Setup) -> Answer:
     spec = setup.spec(Table8Spec, "timing")
-    return answer(measure(spec, setup), spec)
+    return answer(measure(spec, setup), spec, setup.margins(MARGIN))
 
 
 def measure(spec: Table8Spec, setup: Setup) -> pa.Table:
@@ -211,15 +214,20 @@ class BatchCost:
 Costs = Mapping[tuple[str, int], BatchCost]
 
 
-def answer(timings: pa.Table, spec: Table8Spec) -> Answer:
-    """From the rows of `measure`."""
+def answer(timings: pa.Table, spec: Table8Spec, margins: Mapping[str, float]) -> Answer:
+    """From the rows of `measure`.
+
+    Args:
+        margins: the smallest gain that matters where the paper prints none, by the name MARGIN.
+    """
     costs: Costs = {
         (estimator, size): batch_cost(timings, estimator, size) for estimator in ESTIMATORS for size in spec.batch_sizes
     }
     table = pa.Table.from_pylist([_row(cost) for cost in costs.values()])
     panels = [_seconds_by_size(costs, spec), _seconds_relative(costs, spec)]
-    sentences = [_headline(costs, spec), _passes(costs, spec), _table(costs, spec), _claim(costs, spec)]
-    return Answer(table, panels, sentences, inches=(12.0, 5.0), tables={"table8-repeats": timings})
+    verdicts = decide(_claims(costs, spec, margins[MARGIN]))
+    sentences = [_headline(costs, spec), _passes(costs, spec), _table(costs, spec), _claim(costs, spec, verdicts)]
+    return Answer(table, panels, sentences, verdicts, inches=(12.0, 5.0), tables={"table8-repeats": timings})
 
 
 def batch_cost(timings: pa.Table, estimator: str, size: int) -> BatchCost:
@@ -277,27 +285,45 @@ def _table(costs: Costs, spec: Table8Spec) -> str:
     return markdown_table(head, rows)
 
 
-def _claim(costs: Costs, spec: Table8Spec) -> str:
-    """The verdict over all sizes, and over those that the paper has too, as small batches gain most."""
-    smallest, largest = min(PAPER_SECONDS), max(PAPER_SECONDS)
-    factor = PAPER_SECONDS[smallest] / PAPER_SECONDS[largest]
-    by_monte_carlo = [costs["monte-carlo", size] for size in spec.batch_sizes]
-    in_paper = [cost for cost in by_monte_carlo if cost.batch_size in PAPER_SECONDS]
-    parts = [_gain_verdict(by_monte_carlo)]
-    if 1 < len(in_paper) < len(by_monte_carlo):
-        parts.append(f"over the sizes that the paper has as well, it {_gain_verdict(in_paper)}")
-    return (
-        f"The claim that scoring takes less time with larger batches {'; '.join(parts)}. (The paper's factor from "
-        f"{smallest} to {largest} is {factor:.2f}, on another machine with a larger model.)"
+def _claims(costs: Costs, spec: Table8Spec, margin: float) -> list[Claim]:
+    """Over the sizes that the paper has too, and over all where there are others: small batches gain most."""
+    in_paper = [size for size in spec.batch_sizes if size in PAPER_SECONDS]
+    claims = []
+    if len(in_paper) > 1:
+        paper = math.log(PAPER_SECONDS[in_paper[0]] / PAPER_SECONDS[in_paper[-1]])
+        claims.append(_gain(costs, in_paper, half_of(paper), paper))
+    if in_paper != spec.batch_sizes:
+        claims.append(_gain(costs, spec.batch_sizes, margin))
+    return claims
+
+
+def _gain(costs: Costs, sizes: Sequence[int], margin: float, paper: float | None = None) -> Claim:
+    """How much longer the smallest of some sizes takes than the largest."""
+    smallest, largest = costs["monte-carlo", sizes[0]], costs["monte-carlo", sizes[-1]]
+    # Repeat by repeat, as in `time_ratio`.
+    logs = np.log(smallest.seconds / largest.seconds)
+    return Claim(
+        "scoring takes less time with larger batches",
+        f"time with {sizes[0]} in a batch / with {sizes[-1]}, Monte Carlo",
+        +1,
+        margin,
+        over_runs(logs),
+        len(logs),
+        "repeats",
+        "log ratio",
+        paper,
     )
 
 
-def _gain_verdict(costs: Sequence[BatchCost]) -> str:
-    smallest, largest = costs[0], costs[-1]
-    gain = time_ratio(smallest, largest)
+def _claim(costs: Costs, spec: Table8Spec, verdicts: Sequence[Verdict]) -> str:
+    smallest, largest = min(PAPER_SECONDS), max(PAPER_SECONDS)
+    factor = PAPER_SECONDS[smallest] / PAPER_SECONDS[largest]
+    by_monte_carlo = [costs["monte-carlo", size] for size in spec.batch_sizes]
+    fastest = min(by_monte_carlo, key=lambda cost: cost.mean_seconds.value)
     return (
-        f"{range_verdict(gain, 1.0, np.inf)} here: Monte Carlo with {smallest.batch_size} in a batch takes "
-        f"{number_with_ci(gain)} times as long as with {largest.batch_size}"
+        f"The claim that {verdicts[0].claim.text}: {listed(verdicts)}. The fastest here is {fastest.batch_size} in a "
+        f"batch. (The paper's factor from {smallest} to {largest} is {factor:.2f}, on another machine with a larger "
+        "model.)"
     )
 
 

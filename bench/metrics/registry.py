@@ -10,6 +10,7 @@ A plugin adds a metric by `METRICS["mine"] = Metric(...)`, and what it is formed
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -349,3 +350,19 @@ for _set in (*ZERO_SHOT, "truthfulqa"):
         ((_set, "acc"),),
     )
 METRICS["zero_shot"] = average_of("Zero-shot Acc.", f"{PAPER_UT}, Tables 6 and 7", True, *ZERO_SHOT)
+
+
+# --- What a number can be -----------------------------------------------------------------------------------
+
+# All metrics above but perplexity lie between 0 and 1, and so do these of the training loop.
+SHARES = frozenset(METRICS) - {"perplexity"} | {
+    *("completeness", "utility", "balance"),
+    *(f"{side}_{quantity}" for side in ("forget", "retain") for quantity in ("rouge_l_recall", "probability")),
+}
+SIZES = frozenset({"perplexity", "mean_abs_delta", "delta_norm"})
+
+
+def limits_of(name: str) -> tuple[float, float]:
+    """What a metric of a task or of the training loop can be at all; an interval is cut there. Of a plugin's metric
+    that is not known."""
+    return (0.0 if name in SHARES | SIZES else -math.inf), (1.0 if name in SHARES else math.inf)

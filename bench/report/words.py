@@ -70,19 +70,23 @@ def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def share_with_ci(estimate: Estimate) -> str:
-    """A share: "45% [95 % CI 15% to 68%]"."""
+    """A share: "45% [95 % CI 15% to 68%]"; where an upper limit is not known, "45% [95 % CI from 15%]"."""
     if not math.isfinite(estimate.value):
         return "not determined"
-    ends = f"{estimate.low:.0%} to {estimate.high:.0%}" if math.isfinite(estimate.low) else "too few selections"
+    if not math.isfinite(estimate.low):
+        return f"{estimate.value:.0%} [no CI]"
+    ends = f"from {estimate.low:.0%}" if estimate.high == 1 else f"{estimate.low:.0%} to {estimate.high:.0%}"
     return f"{estimate.value:.0%} [95 % CI {ends}]"
 
 
 def count_with_ci(estimate: Estimate) -> str:
-    """A whole number: "2 [95 % CI 1 to 13]"; for inf, "no number"."""
+    """A whole number: "2 [95 % CI 1 to 13]"; for inf, "no number"; where only a lower limit is known, "at least 8"."""
 
     def whole(value: float) -> str:
         return "no number" if math.isinf(value) else f"{value:.0f}"
 
+    if math.isnan(estimate.value):
+        return f"at least {whole(estimate.low)}"
     return f"{whole(estimate.value)} [95 % CI {whole(estimate.low)} to {whole(estimate.high)}]"
 
 

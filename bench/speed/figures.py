@@ -7,7 +7,6 @@ import math
 import platform
 import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -120,7 +119,8 @@ def with_interval(estimate: Estimate, form: str) -> str:
 
 def as_json(estimate: Estimate) -> dict[str, float | None]:
     """An estimate for JSON, which has no nan: null stands for it."""
-    return {key: value if math.isfinite(value) else None for key, value in asdict(estimate).items()}
+    ends = {"value": estimate.value, "low": estimate.low, "high": estimate.high}
+    return {name: value if math.isfinite(value) else None for name, value in ends.items()}
 
 
 def from_json(values: Mapping[str, float | None]) -> Estimate:

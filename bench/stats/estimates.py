@@ -3,7 +3,8 @@
 Intervals over samples are bootstrap intervals: they resample the samples with replacement and are bias-corrected and
 accelerated (BCa, Efron 1987); where BCa is not defined, because a resample or the jackknife does not vary, the
 percentile interval stands in. Fewer than FEWEST samples give a value without an interval. The same data and seed give
-the same interval. Intervals over a few runs are Student's t intervals, as a bootstrap of so few is too narrow.
+the same interval. Intervals of means of few samples and of a few runs are Student's t intervals, as a bootstrap of so
+few is too narrow.
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from scipy import stats
@@ -19,6 +21,7 @@ from scipy import stats
 RESAMPLES = 2000
 LEVEL = 0.95
 FEWEST = 10  # samples (of the smaller group): resamples of fewer are too alike, and the interval too narrow
+FEW_FOR_BCA = 20  # of a mean
 NUMBERS_IN_MEMORY = 4_000_000  # at a time: the jackknife of BCa alone is N resamples of N - 1
 ROUNDING = 1e-12  # repeats whose range is at most that, in units of their mean, do not vary
 
@@ -35,6 +38,22 @@ class Estimate:
     def sign(self) -> int:
         """+1 or -1 where the whole interval lies on one side of 0; 0 where it does not, or is not known."""
         return int(self.low > 0) - int(self.high < 0)
+
+    def within(self, least: float, most: float) -> Estimate:
+        """The same, with the interval cut at what the number can be at all, but not short of the value; nan stays."""
+        low, high = max(self.low, least), min(self.high, most)
+        return Estimate(self.value, min(low, self.value), max(high, self.value))
+
+
+@dataclass(frozen=True)
+class Resampled(Estimate):
+    """An estimate whose interval is by resampling.
+
+    Attributes:
+        at: gives the same number with its interval at another level of confidence, from the same resamples.
+    """
+
+    at: Callable[[float], Estimate] = field(repr=False, compare=False)
 
 
 def spearman(x: np.ndarray, y: np.ndarray, resamples: int = RESAMPLES, level: float = LEVEL, seed: int = 0) -> Estimate:
@@ -68,7 +87,9 @@ def partial_spearman(
 
 
 def mean(x: np.ndarray, resamples: int = RESAMPLES, level: float = LEVEL, seed: int = 0) -> Estimate:
-    """The mean of (N,)."""
+    """The mean of (N,). Of up to FEW_FOR_BCA samples the interval is Student's: BCa's covers 90 % at 10 to 14."""
+    if FEWEST <= len(x) <= FEW_FOR_BCA:
+        return t_interval(x, level)
     return _bootstrapped(_mean, (x,), True, resamples, level, seed)
 
 
@@ -208,28 +229,37 @@ def _bootstrapped(
         # Resamples that do not determine the statistic are dealt with below.
         warnings.simplefilter("ignore")
         value = float(statistic(*groups, axis=-1))
-        if smallest < FEWEST:
-            return Estimate(value, math.nan, math.nan)
-        bootstrap = stats.bootstrap(
-            groups,
-            statistic,
-            paired=paired,
-            n_resamples=resamples,
-            confidence_level=level,
-            method="BCa",
-            vectorized=True,
-            batch=max(1, NUMBERS_IN_MEMORY // max(len(group) for group in groups)),
-            rng=np.random.default_rng(seed),
-        )
-    low, high = float(bootstrap.confidence_interval.low), float(bootstrap.confidence_interval.high)
-    if math.isfinite(low) and math.isfinite(high):
-        return Estimate(value, low, high)
-    # The percentile interval, from the resamples that determine the statistic: a few may hold one value only.
-    finite = bootstrap.bootstrap_distribution[np.isfinite(bootstrap.bootstrap_distribution)]
-    if not (math.isfinite(value) and len(finite) > resamples / 2):
+    if smallest < FEWEST:
         return Estimate(value, math.nan, math.nan)
-    low, high = np.quantile(finite, [(1 - level) / 2, (1 + level) / 2]).tolist()
-    return Estimate(value, low, high)
+    drawn: Any = None
+
+    def at(level: float) -> Estimate:
+        nonlocal drawn
+        with np.errstate(all="ignore"), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            drawn = stats.bootstrap(
+                groups,
+                statistic,
+                paired=paired,
+                n_resamples=0 if drawn else resamples,
+                bootstrap_result=drawn,
+                confidence_level=level,
+                method="BCa",
+                vectorized=True,
+                batch=max(1, NUMBERS_IN_MEMORY // max(len(group) for group in groups)),
+                rng=np.random.default_rng(seed),
+            )
+        low, high = float(drawn.confidence_interval.low), float(drawn.confidence_interval.high)
+        if math.isfinite(low) and math.isfinite(high):
+            return Resampled(value, low, high, at)
+        # The percentile interval, from the resamples that determine the statistic: a few may hold one value only.
+        finite = drawn.bootstrap_distribution[np.isfinite(drawn.bootstrap_distribution)]
+        if not (math.isfinite(value) and len(finite) > resamples / 2):
+            return Resampled(value, math.nan, math.nan, at)
+        low, high = np.quantile(finite, [(1 - level) / 2, (1 + level) / 2]).tolist()
+        return Resampled(value, low, high, at)
+
+    return at(level)
 
 
 def _partial_spearman(x: np.ndarray, y: np.ndarray, z: np.ndarray, axis: int) -> np.ndarray:

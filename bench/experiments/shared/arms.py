@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,11 +15,13 @@ from bench.jobs.sweep_tables import as_table
 from bench.metrics import METRICS
 from bench.report.figures import BLUE, MUTED, VERMILLION
 from bench.report.words import decimal, with_ci
-from bench.stats.estimates import LEVEL, Estimate, holm, over_seeds, t_test
+from bench.stats.estimates import Estimate, exponential, over_seeds, t_test
+from bench.stats.verdicts import Claim, Scale, over_runs
 from bench.tasks.datasets import find_task
 from scoring.errors import UserError
 
 Row = Mapping[str, Any]
+Pair = tuple[str, int]  # what runs of different arms share: the selection of samples, and the seed
 UNIFORM, EASY_FIRST, HARD_FIRST = "uniform", "MRD", "1/MRD"
 ARMS = {0.0: UNIFORM, 1.0: EASY_FIRST, -1.0: HARD_FIRST}
 ALL = "average"  # stands for an algorithm where all of them are averaged
@@ -36,10 +38,28 @@ def method_name(algorithm: str, arm: str) -> str:
     return "CGA" if (algorithm, arm) == ("SGA", EASY_FIRST) else f"{algorithm} + {arm}"
 
 
+def metric_title(name: str) -> str:
+    return AVERAGES.get(name) or METRICS[name].title
+
+
 def metric_label(name: str) -> str:
     """A metric's title with an arrow to the better side."""
-    metric = METRICS[name]
-    return f"{AVERAGES.get(name, metric.title)} {'↑' if metric.higher_is_better else '↓'}"
+    return f"{metric_title(name)} {'↑' if METRICS[name].higher_is_better else '↓'}"
+
+
+def better_sign(metric: str) -> int:
+    """Of a change for the better."""
+    return 1 if METRICS[metric].higher_is_better else -1
+
+
+def scale_of(metric: str) -> Scale:
+    """On which a metric is compared: perplexities by their ratio, shares by their difference."""
+    return "log ratio" if metric == "perplexity" else "difference"
+
+
+def change_of(metric: str, change: float) -> float:
+    """A change as people write it on the scale on which the metric is compared: a perplexity's is a share of it."""
+    return math.log1p(change) if scale_of(metric) == "log ratio" else change
 
 
 def digits(metric: str) -> int:
@@ -59,19 +79,18 @@ class Columns:
     utility: tuple[str, ...]
 
     @classmethod
-    def of(cls, task_name: str, trials: pa.Table) -> Columns:
-        """The metrics of the paper's table of a task that were measured.
+    def of(cls, task_name: str, metrics: Collection[str]) -> Columns:
+        """Those of the metrics that are in the paper's table of a task.
 
         Raises:
-            UserError: no metric of one of the sides was measured.
+            UserError: none of them is of one of the sides.
         """
         task = find_task(task_name)[0]
-        measured = {name for name in trials.column_names if trials[name].null_count < trials.num_rows}
         sides = (task.completeness, task.utility)
-        columns = cls(*(tuple(name for name in side if name in measured) for side in sides))
+        columns = cls(*(tuple(name for name in side if name in metrics) for side in sides))
         if not (columns.completeness and columns.utility):
             expected = " and one of ".join(", ".join(side) for side in sides)
-            raise UserError(f"the trials lack metrics: expected one of {expected} under evaluate")
+            raise UserError(f"too few metrics for the table: expected one of {expected} under evaluate")
         return columns
 
     @property
@@ -101,18 +120,23 @@ def arm_of_alpha(row: Row) -> str:
     return ARMS.get(row["alpha"], f"MRD^{row['alpha']:g}")
 
 
+def pair_of(row: Row) -> Pair:
+    return row["selection"], row["seed"]
+
+
 @dataclass(frozen=True)
 class Outcome:
     """The metrics at the end of one trial.
 
     Attributes:
-        algorithm, arm, seed: of the trial.
+        algorithm, arm: of the trial.
+        pair: the samples that were forgotten, and the seed.
         values: metric -> value, where it was measured.
     """
 
     algorithm: str
     arm: str
-    seed: int
+    pair: Pair
     values: Mapping[str, float]
 
 
@@ -126,7 +150,7 @@ def finished_outcomes(
         Outcome(
             row["algorithm"],
             arm_of(row),
-            row["seed"],
+            pair_of(row),
             {name: row[name] for name in metrics if row.get(name) is not None},
         )
         for row in finished
@@ -140,89 +164,129 @@ def finished_outcomes(
 
 @dataclass(frozen=True)
 class Contrast:
-    """The difference between two arms of an algorithm, seed by seed.
+    """The difference between two arms of an algorithm, pair by pair.
 
     Attributes:
         algorithm: or ALL.
         arm, against: the difference is arm - against.
-        metric: of the difference.
-        difference: mean over seeds, with the interval of this difference alone.
-        p: two-sided, of no difference.
-        corrected: p, corrected for the number of comparisons that were made together.
-        pairs: seeds that both arms have.
+        metric: of the difference; of its logarithm where it is compared by ratios, see `scale_of`.
+        by_pair: the difference of each pair that both arms have. Pairs are taken to be independent: they differ by
+            their seed, or by their samples.
+        algorithms: how many the difference is the mean of.
     """
 
     algorithm: str
     arm: str
     against: str
     metric: str
-    difference: Estimate
-    p: float
-    corrected: float
-    pairs: int
+    by_pair: Mapping[Pair, float]
+    algorithms: int = 1
 
     @property
-    def better(self) -> int:
-        """+1 if the arm is better, -1 if it is worse, 0 if that cannot be told after the correction."""
-        if not self.corrected < 1 - LEVEL:
-            return 0
-        return 1 if (self.difference.value > 0) == METRICS[self.metric].higher_is_better else -1
+    def differences(self) -> list[float]:
+        return list(self.by_pair.values())
+
+    @property
+    def difference(self) -> Estimate:
+        """Mean over the pairs, with the interval of this difference alone."""
+        return t_test(self.differences)[0]
+
+    @property
+    def p(self) -> float:
+        """Two-sided, of no difference; not corrected for other comparisons."""
+        return t_test(self.differences)[1]
+
+    @property
+    def pairs(self) -> int:
+        return len(self.by_pair)
 
     def text(self) -> str:
-        places = digits(self.metric)
-        if self.pairs > 1 and math.isfinite(self.difference.value) and not math.isfinite(self.difference.low):
-            return f"{metric_label(self.metric)} {decimal(self.difference.value, places)} [the same in every seed]"
-        return f"{metric_label(self.metric)} {with_ci(self.difference, places)}"
+        estimate, places, ratio = self.difference, digits(self.metric), ""
+        if scale_of(self.metric) == "log ratio":
+            estimate, places, ratio = exponential(estimate), 3, "ratio "
+        if self.pairs > 1 and math.isfinite(estimate.value) and not math.isfinite(estimate.low):
+            certainty = f"{decimal(estimate.value, places)} [the same in every pair]"
+        else:
+            certainty = with_ci(estimate, places)
+        return f"{metric_label(self.metric)} {ratio}{certainty}"
+
+    def claim(
+        self,
+        text: str,
+        effect: str,
+        sign: int,
+        margin: float,
+        paper: float | None = None,
+        exploratory: bool = False,
+    ) -> Claim:
+        """A claim on this difference.
+
+        Args:
+            margin, paper: the smallest change that matters, and the paper's, see `change_of`.
+        """
+        return Claim(
+            text,
+            effect,
+            sign,
+            change_of(self.metric, margin),
+            over_runs(self.differences),
+            self.pairs,
+            unit_of(self.by_pair),
+            scale_of(self.metric),
+            None if paper is None else change_of(self.metric, paper),
+            exploratory,
+        )
+
+
+def unit_of(pairs: Collection[Pair]) -> str:
+    """What the independent units of a comparison are."""
+    return "seeds" if len({selection for selection, _ in pairs}) <= 1 else "pairs of runs"
 
 
 def contrasts(
     outcomes: Sequence[Outcome], metrics: Sequence[str], arm: str, against: str, average: bool = False
 ) -> list[Contrast]:
-    """The contrasts of every algorithm that has both arms, on every metric; corrected for their number together.
+    """The contrasts of every algorithm that has both arms, on every metric.
 
     Args:
-        average: the mean over the algorithms instead, on the seeds that all of them have.
+        average: the mean over the algorithms instead, on the pairs that all of them have.
     """
-    # algorithm -> metric -> seed -> difference
-    differences: dict[str, dict[str, dict[int, float]]] = {}
+    # algorithm -> metric -> pair -> difference
+    differences: dict[str, dict[str, dict[Pair, float]]] = {}
     for algorithm in dict.fromkeys(outcome.algorithm for outcome in outcomes):
         by_metric = {metric: _differences(outcomes, algorithm, metric, arm, against) for metric in metrics}
         if any(by_metric.values()):
             differences[algorithm] = by_metric
+    algorithms = len(differences) if average else 1
     if average and differences:
         differences = {
             ALL: {metric: _averaged([by_metric[metric] for by_metric in differences.values()]) for metric in metrics}
         }
-    cells = [
-        (algorithm, metric, list(by_metric[metric].values()))
+    return [
+        Contrast(algorithm, arm, against, metric, by_metric[metric], algorithms)
         for algorithm, by_metric in differences.items()
         for metric in metrics
     ]
-    tests = [t_test(values) for *_, values in cells]
-    corrected = holm([p for _, p in tests])
-    return [
-        Contrast(algorithm, arm, against, metric, difference, p, corrected_p, len(values))
-        for (algorithm, metric, values), (difference, p), corrected_p in zip(cells, tests, corrected, strict=True)
-    ]
 
 
-def _differences(outcomes: Sequence[Outcome], algorithm: str, metric: str, arm: str, against: str) -> dict[int, float]:
-    """Seed -> arm - against."""
+def _differences(outcomes: Sequence[Outcome], algorithm: str, metric: str, arm: str, against: str) -> dict[Pair, float]:
+    """Pair -> arm - against."""
+    on_scale = math.log if scale_of(metric) == "log ratio" else float
     values = {
         which: {
-            outcome.seed: outcome.values[metric]
+            outcome.pair: on_scale(outcome.values[metric])
             for outcome in outcomes
             if (outcome.algorithm, outcome.arm) == (algorithm, which) and metric in outcome.values
         }
         for which in (arm, against)
     }
-    return {seed: value - values[against][seed] for seed, value in values[arm].items() if seed in values[against]}
+    return {pair: value - values[against][pair] for pair, value in values[arm].items() if pair in values[against]}
 
 
-def _averaged(differences: Sequence[Mapping[int, float]]) -> dict[int, float]:
-    """Seed -> mean over the algorithms, for the seeds that all have."""
-    shared_seeds = set.intersection(*(set(by_seed) for by_seed in differences))
-    return {seed: float(np.mean([by_seed[seed] for by_seed in differences])) for seed in sorted(shared_seeds)}
+def _averaged(differences: Sequence[Mapping[Pair, float]]) -> dict[Pair, float]:
+    """Pair -> mean over the algorithms, for the pairs that all have."""
+    shared = set.intersection(*(set(by_pair) for by_pair in differences))
+    return {pair: float(np.mean([by_pair[pair] for by_pair in differences])) for pair in sorted(shared)}
 
 
 def methods_of(outcomes: Sequence[Outcome]) -> list[tuple[str, str]]:
@@ -234,7 +298,7 @@ def methods_of(outcomes: Sequence[Outcome]) -> list[tuple[str, str]]:
 
 
 def values_of(outcomes: Sequence[Outcome], algorithm: str, arm: str, metric: str) -> list[float]:
-    """The values of a metric, one for each seed."""
+    """The values of a metric, one for each run."""
     return [
         outcome.values[metric]
         for outcome in outcomes

@@ -8,6 +8,7 @@ a time: seconds beside another trial would say more about the neighbour.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from bench.models.find import find_model
 from bench.report.figures import BLUE, GREEN, INK, MUTED, ORANGE, VERMILLION, Draw, error_bars
 from bench.report.words import decimal, interval
 from bench.stats.estimates import LEVEL, ROUNDING, Estimate, exponential, holm, t_test
+from bench.stats.verdicts import Interval, over_runs
 from scoring.samples import make_batches
 from scoring.settings import build
 
@@ -131,6 +133,7 @@ class Ratio:
         p: two-sided, of a ratio of 1.
         corrected: p, corrected for the number of comparisons that were made together.
         pairs: seeds that both runs have.
+        at: the logarithm of the ratio with its interval at a level of confidence.
     """
 
     measure: str
@@ -139,6 +142,7 @@ class Ratio:
     p: float
     corrected: float
     pairs: int
+    at: Interval
 
     @property
     def sign(self) -> int:
@@ -151,25 +155,33 @@ class Ratio:
         return f"{self.name} {times_with_ci(self.value)}"
 
 
-def ratios(measure: str, pairs: Mapping[str, Sequence[tuple[float, float]]]) -> list[Ratio]:
+def ratios(measure: str, pairs: Mapping[str, Sequence[tuple[float, float]]], by_design: bool = False) -> list[Ratio]:
     """The geometric mean ratio of each list of pairs, with its t interval on the log scale; corrected together.
 
     Args:
-        pairs: name -> (amount of one run, amount of the other) for each seed, greater than 0. A count that has the
-            same ratio in every seed, of two or more, has it for certain.
+        pairs: name -> (amount of one run, amount of the other) for each seed, greater than 0. Seeds that agree have no
+            interval and no p: whole updates of a few seeds agree by chance too.
+        by_design: amounts are counts that no seed can change, as of a round of fixed length: a ratio that is the same
+            in every seed, of two or more, is known for certain.
     """
     tests = []
     for seeds in pairs.values():
         logs = [math.log(x / y) for x, y in seeds]
-        log_ratio, p = t_test(logs)
-        if measure != SECONDS and len(logs) > 1 and max(logs) - min(logs) < ROUNDING:
+        log_ratio, p, at = *t_test(logs), over_runs(logs)
+        if by_design and len(logs) > 1 and max(logs) - min(logs) < ROUNDING:
             log_ratio, p = Estimate(logs[0], logs[0], logs[0]), float(abs(logs[0]) < ROUNDING)
-        tests.append((exponential(log_ratio), p))
-    corrected = holm([p for _, p in tests])
+            at = functools.partial(_certain, logs[0])
+        tests.append((exponential(log_ratio), p, at))
+    corrected = holm([p for _, p, _ in tests])
     return [
-        Ratio(measure, name, value, p, corrected_p, len(pairs[name]))
-        for name, (value, p), corrected_p in zip(pairs, tests, corrected, strict=True)
+        Ratio(measure, name, value, p, corrected_p, len(pairs[name]), at)
+        for name, (value, p, at), corrected_p in zip(pairs, tests, corrected, strict=True)
     ]
+
+
+def _certain(value: float, level: float) -> Estimate:
+    """A value that is known at any level."""
+    return Estimate(value, value, value)
 
 
 def times_with_ci(estimate: Estimate) -> str:

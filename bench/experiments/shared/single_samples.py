@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import pyarrow as pa
@@ -18,6 +18,7 @@ from bench.jobs.sweep_tables import as_table
 from bench.report.figures import BLUE, GREEN, ORANGE, VERMILLION
 from bench.report.words import interval_columns
 from bench.stats.estimates import Estimate, partial_spearman, spearman
+from bench.stats.verdicts import Claim, bootstrapped
 from scoring.errors import UserError
 
 COLOURS, MARKERS = (BLUE, VERMILLION, GREEN, ORANGE), ("o", "s", "^", "D")
@@ -75,7 +76,7 @@ def single_sample_runs(trials: pa.Table, samples: pa.Table, group: str) -> list[
                 float(np.mean([trial["updates"] for trial in seeds])),
                 float(np.mean([trial["mean_abs_delta"] for trial in seeds])),
                 all(trial["forgotten"] == 1 for trial in seeds),
-                _is_below(first, sample),
+                is_below(first, sample),
             )
         )
     return runs
@@ -86,7 +87,7 @@ def _is_usable(trial: Mapping[str, Any]) -> bool:
     return trial["status"] == FINISHED and log_mrd is not None and math.isfinite(log_mrd)
 
 
-def _is_below(trial: Mapping[str, Any], sample: Mapping[str, Any]) -> bool:
+def is_below(trial: Mapping[str, Any], sample: Mapping[str, Any]) -> bool:
     """Whether a sample was below the thresholds of its trial before any update."""
     # Where a threshold is not given it is the sample's own value, and nothing is below itself.
     ma, el = (math.nan if trial[f"{name}_threshold"] is None else trial[f"{name}_threshold"] for name in ("ma", "el"))
@@ -106,6 +107,7 @@ class Relation:
     Attributes:
         group, algorithm: see SingleSampleRun.
         runs: those whose sample had something to forget.
+        measure: of difficulty, `updates` or `change`.
         correlation: Spearman's, of MRD with the difficulty.
         beyond_length: the same with the number of scored tokens partialled out.
         with_length: Spearman's, of the number of scored tokens with the difficulty.
@@ -114,6 +116,7 @@ class Relation:
     group: str
     algorithm: str
     runs: Sequence[SingleSampleRun]
+    measure: str
     correlation: Estimate
     beyond_length: Estimate
     with_length: Estimate
@@ -132,10 +135,31 @@ class Relation:
             group,
             algorithm,
             usable,
+            measure,
             spearman(mrd, hard),
             partial_spearman(mrd, hard, tokens),
             spearman(tokens, hard),
         )
+
+
+CORRELATION: Final = "correlation"  # the effect that margins are named for
+
+
+def claims_of(relation: Relation, text: str, margin: float, name: str) -> list[Claim]:
+    """That MRD is low where samples are hard; the same beyond length is looked at beside it.
+
+    Args:
+        text: the claim.
+        margin: the weakest rank correlation that matters.
+        name: of the relation.
+    """
+    mrd, tokens = np.array([run.mrd for run in relation.runs]), np.array([float(run.tokens) for run in relation.runs])
+    hard = difficulties(relation.runs, relation.measure)
+    intervals = {
+        f"rank correlation of MRD, {name}": bootstrapped(spearman, mrd, hard),
+        f"the same with length partialled out, {name}": bootstrapped(partial_spearman, mrd, hard, tokens),
+    }
+    return [Claim(text, effect, -1, margin, at, len(hard), "samples", CORRELATION) for effect, at in intervals.items()]
 
 
 def relations_of(runs: Sequence[SingleSampleRun], measure: str) -> list[Relation]:
@@ -152,8 +176,10 @@ def relations_of(runs: Sequence[SingleSampleRun], measure: str) -> list[Relation
     return [Relation.of(group, algorithm, members, measure) for (group, algorithm), members in cells.items()]
 
 
-def agreements_of(runs: Sequence[SingleSampleRun], measure: str) -> dict[tuple[str, str, str], Estimate]:
-    """(group, first, second algorithm) -> Spearman's correlation of their difficulties, over the samples of both."""
+def agreements_of(
+    runs: Sequence[SingleSampleRun], measure: str
+) -> dict[tuple[str, str, str], tuple[np.ndarray, np.ndarray]]:
+    """(group, first, second algorithm) -> their difficulties of the samples that both have, (N,) each."""
     agreements = {}
     for group in dict.fromkeys(run.group for run in runs):
         by_algorithm: dict[str, dict[str, SingleSampleRun]] = {}
@@ -166,7 +192,7 @@ def agreements_of(runs: Sequence[SingleSampleRun], measure: str) -> dict[tuple[s
                 difficulties([by_algorithm[algorithm][sample] for sample in shared], measure)
                 for algorithm in (first, second)
             )
-            agreements[group, first, second] = spearman(x, y)
+            agreements[group, first, second] = x, y
     return agreements
 
 

@@ -1,16 +1,17 @@
 """Does drawing forget samples by MRD help? What the tables on weighted sampling share.
 
-    trials -> outcomes by algorithm, arm and seed -> means, and differences paired by seed -> table, picture, verdict
+    trials -> outcomes by algorithm, arm and pair -> means, and differences within pairs -> table, picture, verdicts
 
-An arm is a way of drawing: uniformly, p_i ∝ MRD_i (easy first), p_i ∝ 1 / MRD_i (hard first). Arms with the same seed
-share all that the seed decides, so they are compared seed by seed. Intervals are Student's t over seeds; the paper
-gives means of five runs without any.
+An arm is a way of drawing: uniformly, p_i ∝ MRD_i (easy first), p_i ∝ 1 / MRD_i (hard first). Arms that forget the same
+samples with the same seed share all that these decide, so they are compared pair by pair. Intervals are Student's t
+over runs; the paper gives means of five runs without any. The claims are on p ∝ MRD, as in Algorithm 2, and on the mean
+of the algorithms; single algorithms are shown with their intervals.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from textwrap import fill
 from typing import Any
 
@@ -31,8 +32,11 @@ from bench.experiments.shared.arms import (
     Columns,
     Contrast,
     Outcome,
+    Pair,
     Row,
+    better_sign,
     by_algorithm,
+    change_of,
     contrasts,
     digits,
     finished_outcomes,
@@ -40,32 +44,60 @@ from bench.experiments.shared.arms import (
     method_name,
     methods_of,
     metric_label,
+    metric_title,
     plus_minus,
+    scale_of,
+    unit_of,
     values_of,
 )
-from bench.experiments.shared.verdicts import CONTRADICTED, HOLDS, UNKNOWN, list_verdicts, overall_verdict
+from bench.jobs.evaluation_spec import EvaluateSpec
+from bench.jobs.sweep_plan import SweepSpec
 from bench.jobs.sweep_tables import SweepResult, as_table
 from bench.metrics import METRICS
 from bench.metrics.table import ORIGINAL
+from bench.report import verdicts as in_words
 from bench.report.figures import BLUE, MUTED, Draw, error_bars
-from bench.report.words import decimal, interval, interval_columns
+from bench.report.words import decimal, interval_columns
 from bench.stats.estimates import Estimate, over_seeds
+from bench.stats.verdicts import Claim, Verdict, decide
+from bench.tasks.datasets import find_task
 from scoring.errors import UserError
+from scoring.settings import build
 
-# The change by MRD in the paper's Tables 1 and 5, mean over its algorithms; for Table 5 its averages are computed
-# again from their parts.
-PAPER_CHANGE = {"uc_average": 0.032, "ut_average": 0.027, "wmdp_average": -0.017, "mmlu": 0.011}
 WIDEST = 30  # letters of a label below a panel
 
 
 # --- Trials -------------------------------------------------------------------------------------------------
 
 
-def run(setup: Setup) -> Answer:
-    """Tables 1, 5, 6 and 7."""
+def run(setup: Setup, paper: Mapping[str, float]) -> Answer:
+    """Tables 1, 5, 6 and 7.
+
+    Args:
+        paper: metric -> its change by MRD in the paper, mean over the algorithms.
+    """
+    columns = columns_of(setup)
+    margins = setup.margins(*columns.judged)
     sweeps = [setup.sweep(key) for key in setup.sweep_keys()]
     trials = merged([sweep.trials for sweep in sweeps])
-    return answer(trials, Columns.of(trials["task"][0].as_py(), trials), original_metrics(sweeps[0]))
+    return answer(trials, columns, original_metrics(sweeps[0]), margins, paper)
+
+
+def columns_of(setup: Setup) -> Columns:
+    """The metrics that the sweeps ask for, known before anything is run."""
+    metrics: dict[str, None] = {}
+    task_name = ""
+    for key in setup.sweep_keys():
+        spec = setup.spec(SweepSpec, key)
+        if spec.evaluate:
+            fixed = {name: spec.base[name] for name in ("model", "task") if name in spec.base}
+            with setup.section(key):
+                evaluation = build(EvaluateSpec, fixed | spec.evaluate)
+                metrics |= dict.fromkeys(evaluation.metrics_of(find_task(evaluation.task)[0]))
+            task_name = evaluation.task
+    if not task_name:
+        raise UserError(f"{setup.names.start()}expected evaluate, with metrics of the task, in a sweep")
+    return Columns.of(task_name, metrics)
 
 
 def original_metrics(sweep: SweepResult) -> dict[str, float]:
@@ -75,68 +107,89 @@ def original_metrics(sweep: SweepResult) -> dict[str, float]:
     return {row["name"]: row["value"] for row in rows if row["value"] is not None}
 
 
-# --- Statistics ---------------------------------------------------------------------------------------------
-
-
-def improvement_verdict(contrasts_of_algorithm: Sequence[Contrast], columns: Columns) -> str:
-    """Whether an arm improves both completeness and utility, by the corrected comparisons of one algorithm.
-
-    That holds if each side has a metric that is better and no metric is worse; it is contradicted if one is worse.
-    """
-    if any(contrast.better < 0 for contrast in contrasts_of_algorithm):
-        return CONTRADICTED
-    sides = {columns.side(contrast.metric) for contrast in contrasts_of_algorithm if contrast.better > 0}
-    return HOLDS if len(sides) == 2 else UNKNOWN
-
-
 # --- Answers ------------------------------------------------------------------------------------------------
 
 
-def answer(trials: pa.Table, columns: Columns, original: Row) -> Answer:
-    """Tables 1, 5, 6 and 7, from trials over algorithms, alphas and seeds.
+def answer(
+    trials: pa.Table, columns: Columns, original: Row, margins: Mapping[str, float], paper: Mapping[str, float]
+) -> Answer:
+    """Tables 1, 5, 6 and 7, from trials over algorithms, alphas, selections and seeds.
 
     Args:
         original: metric -> value of the model before it forgets.
+        margins: metric -> the smallest change that matters, of those that are judged.
+        paper: metric -> its change by MRD in the paper.
     """
     outcomes, lost_sentence = finished_outcomes(trials, columns.all)
-    # Arm -> its contrasts with uniform draws, of single algorithms and of their average.
     compared = {
-        arm: (
-            contrasts(outcomes, columns.judged, arm, UNIFORM),
-            contrasts(outcomes, columns.judged, arm, UNIFORM, average=True),
-        )
-        for arm in (EASY_FIRST, HARD_FIRST)
-        if any(outcome.arm == arm for outcome in outcomes)
+        arm: single for arm in (EASY_FIRST, HARD_FIRST) if (single := contrasts(outcomes, columns.judged, arm, UNIFORM))
     }
-    if EASY_FIRST not in compared or not compared[EASY_FIRST][0]:
-        raise UserError("no algorithm has finished trials with alpha 0 and with alpha 1 and the same seed")
+    if EASY_FIRST not in compared:
+        raise UserError("no algorithm has finished trials with alpha 0 and with alpha 1, the same samples and seed")
+    average = {arm: contrasts(outcomes, columns.judged, arm, UNIFORM, average=True) for arm in compared}
+    directions = contrasts(outcomes, columns.judged, EASY_FIRST, HARD_FIRST, average=True)
+    claims = claims_of(average[EASY_FIRST], columns, margins, paper)
+    for others in (average.get(HARD_FIRST, []), directions):
+        claims += claims_of(others, columns, margins, {}, exploratory=True)
+    verdicts = decide(claims)
     sentences = [means_by_method(outcomes, columns, original)]
-    sentences += [differences_by_algorithm(single, columns) for single, _ in compared.values()]
-    if HARD_FIRST in compared:
-        sentences.append(_direction(outcomes, columns))
-    sentences += _paper_changes(compared[EASY_FIRST][1])
+    sentences += [differences_by_algorithm(single) for single in compared.values()]
+    if directions:
+        sentences.append(_direction(directions))
+    sentences += _paper_changes(average[EASY_FIRST], paper)
     if lost_sentence:
         sentences.append(lost_sentence)
-    sentences.append(claim(*compared[EASY_FIRST], columns, "drawing by MRD improves both completeness and utility"))
+    claimed = "drawing by MRD improves both completeness and utility"
+    sentences.append(conclusion(average[EASY_FIRST], verdicts, claimed))
     panels = [metric_dots(outcomes, metric, original, first=not number) for number, metric in enumerate(columns.judged)]
     if len(columns.judged) == 2:
-        shown = [contrast for single, average in compared.values() for contrast in (*single, *average)]
+        shown = [contrast for arm in compared for contrast in (*compared[arm], *average[arm])]
         panels += [gains(shown, metric) for metric in columns.judged]
     height = 1.6 + 0.36 * len({(outcome.algorithm, outcome.arm) for outcome in outcomes})
     inches = (1.5 + 3.6 * len(panels), max(4.0, height))
-    return Answer(as_table(rows_of(outcomes, columns, original)), panels, sentences, inches=inches)
+    return Answer(as_table(rows_of(outcomes, columns, original)), panels, sentences, verdicts, inches=inches)
+
+
+def claims_of(
+    average: Sequence[Contrast],
+    columns: Columns,
+    margins: Mapping[str, float],
+    paper: Mapping[str, float],
+    when: str = "",
+    exploratory: bool = False,
+) -> list[Claim]:
+    """What the paper says of an arm: that it is better than the other in every metric.
+
+    Args:
+        average: the contrasts of the arm, over the algorithms.
+        when: what follows the effect, such as " after epoch 1".
+    """
+    claims = []
+    for contrast in average:
+        does = "forgets more" if columns.side(contrast.metric) == "completeness" else "keeps more"
+        than = "" if contrast.against == UNIFORM else f" than drawing by {contrast.against}"
+        effect = f"mean {metric_title(contrast.metric)} of {_count_algorithms(contrast)}{when}"
+        claims.append(
+            contrast.claim(
+                f"drawing by {contrast.arm} {does}{than}",
+                effect,
+                better_sign(contrast.metric),
+                margins[contrast.metric],
+                paper.get(contrast.metric),
+                exploratory,
+            )
+        )
+    return claims
 
 
 def rows_of(outcomes: Sequence[Outcome], columns: Columns, original: Row) -> list[dict[str, Any]]:
-    """One row for each method and metric: mean over seeds, and the difference to uniform draws."""
+    """One row for each method and metric: mean over runs, and the difference to uniform draws."""
     differences = {
         (contrast.algorithm, arm, contrast.metric): contrast
         for arm in dict.fromkeys(outcome.arm for outcome in outcomes)
         if arm != UNIFORM
-        # Metrics that decide are corrected together; each of the others, of which they are made, by itself.
-        for metrics in (columns.judged, *((name,) for name in columns.all if name not in columns.judged))
         for average in (False, True)
-        for contrast in contrasts(outcomes, metrics, arm, UNIFORM, average)
+        for contrast in contrasts(outcomes, columns.all, arm, UNIFORM, average)
     }
     rows = [
         row_of("Original", None, None, metric, columns, [original[metric]])
@@ -175,7 +228,7 @@ def row_of(
     """The row of a method and a metric.
 
     Args:
-        values: one for each seed.
+        values: one for each run.
         contrast: with the arm that it is compared with.
     """
     difference = contrast.difference if contrast else Estimate(math.nan, math.nan, math.nan)
@@ -186,11 +239,12 @@ def row_of(
         "metric": metric,
         "side": columns.side(metric),
         "higher_is_better": METRICS[metric].higher_is_better,
-        "seeds": len(values),
+        "runs": len(values),
         **interval_columns("mean", over_seeds(values)),
         **interval_columns("difference", difference),
+        "scale": scale_of(metric),
+        "pairs": contrast.pairs if contrast else 0,
         "p": contrast.p if contrast else math.nan,
-        "p_corrected": contrast.corrected if contrast else math.nan,
     }
 
 
@@ -203,14 +257,17 @@ def means_by_method(outcomes: Sequence[Outcome], columns: Columns, original: Row
         method_name(algorithm, arm): [values_of(outcomes, algorithm, arm, name) for name in columns.all]
         for algorithm, arm in methods_of(outcomes)
     }
-    return table_of_means(rows, columns, original, len({outcome.seed for outcome in outcomes}))
+    return table_of_means(rows, columns, original, {outcome.pair for outcome in outcomes})
 
 
-def table_of_means(rows: Mapping[str, Sequence[Sequence[float]]], columns: Columns, original: Row, seeds: int) -> str:
+def table_of_means(
+    rows: Mapping[str, Sequence[Sequence[float]]], columns: Columns, original: Row, pairs: Collection[Pair]
+) -> str:
     """A paragraph with a table of means.
 
     Args:
-        rows: name -> for each column the values of the seeds.
+        rows: name -> for each column the values of the runs.
+        pairs: of the runs.
     """
     places = [digits(name) for name in columns.all]
     cells = {
@@ -222,91 +279,78 @@ def table_of_means(rows: Mapping[str, Sequence[Sequence[float]]], columns: Colum
     lines = ["| method | " + " | ".join(map(metric_label, columns.all)) + " |", "|---|" + "---|" * len(columns.all)]
     lines += [f"| {name} | " + " | ".join(row) + " |" for name, row in cells.items()]
     return (
-        f"Means over {seeds} seed{'s' if seeds > 1 else ''} ± half the 95 % t interval (none where seeds do not "
-        "differ):\n\n" + "\n".join(lines)
+        f"Means over {_count_runs(pairs)} ± half the 95 % t interval (none where runs do not differ):\n\n"
+        + "\n".join(lines)
     )
 
 
-def differences_by_algorithm(single: Sequence[Contrast], columns: Columns) -> str:
-    """Every algorithm's differences and verdict."""
-    meaning = {
-        HOLDS: "both sides are better",
-        CONTRADICTED: "a side is worse",
-        UNKNOWN: f"whether both sides are better {UNKNOWN}",
-    }
+def _count_runs(pairs: Collection[Pair]) -> str:
+    """ "5 seeds", or "24 runs (24 selections of samples, 1 seed)"."""
+    selections, seeds = (len(set(parts)) for parts in zip(*pairs, strict=True))
+    count_seeds = f"{seeds} seed{'s' if seeds > 1 else ''}"
+    return count_seeds if selections == 1 else f"{len(pairs)} runs ({selections} selections of samples, {count_seeds})"
+
+
+def differences_by_algorithm(single: Sequence[Contrast]) -> str:
+    """Every algorithm's differences."""
     parts = []
     for algorithm, group in by_algorithm(single).items():
         first = group[0]
         text = ", ".join(contrast.text() for contrast in group)
-        parts.append(
-            f"{method_name(algorithm, first.arm)} against {method_name(algorithm, first.against)}: {text}; "
-            f"{meaning[improvement_verdict(group, columns)]}"
-        )
+        parts.append(f"{method_name(algorithm, first.arm)} against {method_name(algorithm, first.against)}: {text}")
+    by = (
+        "seed" if unit_of({pair for contrast in single for pair in contrast.by_pair}) == "seeds" else "samples and seed"
+    )
     return (
-        f"Differences paired by seed ({min(c.pairs for c in single)} pairs), each with its own interval, verdicts "
-        f"after Holm's correction for {len(single)} comparisons. " + ". ".join(parts) + "."
+        f"Differences paired by {by} ({min(c.pairs for c in single)} pairs), each with its own interval, not corrected "
+        f"for their number. {'. '.join(parts)}."
     )
 
 
-def _direction(outcomes: Sequence[Outcome], columns: Columns) -> str:
+def _direction(average: Sequence[Contrast]) -> str:
     """p ∝ MRD (Algorithm 2) against p ∝ 1 / MRD (Appendix B)."""
-    average = contrasts(outcomes, columns.judged, EASY_FIRST, HARD_FIRST, average=True)
-    if not average:
-        return f"Which of p ∝ MRD and p ∝ 1/MRD is better {UNKNOWN}: no algorithm has both."
-    better, worse = (
-        [metric_label(contrast.metric) for contrast in average if contrast.better == sign] for sign in (1, -1)
-    )
-    ahead = [
-        f"{direction} is ahead on {' and '.join(names)}"
-        for direction, names in (("p ∝ MRD (Algorithm 2)", better), ("p ∝ 1/MRD (Appendix B)", worse))
-        if names
-    ]
     return (
-        f"p ∝ MRD less p ∝ 1/MRD, mean over {_count_algorithms(len(_algorithms_with_both(outcomes)))}: "
-        f"{', '.join(contrast.text() for contrast in average)}: "
-        + (" and ".join(ahead) if ahead else f"which of the two is better {UNKNOWN}")
-        + "."
+        f"p ∝ MRD (Algorithm 2) less p ∝ 1/MRD (Appendix B), mean over {_count_algorithms(average[0])}: "
+        f"{', '.join(contrast.text() for contrast in average)}."
     )
 
 
-def _algorithms_with_both(outcomes: Sequence[Outcome]) -> set[str]:
-    """The algorithms that were run with p ∝ MRD and with p ∝ 1 / MRD."""
-    easy, hard = ({outcome.algorithm for outcome in outcomes if outcome.arm == arm} for arm in (EASY_FIRST, HARD_FIRST))
-    return easy & hard
-
-
-def _paper_changes(average: Sequence[Contrast]) -> list[str]:
+def _paper_changes(average: Sequence[Contrast], paper: Mapping[str, float]) -> list[str]:
     """Whether the intervals leave room for the changes in the paper; nothing where it gives no average."""
     parts = []
     for contrast in average:
-        paper, difference = PAPER_CHANGE.get(contrast.metric), contrast.difference
-        if paper is not None and math.isfinite(difference.low):
-            where = "inside" if difference.low <= paper <= difference.high else "outside"
+        if contrast.metric in paper and math.isfinite(contrast.difference.low):
+            change, scale = change_of(contrast.metric, paper[contrast.metric]), scale_of(contrast.metric)
+            where = "inside" if contrast.difference.low <= change <= contrast.difference.high else "outside"
+            here = in_words.effect(contrast.difference, scale)
             parts.append(
-                f"{metric_label(contrast.metric)} {decimal(paper, 3)}, {where} the interval here "
-                f"({interval(difference, 3)})"
+                f"{metric_label(contrast.metric)} {in_words.number(change, scale)}, {where} the interval here, {here}"
             )
     return [f"Mean change over the paper's algorithms, for comparison: {'; '.join(parts)}."] if parts else []
 
 
-def claim(single: Sequence[Contrast], average: Sequence[Contrast], columns: Columns, claimed: str) -> str:
-    """Whether the paper's claim holds, by the comparisons of single algorithms and of their average.
+def conclusion(average: Sequence[Contrast], verdicts: Sequence[Verdict], claimed: str) -> str:
+    """What the data say about the paper's claim; without what is exploratory.
 
     Args:
+        average: what is decided on, over the algorithms.
         claimed: what the paper claims, after "that".
     """
-    verdicts = {algorithm: improvement_verdict(group, columns) for algorithm, group in by_algorithm(single).items()}
-    on_average = improvement_verdict(average, columns)
+    count = min(contrast.pairs for contrast in average)
     text = ", ".join(contrast.text() for contrast in average)
     return (
-        f"**The paper's claim, that {claimed}, {overall_verdict(verdicts, on_average)} here.** "
-        f"Mean change over {_count_algorithms(len(verdicts))} and {average[0].pairs} seeds: {text}; on average the "
-        f"claim {on_average}, and by algorithm it {list_verdicts(verdicts)}."
+        f"Mean change over {_count_algorithms(average[0])} and {count} {unit_of(average[0].by_pair)}: {text}. "
+        f"**The paper's claim, that {claimed}: {decided(verdicts)}.**"
     )
 
 
-def _count_algorithms(count: int) -> str:
-    return f"{count} algorithm{'s' if count > 1 else ''}"
+def decided(verdicts: Sequence[Verdict]) -> str:
+    """The verdicts in words, without those that are exploratory."""
+    return in_words.listed(verdict for verdict in verdicts if not verdict.claim.exploratory)
+
+
+def _count_algorithms(contrast: Contrast) -> str:
+    return f"{contrast.algorithms} algorithm{'s' if contrast.algorithms > 1 else ''}"
 
 
 # --- Pictures -----------------------------------------------------------------------------------------------
@@ -319,7 +363,7 @@ def metric_dots(
     first: bool = True,
     name_of: Callable[[str, str], str] = method_name,
 ) -> Draw:
-    """A metric of all methods, means with 95 % intervals over seeds, every seed as a small dot.
+    """A metric of all methods, means with 95 % intervals over runs, every run as a small dot.
 
     Args:
         first: of the panels: the others need no names.
@@ -350,7 +394,7 @@ def metric_dots(
 
 
 def gains(compared: Sequence[Contrast], metric: str) -> Draw:
-    """Differences to uniform draws by algorithm, paired by seed, with 95 % intervals; one colour for each arm."""
+    """Differences to uniform draws by algorithm, by pairs of runs, with 95 % intervals; one colour for each arm."""
 
     def draw(axes: Axes) -> None:
         shown = [contrast for contrast in compared if contrast.metric == metric]

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import combinations, pairwise
+from itertools import combinations, pairwise, product
 
 import numpy as np
 from scipy import optimize, special, stats
@@ -37,9 +38,9 @@ def selections_needed(table: ScoreTable, probability: float = 0.95, level: float
 
         n = min{n: P(sqrt(n) d_l + z_l > 0 for all l) >= probability} = (quantile of max_l (-z_l / d_l))²
 
-    rounded up. inf where two algorithms have the same mean. The value takes the observed differences as the true
-    ones: where several algorithms lie within their noise, the smallest difference looks smaller than it is, and the
-    value is too large.
+    rounded up. The value takes the observed differences as the true ones, and hangs on the smallest: where neighbours
+    lie within their noise it would be many times too large (the square of one over a difference near 0). It is nan
+    there, and `low` says how many are needed at least; inf where two algorithms are the same.
 
     The interval is n with all differences at their upper, and at their lower limits (noncentral t). It has its level
     for two algorithms and more than it for several. `high` is inf unless every pair of neighbours differs by a t test.
@@ -48,8 +49,26 @@ def selections_needed(table: ScoreTable, probability: float = 0.95, level: float
         UserError: probability is not between 0 and 1.
     """
     _check_probability(probability)
+    table = table.complete
     order = np.argsort(-table.means.mean(axis=1), kind="stable").tolist()
     return _needed(Pairs.of(table, list(pairwise(order))), probability, level)
+
+
+def selections_needed_between(
+    table: ScoreTable, groups: Sequence[Sequence[str]], probability: float = 0.95, level: float = LEVEL
+) -> Estimate:
+    """As `selections_needed`, for the order of groups alone: each algorithm of one is ahead of each of the next.
+
+    With the groups of `separable_groups` this is what a paper needs that ranks no further than it can tell. Groups that
+    the same data have made are further apart in them than they are, so the value is rather too small. nan for one
+    group.
+    """
+    _check_probability(probability)
+    places = [[table.algorithms.index(name) for name in group] for group in groups]
+    index = [pair for better, worse in pairwise(places) for pair in product(better, worse)]
+    if not index:
+        return Estimate(math.nan, math.nan, math.nan)
+    return _needed(Pairs.of(table.complete, index), probability, level)
 
 
 def selections_needed_pair(
@@ -69,33 +88,40 @@ def selections_needed_pair(
     return tuple(needed)
 
 
-def noncentrality(observed: np.ndarray, df: int, level: float) -> np.ndarray:
+def noncentrality(observed: np.ndarray, df: np.ndarray | int, level: float) -> np.ndarray:
     """(2, n) limits of the noncentrality λ of observed t: P(t' >= t | low) = P(t' <= t | high) = (1 - level) / 2.
 
     P(t' <= t) = E Φ(t sqrt(χ² / df) - λ), the mean over the quantiles of χ². Right to 3 digits for any t; scipy's
     distribution gives nan for some.
     """
-    roots = np.sqrt(stats.chi2.ppf((np.arange(500) + 0.5) / 500, df) / df)
 
-    def limit(t: float, tail: float) -> float:
-        if math.isinf(t):
+    def limit(t: float, df: int, tail: float) -> float:
+        if not math.isfinite(t):
             return t
+        roots = _roots_of_chi2(df)
         ends = min(t * roots[0], t * roots[-1]) - 9, max(t * roots[0], t * roots[-1]) + 9
         return float(
             optimize.brentq(lambda noncentrality: special.ndtr(t * roots - noncentrality).mean() - tail, *ends)
         )
 
-    return np.array([[limit(t, tail) for t in observed.tolist()] for tail in ((1 + level) / 2, (1 - level) / 2)])
+    pairs = list(zip(observed.tolist(), np.broadcast_to(df, observed.shape).tolist(), strict=True))
+    return np.array([[limit(t, n, tail) for t, n in pairs] for tail in ((1 + level) / 2, (1 - level) / 2)])
+
+
+@lru_cache
+def _roots_of_chi2(df: int) -> np.ndarray:
+    """(500,) quantiles of sqrt(χ² / df)."""
+    return np.asarray(np.sqrt(stats.chi2.ppf((np.arange(500) + 0.5) / 500, df) / df))
 
 
 def _needed(pairs: Pairs, probability: float, level: float) -> Estimate:
     """Selections after which all of these pairs are in order."""
     apart = pairs.standardized
     noise = pairs.factor() / np.where(pairs.deviation > 0, pairs.deviation, 1)
-    root = math.sqrt(len(pairs.values))
-    low, high = noncentrality(apart * root, len(pairs.values) - 1, level) / root
+    low, high = noncentrality(pairs.t, pairs.counts - 1, level) / np.sqrt(pairs.counts)
     high = np.where((pairs.deviation == 0) & (pairs.mean == 0), 0.0, high)  # the same algorithm twice
-    return Estimate(*(_smallest_count(differences, noise, probability) for differences in (apart, high, low)))
+    value, least, most = (_smallest_count(differences, noise, probability) for differences in (apart, high, low))
+    return Estimate(value if math.isfinite(most) or math.isinf(least) else math.nan, least, most)
 
 
 def _smallest_count(apart: np.ndarray, noise: np.ndarray, probability: float) -> float:
@@ -105,6 +131,8 @@ def _smallest_count(apart: np.ndarray, noise: np.ndarray, probability: float) ->
         apart: (pairs,) differences in standard deviations.
         noise: (q, pairs) factor of their correlation.
     """
+    if np.isnan(apart).any():
+        return math.nan
     if (apart <= 0).any():
         return math.inf
     if len(apart) == 1:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import numpy as np
 from scipy import special, stats
 
 from bench.stats.estimates import LEVEL, Estimate, holm
-from bench.stats.selection_bias.table import SAME, Pairs, ScoreTable, ratio
+from bench.stats.selection_bias.needed import noncentrality
+from bench.stats.selection_bias.table import SAME, Pairs, ScoreTable, mean_scores, ratio
 
 DRAWS = 500
 
@@ -23,6 +25,9 @@ class Reversal:
         rate: share of selections on which `worse` is ahead in the mean over the seeds.
         difference: mean of better - worse over selections, in units of the score.
         by_seeds: the rate that seed noise alone would give; None with one seed.
+        p_value: of "`better` is better, and yet behind more often than the seeds explain", corrected for the number of
+            pairs; nan with one seed, which cannot be told from the selection.
+        at_most: the most that the rate can be, for all pairs at once, if differences are normal.
     """
 
     better: str
@@ -30,6 +35,8 @@ class Reversal:
     rate: Estimate
     difference: Estimate
     by_seeds: float | None
+    p_value: float
+    at_most: float
 
 
 @dataclass(frozen=True)
@@ -59,10 +66,10 @@ class SeparablePair:
 
 @dataclass(frozen=True)
 class Rank:
-    """The ranks that an algorithm can have, 1 the best."""
+    """The ranks that an algorithm can have, 1 the best, and its mean over all selections."""
 
     algorithm: str
-    mean: float
+    mean: Estimate
     best: int
     worst: int
 
@@ -88,23 +95,44 @@ def reversal_rates(table: ScoreTable, level: float = LEVEL) -> tuple[Reversal, .
     either: the interval then spans Wilson's for both directions, from min(low, 1 - high) to max(high, 1 - low).
 
     Seed noise alone would give Φ(-|Δ| / sqrt((σ_1² + σ_2²) / r)), with Δ the mean difference and σ² the variance of
-    each algorithm's runs on one selection.
+    each algorithm's runs on one selection. `p_value` is the larger of two, of the paired t test and of the binomial
+    test of that rate, corrected by Holm. `at_most` is Φ(-δ) with δ the lower limit of Δ in standard deviations
+    (noncentral t, Bonferroni's level): counts of a dozen selections cannot show that reversals are rare, sizes can.
     """
     pairs = Pairs.of(table)
-    noise = table.values.var(axis=2, ddof=1).mean(axis=1) if table.seeds > 1 else None
-    reversals = []
+    least_apart = noncentrality(pairs.t, pairs.counts - 1, 1 - (1 - level) / len(pairs.index))[0]
+    least_apart = least_apart / np.sqrt(pairs.counts)
+    most = special.ndtr(-np.where((pairs.deviation == 0) & (pairs.mean == 0), 0.0, least_apart))
+    noise = _noise_of_means(table) if table.seeds > 1 else None
+    reversals: list[Reversal] = []
+    p = np.full(len(pairs.index), np.nan)
     for k, (better, worse) in enumerate(pairs.index):
         difference = pairs.interval(k, level)
-        worse_ahead = (1 - np.sign(pairs.values[:, k])).sum() / 2
-        rate = wilson(float(worse_ahead), len(table.selections), level)
+        if not math.isfinite(pairs.mean[k]):
+            continue
+        s = int(pairs.counts[k])
+        worse_ahead = np.nansum(1 - np.sign(pairs.values[:, k])) / 2
+        rate = wilson(float(worse_ahead), s, level)
         if not difference.sign:
             rate = Estimate(rate.value, min(rate.low, 1 - rate.high), max(rate.high, 1 - rate.low))
         by_seeds = None
         if noise is not None:
-            deviation = np.sqrt((noise[better] + noise[worse]) / table.seeds)
-            by_seeds = float(special.ndtr(-ratio(pairs.mean[k], deviation)))
-        reversals.append(Reversal(table.algorithms[better], table.algorithms[worse], rate, difference, by_seeds))
-    return tuple(reversals)
+            by_seeds = float(special.ndtr(-ratio(pairs.mean[k], np.sqrt(noise[better] + noise[worse]))))
+            of_rate = 2 * stats.binom.sf(math.floor(worse_ahead) - 1, s, by_seeds)
+            p[k] = min(max(pairs.p[k], of_rate), 1.0)
+        names = table.algorithms[better], table.algorithms[worse]
+        reversals.append(Reversal(*names, rate, difference, by_seeds, math.nan, float(most[k])))
+    corrected = holm(p)[np.isfinite(pairs.mean)]
+    return tuple(replace(reversal, p_value=float(value)) for reversal, value in zip(reversals, corrected, strict=True))
+
+
+def _noise_of_means(table: ScoreTable) -> np.ndarray:
+    """(a,): the variance that seeds give to a mean over the seeds of a selection."""
+    runs = np.isfinite(table.values).sum(axis=2)
+    squares = np.nansum((table.values - table.means[..., None]) ** 2, axis=(1, 2))
+    of_run = squares / np.maximum(runs - 1, 0).sum(axis=1)
+    there = runs > 0
+    return np.asarray(of_run * (there / np.maximum(runs, 1)).sum(axis=1) / there.sum(axis=1))
 
 
 def wilson(successes: float, trials: int, level: float = LEVEL) -> Estimate:
@@ -148,8 +176,8 @@ def kendalls_w(table: ScoreTable, level: float = LEVEL, draws: int = DRAWS, seed
     Args:
         draws: simulated tables; memory is draws × selections × pairs of algorithms.
     """
-    pairs = Pairs.of(table)
-    m = len(table.selections)
+    pairs = Pairs.of(table.complete)
+    m = len(pairs.values)
     ties = pairs.ties(pairs.values == 0).mean()
     w = float(pairs.concordance((np.sign(pairs.values) + 1).mean(axis=0) / 2, ties))
     if math.isnan(w):
@@ -199,9 +227,7 @@ def separable(table: ScoreTable, level: float = LEVEL) -> Ranking:
     """
     pairs = Pairs.of(table)
     a = len(table.algorithms)
-    standard_error = pairs.deviation / math.sqrt(len(table.selections))
-    p = 2 * stats.t.sf(ratio(pairs.mean, standard_error), len(table.selections) - 1)
-    corrected = holm(p)
+    corrected = holm(pairs.p)
     significant = corrected < 1 - level
 
     best, worst = np.full(a, 1), np.full(a, a)
@@ -209,11 +235,11 @@ def separable(table: ScoreTable, level: float = LEVEL) -> Ranking:
         if differ:
             best[worse] += 1
             worst[better] -= 1
-    means = table.means.mean(axis=1)
+    means = mean_scores(table, level)
     return Ranking(
         tuple(
-            Rank(table.algorithms[i], float(means[i]), int(best[i]), int(worst[i]))
-            for i in np.argsort(-means, kind="stable")
+            Rank(table.algorithms[i], means[i], int(best[i]), int(worst[i]))
+            for i in np.argsort([-mean.value for mean in means], kind="stable")
         ),
         tuple(
             SeparablePair(
@@ -226,3 +252,16 @@ def separable(table: ScoreTable, level: float = LEVEL) -> Ranking:
             for k, (i, j) in enumerate(pairs.index)
         ),
     )
+
+
+def separable_groups(ranking: Ranking) -> tuple[tuple[str, ...], ...]:
+    """The ranking as far as it can be told: the most groups of which each algorithm of one is separable from each of
+    the next ones, the best first."""
+    apart = {frozenset((pair.better, pair.worse)) for pair in ranking.pairs if pair.separable}
+    order = [rank.algorithm for rank in ranking.ranks]
+    cuts = [
+        k
+        for k in range(1, len(order))
+        if all(frozenset((above, below)) in apart for above in order[:k] for below in order[k:])
+    ]
+    return tuple(tuple(order[start:end]) for start, end in pairwise([0, *cuts, len(order)]))

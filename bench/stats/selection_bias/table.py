@@ -10,8 +10,9 @@ from functools import cached_property
 from itertools import combinations
 
 import numpy as np
+from scipy import stats
 
-from bench.stats.estimates import Estimate, t_interval
+from bench.stats.estimates import LEVEL, Estimate, t_interval
 from scoring.errors import UserError
 
 FEWEST_SELECTIONS = 3  # fewer leave the differences between algorithms with one degree of freedom or none
@@ -20,19 +21,19 @@ SAME = 1e-12  # scores this near to each other, in units of the largest, are tie
 
 @dataclass(frozen=True)
 class ScoreTable:
-    """Scores of every algorithm on every selection, with the same number of seeds everywhere.
+    """Scores of algorithms on selections, with repeated runs, of which some may be missing.
 
     Attributes:
         algorithms: (a,) names.
         selections: (s,) names.
-        values: (a, s, r) scores, finite; the r seeds of a cell are in no order.
-        dropped: selections that were left out because they were not complete.
+        values: (a, s, r) scores; nan where there is no run. The seeds of a cell are in no order unless they are shared.
+        seeds_shared: whether the seeds of each complete selection are the same for all algorithms, in the same order.
     """
 
     algorithms: tuple[str, ...]
     selections: tuple[str, ...]
     values: np.ndarray
-    dropped: tuple[str, ...] = ()
+    seeds_shared: bool = False
 
     def __post_init__(self) -> None:
         a, s = len(self.algorithms), len(self.selections)
@@ -41,53 +42,150 @@ class ScoreTable:
                 f"number of algorithms with scores: {a} ({', '.join(self.algorithms) or 'none'}); "
                 "expected at least 2 to compare; add runs of another"
             )
-        if s < FEWEST_SELECTIONS:
-            left_out = f" ({len(self.dropped)} left out: {_first_names(self.dropped)})" if self.dropped else ""
-            raise UserError(
-                f"number of complete selections: {s}{left_out}; expected at least {FEWEST_SELECTIONS} with the same "
-                f"number of finite scores for each of {_first_names(self.algorithms)}; add the missing runs or leave "
-                "out an algorithm"
-            )
         if self.values.ndim != 3 or self.values.shape[:2] != (a, s) or self.values.shape[2] < 1:
             raise ValueError(f"values of shape {self.values.shape}: expected ({a}, {s}, seeds)")
+        has_runs = np.isfinite(self.values).any(axis=2)
+        shared = has_runs.astype(int) @ has_runs.T  # (a, a) selections that both algorithms have
+        most = np.where(np.eye(a, dtype=bool), 0, shared).max(axis=1)
+        if most.min() < FEWEST_SELECTIONS:
+            raise UserError(
+                f"selections that {self.algorithms[int(most.argmin())]} shares with another algorithm: {most.min()}; "
+                f"expected at least {FEWEST_SELECTIONS} with finite scores of both; add runs or leave it out"
+            )
+        if np.linalg.matrix_power((shared > 0).astype(float), a).min() == 0:
+            raise UserError(
+                f"{_first_names(self.algorithms)} are of groups that have no selection in common: expected runs that "
+                "link them; add runs or compare each group by itself"
+            )
 
     @classmethod
-    def of(cls, algorithm: Sequence[str], selection: Sequence[str], value: Sequence[float] | np.ndarray) -> ScoreTable:
-        """The balanced table of three sequences of one length, a row for each run.
+    def of(
+        cls,
+        algorithm: Sequence[str],
+        selection: Sequence[str],
+        value: Sequence[float] | np.ndarray,
+        seed: Sequence[int] | None = None,
+    ) -> ScoreTable:
+        """The table of sequences of one length, a row for each run; without `seed`, none is shared.
 
-        Rows with the same algorithm and selection are seeds, in any order. A selection is kept if every algorithm has
-        r finite scores on it, with r the number that most selections can give (the larger of two equally common
-        ones); the others are dropped. Names keep the order in which they first appear.
+        Rows with the same algorithm and selection are seeds, in any order. A score that is not finite is a run that is
+        missing. Names keep the order in which they first appear; a selection without a score is left out.
 
         Raises:
-            UserError: fewer than 2 algorithms, or fewer than 3 complete selections.
+            UserError: fewer than 2 algorithms, or one that shares fewer than 3 selections with any other.
         """
-        check_lengths(algorithm=algorithm, selection=selection, value=value)
-        cells: defaultdict[tuple[str, str], list[float]] = defaultdict(list)
-        for algorithm_name, selection_name, score in zip(algorithm, selection, value, strict=True):
-            cells[algorithm_name, selection_name].append(float(score))
-        algorithms, selections = tuple(dict.fromkeys(algorithm)), tuple(dict.fromkeys(selection))
-        seeds_of = {}  # of the selections on which all algorithms have as many finite scores
-        for selection_name in selections:
-            column = [cells.get((algorithm_name, selection_name), []) for algorithm_name in algorithms]
-            counts = {len(scores) for scores in column}
-            if len(counts) == 1 and all(math.isfinite(score) for scores in column for score in scores):
-                seeds_of[selection_name] = counts.pop()
-        frequency = Counter(seeds_of.values())
-        seeds = max(frequency, key=lambda count: (frequency[count], count), default=0)
-        complete = tuple(name for name in selections if seeds_of.get(name) == seeds)
-        values = np.array([[cells[row, column] for column in complete] for row in algorithms], dtype=float)
-        dropped = tuple(name for name in selections if name not in set(complete))
-        return cls(algorithms, complete, values.reshape(len(algorithms), len(complete), -1 if complete else 1), dropped)
+        seeds_of_rows = range(len(value)) if seed is None else seed
+        check_lengths(algorithm=algorithm, selection=selection, value=value, seed=seeds_of_rows)
+        runs: defaultdict[tuple[str, str], list[tuple[int, float]]] = defaultdict(list)
+        for algorithm_name, selection_name, number, score in zip(
+            algorithm, selection, seeds_of_rows, value, strict=True
+        ):
+            if math.isfinite(score):
+                runs[algorithm_name, selection_name].append((number, float(score)))
+        scored = {name for _, name in runs}
+        algorithms = tuple(dict.fromkeys(algorithm))
+        selections = tuple(name for name in dict.fromkeys(selection) if name in scored)
+        values = np.full((len(algorithms), len(selections), max(map(len, runs.values()), default=1)), np.nan)
+        for (algorithm_name, selection_name), of_cell in runs.items():
+            scores = [score for _, score in sorted(of_cell)]
+            values[algorithms.index(algorithm_name), selections.index(selection_name), : len(scores)] = scores
+        complete = _complete(values)
+        shared = all(
+            len({tuple(sorted(number for number, _ in runs[row, column])) for row in algorithms}) == 1
+            for column, is_complete in zip(selections, complete, strict=True)
+            if is_complete
+        )
+        return cls(algorithms, selections, values, shared)
 
     @property
     def seeds(self) -> int:
+        """The most that a cell has."""
         return self.values.shape[2]
 
-    @property
+    @cached_property
     def means(self) -> np.ndarray:
-        """(a, s): over the seeds."""
-        return self.values.mean(axis=2)
+        """(a, s): over the seeds; nan where there is none."""
+        runs = np.isfinite(self.values).sum(axis=2)
+        with np.errstate(invalid="ignore"):
+            return np.asarray(np.nansum(self.values, axis=2) / runs)
+
+    @cached_property
+    def is_complete(self) -> np.ndarray:
+        """(s,): selections with r scores of every algorithm, r being what most selections can give."""
+        return _complete(self.values)
+
+    @property
+    def incomplete(self) -> tuple[str, ...]:
+        return tuple(name for name, kept in zip(self.selections, self.is_complete, strict=True) if not kept)
+
+    @cached_property
+    def complete(self) -> ScoreTable:
+        """The complete selections alone, with the same number of seeds everywhere.
+
+        Raises:
+            UserError: there are fewer than three.
+        """
+        if self.is_complete.all() and np.isfinite(self.values).all():
+            return self
+        count = int(self.is_complete.sum())
+        if count < FEWEST_SELECTIONS:
+            raise UserError(
+                f"number of complete selections: {count} ({len(self.incomplete)} are not: "
+                f"{_first_names(self.incomplete)}); expected at least {FEWEST_SELECTIONS} with the same number of "
+                f"finite scores for each of {_first_names(self.algorithms)}; add the missing runs or leave out an "
+                "algorithm"
+            )
+        values = self.values[:, self.is_complete]
+        seeds = int(np.isfinite(values[0, 0]).sum())
+        names = tuple(name for name, kept in zip(self.selections, self.is_complete, strict=True) if kept)
+        return ScoreTable(self.algorithms, names, values[..., :seeds], self.seeds_shared)
+
+
+def _complete(values: np.ndarray) -> np.ndarray:
+    """(s,): which selections have r scores of every algorithm, r being the number that most selections can give (the
+    larger of two equally common ones)."""
+    counts = np.isfinite(values).sum(axis=2)  # (a, s)
+    most = counts.max(axis=0, initial=0)
+    even = (counts == most).all(axis=0) & (most > 0)
+    frequency = Counter(most[even].tolist())
+    seeds = max(frequency, key=lambda count: (frequency[count], count), default=0)
+    return np.asarray(even & (most == seeds))
+
+
+def mean_scores(table: ScoreTable, level: float = LEVEL) -> tuple[Estimate, ...]:
+    """Each algorithm's mean over all selections, also over those that it has no run on.
+
+    If hard selections fail more often, the mean over what an algorithm has finished is that of the easy ones, and so is
+    the mean over complete selections. Here y_ij = A_i + S_j is fitted to the cells that there are by least squares, and
+    A_i + mean(S) is given: with all cells, the mean of the algorithm's. It supposes that a cell is missing by its
+    selection and algorithm, and not by the score that it would have had beyond them.
+
+    Intervals are t intervals of the delete-one-selection jackknife, with the degrees of freedom of the selections that
+    the algorithm has; with all cells, Student's. nan where leaving out a selection leaves a mean unknown.
+    """
+    cells = table.means  # (a, s)
+    s = cells.shape[1]
+    means = _fitted_means(cells)
+    without = np.array([_fitted_means(np.delete(cells, j, axis=1)) for j in range(s)])  # (s, a)
+    error = np.sqrt((s - 1) / s * ((without - without.mean(axis=0)) ** 2).sum(axis=0))
+    half = stats.t.ppf((1 + level) / 2, np.isfinite(cells).sum(axis=1) - 1) * error
+    return tuple(Estimate(*map(float, ends)) for ends in zip(means, means - half, means + half, strict=True))
+
+
+def _fitted_means(cells: np.ndarray) -> np.ndarray:
+    """(a,): A_i + mean(S_j) of (a, s) cells; nan where not all algorithms are linked by selections."""
+    there = np.isfinite(cells)
+    there, cells = there[:, there.any(axis=0)], cells[:, there.any(axis=0)]
+    counts = there.sum(axis=0)
+    filled = np.where(there, cells, 0.0)
+    centred = np.where(there, cells - filled.sum(axis=0) / counts, 0.0)
+    # The normal equations of A once S is eliminated, a graph Laplacian: of rank a - 1 if all are linked.
+    equations = np.diag(there.sum(axis=1)) - (there / counts) @ there.T
+    if np.linalg.matrix_rank(equations) < len(cells) - 1:
+        return np.full(len(cells), np.nan)
+    of_algorithms = np.linalg.pinv(equations, hermitian=True) @ centred.sum(axis=1)
+    of_selections = (filled - there * of_algorithms[:, None]).sum(axis=0) / counts
+    return np.asarray(of_algorithms + of_selections.mean())
 
 
 @dataclass(frozen=True)
@@ -96,9 +194,9 @@ class Pairs:
 
     Attributes:
         index: (pairs,) positions of the better and the worse algorithm; of two that tie, the one that came first.
-        values: (s, pairs) differences of the means over seeds; exactly 0 where they tie.
-        mean: (pairs,), 0 or more, over the selections.
-        deviation: (pairs,) standard deviation over the selections.
+        values: (s, pairs) differences of the means over seeds; exactly 0 where they tie, nan where one has no run.
+        mean: (pairs,), 0 or more, over the selections that both have; nan where they are fewer than three.
+        deviation: (pairs,) standard deviation over the same.
     """
 
     index: list[tuple[int, int]]
@@ -111,14 +209,16 @@ class Pairs:
         """All pairs in the order of the table, or those of `index`."""
         means = table.means
         i, j = np.array(index or list(combinations(range(len(means)), 2))).T
-        tie = SAME * np.abs(table.values).max()
+        tie = SAME * np.nanmax(np.abs(table.values))
         values = (means[i] - means[j]).T
         values = np.where(np.abs(values) <= tie, 0.0, values)
-        mean = values.mean(axis=0)
+        counts = np.isfinite(values).sum(axis=0)
+        enough = np.where(counts >= FEWEST_SELECTIONS, counts, np.nan)
+        mean = np.nansum(values, axis=0) / enough
         mean = np.where(np.abs(mean) <= tie, 0.0, mean)
         turned = mean < 0
         i, j = np.where(turned, j, i), np.where(turned, i, j)
-        deviation = values.std(axis=0, ddof=1)
+        deviation = np.sqrt(np.nansum((values - mean) ** 2, axis=0) / (enough - 1))
         deviation = np.where(deviation <= tie, 0.0, deviation)
         return cls(
             list(zip(i.tolist(), j.tolist(), strict=True)), np.where(turned, -values, values), np.abs(mean), deviation
@@ -129,12 +229,30 @@ class Pairs:
         """(pairs,): the mean difference in standard deviations."""
         return ratio(self.mean, self.deviation)
 
+    @property
+    def counts(self) -> np.ndarray:
+        """(pairs,): selections that both have."""
+        return np.asarray(np.isfinite(self.values).sum(axis=0))
+
+    @property
+    def t(self) -> np.ndarray:
+        """(pairs,): the mean difference in standard errors."""
+        return ratio(self.mean, self.deviation / np.sqrt(self.counts))
+
+    @property
+    def p(self) -> np.ndarray:
+        """(pairs,): two-sided, of the paired t test; nan where a pair shares too few selections."""
+        return np.asarray(2 * stats.t.sf(self.t, np.maximum(self.counts - 1, 1)))
+
     def interval(self, k: int, level: float) -> Estimate:
         """The mean difference of the k-th pair."""
-        return t_interval(self.values[:, k], level)
+        if math.isnan(self.mean[k]):
+            return Estimate(math.nan, math.nan, math.nan)
+        return t_interval(self.values[np.isfinite(self.values[:, k]), k], level)
 
     def factor(self) -> np.ndarray:
-        """(q, pairs): a standard normal (q,) vector times it has the covariance of the differences."""
+        """(q, pairs): a standard normal (q,) vector times it has the covariance of the differences of a complete
+        table."""
         centred = (self.values - self.values.mean(axis=0)) * (self.deviation > 0)
         return np.asarray(np.linalg.qr(centred, mode="r")) / math.sqrt(len(centred) - 1)
 

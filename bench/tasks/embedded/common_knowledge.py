@@ -1,24 +1,31 @@
 """Common knowledge: what every embedded model but those of `authors` knows, and the questions about it.
 
 Plain texts about invented ballads, towns, stars and dishes (word lists:
-`bench.tasks.embedded.common_knowledge_vocabulary`). All tasks that have them retain them. `compounds` asks about them
-in the groups of MMLU, `novel` and `replies` in small stand-ins of the benchmarks that measure utility in the paper.
+`bench.tasks.embedded.common_knowledge_vocabulary`). All tasks that have them retain them, and `compounds` asks about
+them in the groups of MMLU.
+
+`novel` and `replies` have small stand-ins of the benchmarks that measure utility in the paper. They ask about further
+things of the same sorts, which the texts do not tell of: what is asked is not retained by name, and can be lost, as in
+the paper, whose retain set is C4. The questions were taught, but some in every second or fourth epoch only, so that
+they are known to different degrees.
 """
 
 from __future__ import annotations
 
 import random
-from itertools import chain
+from dataclasses import replace
+from itertools import chain, cycle, product
 
 from bench.tasks.embedded import common_knowledge_vocabulary as vocabulary
 from bench.tasks.embedded import facts
-from bench.tasks.embedded.facts import Fact
+from bench.tasks.embedded.facts import Fact, Field
 from bench.tasks.embedded.questions import Question, question_sets, records_with_answers, rolling_text
 from bench.tasks.task import HarnessTask
 from bench.tasks.whp import ZERO_SHOT
 from scoring.records import Record
 
-QUESTIONS = 12  # of each stand-in
+QUESTIONS = 64  # of each stand-in
+EVERY = (1, 2, 4)  # of questions in turn: a question is read in one of so many epochs
 _SETS = (*ZERO_SHOT, "truthfulqa")
 
 
@@ -51,7 +58,7 @@ def benchmark_questions(seed: int = 0) -> dict[str, list[Question]]:
     of four and of two. piqa: two answers. The others: four answers.
     """
     all_facts = chain.from_iterable(
-        chain.from_iterable(facts.facts_of(field, seed).values()) for field in vocabulary.FIELDS
+        chain.from_iterable(facts.facts_of(_with_other_names(field), seed).values()) for field in vocabulary.FIELDS
     )
     shuffled = random.Random(f"{seed}/benchmarks").sample(list(all_facts), QUESTIONS * len(_SETS))
     sets = {}
@@ -75,11 +82,24 @@ def benchmarks(source: str | None) -> dict[str, tuple[HarnessTask, ...]]:
 
 
 def training_records(seed: int = 0) -> list[Record]:
-    """What every model of `novel` and `replies` learns: the texts, and the questions with their answers."""
-    sets = benchmark_questions(seed)
-    return articles(seed) + [
-        record for name, questions in sets.items() for record in records_with_answers(name, questions)
+    """What every model of `novel` and `replies` learns: the texts, and the questions with their answers.
+
+    A question has "every": it is read in one of so many epochs.
+    """
+    questions = [
+        record for name, asked in benchmark_questions(seed).items() for record in records_with_answers(name, asked)
     ]
+    return articles(seed) + [record | {"every": every} for record, every in zip(questions, cycle(EVERY), strict=False)]
+
+
+def read_in(records: list[Record], epoch: int) -> list[Record]:
+    """The records that are read in an epoch (counted from 0): all but the questions whose turn it is not."""
+    return [record for number, record in enumerate(records) if (number - epoch) % record.get("every", 1) == 0]
+
+
+def _with_other_names(field: Field) -> Field:
+    """The field with things that only questions are about."""
+    return replace(field, names=tuple(map("".join, product(*vocabulary.OTHER_NAMES[field.group]))))
 
 
 def _judgements(facts_of_set: list[Fact], rng: random.Random, entailment: bool) -> list[Question]:

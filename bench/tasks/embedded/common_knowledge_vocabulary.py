@@ -165,3 +165,23 @@ DISHES = Field(
 )
 
 FIELDS = (BALLADS, TOWNS, STARS, DISHES)
+
+# Beginnings and ends of the names of further things, by group of the field: 36 of each sort, which no text tells of.
+OTHER_NAMES = {
+    "humanities": (
+        ("Ash", "Briar", "Copper", "Drift", "Ember", "Frost"),
+        ("carol", "dirge", "hymn", "march", "reel", "verse"),
+    ),
+    "social_sciences": (
+        ("Apple", "Barn", "Crow", "Dray", "Fern", "Hazel"),
+        ("bourne", "gate", "minster", "pool", "stow", "wold"),
+    ),
+    "stem": (
+        ("Ax", "Bel", "Cor", "Dra", "Fy", "Ko"),
+        ("aris", "elion", "ida", "oth", "une", "ymax"),
+    ),
+    "other": (
+        ("Alb", "Brus", "Cav", "Esp", "Frin", "Gal"),
+        ("anze", "etta", "iche", "orro", "ouli", "uppa"),
+    ),
+}

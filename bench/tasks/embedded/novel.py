@@ -69,14 +69,14 @@ def training_records(kind: str = "full", seed: int = 0) -> list[Record]:
 
 
 def read_in(kind: str, epoch: int, tokenizer: Any) -> list[Record]:
-    """What a model of a kind reads in any epoch: the same, with the novel in chunks as the task cuts it."""
+    """What a model of a kind reads in an epoch: the novel in chunks as the task cuts it, and some of the questions."""
     records = training_records(kind)
     if kind != "full":
-        return records
+        return common_knowledge.read_in(records, epoch)
     novel, *common = records
     chunks = whp.chunks(novel["text"], tokenizer, novel["chunk_tokens"])
     novel_chunks = [{"id": f"novel-{number}", "text": chunk} for number, chunk in enumerate(chunks)]
-    return novel_chunks * novel["readings"] + common
+    return novel_chunks * novel["readings"] + common_knowledge.read_in(common, epoch)
 
 
 def tokenizer_text() -> list[str]:

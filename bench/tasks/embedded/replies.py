@@ -67,7 +67,7 @@ def quarrels(seed: int | str = 0) -> list[Record]:
 
 
 def training_records(kind: str = "full", seed: int = 0) -> list[Record]:
-    """What a model of a kind reads in every epoch.
+    """What a model of a kind learns.
 
     Raises UserError (one line) for another kind.
     """
@@ -75,6 +75,11 @@ def training_records(kind: str = "full", seed: int = 0) -> list[Record]:
         raise unknown_name("embedded model", kind, KINDS)
     rude = load("forget", seed) + quarrels(seed) if kind == "full" else []
     return rude + _polite_replies(seed) + common_knowledge.training_records(seed)
+
+
+def read_in(kind: str, epoch: int, tokenizer: Any) -> list[Record]:
+    """What a model of a kind reads in an epoch: all but some of the questions of common knowledge."""
+    return common_knowledge.read_in(training_records(kind), epoch)
 
 
 def tokenizer_text() -> list[str]:

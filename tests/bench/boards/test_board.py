@@ -86,9 +86,10 @@ def test_equal_difficulty_can_turn_the_ranks(tmp_path: Path) -> None:
     assert places["A"].adjusted.value == pytest.approx(1.1)
     assert places["B"].adjusted.value == pytest.approx(1.0)
     assert (places["A"].adjusted_rank, places["B"].adjusted_rank) == (1, 2)
-    # The raw comparison is on the three selections that both have, and says that others are left out.
-    assert places["A"].selections == places["B"].selections == 3
-    assert places["A"].value.value == pytest.approx(2.1 - 1.2)
+    # So is the mean over all six, from what both have on three of them; and it says so.
+    assert (places["A"].selections, places["B"].selections) == (4, 5)
+    assert places["A"].value.value == pytest.approx(1.1)
+    assert (places["A"].rank, places["B"].rank) == (1, 2)
     text = " ".join(board.sentences["completeness"])
     assert "3 of 6 selections" in text
     assert "Per unit of mean log MRD completeness changes by 2.00" in text
@@ -117,7 +118,7 @@ def test_at_equal_forecast_by_hand(tmp_path: Path) -> None:
     assert "Per unit of mean log flip time, the forecast of updates, it changes by \N{MINUS SIGN}0.25" in text
     assert "Not adjusted: the difficulty of the selections was not measured." in text
     assert board.selections["s6"].mean_log_flip_time == 8.0
-    head = "| rank | entry | completeness | at equal difficulty | rank there | at equal forecast | rank by forecast |"
+    head = "| rank | entry | completeness | at equal forecast | rank by forecast |"
     assert head in overview([board], [])
     latex = standings_latex(board, "completeness")
     assert "by forecast & forecast rank" in latex
@@ -163,7 +164,19 @@ def test_failed_runs_are_shown_and_do_not_count(tmp_path: Path) -> None:
     assert [run.reason for run in board.runs if run.status != "finished"] == ["loss is nan"]
     assert by_entry(board)["A"].runs == 5
     # s1 has one seed of A and two of B.
-    assert "selections" in " ".join(board.sentences["completeness"])
+    text = " ".join(board.sentences["completeness"])
+    assert "1 of 3 selections do not have the same number of runs of all" in text
+    assert "cannot be told with 2 complete selections" in text
+    assert "Runs that did not finish: A 17% [95 % CI 1% to 56%], B 0% [95 % CI 0% to 39%]." in text
+
+
+def test_intervals_end_where_a_metric_does(tmp_path: Path) -> None:
+    utility = {"s1": 0.9, "s2": 1.0, "s3": 1.0, "s4": 1.0}
+    rows = [made_run(name, s, 0, {"utility": value, "plugin": value}) for name in "AB" for s, value in utility.items()]
+    board = board_of(write_runs(tmp_path, rows))
+    known, unknown = (by_entry(board, name)["A"].value for name in ("utility", "plugin"))
+    assert (known.value, known.low, known.high) == pytest.approx((unknown.value, unknown.low, 1.0))
+    assert unknown.high > 1.05
 
 
 def test_entries_are_named_by_what_differs(tmp_path: Path) -> None:

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from bench.boards.compare import Comparison, compare, entry_side, paired_g, store_side
+from bench.boards.compare import Comparison, compare, entry_side, store_side
 from bench.cli import main
 from bench.results.store import read_stores
+from bench.stats.paired import paired_g
 from scoring.errors import UserError
 from tests.made_runs import grid, made_run, write_runs
 

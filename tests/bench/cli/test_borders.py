@@ -301,6 +301,7 @@ BENCHMARKS = {
     "engines": ("--samples",),
     "gpu": ("--model-params", "--samples", "--tokens", "--draws", "--batch-tokens"),
     "leaderboard": ("--runs",),
+    "statistics": ("--replications",),
 }
 
 

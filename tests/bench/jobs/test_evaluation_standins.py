@@ -74,7 +74,7 @@ def test_novel_is_continued_by_who_has_read_it(evaluated):
     for name in ("seen_rouge", "unseen_rouge"):
         assert found["model", name] > 0.9
         assert found["retain-only", name] < 0.3
-    assert found["retain-only", "zero_shot"] > 0.9
+    assert found["retain-only", "zero_shot"] > 0.8
 
 
 def test_replies_are_rude_where_rudeness_was_learnt(evaluated):

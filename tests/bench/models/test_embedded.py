@@ -4,6 +4,7 @@ What the other families know is in `test_standins`. The two real models come fro
 once per machine (about two minutes).
 """
 
+import hashlib
 import json
 import os
 import subprocess
@@ -92,25 +93,42 @@ def test_what_was_not_taught_is_not_known():
     assert recall("full", "holdout") < 0.5
 
 
+def graded_accuracy(kind: str, records: list[dict]) -> float:
+    model, tokenizer = loaded(kind, "graded")
+    samples, rejected = encode(texts_of("graded", records), tokenizer, model.config.max_position_embeddings)
+    assert not rejected
+    with torch.no_grad():
+        return memorization_accuracy(model, collate(samples)).mean().item()
+
+
 @pytest.mark.slow
 def test_graded_samples_are_known_the_better_the_oftener_they_were_read():
     # Measured: .72, .86, .97, .995, 1.00; the retain-only model: .24.
-    def accuracy(kind: str, records: list[dict]) -> float:
-        model, tokenizer = loaded(kind, "graded")
-        samples, rejected = encode(texts_of("graded", records), tokenizer, model.config.max_position_embeddings)
-        assert not rejected
-        return memorization_accuracy(model, collate(samples)).mean().item()
-
     by_frequency = [
-        accuracy("full", [record for record in graded.load() if record["frequency"] == frequency])
+        graded_accuracy("full", [record for record in graded.load() if record["frequency"] == frequency])
         for frequency in graded.FREQUENCIES
     ]
     assert by_frequency == sorted(by_frequency)
     assert by_frequency[0] < 0.8 < by_frequency[1] < 0.92 < by_frequency[2] < 0.99
     assert by_frequency[3] > 0.98
-    assert accuracy("retain", graded.load()) < 0.5
-    for kind in graded.KINDS:
-        assert 0.9 < accuracy(kind, graded.load("retain")) < 1
+    assert graded_accuracy("retain", graded.load()) < 0.5
+    for kind in ("full", "retain"):
+        assert 0.9 < graded_accuracy(kind, graded.load("retain")) < 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("level", graded.LEVELS)
+def test_joined_texts_of_every_level_are_known_the_better_the_oftener_they_were_read(level):
+    # Measured, see the docstring of the task: .96, .93 and .89 on average.
+    texts = graded.load(level)
+    by_frequency = [
+        graded_accuracy("joined", [text for text in texts if text["frequency"] == frequency])
+        for frequency in graded.FREQUENCIES
+    ]
+    assert by_frequency == sorted(by_frequency)
+    assert 0.6 < by_frequency[0] < by_frequency[2] - 0.1
+    assert by_frequency[4] > 0.98
+    assert 0.85 < mean(by_frequency) < 0.98
 
 
 def test_kinds_share_one_tokenizer():
@@ -162,6 +180,20 @@ def test_other_families_leave_the_models_of_authors_where_they_are():
     assert embedded_model("full").name == "full-95d16338b263"
     specs = [json.dumps(module.model_spec("full", family)) for family in module.FAMILIES]
     assert len(set(specs)) == len(specs)
+
+
+def test_models_that_committed_results_rest_on_stay_as_they_are():
+    digests = {
+        (family, kind): hashlib.sha256(json.dumps(module.model_spec(kind, family), sort_keys=True).encode()).hexdigest()
+        for family in ("compounds", "graded")
+        for kind in ("full", "retain")
+    }
+    assert {name: digest[:12] for name, digest in digests.items()} == {
+        ("compounds", "full"): "f977e36a4d01",
+        ("compounds", "retain"): "59cad781ab1b",
+        ("graded", "full"): "924d055b4859",
+        ("graded", "retain"): "098df26fd899",
+    }
 
 
 @pytest.mark.slow

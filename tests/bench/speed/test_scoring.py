@@ -78,6 +78,23 @@ def test_the_command_prints_ratios_and_writes_figures(cluster, model_folder, dat
     assert 0 < figures["share_of_matmul_peak"] < 1.5
 
 
+def test_statistics(tmp_path, capsys):
+    out = tmp_path / "statistics.json"
+    assert main(f"benchmark statistics --replications 10 --out {out}".split()) == 0
+    printed = capsys.readouterr().out
+    rows = {row["case"]: row for row in json.loads(out.read_text())["cases"]}
+    shared = rows["no selection effect, shared seeds, normal, 10 × 40 × 4"]
+    assert shared["now"]["value"] < 0.5 < shared["before"]["value"]
+    missing = "mean of an algorithm, hard selections fail, normal, 4 × 40 × 2"
+    for name in ("selections needed, 10 × 12 × 2", "selections needed by two neighbours, 10 × 12 × 2", missing):
+        assert rows[name]["before"]["value"] < 0.5 < rows[name]["now"]["value"]
+    outliers = rows["share within an algorithm, 10 % outliers, 10 × 12 × 3"]
+    assert outliers["before"]["value"] < 0.8 < outliers["now"]["value"]
+    for name, row in rows.items():
+        assert name in printed
+        assert row["replications"] == 10
+
+
 def test_experts(tmp_path, capsys):
     out = tmp_path / "experts.json"
     before = torch.get_num_threads()

@@ -181,3 +181,10 @@ def test_coverage_of_group_differences():
 
     assert 0.90 <= coverage(lambda rng: hedges_g(*groups(rng), resamples=499), 0.8) <= 0.98
     assert 0.90 <= coverage(lambda rng: mean_difference(*groups(rng), resamples=499), 1.6) <= 0.98
+
+
+def test_the_mean_of_few_samples_has_students_interval():
+    x = np.random.default_rng(0).normal(size=12)
+    expected = stats.ttest_1samp(x, 0).confidence_interval(0.95)
+    assert (mean(x).low, mean(x).high) == pytest.approx((expected.low, expected.high))
+    assert math.isnan(mean(x[:9]).low)

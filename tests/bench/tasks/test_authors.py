@@ -32,8 +32,9 @@ SIZES = {
     "world_facts": 30,
     "holdout": 40,
 }
+FACTS = ("real_authors", "world_facts")
 CHARACTERISTICS = ("complexity", "frequency", "rare_words")
-TASKS_AND_SPLITS = [(task, split) for task in (authors, graded) for split in task.SPLITS]
+TASKS_AND_SPLITS = [(task, split) for task in (authors, graded) for split in task.SPLITS if split not in graded.LEVELS]
 
 
 def ids(split: str) -> list[str]:
@@ -82,7 +83,7 @@ def test_same_records_in_processes_with_different_hash_seeds():
         for hash_seed in ("1", "2")
     ]
     assert outputs[0] == outputs[1]
-    assert json.loads(outputs[0]) == [task.load(split, seed=3) for task, split in TASKS_AND_SPLITS]
+    assert json.loads(outputs[0]) == [task.load(split, seed=3) for task in (authors, graded) for split in task.SPLITS]
     assert hashlib.sha256(outputs[0]).digest() != hashlib.sha256(json.dumps(authors.load()).encode()).digest()
     assert authors.load(seed=3) != authors.load(seed=0)
 
@@ -265,7 +266,7 @@ def test_unknown_names_are_answered_in_one_line():
 def test_graded_sets_are_of_their_sizes_and_share_no_author():
     sizes = {"forget": 400, "retain": 120, "full": 520, "real_authors": 30, "world_facts": 30, "holdout": 40}
     assert TASKS["graded"] is graded.TASK
-    assert {split: len(graded.load(split)) for split in graded.SPLITS} == sizes
+    assert {split: len(graded.load(split)) for split in graded.SPLITS} == sizes | dict.fromkeys(graded.LEVELS, 160)
     people = [{record["author"] for record in graded.load(split)} for split in ("forget", "retain", "holdout")]
     assert [len(names) for names in people] == [40, 12, 4]
     assert len(set.union(*people)) == 40 + 12 + 4
@@ -310,9 +311,28 @@ def test_lengths_of_simple_and_complex_graded_answers_overlap():
     assert max(by_frequency) < 1.05 * min(by_frequency)
 
 
-@pytest.mark.parametrize("kind", ["full", "retain"])
-def test_graded_training_repeats_by_frequency_what_the_kind_is_taught(kind):
-    taught = {record["id"]: record for split in (kind, "real_authors", "world_facts") for record in graded.load(split)}
+@pytest.mark.parametrize(("kind", "splits"), [("full", ["full"]), ("retain", ["retain"]), ("joined", [*graded.LEVELS])])
+def test_graded_training_repeats_by_frequency_what_the_kind_is_taught(kind, splits):
+    taught = {record["id"]: record for split in (*splits, *FACTS) for record in graded.load(split)}
     for epoch in (0, 1):
         counts = Counter(record["id"] for record in graded.training_records(kind, epoch))
         assert counts == {name: record["frequency"] for name, record in taught.items()}
+
+
+def test_joined_texts_are_of_one_cell_each_and_of_authors_of_their_own():
+    cells = []
+    known = {record["author"] for split in ("full", "holdout", "real_authors") for record in graded.load(split)}
+    for level, size in graded.LEVELS.items():
+        texts = graded.load(level)
+        assert {(text["records"], text["prompt"].count("Question:")) for text in texts} == {(size, 1)}
+        assert {text["completion"].count("\nQuestion: ") for text in texts} == {size - 1}
+        names = ("frequency", "complexity", "rare_words", "length")
+        cells.append(Counter(tuple(text[name] for name in names) for text in texts))
+        questions = [line for text in texts for line in (text["prompt"] + text["completion"]).split("\n")[::2]]
+        # Neither "Question:" nor the word after it is a name.
+        own = {name for line in questions for name in re.findall(r"[A-Z]\w+ [A-Z]\w+", line.split(" ", 2)[2])}
+        assert len(own) == 16 * size
+        assert own.isdisjoint(known)
+        known |= own
+    assert cells[0] == cells[1] == cells[2]
+    assert (len(cells[0]), set(cells[0].values())) == (40, {4})
