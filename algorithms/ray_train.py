@@ -1,7 +1,7 @@
 """A run of unlearning in this process, or as a Ray Train job on several workers.
 
 Both leave the same last checkpoint in the run's folder, and both continue from the newest one there: after a killed
-worker (Ray Train starts the group again), after a killed driver (by the same command), and with another number of
+worker (a new group is started), after a killed driver (by the same command), and with another number of
 workers. So the folder must be visible from every node.
 """
 
@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import threading
 import time
 import uuid
@@ -17,7 +18,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -40,6 +41,9 @@ from scoring.plugins import Plugin, load_plugins, loaded_plugins
 from scoring.samples import Sample
 from scoring.settings import adopt, current_naming, named
 from scoring.work import LocalPool, Pool, ReplicaSpec
+
+if TYPE_CHECKING:
+    from ray.train.torch import TorchTrainer
 
 # How often Ray Train looks at its workers. It answers their reports then; by default they would wait two seconds.
 POLL_S = "0.1"
@@ -119,11 +123,12 @@ def train_on_ray(job: TrainingJob, footprint: Footprint, observe: Observe = lamb
         UserError: the workers do not fit on the cluster, training diverged, or workers keep dying.
     """
     from ray.train import FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.torch import TorchTrainer
 
+    from algorithms.torch_group import TorchGroupConfig
     from scoring.pool import ReplicaPool
 
-    workers, max_failures = job.execution.workers, job.execution.max_failures
+    workers = job.execution.workers
     if (fits := how_many_fit(footprint, "worker")) < workers:
         raise UserError(
             f"{workers} workers of {footprint.cpus} CPU and {footprint.gpus:g} GPU: the cluster has room for {fits}; "
@@ -133,49 +138,92 @@ def train_on_ray(job: TrainingJob, footprint: Footprint, observe: Observe = lamb
     ensure_reference(job, lambda: ReplicaPool(spec, footprint, workers))
     os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = POLL_S
     os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = START_TIMEOUT_S
-    # Ray Train's record of the run. Its name is new each time, so that Ray continues nothing: the checkpoints do.
-    storage = job.folder / ".ray"
-    trainer = TorchTrainer(
-        _train_in_worker,  # type: ignore[arg-type]  # Ray passes its result on, which its types do not say
-        train_loop_config={
-            "job": job,
-            "threads": footprint.cpus,
-            "driver_versions": versions(),
-            "naming": current_naming(),
-        },
-        torch_config=TorchConfig(backend="nccl" if footprint.gpus else "gloo"),
-        scaling_config=ScalingConfig(
-            num_workers=workers,
-            use_gpu=footprint.gpus > 0,
-            resources_per_worker={"CPU": footprint.cpus, **({"GPU": footprint.gpus} if footprint.gpus else {})},
-        ),
-        run_config=RunConfig(
-            name=f"unlearn-{uuid.uuid4().hex[:12]}",
-            storage_path=str(storage),
-            # A worker that dies while it starts is a failure of the controller to Ray, and one like any other to us.
-            failure_config=FailureConfig(max_failures=max_failures, controller_failure_limit=max_failures),  # type: ignore[call-arg]
-        ),
-    )
-    (job.folder / LASTING_ERROR).unlink(missing_ok=True)
+    storage = job.folder / ".ray"  # Ray Train's record of the run
+
+    def make_trainer() -> TorchTrainer:
+        return TorchTrainer(
+            _train_in_worker,  # type: ignore[arg-type]  # Ray passes its result on, which its types do not say
+            train_loop_config={
+                "job": job,
+                "threads": footprint.cpus,
+                "driver_versions": versions(),
+                "naming": current_naming(),
+            },
+            torch_config=TorchGroupConfig(backend="nccl" if footprint.gpus else "gloo"),
+            scaling_config=ScalingConfig(
+                num_workers=workers,
+                use_gpu=footprint.gpus > 0,
+                resources_per_worker={"CPU": footprint.cpus, **({"GPU": footprint.gpus} if footprint.gpus else {})},
+            ),
+            run_config=RunConfig(
+                # New each time, so that Ray continues nothing: the checkpoints do.
+                name=f"unlearn-{uuid.uuid4().hex[:12]}",
+                storage_path=str(storage),
+                # `_fit` starts again, see there.
+                failure_config=FailureConfig(max_failures=0, controller_failure_limit=0),  # type: ignore[call-arg]
+            ),
+        )
+
     with _progress_shown(job.folder, observe):
         try:
-            result: Any = trainer.fit()
-        except Exception as error:  # its type differs between versions of Ray
-            raise UserError(
-                f"Ray Train gave up (workers are started again {max_failures} times): {_last_line(error)}"
-            ) from error
+            message = _fit(make_trainer, job)
         finally:
             shutil.rmtree(storage, ignore_errors=True)
             (job.folder / LASTING_ERROR).unlink(missing_ok=True)
-    if message := (result.return_value or {}).get("error"):
+    if message:
         raise UserError(message)
     saved = job.checkpoints.latest()
     assert saved is not None
     return History(**saved.history())
 
 
+def _fit(make_trainer: Callable[[], TorchTrainer], job: TrainingJob) -> str | None:
+    """Train, and start again with a new trainer when a worker has died.
+
+    Ray's own restarts do not do: a worker that dies as training is handed to it ends the run, and one that dies as it
+    starts is a failure of another kind. All that belongs to a trainer ends with it.
+
+    Returns:
+        An error that would come again, or None.
+
+    Raises:
+        UserError: workers died more often than they may.
+    """
+    lasting_error, max_failures = job.folder / LASTING_ERROR, job.execution.max_failures
+    lasting_error.unlink(missing_ok=True)
+    for _ in range(max_failures + 1):
+        try:
+            with _interrupts_given_back():
+                result: Any = make_trainer().fit()
+            error: str | None = (result.return_value or {}).get("error")
+            return error
+        except Exception as failure:  # its type differs between versions of Ray
+            reason = _last_line(failure)
+        if lasting_error.is_file():
+            return lasting_error.read_text()
+    times = "once" if not max_failures else f"{max_failures + 1} times"
+    raise UserError(
+        f"training workers failed {times}, and {named('max_failures')} is {max_failures}; Ray says: "
+        f"{reason.rstrip('.')}; out of memory? Lower {named('batch_tokens')} or {named('workers')}; the same command "
+        "continues"
+    )
+
+
+@contextmanager
+def _interrupts_given_back() -> Iterator[None]:
+    """After the context SIGINT does what it did before: Ray's handler would stay, and with it the trainer's controller
+    and all that this holds."""
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, before)
+
+
 def _train_in_worker(config: dict[str, Any]) -> dict[str, Any]:
-    """Train in a worker. An error that would come again is returned: for one that is raised, Ray Train starts again."""
+    """Train in a worker. An error that would come again is returned, or left in a file: after others the run starts
+    again."""
     import ray.train
     import ray.train.torch
 
@@ -200,8 +248,6 @@ def _train_in_worker(config: dict[str, Any]) -> dict[str, Any]:
         ray.train.report({key: value for key, value in row.items() if isinstance(value, int | float)})
 
     lasting_error = job.folder / LASTING_ERROR
-    if lasting_error.is_file():
-        return {"error": lasting_error.read_text()}
     try:
         check_versions(config["driver_versions"])
         load_plugins(job.plugins)
@@ -210,13 +256,13 @@ def _train_in_worker(config: dict[str, Any]) -> dict[str, Any]:
         return {"error": str(error)}  # all workers know the sums, so all of them end here
     except Exception as error:
         if _lost_contact(error) and not lasting_error.is_file():
-            raise  # another worker has died: Ray Train starts the group again
+            raise  # another worker has died: all start again
         if not lasting_error.is_file():
             with replacing(lasting_error) as unfinished:
                 unfinished.write_text(_failure_message(error))
         if torch.distributed.is_initialized():
             if torch.distributed.get_backend() == "nccl":
-                # The others wait on their GPUs, and only Ray Train can end them. Started again, they read the file.
+                # The others wait on their GPUs, and only Ray Train can end them.
                 raise
             # The others may be waiting for this worker: it leaves the group, and they read the file.
             torch.distributed.destroy_process_group()

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import ray
 import torch
 from safetensors.torch import load_file
 
@@ -24,6 +25,7 @@ from bench.jobs.unlearn import UnlearnResult, UnlearnSpec, corpus_of, datasets_o
 from bench.models.find import find_model
 from scoring.cluster import Footprint, versions
 from scoring.errors import UserError
+from tests.conftest import LOGICAL_CPUS
 from tests.paths import ROOT
 from tests.processes import descendants, kill, wait_for
 from tests.tiny_folders import pairs, write_jsonl
@@ -116,6 +118,18 @@ def train_workers() -> list[int]:
     return [pid for pid, command in descendants(os.getpid()).items() if "RayTrainWorker" in command]
 
 
+def wait_until_they_form_a_group() -> list[int]:
+    """Of two workers, as soon as one is about to meet the other; that takes a moment, so only the two are looked at."""
+    wait_for(lambda: len(train_workers()) == 2, 300)
+    workers = train_workers()
+
+    def command(pid: int) -> bytes:
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+
+    wait_for(lambda: any(b"_setup_torch_process_group" in command(pid) for pid in workers), 300, pause=0.001)
+    return workers
+
+
 @pytest.mark.usefixtures("cluster")
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_workers_and_kills_change_nothing(
@@ -138,13 +152,26 @@ def test_workers_and_kills_change_nothing(
 
     def kill_one() -> None:
         killed.append(train_workers()[-1])
-        kill(killed[0])
+        kill(killed[-1])
 
+    def kill_a_starting_one() -> None:
+        killed.append(wait_until_they_form_a_group()[-1])
+        kill(killed[-1])
+        assert not list((tmp_path / "killed").glob("checkpoints/step-*"))
+
+    # Room for two workers and no more: those of a start that failed must give theirs back.
+    others = ray.util.placement_group([{"CPU": 1}] * (LOGICAL_CPUS - 2))
+    ray.get(others.ready())
+    if strategy == "ddp":
+        # The other one waits for it in vain, as they form their group, and must not hold up the two that come next.
+        starting = threading.Thread(target=kill_a_starting_one, daemon=True)
+        starting.start()
     killer = after_checkpoint(tmp_path / "killed", 5, kill_one)
     disturbed = unlearn(two, "killed", progress=False)
     killer.join()
-    assert killed
-    assert killed[0] not in train_workers()
+    ray.util.remove_placement_group(others)
+    assert len(killed) == (2 if strategy == "ddp" else 1)
+    assert not set(killed) & set(train_workers())
     assert_close(disturbed, in_this_process, TOLERANCE)
     # Once is enough: what is continued from does not depend on how the weights were spread.
     if strategy == "ddp":
