@@ -230,11 +230,11 @@ def _write_overview(out: Path, preset: str) -> None:
     claims = [
         {"experiment": f"[{name}](#{name}-{_anchor(EXPERIMENTS[name].title)})"} | row
         for name in finished
-        if (out / name / CLAIMS).is_file()
+        if name not in FURTHER and (out / name / CLAIMS).is_file()
         for row in pq.read_table(out / name / CLAIMS).to_pylist()
     ]
     if claims:
-        parts.append(f"## The claims at a glance\n\n{verdicts.GLANCE}\n\n{verdicts.as_table(claims)}\n")
+        parts.append(f"## The paper's claims at a glance\n\n{verdicts.GLANCE}\n\n{verdicts.as_table(claims)}\n")
     for name in finished:
         text = (out / name / "finding.md").read_text(encoding="utf-8")
         parts.append(text.replace(f"]({name}.png)", f"]({name}/{name}.png)"))

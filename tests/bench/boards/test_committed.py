@@ -11,7 +11,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
+from scipy import stats
 
 from bench.boards.board import Board, boards
 from bench.boards.page import page
@@ -24,13 +26,16 @@ from bench.jobs.run_folder import read_run
 from bench.jobs.score import ScoreSpec
 from bench.jobs.sweep_tables import read_sweep
 from bench.jobs.unlearn import NOT_HASHED, UnlearnSpec, identity_of
+from bench.report.verdicts import as_table, effect
 from bench.results.collect import add
 from bench.results.store import Results, Store, read_stores
+from bench.stats.estimates import Estimate
 from bench.tasks.datasets import load_dataset
 
 ROOT = Path(__file__).parents[3]
 LEADERBOARD = ROOT / "results" / "leaderboard"
 ANSWERS = sorted((ROOT / "results" / "reproduce-demo").glob("*/record.json"))
+DECIDED = sorted((ROOT / "results" / "reproduce-decide").glob("*/record.json"))
 OLD = ROOT / "tests" / "old_results"
 SPECS = ROOT / "bench" / "experiments" / "specs"
 NOT_HASHED_OF_SCORES = ("model", "data", "split")
@@ -128,14 +133,45 @@ def test_there_are_answers_of_all_experiments() -> None:
     assert [path.parent.name for path in ANSWERS] == sorted(path.stem for path in SPECS.glob("*.yaml"))
 
 
-@pytest.mark.parametrize("path", ANSWERS, ids=[path.parent.name for path in ANSWERS])
+@pytest.mark.parametrize("path", [*ANSWERS, *DECIDED], ids=lambda path: "-".join(path.parts[-3:-1]))
 def test_answers_of_experiments_have_the_same_identity(path: Path) -> None:
-    """`mrd-bench reproduce` would leave the committed folder as it is."""
+    """Committed answers are of the specs as they stand; those that were made before specs had margins are without."""
     record = json.loads(path.read_text())
     identity = {name: record[name] for name in ("experiment", "preset", "values", "schema_version")}
     assert hash_again(identity, ()) == record["spec_hash"]
     sections, _ = read_mapping(SPECS / f"{record['experiment']}.yaml")
-    assert sections[record["preset"]] == record["values"]
+    margins = record["values"].get("margins")
+    assert sections[record["preset"]] == {name: value for name, value in record["values"].items() if name != "margins"}
+    assert margins in (None, sections.get("margins"))
+
+
+@pytest.mark.parametrize("path", DECIDED, ids=lambda path: path.parent.name)
+def test_verdicts_on_the_page_are_those_of_the_tables(path: Path) -> None:
+    """Each claim's number is in its Parquet file, in the finding and on the page of all claims; and it follows from the
+    measurements of the experiment, of which some are computed again here."""
+    if not (path.parent / "claims.parquet").is_file():
+        assert path.parent.name == "tournament"  # asks what the paper does not claim
+        return
+    rows = pq.read_table(path.parent / "claims.parquet").to_pylist()
+    finding = (path.parent / "finding.md").read_text(encoding="utf-8")
+    glance = (path.parents[1] / "README.md").read_text(encoding="utf-8")
+    assert as_table(rows) in finding
+    for row in rows:
+        name = effect(Estimate(row["value"], row["low"], row["high"]), row["scale"])
+        assert row["low"] <= row["value"] <= row["high"]
+        assert any(row["effect"] in line and name in line and row["verdict"] in line for line in glance.splitlines())
+    if path.parent.name == "fig3":
+        measured = pq.read_table(path.parent / "fig3.parquet")
+        hard = np.where(measured["forgotten"].to_numpy(zero_copy_only=False), measured["mean_abs_delta"], np.inf)
+        again = stats.spearmanr(-measured["mrd"].to_numpy(), hard).statistic
+        assert rows[0]["value"] == pytest.approx(again)
+    if path.parent.name == "table1":
+        measured = pq.read_table(path.parent / "table1.parquet").to_pylist()
+        for row, metric in zip(rows, ("uc_average", "ut_average"), strict=False):
+            of_metric = [other for other in measured if other["metric"] == metric and other["arm"] == "MRD"]
+            single = [other["difference"] for other in of_metric if other["algorithm"] != "average"]
+            assert len(single) == 4
+            assert row["value"] == pytest.approx(np.mean(single))
 
 
 # --- Score files, runs and sweeps ---------------------------------------------------------------------------
