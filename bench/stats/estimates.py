@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -45,15 +45,19 @@ class Estimate:
         return Estimate(self.value, min(low, self.value), max(high, self.value))
 
 
-@dataclass(frozen=True)
 class Resampled(Estimate):
     """An estimate whose interval is by resampling.
 
     Attributes:
-        at: gives the same number with its interval at another level of confidence, from the same resamples.
+        at: gives the same number with its interval at another level of confidence, from the same resamples. It is not a
+            field of the dataclass, so that what writes estimates down sees numbers alone.
     """
 
-    at: Callable[[float], Estimate] = field(repr=False, compare=False)
+    at: Callable[[float], Estimate]
+
+    def __init__(self, value: float, low: float, high: float, at: Callable[[float], Estimate]) -> None:
+        super().__init__(value, low, high)
+        object.__setattr__(self, "at", at)
 
 
 def spearman(x: np.ndarray, y: np.ndarray, resamples: int = RESAMPLES, level: float = LEVEL, seed: int = 0) -> Estimate:

@@ -1,12 +1,13 @@
 """Verdicts on claims, against words that follow by hand, and their error rates on data whose truth is known."""
 
+import dataclasses
 import math
 
 import numpy as np
 import pytest
 from scipy import stats
 
-from bench.stats.estimates import Estimate, t_interval
+from bench.stats.estimates import Estimate, spearman, t_interval
 from bench.stats.verdicts import CONTRADICTED, HOLDS, NO_EFFECT, UNKNOWN, Claim, decide, over_runs
 
 
@@ -95,3 +96,10 @@ def test_runs_that_do_not_vary_tell_nothing():
     assert verdict.word == UNKNOWN
     assert math.isnan(verdict.needed)
     assert over_runs([1.0, 2.0, 4.0])(0.9) == t_interval([1.0, 2.0, 4.0], 0.9)
+
+
+def test_an_estimate_by_resampling_is_written_as_its_numbers():
+    found = spearman(np.arange(12.0), np.arange(12.0) ** 2 % 7)
+    assert dataclasses.asdict(found) == {"value": found.value, "low": found.low, "high": found.high}
+    assert found.at(0.99).low < found.low < found.high < found.at(0.99).high
+    assert found.at(0.95) == found
