@@ -224,15 +224,10 @@ def failed_runs(runs: Sequence[tuple[str, bool]]) -> tuple[str, ...]:
     Args:
         runs: the entry of each run, and whether it finished.
     """
-    finished: defaultdict[str, list[bool]] = defaultdict(list)
-    for entry, has_finished in runs:
-        finished[entry].append(has_finished)
-    if all(all(of_entry) for of_entry in finished.values()):
+    failures = bias.failures_of(runs)
+    if not any(of_entry.failed for of_entry in failures.values()):
         return ()
-    shares = ", ".join(
-        f"{entry} {share_with_ci(bias.wilson(of_entry.count(False), len(of_entry)))}"
-        for entry, of_entry in finished.items()
-    )
+    shares = ", ".join(f"{entry} {share_with_ci(of_entry.share)}" for entry, of_entry in failures.items())
     return (f"Runs that did not finish: {shares}.",)
 
 

@@ -25,12 +25,14 @@ from bench.stats.estimates import Estimate
 from bench.stats.selection_bias import (
     AdjustedScores,
     Concordance,
+    Failures,
     PairNeeded,
     Ranking,
     Reversal,
     ScoreTable,
     VarianceShares,
     adjusted_scores,
+    failures_of,
     kendalls_w,
     reversal_rates,
     selections_needed,
@@ -39,7 +41,6 @@ from bench.stats.selection_bias import (
     separable,
     separable_groups,
     variance_shares,
-    wilson,
 )
 from bench.stats.verdicts import UNKNOWN, Claim, Verdict, decide
 from bench.tasks.selections import THIRDS
@@ -113,14 +114,14 @@ def answer(trials: pa.Table, spec: Fig2Spec, margins: Mapping[str, float], third
     first = biases[0]
     sentences = [_headline(first, spec), *(_variance(bias) for bias in biases), _rankings(first)]
     sentences += [f"{name} does not vary between these trials, and is left out." for name in constant]
-    failures = _failures(trials)
-    if any(row["failed"] for row in failures):
+    failures = failures_of((str(row["algorithm"]), row["status"] == FINISHED) for row in trials.to_pylist())
+    if any(of_algorithm.failed for of_algorithm in failures.values()):
         sentences.append(_lost(failures, first))
     tables = {
         "fig2-shares": as_table(_share_rows(biases)),
         "fig2-pairs": as_table(_pair_rows(biases)),
         "fig2-ranking": as_table(_ranking_rows(biases)),
-        "fig2-failures": as_table(failures),
+        "fig2-failures": as_table([_failure_row(*each) for each in failures.items()]),
     }
     measures = [bias.measure for bias in biases]
     if thirds is not None:
@@ -219,13 +220,10 @@ def _variance(bias: MeasureBias) -> str:
     return f"Shares of the variance of {bias.measure}: {parts}.{limits if tails else ''}"
 
 
-def _lost(failures: Sequence[Mapping[str, object]], bias: MeasureBias) -> str:
+def _lost(failures: Mapping[str, Failures], bias: MeasureBias) -> str:
     """How many trials of which algorithm did not finish, and what that does to the numbers."""
-    shares = ", ".join(
-        f"{row['algorithm']} {share_with_ci(wilson(float(str(row['failed'])), int(str(row['trials']))))}"
-        for row in failures
-    )
-    lost, trials = (sum(int(str(row[name])) for row in failures) for name in ("failed", "trials"))
+    shares = ", ".join(f"{name} {share_with_ci(of_algorithm.share)}" for name, of_algorithm in failures.items())
+    lost, trials = (sum(getattr(each, name) for each in failures.values()) for name in ("failed", "runs"))
     of_all = f"{len(bias.table.incomplete)} of {len(bias.table.selections)} selections are not complete"
     return (
         f"{lost} of {trials} trials did not finish: {shares}. {of_all}: means are adjusted for the selections that an "
@@ -290,11 +288,11 @@ def _most_reversed(table: ScoreTable, level: float) -> Estimate:
 
     Counts of selections show that there are reversals; that they are rare is shown by how far apart algorithms are.
     """
-    pairs = len(reversal_rates(table))
-    counted = reversal_rates(table, 1 - (1 - level) / max(pairs, 1))
+    by_size = reversal_rates(table, level)
+    by_count = reversal_rates(table, 1 - (1 - level) / max(len(by_size), 1))
     beyond = [
         (counts.rate.value - counts.by_seeds, counts.rate.low - counts.by_seeds, sizes.at_most - counts.by_seeds)
-        for counts, sizes in zip(counted, reversal_rates(table, level), strict=True)
+        for counts, sizes in zip(by_count, by_size, strict=True)
         if counts.by_seeds is not None
     ]
     return Estimate(*map(max, zip(*beyond, strict=True))) if beyond else Estimate(math.nan, math.nan, math.nan)
@@ -380,16 +378,10 @@ def _pair_rows(biases: Sequence[MeasureBias]) -> list[dict[str, object]]:
     return rows
 
 
-def _failures(trials: pa.Table) -> list[dict[str, object]]:
-    """The share of trials that did not finish, of each algorithm."""
-    finished: dict[str, list[bool]] = {}
-    for row in trials.select(["algorithm", "status"]).to_pylist():
-        finished.setdefault(str(row["algorithm"]), []).append(row["status"] == FINISHED)
-    return [
-        {"algorithm": name, "trials": len(each), "failed": each.count(False)}
-        | interval_columns("share", wilson(each.count(False), len(each)))
-        for name, each in finished.items()
-    ]
+def _failure_row(name: str, failures: Failures) -> dict[str, object]:
+    return {"algorithm": name, "trials": failures.runs, "failed": failures.failed} | interval_columns(
+        "share", failures.share
+    )
 
 
 def _ranking_rows(biases: Sequence[MeasureBias]) -> list[dict[str, object]]:

@@ -10,7 +10,7 @@ import pyarrow as pa
 
 from bench.report.words import decimal, interval, markdown_table
 from bench.stats.estimates import Estimate
-from bench.stats.verdicts import UNKNOWN, VERDICTS, Scale, Verdict
+from bench.stats.verdicts import UNKNOWN, VERDICTS, Verdict
 
 GLANCE = (
     "Intervals are 95 %, of each effect by itself. A verdict is made by an interval corrected for all claims of its "
@@ -36,7 +36,7 @@ SCHEMA = pa.schema(
         ("needed", pa.float64()),
     ]
 )
-_DIGITS: dict[Scale, int] = {"difference": 3, "correlation": 2, "log ratio": 2, "share": 2}
+_DIGITS: dict[str, int] = {"difference": 3, "correlation": 2, "log ratio": 2, "share": 2}
 
 
 def rows(verdicts: Iterable[Verdict]) -> list[dict[str, Any]]:
@@ -101,7 +101,7 @@ def number(value: float, scale: str) -> str:
     """An effect as it is printed: ratios instead of their logarithms."""
     if scale == "log ratio":
         return f"{math.exp(value):.3g}" if value < 3 else f"{math.exp(value):.0f}"
-    return decimal(value, _digits(scale))
+    return decimal(value, _DIGITS[scale])
 
 
 def effect(estimate: Estimate, scale: str) -> str:
@@ -112,7 +112,7 @@ def effect(estimate: Estimate, scale: str) -> str:
         return f"{number(estimate.value, scale)} (no interval)"
     if scale == "log ratio":
         return f"{number(estimate.value, scale)} ({number(estimate.low, scale)} to {number(estimate.high, scale)})"
-    digits = _digits(scale)
+    digits = _DIGITS[scale]
     return f"{decimal(estimate.value, digits)} ({interval(estimate, digits)})"
 
 
@@ -136,8 +136,7 @@ def needed(count: float | None, unit: str) -> str:
 
 def outcome(verdict: Verdict) -> str:
     """The verdict, with how much data would tell where it cannot be told."""
-    unknown = f" ({needed(verdict.needed, verdict.claim.unit)})" if verdict.word == UNKNOWN else ""
-    return verdict.word + unknown
+    return verdict.word + _would_tell(verdict)
 
 
 def listed(verdicts: Iterable[Verdict]) -> str:
@@ -145,15 +144,12 @@ def listed(verdicts: Iterable[Verdict]) -> str:
     verdicts = list(verdicts)
     parts = []
     for word in VERDICTS:
-        names = [
-            verdict.claim.effect + (f" ({needed(verdict.needed, verdict.claim.unit)})" if word == UNKNOWN else "")
-            for verdict in verdicts
-            if verdict.word == word
-        ]
+        names = [verdict.claim.effect + _would_tell(verdict) for verdict in verdicts if verdict.word == word]
         if names:
             parts.append(f"{word} for {', '.join(names)}")
     return "; ".join(parts)
 
 
-def _digits(scale: str) -> int:
-    return next((digits for name, digits in _DIGITS.items() if name == scale), 3)
+def _would_tell(verdict: Verdict) -> str:
+    """In brackets, how much data would tell; "" where it can be told."""
+    return f" ({needed(verdict.needed, verdict.claim.unit)})" if verdict.word == UNKNOWN else ""

@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
-from typing import Any, Final
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -142,7 +142,7 @@ class Relation:
         )
 
 
-CORRELATION: Final = "correlation"  # the effect that margins are named for
+CORRELATION = "correlation"  # the effect that margins are named for
 
 
 def claims_of(relation: Relation, text: str, margin: float, name: str) -> list[Claim]:
@@ -159,7 +159,9 @@ def claims_of(relation: Relation, text: str, margin: float, name: str) -> list[C
         f"rank correlation of MRD, {name}": bootstrapped(spearman, mrd, hard),
         f"the same with length partialled out, {name}": bootstrapped(partial_spearman, mrd, hard, tokens),
     }
-    return [Claim(text, effect, -1, margin, at, len(hard), "samples", CORRELATION) for effect, at in intervals.items()]
+    return [
+        Claim(text, effect, -1, margin, at, len(hard), "samples", "correlation") for effect, at in intervals.items()
+    ]
 
 
 def relations_of(runs: Sequence[SingleSampleRun], measure: str) -> list[Relation]:

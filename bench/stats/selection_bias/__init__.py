@@ -21,10 +21,12 @@ from bench.stats.selection_bias.needed import (
 )
 from bench.stats.selection_bias.rankings import (
     Concordance,
+    Failures,
     Rank,
     Ranking,
     Reversal,
     SeparablePair,
+    failures_of,
     kendalls_w,
     reversal_rates,
     separable,
@@ -41,6 +43,7 @@ __all__ = [
     "AdjustedScore",
     "AdjustedScores",
     "Concordance",
+    "Failures",
     "PairNeeded",
     "Rank",
     "Ranking",
@@ -49,6 +52,7 @@ __all__ = [
     "SeparablePair",
     "VarianceShares",
     "adjusted_scores",
+    "failures_of",
     "kendalls_w",
     "mean_scores",
     "noncentrality",

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
@@ -155,6 +157,30 @@ def wilson(successes: float, trials: int, level: float = LEVEL) -> Estimate:
 
     low, high = end_near_zero(successes, centre - half), 1 - end_near_zero(trials - successes, 1 - centre - half)
     return Estimate(float(share), float(low), float(high))
+
+
+@dataclass(frozen=True)
+class Failures:
+    """Runs that did not finish: how many of how many, and their share with Wilson's interval."""
+
+    failed: int
+    runs: int
+    share: Estimate
+
+
+def failures_of(runs: Iterable[tuple[str, bool]]) -> dict[str, Failures]:
+    """Name -> its failures, in the order in which names first appear.
+
+    Args:
+        runs: the algorithm or entry of each run, and whether it finished.
+    """
+    finished: defaultdict[str, list[bool]] = defaultdict(list)
+    for name, has_finished in runs:
+        finished[name].append(has_finished)
+    return {
+        name: Failures(each.count(False), len(each), wilson(each.count(False), len(each)))
+        for name, each in finished.items()
+    }
 
 
 def kendalls_w(table: ScoreTable, level: float = LEVEL, draws: int = DRAWS, seed: int = 0) -> Concordance:
