@@ -20,7 +20,7 @@ from bench.experiments.shared.single_samples import (
     MARKERS,
     Relation,
     agreements_of,
-    claims_of,
+    claim_of,
     count_unusable,
     left_out_sentences,
     relation_row,
@@ -90,11 +90,7 @@ def answer(sweeps: Mapping[str, tuple[pa.Table, pa.Table]], margins: Mapping[str
 def _claims(relations: Sequence[Relation], agreements: Agreements, margin: float) -> list[Claim]:
     """MRD and updates for the first algorithm of each task; the others enter by whether they order samples alike."""
     first = {relation.group: relation for relation in reversed(relations)}
-    claims = [
-        claim
-        for group in dict.fromkeys(relation.group for relation in relations)
-        for claim in claims_of(first[group], FEWER, margin, first[group].name)
-    ]
+    claims = [claim_of(first[group], FEWER, margin) for group in dict.fromkeys(each.group for each in relations)]
     return claims + [
         Claim(
             ALIKE,

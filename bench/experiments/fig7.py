@@ -27,7 +27,7 @@ from bench.experiments.shared.single_samples import (
     MARKERS,
     Relation,
     SingleSampleRun,
-    claims_of,
+    claim_of,
     count_unusable,
     difficulties,
     left_out_sentences,
@@ -161,9 +161,7 @@ def answer(
     runs = [run for level, (trials, samples) in sweeps.items() for run in single_sample_runs(trials, samples, level)]
     lost = sum(count_unusable(trials) for trials, _ in sweeps.values())
     relations = relations_of(runs, "change")
-    decided = decide(
-        [claim for each in relations for claim in claims_of(each, IN_ORDER, margins[CORRELATION], each.name)]
-    )
+    decided = decide([claim_of(relation, IN_ORDER, margins[CORRELATION]) for relation in relations])
     sentences = [
         _headline(relations, levels),
         _before_any_update(runs, sweeps, context),

@@ -16,7 +16,7 @@ from algorithms.stopping import Thresholds
 from bench.files.status import FINISHED
 from bench.jobs.sweep_tables import as_table
 from bench.report.figures import BLUE, GREEN, ORANGE, VERMILLION
-from bench.report.words import interval_columns
+from bench.report.words import interval_columns, with_ci
 from bench.stats.estimates import Estimate, partial_spearman, spearman
 from bench.stats.verdicts import Claim, bootstrapped
 from scoring.errors import UserError
@@ -145,23 +145,25 @@ class Relation:
 CORRELATION = "correlation"  # the effect that margins are named for
 
 
-def claims_of(relation: Relation, text: str, margin: float, name: str) -> list[Claim]:
-    """That MRD is low where samples are hard; the same beyond length is looked at beside it.
+def claim_of(relation: Relation, text: str, margin: float) -> Claim:
+    """That MRD is low where samples are hard, as the paper says it; what is left of that beyond length stands beside.
 
     Args:
         text: the claim.
         margin: the weakest rank correlation that matters.
-        name: of the relation.
     """
-    mrd, tokens = np.array([run.mrd for run in relation.runs]), np.array([float(run.tokens) for run in relation.runs])
+    mrd = np.array([run.mrd for run in relation.runs])
     hard = difficulties(relation.runs, relation.measure)
-    intervals = {
-        f"rank correlation of MRD, {name}": bootstrapped(spearman, mrd, hard),
-        f"the same with length partialled out, {name}": bootstrapped(partial_spearman, mrd, hard, tokens),
-    }
-    return [
-        Claim(text, effect, -1, margin, at, len(hard), "samples", "correlation") for effect, at in intervals.items()
-    ]
+    return Claim(
+        text,
+        f"rank correlation of MRD, {relation.name} (length partialled out: {with_ci(relation.beyond_length)})",
+        -1,
+        margin,
+        bootstrapped(spearman, mrd, hard),
+        len(hard),
+        "samples",
+        "correlation",
+    )
 
 
 def relations_of(runs: Sequence[SingleSampleRun], measure: str) -> list[Relation]:
