@@ -35,7 +35,11 @@ def reproduce_arguments(parser: argparse.ArgumentParser) -> None:
 
     add = parser.add_argument
     add("name", metavar="NAME", help="an experiment of the paper, such as fig2 or table13; all; or list")
-    add("--preset", default="demo", help="demo (embedded tasks, minutes), decide (an hour) or paper (its scale)")
+    add(
+        "--preset",
+        default="demo",
+        help="demo (embedded tasks, minutes), decide (hours), paper (its scale) or real (--model)",
+    )
     add(
         "--experiment-spec",
         "--spec",
@@ -43,9 +47,10 @@ def reproduce_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="YAML file in place of the experiment's own, with a section named like the preset",
     )
-    add("--model", help="for tournament: run it on this model, an embedded one, a folder or a Hugging Face id")
+    add("--model", help="for preset real, or tournament: run it on this model, a folder, an id or an embedded one")
     add("--task", help="with --model: the task, NAME:SOURCE or data file whose samples are forgotten")
     add("--split", help="with --task: its forget split (default: the task's own)")
+    add("--hours", type=float, help="for preset real: all the time that there is, which decides sizes (default: 6)")
     add("--out", help="folder for the answers (default: reproduce-PRESET); the same command continues")
     add_settings(parser, SweepResources, spec=False)
 
@@ -60,7 +65,7 @@ def reproduce(arguments: argparse.Namespace) -> None:
         return
     out = arguments.out or f"reproduce-{arguments.preset}"
     with settings_from(arguments, SweepResources) as resources:
-        on = {"model": arguments.model, "data": arguments.task, "split": arguments.split}
+        on = {"model": arguments.model, "data": arguments.task, "split": arguments.split, "hours": arguments.hours}
         reproduce(arguments.name, arguments.preset, out, resources, arguments.experiment_spec, **on)
     print(f"\nanswers {out}/README.md")
 

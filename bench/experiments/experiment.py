@@ -47,6 +47,8 @@ class Setup:
         trials: the folder of trials that all sweeps share.
         resources: of trials, and of replicas.
         progress: show bars.
+        stand_ins: what stands for "{name}" in the values: a model's folder, a task, ...; the values themselves go into
+            records as they are.
     """
 
     name: str
@@ -56,11 +58,16 @@ class Setup:
     trials: Path
     resources: SweepResources
     progress: bool = True
+    stand_ins: Mapping[str, str] = field(default_factory=dict)
+
+    def filled(self, key: str) -> Any:
+        """The values under `key`, with what stands for their names; {} where there are none."""
+        return _filled(self.values.get(key, {}), self.stand_ins)
 
     def sweep(self, key: str = "sweep", resources: SweepResources | None = None) -> SweepResult:
         """The sweep that the spec file describes under `key`; trials that have been run before are read."""
         with self.section(key):
-            spec = build(SweepSpec, self.values[key])
+            spec = build(SweepSpec, self.filled(key))
             return sweep(spec, self.work / key, self.trials, resources or self.resources, self.progress)
 
     def sweep_keys(self) -> list[str]:
@@ -70,7 +77,7 @@ class Setup:
     def spec(self, kind: type[T], key: str) -> T:
         """The settings in the spec file under `key`, checked."""
         with self.section(key):
-            spec = build(kind, self.values.get(key, {}))
+            spec = build(kind, self.filled(key))
             return spec.checked() if isinstance(spec, Checked) else spec
 
     def margins(self, *effects: str) -> Mapping[str, float]:
@@ -100,6 +107,16 @@ class Setup:
     def section(self, key: str) -> AbstractContextManager[None]:
         """A context in which messages name settings of the section `key`, with their lines in the spec file."""
         return naming(self.names.under(key))
+
+
+def _filled(value: Any, stand_ins: Mapping[str, str]) -> Any:
+    if isinstance(value, Mapping):
+        return {name: _filled(each, stand_ins) for name, each in value.items()}
+    if isinstance(value, list):
+        return [_filled(each, stand_ins) for each in value]
+    if isinstance(value, str) and value[:1] == "{" and value[-1:] == "}":
+        return stand_ins.get(value[1:-1], value)
+    return value
 
 
 @dataclass(frozen=True)

@@ -4,12 +4,15 @@ OUT/NAME/spec.yaml  NAME.parquet  NAME.png, .svg  finding.md  the answer; record
 OUT/NAME/claims.parquet                                   the verdicts on the paper's claims
 OUT/README.md                                             all claims at a glance, and all findings, figures first
 OUT/work/NAME, OUT/trials                                 measurements, which the next start reads
+
+The preset real also has models/, plan.json and setting.md, see `bench.experiments.real`.
 """
 
 from __future__ import annotations
 
 import json
 import time
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from importlib import import_module
@@ -20,6 +23,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
 
+from bench.experiments import real
 from bench.experiments.experiment import Answer, Experiment, Setup
 from bench.files.folders import LOCK, Hashed, MadeFolders, locked, refuse_foreign
 from bench.files.identity import with_spec_hash
@@ -32,7 +36,7 @@ from scoring.files import replacing
 from scoring.reading import read_json
 from scoring.settings import Naming, named
 
-PRESETS = ("demo", "decide", "paper")
+PRESETS = ("demo", "decide", "paper", real.PRESET)
 MARGINS = "margins"  # of a spec file: the smallest effects that matter, for all presets that name none themselves
 CLAIMS = "claims.parquet"
 SPECS = Path(__file__).parent / "specs"
@@ -63,6 +67,7 @@ EXPERIMENTS: dict[str, Experiment] = {name: import_module(f"bench.experiments.{n
 
 class _Record(Hashed):
     preset: str
+    seconds: float
 
 
 def reproduce(
@@ -75,18 +80,21 @@ def reproduce(
     model: str | None = None,
     data: str | None = None,
     split: str | None = None,
+    hours: float | None = None,
 ) -> list[Path]:
     """Answer a question of the paper, or all of them, and give the folders of the answers.
 
     Args:
         name: of an experiment, or "all" that are the paper's.
-        preset: "demo", on the embedded tasks in minutes; "decide", with the power to tell; or "paper", at the paper's
-            scale.
+        preset: "demo", on the embedded tasks in minutes; "decide", with the power to tell; "paper", at the paper's
+            scale; or "real", on a model of your own.
         out: a folder; the same call continues where it was stopped.
         resources: how trials, and replicas, are spread.
         spec: a file instead of the experiment's own, with a section named like the preset; for one experiment.
         progress: show bars.
-        model, data, split: run the experiment on these instead, where it can be run on any.
+        model, data, split: run the experiment on these instead, where it can be run on any; of the preset real the
+            model that is fine-tuned, the task and its forget split.
+        hours: of the preset real: for everything.
 
     Raises:
         UserError: no such experiment or preset, a spec at fault, or `out` holds answers of another preset.
@@ -99,27 +107,53 @@ def reproduce(
         raise UserError(f"{named('spec')} is for one experiment: name it instead of all")
     if (model is None) != (data is None):
         raise UserError(f"{named('model')} and {named('task')} go together: name both, or none")
-    if model is not None and (name == ALL or EXPERIMENTS[name].on_model is None):
+    if preset == real.PRESET and model is None:
+        raise UserError(
+            f"preset {preset}: {named('model')} and {named('task')} are missing: expected a model and a task"
+        )
+    if preset != real.PRESET and hours is not None:
+        raise UserError(f"{named('hours')} is for preset {real.PRESET}: the others have fixed sizes")
+    if preset != real.PRESET and model is not None and (name == ALL or EXPERIMENTS[name].on_model is None):
         able = ", ".join(each for each, experiment in EXPERIMENTS.items() if experiment.on_model)
-        raise UserError(f"{named('model')} {model}: {name} cannot be run on any model by a flag; {able} can")
+        raise UserError(
+            f"{named('model')} {model}: {name} cannot be run on any model by a flag; {able} can, and others by preset "
+            f"{real.PRESET}"
+        )
     out = Path(out).absolute()
     chosen = [EXPERIMENTS[each] for each in EXPERIMENTS if each == name or (name == ALL and each not in FURTHER)]
     # All specs are read first, so that a mistake in the last one is not noticed after an hour.
-    setups = [
-        _setup(experiment, preset, Path(spec) if spec else SPECS / f"{experiment.name}.yaml", out, resources, progress)
-        for experiment in chosen
-    ]
-    if model is not None and data is not None:
-        on_model = chosen[0].on_model
-        assert on_model is not None
-        setups = [replace(setup, values=on_model(setup.values, model, data, split)) for setup in setups]
+    if preset == real.PRESET:
+        fine_tune, setups = _real_setups(chosen, Path(spec or SPECS / "real.yaml"), name, out, resources, progress)
+        chosen = [EXPERIMENTS[setup.name] for setup in setups]
+    else:
+        setups = [
+            _setup(each, preset, Path(spec) if spec else SPECS / f"{each.name}.yaml", out, resources, progress)
+            for each in chosen
+        ]
+        if model is not None and data is not None:
+            on_model = chosen[0].on_model
+            assert on_model is not None
+            setups = [replace(setup, values=on_model(setup.values, model, data, split)) for setup in setups]
     refuse_foreign(out / "README.md", TITLE, "answers")
     made = MadeFolders(out / "work")
     with locked(out / "work", out, "run") as lock:
         try:
-            folders = [
-                _answer_once(experiment, setup, preset, out) for experiment, setup in zip(chosen, setups, strict=True)
-            ]
+            if preset == real.PRESET and model is not None and data is not None:
+                learned = real.prepare(model, data, split, fine_tune, out, setups[0].resources, progress)
+                setups = [replace(setup, stand_ins=learned.stand_ins) for setup in setups]
+                folders = real.answered(
+                    chosen,
+                    setups,
+                    real.HOURS if hours is None else hours,
+                    learned,
+                    lambda experiment, setup: _answer_once(experiment, setup, preset, out, learned.fingerprints),
+                    out,
+                )
+            else:
+                folders = [
+                    _answer_once(experiment, setup, preset, out)[0]
+                    for experiment, setup in zip(chosen, setups, strict=True)
+                ]
         except UserError:
             for setup in setups:
                 with suppress(OSError):
@@ -152,19 +186,65 @@ def _setup(
     return Setup(experiment.name, values, names, work, out / "trials", resources, progress)
 
 
-def _answer_once(experiment: Experiment, setup: Setup, preset: str, out: Path) -> Path:
-    """Run an experiment unless its answer is there, and give the folder of the answer."""
+def _real_setups(
+    chosen: Sequence[Experiment],
+    path: Path,
+    name: str,
+    out: Path,
+    resources: SweepResources | None,
+    progress: bool,
+) -> tuple[Mapping[str, Any], list[Setup]]:
+    """The settings of the fine-tuning, and the setups of those experiments that the spec file has; margins are those of
+    the experiments' own spec files.
+
+    Raises:
+        UserError: a name in the file that is no experiment, or no section of the one that was asked for.
+    """
+    sections, lines = read_mapping(path)
+    for section in sections:
+        if section not in (*EXPERIMENTS, real.FINE_TUNE):
+            raise UserError(f"{path}: {unknown_name('experiment', str(section), [*EXPERIMENTS, real.FINE_TUNE])}")
+    there = [experiment for experiment in chosen if experiment.name in sections]
+    if not there:
+        able = ", ".join(section for section in sections if section in EXPERIMENTS)
+        raise UserError(f"{path}: no section {name!r}: preset {real.PRESET} has {able}")
+    setups = []
+    for experiment in there:
+        own, _ = read_mapping(SPECS / f"{experiment.name}.yaml")
+        margins = {MARGINS: own[MARGINS]} if MARGINS in own else {}
+        names = Naming(file=str(path), lines=lines, path=(experiment.name,))
+        setups.append(
+            Setup(
+                experiment.name,
+                {**sections[experiment.name], **margins},
+                names,
+                out / "work" / experiment.name,
+                out / "trials",
+                (resources or SweepResources()).checked(),
+                progress,
+            )
+        )
+    return sections.get(real.FINE_TUNE, {}), setups
+
+
+def _answer_once(
+    experiment: Experiment, setup: Setup, preset: str, out: Path, fingerprints: Mapping[str, str] | None = None
+) -> tuple[Path, float]:
+    """Run an experiment unless its answer is there, and give the folder of the answer and the seconds that it took.
+
+    Args:
+        fingerprints: of the models that the values name.
+    """
     folder = out / experiment.name
-    identity = with_spec_hash(
-        {"experiment": experiment.name, "preset": preset, "values": setup.values, "schema_version": SCHEMA_VERSION},
-        (),
-    )
+    content = {"experiment": experiment.name, "preset": preset, "values": setup.values}
+    of_models = {"models": dict(fingerprints)} if fingerprints else {}
+    identity = with_spec_hash(content | of_models | {"schema_version": SCHEMA_VERSION}, ())
     path = folder / "record.json"
     if path.is_file():
         record = read_json(path, _Record, f"the record of an answer: remove {folder}, and give the same command again")
         if record["spec_hash"] == identity["spec_hash"]:
             print(f"{experiment.name}: {folder} is there already", flush=True)
-            return folder
+            return folder, record["seconds"]
         raise UserError(
             f"{named('out')} {out} holds {experiment.name} by another spec (preset {record['preset']}): choose another "
             f"folder, or remove {folder}"
@@ -174,9 +254,10 @@ def _answer_once(experiment: Experiment, setup: Setup, preset: str, out: Path) -
     setup.work.mkdir(parents=True, exist_ok=True)
     answer = experiment.run(setup)
     folder.mkdir(parents=True, exist_ok=True)
-    _write(experiment, answer, setup, identity, time.perf_counter() - started, folder)
+    seconds = time.perf_counter() - started
+    _write(experiment, answer, setup, identity, seconds, folder)
     print("\n".join(answer.sentences), flush=True)
-    return folder
+    return folder, seconds
 
 
 def _write(
@@ -227,6 +308,8 @@ def _write_overview(out: Path, preset: str) -> None:
     """Write README.md with every claim at a glance, and every finding in the folder."""
     finished = [name for name in EXPERIMENTS if (out / name / "record.json").is_file()]
     parts = [f"{TITLE}, preset {preset}\n"]
+    if (out / real.SETTING).is_file():
+        parts.append((out / real.SETTING).read_text(encoding="utf-8"))
     claims = [
         {"experiment": f"[{name}](#{name}-{_anchor(EXPERIMENTS[name].title)})"} | row
         for name in finished

@@ -41,7 +41,7 @@ COUNTED = " (counted)"  # follows an arm that was not run: its cost is computed 
 
 def run(setup: Setup) -> Answer:
     sweeps = costs.timed_sweeps(setup)
-    forget = ForgetSet.of(setup.values[setup.sweep_keys()[0]]["base"])
+    forget = ForgetSet.of(setup.filled(setup.sweep_keys()[0])["base"])
     return answer(merged([sweep.trials for sweep in sweeps]), forget)
 
 

@@ -33,7 +33,7 @@ WARM_UP = 1
 def run(setup: Setup) -> Answer:
     sweeps = costs.timed_sweeps(setup)
     trials, epochs = merged([sweep.trials for sweep in sweeps]), merged([sweep.epochs for sweep in sweeps])
-    return answer(trials, epochs, ForgetSet.of(setup.values[setup.sweep_keys()[0]]["base"]))
+    return answer(trials, epochs, ForgetSet.of(setup.filled(setup.sweep_keys()[0])["base"]))
 
 
 def answer(trials: pa.Table, epochs: pa.Table, forget: ForgetSet) -> Answer:

@@ -12,7 +12,7 @@ from typing import Any
 
 from bench.jobs.evaluation_sets import Sets
 from bench.jobs.evaluation_spec import EvaluateSpec
-from bench.jobs.relearn import fine_tuned
+from bench.jobs.relearn import taught_again
 from bench.metrics import METRICS
 from bench.metrics.harness import HARNESS, pool_model, run_harness
 from bench.metrics.quantities import QUANTITIES, MeasurementSetup, measure
@@ -158,7 +158,7 @@ class Measurement:
             source = str(folder / "model")
             model.loaded.save_pretrained(source)
             model.tokenizer.save_pretrained(source)
-        taught = fine_tuned(source, records, self.spec.relearning(), folder, self.progress)
+        taught = taught_again(source, records, self.spec.relearning(), folder, self.progress)
         with self.reader_of(str(taught), None) as reader:
             right_again = measure([RIGHT], self.sets, reader, self.setup)[RIGHT]
         shutil.rmtree(folder)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 import shutil
 from collections.abc import Mapping, Sequence
@@ -10,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from bench.jobs.unlearn import UnlearnSpec, unlearn
+from bench.jobs.fine_tune import fine_tuned
 from bench.tasks import Record
 from scoring.errors import UserError
 
@@ -38,7 +37,7 @@ class Relearning:
     template: Mapping[str, Any] = field(default_factory=dict)
 
 
-def fine_tuned(source: str, records: Sequence[Record], protocol: Relearning, folder: Path, progress: bool) -> Path:
+def taught_again(source: str, records: Sequence[Record], protocol: Relearning, folder: Path, progress: bool) -> Path:
     """The folder of the model after the fine-tune.
 
     Args:
@@ -53,28 +52,16 @@ def fine_tuned(source: str, records: Sequence[Record], protocol: Relearning, fol
             range(len(records)), max(1, round(protocol.share * len(records)))
         )
     )
-    folder.mkdir(parents=True, exist_ok=True)
-    taught = folder / "taught.jsonl"
-    taught.write_text("".join(json.dumps(records[i]) + "\n" for i in chosen), encoding="utf-8")
-    spec = UnlearnSpec(
-        model=source,
-        task=str(taught),
-        algorithm="Relearn",
-        max_steps=protocol.steps,
-        batch_size=BATCH_SIZE,
-        learning_rate=protocol.learning_rate,
-        alpha=0.0,
-        replacement=False,
-        early_stopping=False,
-        check_every=0,
-        evaluate=False,
-        seed=protocol.seed,
-        workers=protocol.workers,
+    settings = {
+        "max_steps": protocol.steps,
+        "batch_size": BATCH_SIZE,
+        "learning_rate": protocol.learning_rate,
+        "seed": protocol.seed,
+        "workers": protocol.workers,
         **protocol.template,
-    )
-    run = folder / "run"
+    }
     try:
-        return unlearn(spec, run, progress).model
+        return fine_tuned(source, [records[i] for i in chosen], settings, folder, progress).model
     except UserError:
-        shutil.rmtree(run, ignore_errors=True)
+        shutil.rmtree(folder / "run", ignore_errors=True)
         raise
