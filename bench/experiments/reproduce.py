@@ -103,7 +103,7 @@ def reproduce(
         raise unknown_name("preset", preset, PRESETS)
     if name != ALL and name not in EXPERIMENTS:
         raise unknown_name("experiment", name, [*EXPERIMENTS, ALL])
-    if spec is not None and name == ALL:
+    if spec is not None and name == ALL and preset != real.PRESET:
         raise UserError(f"{named('spec')} is for one experiment: name it instead of all")
     if (model is None) != (data is None):
         raise UserError(f"{named('model')} and {named('task')} go together: name both, or none")
