@@ -34,6 +34,7 @@ from bench.report.verdicts import listed
 from bench.report.words import decimal, interval, interval_columns, with_ci
 from bench.stats.estimates import Estimate, spearman
 from bench.stats.verdicts import Claim, Verdict, bootstrapped, decide
+from bench.tasks.datasets import short_name
 from scoring.errors import UserError
 
 FEWER = "the higher the MRD of a sample, the fewer updates it takes to forget it"
@@ -48,7 +49,7 @@ def run(setup: Setup) -> Answer:
     }
     if not sweeps:
         raise UserError(f"{setup.names.start()}expected sections with base, vary and selections: sweeps over samples")
-    tasks = {key: str(sweep.trials["task"][0].as_py()) for key, sweep in sweeps.items()}
+    tasks = {key: short_name(str(sweep.trials["task"][0].as_py())) for key, sweep in sweeps.items()}
     names = {key: task if list(tasks.values()).count(task) == 1 else f"{task}, {key}" for key, task in tasks.items()}
     return answer(
         {names[key]: (sweep.trials, sweep.samples) for key, sweep in sweeps.items()}, setup.margins(CORRELATION)

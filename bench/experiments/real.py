@@ -85,6 +85,8 @@ def prepare(
     forget, retain = splits_of(task, data, split)
     base = find_model(model)
     sets = {name: load_dataset(data, name, base.tokenizer).records for name in (forget, retain)}
+    # In this process where the trials are, too.
+    settings = ({"workers": 0} if resources.in_this_process else {}) | dict(settings)
     runs = {
         name: fine_tuned(model, records, settings, out / "models" / name, progress)
         for name, records in (("original", [*sets[forget], *sets[retain]]), ("retain-only", sets[retain]))
@@ -133,7 +135,7 @@ def _of_models(
     for name, folder in folders.items():
         spec = EvaluateSpec(model=folder, task=data, split=forget, metrics=",".join(metrics), samples=100)
         known = evaluate_spec(spec, out / "models" / f"{name}-known.parquet", resources.replicas(), progress=False)
-        values = dict(zip(known.metrics["metric"], known.metrics["value"], strict=True))
+        values = dict(zip(known.metrics["name"], known.metrics["value"], strict=True))
         rows.append([name.replace("_", "-"), *(decimal(values[metric], 3) for metric in metrics)])
     head = ["model", *(metric.replace("_", " ") for metric in metrics)]
     sets = " and ".join(f"{count} samples of {name}" for name, count in sizes.items())

@@ -36,7 +36,8 @@ from scoring.files import replacing
 from scoring.reading import read_json
 from scoring.settings import Naming, named
 
-PRESETS = ("demo", "decide", "paper", real.PRESET)
+OF_EXPERIMENTS = ("demo", "decide", "paper")  # the presets that each experiment has in a spec file of its own
+PRESETS = (*OF_EXPERIMENTS, real.PRESET)
 MARGINS = "margins"  # of a spec file: the smallest effects that matter, for all presets that name none themselves
 CLAIMS = "claims.parquet"
 SPECS = Path(__file__).parent / "specs"
@@ -170,11 +171,11 @@ def _setup(
     experiment: Experiment, preset: str, path: Path, out: Path, resources: SweepResources | None, progress: bool
 ) -> Setup:
     sections, lines = read_mapping(path)
-    if unknown := next((name for name in sections if name not in (*PRESETS, MARGINS)), None):
-        raise UserError(f"{path}: {unknown_name('preset', str(unknown), PRESETS)}")
+    if unknown := next((name for name in sections if name not in (*OF_EXPERIMENTS, MARGINS)), None):
+        raise UserError(f"{path}: {unknown_name('preset', str(unknown), OF_EXPERIMENTS)}")
     values = sections.get(preset)
     if not isinstance(values, dict):
-        there = ", ".join(name for name in PRESETS if isinstance(sections.get(name), dict))
+        there = ", ".join(name for name in OF_EXPERIMENTS if isinstance(sections.get(name), dict))
         raise UserError(
             f"{path}: no section {preset!r}: expected a mapping of what the experiment is given; there is {there}"
         )

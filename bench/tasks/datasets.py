@@ -137,6 +137,11 @@ class Texts:
         return sha256
 
 
+def short_name(name: str) -> str:
+    """The task or data file for a reader, without the place where its data are: `tofu` of `tofu:/data/tofu`."""
+    return name.partition(":")[0] if name.partition(":")[0] in TASKS else Path(name).stem
+
+
 def find_task(name: str) -> tuple[Task, str | None]:
     """The task that a name stands for, and where its data are.
 

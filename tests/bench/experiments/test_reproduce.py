@@ -137,7 +137,7 @@ def test_another_preset_is_refused(counted: list[str], tmp_path: Path) -> None:
 def test_sweeps_of_every_spec_are_sound(name: str) -> None:
     """Every section that is a sweep is one that `mrd-bench sweep` takes, as far as it can be told without models."""
     presets = read_mapping(reproduce.SPECS / f"{name}.yaml")[0]
-    assert {"demo", "paper"} <= presets.keys() <= {*reproduce.PRESETS, reproduce.MARGINS}
+    assert {"demo", "paper"} <= presets.keys() <= {*reproduce.OF_EXPERIMENTS, reproduce.MARGINS}
     for values in presets.values():
         assert values
         for section in values.values():
@@ -153,7 +153,7 @@ def test_experiments_say_what_they_ask(capsys: pytest.CaptureFixture[str]) -> No
         assert experiment.question.endswith("?")
         assert f"{name} " in printed
         assert experiment.question in printed
-    assert {path.stem for path in reproduce.SPECS.glob("*.yaml")} == set(reproduce.EXPERIMENTS)
+    assert {path.stem for path in reproduce.SPECS.glob("*.yaml")} == {*reproduce.EXPERIMENTS, "real"}
 
 
 # --- Figure 2 -----------------------------------------------------------------------------------------------
