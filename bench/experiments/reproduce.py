@@ -318,7 +318,10 @@ def _write_overview(out: Path, preset: str) -> None:
         for row in pq.read_table(out / name / CLAIMS).to_pylist()
     ]
     if claims:
-        parts.append(f"## The paper's claims at a glance\n\n{verdicts.GLANCE}\n\n{verdicts.as_table(claims)}\n")
+        parts.append(
+            f"## The paper's claims at a glance\n\n{verdicts.summary(claims)}\n\n{verdicts.GLANCE}\n\n"
+            f"{verdicts.as_table(claims)}\n"
+        )
     for name in finished:
         text = (out / name / "finding.md").read_text(encoding="utf-8")
         parts.append(text.replace(f"]({name}.png)", f"]({name}/{name}.png)"))

@@ -92,6 +92,31 @@ def as_table(rows: Sequence[Mapping[str, Any]]) -> str:
     return markdown_table([*(["experiment"] if with_experiment else []), *head], lines)
 
 
+def summary(rows: Sequence[Mapping[str, Any]]) -> str:
+    """How many claims are decided, and what the others lack. A claim that was measured in several ways is decided where
+    it can be told in one of them.
+
+    Args:
+        rows: of verdicts, with their experiment; what was looked at after the fact is no claim.
+    """
+    claims: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
+    for row in rows:
+        if not row["exploratory"]:
+            claims.setdefault((row["experiment"], row["claim"]), []).append(row)
+    undecided = {
+        key: of_claim for key, of_claim in claims.items() if all(row["verdict"] == UNKNOWN for row in of_claim)
+    }
+    lines = [
+        f"- {experiment}, that {claim}: "
+        + "; ".join(f"{row['count']} {row['unit']}, {needed(row['needed'], row['unit'])}" for row in of_claim)
+        for (experiment, claim), of_claim in undecided.items()
+    ]
+    head = f"**Of {len(claims)} claims {len(claims) - len(undecided)} are decided**"
+    if not lines:
+        return f"{head}."
+    return "\n".join([f"{head}, and of these it {UNKNOWN}:", "", *lines])
+
+
 def ratio_or(difference: str, ratio: str, scale: str) -> str:
     """The words for a ratio where the scale is one, else those for a difference."""
     return ratio if scale == "log ratio" else difference

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from bench.report.verdicts import rows, summary
 from bench.stats.estimates import Estimate, spearman, t_interval
 from bench.stats.verdicts import CONTRADICTED, HOLDS, NO_EFFECT, UNKNOWN, Claim, decide, over_runs
 
@@ -103,3 +104,19 @@ def test_an_estimate_by_resampling_is_written_as_its_numbers():
     assert dataclasses.asdict(found) == {"value": found.value, "low": found.low, "high": found.high}
     assert found.at(0.99).low < found.low < found.high < found.at(0.99).high
     assert found.at(0.95) == found
+
+
+def test_a_claim_is_decided_where_one_way_of_measuring_it_tells():
+    """By hand: of three claims one is told in its second way, one holds, and one needs (2.8 * 0.2 / 0.08)^2 as many."""
+    told = decide([claim(normal(0.02, 0.2)), claim(normal(-0.5, 0.05))])
+    holds = decide([dataclasses.replace(claim(normal(0.5, 0.05)), text="that too")])
+    open_ = decide(
+        [dataclasses.replace(claim(normal(0.02, 0.2)), text="perhaps"), claim(normal(0, 1), exploratory=True)]
+    )
+    printed = summary([{"experiment": "fig0", **row} for row in rows([*told, *holds, *open_])])
+    assert printed.splitlines()[0] == "**Of 3 claims 2 are decided**, and of these it cannot be told:"
+    (lacks,) = printed.splitlines()[2:]
+    assert lacks == f"- fig0, that perhaps: 20 runs, about {open_[0].needed:.0f} runs would tell"
+    assert open_[0].needed == pytest.approx(
+        20 * ((stats.norm.ppf(0.975) + stats.norm.ppf(0.8)) * 0.2 / 0.08) ** 2, rel=0.01
+    )
