@@ -19,7 +19,7 @@ from bench.files.status import FINISHED
 from bench.jobs.sweep_tables import as_table
 from bench.metrics import limits_of
 from bench.report.figures import BLUE, GREEN, MUTED, ORANGE, VERMILLION, Draw
-from bench.report.verdicts import outcome
+from bench.report.verdicts import listed
 from bench.report.words import count_with_ci, interval_columns, share_with_ci, with_ci
 from bench.stats.estimates import Estimate
 from bench.stats.selection_bias import (
@@ -128,7 +128,7 @@ def answer(trials: pa.Table, spec: Fig2Spec, margins: Mapping[str, float], third
         rows = third_rows(thirds, measures)
         tables["fig2-thirds"] = as_table(rows)
         sentences.append(_table_by_thirds(rows, first.measure))
-    decided = decide(_claims(first, margins))
+    decided = decide([claim for bias in biases for claim in _claims(bias, margins)])
     sentences.append(_claim(decided))
     panels = [*(_runs_by_selection(bias) for bias in biases), _share_bars(biases)]
     columns = ["algorithm", "selection", "seed", "mean_log_mrd", *measures]
@@ -271,8 +271,8 @@ def _claims(bias: MeasureBias, margins: Mapping[str, float]) -> list[Claim]:
         ),
         Claim(
             "rankings reverse with the samples",
-            "share of selections on which the worse of two algorithms is ahead, beyond what seeds do; of the two with "
-            "the most",
+            f"share of selections on which the worse of two algorithms by {bias.measure} is ahead, beyond what seeds "
+            "do; of the two with the most",
             +1,
             margins[REVERSALS],
             partial(_most_reversed, table),
@@ -299,7 +299,10 @@ def _most_reversed(table: ScoreTable, level: float) -> Estimate:
 
 
 def _claim(decided: Sequence[Verdict]) -> str:
-    return "The paper's claims: " + ". ".join(f"that {v.claim.text}: {outcome(v)}" for v in decided) + "."
+    by_text: dict[str, list[Verdict]] = {}
+    for verdict in decided:
+        by_text.setdefault(verdict.claim.text, []).append(verdict)
+    return "The paper's claims: " + ". ".join(f"that {text}: {listed(each)}" for text, each in by_text.items()) + "."
 
 
 # --- Thirds by MRD ------------------------------------------------------------------------------------------

@@ -159,11 +159,6 @@ def needed(count: float | None, unit: str) -> str:
     return f"about {count:.0f} {unit} would tell"
 
 
-def outcome(verdict: Verdict) -> str:
-    """The verdict, with how much data would tell where it cannot be told."""
-    return verdict.word + _would_tell(verdict)
-
-
 def listed(verdicts: Iterable[Verdict]) -> str:
     """Verdicts with what they are about: "holds for NPO; cannot be told for PO (about 90 seeds would tell)"."""
     verdicts = list(verdicts)

@@ -19,6 +19,7 @@ from bench.boards.board import Board, boards
 from bench.boards.page import page
 from bench.boards.text import standings_latex
 from bench.boards.write import overview
+from bench.experiments.reproduce import EXPERIMENTS
 from bench.files.identity import with_spec_hash
 from bench.files.score_file import Scores, read_scores
 from bench.files.spec import read_mapping
@@ -130,7 +131,7 @@ def test_scores_of_the_store_have_the_same_identity(committed_store: Results) ->
 
 
 def test_there_are_answers_of_all_experiments() -> None:
-    assert [path.parent.name for path in ANSWERS] == sorted(path.stem for path in SPECS.glob("*.yaml"))
+    assert [path.parent.name for path in ANSWERS] == sorted(EXPERIMENTS)
 
 
 @pytest.mark.parametrize("path", [*ANSWERS, *DECIDED], ids=lambda path: "-".join(path.parts[-3:-1]))
