@@ -20,7 +20,7 @@ from bench.jobs.sweep_tables import as_table
 from bench.metrics import limits_of
 from bench.report.figures import BLUE, GREEN, MUTED, ORANGE, VERMILLION, Draw
 from bench.report.verdicts import listed
-from bench.report.words import count_with_ci, interval_columns, share_with_ci, with_ci
+from bench.report.words import count_with_ci, interval_columns, numbers_table, share_with_ci, with_ci
 from bench.stats.estimates import Estimate
 from bench.stats.selection_bias import (
     AdjustedScores,
@@ -121,6 +121,9 @@ def answer(trials: pa.Table, spec: Fig2Spec, margins: Mapping[str, float], third
         "fig2-shares": as_table(_share_rows(biases)),
         "fig2-pairs": as_table(_pair_rows(biases)),
         "fig2-ranking": as_table(_ranking_rows(biases)),
+        "fig2-numbers": numbers_table(
+            {f"{bias.measure} per unit of mean log MRD": bias.adjusted.slope for bias in biases}
+        ),
         "fig2-failures": as_table([_failure_row(*each) for each in failures.items()]),
     }
     measures = [bias.measure for bias in biases]

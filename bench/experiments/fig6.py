@@ -38,6 +38,7 @@ from bench.report.words import (
     interval,
     interval_columns,
     number_with_ci,
+    numbers_table,
     percent_with_ci,
     with_ci,
 )
@@ -184,7 +185,10 @@ def answer(draws: Sequence[PointDraws], tokens: np.ndarray, spec: Fig6Spec, marg
         sensitivity.on_sigma(*verdicts[:2]),
         sensitivity.on_draws(verdicts[2:]),
     ]
-    tables = {"fig6-draws": pa.Table.from_pylist([error.row() for error in by_count])}
+    tables = {
+        "fig6-draws": pa.Table.from_pylist([error.row() for error in by_count]),
+        "fig6-numbers": numbers_table(sensitivity.numbers()),
+    }
     panels = [
         _against_sigma(sensitivity, "mean_abs", "(a) mean_abs, E|·|, against sigma"),
         _against_sigma(sensitivity, "abs_mean", "(a) abs_mean, |E·|, against sigma"),
@@ -330,15 +334,16 @@ class Sensitivity:
             for dtype in (EXACT, COARSE)
             for estimator, statistic in (DRAWN[0], DRAWN[2])
         ]
-        rounded = []
-        for statistic, estimator in CLOSED_FORM.items():
-            moved = _median(np.abs(self._coarse_closed_form(statistic) / self.closed_form(statistic) - 1))
-            rounded.append(f"{estimator} by {percent_with_ci(moved)}")
+        moved = [f"{name} by {percent_with_ci(self.moved(statistic))}" for statistic, name in CLOSED_FORM.items()]
         return (
             f"**Against sigma**, {len(self.tokens)} samples. {' '.join(line.sentence() for line in lines)} "
             f"{inflation(lines)} The estimators that differentiate are proportional to the power of sigma by "
-            f"construction; {COARSE} moves {' and '.join(rounded)} (median)."
+            f"construction; {COARSE} moves {' and '.join(moved)} (median)."
         )
+
+    def moved(self, statistic: str) -> Estimate:
+        """By what share of it bfloat16 moves the closed form, the median of samples."""
+        return _median(np.abs(self._coarse_closed_form(statistic) / self.closed_form(statistic) - 1))
 
     def _coarse_closed_form(self, statistic: str) -> np.ndarray:
         """The closed form in bfloat16, (N,): that in float32 times the ratio of both along the same directions."""
@@ -356,21 +361,32 @@ class Sensitivity:
         }
         parts = []
         for sigma in (spec.sigma, spec.other_sigma):
-            at = self.draws["monte-carlo", EXACT, sigma]
-            mrd = _score(at.values[:, : spec.stable], "mean_abs")
-            expected = self.expected("mean_abs", sigma)
-            ratio = _median(mrd / expected)
-            same = self._claim("it is the closed form", "MRD / closed form", 0, math.log(CLOSE), mrd / expected)
+            mrd = self.with_stable_draws(sigma)
+            ratio, rank, rank_of_tokens = self.against_closed_form(sigma).values()
+            ratios = mrd / self.expected("mean_abs", sigma)
+            same = self._claim("it is the closed form", "MRD / closed form", 0, math.log(CLOSE), ratios)
             parts.append(
                 f"At sigma {sigma:g} MRD has a median of {np.median(mrd):.3g}, {number_with_ci(ratio)} times the "
-                f"closed form; its rank correlation with that is {with_ci(spearman(mrd, expected))}, with the number "
-                f"of scored tokens {with_ci(spearman(mrd, self.tokens))}: "
-                f"{meaning[decide([same])[0].word]}."
+                f"closed form; its rank correlation with that is {with_ci(rank)}, with the number of scored tokens "
+                f"{with_ci(rank_of_tokens)}: {meaning[decide([same])[0].word]}."
             )
         title = (
             f"**Sigma {spec.sigma:g} or {spec.other_sigma:g}** (mean_abs by Monte Carlo, {EXACT}, K = {spec.stable})."
         )
         return " ".join([title, *parts])
+
+    def with_stable_draws(self, sigma: float) -> np.ndarray:
+        """MRD (mean_abs) by Monte Carlo with the paper's number of draws, (N,)."""
+        return _score(self.draws["monte-carlo", EXACT, sigma].values[:, : self.spec.stable], "mean_abs")
+
+    def against_closed_form(self, sigma: float) -> dict[str, Estimate]:
+        """How that is related to the closed form and to the number of scored tokens."""
+        mrd, expected = self.with_stable_draws(sigma), self.expected("mean_abs", sigma)
+        return {
+            "MRD / closed form": _median(mrd / expected),
+            "rank correlation with the closed form": spearman(mrd, expected),
+            "rank correlation with the number of scored tokens": spearman(mrd, self.tokens),
+        }
 
     def either_count(self, by_count: Sequence[CountError]) -> str:
         """The error after either of the paper's two numbers of draws."""
@@ -392,18 +408,38 @@ class Sensitivity:
         naive = _error_at(by_count, *DRAWN[1], spec.more)
         pairs = _error_at(by_count, *DRAWN[2], max(spec.pair_counts))
         directions = _error_at(by_count, *COUNTED[3], max(spec.direction_counts))
-        curvature_stderr = _relative_stderr(self.draws["curvature", EXACT, spec.sigma].values, "abs_mean")
         needed = spec.more * (naive.error.value / spec.tolerance) ** 2
-        rank = spearman(self.closed_form("mean_abs"), self.closed_form("abs_mean"))
         return (
             f"**E|·| (Algorithm 1) or |E·| (Definition 3.1).** Monte Carlo of |E·| at K = {spec.more} is off by "
             f"{percent_with_ci(naive.error)}: noise of first order; about {needed:.1g} draws would bring that to "
             f"{spec.tolerance:.0%}. {max(spec.pair_counts)} antithetic pairs at sigma {spec.pair_sigma:g} are off by "
             f"{percent_with_ci(pairs.error)} from the curvature along {spec.directions} directions (which has a "
-            f"standard error of {percent_with_ci(curvature_stderr)} itself), and the curvature along "
+            f"standard error of {percent_with_ci(self.curvature_stderr)} itself), and the curvature along "
             f"{max(spec.direction_counts)} by {percent_with_ci(directions.error)}. Rank correlation of the two closed "
-            f"forms: {with_ci(rank)}."
+            f"forms: {with_ci(self.rank_of_closed_forms)}."
         )
+
+    @property
+    def curvature_stderr(self) -> Estimate:
+        """The relative standard error of the curvature along all directions, the median of samples."""
+        return _relative_stderr(self.draws["curvature", EXACT, self.spec.sigma].values, "abs_mean")
+
+    @property
+    def rank_of_closed_forms(self) -> Estimate:
+        return spearman(self.closed_form("mean_abs"), self.closed_form("abs_mean"))
+
+    def numbers(self) -> dict[str, Estimate]:
+        """Those of the sentences that no other table has."""
+        numbers = {
+            f"{what}, sigma {sigma:g}": estimate
+            for sigma in (self.spec.sigma, self.spec.other_sigma)
+            for what, estimate in self.against_closed_form(sigma).items()
+        }
+        numbers |= {f"{name}, moved by {COARSE}": self.moved(statistic) for statistic, name in CLOSED_FORM.items()}
+        return numbers | {
+            "relative standard error of the curvature": self.curvature_stderr,
+            "rank correlation of the closed forms": self.rank_of_closed_forms,
+        }
 
     # --- Claims -----------------------------------------------------------------------------------------------
 

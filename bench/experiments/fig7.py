@@ -41,7 +41,7 @@ from bench.jobs.sweep_tables import as_table
 from bench.models.find import ModelReference, find_model
 from bench.report.figures import INK, Draw
 from bench.report.verdicts import listed
-from bench.report.words import decimal, interval, with_ci
+from bench.report.words import decimal, interval, numbers_table, with_ci
 from bench.stats.estimates import Estimate, mean
 from bench.stats.verdicts import decide
 from bench.tasks.datasets import DataName, load_dataset
@@ -160,13 +160,13 @@ def answer(
     """
     runs = [run for level, (trials, samples) in sweeps.items() for run in single_sample_runs(trials, samples, level)]
     lost = sum(count_unusable(trials) for trials, _ in sweeps.values())
-    relations = relations_of(runs, "change")
+    relations, together, initial = relations_of(runs, "change"), _all_levels(runs), _initial(runs, sweeps)
     decided = decide([claim_of(relation, IN_ORDER, margins[CORRELATION]) for relation in relations])
     sentences = [
         _headline(relations, levels),
-        _before_any_update(runs, sweeps, context),
+        _before_any_update(runs, initial, context),
         _beyond_length(relations),
-        *_all_levels_together(runs),
+        *_all_levels_together(together),
         *left_out_sentences(runs, lost),
         f"The paper's claim, that {IN_ORDER}: {listed(decided)}.",
     ]
@@ -175,7 +175,16 @@ def answer(
         [_rank_dots(level, relations, levels) for level in sweeps],
         sentences,
         decided,
-        tables={"fig7-correlations": as_table([relation_row(relation, "level") for relation in relations])},
+        tables={
+            "fig7-correlations": as_table([relation_row(relation, "level") for relation in (*relations, *together)]),
+            "fig7-numbers": numbers_table(
+                {
+                    f"{what} of {level}, before any update": estimate
+                    for level, estimates in initial.items()
+                    for what, estimate in zip(("mean MRD", "memorization accuracy"), estimates, strict=True)
+                }
+            ),
+        },
     )
 
 
@@ -196,22 +205,30 @@ def _headline(relations: Sequence[Relation], levels: Mapping[str, int]) -> str:
 
 
 def _before_any_update(
-    runs: Sequence[SingleSampleRun], sweeps: Mapping[str, tuple[pa.Table, pa.Table]], context: int
+    runs: Sequence[SingleSampleRun], initial: Mapping[str, tuple[Estimate, Estimate]], context: int
 ) -> str:
-    parts = []
-    for level, (_, samples) in sweeps.items():
-        accuracy = dict(zip(samples["sample_id"].to_pylist(), samples["ma_initial"].to_pylist(), strict=True))
-        mrd = {run.sample: run.mrd for run in runs if run.group == level}
-        parts.append(
-            f"{level}: mean MRD {with_ci(_mean_of_samples(mrd), 4)}, memorization accuracy "
-            f"{with_ci(_mean_of_samples(accuracy))}"
-        )
+    parts = [
+        f"{level}: mean MRD {with_ci(mrd, 4)}, memorization accuracy {with_ci(accuracy)}"
+        for level, (mrd, accuracy) in initial.items()
+    ]
     longest = max((run.tokens for run in runs), default=0)
     return (
         f"Before any update, {'; '.join(parts)}. The longest text has {longest} scored tokens, of the {context} that "
         "the model's context holds. A model that has read the parts of a joined text, and not the text as such, need "
         "not know the whole as well."
     )
+
+
+def _initial(
+    runs: Sequence[SingleSampleRun], sweeps: Mapping[str, tuple[pa.Table, pa.Table]]
+) -> dict[str, tuple[Estimate, Estimate]]:
+    """Level -> mean MRD and mean memorization accuracy of its texts before any update."""
+    means = {}
+    for level, (_, samples) in sweeps.items():
+        accuracy = dict(zip(samples["sample_id"].to_pylist(), samples["ma_initial"].to_pylist(), strict=True))
+        mrd = {run.sample: run.mrd for run in runs if run.group == level}
+        means[level] = _mean_of_samples(mrd), _mean_of_samples(accuracy)
+    return means
 
 
 def _mean_of_samples(values: Mapping[str, float]) -> Estimate:
@@ -228,15 +245,18 @@ def _beyond_length(relations: Sequence[Relation]) -> str:
     return f"With the number of tokens partialled out within a level: {parts}."
 
 
-def _all_levels_together(runs: Sequence[SingleSampleRun]) -> list[str]:
-    """The correlation over the texts of all levels, for each algorithm: mostly that of their lengths."""
-    parts = []
-    for algorithm in dict.fromkeys(run.algorithm for run in runs):
-        relation = Relation.of("all", algorithm, [run for run in runs if run.algorithm == algorithm], "change")
-        parts.append(
-            f"{with_ci(relation.correlation)} with {algorithm}, and {with_ci(relation.beyond_length)} with the number "
-            "of tokens partialled out"
-        )
+def _all_levels(runs: Sequence[SingleSampleRun]) -> list[Relation]:
+    """Over the texts of all levels, for each algorithm: mostly the relation with their lengths."""
+    algorithms = dict.fromkeys(run.algorithm for run in runs)
+    return [Relation.of("all", name, [run for run in runs if run.algorithm == name], "change") for name in algorithms]
+
+
+def _all_levels_together(relations: Sequence[Relation]) -> list[str]:
+    parts = [
+        f"{with_ci(relation.correlation)} with {relation.algorithm}, and {with_ci(relation.beyond_length)} with the "
+        "number of tokens partialled out"
+        for relation in relations
+    ]
     return [f"All levels ranked together: {'; '.join(parts)}."] if parts else []
 
 

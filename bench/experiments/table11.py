@@ -344,6 +344,7 @@ def _row(comparison: Comparison, word: str | None) -> dict[str, Any]:
         **interval_columns("with_length", drawn.with_length),
         **interval_columns("hedges_g_of_all", whole.size),
         **interval_columns("beyond_length_of_all", whole.beyond_length),
+        **interval_columns("with_length_of_all", whole.with_length),
         **interval_columns("where_lengths_overlap", whole.overlap.correlation),
         "overlap_low_samples": overlap_low,
         "overlap_high_samples": overlap_high,

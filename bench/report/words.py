@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+
+import pyarrow as pa
 
 from bench.stats.estimates import Estimate
 
@@ -56,6 +58,13 @@ def number_with_ci(estimate: Estimate) -> str:
     if not (math.isfinite(estimate.low) and math.isfinite(estimate.high)):
         return f"{estimate.value:.3g} [too few samples for a CI]"
     return f"{estimate.value:.3g} [95 % CI {estimate.low:.3g} to {estimate.high:.3g}]"
+
+
+def numbers_table(numbers: Mapping[str, Estimate]) -> pa.Table:
+    """Numbers of a finding that no other table has: what they are, value, low and high."""
+    return pa.Table.from_pylist(
+        [{"what": what, "value": each.value, "low": each.low, "high": each.high} for what, each in numbers.items()]
+    )
 
 
 def interval_columns(name: str, estimate: Estimate) -> dict[str, float]:

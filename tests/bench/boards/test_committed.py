@@ -175,6 +175,41 @@ def test_verdicts_on_the_page_are_those_of_the_tables(path: Path) -> None:
             assert row["value"] == pytest.approx(np.mean(single))
 
 
+NUMBER = r"[×]?(−?[\d.,]+(?:e[−+]?\d+)?)(%?)"
+PRINTED = re.compile(rf"{NUMBER} \[95 % CI {NUMBER} to {NUMBER}\]")
+
+
+def _numbers(folder: Path) -> np.ndarray:
+    """Every value in the tables of an answer that has an interval, with its ends, (N, 3)."""
+    found = []
+    for path in folder.glob("*.parquet"):
+        table = pq.read_table(path)
+        stems = [name.removesuffix("_low") for name in table.column_names if name.endswith("_low")]
+        names = [(stem, f"{stem}_low", f"{stem}_high") for stem in stems] + [("value", "low", "high")]
+        # The rate of reversals, and the selections that are needed, are named apart from their ends.
+        names += [(f"{stem}{end}", f"{stem}_low", f"{stem}_high") for stem in stems for end in ("_rate", "_needed")]
+        for triple in names:
+            if set(triple) <= set(table.column_names):
+                found.append(np.array([table[name].to_pylist() for name in triple], dtype=float).T)
+    return np.concatenate(found)
+
+
+@pytest.mark.parametrize("folder", [path.parent for path in DECIDED], ids=lambda folder: folder.name)
+def test_numbers_of_a_finding_are_in_its_tables(folder: Path) -> None:
+    """Each with its interval, to the digits that are printed; ratios as their logarithms, shares as per cent."""
+    known = _numbers(folder)
+    with np.errstate(over="ignore"):
+        known = np.concatenate([known, np.exp(known), 100 * known])
+    for match in PRINTED.finditer((folder / "finding.md").read_text(encoding="utf-8")):
+        texts = [text.replace("\N{MINUS SIGN}", "-").replace(",", "") for text in match.groups()[::2]]
+        digits = [len(text.partition(".")[2]) if "e" not in text else 0 for text in texts]
+        printed = np.array(texts, dtype=float)
+        near = np.abs(known - printed) <= 0.51 * 10.0 ** -np.array(digits) + 0.005 * np.abs(printed) * [
+            "e" in t for t in texts
+        ]
+        assert near.all(axis=1).any(), match[0]
+
+
 # --- Score files, runs and sweeps ---------------------------------------------------------------------------
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from bench.experiments.reproduce import PRESETS, SPECS
+from bench.experiments.reproduce import OF_EXPERIMENTS, SPECS
 from bench.experiments.samplers import (
     BETTER,
     UPDATES,
@@ -149,7 +149,7 @@ def test_negative_answers_and_runs_that_ended_early() -> None:
         answer(as_table(without), as_table(epochs), CompareSpec())
 
 
-@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("preset", OF_EXPERIMENTS)
 def test_specs_are_sound(preset: str) -> None:
     """Every arm is a run, the same arms in every preset, and as many pairs as a verdict takes."""
     values = read_mapping(SPECS / "samplers.yaml")[0][preset]

@@ -16,7 +16,7 @@ from scipy import stats
 
 from bench.experiments import fig6, table8, table11, table12
 from bench.experiments.experiment import Answer, Setup
-from bench.experiments.reproduce import PRESETS, SPECS
+from bench.experiments.reproduce import OF_EXPERIMENTS, SPECS
 from bench.files.score_file import Scores
 from bench.files.spec import read_mapping
 from bench.jobs.draws import HALF_NORMAL_SPREAD, Point, PointDraws, measure_draws, read_finished, scaling_line
@@ -535,7 +535,7 @@ KINDS = {
 }
 
 
-@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("preset", OF_EXPERIMENTS)
 @pytest.mark.parametrize("name", KINDS)
 def test_specs_are_read_and_checked(name, preset):
     values = read_mapping(SPECS / f"{name}.yaml")[0][preset]

@@ -653,6 +653,10 @@ def test_margins_are_asked_for_before_a_run(module: Any, tmp_path: Path) -> None
 # --- Specs and the real thing -------------------------------------------------------------------------------
 
 
+# Those with which the claims can be decided, by their power.
+SEEDS = {"table1": 24, "table4": 20, "table5": 20, "table6": 20, "table7": 20, "table9": 8, "table10": 8, "table13": 10}
+
+
 @pytest.mark.parametrize("preset", ["demo", "decide", "paper"])
 @pytest.mark.parametrize("module", MODULES, ids=lambda module: module.EXPERIMENT.name)
 def test_specs_are_sound(module: Any, preset: str) -> None:
@@ -672,12 +676,12 @@ def test_specs_are_sound(module: Any, preset: str) -> None:
             assert set(metrics.split(",")) == {*task.completeness, *task.utility}
         assert (run.estimator == "monte-carlo") <= (preset == "paper" or key.endswith("monte_carlo"))
         if preset == "paper":
-            assert len(spec.vary["seed"]) == 5
+            assert len(spec.vary["seed"]) == SEEDS[name]
             assert run.learning_rate == 5e-5
             assert run.draws == 200 or run.estimator != "monte-carlo"
     if module in (table1, table4, table5, table6, table7):
         assert {0, 1} <= arms
-    assert (-1 in arms) == (module is table1 and preset != "decide")
+    assert (-1 in arms) == (module is table1 and preset == "paper")
 
 
 @pytest.mark.slow
