@@ -73,7 +73,7 @@ def _data(html: str) -> bytes:
 
 def test_the_data_of_the_leaderboard_are_the_same_bytes(committed_board: Board) -> None:
     data = _data((LEADERBOARD / "index.html").read_text(encoding="utf-8"))
-    assert len(json.loads(data)[0]["runs"]) == 144
+    assert len(json.loads(data)[0]["runs"]) == 720
     assert _data(page([committed_board])) == data
 
 
@@ -114,7 +114,7 @@ def check_score_identity(identity: Mapping[str, Any]) -> None:
 
 def test_runs_of_the_store_have_the_same_identity(committed_store: Results) -> None:
     rows = committed_store.runs.to_pylist()
-    assert len(rows) == 144
+    assert len(rows) == 720
     for row in rows:
         identity = json.loads(row["spec"])
         assert hash_again(identity, NOT_HASHED) == identity["spec_hash"] == row["run"]
@@ -123,7 +123,7 @@ def test_runs_of_the_store_have_the_same_identity(committed_store: Results) -> N
 
 def test_scores_of_the_store_have_the_same_identity(committed_store: Results) -> None:
     rows = committed_store.scores.to_pylist()
-    assert len(rows) == 40
+    assert len(rows) == 400
     identities = {row["spec"] for row in rows}
     assert {json.loads(identity)["spec_hash"] for identity in identities} == {row["scores"] for row in rows}
     for identity in identities:
