@@ -44,6 +44,10 @@ SPECS = Path(__file__).parent / "specs"
 ALL = "all"
 SCHEMA_VERSION = 1
 TITLE = "# The paper's figures and tables"
+OF_DEMO = (
+    "These are few runs, which show what the answers look like: intervals are wide, and most claims open. `mrd-bench "
+    "reproduce all --preset decide` has the power to tell."
+)
 
 # Each name is a module of this package.
 FIGURES = ("fig2", "fig3", "fig4", "fig5", "fig6", "fig7")
@@ -308,7 +312,7 @@ def _anchor(title: str) -> str:
 def _write_overview(out: Path, preset: str) -> None:
     """Write README.md with every claim at a glance, and every finding in the folder."""
     finished = [name for name in EXPERIMENTS if (out / name / "record.json").is_file()]
-    parts = [f"{TITLE}, preset {preset}\n"]
+    parts = [f"{TITLE}, preset {preset}\n", *([f"{OF_DEMO}\n"] if preset == "demo" else [])]
     if (out / real.SETTING).is_file():
         parts.append((out / real.SETTING).read_text(encoding="utf-8"))
     claims = [
