@@ -125,6 +125,14 @@ class Spread:
 
         return over_sets(ratio, [len(self.changes)])
 
+    def with_mrd(self) -> Estimate:
+        """Spearman's correlation of a composite's mean log MRD with its change."""
+        return spearman(self.mean_log_mrd, self.difficulties)
+
+    def beyond_length(self) -> Estimate:
+        """The same with the number of tokens partialled out."""
+        return partial_spearman(self.mean_log_mrd, self.difficulties, self.tokens)
+
 
 def _degrees_of_freedom(values: np.ndarray) -> float:
     """The degrees of freedom of the variance of (n,): n - 1, or fewer where the jackknife of its logarithm varies more
@@ -167,7 +175,15 @@ def answer(trials: pa.Table, samples: pa.Table, margins: Mapping[str, float]) ->
         sentences,
         decided,
         polar=True,
-        tables={"fig4-spread": as_table([_summary(spread) for spread in spreads])},
+        tables={
+            "fig4-spread": as_table([_summary(spread) for spread in spreads]),
+            "fig4-agreement": as_table(
+                [
+                    {"first": first, "second": second, **interval_columns("spearman", correlation)}
+                    for (first, second), correlation in agreements_of(spreads).items()
+                ],
+            ),
+        },
     )
 
 
@@ -237,14 +253,11 @@ def _inequality(spreads: Sequence[Spread]) -> str:
 
 
 def _relation_to_mrd(spreads: Sequence[Spread]) -> str:
-    parts = []
-    for spread in spreads:
-        correlation = spearman(spread.mean_log_mrd, spread.difficulties)
-        beyond = partial_spearman(spread.mean_log_mrd, spread.difficulties, spread.tokens)
-        parts.append(
-            f"{with_ci(correlation)} with {spread.algorithm} ({with_ci(beyond)} with the number of tokens partialled "
-            "out)"
-        )
+    parts = [
+        f"{with_ci(spread.with_mrd())} with {spread.algorithm} ({with_ci(spread.beyond_length())} with the number of "
+        "tokens partialled out)"
+        for spread in spreads
+    ]
     return (
         "Rank correlation of a composite's mean log MRD with its change, which the paper's definition makes negative: "
         f"{'; '.join(parts)}."
@@ -326,6 +339,8 @@ def _summary(spread: Spread) -> dict[str, Any]:
         **interval_columns("variation", spread.variation()),
         **interval_columns("own_share", spread.composite_share()),
         **interval_columns("percentile_ratio", spread.percentile_ratio()),
+        **interval_columns("spearman_of_mrd", spread.with_mrd()),
+        **interval_columns("length_partialled_out", spread.beyond_length()),
         "extremes_ratio": float(spread.means.max() / spread.means.min()),
     }
 

@@ -104,7 +104,11 @@ def answer(
         ]
     )
     panels = [_metric_lines(by_epoch, metric, original) for metric in columns.judged]
-    return Answer(table, panels, sentences, verdicts, inches=(6.0 * len(panels), 5.0))
+    means_table = as_table(
+        [row for row in weighted_tables.rows_of(means, columns, original) if row["method"] != "Original"]
+    )
+    tables = {"table4-means": means_table}
+    return Answer(table, panels, sentences, verdicts, inches=(6.0 * len(panels), 5.0), tables=tables)
 
 
 def outcomes_by_epoch(trials: pa.Table, epochs: pa.Table, metrics: Sequence[str]) -> dict[int, list[Outcome]]:
