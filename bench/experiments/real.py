@@ -275,8 +275,8 @@ def planned(setups: Sequence[Setup], hours: float, spent: float, out: Path) -> t
     ]
     head = ["experiment", "sweep", "selections", "at most", "seconds a selection"]
     words = (
-        f"Planned for {hours:g} hours, of which {plan['spent_seconds'] / 3600:.2f} h were gone before any sweep; trials "
-        f"run {plan['at_once']} at a time.\n\n{markdown_table(head, lines)}"
+        f"Planned for {hours:g} hours, of which {plan['spent_seconds'] / 3600:.2f} h were gone before any sweep; "
+        f"trials run {plan['at_once']} at a time.\n\n{markdown_table(head, lines)}"
     )
     return [dataclasses.replace(setup, values=sized(setup.values, plan["share"])) for setup in setups], words
 
