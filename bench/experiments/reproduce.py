@@ -11,6 +11,7 @@ The preset real also has models/, plan.json and setting.md, see `bench.experimen
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -118,6 +119,8 @@ def reproduce(
         )
     if preset != real.PRESET and hours is not None:
         raise UserError(f"{named('hours')} is for preset {real.PRESET}: the others have fixed sizes")
+    if hours is not None and not 0 < hours < math.inf:
+        raise UserError(f"{named('hours')} is {hours:g}: expected a number above 0")
     if preset != real.PRESET and model is not None and (name == ALL or EXPERIMENTS[name].on_model is None):
         able = ", ".join(each for each, experiment in EXPERIMENTS.items() if experiment.on_model)
         raise UserError(

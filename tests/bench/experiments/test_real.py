@@ -73,6 +73,8 @@ def test_a_model_of_ones_own_learns_and_is_asked(
     (tmp_path / "real.yaml").write_text(SPEC)
     command = ["reproduce", "all", "--preset", "real", "--model", str(model_folder), "--task", "tiny.yaml"]
     command += ["--spec", "real.yaml", "--out", "out", "--concurrent", "0"]
+    assert main([*command, "--hours", "nan"]) == 2
+    assert "--hours is nan: expected a number above 0" in capsys.readouterr().err
     assert main([*command, "--hours", "1e-9"]) == 2
     assert "what has been done is kept" in capsys.readouterr().err
     assert main([*command, "--hours", "1"]) == 0
