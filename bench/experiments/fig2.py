@@ -19,7 +19,7 @@ from bench.files.status import FINISHED
 from bench.jobs.sweep_tables import as_table
 from bench.metrics import limits_of
 from bench.report.figures import BLUE, GREEN, MUTED, ORANGE, VERMILLION, Draw
-from bench.report.verdicts import listed
+from bench.report.verdicts import by_claim
 from bench.report.words import count_with_ci, interval_columns, numbers_table, share_with_ci, with_ci
 from bench.stats.estimates import Estimate
 from bench.stats.selection_bias import (
@@ -302,10 +302,7 @@ def _most_reversed(table: ScoreTable, level: float) -> Estimate:
 
 
 def _claim(decided: Sequence[Verdict]) -> str:
-    by_text: dict[str, list[Verdict]] = {}
-    for verdict in decided:
-        by_text.setdefault(verdict.claim.text, []).append(verdict)
-    return "The paper's claims: " + ". ".join(f"that {text}: {listed(each)}" for text, each in by_text.items()) + "."
+    return f"The paper's claims: {'. '.join(by_claim(decided))}."
 
 
 # --- Thirds by MRD ------------------------------------------------------------------------------------------

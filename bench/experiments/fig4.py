@@ -11,6 +11,7 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import combinations
 from typing import Any
 
@@ -125,10 +126,12 @@ class Spread:
 
         return over_sets(ratio, [len(self.changes)])
 
+    @cached_property
     def with_mrd(self) -> Estimate:
         """Spearman's correlation of a composite's mean log MRD with its change."""
         return spearman(self.mean_log_mrd, self.difficulties)
 
+    @cached_property
     def beyond_length(self) -> Estimate:
         """The same with the number of tokens partialled out."""
         return partial_spearman(self.mean_log_mrd, self.difficulties, self.tokens)
@@ -155,9 +158,10 @@ def answer(trials: pa.Table, samples: pa.Table, margins: Mapping[str, float]) ->
         margins: the smallest VARIATION beyond LARGE_VARIATION that matters.
     """
     spreads = spreads_of(trials, samples)
+    agreements = agreements_of(spreads)
     sentences = [_headline(spreads), _inequality(spreads), _relation_to_mrd(spreads)]
-    if len(spreads) > 1:
-        sentences.append(_agreement(spreads))
+    if agreements:
+        sentences.append(_agreement(agreements))
     if capped := sum(int((~spread.forgotten).sum()) for spread in spreads):
         sentences.append(
             f"{capped} of {sum(len(spread.composites) for spread in spreads)} composites were not wholly forgotten at "
@@ -180,7 +184,7 @@ def answer(trials: pa.Table, samples: pa.Table, margins: Mapping[str, float]) ->
             "fig4-agreement": as_table(
                 [
                     {"first": first, "second": second, **interval_columns("spearman", correlation)}
-                    for (first, second), correlation in agreements_of(spreads).items()
+                    for (first, second), correlation in agreements.items()
                 ],
             ),
         },
@@ -254,7 +258,7 @@ def _inequality(spreads: Sequence[Spread]) -> str:
 
 def _relation_to_mrd(spreads: Sequence[Spread]) -> str:
     parts = [
-        f"{with_ci(spread.with_mrd())} with {spread.algorithm} ({with_ci(spread.beyond_length())} with the number of "
+        f"{with_ci(spread.with_mrd)} with {spread.algorithm} ({with_ci(spread.beyond_length)} with the number of "
         "tokens partialled out)"
         for spread in spreads
     ]
@@ -264,10 +268,9 @@ def _relation_to_mrd(spreads: Sequence[Spread]) -> str:
     )
 
 
-def _agreement(spreads: Sequence[Spread]) -> str:
+def _agreement(agreements: Mapping[tuple[str, str], Estimate]) -> str:
     parts = [
-        f"{with_ci(correlation)} between {first} and {second}"
-        for (first, second), correlation in agreements_of(spreads).items()
+        f"{with_ci(correlation)} between {first} and {second}" for (first, second), correlation in agreements.items()
     ]
     return f"Rank correlation of the changes of the same composites: {', '.join(parts)}."
 
@@ -339,8 +342,8 @@ def _summary(spread: Spread) -> dict[str, Any]:
         **interval_columns("variation", spread.variation()),
         **interval_columns("own_share", spread.composite_share()),
         **interval_columns("percentile_ratio", spread.percentile_ratio()),
-        **interval_columns("spearman_of_mrd", spread.with_mrd()),
-        **interval_columns("length_partialled_out", spread.beyond_length()),
+        **interval_columns("spearman_of_mrd", spread.with_mrd),
+        **interval_columns("length_partialled_out", spread.beyond_length),
         "extremes_ratio": float(spread.means.max() / spread.means.min()),
     }
 

@@ -30,7 +30,7 @@ from bench.experiments.shared.single_samples import (
 )
 from bench.jobs.sweep_tables import as_table
 from bench.report.figures import Draw
-from bench.report.verdicts import listed
+from bench.report.verdicts import by_claim
 from bench.report.words import decimal, interval, interval_columns, with_ci
 from bench.stats.estimates import Estimate, spearman
 from bench.stats.verdicts import Claim, Verdict, bootstrapped, decide
@@ -139,12 +139,7 @@ def _of_task(task: str, relations: Sequence[Relation], agreements: Mapping[tuple
 
 
 def _claim(decided: Sequence[Verdict]) -> str:
-    parts = []
-    for text in (FEWER, ALIKE):
-        of_text = [verdict for verdict in decided if verdict.claim.text == text]
-        if of_text:
-            parts.append(f"that {text}: {listed(of_text)}")
-    return f"The paper's claims: {'. And '.join(parts)}."
+    return f"The paper's claims: {'. And '.join(by_claim(decided))}."
 
 
 def _scatter(task: str, relations: Sequence[Relation]) -> Draw:

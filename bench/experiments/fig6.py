@@ -334,16 +334,20 @@ class Sensitivity:
             for dtype in (EXACT, COARSE)
             for estimator, statistic in (DRAWN[0], DRAWN[2])
         ]
-        moved = [f"{name} by {percent_with_ci(self.moved(statistic))}" for statistic, name in CLOSED_FORM.items()]
+        moved = [f"{estimator} by {percent_with_ci(share)}" for estimator, share in self.moved.items()]
         return (
             f"**Against sigma**, {len(self.tokens)} samples. {' '.join(line.sentence() for line in lines)} "
             f"{inflation(lines)} The estimators that differentiate are proportional to the power of sigma by "
             f"construction; {COARSE} moves {' and '.join(moved)} (median)."
         )
 
-    def moved(self, statistic: str) -> Estimate:
-        """By what share of it bfloat16 moves the closed form, the median of samples."""
-        return _median(np.abs(self._coarse_closed_form(statistic) / self.closed_form(statistic) - 1))
+    @cached_property
+    def moved(self) -> dict[str, Estimate]:
+        """Estimator -> by what share of it bfloat16 moves the closed form, the median of samples."""
+        return {
+            estimator: _median(np.abs(self._coarse_closed_form(statistic) / self.closed_form(statistic) - 1))
+            for statistic, estimator in CLOSED_FORM.items()
+        }
 
     def _coarse_closed_form(self, statistic: str) -> np.ndarray:
         """The closed form in bfloat16, (N,): that in float32 times the ratio of both along the same directions."""
@@ -362,7 +366,7 @@ class Sensitivity:
         parts = []
         for sigma in (spec.sigma, spec.other_sigma):
             mrd = self.with_stable_draws(sigma)
-            ratio, rank, rank_of_tokens = self.against_closed_form(sigma).values()
+            ratio, rank, rank_of_tokens = self.against_closed_form[sigma].values()
             ratios = mrd / self.expected("mean_abs", sigma)
             same = self._claim("it is the closed form", "MRD / closed form", 0, math.log(CLOSE), ratios)
             parts.append(
@@ -379,14 +383,18 @@ class Sensitivity:
         """MRD (mean_abs) by Monte Carlo with the paper's number of draws, (N,)."""
         return _score(self.draws["monte-carlo", EXACT, sigma].values[:, : self.spec.stable], "mean_abs")
 
-    def against_closed_form(self, sigma: float) -> dict[str, Estimate]:
-        """How that is related to the closed form and to the number of scored tokens."""
-        mrd, expected = self.with_stable_draws(sigma), self.expected("mean_abs", sigma)
-        return {
-            "MRD / closed form": _median(mrd / expected),
-            "rank correlation with the closed form": spearman(mrd, expected),
-            "rank correlation with the number of scored tokens": spearman(mrd, self.tokens),
-        }
+    @cached_property
+    def against_closed_form(self) -> dict[float, dict[str, Estimate]]:
+        """Sigma -> how that is related to the closed form and to the number of scored tokens."""
+        relations = {}
+        for sigma in (self.spec.sigma, self.spec.other_sigma):
+            mrd, expected = self.with_stable_draws(sigma), self.expected("mean_abs", sigma)
+            relations[sigma] = {
+                "MRD / closed form": _median(mrd / expected),
+                "rank correlation with the closed form": spearman(mrd, expected),
+                "rank correlation with the number of scored tokens": spearman(mrd, self.tokens),
+            }
+        return relations
 
     def either_count(self, by_count: Sequence[CountError]) -> str:
         """The error after either of the paper's two numbers of draws."""
@@ -419,12 +427,12 @@ class Sensitivity:
             f"forms: {with_ci(self.rank_of_closed_forms)}."
         )
 
-    @property
+    @cached_property
     def curvature_stderr(self) -> Estimate:
         """The relative standard error of the curvature along all directions, the median of samples."""
         return _relative_stderr(self.draws["curvature", EXACT, self.spec.sigma].values, "abs_mean")
 
-    @property
+    @cached_property
     def rank_of_closed_forms(self) -> Estimate:
         return spearman(self.closed_form("mean_abs"), self.closed_form("abs_mean"))
 
@@ -432,10 +440,10 @@ class Sensitivity:
         """Those of the sentences that no other table has."""
         numbers = {
             f"{what}, sigma {sigma:g}": estimate
-            for sigma in (self.spec.sigma, self.spec.other_sigma)
-            for what, estimate in self.against_closed_form(sigma).items()
+            for sigma, relations in self.against_closed_form.items()
+            for what, estimate in relations.items()
         }
-        numbers |= {f"{name}, moved by {COARSE}": self.moved(statistic) for statistic, name in CLOSED_FORM.items()}
+        numbers |= {f"{estimator}, moved by {COARSE}": share for estimator, share in self.moved.items()}
         return numbers | {
             "relative standard error of the curvature": self.curvature_stderr,
             "rank correlation of the closed forms": self.rank_of_closed_forms,

@@ -13,7 +13,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,13 +51,13 @@ class RealModel:
         stand_ins: the name of a place in the spec file -> what stands there: a folder, a task or a split.
         fingerprints: of the models, by name.
         seconds: that fine-tuning took.
-        sentences: how well the models know the task.
+        knowledge: how well the models know the task, in words.
     """
 
     stand_ins: Mapping[str, str]
     fingerprints: Mapping[str, str]
     seconds: float
-    sentences: Sequence[str]
+    knowledge: str
 
 
 def prepare(
@@ -96,11 +95,7 @@ def prepare(
         folders | {"task": data, "forget": forget, "retain": retain},
         {name: find_model(folder).fingerprint for name, folder in folders.items()},
         sum(sum(run.record["seconds"].values()) for run in runs.values()),
-        [
-            _of_models(
-                folders, task, data, forget, {name: len(records) for name, records in sets.items()}, out, resources
-            )
-        ],
+        _of_models(folders, task, data, forget, sets, out, resources),
     )
 
 
@@ -125,7 +120,7 @@ def _of_models(
     task: Task,
     data: str,
     forget: str,
-    sizes: Mapping[str, int],
+    sets: Mapping[str, Sequence[Any]],
     out: Path,
     resources: SweepResources,
 ) -> str:
@@ -138,8 +133,10 @@ def _of_models(
         values = dict(zip(known.metrics["name"], known.metrics["value"], strict=True))
         rows.append([name.replace("_", "-"), *(decimal(values[metric], 3) for metric in metrics)])
     head = ["model", *(metric.replace("_", " ") for metric in metrics)]
-    sets = " and ".join(f"{count} samples of {name}" for name, count in sizes.items())
-    return f"The original has learned {sets}, the retain-only model the latter alone.\n\n{markdown_table(head, rows)}"
+    learned = " and ".join(f"{len(records)} samples of {name}" for name, records in sets.items())
+    return (
+        f"The original has learned {learned}, the retain-only model the latter alone.\n\n{markdown_table(head, rows)}"
+    )
 
 
 # --- Sizes -----------------------------------------------------------------------------------------------------------
@@ -160,24 +157,30 @@ def sweeps_in(values: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
 def sized(values: Mapping[str, Any], share: float) -> dict[str, Any]:
     """The same sections with a share of the selections of their sweeps, but at least LEAST."""
     fewer = {
-        key: {**section, "selections": [_fewer(each, share) for each in section["selections"]]}
-        for key, section in sweeps_in(values).items()
+        key: _with_counts(section, lambda count: _part(count, share)) for key, section in sweeps_in(values).items()
     }
     return {**values, **fewer}
 
 
-def _fewer(selection: Mapping[str, Any], share: float) -> dict[str, Any]:
-    count = selection.get("count")
-    return {**selection} if count is None else {**selection, "count": max(min(LEAST, count), math.floor(share * count))}
+def _part(count: int, share: float) -> int:
+    """A share of so many selections, but at least LEAST where there are as many."""
+    return max(min(LEAST, count), math.floor(share * count))
+
+
+def _with_counts(section: Mapping[str, Any], of: Callable[[int], int]) -> dict[str, Any]:
+    """The sweep with other numbers of selections, where there is a number.
+
+    Args:
+        of: a number of selections -> the other one.
+    """
+    selections = [{**each, "count": of(each["count"])} if "count" in each else each for each in section["selections"]]
+    return {**section, "selections": selections}
 
 
 def _pilot(section: Mapping[str, Any]) -> dict[str, Any]:
     """A sweep with the first seed, and few selections."""
     vary = {name: values[:1] if name == "seed" else values for name, values in section.get("vary", {}).items()}
-    selections = [
-        {**each, "count": min(PILOTS, each["count"])} if "count" in each else each for each in section["selections"]
-    ]
-    return {**section, "vary": vary, "selections": selections}
+    return _with_counts({**section, "vary": vary}, lambda count: min(PILOTS, count))
 
 
 @dataclass(frozen=True)
@@ -196,7 +199,7 @@ class Timed:
     seconds: float
 
     def selections(self, share: float) -> int:
-        return sum(_fewer({"count": count}, share)["count"] for count in self.counts)
+        return sum(_part(count, share) for count in self.counts)
 
 
 def timed_of(setup: Setup) -> list[Timed]:
@@ -286,7 +289,8 @@ def _at_once(resources: SweepResources) -> int:
     if resources.in_this_process:
         return 1
     connect()
-    return min(resources.concurrent or os.cpu_count() or 1, how_many_fit(resources.footprint(), "trial"))
+    fit = how_many_fit(resources.footprint(), "trial")
+    return min(resources.concurrent or fit, fit)
 
 
 def answered(
@@ -310,7 +314,7 @@ def answered(
     spent = real.seconds + sum(seconds for _, seconds in done)
     ready, words = planned([setup for _, setup in swept], hours, spent, out)
     with replacing(out / SETTING) as unfinished:
-        unfinished.write_text("\n\n".join(["## The models", *real.sentences, "## The plan", words]) + "\n")
+        unfinished.write_text("\n\n".join(["## The models", real.knowledge, "## The plan", words]) + "\n")
     print(words, flush=True)
     return [folder for folder, _ in done] + [
         answer(experiment, setup)[0] for (experiment, _), setup in zip(swept, ready, strict=True)

@@ -96,7 +96,8 @@ def reproduce(
             scale; or "real", on a model of your own.
         out: a folder; the same call continues where it was stopped.
         resources: how trials, and replicas, are spread.
-        spec: a file instead of the experiment's own, with a section named like the preset; for one experiment.
+        spec: a file instead of the experiment's own, with a section named like the preset, for one experiment; of the
+            preset real with a section for each.
         progress: show bars.
         model, data, split: run the experiment on these instead, where it can be run on any; of the preset real the
             model that is fine-tuned, the task and its forget split.
@@ -188,10 +189,21 @@ def _setup(
         )
     if MARGINS in sections and MARGINS not in values:
         values = {**values, MARGINS: sections[MARGINS]}
-    resources = (resources or SweepResources()).checked()
-    work = out / "work" / experiment.name
     names = Naming(file=str(path), lines=lines, path=(preset,))
-    return Setup(experiment.name, values, names, work, out / "trials", resources, progress)
+    return _setup_of(experiment, values, names, out, resources, progress)
+
+
+def _setup_of(
+    experiment: Experiment,
+    values: Mapping[str, Any],
+    names: Naming,
+    out: Path,
+    resources: SweepResources | None,
+    progress: bool,
+) -> Setup:
+    """What an experiment is run with whose answer goes to `out`."""
+    resources = (resources or SweepResources()).checked()
+    return Setup(experiment.name, values, names, out / "work" / experiment.name, out / "trials", resources, progress)
 
 
 def _real_setups(
@@ -221,17 +233,7 @@ def _real_setups(
         own, _ = read_mapping(SPECS / f"{experiment.name}.yaml")
         margins = {MARGINS: own[MARGINS]} if MARGINS in own else {}
         names = Naming(file=str(path), lines=lines, path=(experiment.name,))
-        setups.append(
-            Setup(
-                experiment.name,
-                {**sections[experiment.name], **margins},
-                names,
-                out / "work" / experiment.name,
-                out / "trials",
-                (resources or SweepResources()).checked(),
-                progress,
-            )
-        )
+        setups.append(_setup_of(experiment, sections[experiment.name] | margins, names, out, resources, progress))
     return sections.get(real.FINE_TUNE, {}), setups
 
 

@@ -22,7 +22,7 @@ from bench.experiments.shared.arms import ALL, UNIFORM, Row, merged, plus_minus
 from bench.experiments.shared.costs import BACKWARD, COST, SECONDS, UPDATES, ForgetSet, Ratio, RunCost
 from bench.files.status import FINISHED
 from bench.jobs.sweep_tables import as_table
-from bench.report.verdicts import listed
+from bench.report.verdicts import by_claim
 from bench.report.words import interval_columns
 from bench.stats.estimates import Estimate, geometric_mean, over_seeds
 from bench.stats.verdicts import Claim, Interval, Verdict, decide, half_of
@@ -259,10 +259,7 @@ def _not_at_the_end(capped: Sequence[RunCost], runs: Sequence[RunCost]) -> str:
 
 
 def _claim(verdicts: Sequence[Verdict]) -> str:
-    parts = []
-    for text in dict.fromkeys(verdict.claim.text for verdict in verdicts):
-        parts.append(f"that {text}: {listed(verdict for verdict in verdicts if verdict.claim.text == text)}")
-    return f"The paper's claim, {'; '.join(parts)}."
+    return f"The paper's claim, {'; '.join(by_claim(verdicts))}."
 
 
 # --- Rows and pictures --------------------------------------------------------------------------------------

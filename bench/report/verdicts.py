@@ -170,6 +170,14 @@ def listed(verdicts: Iterable[Verdict]) -> str:
     return "; ".join(parts)
 
 
+def by_claim(verdicts: Iterable[Verdict]) -> list[str]:
+    """For each claim, in the order in which they first appear: "that it is so: holds for NPO; ..."."""
+    of_claim: dict[str, list[Verdict]] = {}
+    for verdict in verdicts:
+        of_claim.setdefault(verdict.claim.text, []).append(verdict)
+    return [f"that {text}: {listed(each)}" for text, each in of_claim.items()]
+
+
 def _would_tell(verdict: Verdict) -> str:
     """In brackets, how much data would tell; "" where it can be told."""
     return f" ({needed(verdict.needed, verdict.claim.unit)})" if verdict.word == UNKNOWN else ""

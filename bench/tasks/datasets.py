@@ -139,7 +139,8 @@ class Texts:
 
 def short_name(name: str) -> str:
     """The task or data file for a reader, without the place where its data are: `tofu` of `tofu:/data/tofu`."""
-    return name.partition(":")[0] if name.partition(":")[0] in TASKS else Path(name).stem
+    head = name.partition(":")[0]
+    return head if head in TASKS else Path(name).stem
 
 
 def find_task(name: str) -> tuple[Task, str | None]:
