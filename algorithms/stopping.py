@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from algorithms.group import ALONE, Group
 from scoring.memorization import extraction_likelihood, memorization_accuracy
+from scoring.progress import advance, expect
 from scoring.samples import Sample, make_batches
 
 
@@ -94,9 +95,11 @@ def _measure(
     ma = np.empty(len(samples))
     row_of = {sample.index: row for row, sample in enumerate(samples)}
     device = next(model.parameters()).device
+    expect(len(samples))
     for batch in make_batches(samples, batch_tokens):
         rows = [row_of[index] for index in batch.indices.tolist()]
         ma[rows] = memorization_accuracy(model, batch.to(device)).cpu().numpy()
+        advance(len(rows))
     el = np.full(len(samples), np.inf)
     undecided = np.flatnonzero(ma < el_below) if el_below is not None else np.arange(len(samples))
     if len(undecided):

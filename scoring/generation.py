@@ -19,6 +19,7 @@ from transformers import DynamicCache, PreTrainedModel
 from scoring.abilities import abilities_of, positions_for, remembered, same, tokens_to_try
 from scoring.errors import UserError
 from scoring.precision import as_precise_as_weights
+from scoring.progress import advance, expect
 
 Way = Literal["together", "alone", "anew"]
 
@@ -56,6 +57,7 @@ def greedy_continuations(
     check_fit(getattr(model.config.get_text_config(), "max_position_embeddings", None), prompts, limits)
     stops = stops_of(model, eos_token_id)
     continuations = [np.empty(0, dtype=np.int64) for _ in prompts]
+    expect(sum(limit > 0 for limit in limits))
     for group in group_prompts(prompts, limits, batch_tokens):
         written = _decode(model, [prompts[i] for i in group], [limits[i] for i in group], stops)
         for i, tokens in zip(group, written, strict=True):
@@ -145,6 +147,7 @@ def _decode_one(
             break
         written.append(token)
         ids = torch.cat([ids, ids.new_tensor([[token]])], dim=1)
+    advance()
     return written
 
 
@@ -273,6 +276,7 @@ def _decode_together(
             written[prompt_number].append(token)
             if len(written[prompt_number]) < limits[prompt_number]:
                 unfinished.append(row)
+        advance(len(prompt_of_row) - len(unfinished))
         if not unfinished:
             return written
         batch.keep(unfinished, tokens[torch.tensor(unfinished, device=tokens.device)])

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Self
 
 import torch
-from tqdm import tqdm
 from transformers import AutoModelForCausalLM
 
 from algorithms.corpus import REFUSALS, Corpus, Encoder, Evaluation, answers_evaluation, make_corpus
@@ -32,7 +31,7 @@ from algorithms.schedule import resolved_schedule
 from bench.files.identity import identity_fields, with_spec_hash
 from bench.files.spec import read_mapping
 from bench.jobs.resources import Resources, check_gpus
-from bench.jobs.run_folder import RunFolder, UnlearnResult, full_disks_said_plainly, read_run
+from bench.jobs.run_folder import RunFolder, UnlearnResult, failures_noted, full_disks_said_plainly, read_run
 from bench.models.find import ModelName, ModelReference, absolute_model, find_model
 from bench.tasks import Task
 from bench.tasks.datasets import (
@@ -43,6 +42,7 @@ from bench.tasks.datasets import (
     find_task,
     is_data_file,
     load_dataset,
+    subject,
 )
 from bench.tasks.selections import read_ids
 from bench.tasks.sources import TEXT, TEXTS, read_file, with_fields
@@ -51,6 +51,7 @@ from scoring.cluster import connect
 from scoring.errors import UserError
 from scoring.files import shown
 from scoring.load import read_config
+from scoring.progress import Bar, Meter
 from scoring.reading import read_text
 from scoring.samples import TextSet
 from scoring.settings import Doc, Naming, named, naming
@@ -173,7 +174,10 @@ def unlearn(spec: UnlearnSpec, out: str | Path, progress: bool = True) -> Unlear
     identity = identity_of(spec, model, forget, retain)
     with RunFolder(out, identity) as folder:
         if folder.is_finished():
-            print(f"{shown(out)} holds this run already (spec {identity['spec_hash']})", file=sys.stderr)
+            print(
+                f"already done, nothing to do: {shown(out)} holds this run (spec {identity['spec_hash']})",
+                file=sys.stderr,
+            )
             return read_run(out)
         corpus, rejected = corpus_of(spec, model, forget, retain)
         folder.check_room(*room_of(spec, model, corpus))
@@ -189,8 +193,9 @@ def unlearn(spec: UnlearnSpec, out: str | Path, progress: bool = True) -> Unlear
             evaluation,
             continues_adapter=spec.adapter is not None,
         )
+        folder.say_where_it_continues(total_updates(len(corpus.forget), spec))
         with full_disks_said_plainly(out):
-            with _Bar(spec, len(corpus.forget), progress) as bar:
+            with _Bar(spec, len(corpus.forget), progress) as bar, failures_noted(folder):
                 history = _train(spec, job, bar)
             folder.finish(history, corpus, rejected, job.checkpoints)
     return read_run(out)
@@ -218,7 +223,7 @@ def _model_of(spec: UnlearnSpec) -> ModelReference:
 def _train(spec: UnlearnSpec, job: TrainingJob, bar: _Bar) -> History:
     if spec.workers == 0:
         on_gpu = torch.cuda.is_available() and spec.gpus_per_worker != 0
-        return train_here(job, "cuda" if on_gpu else "cpu", bar.show)
+        return train_here(job, "cuda" if on_gpu else "cpu", watch=bar.show)
     connect()
     footprint = Resources(None, spec.cpus_per_worker, spec.gpus_per_worker).footprint()
     return train_on_ray(job, footprint, bar.show)
@@ -369,24 +374,30 @@ def identity_of(spec: UnlearnSpec, model: ModelReference, forget: Dataset, retai
 
 
 class _Bar:
-    """The progress bar: updates, loss terms and the share of samples forgotten."""
+    """The progress bar: updates, loss terms, the share of samples forgotten, and what is being done."""
 
     def __init__(self, spec: UnlearnSpec, forget_samples: int, shown: bool) -> None:
-        total = total_updates(forget_samples, spec)
-        self._bar = tqdm(total=total, unit="update", desc=f"unlearning ({spec.algorithm})", disable=not shown)
-        self._retains = Objectives.of(spec).retain is not None
+        title = f"unlearning ({spec.algorithm}, {subject(spec.model, spec.task, spec.forget_split)})"
+        self._bar = Bar(title, total_updates(forget_samples, spec), "update", shown)
+        self._retains, self._in_this_process = Objectives.of(spec).retain is not None, spec.workers == 0
 
     def __enter__(self) -> _Bar:
+        self._bar.__enter__()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._bar.close()
+        self._bar.__exit__()
 
     def show(self, progress: Progress) -> None:
-        terms = {"forget": f"{progress.forget_loss:.3g}"}
-        if self._retains:
-            terms["retain"] = f"{progress.retain_loss:.3g}"
+        terms = []
+        if progress.forget_loss is not None:
+            terms.append(f"forget={progress.forget_loss:.3g}")
+        if self._retains and progress.retain_loss is not None:
+            terms.append(f"retain={progress.retain_loss:.3g}")
         if progress.forgotten is not None:
-            terms["forgotten"] = f"{progress.forgotten:.0%}"
-        self._bar.set_postfix(terms, refresh=False)
-        self._bar.update(progress.step - self._bar.n)
+            terms.append(f"forgotten={progress.forgotten:.0%}")
+        self._bar.at(progress.step)
+        self._bar.left = progress.seconds_left
+        if not self._in_this_process:  # else the bar's own meter has it
+            terms.append(str(Meter(progress.phase, progress.done, progress.of)))
+        self._bar.say(", ".join(filter(None, terms)))
