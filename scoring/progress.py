@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -95,7 +95,7 @@ def tasks_in_flight() -> dict[str, Meter] | None:
 
 
 @contextmanager
-def every(seconds: float, look: Callable[[], None]) -> Iterator[None]:
+def every(seconds: float, look: Callable[[], None], at_end: bool = True) -> Iterator[None]:
     """Within the context `look` is called again and again in another thread, and once more at the end."""
     done = threading.Event()
 
@@ -110,7 +110,8 @@ def every(seconds: float, look: Callable[[], None]) -> Iterator[None]:
     finally:
         done.set()
         thread.join()
-        look()
+        if at_end:
+            look()
 
 
 class Bar:
@@ -139,8 +140,8 @@ class Bar:
         self._lock = threading.Lock()
         self._looking: Any = None
         self._bar = tqdm(
-            total=total,
-            initial=initial,
+            total=round(total),
+            initial=round(initial),
             unit=unit,
             desc=title,
             disable=not shown,
@@ -164,9 +165,9 @@ class Bar:
             self._looking.__exit__(None, None, None)
         self._bar.close()
 
-    def title(self, title: str) -> None:
-        """Say what is done now."""
-        self._bar.set_description_str(title, refresh=False)
+    @property
+    def shown(self) -> bool:
+        return not self._bar.disable
 
     def say(self, words: str) -> None:
         """Show words behind the bar."""
@@ -176,6 +177,16 @@ class Bar:
         """So many units are done in all."""
         self._finished = units
 
+    @contextmanager
+    def task(self, key: str) -> Iterator[None]:
+        """Within the context a task that was begun counts how far it is."""
+        with metered(self._in_flight.setdefault(key, Meter())):
+            yield
+
+    def told(self, in_flight: Mapping[str, Meter]) -> None:
+        """How far tasks are that were begun and are done elsewhere."""
+        self._in_flight |= in_flight
+
     def begin(self, sizes: dict[str, float]) -> None:
         """Begin tasks, of so many units each; a bar that did not count on them grows."""
         self._sizes |= sizes
@@ -184,14 +195,14 @@ class Bar:
 
     def finish(self, key: str) -> None:
         """A task is done."""
-        self._finished += self._sizes.pop(key)
+        self._finished += self._sizes.pop(key, 0.0)
         self._in_flight.pop(key, None)
 
     def _draw(self) -> None:
         flying = sum(self._sizes.get(key, 0.0) * meter.share for key, meter in list(self._in_flight.items()))
         with self._lock:
             bar = self._bar
-            bar.total, bar.n = self._total, round(min(self._finished + flying, self._total))
+            bar.total, bar.n = round(self._total), round(min(self._finished + flying, self._total))
             bar.set_postfix_str(", ".join(filter(None, (self._words, str(self.meter)))), refresh=False)
             left = "{remaining}" if self.left is None else tqdm.format_interval(self.left)
             bar.bar_format = "{l_bar}{bar}| {n_fmt}/{total_fmt} {unit} [{elapsed}<" + left + "{postfix}]"

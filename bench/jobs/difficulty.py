@@ -36,6 +36,7 @@ from bench.tasks.datasets import (
     find_task,
     is_data_file,
     open_texts,
+    subject,
 )
 from scoring.engine import Dtype
 from scoring.errors import UserError
@@ -217,6 +218,7 @@ def difficulty(
         return DifficultyResult(out, table, [Rejected(**r) for r in record["rejected"]], record, 0.0)
     samples, rejected = read_samples(texts, model, spec.tokens, spec.samples)
     batches = samples.batches(spec.batch_tokens)
+    on = subject(spec.model, spec.data, spec.split)
     with ColumnParts(out, identity) as parts:
         started = time.perf_counter()
         replica = ReplicaSpec(model.source, model.revision, spec.dtype, engine=resources.engine)
@@ -234,7 +236,7 @@ def difficulty(
                 parts,
                 len(samples),
                 samples.rows_of,
-                "measuring" if progress else None,
+                f"measuring ({', '.join(spec.measure)}, {on})" if progress else None,
             )
             replaced = pool.replaced
         seconds = time.perf_counter() - started

@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from bench.files.folders import OwnedFolder, check_folder
 from bench.files.spec import spec_file
@@ -31,6 +31,7 @@ from bench.models.find import find_model
 from bench.report.words import size_of
 from scoring.errors import UserError
 from scoring.files import shown
+from scoring.progress import Bar
 from scoring.settings import build, named
 
 BYTES_RESULT = 300_000  # of a trial, on disk, for a selection of a few hundred samples
@@ -93,13 +94,18 @@ def sweep(
             store.forget_failures()
             folder.reopen()
         if folder.is_finished():
-            tqdm.write(f"{shown(out)} holds this sweep already (spec {plan.identity['spec_hash']})")
+            print(
+                f"already done, nothing to do: {shown(out)} holds this sweep (spec {plan.identity['spec_hash']})",
+                file=sys.stderr,
+            )
             return read_sweep(out)
         started = time.perf_counter()
         plan.choose(resources)
         all_trials = configurations(plan)
         waiting = [trial for trial in all_trials if not store.find(trial.hash)]
         _check_room(plan, all_trials, waiting, store)
+        if (finished := len(all_trials) - len(waiting)) and waiting:
+            print(f"continuing: {finished} of {len(all_trials)} trials are finished", file=sys.stderr)
         search = Search(plan) if spec.search == "optuna" else None
         if resources.in_this_process:
             _run_here(plan, waiting, len(all_trials), store, resources, progress)
@@ -163,9 +169,12 @@ def _run_here(
     )
     threads = torch.get_num_threads()
     try:
-        with tqdm(total=total, initial=total - len(waiting), unit="trial", desc="sweep", disable=not progress) as bar:
+        with Bar(f"sweep ({plan.subject})", total, "trial", progress, total - len(waiting)) as bar:
+            bar.begin({trial.hash: 1.0 for trial in waiting})
             for trial in waiting:
-                run_trial(trial, shared)
-                bar.update()
+                bar.say(trial.title)
+                with bar.task(trial.hash):
+                    run_trial(trial, shared)
+                bar.finish(trial.hash)
     finally:
         torch.set_num_threads(threads)
