@@ -93,6 +93,12 @@ VERBS = (
         programs.reproduce_arguments,
         programs.reproduce,
     ),
+    Verb(
+        "watch",
+        "show runs and sweeps as they go, in the terminal or on a local page",
+        results.watch_arguments,
+        results.watch,
+    ),
     Verb("results", "put results into a store, list, show and export them", results.results_arguments, None),
     Verb(
         "leaderboard",

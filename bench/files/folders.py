@@ -54,6 +54,20 @@ def locked(folder: Path, out: Path, kind: str, name: str = LOCK) -> FileLock:
     return lock
 
 
+def is_held(folder: Path) -> bool:
+    """Whether a process works in a folder: it holds the lock. False where there is none."""
+    import fcntl
+
+    try:
+        with (folder / LOCK).open() as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return False
+
+
 def _warn_of_no_locks(out: Path) -> None:
     print(
         f"mrd-bench: {shown(out)}: this file system has no locks: start nothing else that writes there",

@@ -10,6 +10,7 @@ steps.parquet             one row an update; while it runs, a folder of parts
 epochs.parquet            one row an epoch; row 0 is the initial model; likewise
 samples.parquet           one row a forget sample
 difficulty.parquet        MRD of every sample at every refresh
+logs/                     what --log asks for, see bench.jobs.logs
 run.json                  the rest of the record; written last, so that it says that all is there
 """
 

@@ -18,8 +18,11 @@ from typing import Any
 
 import torch
 
+from algorithms.history import Progress
+from algorithms.live import PROGRESS, write_progress
 from bench.files.folders import OwnedFolder, check_folder
 from bench.files.spec import spec_file
+from bench.jobs.logs import Logging, SweepLogs
 from bench.jobs.resources import SweepResources
 from bench.jobs.run_folder import full_disks_said_plainly
 from bench.jobs.search import Search
@@ -46,8 +49,9 @@ class _SweepFolder(OwnedFolder):
         (self._out / self.RECORD).unlink(missing_ok=True)
 
     def tidy(self) -> None:
-        for name in (".tune", ".work"):
-            shutil.rmtree(self._out / name, ignore_errors=True)
+        for name in (".tune", ".work", PROGRESS):
+            path = self._out / name
+            path.unlink(missing_ok=True) if path.is_file() else shutil.rmtree(path, ignore_errors=True)
 
 
 def sweep(
@@ -57,6 +61,7 @@ def sweep(
     resources: SweepResources | None = None,
     progress: bool = True,
     retry_failed: bool = False,
+    logging: Logging | None = None,
 ) -> SweepResult:
     """Run the trials of a sweep, and write its tables to `out`.
 
@@ -67,6 +72,7 @@ def sweep(
         resources: how the trials are spread; None: on Ray, as many at once as fit.
         progress: show a bar.
         retry_failed: try again what an earlier start gave up: out of memory, dead workers, errors.
+        logging: where trials are logged; None: nowhere.
 
     Returns:
         The tables of trials, epochs, samples and selections (Arrow), and the record of the sweep.
@@ -76,7 +82,7 @@ def sweep(
     """
     if isinstance(spec, str | Path):
         with spec_file(spec, {}, SweepSpec) as from_file:
-            return sweep(from_file, out, trials, resources, progress, retry_failed)
+            return sweep(from_file, out, trials, resources, progress, retry_failed, logging)
     if not isinstance(spec, SweepSpec | Mapping):
         raise UserError(f"spec is {spec!r}: expected bench.jobs.sweep_plan.SweepSpec, a mapping or a YAML file")
     if not isinstance(resources, SweepResources | None):
@@ -84,6 +90,8 @@ def sweep(
     if not isinstance(spec, SweepSpec):
         spec = build(SweepSpec, spec)
     spec, resources, out = spec.checked(), (resources or SweepResources()).checked(), Path(out).absolute()
+    logging = logging or Logging()
+    logging.check_packages()
     plan = SweepPlan(spec, out)
     if resources.in_this_process:
         _check_in_this_process(plan)
@@ -106,15 +114,19 @@ def sweep(
         _check_room(plan, all_trials, waiting, store)
         if (finished := len(all_trials) - len(waiting)) and waiting:
             print(f"continuing: {finished} of {len(all_trials)} trials are finished", file=sys.stderr)
+        logs = SweepLogs(logging, out)
         search = Search(plan) if spec.search == "optuna" else None
         if resources.in_this_process:
-            _run_here(plan, waiting, len(all_trials), store, resources, progress)
+            _run_here(plan, waiting, len(all_trials), store, resources, progress, logs)
         elif waiting or (search and search.left):
             from bench.jobs.sweep_on_tune import run_on_tune
 
-            run_on_tune(plan, all_trials, waiting, search, store, resources, progress)
+            run_on_tune(plan, all_trials, waiting, search, store, resources, progress, logs)
         if search:
             all_trials = search.trials()
+        for trial in all_trials:
+            if found := store.find(trial.hash):
+                logs.add(trial.hash, trial.title, found)
         result = write_tables(plan, all_trials, store, time.perf_counter() - started)
         folder.tidy()
     return result
@@ -151,7 +163,13 @@ def _check_in_this_process(plan: SweepPlan) -> None:
 
 
 def _run_here(
-    plan: SweepPlan, waiting: Sequence[Trial], total: int, store: TrialStore, resources: SweepResources, progress: bool
+    plan: SweepPlan,
+    waiting: Sequence[Trial],
+    total: int,
+    store: TrialStore,
+    resources: SweepResources,
+    progress: bool,
+    logs: SweepLogs,
 ) -> None:
     """Run the trials without a result one by one in this process.
 
@@ -171,10 +189,12 @@ def _run_here(
     try:
         with Bar(f"sweep ({plan.subject})", total, "trial", progress, total - len(waiting)) as bar:
             bar.begin({trial.hash: 1.0 for trial in waiting})
-            for trial in waiting:
+            for number, trial in enumerate(waiting, start=total - len(waiting)):
+                write_progress(plan.out, Progress(number, total))
                 bar.say(trial.title)
                 with bar.task(trial.hash):
-                    run_trial(trial, shared)
+                    result = run_trial(trial, shared)
+                logs.add(trial.hash, trial.title, result)
                 bar.finish(trial.hash)
     finally:
         torch.set_num_threads(threads)

@@ -11,6 +11,7 @@ import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,10 @@ import ray
 from ray import tune
 from ray.tune.schedulers import ASHAScheduler
 
+from algorithms.history import Progress
+from algorithms.live import write_progress
 from bench.files.status import DIED, STOPPED
+from bench.jobs.logs import SweepLogs
 from bench.jobs.resources import SweepResources
 from bench.jobs.search import OBJECTIVE, WORST, Search
 from bench.jobs.sweep_plan import SweepPlan
@@ -42,6 +46,7 @@ def run_on_tune(
     store: TrialStore,
     resources: SweepResources,
     progress: bool,
+    logs: SweepLogs,
 ) -> None:
     """Run the trials that have no result yet, or the configurations that a search has left.
 
@@ -88,7 +93,7 @@ def run_on_tune(
         if not (left := [trial for trial in waiting if store.find(trial.hash) is None]):
             break
         fit(
-            _Trials(plan.subject, store, left, len(trials), progress, is_last=turn == MAX_DEATHS),
+            _Trials(plan.subject, store, left, len(trials), progress, logs, plan.out, is_last=turn == MAX_DEATHS),
             tune.with_parameters(_one_trial, trials=left, shared=shared, objective=objective),
             {"number": tune.grid_search(list(range(len(left))))},
             {"scheduler": _scheduler(plan)},
@@ -210,6 +215,7 @@ class _Watch(tune.Callback):
 
     def __init__(self, about: str, total: int, done: int, unit: str, shown: bool) -> None:
         self._bar = Bar(f"sweep ({about})", total, unit, shown, done)
+        self._done, self._total = done, total
         self._looked = 0.0
 
     def __enter__(self) -> _Watch:
@@ -218,6 +224,11 @@ class _Watch(tune.Callback):
 
     def __exit__(self, *_: object) -> None:
         self._bar.__exit__()
+
+    def ended(self, out: Path) -> None:
+        """One more is done, which whoever watches the sweep is told."""
+        self._done += 1
+        write_progress(out, Progress(self._done, self._total))
 
     def boards(self, trial: Any) -> dict[str, str]:
         """Of a trial under way: the keys of its tasks, and where they tell how far they are."""
@@ -252,11 +263,14 @@ class _Trials(_Watch):
         waiting: Sequence[Trial],
         total: int,
         shown: bool,
+        logs: SweepLogs,
+        out: Path,
         is_last: bool = True,
     ) -> None:
         super().__init__(about, total, total - len(waiting), "trial", shown)
         self._bar.begin({trial.hash: 1.0 for trial in waiting})
-        self._store, self._waiting, self._is_last = store, waiting, is_last
+        self._store, self._waiting, self._logs, self._is_last = store, waiting, logs, is_last
+        self._out = out
         self._rows: dict[str, list[dict[str, Any]]] = {}
 
     def boards(self, trial: Any) -> dict[str, str]:
@@ -278,15 +292,19 @@ class _Trials(_Watch):
         )
 
     def _ended(self, tuned: Any, status: str, reason: str) -> None:
+        result: Result | None
         trial = self._waiting[tuned.config["number"]]
         if self._store.find(trial.hash) is None:
             epochs = self._rows.get(tuned.trial_id, [])
-            result: Result = {"spec": trial.identity, "status": status, "epochs": epochs, "seconds": None}
+            result = {"spec": trial.identity, "status": status, "epochs": epochs, "seconds": None}
             if epochs:
                 result |= {"values": epochs[-1], "updates": epochs[-1]["step"]}
             result["reason"] = reason.format(epoch=epochs[-1]["epoch"] if epochs else 0)
             self._store.write(trial.hash, result)
+        if result := self._store.find(trial.hash):
+            self._logs.add(trial.hash, trial.title, result)
         self._bar.finish(trial.hash)
+        self.ended(self._out)
 
 
 class _Configurations(_Watch):
@@ -299,7 +317,9 @@ class _Configurations(_Watch):
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
         self._search.add(trial.config, trial.last_result[OBJECTIVE], trial.last_result.get("reason"))
         self._bar.at(self._search.total - self._search.left)
+        self.ended(self._search.folder)
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
         self._search.add(trial.config, WORST, f"its worker died {MAX_DEATHS + 1} times")
         self._bar.at(self._search.total - self._search.left)
+        self.ended(self._search.folder)

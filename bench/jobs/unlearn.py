@@ -30,6 +30,7 @@ from algorithms.recipe import DUAL, AnswersMeasured, Execution, Objectives, Reci
 from algorithms.schedule import resolved_schedule
 from bench.files.identity import identity_fields, with_spec_hash
 from bench.files.spec import read_mapping
+from bench.jobs.logs import LOG_FIELDS, Logging, run_logged
 from bench.jobs.resources import Resources, check_gpus
 from bench.jobs.run_folder import RunFolder, UnlearnResult, failures_noted, full_disks_said_plainly, read_run
 from bench.models.find import ModelName, ModelReference, absolute_model, find_model
@@ -65,13 +66,13 @@ NOT_HASHED = ("model", "task", "forget_split", "selection", "retain", *TEMPLATE_
 
 
 @dataclass(frozen=True, kw_only=True)
-class UnlearnSpec(Recipe, Execution, AnswersMeasured, TemplateSettings):
+class UnlearnSpec(Recipe, Execution, AnswersMeasured, TemplateSettings, Logging):
     """What is to be forgotten, by which model, and how it is run.
 
     The hash of all fields but those of EXECUTION is the run's identity.
     """
 
-    EXECUTION: ClassVar = tuple(field.name for field in dataclasses.fields(Execution))
+    EXECUTION: ClassVar = (*(field.name for field in dataclasses.fields(Execution)), *LOG_FIELDS)
     ADDED_LATER: ClassVar = (
         "optimizer",
         "weights",
@@ -133,6 +134,7 @@ class UnlearnSpec(Recipe, Execution, AnswersMeasured, TemplateSettings):
         filled = self.resolved()
         filled["algorithm"] = algorithm_name(self.algorithm)
         check_gpus("gpus_per_worker", self.gpus_per_worker)
+        self.check_packages()
         self.chosen_template()
         return type(self)(**with_absolute_paths(vars(self) | filled))
 
@@ -141,7 +143,7 @@ def with_absolute_paths(fields: Mapping[str, Any]) -> dict[str, Any]:
     """Fields of an UnlearnSpec; those that name files and folders are right in every process, whatever folder it works
     in."""
     located = dict(fields)
-    for name in ("selection", "refusals", "alternatives", "adapter", "schedule"):
+    for name in ("selection", "refusals", "alternatives", "adapter", "schedule", "log_dir"):
         if isinstance(path := fields.get(name), str):
             located[name] = str(Path(path).absolute())
     if isinstance(template := fields.get("template"), str):
@@ -195,7 +197,11 @@ def unlearn(spec: UnlearnSpec, out: str | Path, progress: bool = True) -> Unlear
         )
         folder.say_where_it_continues(total_updates(len(corpus.forget), spec))
         with full_disks_said_plainly(out):
-            with _Bar(spec, len(corpus.forget), progress) as bar, failures_noted(folder):
+            with (
+                _Bar(spec, len(corpus.forget), progress) as bar,
+                failures_noted(folder),
+                run_logged(spec, out, f"{spec.algorithm} {out.name}", identity),
+            ):
                 history = _train(spec, job, bar)
             folder.finish(history, corpus, rejected, job.checkpoints)
     return read_run(out)
