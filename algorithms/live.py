@@ -126,6 +126,7 @@ def progress_told(read: Callable[[], Progress], *tell: Callable[[Progress], None
         for each in tell:
             each(progress)
 
+    look()
     with metered(meter), every(PROGRESS_S, look):
         yield
 
