@@ -13,10 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from selenium.webdriver.common.by import By
 
 from bench.cli import main
 from bench.watch.page import HERE, make_server
 from bench.watch.read import look
+from tests.bench.boards.test_page import Browser, browser  # noqa: F401
 from tests.paths import ROOT
 from tests.processes import kill, wait_for
 from tests.tiny_folders import pairs, write_jsonl
@@ -95,3 +97,12 @@ def test_the_page_answers_this_machine_alone(port: int) -> None:
     assert html.count("<polyline") >= 3
     assert get("/", f"evil.example:{port}")[0] == 403
     assert get("/../spec.json", f"{HERE}:{port}")[0] == 404
+
+
+def test_a_browser_shows_a_hostile_name_as_text(port: int, browser: Browser) -> None:  # noqa: F811
+    driver = browser.driver
+    driver.get(f"http://{HERE}:{port}/")
+    assert driver.title == "mrd-bench watch"
+    assert HOSTILE.replace("/", "") in driver.find_element(By.CSS_SELECTOR, "tbody td").text
+    assert not driver.find_elements(By.TAG_NAME, "img")
+    assert len(driver.find_elements(By.CSS_SELECTOR, "svg polyline")) >= 3
