@@ -67,6 +67,13 @@ VERBS = (
         computes=True,
     ),
     Verb(
+        "train",
+        "fine-tune a model on a task or a data file, until it knows it by heart; with and without a forget set",
+        jobs.train_arguments,
+        jobs.train,
+        computes=True,
+    ),
+    Verb(
         "unlearn",
         "make a model forget samples, easy or hard ones first, or as they come",
         jobs.unlearn_arguments,

@@ -21,6 +21,8 @@ from scoring.reading import exists, read_json
 from scoring.settings import named, settings_of
 
 LOCK = ".lock"
+# In the folder of a run that trains a model: the record, which is written last, and the model.
+RUN_RECORD, RUN_MODEL = "run.json", "model"
 # Of a page, that its title stands in.
 HEAD_BYTES = 1000
 
