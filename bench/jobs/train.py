@@ -225,7 +225,7 @@ class TrainResult:
 def train(
     model: str | Path, task: str | Path, out: str | Path, *, progress: bool = False, **settings: Any
 ) -> TrainResult:
-    """Fine-tune a model on a split of a task or on a data file; with `and_retain` a second one, on all but a forget set.
+    """Fine-tune a model on a split of a task or on a data file; with `and_retain` a second one, on the rest alone.
 
     Args:
         model: the start: an embedded model, a folder, or a Hugging Face id.
@@ -317,7 +317,7 @@ def _trained(
             target=Target(asked, spec.until.get("ma")) if spec.until or spec.evaluate else None,
         )
         with full_disks_said_plainly(out):
-            history = carried_out(job, f"training ({name})" if name else "training", progress)
+            history = carried_out(job, f"training ({name})" if name else "training", progress, "loss")
             if job.target is not None and len(asked) < len(corpus.forget):
                 history.note(f"MA is that of {len(asked)} evenly spaced samples of {len(corpus.forget)}")
             folder.finish(history, corpus, [{**each, "set": TRAINED} for each in rejected], job.checkpoints)

@@ -214,15 +214,16 @@ def _model_of(spec: UnlearnSpec) -> ModelReference:
     return find_model(spec.adapter)
 
 
-def carried_out(job: TrainingJob, title: str, progress: bool) -> History:
+def carried_out(job: TrainingJob, title: str, progress: bool, loss: str = "forget") -> History:
     """Run a job in this process or on Ray Train, as its execution says.
 
     Args:
         title: of the bar.
         progress: show it.
+        loss: what the bar calls the loss of the samples that are trained on.
     """
     execution = job.execution
-    with _Bar(job.recipe, len(job.corpus.forget), title, progress) as bar:
+    with _Bar(job, title, loss, progress) as bar:
         if execution.workers == 0:
             on_gpu = torch.cuda.is_available() and execution.gpus_per_worker != 0
             return train_here(job, "cuda" if on_gpu else "cpu", bar.show)
@@ -378,10 +379,11 @@ def identity_of(spec: UnlearnSpec, model: ModelReference, forget: Dataset, retai
 class _Bar:
     """The progress bar: updates, loss terms and the share of samples forgotten."""
 
-    def __init__(self, recipe: Recipe, forget_samples: int, title: str, shown: bool) -> None:
-        total = total_updates(forget_samples, recipe)
+    def __init__(self, job: TrainingJob, title: str, loss: str, shown: bool) -> None:
+        total = total_updates(len(job.corpus.forget), job.recipe)
+        self._loss = loss
         self._bar = tqdm(total=total, unit="update", desc=title, disable=not shown)
-        self._retains = Objectives.of(recipe).retain is not None
+        self._retains = Objectives.of(job.recipe).retain is not None
 
     def __enter__(self) -> _Bar:
         return self
@@ -390,7 +392,7 @@ class _Bar:
         self._bar.close()
 
     def show(self, progress: Progress) -> None:
-        terms = {"forget": f"{progress.forget_loss:.3g}"}
+        terms = {self._loss: f"{progress.forget_loss:.3g}"}
         if self._retains:
             terms["retain"] = f"{progress.retain_loss:.3g}"
         if progress.forgotten is not None:
