@@ -65,6 +65,8 @@ LEARNS = "Relearn"
 EPOCHS, EPOCHS_UNTIL = 5, 20
 # The folders of a pair.
 ORIGINAL, RETAIN_ONLY = "original", "retain-only"
+# Columns of epochs, and what they count.
+UNITS = {"step": "update", "epoch": "epoch"}
 # Sets whose answers are measured, as the columns of epochs name them.
 TRAINED, LEFT_OUT = "trained", "left_out"
 
@@ -378,6 +380,7 @@ class _Identity(Hashed):
     minus: str | None
     until: dict[str, float]
     epochs: int | None
+    max_steps: int | None
     seed: int
     model_fingerprint: str
     data_sha256: str
@@ -412,7 +415,7 @@ _COLUMNS = {
 def ending(result: TrainResult) -> str:
     """Why a training run stopped, in words."""
     spec, last = result.record["spec"], result.epochs.to_pylist()[-1]
-    updates, epochs = f"{last['step']} updates", f"{last['epoch']} epochs"
+    updates, epochs = (f"{last[name]} {what}{'s' * (last[name] != 1)}" for name, what in UNITS.items())
     target = spec["until"].get("ma")
     if target is None:
         return f"done: {epochs}, {updates}"
@@ -421,9 +424,10 @@ def ending(result: TrainResult) -> str:
         if not last["step"]:
             return f"target reached before any update: {ma} of the model as it was given, {target:g} were asked for"
         return f"target reached after {epochs}, {updates}: {ma}, {target:g} were asked for"
+    limit = "--max-steps" if last["step"] == spec["max_steps"] else "--epochs"
     return (
-        f"TARGET NOT REACHED: {ma} after {epochs}, {updates}, the most allowed; {target:g} were asked for: allow more "
-        "epochs, or a greater learning rate, in a new folder"
+        f"TARGET NOT REACHED: {ma} after {epochs}, {updates}, the most allowed; {target:g} were asked for: give more "
+        f"{limit} or a greater --learning-rate, and a new folder"
     )
 
 

@@ -249,6 +249,10 @@ COMMANDS: dict[str, Callable[[World], list[str]]] = {
         *("difficulty", "--model", w.model, "--data", w.data, "--measure", "nll", "--replicas", "0"),
         *("--out", str(w.scratch / "out.parquet")),
     ],
+    "train": lambda w: [
+        *("train", "--model", w.model, "--task", w.data, "--epochs", "1", "--workers", "0", "--evaluate-samples", "1"),
+        *("--out", str(w.scratch / "out")),
+    ],
     "unlearn": lambda w: unlearn_command(w, w.scratch / "out"),
     "evaluate": lambda w: [
         *("evaluate", "--model", w.model, "--task", str(w.sound / "task" / "tiny.yaml"), "--metrics", "ua"),
