@@ -17,8 +17,11 @@ from scoring.batch_size import (
     MOST_TOKENS,
     USABLE_SHARE,
     BatchSizeTask,
+    Measured,
+    fastest_tokens,
     fitting_tokens,
     free_bytes,
+    measure_batches,
     peak_bytes,
 )
 from scoring.mrd import Request, estimate
@@ -41,7 +44,7 @@ def peak_of(replica: TransformersReplica, estimator: str, tokens: int) -> float:
 def test_what_is_found_fits_and_twice_as_much_would_not(estimator: str) -> None:
     replica = TransformersReplica(tiny_model())  # type: ignore[arg-type]
     free = peak_of(replica, estimator, 3000) / USABLE_SHARE
-    tokens = fitting_tokens(replica, estimator, LENGTH, free)
+    tokens = fitting_tokens(*measure_batches(replica, estimator, LENGTH), free)
     # 3,000 fit, so the power of two below does.
     assert tokens == 2048
     assert peak_of(replica, estimator, tokens) <= USABLE_SHARE * free
@@ -49,9 +52,13 @@ def test_what_is_found_fits_and_twice_as_much_would_not(estimator: str) -> None:
 
 
 def test_the_ends() -> None:
-    replica = TransformersReplica(tiny_model())  # type: ignore[arg-type]
-    assert fitting_tokens(replica, "gradient", LENGTH, 1.0) == LEAST_TOKENS
-    assert fitting_tokens(replica, "gradient", LENGTH, 1e15) == MOST_TOKENS
+    small, large = Measured(500, 1.5, 1e6), Measured(2000, 3.0, 4e6)
+    assert fitting_tokens(small, large, 1.0) == LEAST_TOKENS
+    assert fitting_tokens(small, large, 1e15) == MOST_TOKENS
+    # A second for the batch and 1 ms for each token: 19,000 tokens until the second is a twentieth; then 2^15.
+    assert fastest_tokens(small, large) == 32768
+    # No faster for each token, or slower: the smaller one.
+    assert fastest_tokens(small, Measured(2000, 6.0, 4e6)) == fastest_tokens(small, Measured(2000, 9.0, 4e6)) == 512
     assert free_bytes(torch.device("cpu")) > 1e8
     # An engine that cuts its own batches.
     assert BatchSizeTask("monte-carlo", LENGTH).do(object(), [], {}) == 4096
