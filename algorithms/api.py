@@ -163,7 +163,7 @@ def unlearn(
     record = {
         "recipe": dataclasses.asdict(settings),
         "updates": history.step,
-        "thresholds": history.thresholds,
+        "thresholds": history.known_thresholds,
         "seconds": history.seconds,
         "passes": history.passes,
         "notes": history.notes,

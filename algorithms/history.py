@@ -70,6 +70,11 @@ class History:
         """Which samples are not forgotten, (N,) bool."""
         return np.array([step is None for step in self.forgotten_at])
 
+    @property
+    def known_thresholds(self) -> dict[str, float | None]:
+        """The thresholds, with None for one that does not decide: JSON has no nan."""
+        return {name: None if np.isnan(value) else value for name, value in self.thresholds.items()}
+
     def note(self, *notes: str) -> None:
         """Add notes, each once."""
         self.notes += [note for note in dict.fromkeys(notes) if note not in self.notes]

@@ -282,7 +282,7 @@ def _run(trial: Trial, shared: TrialContext, report: Report) -> Result:
     return {
         "values": {**epochs[-1], **values},
         "updates": history.step,
-        "thresholds": history.thresholds,
+        "thresholds": history.known_thresholds,
         "epochs": epochs,
         "samples": sample_table(history, corpus).to_pylist(),
         "passes": history.passes,
