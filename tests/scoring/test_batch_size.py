@@ -26,7 +26,7 @@ from scoring.batch_size import (
 )
 from scoring.mrd import Request, estimate
 from scoring.replica import TransformersReplica
-from scoring.samples import Sample, collate
+from scoring.samples import Sample, collate, make_batches
 from tests.tiny_models import VOCABULARY, tiny_model
 
 LENGTH = 32
@@ -62,6 +62,27 @@ def test_the_ends() -> None:
     assert free_bytes(torch.device("cpu")) > 1e8
     # An engine that cuts its own batches.
     assert BatchSizeTask("monte-carlo", LENGTH).do(object(), [], {}) == 4096
+
+
+def test_little_of_a_batch_is_padding() -> None:
+    """A fifth, or an eighth of what a batch may have; and every sample is in one batch."""
+    rng = np.random.default_rng(0)
+    for most in (1, 64, 600):
+        lengths = rng.integers(2, 90, 70)
+        samples = [Sample(str(i), rng.integers(0, 9, n), np.arange(n) > 0, i) for i, n in enumerate(lengths)]
+        batches = make_batches(samples, most)
+        assert sorted(i for batch in batches for i in batch.indices.tolist()) == list(range(70))
+        for batch in batches:
+            padded, used = batch.input_ids.numel(), int(batch.lengths.sum())
+            assert len(batch) == 1 or padded <= most
+            assert padded - used <= max(0.2 * padded, most / 8)
+    # Eight of 10 tokens and one of 20: 80 of 180 would be padding. One of 10 and one of 20: 10 of 40, as an eighth may.
+    alone, together = (
+        [Sample("a", np.ones(n, int), np.arange(n) > 0, i) for i, n in enumerate(ns)]
+        for ns in ([10] * 8 + [20], [10, 20])
+    )
+    assert [len(batch) for batch in make_batches(alone, 200)] == [8, 1]
+    assert [len(batch) for batch in make_batches(together, 200)] == [2]
 
 
 def test_score(cluster: None, model_folder: Path, data_file: Path, tmp_path: Path) -> None:
