@@ -38,8 +38,8 @@ class Target:
             group: this worker.
         """
         # No MA is below 0: extraction likelihood is asked of no sample.
-        ma, _ = measure_memorization(model, self.samples, 1, None, batch_tokens, el_below=0.0, group=group)
-        return float(ma.mean())
+        look = measure_memorization(model, self.samples, 1, None, batch_tokens, el_below=0.0, group=group)
+        return float(look.ma.mean())
 
     def is_reached(self, epoch: Mapping[str, Any]) -> bool:
         """Whether training ends with this row of the epochs."""

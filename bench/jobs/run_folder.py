@@ -24,7 +24,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from safetensors import SafetensorError
@@ -123,9 +122,7 @@ class RunFolder(OwnedFolder):
 
     def facts(self, history: History) -> dict[str, Any]:
         """What the record of this kind of run has besides."""
-        # JSON has no nan: EL may be defined for no sample.
-        thresholds = {name: None if np.isnan(value) else value for name, value in history.thresholds.items()}
-        return {"thresholds": thresholds, "passes": history.passes}
+        return {"thresholds": history.known_thresholds, "passes": history.passes}
 
 
 @contextmanager

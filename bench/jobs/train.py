@@ -23,6 +23,7 @@ from algorithms.corpus import Corpus, evaluation_of_answers, make_corpus
 from algorithms.history import History
 from algorithms.ray_train import TrainingJob
 from algorithms.recipe import (
+    EVALUATED,
     ClipNorm,
     ComputeType,
     Execution,
@@ -132,7 +133,7 @@ class TrainSpec(Execution, TemplateSettings):
     evaluate_every: Annotated[
         int, Ge(0), Doc("epochs from one measurement to the next; the last is always made, and 0 makes no other")
     ] = 1
-    evaluate_samples: Annotated[int, Ge(1), Doc("whose answers are measured at most, evenly spaced")] = 100
+    evaluate_samples: Annotated[int, Ge(1), Doc("whose answers are measured at most, evenly spaced")] = EVALUATED
 
     def checked(self) -> Self:
         """The same with defaults filled in and absolute paths.
