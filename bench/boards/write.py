@@ -7,10 +7,12 @@ from pathlib import Path
 
 from bench.boards.board import Board, boards
 from bench.boards.figures import pareto, strips
-from bench.boards.page import PAGE_TITLE, columns, page, table_rows
+from bench.boards.page import TITLE as PAGE_TITLE
+from bench.boards.page import columns, page, table_rows
 from bench.boards.text import standings_latex
 from bench.files.folders import HEAD_BYTES, MadeFolders, refuse_foreign, unwritable
 from bench.report import figures
+from bench.report.document import title_element
 from bench.report.words import markdown_table
 from bench.results.store import read_stores
 from scoring.files import replacing
@@ -59,7 +61,7 @@ def write_leaderboard(ranked: Sequence[Board], notes: Sequence[str], out: str | 
     out = Path(out)
     made = MadeFolders(out)
     refuse_foreign(out / "README.md", TITLE, "a leaderboard")
-    refuse_foreign(out / "index.html", PAGE_TITLE, "a leaderboard", HEAD_BYTES)
+    refuse_foreign(out / "index.html", title_element(PAGE_TITLE), "a leaderboard", HEAD_BYTES)
     try:
         out.mkdir(parents=True, exist_ok=True)
         for number, board in enumerate(ranked):

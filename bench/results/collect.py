@@ -21,6 +21,7 @@ from bench.jobs.trial import derived
 from bench.metrics import METRICS
 from bench.results.store import SCHEMAS, Identity, Store, as_stored
 from bench.tasks.datasets import Dataset, find_task, is_data_file, load_dataset
+from bench.tasks.words import prompt_and_completion
 from scoring.errors import UserError
 from scoring.reading import parse_json, readable, shaped
 
@@ -205,14 +206,10 @@ def _check_numbers(table: pa.Table, where: Path) -> None:
 
 
 def _texts_by_id(dataset: Dataset) -> dict[str, dict[str, str]]:
-    texts = {}
-    for text in dataset.texts:
-        prompt = text.prompt
-        if text.messages:
-            prompt = "\n".join(f"{turn['role']}: {turn['content']}" for turn in text.messages[:-1])
-        completion = text.messages[-1]["content"] if text.messages else text.completion
-        texts[text.sample_id] = {"prompt": prompt or "", "completion": completion or ""}
-    return texts
+    return {
+        text.sample_id: dict(zip(("prompt", "completion"), prompt_and_completion(text), strict=True))
+        for text in dataset.texts
+    }
 
 
 def _identity_columns(identity: Mapping[str, Any]) -> dict[str, Any]:
