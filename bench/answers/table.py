@@ -185,7 +185,7 @@ def answer_table(paths: Sequence[str | Path]) -> AnswerTable:
     by_id = [_by_id(run) for run in runs]
     rows = tuple(
         _row(*key, models, [e.samples.get(key) or Answers(*key) for e in evaluations], by_id, measures)
-        for key in _by_set(keys)
+        for key in in_order_of_sets(keys)
     )
     notes = dict.fromkeys(note for answers in evaluations for note in answers.notes)
     split = first.spec["split"] or default_split(first.spec["task"])
@@ -216,7 +216,7 @@ def _command(run: UnlearnResult) -> str:
     return f"make them with `mrd-bench evaluate {words} --out {run.folder}.parquet`, and show that file"
 
 
-def _by_set(keys: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
+def in_order_of_sets(keys: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
     """The forget set first, then as they come."""
     keys = list(keys)
     order = {name: n for n, name in enumerate(dict.fromkeys(["forget", *(name for name, _ in keys)]))}

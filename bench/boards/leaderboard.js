@@ -116,11 +116,11 @@ function showBoard(section, number, board, metric) {
 // --- From an entry to its runs, from a run to its samples -----------------------------------------------------
 
 function runRow(board, row) {
-  const [hash, entry, selection, seed, status, reason, values, updates, seconds, until, origin] = row;
+  const [hash, entry, selection, seed, status, reason, values, updates, seconds, until, origin, answers] = row;
   const [name, level, difficulty, samples, flipTime] = board.selections[selection];
   return {
     hash, entry: board.entries[entry][0], selection: name, level, difficulty, flipTime, samples, seed, status, reason,
-    values, updates, seconds, until, origin,
+    values, updates, seconds, until, origin, answers,
   };
 }
 
@@ -187,13 +187,14 @@ function showRun(detail, where, board, name) {
   table.querySelector("table").classList.add("texts");
   open(detail, `Run ${name}`, [
     link(`Back to the runs of ${run.entry}`, { ...where, entry: run.entry }),
+    run.answers ? make("p", {}, make("a", { href: run.answers, textContent: "Answers before and after, side by side" })) : null,
     make("dl", {}, ...facts.flatMap(([key, value]) => [make("dt", { textContent: key }), make("dd", { textContent: value })])),
     table,
   ]);
 }
 
 function open(detail, title, children) {
-  detail.replaceChildren(make("h2", { tabIndex: -1, textContent: title }), ...children);
+  detail.replaceChildren(make("h2", { tabIndex: -1, textContent: title }), ...children.filter((child) => child !== null));
 }
 
 // --- The view ------------------------------------------------------------------------------------------------

@@ -34,11 +34,12 @@ HERE = Path(__file__).parent
 TITLE = "mrd-bench leaderboard"
 
 
-def page(boards: Sequence[Board], notes: Sequence[str] = ()) -> str:
+def page(boards: Sequence[Board], notes: Sequence[str] = (), answers: Mapping[str, str] | None = None) -> str:
     """The whole document.
 
     Args:
         notes: what a reader must know about the stores: files that were skipped, conflicts.
+        answers: pages beside this one, by the run whose answers they show.
     """
     runs = sum(len(board.runs) for board in boards)
     links = "".join(f'<li><a href="#board={n}">{escape(board.name)}</a></li>' for n, board in enumerate(boards))
@@ -55,7 +56,7 @@ def page(boards: Sequence[Board], notes: Sequence[str] = ()) -> str:
         + f'<main id="main" tabindex="-1">{sections}<section id="detail" hidden></section></main>'
         + (f'<footer><h2>Notes</h2><ul id="notes">{remarks}</ul></footer>' if notes else "")
     )
-    return document(TITLE, body, [_board_data(board) for board in boards], HERE, "leaderboard")
+    return document(TITLE, body, [_board_data(board, answers or {}) for board in boards], HERE, "leaderboard")
 
 
 def _board(board: Board, number: int) -> str:
@@ -153,7 +154,7 @@ def _with_interval(estimate: Estimate) -> str:
 # --- The data that the script reads -------------------------------------------------------------------------
 
 
-def _board_data(board: Board) -> dict[str, Any]:
+def _board_data(board: Board, answers: Mapping[str, str]) -> dict[str, Any]:
     """A board as the script reads it: lists without keys, and numbers in place of names, as there are many runs."""
     entries = {name: number for number, name in enumerate(board.entries)}
     selections = {name: number for number, name in enumerate(board.selections)}
@@ -171,7 +172,10 @@ def _board_data(board: Board) -> dict[str, Any]:
         "sentences": [list(board.sentences[name]) for name in metrics],
         "selections": [_selection(label, ids) for label in board.selections.values()],
         "samples": [_sample(name, board) for name in ids],
-        "runs": [_run(run, board, entries[run.entry], selections[run.selection], metrics) for run in board.runs],
+        "runs": [
+            _run(run, board, entries[run.entry], selections[run.selection], metrics, answers.get(run.run))
+            for run in board.runs
+        ],
         "origins": [list(origin.items()) for origin in board.origins],
     }
 
@@ -207,7 +211,9 @@ def _sample(name: str, board: Board) -> list[Any]:
     return [name, *([text.prompt, text.completion, _number(text.mrd), text.num_tokens] if text else [None] * 4)]
 
 
-def _run(run: RankedRun, board: Board, entry: int, selection: int, metrics: Sequence[str]) -> list[Any]:
+def _run(
+    run: RankedRun, board: Board, entry: int, selection: int, metrics: Sequence[str], answers: str | None
+) -> list[Any]:
     until = None
     if run.updates_until_forgotten:
         until = [run.updates_until_forgotten.get(name) for name in board.selections[run.selection].ids]
@@ -223,6 +229,7 @@ def _run(run: RankedRun, board: Board, entry: int, selection: int, metrics: Sequ
         _number(run.seconds),
         until,
         run.origin,
+        *([] if answers is None else [answers]),
     ]
 
 

@@ -23,9 +23,14 @@ def results_arguments(results: argparse.ArgumentParser) -> None:
         sub.set_defaults(run=run, parser=sub)
         return sub
 
-    sub = verb("add", _results_add, "put sweeps, runs and score files into a store")
+    sub = verb("add", _results_add, "put sweeps, runs, score files and answers into a store")
     sub.add_argument("store", metavar="STORE", help=STORE_HELP)
-    sub.add_argument("paths", nargs="+", metavar="PATH", help="folder of a sweep or a run, or a score file (.parquet)")
+    sub.add_argument(
+        "paths",
+        nargs="+",
+        metavar="PATH",
+        help="folder of a sweep or a run, a score file, or an evaluation of a run's model (.parquet)",
+    )
     sub.add_argument("--experiment", help="the experiment that they belong to (default: named like the folder or file)")
 
     sub = verb("list", _results_list, "the tasks and experiments of a store, and files that cannot be read")
@@ -37,7 +42,7 @@ def results_arguments(results: argparse.ArgumentParser) -> None:
 
     sub = verb("export", _results_export, "a table as CSV, JSON or LaTeX")
     _stores_argument(sub)
-    sub.add_argument("--table", default="runs", help="runs, samples or scores (default: runs)")
+    sub.add_argument("--table", default="runs", help="runs, samples, scores or answers (default: runs)")
     sub.add_argument("--format", default="csv", help="csv, json or latex (default: csv)")
     sub.add_argument("--out", help="file to write (default: the terminal)")
 
@@ -53,7 +58,8 @@ def add_to_store(root: str, paths: Sequence[str], experiment: str | None) -> Non
     from bench.results.store import Store
 
     store = Store(root)
-    print(f"{root}: {summary([add(store, path, experiment) for path in paths])}")
+    folders = [path for path in paths if Path(path).is_dir()]
+    print(f"{root}: {summary([add(store, path, experiment, folders) for path in paths])}")
 
 
 def _results_add(arguments: argparse.Namespace) -> None:
