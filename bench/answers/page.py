@@ -62,7 +62,7 @@ def page(table: AnswerTable, against: Against = "before") -> str:
         f"<header><h1>Answers: {escape(visible(table.title))}</h1>"
         '<button type="button" id="theme" hidden>Theme: auto</button>'
         f"<p>{len(table.rows):,} samples under {len(table.models)} models. Marked is what differs, word by word, "
-        f"{marked}: <del>this is not said any more</del>, <ins>this is new</ins>. ROUGE-L is the share of the truth's "
+        f"{marked}: <del>missing</del>, <ins>new</ins>. ROUGE-L is the share of the truth's "
         "words that "
         f"an answer has, in their order; a sample is remembered with {REMEMBERED} or more of it under "
         f"{escape(visible(first))}.</p>"
