@@ -38,7 +38,7 @@ from scoring.errors import UserError, first_line
 from scoring.files import replacing
 from scoring.load import load_model, loading_notes, read_config
 from scoring.plugins import Plugin, load_plugins, loaded_plugins
-from scoring.samples import Sample
+from scoring.samples import Sample, default_batch_tokens
 from scoring.settings import adopt, current_naming, named
 from scoring.work import LocalPool, Pool, ReplicaSpec
 
@@ -108,7 +108,7 @@ def train_here(
         report: is given the row of each epoch, which a Ray Tune trial passes on.
     """
     model = load_model(job.source, "float32", device, job.revision)
-    ensure_reference(job, lambda: LocalPool(model))
+    ensure_reference(job, lambda: LocalPool(model), device)
     return unlearner_of(job, model, ALONE, observe, report).run()
 
 
@@ -135,7 +135,7 @@ def train_on_ray(job: TrainingJob, footprint: Footprint, observe: Observe = lamb
             f"lower {named('workers')}, or add nodes"
         )
     spec = ReplicaSpec(job.source, job.revision)
-    ensure_reference(job, lambda: ReplicaPool(spec, footprint, workers))
+    ensure_reference(job, lambda: ReplicaPool(spec, footprint, workers), "cuda" if footprint.gpus else "cpu")
     os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = POLL_S
     os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = START_TIMEOUT_S
     storage = job.folder / ".ray"  # Ray Train's record of the run
@@ -324,11 +324,14 @@ def unlearner_of(
     return unlearner
 
 
-def ensure_reference(job: TrainingJob, make_pool: Callable[[], Pool], config: PreTrainedConfig | None = None) -> None:
+def ensure_reference(
+    job: TrainingJob, make_pool: Callable[[], Pool], device: torch.device | str, config: PreTrainedConfig | None = None
+) -> None:
     """Compute the quantities of the initial model that the objectives need, unless an earlier start of this run has.
 
     Args:
         make_pool: gives replicas of the initial model.
+        device: of the replicas.
         config: the model's configuration, if it is loaded already.
     """
     quantities = Objectives.of(job.recipe).reference_quantities()
@@ -346,7 +349,8 @@ def ensure_reference(job: TrainingJob, make_pool: Callable[[], Pool], config: Pr
     config = config or read_config(job.source, job.revision)
     layer = layer_of(job.recipe, config)
     with make_pool() as pool:
-        compute_reference(job.reference_path, samples, quantities, layer, pool, job.execution.batch_tokens)
+        batch_tokens = job.execution.batch_tokens or default_batch_tokens(device)
+        compute_reference(job.reference_path, samples, quantities, layer, pool, batch_tokens)
 
 
 # --- Progress, read from a file that the first worker writes ------------------------------------------------

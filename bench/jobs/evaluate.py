@@ -51,6 +51,7 @@ from bench.tasks.datasets import find_task
 from scoring.errors import UserError, expected_one_of
 from scoring.files import work_folder
 from scoring.readings import Reader
+from scoring.samples import BATCH_TOKENS
 from scoring.settings import build, named
 from scoring.templates import TEMPLATE_FIELDS, Template
 from scoring.tokens import Tokenization
@@ -202,7 +203,8 @@ def evaluate_spec(
         @contextmanager
         def reader_of(source: str, revision: str | None) -> Iterator[Reader]:
             pool.exchange(resources.replica(source, revision, spec.dtype))
-            yield Reader(pool, end, spec.batch_tokens, progress)
+            batch_tokens = spec.batch_tokens or resources.batch_tokens()
+            yield Reader(pool, end, batch_tokens, progress, 4 * (spec.batch_tokens or BATCH_TOKENS))
             if spec.relearn_workers:
                 # They need the cores.
                 pool.close()

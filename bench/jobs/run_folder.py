@@ -24,7 +24,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from safetensors import SafetensorError
@@ -107,8 +106,7 @@ class RunFolder(OwnedFolder):
         record = {
             "spec": self._identity,
             "updates": history.step,
-            # JSON has no nan: EL may be defined for no sample.
-            "thresholds": {k: None if np.isnan(v) else v for k, v in history.thresholds.items()},
+            "thresholds": history.known_thresholds,
             "seconds": history.seconds,
             "passes": history.passes,
             "notes": history.notes,

@@ -70,11 +70,13 @@ def print_unlearning(result: UnlearnResult) -> None:
     updates = np.array([n for n in result.samples["updates_until_forgotten"].to_pylist() if n is not None])
     text = f"{spec['algorithm']}, alpha {spec['alpha']:g}: {result.record['updates']} updates"
     if thresholds := result.record["thresholds"]:
-        text += (
-            f"; {len(updates)} of {result.samples.num_rows} samples forgotten (MA below {_short(thresholds['ma'])}, EL "
-            f"below {_short(thresholds['el'])})"
-        )
+        rule = f"MA below {_short(thresholds['ma'])}"
+        if thresholds["el"] is not None:
+            rule += f", EL below {_short(thresholds['el'])}"
+        text += f"; {len(updates)} of {result.samples.num_rows} samples forgotten ({rule})"
     print(text + (f", after {np.median(updates):g} draws in the median" if len(updates) else ""))
+    if still := _still_answered(result):
+        print(f"what the model still answers: {still}")
     seconds, passes = result.record["seconds"], result.record["passes"]
     parts = ", ".join(
         f"{name} {seconds[name]:.1f} s"
@@ -116,6 +118,24 @@ def print_sweep(result: SweepResult) -> None:
         if row["status"] != FINISHED:
             which = ", ".join(f"{name} {row[name]}" for name in varied)
             print(f"{row['status']}: {row['trial']} ({which}; {row['selection']}, seed {row['seed']}): {row['reason']}")
+
+
+def _still_answered(result: UnlearnResult) -> str:
+    """What is left of the forget set after the last update, beside what there was at first: whatever the stopping rule
+    calls forgotten, this is what a reader would see."""
+    first, last = result.epochs.to_pylist()[0], result.epochs.to_pylist()[-1]
+    measured = {"ROUGE-L recall": "forget_rouge_l_recall", "probability": "forget_probability"}
+    parts = [
+        f"{title} {_short(last[name])} ({_short(first[name])} at first)"
+        for title, name in measured.items()
+        if last.get(name) is not None
+    ]
+    was, now = (
+        [value for value in result.samples[name].to_pylist() if value is not None] for name in ("ma_initial", "ma_last")
+    )
+    if now:
+        parts.append(f"MA {_short(np.mean(now))} when last looked at ({_short(np.mean(was))} at first)")
+    return ", ".join(parts)
 
 
 def _short(value: float | None) -> str:

@@ -27,8 +27,9 @@ from algorithms.ease import absolute_source as absolute_ease
 from algorithms.history import History, Progress
 from algorithms.objectives import algorithm_name
 from algorithms.ray_train import TrainingJob, train_here, train_on_ray
-from algorithms.recipe import DUAL, AnswersMeasured, Execution, Objectives, Recipe, total_updates
+from algorithms.recipe import DUAL, EVALUATED, AnswersMeasured, Execution, Objectives, Recipe, total_updates
 from algorithms.schedule import resolved_schedule
+from algorithms.stopping import PAPER
 from bench.files.identity import identity_fields, with_spec_hash
 from bench.files.spec import read_mapping
 from bench.jobs.resources import Resources, check_gpus
@@ -349,6 +350,10 @@ def identity_of(spec: UnlearnSpec, model: ModelReference, forget: Dataset, retai
     for holder, key in ((fields, "weights"), (fields.get("schedule", {}), "by")):
         if is_file(holder.get(key, MRD)):
             holder[key] = f"sha256:{sha256_of_values(holder[key])}"
+    if fields["stopping"] in (None, PAPER):
+        del fields["stopping"]  # no rule, or the only one that there was once
+    if not fields["evaluate"] and fields["evaluate_samples"] == EVALUATED:
+        fields["evaluate_samples"] = 100  # nobody asks; it was the default once
     content = fields | {
         "schema_version": SCHEMA_VERSION,
         "model_fingerprint": model.fingerprint,
