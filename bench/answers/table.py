@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import pyarrow as pa
 from typing_extensions import TypedDict
 
 from bench.files.score_file import Scores
@@ -23,7 +24,7 @@ from bench.metrics.table import MODEL, ORIGINAL, RETAIN_ONLY
 from bench.tasks.datasets import find_task, is_data_file
 from scoring.errors import UserError
 from scoring.files import shown
-from scoring.reading import shaped
+from scoring.reading import check_columns, shaped
 
 Role = Literal["before", "after", "retain-only"]
 # An answer with at least so much of the truth counts as remembered.
@@ -277,8 +278,19 @@ def _names(evaluations: Sequence[EvaluationAnswers], runs: Sequence[UnlearnResul
     return [f"{name} #{names[:n].count(name) + 1}" if name in names[:n] else name for n, name in enumerate(names)]
 
 
+_OF_RUN = pa.schema(
+    [("sample_id", pa.string()), ("updates_until_forgotten", pa.int64())]
+    + [(name, pa.float64()) for name in ("ma_initial", "ma_last", "mrd_initial")]
+)
+
+
 def _by_id(run: UnlearnResult | None) -> dict[str, dict[str, Any]]:
-    return {} if run is None else {row["sample_id"]: row for row in run.samples.to_pylist()}
+    """What a run knows of its samples, by id; early versions lack some of it."""
+    if run is None:
+        return {}
+    schema = pa.schema([field for field in _OF_RUN if field.name in run.samples.column_names])
+    check_columns(run.samples, schema, str(run.folder / "samples.parquet"), "what `mrd-bench unlearn` writes")
+    return {row["sample_id"]: row for row in run.samples.select(schema.names).cast(schema).to_pylist()}
 
 
 def _row(
@@ -342,6 +354,12 @@ class _Measures:
     notes: tuple[str, ...]
 
 
+_COUNTED = (
+    pa.field("sample_id", pa.string(), nullable=False),
+    pa.field("num_tokens", pa.int64(), nullable=False),
+)
+
+
 class _ScoredBy(TypedDict):
     """What is needed of the spec of a score file."""
 
@@ -363,7 +381,10 @@ def _measures(
         own = next((name for name in columns if name.partition("@")[0] == FORECAST), None)
         if "sample_id" not in columns or ("mrd" not in columns and own is None):
             raise UserError(f"{shown(path)} has neither MRD nor a forecast of samples: expected {EXPECTED}")
-        shaped(scores.spec, _ScoredBy, str(path), "what `mrd-bench score` or `mrd-bench difficulty` writes")
+        expected = "what `mrd-bench score` or `mrd-bench difficulty` writes"
+        shaped(scores.spec, _ScoredBy, str(path), expected)
+        numbers = [(name, pa.float64()) for name in ("mrd", own) if name in columns]
+        check_columns(scores.table, pa.schema([*_COUNTED, *numbers]), str(path), expected)
         notes += _check_scores(path, scores, answers, runs)
         if "mrd" in columns:
             mrd = _numbers(scores, "mrd") | mrd
@@ -373,8 +394,9 @@ def _measures(
 
 
 def _numbers(scores: Scores, column: str) -> dict[str, float]:
-    values = scores[column].astype(float).tolist()
-    return {name: value for name, value in zip(scores.ids, values, strict=True) if not math.isnan(value)}
+    ids, values = scores.table["sample_id"].cast(pa.string()), scores.table[column].cast(pa.float64())
+    known = zip(ids.to_pylist(), values.to_pylist(), strict=True)
+    return {name: value for name, value in known if value is not None and not math.isnan(value)}
 
 
 def _check_scores(path: Path, scores: Scores, answers: EvaluationAnswers, runs: Sequence[UnlearnResult]) -> list[str]:

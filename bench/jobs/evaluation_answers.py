@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +20,7 @@ from bench.metrics.table import MODEL, QUESTION, SCHEMA, TRUTH
 from bench.models.find import find_model
 from bench.tasks.datasets import find_task
 from bench.tasks.words import question_and_truth
-from scoring.errors import UserError
+from scoring.errors import UserError, unknown_name
 from scoring.files import shown
 from scoring.reading import check_columns, shaped
 
@@ -104,6 +105,7 @@ def read_answers(path: str | Path) -> EvaluationAnswers:
         raise UserError(f"{shown(path)} is no evaluation: expected {EXPECTED}")
     shaped(spec, _Spec, str(path), EXPECTED)
     check_columns(table, SCHEMA, str(path), EXPECTED)
+    table = table.select(SCHEMA.names).cast(SCHEMA)
     if MODEL not in spec["fingerprints"]:
         raise UserError(f"{shown(path)} names no model that has forgotten: expected {EXPECTED}")
     samples: dict[tuple[str, str], Answers] = {}
@@ -121,7 +123,7 @@ def read_answers(path: str | Path) -> EvaluationAnswers:
         if row["text"] is not None:
             sample.texts.setdefault(row["model"], row["text"])
         measured = {ROUGE: sample.rouge, MA: sample.ma}.get(row["name"])
-        if measured is not None and row["value"] is not None:
+        if measured is not None and row["value"] is not None and not math.isnan(row["value"]):
             measured[row["model"]] = row["value"]
     samples = {key: sample for key, sample in samples.items() if sample.texts}
     if not samples:
@@ -158,7 +160,10 @@ def _records(spec: Mapping[str, Any], set_name: str, ids: Sequence[str]) -> list
         UserError: the data cannot be had, or are other ones by now.
     """
     task, source = find_task(spec["task"])
-    splits = task.evaluation(spec["split"] or task.default_split)
+    split = spec["split"] or task.default_split
+    if split not in task.retain_of:
+        raise unknown_name(f"forget split of task {task.name!r}", split, task.retain_of)
+    splits = task.evaluation(split)
     if set_name not in splits:
         raise UserError(f"task {task.name!r} has no such set")
     # Texts are cut by the tokenizer in one task alone.
