@@ -99,6 +99,12 @@ VERBS = (
         programs.reproduce_arguments,
         programs.reproduce,
     ),
+    Verb(
+        "show",
+        "what a model answered before and after unlearning, side by side, here or on a page",
+        results.show_arguments,
+        results.show,
+    ),
     Verb("results", "put results into a store, list, show and export them", results.results_arguments, None),
     Verb(
         "leaderboard",

@@ -48,7 +48,7 @@ from bench.jobs.run_folder import RunFolder, UnlearnResult, full_disks_said_plai
 from bench.jobs.unlearn import UnlearnSpec, carried_out, encoder_of, room_of, unlearn
 from bench.models.find import ModelName, ModelReference, absolute_model, find_model
 from bench.tasks import Record
-from bench.tasks.datasets import DataName, Dataset, absolute_source, check_dataset, is_data_file
+from bench.tasks.datasets import DataName, Dataset, absolute_source, check_dataset, find_task, is_data_file
 from bench.tasks.left_out import joined_splits, splits_taught, without
 from scoring.errors import UserError
 from scoring.files import replacing, shown
@@ -197,8 +197,10 @@ class TrainSpec(Execution, TemplateSettings):
 
 def _absolute(left_out: str | None, task: str) -> str | None:
     """The name of what is left out, right in every process, whatever folder it works in."""
-    is_file = left_out is not None and is_data_file(left_out) and Path(left_out).exists()
-    return str(Path(str(left_out)).absolute()) if is_file else left_out
+    is_split = not is_data_file(task) and left_out in find_task(task)[0].splits
+    if left_out is None or is_split or not Path(left_out).exists():
+        return left_out
+    return str(Path(left_out).absolute())
 
 
 @dataclass(frozen=True)
