@@ -25,7 +25,7 @@ from scoring.files import work_folder
 from scoring.loaded import check_loaded
 from scoring.progress import Bar
 from scoring.records import Record, texts_of
-from scoring.samples import BATCH_TOKENS, TextSet, context_length
+from scoring.samples import TextSet, context_length
 from scoring.settings import build
 from scoring.templates import PLAIN, chosen_template
 from scoring.work import LocalPool
@@ -68,7 +68,7 @@ def unlearn(
     evaluate: bool = AnswersMeasured.evaluate,
     evaluate_every: int = AnswersMeasured.evaluate_every,
     evaluate_samples: int = AnswersMeasured.evaluate_samples,
-    batch_tokens: int = BATCH_TOKENS,
+    batch_tokens: int | None = None,
     gradient_checkpointing: bool = False,
     template: str = PLAIN,
     system: str | None = None,
@@ -90,7 +90,7 @@ def unlearn(
         evaluate: measure ROUGE-L recall and probability of the answers.
         evaluate_every: epochs from one measurement to the next; 0: only of the initial and the last model.
         evaluate_samples: the most samples of each set that are evaluated, evenly spaced.
-        batch_tokens: padded tokens in a micro-batch.
+        batch_tokens: padded tokens in a micro-batch; None: as many as suit the model's device.
         gradient_checkpointing: recompute activations in the backward pass, which takes less memory.
         template, system, template_variables: how pairs and conversations are put, see `scoring.templates`.
         progress: show a bar.
@@ -154,7 +154,7 @@ def unlearn(
             bar.at(progress.step)
             bar.left = progress.seconds_left
 
-        ensure_reference(job, lambda: LocalPool(model), model.config)
+        ensure_reference(job, lambda: LocalPool(model), model.device, model.config)
         unlearner = unlearner_of(job, model, ALONE, show)
         history = unlearner.run()
         unlearned_model = unlearner.trained.finished_model()
@@ -163,7 +163,7 @@ def unlearn(
     record = {
         "recipe": dataclasses.asdict(settings),
         "updates": history.step,
-        "thresholds": history.thresholds,
+        "thresholds": history.known_thresholds,
         "seconds": history.seconds,
         "passes": history.passes,
         "notes": history.notes,

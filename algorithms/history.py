@@ -23,6 +23,7 @@ class History:
         thresholds: the thresholds of MA and EL; empty, as `memory` is, if nobody checks which samples are forgotten.
         memory: MA and EL of each sample on the initial model ("initial") and when last measured ("last"): a forgotten
             sample is not measured again.
+        look: of the last look at which samples are forgotten: the step, and the tokens that went through the model.
         mrd: one entry per refresh: the step and the scores.
         forecasts: the same of forecasts, in updates.
         forecast_threshold: what MA falls below in a forecast; None if there are none.
@@ -42,6 +43,7 @@ class History:
     drawn_until_forgotten: list[int | None] = field(default_factory=list)
     thresholds: dict[str, float] = field(default_factory=dict)
     memory: dict[str, dict[str, list[float]]] = field(default_factory=dict)
+    look: dict[str, int] = field(default_factory=dict)
     mrd: list[dict[str, Any]] = field(default_factory=list)
     forecasts: list[dict[str, Any]] = field(default_factory=list)
     forecast_threshold: float | None = None
@@ -67,6 +69,11 @@ class History:
     def active(self) -> np.ndarray:
         """Which samples are not forgotten, (N,) bool."""
         return np.array([step is None for step in self.forgotten_at])
+
+    @property
+    def known_thresholds(self) -> dict[str, float | None]:
+        """The thresholds, with None for one that does not decide: JSON has no nan."""
+        return {name: None if np.isnan(value) else value for name, value in self.thresholds.items()}
 
     def note(self, *notes: str) -> None:
         """Add notes, each once."""

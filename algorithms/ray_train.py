@@ -31,6 +31,7 @@ from algorithms.passes import Head
 from algorithms.recipe import Execution, Objectives, Recipe, layer_of, total_updates
 from algorithms.reference import Reference, Role, compute_reference
 from algorithms.samplers import retain_order
+from algorithms.target import Target
 from algorithms.trainable import trainable_for
 from algorithms.unlearner import Diverged, Unlearner
 from scoring.cluster import Footprint, check_versions, how_many_fit, versions
@@ -39,7 +40,7 @@ from scoring.files import replacing
 from scoring.load import load_model, loading_notes, read_config
 from scoring.plugins import Plugin, load_plugins, loaded_plugins
 from scoring.progress import every, phase
-from scoring.samples import Sample
+from scoring.samples import Sample, default_batch_tokens
 from scoring.settings import adopt, current_naming, named
 from scoring.work import LocalPool, Pool, ReplicaSpec
 
@@ -73,6 +74,7 @@ class TrainingJob:
         continues_adapter: `source` is the folder of an adapter, which alone is trained further.
         keeps_checkpoints: False for a run so short that it begins again if it was stopped.
         plugins: files that add to the registries, see `scoring.plugins`.
+        target: of a model that learns, see `Unlearner`.
     """
 
     recipe: Recipe
@@ -86,6 +88,7 @@ class TrainingJob:
     continues_adapter: bool = False
     keeps_checkpoints: bool = True
     plugins: tuple[Plugin, ...] = field(default_factory=loaded_plugins)
+    target: Target | None = None
 
     @property
     def reference_path(self) -> Path:
@@ -119,7 +122,7 @@ def train_here(
     """
     with phase("loading the model"):
         model = load_model(job.source, "float32", device, job.revision)
-    ensure_reference(job, lambda: LocalPool(model))
+    ensure_reference(job, lambda: LocalPool(model), device)
     unlearner = unlearner_of(job, model, ALONE, observe, report)
     with progress_told(unlearner.progress, watch, *job.progress_files):
         return unlearner.run()
@@ -148,7 +151,7 @@ def train_on_ray(job: TrainingJob, footprint: Footprint, observe: Observe = lamb
             f"lower {named('workers')}, or add nodes"
         )
     spec = ReplicaSpec(job.source, job.revision)
-    ensure_reference(job, lambda: ReplicaPool(spec, footprint, workers))
+    ensure_reference(job, lambda: ReplicaPool(spec, footprint, workers), "cuda" if footprint.gpus else "cpu")
     os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = POLL_S
     os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = START_TIMEOUT_S
     storage = job.folder / ".ray"  # Ray Train's record of the run
@@ -328,16 +331,20 @@ def unlearner_of(
         batch_tokens=job.execution.batch_tokens,
         checkpoint_every=job.execution.checkpoint_every,
         live=LiveTables(job.folder if job.keeps_checkpoints and not group.rank else None),
+        target=job.target,
     )
     unlearner.history.note(*loading_notes(model))
     return unlearner
 
 
-def ensure_reference(job: TrainingJob, make_pool: Callable[[], Pool], config: PreTrainedConfig | None = None) -> None:
+def ensure_reference(
+    job: TrainingJob, make_pool: Callable[[], Pool], device: torch.device | str, config: PreTrainedConfig | None = None
+) -> None:
     """Compute the quantities of the initial model that the objectives need, unless an earlier start of this run has.
 
     Args:
         make_pool: gives replicas of the initial model.
+        device: of the replicas.
         config: the model's configuration, if it is loaded already.
     """
     quantities = Objectives.of(job.recipe).reference_quantities()
@@ -355,7 +362,8 @@ def ensure_reference(job: TrainingJob, make_pool: Callable[[], Pool], config: Pr
     config = config or read_config(job.source, job.revision)
     layer = layer_of(job.recipe, config)
     with make_pool() as pool, phase("reading the samples with the initial model"):
-        compute_reference(job.reference_path, samples, quantities, layer, pool, job.execution.batch_tokens)
+        batch_tokens = job.execution.batch_tokens or default_batch_tokens(device)
+        compute_reference(job.reference_path, samples, quantities, layer, pool, batch_tokens)
 
 
 # --- Progress, read from a file that the first worker writes ------------------------------------------------

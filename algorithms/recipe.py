@@ -26,17 +26,36 @@ from algorithms.objectives import (
 from algorithms.reference import Quantity, Role, needed_quantities
 from algorithms.samplers import ORDERS
 from algorithms.schedule import ForgetGroup, Schedule, resolved_schedule
+from algorithms.stopping import DEFAULT, PAPER, RULES, ma_of_rule
 from scoring.cluster import GPU_SHARE
 from scoring.errors import UserError
 from scoring.mrd import EstimatorName, NumberOfDraws, Sigma, StatisticChoice, statistic_and_draws
-from scoring.samples import BATCH_TOKENS
+from scoring.samples import BATCH_TOKENS_ARE
 from scoring.settings import Doc, Expected, Ge, Gt, Known, Le, check, current_naming, described, named, naming
 from scoring.updates import OptimizerName
 
 Unit = Literal["epochs", "steps"]
 DEFAULT_BATCH_SIZE = 4
+# Answers of each set that are measured after an epoch: writing them takes as long as training on about as many.
+EVALUATED = 32
 # The settings of a retain weight that follows the retain loss.
 DUAL = ("retain_limit", "dual_step", "dual_warmup")
+
+
+# Settings of everything that is trained by the loop.
+LoraRank = Annotated[int, Ge(0), Doc("rank of adapters; 0 trains full weights")]
+LoraAlpha = Annotated[int | None, Gt(0), Doc("of the adapters (default: twice the rank)")]
+LoraTargets = Annotated[str | None, Doc("regular expression of layers that get adapters (default: all linear ones)")]
+MaxSteps = Annotated[int | None, Ge(1), Doc("updates at most, whatever the epochs")]
+Optimizer = Annotated[OptimizerName, Doc("AdamW, or plain gradient descent")]
+LearningRate = Annotated[float, Gt(0), Doc("of the optimiser, constant after the warm-up")]
+WeightDecay = Annotated[float, Ge(0), Doc("of the optimiser")]
+WarmupSteps = Annotated[int, Ge(0), Doc("updates over which the learning rate grows linearly")]
+ClipNorm = Annotated[
+    float | None, Gt(0), Doc("the gradient is scaled down to this norm; an empty value in a spec file turns it off")
+]
+ComputeType = Annotated[Literal["float32", "bfloat16"], Doc("bfloat16 computes by autocast; weights stay in fp32")]
+Seed = Annotated[int, Ge(0), Doc("of everything that is drawn")]
 
 
 def _algorithms() -> Iterable[str]:
@@ -94,30 +113,24 @@ class Recipe:
         str | None,
         Doc("regular expression searched in parameter names (default: all; RMU: its layer and the two before)"),
     ] = None
-    lora_rank: Annotated[int, Ge(0), Doc("rank of adapters; 0 trains full weights")] = 0
-    lora_alpha: Annotated[int | None, Gt(0), Doc("of the adapters (default: twice the rank)")] = None
-    lora_targets: Annotated[
-        str | None, Doc("regular expression of layers that get adapters (default: all linear ones)")
-    ] = None
+    lora_rank: LoraRank = 0
+    lora_alpha: LoraAlpha = None
+    lora_targets: LoraTargets = None
     epochs: Annotated[
         int | None,
         Ge(1),
         Doc("an epoch is as many updates as it takes to draw the forget set once (default: the algorithm's)"),
     ] = None
-    max_steps: Annotated[int | None, Ge(1), Doc("updates at most, whatever the epochs")] = None
+    max_steps: MaxSteps = None
     batch_size: Annotated[
         int | None, Ge(1), Doc("forget samples an update, over all workers (default: 4; 1 for SGA and CGA)")
     ] = None
-    optimizer: Annotated[OptimizerName, Doc("AdamW, or plain gradient descent")] = "adamw"
-    learning_rate: Annotated[float, Gt(0), Doc("of the optimiser, constant after the warm-up")] = 5e-5
-    weight_decay: Annotated[float, Ge(0), Doc("of the optimiser")] = 0.0
-    warmup_steps: Annotated[int, Ge(0), Doc("updates over which the learning rate grows linearly")] = 0
-    clip_norm: Annotated[
-        float | None, Gt(0), Doc("the gradient is scaled down to this norm; an empty value in a spec file turns it off")
-    ] = 1.0
-    dtype: Annotated[Literal["float32", "bfloat16"], Doc("bfloat16 computes by autocast; weights stay in fp32")] = (
-        "float32"
-    )
+    optimizer: Optimizer = "adamw"
+    learning_rate: LearningRate = 5e-5
+    weight_decay: WeightDecay = 0.0
+    warmup_steps: WarmupSteps = 0
+    clip_norm: ClipNorm = 1.0
+    dtype: ComputeType = "float32"
     order: Annotated[str, Known(_orders), Doc("weighted draws p_i ∝ MRD_i^alpha; the others are fixed orders")] = (
         "weighted"
     )
@@ -156,18 +169,31 @@ class Recipe:
     early_stopping: Annotated[
         bool, Doc("a forgotten sample leaves the draw, and the run ends when all are forgotten")
     ] = True
+    stopping: Annotated[
+        str | None,
+        Expected(RULES),
+        Doc(
+            "when a sample counts as forgotten: ma=NUMBER when its MA is below; paper when MA and EL are both below "
+            "their averages on the initial model (default: ma=0.5; paper where ma_threshold or el_threshold is given)"
+        ),
+    ] = None
     check_every: Annotated[
-        int, Ge(0), Doc("how often to look which samples are forgotten, in check units; 0: never")
-    ] = 1
+        int | None,
+        Ge(0),
+        Doc(
+            "how often to look which samples are forgotten, in check units; 0: never (default: every epoch, or less "
+            "often where a look costs more than the training since the last one)"
+        ),
+    ] = None
     check_unit: Annotated[Unit, Doc("of check_every")] = "epochs"
     el_n: Annotated[int, Ge(1), Doc("tokens in an n-gram of extraction likelihood")] = 10
     ma_threshold: Annotated[
-        float | None, Ge(0), Le(1), Doc("a forgotten sample's MA is below (default: the average on the initial model)")
+        float | None, Ge(0), Le(1), Doc("by the paper's rule, instead of the average MA on the initial model")
     ] = None
     el_threshold: Annotated[
-        float | None, Ge(0), Le(1), Doc("a forgotten sample's EL is below (default: the average on the initial model)")
+        float | None, Ge(0), Le(1), Doc("by the paper's rule, instead of the average EL on the initial model")
     ] = None
-    seed: Annotated[int, Ge(0), Doc("of everything that is drawn")] = 0
+    seed: Seed = 0
 
     def resolved(self) -> dict[str, Any]:
         """The fields whose defaults depend on the algorithm, with their values.
@@ -195,6 +221,7 @@ class Recipe:
             "alpha": float(_value_or(self.alpha, algorithm.alpha or 0.0)),
             "lora_alpha": _value_or(self.lora_alpha, 2 * self.lora_rank) if self.lora_rank else None,
             **self._dual(algorithm),
+            "stopping": self._rule(),
             # None where nobody asked for it, as in the identities of runs from before there was such a setting.
             "negation": _value_or(self.negation, algorithm.negation or None),
         }
@@ -203,7 +230,7 @@ class Recipe:
         self._check_forecasts(schedule)
         if schedule is not None:
             filled["schedule"] = dataclasses.asdict(schedule)
-        if self.early_stopping and not self.check_every:
+        if self.early_stopping and self.check_every == 0:
             raise UserError(
                 f"{named('check_every')} is 0: nobody looks which samples are forgotten; expected "
                 f"{named('early_stopping')} false"
@@ -228,6 +255,21 @@ class Recipe:
                 f"{named('lora_targets')} instead"
             )
         return filled
+
+    def _rule(self) -> str | None:
+        """The stopping rule, see `algorithms.stopping`; None where nobody looks, and nobody has asked for one."""
+        replaced = [name for name in ("ma_threshold", "el_threshold") if getattr(self, name) is not None]
+        if self.stopping is None:
+            return PAPER if replaced else None if self.check_every == 0 else DEFAULT
+        number = ma_of_rule(self.stopping)
+        if number is None:
+            return PAPER
+        if replaced:
+            raise UserError(
+                f"{named(replaced[0])} replaces an average of {named('stopping')} {PAPER}, and {named('stopping')} is "
+                f"{described(self.stopping)}: leave one of them out"
+            )
+        return f"ma={number:g}"
 
     def _dual(self, algorithm: Algorithm) -> dict[str, float | None]:
         """How the retain weight follows the retain loss; Nones where it is constant."""
@@ -287,8 +329,10 @@ class Execution:
         Doc("a share of one, or several (default: 1 where there are any, else 0)"),
     ] = None
     batch_tokens: Annotated[
-        int, Ge(2), Doc("padded tokens in a micro-batch; gradients are accumulated over as many as a batch needs")
-    ] = BATCH_TOKENS
+        int | None,
+        Ge(2),
+        Doc(f"padded tokens in a micro-batch, of which an update takes as many as it needs {BATCH_TOKENS_ARE}"),
+    ] = None
     gradient_checkpointing: Annotated[bool, Doc("recompute activations in the backward pass")] = False
     checkpoint_every: Annotated[int | None, Ge(1), Doc("updates (default: each epoch)")] = None
     max_failures: Annotated[int, Ge(0), Doc("how often workers are started again when one dies")] = 3
@@ -304,7 +348,7 @@ class AnswersMeasured:
     evaluate_every: Annotated[
         int, Ge(0), Doc("epochs from one measurement to the next; the last is always made, and 0 makes no other")
     ] = 1
-    evaluate_samples: Annotated[int, Ge(1), Doc("of each set at most, evenly spaced")] = 100
+    evaluate_samples: Annotated[int, Ge(1), Doc("of each set at most, evenly spaced")] = EVALUATED
 
 
 def _value_or(value: Any, default: Any) -> Any:

@@ -23,7 +23,7 @@ from algorithms.passes import Head, layer_output
 from scoring.errors import UserError
 from scoring.logprob import last_hidden, scored_logprobs
 from scoring.replica import TransformersReplica
-from scoring.samples import BATCH_TOKENS, Batch, Sample, make_batches
+from scoring.samples import Batch, Sample, make_batches
 from scoring.settings import named
 from scoring.work import Pool
 
@@ -148,7 +148,7 @@ def compute_reference(
     quantities: Mapping[Role, tuple[Quantity, ...]],
     layer: int | None,
     pool: Pool,
-    batch_tokens: int = BATCH_TOKENS,
+    batch_tokens: int,
 ) -> int:
     """Compute quantities of each role's samples and write them to `path`.
 

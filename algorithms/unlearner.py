@@ -33,16 +33,19 @@ from algorithms.recipe import Objectives, Recipe, Unit, total_updates, updates_p
 from algorithms.reference import Reference, SetName
 from algorithms.samplers import Sampler, retain_order
 from algorithms.schedule import groups_of_samples
-from algorithms.stopping import Thresholds, measure_memorization
+from algorithms.stopping import Look, Thresholds, ma_of_rule, measure_memorization
+from algorithms.target import TRAINED_MA, Target
 from algorithms.trainable import Trainable
 from scoring.errors import UserError
 from scoring.flip_time import Outputs
 from scoring.progress import advance, expect, phase
-from scoring.samples import BATCH_TOKENS, Batch, collate
+from scoring.samples import Batch, collate, default_batch_tokens
 
 # How often a term of the loss may outgrow that of the first update (or 1, if that was less). A mean NLL of 10,000 nats
 # per token is far beyond what even a wholly lost model has.
 DIVERGED = 1e4
+# What a token costs in training, in forward passes over a token: a backward pass takes twice as long as a forward one.
+PASSES = 3
 
 
 # What the seconds of a clock are spent on, in words.
@@ -69,9 +72,11 @@ class Unlearner:
         evaluation: what to measure after each epoch; None measures nothing.
         observe: is shown the progress after each update, on the first worker.
         report: is given the row of each epoch, on every worker.
-        batch_tokens: padded tokens in a micro-batch: gradients are accumulated over as many as a batch needs.
+        batch_tokens: padded tokens in a micro-batch: gradients are accumulated over as many as a batch needs; None: as
+            many as suit the device.
         checkpoint_every: updates from one checkpoint to the next; None: one after each epoch.
         live: where the tables grow, on the first worker.
+        target: of a model that learns: how well it must know its samples for training to end; None: nobody looks.
     """
 
     def __init__(
@@ -86,9 +91,10 @@ class Unlearner:
         evaluation: Evaluation | None = None,
         observe: Callable[[Progress], None] = lambda _: None,
         report: Callable[[Mapping[str, Any]], None] = lambda _: None,
-        batch_tokens: int = BATCH_TOKENS,
+        batch_tokens: int | None = None,
         checkpoint_every: int | None = None,
         live: LiveTables | None = None,
+        target: Target | None = None,
     ) -> None:
         self.recipe, self.corpus, self.trained, self.group = recipe, corpus, trained, trained.group
         self._objectives = Objectives.of(recipe)
@@ -96,11 +102,12 @@ class Unlearner:
             raise ValueError(f"{recipe.algorithm} has a retain term, and the corpus has no sample to retain")
         self._terms = LossTerms(self._objectives, trained, reference, head, recipe.seed)
         self._initial = initial
-        self._checkpoints, self._evaluation = checkpoints, evaluation
+        self._checkpoints, self._evaluation, self._target = checkpoints, evaluation, target
         self._observe, self._report = observe, report
         self._live = live or LiveTables(None)
         self._resumed = 0
-        self._batch_tokens = batch_tokens
+        self._chosen_batch_tokens = batch_tokens
+        self._batch_tokens = batch_tokens or default_batch_tokens(trained.device)
         self._newest_is_trusted = False
         self.updates_per_epoch = updates_per_epoch(len(corpus.forget), recipe)
         self.total = total_updates(len(corpus.forget), recipe)
@@ -124,7 +131,7 @@ class Unlearner:
                 trained.refuse_shards(setting)
 
     def run(self) -> History:
-        """Train until every sample is forgotten or the updates are used up.
+        """Train until every sample is forgotten, the target is reached, or the updates are used up.
 
         Raises:
             Diverged: training diverged; the last checkpoint is kept.
@@ -141,9 +148,9 @@ class Unlearner:
             self._checkpoint()
         history = self.history
         self._resumed = history.step
-        if history.step < self.total and self._in_draw().any():
+        if history.step < self.total and self._in_draw().any() and not self._has_reached_target():
             self._live.begin(history)
-        while history.step < self.total and self._in_draw().any():
+        while history.step < self.total and self._in_draw().any() and not self._has_reached_target():
             epoch, step_of_epoch = divmod(history.step, self.updates_per_epoch)
             if step_of_epoch == 0:
                 self.sampler.begin_epoch()
@@ -168,6 +175,10 @@ class Unlearner:
         """Which samples can be drawn, (N,) bool."""
         active = self.history.active
         return active if self.recipe.early_stopping else np.ones_like(active)
+
+    def _has_reached_target(self) -> bool:
+        """Whether the samples were known well enough at the end of the last epoch."""
+        return self._target is not None and self._target.is_reached(self.history.epochs[-1])
 
     # --- One update -----------------------------------------------------------------------------------------
 
@@ -425,15 +436,8 @@ class Unlearner:
 
     def _measure_initial_model(self) -> None:
         """Set the thresholds of the stopping rule, and fill in the row of epoch 0."""
-        if self.recipe.check_every:
-            ma, el = self._measure_memorization(range(len(self.corpus.forget)))
-            chosen = {"ma": self.recipe.ma_threshold, "el": self.recipe.el_threshold}
-            self.history.thresholds = dataclasses.asdict(Thresholds.from_initial(ma, el)) | {
-                name: threshold for name, threshold in chosen.items() if threshold is not None
-            }
-            self.history.memory = {key: {"ma": ma.tolist(), "el": el.tolist()} for key in ("initial", "last")}
-            thresholds = Thresholds(**self.history.thresholds)
-            self.history.note(*thresholds.blind_spots(ma, el, self.recipe.el_n))
+        if self.recipe.check_every != 0:
+            self._set_thresholds()
         if self.recipe.weights != MRD and not self.sampler.needs_difficulty:
             self.history.note(
                 f"weights {self.recipe.weights} are not used: these draws do not depend on how easy samples are"
@@ -445,18 +449,55 @@ class Unlearner:
             self.history.groups = groups_of_samples(self._ease(self._group_by), shares)
         self._close_epoch(-1)
 
+    def _set_thresholds(self) -> None:
+        """The thresholds of the stopping rule, and which samples are below them already."""
+        recipe, everyone = self.recipe, range(len(self.corpus.forget))
+        if (fixed := self._fixed_ma()) is not None:
+            look = self._look(everyone, el_below=0.0)
+            thresholds = Thresholds(fixed, math.nan)
+        else:
+            look = self._look(everyone)
+            averages = Thresholds.from_initial(look.ma, look.el)
+            thresholds = Thresholds(
+                averages.ma if recipe.ma_threshold is None else recipe.ma_threshold,
+                averages.el if recipe.el_threshold is None else recipe.el_threshold,
+            )
+        self.history.thresholds = dataclasses.asdict(thresholds)
+        self.history.memory = {key: {"ma": look.ma.tolist(), "el": look.el.tolist()} for key in ("initial", "last")}
+        self.history.note(*thresholds.blind_spots(look.ma, look.el, recipe.el_n))
+
+    def _fixed_ma(self) -> float | None:
+        """What MA of a forgotten sample is below, where the stopping rule says so itself."""
+        return None if self.recipe.stopping is None else ma_of_rule(self.recipe.stopping)
+
     def _forecast_threshold(self) -> float:
         """What MA of a forgotten sample falls below: as the stopping rule has it, also if nobody checks."""
         if self.history.thresholds:
             return self.history.thresholds["ma"]
+        if (fixed := self._fixed_ma()) is not None:
+            return fixed
         if self.recipe.ma_threshold is not None:
             return self.recipe.ma_threshold
-        ma, _ = self._measure_memorization(range(len(self.corpus.forget)), el_below=0.0)
-        return float(ma.mean())
+        return float(self._look(range(len(self.corpus.forget)), el_below=0.0).ma.mean())
 
     def _check_is_due(self) -> bool:
-        is_last = self.recipe.check_every > 0 and self.history.step == self.total
-        return is_last or self._is_due(self.recipe.check_every, self.recipe.check_unit)
+        history, recipe = self.history, self.recipe
+        if recipe.check_every is not None:
+            is_last = recipe.check_every > 0 and history.step == self.total
+            return is_last or self._is_due(recipe.check_every, recipe.check_unit)
+        if history.step == self.total:
+            return True
+        if not self._is_due(1, recipe.check_unit):
+            return False
+        trained = PASSES * sum(step["tokens"] for step in history.steps[history.look["step"] :])
+        if trained < history.look["tokens"]:
+            history.note(
+                "looking which samples are forgotten cost as much as training for "
+                f"{history.look['tokens'] / trained:.1f} {recipe.check_unit}, and was done less often than each "
+                "of them (check_every 1 looks every time)"
+            )
+            return False
+        return True
 
     def _check(self) -> None:
         """Find out which samples are forgotten. A forgotten sample stays so, and is not measured again."""
@@ -464,34 +505,34 @@ class Unlearner:
         positions = np.flatnonzero(history.active).tolist()
         if not positions:
             return
-        ma, el = self._measure_memorization(positions, thresholds.ma)
-        is_forgotten = thresholds.forgotten(ma, el)
+        look = self._look(positions, 0.0 if self._fixed_ma() is not None else thresholds.ma)
+        is_forgotten = thresholds.forgotten(look.ma, look.el)
         for row, position in enumerate(positions):
-            history.memory["last"]["ma"][position] = float(ma[row])
-            history.memory["last"]["el"][position] = float(el[row])
+            history.memory["last"]["ma"][position] = float(look.ma[row])
+            history.memory["last"]["el"][position] = float(look.el[row])
             if is_forgotten[row]:
                 history.forgotten_at[position] = history.step
                 history.drawn_until_forgotten[position] = history.drawn[position]
 
-    def _measure_memorization(
-        self, positions: range | list[int], el_below: float | None = None
-    ) -> tuple[np.ndarray, np.ndarray]:
+    def _look(self, positions: range | list[int], el_below: float | None = None) -> Look:
         """MA and EL of the forget samples at these positions, (n,) each; see `measure_memorization`."""
         samples = [self.corpus.forget[position] for position in positions]
         with self._clock("checks"), self.trained.whole_model() as model:
-            return measure_memorization(
+            look = measure_memorization(
                 model,
                 samples,
                 self.recipe.el_n,
                 self.corpus.eos_token_id,
-                self._batch_tokens,
+                self._chosen_batch_tokens,
                 el_below,
                 self.group,
             )
+        self.history.look = {"step": self.history.step, "tokens": look.tokens}
+        return look
 
     def _share_forgotten(self) -> float | None:
         """The share of forgotten samples; None if nobody checks."""
-        return float(1 - self.history.active.mean()) if self.recipe.check_every else None
+        return None if self.recipe.check_every == 0 else float(1 - self.history.active.mean())
 
     # --- The row of an epoch --------------------------------------------------------------------------------
 
@@ -506,7 +547,9 @@ class Unlearner:
         row["forgotten"] = self._share_forgotten()
         with self._clock("evaluation"), self.trained.whole_model() as model:
             row |= weight_change(model, self._initial, self.group)
-            if self._evaluation and self._evaluation_is_due(self._evaluation.every, epoch + 1):
+            if self._target:
+                row[TRAINED_MA] = self._target.measured(model, self._batch_tokens, self.group)
+            if self._evaluation and self._evaluation_is_due(self._evaluation.every, row):
                 row |= self._evaluation.results(model, self.group)
         row["tokens"] = sum(step["tokens"] for step in history.steps)
         for name in ("training", "mrd"):
@@ -515,9 +558,10 @@ class Unlearner:
         history.epochs.append(row)
         self._report(row)
 
-    def _evaluation_is_due(self, every: int, epoch: int) -> bool:
+    def _evaluation_is_due(self, every: int, row: Mapping[str, Any]) -> bool:
         is_last = self.history.step == self.total or not self._in_draw().any()
-        return is_last or (every > 0 and epoch % every == 0)
+        is_last = is_last or (self._target is not None and self._target.is_reached(row))
+        return is_last or (every > 0 and row["epoch"] % every == 0)
 
     # --- Checkpoints ----------------------------------------------------------------------------------------
 

@@ -14,7 +14,7 @@ from scoring.eval_mode import in_eval_mode
 from scoring.generation import greedy_continuations
 from scoring.logprob import scored_logprobs
 from scoring.progress import advance, expect
-from scoring.samples import BATCH_TOKENS, Sample, answer_end, make_batches
+from scoring.samples import Sample, answer_end, default_batch_tokens, make_batches
 
 # How much longer than the true answer a written answer may be.
 EXTRA_TOKENS = 20
@@ -83,7 +83,7 @@ def rouge_l_recall(written: Sequence[str], truth: Sequence[str]) -> np.ndarray:
 
 @torch.no_grad()
 def answer_probability(
-    model: PreTrainedModel, samples: Sequence[Sample], batch_tokens: int = BATCH_TOKENS
+    model: PreTrainedModel, samples: Sequence[Sample], batch_tokens: int | None = None
 ) -> np.ndarray:
     """exp(-L/|y|): the geometric mean of the probabilities of the scored tokens.
 
@@ -92,7 +92,7 @@ def answer_probability(
     Args:
         model: a causal LM in eval mode.
         samples: N samples.
-        batch_tokens: padded tokens in a batch.
+        batch_tokens: padded tokens in a batch; None: as many as suit the model's device.
 
     Returns:
         (N,) fp64, 0 to 1, in the order of `samples`.
@@ -101,7 +101,8 @@ def answer_probability(
     probability = np.empty(len(samples))
     expect(len(samples))
     # Indices are renumbered: `samples` may be any part of the data set that they count.
-    for batch in make_batches([replace(sample, index=i) for i, sample in enumerate(samples)], batch_tokens):
+    numbered = [replace(sample, index=i) for i, sample in enumerate(samples)]
+    for batch in make_batches(numbered, batch_tokens or default_batch_tokens(device)):
         summed = scored_logprobs(model, batch.to(device)).double().sum(-1).cpu()
         probability[batch.indices.numpy()] = mean_probability(-(summed / batch.mask.sum(-1)).numpy())
         advance(len(batch))

@@ -39,7 +39,7 @@ from scoring.progress import Bar
 from scoring.records import Record, texts_of
 from scoring.sample_file import Batches
 from scoring.samples import (
-    BATCH_TOKENS,
+    BATCH_TOKENS_ARE,
     Batch,
     Rejected,
     Sample,
@@ -47,6 +47,7 @@ from scoring.samples import (
     TextSet,
     Tokens,
     context_length,
+    default_batch_tokens,
     encode_checked,
     make_batches,
     nothing_scored,
@@ -85,8 +86,9 @@ class ScoreSettings:
     seed: Annotated[int, Doc("addresses the noise")] = 0
     tokens: Annotated[Tokens, Doc("which are scored: the answer's, as in the unlearning loss, or all")] = "answer"
     batch_tokens: Annotated[
-        Annotated[int, Ge(1)] | Literal["auto"], Doc("padded tokens in a batch, or auto: as many as fit into memory")
-    ] = BATCH_TOKENS
+        Annotated[int, Ge(1)] | Literal["auto"] | None,
+        Doc(f"padded tokens in a batch, or auto: what is fastest, of what fits into memory {BATCH_TOKENS_ARE}"),
+    ] = None
     allow_lost_perturbation: Annotated[bool, Doc("score although storage rounds the noise away")] = False
 
     def completed(self, differentiates: bool = True) -> Self:
@@ -154,7 +156,7 @@ def score(
     tolerance: float = DEFAULT_TOLERANCE,
     seed: int = 0,
     tokens: Tokens = "answer",
-    batch_tokens: int = BATCH_TOKENS,
+    batch_tokens: int | None = None,
     allow_lost_perturbation: bool = False,
     template: str = PLAIN,
     system: str | None = None,
@@ -175,7 +177,7 @@ def score(
         tolerance: bound on the median relative standard error over the samples, for draws "auto".
         seed: seed of the noise.
         tokens: "answer" scores the completion and its end token, as the unlearning loss does, "all" every token.
-        batch_tokens: padded tokens in a batch.
+        batch_tokens: padded tokens in a batch; None: as many as suit the model's device.
         allow_lost_perturbation: score although the weights' dtype rounds the noise away.
         template, system, template_variables: how pairs and conversations are put, see `scoring.templates`.
         progress: show a bar.
@@ -208,7 +210,7 @@ def score(
     check_loaded(model, tokenizer)
     texts = texts_of("records", records, chosen_template(template, system, template_variables or {}))
     samples, rejected = samples_of(model, tokenizer, texts, settings.tokens)
-    batches = make_batches(samples, batch_tokens)
+    batches = make_batches(samples, batch_tokens or default_batch_tokens(model.device))
     shards = shards_of(batches, settings.chosen()[0])
     tasks = draw_tasks(settings, len(shards))
     finished = FinishedInMemory()

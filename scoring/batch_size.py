@@ -1,7 +1,9 @@
-"""How many tokens of a batch fit into a replica's memory: measured on two small batches, and extrapolated."""
+"""How many tokens a batch had best have: as few as are nearly as fast as any, and fit into a replica's memory. Time and
+memory are measured on two small batches, and extrapolated."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -17,10 +19,12 @@ from scoring.samples import Batch, Sample, collate
 if TYPE_CHECKING:
     from scoring.replica import TransformersReplica
 
-# Tokens of the first of the two measured batches.
-FIRST_TOKENS = 512
+# Tokens of the first of the two measured batches; the other has so many times as many.
+FIRST_TOKENS, LARGER = 512, 4
 # Smaller batches are slow, larger ones gain nothing.
 LEAST_TOKENS, MOST_TOKENS = 256, 65536
+# The share of its time that a batch may spend on what does not depend on its tokens.
+MOST_OVERHEAD = 0.05
 # The share of the free memory that is used: allocators cannot use all of it.
 USABLE_SHARE = 0.7
 SIGMA = 1e-5
@@ -28,7 +32,7 @@ SIGMA = 1e-5
 
 @dataclass(frozen=True)
 class BatchSizeTask:
-    """A task for a replica: find the largest batch that fits.
+    """A task for a replica: find the size of batches that is fastest, of those that fit.
 
     Attributes:
         estimator: the estimator of MRD that the batches are for.
@@ -50,36 +54,78 @@ class BatchSizeTask:
 
         if not isinstance(replica, TransformersReplica):
             return LEAST_TOKENS * 16
-        return fitting_tokens(replica, self.estimator, self.length, free_bytes(replica.device) / self.sharing)
+        small, large = measure_batches(replica, self.estimator, self.length)
+        fitting = fitting_tokens(small, large, free_bytes(replica.device) / self.sharing)
+        return min(fitting, fastest_tokens(small, large))
 
 
-def fitting_tokens(replica: TransformersReplica, estimator: EstimatorName, length: int, free: float) -> int:
+@dataclass(frozen=True)
+class Measured:
+    """What a batch took.
+
+    Attributes:
+        tokens: in it; every sample has the same length.
+        seconds: that it took.
+        peak: bytes of the tensors that it made, at most at any time.
+    """
+
+    tokens: int
+    seconds: float
+    peak: float
+
+
+def fastest_tokens(small: Measured, large: Measured) -> int:
+    """Tokens of the smallest batch that is nearly as fast, for each token, as any: a power of two.
+
+    A batch takes a time of its own and a time for each token. Where the larger of the two is not faster, for each
+    token, caches hold no more, and the smaller one is it.
+    """
+    each = (large.seconds - small.seconds) / (large.tokens - small.tokens)
+    if each <= 0:
+        return MOST_TOKENS  # a GPU that neither of the two has filled
+    tokens = (small.seconds / each - small.tokens) * (1 / MOST_OVERHEAD - 1)
+    return 1 << (int(np.clip(tokens, small.tokens, MOST_TOKENS)) - 1).bit_length()
+
+
+def fitting_tokens(small: Measured, large: Measured, free: float) -> int:
     """Tokens of the largest batch that fits, when every sample has the same length.
 
     Its tensors take at most `USABLE_SHARE` of the free memory. The result is a power of two, so that a run that is
     continued finds the same number although a little more or less is free.
 
     Args:
-        length: tokens of each sample.
+        small, large: two batches; a batch takes some memory of its own, and some for each token.
         free: free memory, bytes.
     """
+    bytes_per_token = max(1.0, (large.peak - small.peak) / (large.tokens - small.tokens))
+    fixed = small.peak - bytes_per_token * small.tokens
+    tokens = int(np.clip((USABLE_SHARE * free - fixed) / bytes_per_token, LEAST_TOKENS, MOST_TOKENS))
+    return 1 << (tokens.bit_length() - 1)
+
+
+def measure_batches(replica: TransformersReplica, estimator: EstimatorName, length: int) -> tuple[Measured, Measured]:
+    """What a small batch and a larger one take, of samples of a length."""
     rng = np.random.default_rng(0)
     scored = np.arange(max(2, length)) > 0
     vocabulary = replica.model.config.get_text_config().vocab_size
 
-    def peak(rows: int) -> float:
+    def measured(rows: int) -> Measured:
         ids = rng.integers(0, vocabulary, (rows, len(scored)))
         batch = collate([Sample(str(i), row, scored, i) for i, row in enumerate(ids)])
-        return peak_bytes(lambda: estimate(replica, [batch], Request(estimator, SIGMA, 0, 0, 1)), replica.device)
+
+        def work() -> None:
+            estimate(replica, [batch], Request(estimator, SIGMA, 0, 0, 1))
+            if replica.device.type == "cuda":
+                torch.cuda.synchronize(replica.device)
+
+        # The first call makes copies of the weights, which must not count as the batch's.
+        work()
+        started = time.perf_counter()
+        work()
+        return Measured(rows * len(scored), time.perf_counter() - started, peak_bytes(work, replica.device))
 
     rows = max(1, FIRST_TOKENS // len(scored))
-    # The first call makes copies of the weights, which must not count as the batch's.
-    peak(rows)
-    small, large = peak(rows), peak(2 * rows)
-    bytes_per_token = max(1.0, (large - small) / (rows * len(scored)))
-    fixed = small - bytes_per_token * rows * len(scored)
-    tokens = int(np.clip((USABLE_SHARE * free - fixed) / bytes_per_token, LEAST_TOKENS, MOST_TOKENS))
-    return 1 << (tokens.bit_length() - 1)
+    return measured(rows), measured(LARGER * rows)
 
 
 def peak_bytes(work: Callable[[], object], device: torch.device) -> float:

@@ -15,6 +15,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
 
 from scoring.abilities import abilities_of, positions_for, remembered, same, tokens_to_try
 from scoring.errors import UserError
@@ -63,6 +64,64 @@ def greedy_continuations(
         for i, tokens in zip(group, written, strict=True):
             continuations[i] = np.asarray(tokens, dtype=np.int64)
     return continuations
+
+
+@torch.no_grad()
+def greedy_continuations_within(
+    model: PreTrainedModel,
+    texts: Sequence[np.ndarray],
+    starts: Sequence[tuple[int, int]],
+    eos_token_id: int | None,
+    batch_tokens: int = 16384,
+) -> list[np.ndarray]:
+    """What the model writes in place of the rest of a text, from many positions of each text.
+
+    A text is read once, and all its continuations begin from the cache of that, where the model allows it.
+
+    Args:
+        model, eos_token_id: see `greedy_continuations`.
+        texts: token ids, each (T_i,) int64.
+        starts: which text, and how many of its tokens stand before the continuation, 1 to T_i - 1. A continuation has
+            at most as many tokens as it replaces.
+        batch_tokens: rows times (read + new) tokens in one batch.
+
+    Returns:
+        The new tokens of each start, int64, without the end token.
+
+    Raises:
+        UserError: a text does not fit into the model's context.
+    """
+    prompts = [texts[row][:at] for row, at in starts]
+    limits = [len(texts[row]) - at for row, at in starts]
+    switch = abilities_of(model).switch
+    longest = max((len(texts[row]) for row, _ in starts), default=0)
+    if not starts or not _shares_prefixes(model) or (switch is not None and longest > switch):
+        return greedy_continuations(model, prompts, limits, eos_token_id, batch_tokens)
+    check_fit(getattr(model.config.get_text_config(), "max_position_embeddings", None), prompts, limits)
+    stops = stops_of(model, eos_token_id)
+    continuations = [np.empty(0, dtype=np.int64) for _ in starts]
+    expect(sum(limit > 0 for limit in limits))
+    for group in _group_starts(texts, starts, batch_tokens):
+        batch = _WithinTexts(model, texts, [starts[i] for i in group])
+        for i, tokens in zip(group, _decode_rows(batch, [limits[i] for i in group], stops), strict=True):
+            continuations[i] = np.asarray(tokens, dtype=np.int64)
+    return continuations
+
+
+def _group_starts(
+    texts: Sequence[np.ndarray], starts: Sequence[tuple[int, int]], batch_tokens: int
+) -> Iterator[list[int]]:
+    """Group starts to be decoded together, those of a text and of texts of similar length: their positions."""
+    group: list[int] = []
+    for i in sorted(range(len(starts)), key=lambda i: (len(texts[starts[i][0]]), starts[i])):
+        length = len(texts[starts[i][0]])  # none in the group is longer
+        # Read, and then written, is a text at most twice.
+        if group and (len(group) + 1) * 2 * length > batch_tokens:
+            yield group
+            group = []
+        group.append(i)
+    if group:
+        yield group
 
 
 def check_fit(context: int | None, prompts: Sequence[np.ndarray], limits: Sequence[int]) -> None:
@@ -216,22 +275,54 @@ def _led(model: Any, prompts: Sequence[torch.Tensor], further: torch.Tensor) -> 
     return [torch.stack(logits) for logits in steps]
 
 
-class _LeftPadded:
-    """Rows that are decoded together, with a cache. Padding is on the left, so that the last column predicts every
-    row's next token."""
+@remembered
+def _shares_prefixes(model: Any) -> bool:
+    """Whether continuations from within a text come out right from the cache of the whole text. Tried at its first
+    use."""
+    if way_of_decoding(model) != "together" or not abilities_of(model).takes_positions:
+        return False
+    return _try_sharing(model)
 
-    def __init__(self, model: Any, prompts: Sequence[np.ndarray]) -> None:
-        longest = max(len(p) for p in prompts)
-        ids = np.zeros((len(prompts), longest), dtype=np.int64)
-        attended = np.zeros((len(prompts), longest), dtype=np.int64)
-        for row, prompt in enumerate(prompts):
-            ids[row, longest - len(prompt) :] = prompt
-            attended[row, longest - len(prompt) :] = 1
-        device = next(model.parameters()).device
-        self._model = model
-        self._ids, self._mask = torch.from_numpy(ids).to(device), torch.from_numpy(attended).to(device)
-        self._positions = (self._mask.cumsum(1) - 1).clamp_min(0)
-        self._cache = DynamicCache(config=model.config)
+
+@torch.no_grad()
+def _try_sharing(model: Any) -> bool:
+    rows = tokens_to_try(model)
+    texts, starts = [row.cpu().numpy() for row in rows[:2]], [(0, 2), (1, 5), (0, 4)]
+    training = model.training
+    model.eval()
+    try:
+        batch = _WithinTexts(model, texts, starts)
+        if not all(type(layer) is DynamicLayer for layer in batch.cache.layers):
+            return False  # a window, say, which would count the tokens that a row skips
+        for n in range(2):
+            exact = [_last_logits_anew(model, rows[row, : at + n][None])[0] for row, at in starts]
+            if not all(same(logits, wanted) for logits, wanted in zip(batch.next_logits(), exact, strict=True)):
+                return False
+            batch.keep(list(range(len(starts))), torch.stack([rows[row, at + n] for row, at in starts]))
+        return True
+    except Exception:  # its cache is of another kind
+        return False
+    finally:
+        model.train(training)
+
+
+class _Rows:
+    """Rows that are decoded together, with a cache.
+
+    Attributes:
+        cache: of what was read and written before.
+    """
+
+    def __init__(
+        self, model: Any, cache: DynamicCache, ids: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor
+    ) -> None:
+        """
+        Args:
+            ids, positions: (B, T) of the tokens that are to be read next; the last column predicts each row's next one.
+            mask: (B, cached + T), what each row looks at.
+        """
+        self._model, self.cache = model, cache
+        self._ids, self._mask, self._positions = ids, mask, positions
         self._takes_positions = abilities_of(model).takes_positions
         self._keeps_last = "logits_to_keep" in inspect.signature(model.forward).parameters
 
@@ -241,7 +332,7 @@ class _LeftPadded:
             output = self._model(
                 input_ids=self._ids,
                 attention_mask=self._mask,
-                past_key_values=self._cache,
+                past_key_values=self.cache,
                 use_cache=True,
                 **({"position_ids": self._positions} if self._takes_positions else {}),
                 **({"logits_to_keep": 1} if self._keeps_last else {}),
@@ -253,31 +344,78 @@ class _LeftPadded:
         """Go on with these rows, and the token of each that is to be read next."""
         if len(rows) < len(self._mask):
             selected = torch.tensor(rows, device=self._mask.device)
-            self._cache.batch_select_indices(selected)
+            self.cache.batch_select_indices(selected)
             self._mask, self._positions = self._mask[selected], self._positions[selected]
         self._ids = tokens.unsqueeze(-1)
         self._mask = torch.cat([self._mask, self._mask.new_ones(len(rows), 1)], dim=1)
         self._positions = self._positions[:, -1:] + 1
 
 
+class _LeftPadded(_Rows):
+    """Prompts that are continued together. Padding is on the left, so that the last column predicts every row's next
+    token."""
+
+    def __init__(self, model: Any, prompts: Sequence[np.ndarray]) -> None:
+        longest = max(len(p) for p in prompts)
+        ids = np.zeros((len(prompts), longest), dtype=np.int64)
+        attended = np.zeros((len(prompts), longest), dtype=np.int64)
+        for row, prompt in enumerate(prompts):
+            ids[row, longest - len(prompt) :] = prompt
+            attended[row, longest - len(prompt) :] = 1
+        device = next(model.parameters()).device
+        mask = torch.from_numpy(attended).to(device)
+        positions = (mask.cumsum(1) - 1).clamp_min(0)
+        cache = DynamicCache(config=model.config)
+        _Rows.__init__(self, model, cache, torch.from_numpy(ids).to(device), mask, positions)
+
+
+class _WithinTexts(_Rows):
+    """Continuations from within texts. Each text is read once; a row looks at what stands before its start."""
+
+    def __init__(self, model: Any, texts: Sequence[np.ndarray], starts: Sequence[tuple[int, int]]) -> None:
+        device = next(model.parameters()).device
+        # Of each text all but the last token before its last start, which is read as part of the row.
+        used = list(dict.fromkeys(row for row, _ in starts))
+        longest = max(at for _, at in starts) - 1
+        cache = DynamicCache(config=model.config)
+        if longest:
+            ids = np.zeros((len(used), longest), dtype=np.int64)
+            for place, row in enumerate(used):
+                ids[place, : len(texts[row])] = texts[row][:longest]
+            mask = torch.ones(ids.shape, dtype=torch.int64, device=device)
+            positions = mask.cumsum(1) - 1
+            _Rows(model, cache, torch.from_numpy(ids).to(device), mask, positions).next_logits()
+            place_of = {row: place for place, row in enumerate(used)}
+            cache.batch_select_indices(torch.tensor([place_of[row] for row, _ in starts], device=device))
+        last = torch.tensor([[at - 1] for _, at in starts], device=device)
+        before = torch.arange(longest, device=device) < last
+        mask = torch.cat([before, torch.ones_like(last, dtype=torch.bool)], dim=1).long()
+        tokens = torch.tensor([[int(texts[row][at - 1])] for row, at in starts], device=device)
+        _Rows.__init__(self, model, cache, tokens, mask, last)
+
+
 def _decode_together(
     model: PreTrainedModel, prompts: Sequence[np.ndarray], limits: Sequence[int], stops: frozenset[int]
 ) -> list[list[int]]:
-    batch = _LeftPadded(model, prompts)
-    written: list[list[int]] = [[] for _ in prompts]
-    # The prompt of each row: rows leave the batch as they end.
-    prompt_of_row = list(range(len(prompts)))
+    return _decode_rows(_LeftPadded(model, prompts), limits, stops)
+
+
+def _decode_rows(batch: _Rows, limits: Sequence[int], stops: frozenset[int]) -> list[list[int]]:
+    """What each row writes until it comes to its limit or to a token that ends it."""
+    written: list[list[int]] = [[] for _ in limits]
+    # The number of each row: rows leave the batch as they end.
+    numbers = list(range(len(limits)))
     while True:
         tokens = batch.next_logits().argmax(-1)
         unfinished = []
-        for row, (prompt_number, token) in enumerate(zip(prompt_of_row, tokens.tolist(), strict=True)):
+        for row, (number, token) in enumerate(zip(numbers, tokens.tolist(), strict=True)):
             if token in stops:
                 continue
-            written[prompt_number].append(token)
-            if len(written[prompt_number]) < limits[prompt_number]:
+            written[number].append(token)
+            if len(written[number]) < limits[number]:
                 unfinished.append(row)
-        advance(len(prompt_of_row) - len(unfinished))
+        advance(len(numbers) - len(unfinished))
         if not unfinished:
             return written
         batch.keep(unfinished, tokens[torch.tensor(unfinished, device=tokens.device)])
-        prompt_of_row = [prompt_of_row[row] for row in unfinished]
+        numbers = [numbers[row] for row in unfinished]

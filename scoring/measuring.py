@@ -28,7 +28,7 @@ from scoring.mrd import Sigma
 from scoring.progress import advance, expect
 from scoring.records import Record, texts_of
 from scoring.replica import TransformersReplica
-from scoring.samples import BATCH_TOKENS, Batch, Rejected, Tokens, make_batches
+from scoring.samples import Batch, Rejected, Tokens, default_batch_tokens, make_batches
 from scoring.settings import Doc, Ge, Known, Le, build, check, named
 from scoring.similarity import mean_gradient
 from scoring.templates import PLAIN, chosen_template
@@ -309,7 +309,7 @@ def difficulty(
     retain: Iterable[Record | str] | None = None,
     checkpoints: str | Sequence[str] = (),
     tokens: Tokens = "answer",
-    batch_tokens: int = BATCH_TOKENS,
+    batch_tokens: int | None = None,
     template: str = PLAIN,
     system: str | None = None,
     template_variables: Mapping[str, str | bool] | None = None,
@@ -330,7 +330,7 @@ def difficulty(
         retain: records to be kept; gradient-cosine needs them.
         checkpoints: folders or ids of earlier states of the model; vog needs them.
         tokens: "answer" or "all", see `scoring.score`.
-        batch_tokens: padded tokens in a batch.
+        batch_tokens: padded tokens in a batch; None: as many as suit the model's device.
         template, system, template_variables: how pairs and conversations are put, see `scoring.templates`.
         progress: show a bar.
         settings: further fields of `DifficultySettings`, such as `learning_rate=1e-5`, `optimizer="sgd"` or
@@ -355,6 +355,7 @@ def difficulty(
     chat = chosen_template(template, system, template_variables or {})
     texts = texts_of("records", records, chat)
     samples, rejected = samples_of(model, tokenizer, texts, tokens)
+    batch_tokens = batch_tokens or default_batch_tokens(model.device)
     batches = make_batches(samples, batch_tokens)
     row_of = {sample.index: row for row, sample in enumerate(samples)}
     finished = FinishedInMemory()

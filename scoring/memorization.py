@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 from scoring.errors import UserError, unknown_name
-from scoring.generation import greedy_continuations
+from scoring.generation import greedy_continuations_within
 from scoring.logprob import scored_logits
 from scoring.samples import Batch, Sample, make_batches
 
@@ -125,6 +125,32 @@ def extraction_likelihood(
     Raises:
         UserError: n below 1, or an unknown denominator.
     """
+    return extraction(model, samples, n, eos_token_id, denominator, scored_only, batch_tokens).likelihood
+
+
+@dataclass(frozen=True)
+class Extraction:
+    """What an attempt to extract samples has found, and what it took.
+
+    Attributes:
+        likelihood: EL_n, see `extraction_likelihood`.
+        tokens: that went through the model: those that it read, and those that it wrote.
+    """
+
+    likelihood: torch.Tensor
+    tokens: int
+
+
+def extraction(
+    model: PreTrainedModel,
+    samples: Sequence[Sample],
+    n: int,
+    eos_token_id: int | None,
+    denominator: Denominator = "generated",
+    scored_only: bool = False,
+    batch_tokens: int = 16384,
+) -> Extraction:
+    """The same with what it took; see `extraction_likelihood`."""
     device = next(model.parameters()).device
 
     @torch.no_grad()
@@ -132,29 +158,30 @@ def extraction_likelihood(
         batch = batch.to(device)
         return (scored_logits(model, batch).argmax(-1) == batch.targets).cpu().numpy()
 
-    def write(prompts: Sequence[np.ndarray], limits: Sequence[int]) -> list[np.ndarray]:
-        return greedy_continuations(model, prompts, limits, eos_token_id, batch_tokens)
+    def write(texts: Sequence[np.ndarray], starts: Sequence[tuple[int, int]]) -> list[np.ndarray]:
+        return greedy_continuations_within(model, texts, starts, eos_token_id, batch_tokens)
 
     # Smaller batches than for decoding: logits are computed at every position, not only at the last.
     hit_tokens = max(1, batch_tokens // 8)
-    return extraction_likelihood_by(hits, write, samples, hit_tokens, n, eos_token_id, denominator, scored_only)
+    return extraction_by(hits, write, samples, hit_tokens, n, eos_token_id, denominator, scored_only)
 
 
-def extraction_likelihood_by(
+def extraction_by(
     hits: Callable[[Batch], np.ndarray],
-    write: Callable[[Sequence[np.ndarray], Sequence[int]], list[np.ndarray]],
+    write: Callable[[Sequence[np.ndarray], Sequence[tuple[int, int]]], list[np.ndarray]],
     samples: Sequence[Sample],
     batch_tokens: int,
     n: int = 10,
     eos_token_id: int | None = None,
     denominator: Denominator = "generated",
     scored_only: bool = False,
-) -> torch.Tensor:
+) -> Extraction:
     """EL_n of any model that gives hits and continuations, whatever its engine; see `extraction_likelihood`.
 
     Args:
         hits: whether each scored token of a batch is the model's most likely one, (B, S) bool.
-        write: greedy continuations of prompts, with one limit each, without the end token.
+        write: greedy continuations of texts, from positions within them up to the texts' own lengths, without the end
+            token; see `scoring.generation.greedy_continuations_within`.
         batch_tokens: padded tokens in a batch for `hits`.
     """
     _check_ngrams(n, denominator)
@@ -167,13 +194,13 @@ def extraction_likelihood_by(
     starts = [
         (row, int(at)) for row, sample in enumerate(samples) for at in np.unique(departures[row]) if at < sample.length
     ]
-    prompts = [samples[row].input_ids[:at] for row, at in starts]
-    limits = [samples[row].length - at for row, at in starts]
-    written = write(prompts, limits)
-    # A continuation shorter than its limit has ended with the end token.
+    written = write([sample.input_ids for sample in samples], starts)
+    # A continuation shorter than what is left of its text has ended with the end token.
     continuations = {
-        start: tokens if eos_token_id is None or len(tokens) == limit else np.append(tokens, eos_token_id)
-        for start, tokens, limit in zip(starts, written, limits, strict=True)
+        (row, at): tokens
+        if eos_token_id is None or len(tokens) == samples[row].length - at
+        else np.append(tokens, eos_token_id)
+        for (row, at), tokens in zip(starts, written, strict=True)
     }
     nothing = np.empty(0, dtype=np.int64)
 
@@ -185,7 +212,8 @@ def extraction_likelihood_by(
             generated = _through_end(generated, eos_token_id)
             overlaps.append(ngram_overlap(generated, sample.input_ids[start:], n, denominator))
         scores.append(np.mean(overlaps) if overlaps else np.nan)
-    return torch.tensor(scores, dtype=torch.float64)
+    read = sum(sample.length for sample in samples) + sum(samples[row].length for row in {row for row, _ in starts})
+    return Extraction(torch.tensor(scores, dtype=torch.float64), read + sum(map(len, written)))
 
 
 def _departures(sample: Sample, predicted: np.ndarray) -> np.ndarray:

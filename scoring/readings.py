@@ -171,8 +171,9 @@ class Reader:
     Args:
         pool: replicas of the model.
         eos_token_id: the token that ends a continuation; None: only the limit ends it.
-        batch_tokens: padded tokens in a batch.
+        batch_tokens: padded tokens in a batch that is read.
         bar: shows how far the readings are, in tokens; None shows nothing.
+        writing_tokens: rows times (prompt + new) tokens in one batch that is written; None: four times as many.
 
     Attributes:
         about: what is read, for the bar.
@@ -184,7 +185,9 @@ class Reader:
         eos_token_id: int | None,
         batch_tokens: int = BATCH_TOKENS,
         bar: Bar | None = None,
+        writing_tokens: int | None = None,
     ) -> None:
+        self._writing_tokens = writing_tokens or 4 * batch_tokens
         self._pool = pool
         self._eos = eos_token_id
         self._batch_tokens = batch_tokens
@@ -221,7 +224,7 @@ class Reader:
         """
         unwritten = [i for i, limit in enumerate(limits) if limit <= 0]
         # Long prompts first, so that the task that ends last is a short one.
-        groups = list(group_prompts(prompts, limits, self._batch_tokens * 4, PROMPTS_PER_TASK))[::-1]
+        groups = list(group_prompts(prompts, limits, self._writing_tokens, PROMPTS_PER_TASK))[::-1]
         tasks = [
             ContinuationTask(
                 shard, tuple(group), tuple(prompts[i] for i in group), tuple(limits[i] for i in group), self._eos

@@ -21,8 +21,12 @@ from scoring.tokens import Tokenization
 
 T = TypeVar("T")
 Tokens = Literal["answer", "all"]
-# The default number of padded tokens in a batch.
-BATCH_TOKENS = 4096
+# The default number of padded tokens in a batch: on a GPU, and on a CPU, whose caches hold the activations of fewer.
+BATCH_TOKENS, CPU_BATCH_TOKENS = 4096, 1024
+BATCH_TOKENS_ARE = f"(default: {CPU_BATCH_TOKENS} on a CPU, {BATCH_TOKENS} on a GPU)"
+# The share of a batch that may be padding. A small batch may have more, as another forward costs as much by itself as
+# some tokens do: these are a share of the most that a batch may have.
+MOST_PADDING, FREE_PADDING = 0.2, 0.125
 # The context length of a model that states no limit.
 NO_LIMIT = 1 << 30
 
@@ -308,8 +312,13 @@ def collate(samples: Sequence[Sample]) -> Batch:
     )
 
 
+def default_batch_tokens(device: torch.device | str) -> int:
+    """Padded tokens in a batch, where nobody has said how many."""
+    return CPU_BATCH_TOKENS if torch.device(device).type == "cpu" else BATCH_TOKENS
+
+
 def make_batches(samples: Sequence[Sample], batch_tokens: int) -> list[Batch]:
-    """Group samples of similar length into batches of at most `batch_tokens` padded tokens.
+    """Group samples of similar length into batches of at most `batch_tokens` padded tokens, and little padding.
 
     The grouping depends on the samples' tokens alone, not on their order in the data set, nor on how many replicas
     share the work; so scores do not depend on these either, to the bit. A sample longer than `batch_tokens` gets a
@@ -337,9 +346,15 @@ def group_samples(
     sample's `token_digest`."""
     order = np.lexsort((indices, digests, num_scored, lengths))
     starts: list[int] = []
+    tokens = 0  # of the batch, without padding
     for place, length in enumerate(lengths[order].tolist()):
-        if not starts or (place + 1 - starts[-1]) * length > batch_tokens:
+        padded = (place + 1 - starts[-1]) * length if starts else 0
+        padding = padded - tokens - length
+        wasteful = padding > max(MOST_PADDING * padded, FREE_PADDING * batch_tokens)
+        if not starts or padded > batch_tokens or wasteful:
             starts.append(place)
+            tokens = 0
+        tokens += length
     return [order[first:last] for first, last in pairwise([*starts, len(order)])]
 
 

@@ -27,7 +27,7 @@ from scoring.errors import UserError, first_line
 from scoring.generation import check_fit
 from scoring.load import DTYPES, load_model
 from scoring.logprob import scored_logprobs
-from scoring.memorization import extraction_likelihood_by
+from scoring.memorization import extraction_by
 from scoring.mrd import no_gradients
 from scoring.replica import TransformersReplica, check_survival
 from scoring.samples import BATCH_TOKENS, Batch, Sample, collate
@@ -225,10 +225,11 @@ class VllmReplica:
         def hits(batch: Batch) -> np.ndarray:
             return self.token_scores(batch)[1]
 
-        def write(prompts: Sequence[np.ndarray], limits: Sequence[int]) -> list[np.ndarray]:
-            return self.greedy_continuations(prompts, limits, eos_token_id)
+        def write(texts: Sequence[np.ndarray], starts: Sequence[tuple[int, int]]) -> list[np.ndarray]:
+            prompts = [texts[row][:at] for row, at in starts]
+            return self.greedy_continuations(prompts, [len(texts[row]) - at for row, at in starts], eos_token_id)
 
-        return extraction_likelihood_by(hits, write, samples, STEP_TOKENS, n, eos_token_id)
+        return extraction_by(hits, write, samples, STEP_TOKENS, n, eos_token_id).likelihood
 
     @torch.no_grad()
     def exact_logprobs(self, batches: Sequence[Batch]) -> list[torch.Tensor]:

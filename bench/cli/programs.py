@@ -107,6 +107,12 @@ def benchmark_arguments(parser: argparse.ArgumentParser) -> None:
     add("--retain", help="split of the task or data file of what is to be kept (default: the task's own)")
     add("--seeds", type=int, default=5, help="of the runs until all is forgotten; 0 leaves them out (default: 5)")
 
+    add = on_data("costs", "what padding, looks and evaluations cost beside the updates, before and now", _costs)
+    add("--retain", help="split of the task or data file of what is to be kept (default: the task's own)")
+    add("--samples", type=int, default=40, help="of the forget set, at most (default: 40)")
+    add("--epochs", type=int, default=2, help="of the run whose costs are added up (default: 2)")
+    add("--turns", type=int, default=3, help="how often each part is timed (default: 3)")
+
     add = on_data("sweep", "what Ray Tune adds to a trial: warm workers against a new one each", _sweep)
     add("--trials", type=int, default=12, help="in each of the sweeps (default: 12)")
 
@@ -182,6 +188,22 @@ def _unlearning(arguments: argparse.Namespace) -> None:
     from bench.speed.unlearning.run import run_benchmark
 
     run_benchmark(arguments.model, arguments.data, arguments.split, arguments.retain, arguments.seeds, out)
+
+
+def _costs(arguments: argparse.Namespace) -> None:
+    out = _out(arguments)
+    from bench.speed import costs
+
+    costs.run_benchmark(
+        arguments.model,
+        arguments.data,
+        arguments.split,
+        arguments.retain,
+        arguments.samples,
+        arguments.epochs,
+        arguments.turns,
+        out,
+    )
 
 
 def _sweep(arguments: argparse.Namespace) -> None:

@@ -22,6 +22,7 @@ from safetensors import safe_open
 from tqdm import tqdm
 
 from algorithms.recipe import Objectives
+from algorithms.stopping import PAPER
 from bench.demo.figures import difficulty, recall_by_epoch, scaling, trade_off
 from bench.demo.findings import Findings, Forecasts
 from bench.demo.page import PAGE_TITLE, page
@@ -247,6 +248,8 @@ def unlearning_specs(split: str, sizes: Sizes) -> tuple[list[UnlearnSpec], list[
             alpha=alpha,
             epochs=sizes.epochs,
             evaluate_samples=sizes.evaluated,
+            stopping=PAPER,
+            check_every=1,
             workers=0,
         ).checked()
         for algorithm in sizes.algorithms

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -11,6 +12,7 @@ from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import pyarrow as pa
 
+from algorithms.stopping import PAPER
 from bench.jobs.resources import SweepResources
 from bench.jobs.sweep import sweep
 from bench.jobs.sweep_plan import SweepSpec
@@ -68,6 +70,8 @@ class Setup:
         """The sweep that the spec file describes under `key`; trials that have been run before are read."""
         with self.section(key):
             spec = build(SweepSpec, self.filled(key))
+            # Experiments are the paper's, and so is their stopping rule, unless the spec says otherwise.
+            spec = dataclasses.replace(spec, base={"stopping": PAPER, "check_every": 1} | spec.base)
             return sweep(spec, self.work / key, self.trials, resources or self.resources, self.progress)
 
     def sweep_keys(self) -> list[str]:

@@ -9,11 +9,15 @@ from collections.abc import Sequence
 from typing import Any
 
 from scoring.plugins import loaded_plugins
+from scoring.samples import BATCH_TOKENS
 from scoring.settings import settings_of
 
 
 def identity_fields(spec: Any, left_out: Sequence[str] = ()) -> dict[str, Any]:
     """The fields of a spec that are in its identity.
+
+    The number of tokens in a batch changes nothing but the rounding. Where it is the default, which depends on the
+    device, it counts as the one default that there was once.
 
     A field that specs had none of once is named in the spec's ADDED_LATER, and is left out while it has its default: so
     what was run before there was such a field has the same identity as ever.
@@ -24,11 +28,14 @@ def identity_fields(spec: Any, left_out: Sequence[str] = ()) -> dict[str, Any]:
     defaults = {
         setting.name: setting.default for setting in settings_of(type(spec)) if setting.name in spec.ADDED_LATER
     }
-    return {
+    fields = {
         name: value
         for name, value in dataclasses.asdict(spec).items()
         if name not in left_out and not (name in defaults and value == defaults[name])
     }
+    if "batch_tokens" in fields and fields["batch_tokens"] is None:
+        fields["batch_tokens"] = BATCH_TOKENS
+    return fields
 
 
 def with_spec_hash(content: dict[str, Any], named: Sequence[str]) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import dataclasses
 import json
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -21,8 +21,8 @@ from bench.files.score_file import FACTS_KEY, read_scores
 from scoring.errors import RefusedUnderWay, UserError
 from scoring.files import replacing, shown
 from scoring.mrd import Draws
-from scoring.reading import check_columns, exists, shaped
-from scoring.settings import named
+from scoring.reading import check_columns, exists, read_text, shaped
+from scoring.settings import described, named
 from scoring.work import DrawTask, Facts, ReplicaTask
 
 
@@ -133,6 +133,18 @@ class Parts:
         """A piece and its facts."""
         table = pq.ParquetFile(self._path(key)).read()
         return table, json.loads(table.schema.metadata[FACTS_KEY])
+
+    def number(self, name: str, choose: Callable[[], int]) -> int:
+        """A number that, once chosen, stays for those who continue this run: its parts depend on it."""
+        path = self.folder / name
+        if not path.is_file():
+            chosen = choose()
+            with replacing(path) as unfinished:
+                unfinished.write_text(str(chosen))
+        text = read_text(path, "a whole number")
+        if not text.isdecimal():
+            raise UserError(f"{path} is {described(text)}: expected a whole number; remove the folder {self.folder}")
+        return int(text)
 
     def remove(self) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)

@@ -52,7 +52,7 @@ from scoring.measuring import (
     text_columns,
 )
 from scoring.reading import check_columns
-from scoring.samples import BATCH_TOKENS, Rejected, Tokens, make_batches, nothing_scored
+from scoring.samples import BATCH_TOKENS_ARE, Rejected, Tokens, make_batches, nothing_scored
 from scoring.settings import Doc, Ge, named
 from scoring.templates import TEMPLATE_FIELDS, TemplateSettings, absolute_template
 from scoring.work import Pool, ReplicaSpec
@@ -76,7 +76,7 @@ class OnModel(TemplateSettings):
     algorithm: Annotated[str, Doc("whose updates forecasts and truths are about, without its retain term")] = "GA"
     settings: Annotated[dict[str, float], Doc("of its objective, such as beta=0.1")] = field(default_factory=dict)
     tokens: Annotated[Tokens, Doc("which are scored: the answer's, as in the unlearning loss, or all")] = "answer"
-    batch_tokens: Annotated[int, Ge(1), Doc("padded tokens in a batch")] = BATCH_TOKENS
+    batch_tokens: Annotated[int | None, Ge(1), Doc(f"padded tokens in a batch {BATCH_TOKENS_ARE}")] = None
     dtype: Annotated[Dtype, Doc("of weights and activations; updates need float32")] = "float32"
 
     def loss(self) -> LossAlone:
@@ -217,15 +217,16 @@ def difficulty(
         check_columns(table, numbers, str(out), "a number for each measure")
         return DifficultyResult(out, table, [Rejected(**r) for r in record["rejected"]], record, 0.0)
     samples, rejected = read_samples(texts, model, spec.tokens, spec.samples)
-    batches = samples.batches(spec.batch_tokens)
     on = subject(spec.model, spec.data, spec.split)
     with ColumnParts(out, identity) as parts:
         started = time.perf_counter()
         replica = ReplicaSpec(model.source, model.revision, spec.dtype, engine=resources.engine)
         with resources.pool(replica) as pool:
+            batch_tokens = spec.batch_tokens or parts.number("batch_tokens", resources.batch_tokens)
+            batches = samples.batches(batch_tokens)
             if retain is not None:
                 path = parts.folder / "retain.safetensors"
-                _write_mean_gradient(pool, spec, retain, model, path)
+                _write_mean_gradient(pool, spec, retain, model, batch_tokens, path)
                 asked = dataclasses.replace(asked, retain_gradient=str(path))
             columns, asked, seconds_of = columns_of(
                 pool,
@@ -284,13 +285,15 @@ def _retain_texts(spec: DifficultySpec, model: ModelReference) -> Texts:
     return open_texts(source, None, model.tokenizer, spec.chosen_template())
 
 
-def _write_mean_gradient(pool: Pool, spec: DifficultySpec, retain: Texts, model: ModelReference, path: Path) -> None:
+def _write_mean_gradient(
+    pool: Pool, spec: DifficultySpec, retain: Texts, model: ModelReference, batch_tokens: int, path: Path
+) -> None:
     """The mean gradient over the retain set, next to the parts, for every replica to read."""
     if path.is_file():
         return
     samples, _ = read_samples(retain, model, spec.tokens, spec.retain_samples)
     chosen = [samples[row] for row in range(len(samples))]
-    ((_, gradient, _),) = list(pool.run([MeanGradientTask()], [make_batches(chosen, spec.batch_tokens)]))
+    ((_, gradient, _),) = list(pool.run([MeanGradientTask()], [make_batches(chosen, batch_tokens)]))
     with replacing(path) as unfinished:
         save_file(gradient, unfinished)
 

@@ -34,7 +34,17 @@ from bench.jobs.measurement import Measurement
 from bench.jobs.resources import Resources, check_dtype
 from bench.metrics import METRICS
 from bench.metrics.harness import HARNESS
-from bench.metrics.table import MODEL, ORIGINAL, RETAIN_ONLY, SCHEMA, Columns, columns_in, metric_table, sample_rows
+from bench.metrics.table import (
+    MODEL,
+    ORIGINAL,
+    RETAIN_ONLY,
+    SCHEMA,
+    Columns,
+    columns_in,
+    metric_table,
+    record_rows,
+    sample_rows,
+)
 from bench.metrics.values import Missing
 from bench.models.find import ModelReference, find_model, loaded_model
 from bench.tasks import Task
@@ -43,6 +53,7 @@ from scoring.errors import UserError, expected_one_of
 from scoring.files import work_folder
 from scoring.progress import Bar
 from scoring.readings import Reader
+from scoring.samples import BATCH_TOKENS
 from scoring.settings import build, named
 from scoring.templates import TEMPLATE_FIELDS, Template
 from scoring.tokens import Tokenization
@@ -51,7 +62,7 @@ from scoring.work import ReplicaSpec
 if TYPE_CHECKING:
     import pandas as pd
 
-LEVELS = ("metric", "difference", "sample")
+LEVELS = ("metric", "difference", "sample", "record")
 
 SCHEMA_VERSION = 1
 
@@ -71,7 +82,7 @@ class EvaluationResult:
     record: dict[str, Any]
 
     def rows(self, level: str) -> pd.DataFrame:
-        """The rows of a level: "metric", "difference" or "sample".
+        """The rows of a level: "metric", "difference", "sample" or "record".
 
         Raises:
             UserError: there is no such level.
@@ -194,7 +205,9 @@ def evaluate_spec(
         @contextmanager
         def reader_of(source: str, revision: str | None) -> Iterator[Reader]:
             pool.exchange(resources.replica(source, revision, spec.dtype))
-            yield Reader(pool, end, spec.batch_tokens, bar if progress else None)
+            batch_tokens = spec.batch_tokens or resources.batch_tokens()
+            writing_tokens = 4 * (spec.batch_tokens or BATCH_TOKENS)
+            yield Reader(pool, end, batch_tokens, bar if progress else None, writing_tokens)
             if spec.relearn_workers:
                 # They need the cores.
                 pool.close()
@@ -232,6 +245,7 @@ def evaluate_spec(
             "engine": resources.engine,
             **origin("lm-eval", "sentence-transformers", *resources.packages()),
         }
+        table = pa.concat_tables([table, record_rows(sets)])
         write_scores(table, out, identity, record)
         parts.remove()
     return EvaluationResult(out, table, {"spec": identity} | record)

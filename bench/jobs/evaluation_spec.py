@@ -14,7 +14,7 @@ from bench.tasks import Task
 from bench.tasks.datasets import DataName, absolute_source
 from scoring.engine import Dtype
 from scoring.errors import UserError
-from scoring.samples import BATCH_TOKENS
+from scoring.samples import BATCH_TOKENS_ARE
 from scoring.settings import Doc, Ge, Gt, Le, check, named
 from scoring.templates import TEMPLATE_FIELDS, TemplateSettings, absolute_template
 
@@ -63,7 +63,7 @@ class EvaluateSpec(TemplateSettings):
     relearn_learning_rate: Annotated[float, Gt(0), Doc("of relearning")] = Relearning.learning_rate
     relearn_workers: Annotated[int, Ge(0), Doc("Ray Train workers of relearning; 0 trains in this process")] = 0
     dtype: Annotated[Dtype, Doc("of weights and activations")] = "float32"
-    batch_tokens: Annotated[int, Ge(1), Doc("padded tokens in a batch")] = BATCH_TOKENS
+    batch_tokens: Annotated[int | None, Ge(1), Doc(f"padded tokens in a batch {BATCH_TOKENS_ARE}")] = None
     seed: Annotated[int, Ge(0), Doc("of the resampling and of relearning")] = 0
 
     def checked(self) -> Self:

@@ -112,6 +112,17 @@ class Resources:
 
         return "cuda" if torch.cuda.is_available() and self.gpus_per_replica != 0 else "cpu"
 
+    def batch_tokens(self) -> int:
+        """Padded tokens in a batch, where nobody has said how many. Needs a connected cluster, unless replicas are in
+        this process."""
+        from scoring.samples import BATCH_TOKENS, default_batch_tokens
+
+        if self.engine == "vllm":
+            return BATCH_TOKENS  # the engine makes its own batches
+        if self.in_this_process:
+            return default_batch_tokens(self.device())
+        return default_batch_tokens("cuda" if self.footprint().gpus else "cpu")
+
     def pool(
         self, model: ReplicaSpec, loaded: Mapping[str, PreTrainedModel] | None = None, replicas: int | None = None
     ) -> Pool:

@@ -28,13 +28,10 @@ from scoring.api import ScoreSettings, draw_tasks, run_tasks, score_columns, sco
 from scoring.batch_size import BatchSizeTask
 from scoring.cluster import how_many_fit
 from scoring.engine import Dtype
-from scoring.errors import UserError
-from scoring.files import replacing
 from scoring.mrd import ESTIMATORS, no_gradients
-from scoring.reading import read_text
 from scoring.sample_file import SampleFile
 from scoring.samples import Rejected, nothing_scored
-from scoring.settings import Doc, described
+from scoring.settings import Doc
 from scoring.templates import TEMPLATE_FIELDS, TemplateSettings, absolute_template
 from scoring.work import ReplicaSpec
 
@@ -188,20 +185,19 @@ def _identity(spec: ScoreSpec, texts: Texts, model: ModelReference) -> dict[str,
 def _batch_tokens(
     spec: ScoreSpec, resources: Resources, replica: ReplicaSpec, samples: SampleFile, parts: Parts
 ) -> int:
-    """Tokens in a batch; once found, they stay for those who continue this run: its parts are of such batches."""
+    """Tokens in a batch."""
     if isinstance(spec.batch_tokens, int):
         return spec.batch_tokens
-    path = parts.folder / "batch_tokens"
-    if not path.is_file():
+
+    def choose() -> int:
         estimator, _ = spec.chosen()
         with resources.pool(replica, replicas=1) as pool:
+            if spec.batch_tokens is None:
+                return resources.batch_tokens()
             sharing = 1
             if not resources.in_this_process and not (footprint := resources.footprint()).gpus:
                 sharing = min(resources.replicas or 1000, how_many_fit(footprint))
             ((_, tokens, _),) = list(pool.run([BatchSizeTask(estimator, samples.longest, sharing)], [[]]))
-        with replacing(path) as unfinished:
-            unfinished.write_text(str(tokens))
-    text = read_text(path, "a number of tokens")
-    if not text.isdecimal():
-        raise UserError(f"{path} is {described(text)}: expected a number of tokens; remove the folder {parts.folder}")
-    return int(text)
+            return int(tokens)
+
+    return parts.number("batch_tokens", choose)

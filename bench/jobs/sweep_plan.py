@@ -18,7 +18,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 import numpy as np
 import pyarrow.compute as pc
 
-from algorithms.stopping import Thresholds, measure_memorization
+from algorithms.stopping import PAPER, Thresholds, measure_memorization
 from bench.files.identity import identity_fields, with_spec_hash
 from bench.jobs.difficulty import DifficultySpec, difficulty
 from bench.jobs.evaluate import EvaluationResult, evaluate_spec
@@ -242,8 +242,10 @@ class SweepPlan:
     def unlearn_spec(self, values: Mapping[str, Any], arm: str | None = None) -> UnlearnSpec:
         """A configuration's run, on the whole forget set, in the trial's own process unless it says otherwise."""
         of_arm = {} if arm is None else self.spec.arms[arm]
+        # Thresholds of the whole split replace the averages of that rule.
+        fixed = {"stopping": PAPER} if self.spec.thresholds == "split" else {}
         with self._naming(values, arm):
-            return build(UnlearnSpec, {"workers": 0} | self.spec.base | of_arm | dict(values)).checked()
+            return build(UnlearnSpec, {"workers": 0} | fixed | self.spec.base | of_arm | dict(values)).checked()
 
     def _naming(self, values: Mapping[str, Any], arm: str | None) -> AbstractContextManager[None]:
         """Within the context settings are called as the sweep's file has them: under vary, arms or base."""
@@ -358,8 +360,8 @@ class SweepPlan:
             model = load_model(self.model.source, revision=self.model.revision)
             samples = [dataclasses.replace(sample, index=i) for i, sample in enumerate(samples)]
             ends = answer_end(self.model.tokenizer, samples)
-            ma, el = measure_memorization(model, samples, self.base.el_n, ends, self.base.batch_tokens)
-            averages = Thresholds.from_initial(ma, el)
+            look = measure_memorization(model, samples, self.base.el_n, ends, self.base.batch_tokens)
+            averages = Thresholds.from_initial(look.ma, look.el)
             thresholds = {"ma_threshold": averages.ma}
             if not math.isnan(averages.el):
                 thresholds["el_threshold"] = averages.el

@@ -288,7 +288,7 @@ def _run(trial: Trial, shared: TrialContext, report: Report) -> Result:
     return {
         "values": {**epochs[-1], **values},
         "updates": history.step,
-        "thresholds": history.thresholds,
+        "thresholds": history.known_thresholds,
         "epochs": epochs,
         "samples": sample_table(history, corpus).to_pylist(),
         "passes": history.passes,
@@ -341,7 +341,7 @@ def _here(
 
     weights = _weights(shared, job.source)
     model = _as_it_was(job, weights, shared.device)
-    ensure_reference(job, lambda: LocalPool(model))
+    ensure_reference(job, lambda: LocalPool(model), model.device)
     if spec.lora_rank or spec.gradient_checkpointing:
         _WARM.clear()  # this changes the model in ways that putting weights back does not undo
     unlearner = unlearner_of(job, model, Group(), update_made, epoch_closed, initial=weights)

@@ -19,6 +19,7 @@ from bench.tasks.datasets import find_task
 from scoring.files import work_folder
 from scoring.load import load_model
 from scoring.readings import Reader
+from scoring.samples import BATCH_TOKENS, default_batch_tokens
 from scoring.work import LocalPool
 
 
@@ -49,7 +50,9 @@ class TrialMetrics:
             def reader_of(source: str, revision: str | None) -> Iterator[Reader]:
                 read = trained if source == model.source else load_model(source, "float32", self._device)
                 end = end_of_answers(self._sets, model.tokenizer, self._spec.chosen_template())
-                yield Reader(LocalPool(read), end, self._spec.batch_tokens)
+                chosen = self._spec.batch_tokens
+                batch_tokens = chosen or default_batch_tokens(self._device)
+                yield Reader(LocalPool(read), end, batch_tokens, writing_tokens=4 * (chosen or BATCH_TOKENS))
 
             def piece(
                 key: str, contents: Sequence[Any], measure: Callable[[], tuple[Columns, dict[str, Any]]]

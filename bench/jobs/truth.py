@@ -158,10 +158,11 @@ def truth(
         check_columns(table, numbers, str(out), "a number for each rule")
         return TruthResult(out, table, [Rejected(**r) for r in record["rejected"]], record, 0.0)
     samples, rejected = read_samples(texts, model, spec.tokens, spec.samples)
-    batches = samples.batches(spec.batch_tokens)
     with ColumnParts(out, identity) as parts:
         started = time.perf_counter()
         with resources.pool(ReplicaSpec(model.source, model.revision, spec.dtype)) as pool:
+            batch_tokens = spec.batch_tokens or parts.number("batch_tokens", resources.batch_tokens)
+            batches = samples.batches(batch_tokens)
 
             def run(tasks: Sequence[ReplicaTask], shards: Sequence[Sequence[Batch]], title: str) -> list[Any]:
                 on = subject(spec.model, spec.data, spec.split)

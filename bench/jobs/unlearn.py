@@ -26,8 +26,9 @@ from algorithms.ease import absolute_source as absolute_ease
 from algorithms.history import History, Progress
 from algorithms.objectives import algorithm_name
 from algorithms.ray_train import TrainingJob, train_here, train_on_ray
-from algorithms.recipe import DUAL, AnswersMeasured, Execution, Objectives, Recipe, total_updates
+from algorithms.recipe import DUAL, EVALUATED, AnswersMeasured, Execution, Objectives, Recipe, total_updates
 from algorithms.schedule import resolved_schedule
+from algorithms.stopping import PAPER
 from bench.files.identity import identity_fields, with_spec_hash
 from bench.files.spec import read_mapping
 from bench.jobs.logs import LOG_FIELDS, Logging, run_logged
@@ -182,7 +183,7 @@ def unlearn(spec: UnlearnSpec, out: str | Path, progress: bool = True) -> Unlear
             )
             return read_run(out)
         corpus, rejected = corpus_of(spec, model, forget, retain)
-        folder.check_room(*room_of(spec, model, corpus))
+        folder.check_room(*room_of(spec, model, corpus, spec.adapter is not None))
         evaluation = evaluation_of(spec, model, corpus, retain)
         job = TrainingJob(
             spec,
@@ -197,12 +198,9 @@ def unlearn(spec: UnlearnSpec, out: str | Path, progress: bool = True) -> Unlear
         )
         folder.say_where_it_continues(total_updates(len(corpus.forget), spec))
         with full_disks_said_plainly(out):
-            with (
-                _Bar(spec, len(corpus.forget), progress) as bar,
-                failures_noted(folder),
-                run_logged(spec, out, f"{spec.algorithm} {out.name}", identity),
-            ):
-                history = _train(spec, job, bar)
+            with failures_noted(folder), run_logged(spec, out, f"{spec.algorithm} {out.name}", identity):
+                on = subject(spec.model, spec.task, spec.forget_split)
+                history = carried_out(job, f"unlearning ({spec.algorithm}, {on})", progress)
             folder.finish(history, corpus, rejected, job.checkpoints)
     return read_run(out)
 
@@ -226,13 +224,22 @@ def _model_of(spec: UnlearnSpec) -> ModelReference:
     return find_model(spec.adapter)
 
 
-def _train(spec: UnlearnSpec, job: TrainingJob, bar: _Bar) -> History:
-    if spec.workers == 0:
-        on_gpu = torch.cuda.is_available() and spec.gpus_per_worker != 0
-        return train_here(job, "cuda" if on_gpu else "cpu", watch=bar.show)
-    connect()
-    footprint = Resources(None, spec.cpus_per_worker, spec.gpus_per_worker).footprint()
-    return train_on_ray(job, footprint, bar.show)
+def carried_out(job: TrainingJob, title: str, progress: bool, loss: str = "forget") -> History:
+    """Run a job in this process or on Ray Train, as its execution says.
+
+    Args:
+        title: of the bar.
+        progress: show it.
+        loss: what the bar calls the loss of the samples that are trained on.
+    """
+    execution = job.execution
+    with _Bar(job, title, loss, progress) as bar:
+        if execution.workers == 0:
+            on_gpu = torch.cuda.is_available() and execution.gpus_per_worker != 0
+            return train_here(job, "cuda" if on_gpu else "cpu", watch=bar.show)
+        connect()
+        footprint = Resources(None, execution.cpus_per_worker, execution.gpus_per_worker).footprint()
+        return train_on_ray(job, footprint, bar.show)
 
 
 # --- What is forgotten and kept -----------------------------------------------------------------------------
@@ -330,7 +337,7 @@ def _text_set(dataset: Dataset | None) -> TextSet | None:
     return None if dataset is None else dataset.text_set
 
 
-def room_of(spec: UnlearnSpec, model: ModelReference, corpus: Corpus) -> tuple[int, int]:
+def room_of(recipe: Recipe, model: ModelReference, corpus: Corpus, continues_adapter: bool = False) -> tuple[int, int]:
     """Bytes of a checkpoint, and of the reference that the initial model gives."""
     config = read_config(model.source, model.revision)
     try:
@@ -338,16 +345,16 @@ def room_of(spec: UnlearnSpec, model: ModelReference, corpus: Corpus) -> tuple[i
             empty = AutoModelForCausalLM.from_config(config)
     except ValueError as error:
         reason = str(error).splitlines()[0]
-        raise UserError(f"model {spec.model!r} cannot be loaded as a causal language model: {reason}") from error
+        raise UserError(f"model {model.source!r} cannot be loaded as a causal language model: {reason}") from error
     weights = sum(p.numel() for p in empty.parameters())
     states = sum(
         sample.num_scored * config.get_text_config().hidden_size * BYTES_MODEL
-        for role, quantities in Objectives.of(spec).reference_quantities().items()
+        for role, quantities in Objectives.of(recipe).reference_quantities().items()
         for sample in {"forget": corpus.forget, "retain": corpus.retain, "refusal": corpus.refusals}[role]
         for quantity in quantities
         if quantity != "nll"
     )
-    moments = 0 if spec.lora_rank or spec.adapter or spec.optimizer == "sgd" else BYTES_MOMENTS
+    moments = 0 if recipe.lora_rank or continues_adapter or recipe.optimizer == "sgd" else BYTES_MOMENTS
     return weights * (BYTES_MODEL + moments), states
 
 
@@ -360,6 +367,10 @@ def identity_of(spec: UnlearnSpec, model: ModelReference, forget: Dataset, retai
     for holder, key in ((fields, "weights"), (fields.get("schedule", {}), "by")):
         if is_file(holder.get(key, MRD)):
             holder[key] = f"sha256:{sha256_of_values(holder[key])}"
+    if fields["stopping"] in (None, PAPER):
+        del fields["stopping"]  # no rule, or the only one that there was once
+    if not fields["evaluate"] and fields["evaluate_samples"] == EVALUATED:
+        fields["evaluate_samples"] = 100  # nobody asks; it was the default once
     content = fields | {
         "schema_version": SCHEMA_VERSION,
         "model_fingerprint": model.fingerprint,
@@ -382,10 +393,10 @@ def identity_of(spec: UnlearnSpec, model: ModelReference, forget: Dataset, retai
 class _Bar:
     """The progress bar: updates, loss terms, the share of samples forgotten, and what is being done."""
 
-    def __init__(self, spec: UnlearnSpec, forget_samples: int, shown: bool) -> None:
-        title = f"unlearning ({spec.algorithm}, {subject(spec.model, spec.task, spec.forget_split)})"
-        self._bar = Bar(title, total_updates(forget_samples, spec), "update", shown)
-        self._retains, self._in_this_process = Objectives.of(spec).retain is not None, spec.workers == 0
+    def __init__(self, job: TrainingJob, title: str, loss: str, shown: bool) -> None:
+        self._bar = Bar(title, total_updates(len(job.corpus.forget), job.recipe), "update", shown)
+        self._loss, self._in_this_process = loss, job.execution.workers == 0
+        self._retains = Objectives.of(job.recipe).retain is not None
 
     def __enter__(self) -> _Bar:
         self._bar.__enter__()
@@ -397,7 +408,7 @@ class _Bar:
     def show(self, progress: Progress) -> None:
         terms = []
         if progress.forget_loss is not None:
-            terms.append(f"forget={progress.forget_loss:.3g}")
+            terms.append(f"{self._loss}={progress.forget_loss:.3g}")
         if self._retains and progress.retain_loss is not None:
             terms.append(f"retain={progress.retain_loss:.3g}")
         if progress.forgotten is not None:

@@ -73,7 +73,7 @@ def check_run(folder: Path) -> None:
         UserError: one line.
     """
     if owner_of(folder) is None:
-        raise UserError(f"{shown(folder)} holds no run: expected the --out of unlearn or sweep")
+        raise UserError(f"{shown(folder)} holds no run: expected the --out of train, unlearn or sweep")
 
 
 def look(folder: Path) -> Seen:

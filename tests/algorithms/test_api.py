@@ -29,7 +29,7 @@ REJECTED = [
     {"set": "forget", "sample_id": "empty", "reason": "empty answer"},
     {"set": "retain", "sample_id": "kept empty", "reason": "empty text"},
 ]
-SHORT = {"epochs": 2, "batch_size": 4, "learning_rate": 1e-3, "el_n": 8, "evaluate": False}
+SHORT = {"epochs": 2, "batch_size": 4, "learning_rate": 1e-3, "el_n": 8, "stopping": "paper", "evaluate": False}
 
 
 def loaded(folder: Path, dtype: torch.dtype = torch.float32) -> Any:

@@ -17,13 +17,16 @@ from scoring.batch_size import (
     MOST_TOKENS,
     USABLE_SHARE,
     BatchSizeTask,
+    Measured,
+    fastest_tokens,
     fitting_tokens,
     free_bytes,
+    measure_batches,
     peak_bytes,
 )
 from scoring.mrd import Request, estimate
 from scoring.replica import TransformersReplica
-from scoring.samples import Sample, collate
+from scoring.samples import Sample, collate, make_batches
 from tests.tiny_models import VOCABULARY, tiny_model
 
 LENGTH = 32
@@ -41,7 +44,7 @@ def peak_of(replica: TransformersReplica, estimator: str, tokens: int) -> float:
 def test_what_is_found_fits_and_twice_as_much_would_not(estimator: str) -> None:
     replica = TransformersReplica(tiny_model())  # type: ignore[arg-type]
     free = peak_of(replica, estimator, 3000) / USABLE_SHARE
-    tokens = fitting_tokens(replica, estimator, LENGTH, free)
+    tokens = fitting_tokens(*measure_batches(replica, estimator, LENGTH), free)
     # 3,000 fit, so the power of two below does.
     assert tokens == 2048
     assert peak_of(replica, estimator, tokens) <= USABLE_SHARE * free
@@ -49,12 +52,37 @@ def test_what_is_found_fits_and_twice_as_much_would_not(estimator: str) -> None:
 
 
 def test_the_ends() -> None:
-    replica = TransformersReplica(tiny_model())  # type: ignore[arg-type]
-    assert fitting_tokens(replica, "gradient", LENGTH, 1.0) == LEAST_TOKENS
-    assert fitting_tokens(replica, "gradient", LENGTH, 1e15) == MOST_TOKENS
+    small, large = Measured(500, 1.5, 1e6), Measured(2000, 3.0, 4e6)
+    assert fitting_tokens(small, large, 1.0) == LEAST_TOKENS
+    assert fitting_tokens(small, large, 1e15) == MOST_TOKENS
+    # A second for the batch and 1 ms for each token: 19,000 tokens until the second is a twentieth; then 2^15.
+    assert fastest_tokens(small, large) == 32768
+    # No faster for each token, or slower: the smaller one.
+    assert fastest_tokens(small, Measured(2000, 6.0, 4e6)) == fastest_tokens(small, Measured(2000, 9.0, 4e6)) == 512
     assert free_bytes(torch.device("cpu")) > 1e8
     # An engine that cuts its own batches.
     assert BatchSizeTask("monte-carlo", LENGTH).do(object(), [], {}) == 4096
+
+
+def test_little_of_a_batch_is_padding() -> None:
+    """A fifth, or an eighth of what a batch may have; and every sample is in one batch."""
+    rng = np.random.default_rng(0)
+    for most in (1, 64, 600):
+        lengths = rng.integers(2, 90, 70)
+        samples = [Sample(str(i), rng.integers(0, 9, n), np.arange(n) > 0, i) for i, n in enumerate(lengths)]
+        batches = make_batches(samples, most)
+        assert sorted(i for batch in batches for i in batch.indices.tolist()) == list(range(70))
+        for batch in batches:
+            padded, used = batch.input_ids.numel(), int(batch.lengths.sum())
+            assert len(batch) == 1 or padded <= most
+            assert padded - used <= max(0.2 * padded, most / 8)
+    # Eight of 10 tokens and one of 20: 80 of 180 would be padding. One of 10 and one of 20: 10 of 40, as an eighth may.
+    alone, together = (
+        [Sample("a", np.ones(n, int), np.arange(n) > 0, i) for i, n in enumerate(ns)]
+        for ns in ([10] * 8 + [20], [10, 20])
+    )
+    assert [len(batch) for batch in make_batches(alone, 200)] == [8, 1]
+    assert [len(batch) for batch in make_batches(together, 200)] == [2]
 
 
 def test_score(cluster: None, model_folder: Path, data_file: Path, tmp_path: Path) -> None:

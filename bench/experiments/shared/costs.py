@@ -19,6 +19,7 @@ from matplotlib.axes import Axes
 
 from bench.experiments.experiment import Setup
 from bench.experiments.shared.arms import Row
+from bench.jobs.resources import Resources
 from bench.jobs.sweep_tables import SweepResult
 from bench.jobs.unlearn import UnlearnSpec, corpus_of, datasets_of
 from bench.models.find import find_model
@@ -26,7 +27,7 @@ from bench.report.figures import BLUE, GREEN, INK, MUTED, ORANGE, VERMILLION, Dr
 from bench.report.words import decimal, interval
 from bench.stats.estimates import LEVEL, ROUNDING, Estimate, exponential, holm, t_test
 from bench.stats.verdicts import Interval, over_runs
-from scoring.samples import make_batches
+from scoring.samples import default_batch_tokens, make_batches
 from scoring.settings import build
 
 BACKWARD = 2  # forwards that a backward costs
@@ -64,7 +65,8 @@ class ForgetSet:
         model = find_model(spec.model)
         forget, retain = datasets_of(spec, model.tokenizer)
         samples = corpus_of(spec, model, forget, retain)[0].forget
-        return cls(sum(sample.length for sample in samples), len(make_batches(samples, spec.batch_tokens)))
+        batch_tokens = spec.batch_tokens or default_batch_tokens(Resources(0).device())
+        return cls(sum(sample.length for sample in samples), len(make_batches(samples, batch_tokens)))
 
 
 @dataclass(frozen=True)

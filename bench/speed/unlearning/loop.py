@@ -40,7 +40,7 @@ class TrainingLoop:
         folder.mkdir(exist_ok=True)
         job = TrainingJob(spec, spec, self.corpus, reference.source, reference.revision, folder, reference.tokenizer)
         job.reference_path.unlink(missing_ok=True)
-        ensure_reference(job, lambda: LocalPool(model))
+        ensure_reference(job, lambda: LocalPool(model), model.device)
         self.unlearner = unlearner_of(job, model, Group())
 
     @property

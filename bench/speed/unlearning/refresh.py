@@ -20,7 +20,7 @@ from bench.speed.figures import seconds_of
 from bench.speed.unlearning.inputs import COMPARED, Sizes, load, load_corpus
 from scoring.mrd import Request, estimate
 from scoring.replica import TransformersReplica
-from scoring.samples import Batch, collate, make_batches
+from scoring.samples import Batch, collate, default_batch_tokens, make_batches
 
 
 def measure_refresh(spec: UnlearnSpec, sizes: Sizes, speed: dict[str, dict[str, float]]) -> dict[str, Any]:
@@ -32,11 +32,12 @@ def measure_refresh(spec: UnlearnSpec, sizes: Sizes, speed: dict[str, dict[str, 
         speed: of training, see `measure_speed`.
     """
     checked, corpus, model = spec.checked(), load_corpus(spec), load(spec)
-    refresh = partial(measure_mrd, model, corpus.forget, checked, Group(), checked.batch_tokens)
+    batch_tokens = checked.batch_tokens or default_batch_tokens(model.device)
+    refresh = partial(measure_mrd, model, corpus.forget, checked, Group(), batch_tokens)
     refresh()
     seconds = {
         "gradient": float(np.median([seconds_of(refresh) for _ in range(sizes.refreshes)])),
-        "monte-carlo": _monte_carlo_seconds(model, make_batches(corpus.forget, checked.batch_tokens), sizes),
+        "monte-carlo": _monte_carlo_seconds(model, make_batches(corpus.forget, batch_tokens), sizes),
     }
     scaled = f"K = {sizes.draws}, scaled from {sizes.timed_draws} draws"
     print(

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from algorithms.stopping import PAPER
 from bench.jobs.unlearn import UnlearnSpec
 from bench.speed.figures import device_name, write_figures
 from bench.speed.unlearning.inputs import Sizes, load, load_corpus
@@ -62,6 +63,7 @@ def run_benchmark(
         retain=retain,
         algorithm="GradDiff",
         alpha=0.0,
+        stopping=PAPER,
         evaluate=False,
         workers=0,
     )

@@ -105,6 +105,21 @@ def test_everything_is_measured_and_written(cluster, model_folder, data_file, re
     assert "pairs left out: not all forgotten" in printed
 
 
+def test_costs_are_added_up(model_folder, data_file, retain_file, tmp_path):
+    """Of a run of two epochs: six updates each, and three looks and evaluations. What costs less is the same."""
+    out = tmp_path / "costs.json"
+    command = f"benchmark costs --model {model_folder} --data {data_file} --retain {retain_file} --turns 2 --out {out}"
+    assert main(command.split()) == 0
+    figures = json.loads(out.read_text())
+    assert figures["largest_difference_of_el"] == 0
+    seconds = {name: float(np.median(taken)) for name, taken in figures["seconds"].items()}
+    now = figures["run"]["now"]
+    assert now["training"] == pytest.approx(12 * seconds["update, now"])
+    assert now["looks"] == pytest.approx(3 * seconds["look, MA, now"])
+    assert now["share"] == pytest.approx((now["looks"] + 3 * seconds["evaluation, now"]) / now["training"])
+    assert figures["update_padding"]["now"] <= figures["update_padding"]["before"]
+
+
 def test_the_loop_trains_on_the_batches_that_trainer_is_given(spec: UnlearnSpec, tmp_path: Path):
     loop = TrainingLoop(spec, 7, tmp_path)
     loop.advance(7)

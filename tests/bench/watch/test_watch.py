@@ -18,7 +18,7 @@ from selenium.webdriver.common.by import By
 from bench.cli import main
 from bench.watch.page import HERE, make_server
 from bench.watch.read import look
-from tests.bench.boards.test_page import Browser, browser  # noqa: F401
+from tests.browser import Browser
 from tests.paths import ROOT
 from tests.processes import kill, wait_for
 from tests.tiny_folders import pairs, write_jsonl
@@ -99,7 +99,7 @@ def test_the_page_answers_this_machine_alone(port: int) -> None:
     assert get("/../spec.json", f"{HERE}:{port}")[0] == 404
 
 
-def test_a_browser_shows_a_hostile_name_as_text(port: int, browser: Browser) -> None:  # noqa: F811
+def test_a_browser_shows_a_hostile_name_as_text(port: int, browser: Browser) -> None:
     driver = browser.driver
     driver.get(f"http://{HERE}:{port}/")
     assert driver.title == "mrd-bench watch"
