@@ -154,7 +154,12 @@ def _mlflow(folder: Path, arguments: _Arguments, known: dict[str, Any]) -> Log:
     mlflow.set_experiment(os.getenv("MLFLOW_EXPERIMENT_NAME", "mrd-bench"))
     run = mlflow.start_run(run_id=known.get("mlflow"), run_name=None if "mlflow" in known else arguments.run_name)
     known["mlflow"] = run.info.run_id
-    return _Closing(_Callback(MLflowCallback(), arguments), lambda: (mlflow.flush_async_logging(), mlflow.end_run()))
+
+    def close() -> None:
+        mlflow.flush_async_logging()
+        mlflow.end_run()
+
+    return _Closing(_Callback(MLflowCallback(), arguments), close)
 
 
 class _Closing:
