@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -92,6 +93,7 @@ class Progress:
         seconds_left: of the whole run, with all that is measured on the way; None where nobody can tell yet.
         phase, done, of: what is being done, and how far that is, see `scoring.progress.Meter`.
         failed: why it has ended, if it was for an error.
+        notes: what a reader must know, as far as the run has found it out.
     """
 
     step: int
@@ -107,6 +109,7 @@ class Progress:
     done: float = 0
     of: float = 0
     failed: str | None = None
+    notes: Sequence[str] = ()
 
 
 def seconds_left(history: History, total: int, updates_per_epoch: int) -> float | None:

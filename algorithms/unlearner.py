@@ -359,6 +359,7 @@ class Unlearner:
             self._share_forgotten(),
             self._resumed,
             seconds_left(history, self.total, self.updates_per_epoch),
+            notes=tuple(history.notes),
         )
 
     # --- Difficulty -----------------------------------------------------------------------------------------

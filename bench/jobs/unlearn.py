@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Self
 
 import torch
+from tqdm import tqdm
 from transformers import AutoModelForCausalLM
 
 from algorithms.corpus import REFUSALS, Corpus, Encoder, Evaluation, answers_evaluation, make_corpus
@@ -397,6 +398,7 @@ class _Bar:
         self._bar = Bar(title, total_updates(len(job.corpus.forget), job.recipe), "update", shown)
         self._loss, self._in_this_process = loss, job.execution.workers == 0
         self._retains = Objectives.of(job.recipe).retain is not None
+        self._noted: set[str] = set()
 
     def __enter__(self) -> _Bar:
         self._bar.__enter__()
@@ -406,6 +408,11 @@ class _Bar:
         self._bar.__exit__()
 
     def show(self, progress: Progress) -> None:
+        # At once, and not only in the summary: a run may go on for hours after what a note says at its start.
+        for note in progress.notes if self._bar.shown else ():
+            if note not in self._noted:
+                self._noted.add(note)
+                tqdm.write(f"note: {note}", file=sys.stderr)
         terms = []
         if progress.forget_loss is not None:
             terms.append(f"{self._loss}={progress.forget_loss:.3g}")
