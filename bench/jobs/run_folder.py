@@ -81,12 +81,18 @@ class RunFolder(OwnedFolder):
         needed = (1 if any(self._out.glob("checkpoints/step-*")) else 2) * checkpoint
         if not (self._out / "reference.safetensors").is_file():
             needed += reference
-        free = shutil.disk_usage(self._out).free
+        place = next(folder for folder in (self._out, *self._out.parents) if folder.is_dir())
+        free = shutil.disk_usage(place).free
         if free < needed:
             raise UserError(
                 f"{named('out')} {shown(self._out)}: {size_of(free)} free, and the checkpoints need "
                 f"{size_of(needed)}; free some, or choose a folder on another disk"
             )
+
+    def step_reached(self) -> int | None:
+        """The updates that are kept; None before the first checkpoint."""
+        steps = sorted((self._out / "checkpoints").glob("step-*"))
+        return int(steps[-1].name.removeprefix("step-")) if steps else None
 
     def finish(
         self, history: History, corpus: Corpus, rejected: Sequence[Mapping[str, str]], checkpoints: Checkpoints
