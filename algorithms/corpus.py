@@ -208,10 +208,24 @@ def answers_evaluation(
         max_samples: the most samples of each set, evenly spaced; None: all.
         every: see `Evaluation`.
     """
-    sets = {"forget": evenly_spaced(corpus.forget, max_samples)}
+    sets = {"forget": corpus.forget}
     if retain is not None:
-        sets["retain"] = evenly_spaced(corpus.retain or encoder.samples(retain)[0], max_samples)
-    return Evaluation(sets, partial(_answers, encoder.tokenizer), every)
+        sets["retain"] = corpus.retain or encoder.samples(retain)[0]
+    return evaluation_of_answers(encoder.tokenizer, sets, max_samples, every)
+
+
+def evaluation_of_answers(
+    tokenizer: Any, sets: Mapping[str, Sequence[Sample]], max_samples: int | None, every: int = 1
+) -> Evaluation:
+    """The same measurement of any sets.
+
+    Args:
+        tokenizer: the one that made the samples.
+        sets: name -> samples.
+        max_samples, every: see `answers_evaluation`.
+    """
+    chosen = {name: evenly_spaced(samples, max_samples) for name, samples in sets.items()}
+    return Evaluation(chosen, partial(_answers, tokenizer), every)
 
 
 def _answers(tokenizer: Any, model: PreTrainedModel, samples: Sequence[Sample]) -> Mapping[str, np.ndarray]:

@@ -31,6 +31,7 @@ from algorithms.passes import Head
 from algorithms.recipe import Execution, Objectives, Recipe, layer_of, total_updates
 from algorithms.reference import Reference, Role, compute_reference
 from algorithms.samplers import retain_order
+from algorithms.target import Target
 from algorithms.trainable import trainable_for
 from algorithms.unlearner import Diverged, Unlearner
 from scoring.cluster import Footprint, check_versions, how_many_fit, versions
@@ -69,6 +70,7 @@ class TrainingJob:
         continues_adapter: `source` is the folder of an adapter, which alone is trained further.
         keeps_checkpoints: False for a run so short that it begins again if it was stopped.
         plugins: files that add to the registries, see `scoring.plugins`.
+        target: of a model that learns, see `Unlearner`.
     """
 
     recipe: Recipe
@@ -82,6 +84,7 @@ class TrainingJob:
     continues_adapter: bool = False
     keeps_checkpoints: bool = True
     plugins: tuple[Plugin, ...] = field(default_factory=loaded_plugins)
+    target: Target | None = None
 
     @property
     def reference_path(self) -> Path:
@@ -319,6 +322,7 @@ def unlearner_of(
         report=report,
         batch_tokens=job.execution.batch_tokens,
         checkpoint_every=job.execution.checkpoint_every,
+        target=job.target,
     )
     unlearner.history.note(*loading_notes(model))
     return unlearner

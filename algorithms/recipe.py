@@ -42,6 +42,22 @@ EVALUATED = 32
 DUAL = ("retain_limit", "dual_step", "dual_warmup")
 
 
+# Settings of everything that is trained by the loop.
+LoraRank = Annotated[int, Ge(0), Doc("rank of adapters; 0 trains full weights")]
+LoraAlpha = Annotated[int | None, Gt(0), Doc("of the adapters (default: twice the rank)")]
+LoraTargets = Annotated[str | None, Doc("regular expression of layers that get adapters (default: all linear ones)")]
+MaxSteps = Annotated[int | None, Ge(1), Doc("updates at most, whatever the epochs")]
+Optimizer = Annotated[OptimizerName, Doc("AdamW, or plain gradient descent")]
+LearningRate = Annotated[float, Gt(0), Doc("of the optimiser, constant after the warm-up")]
+WeightDecay = Annotated[float, Ge(0), Doc("of the optimiser")]
+WarmupSteps = Annotated[int, Ge(0), Doc("updates over which the learning rate grows linearly")]
+ClipNorm = Annotated[
+    float | None, Gt(0), Doc("the gradient is scaled down to this norm; an empty value in a spec file turns it off")
+]
+ComputeType = Annotated[Literal["float32", "bfloat16"], Doc("bfloat16 computes by autocast; weights stay in fp32")]
+Seed = Annotated[int, Ge(0), Doc("of everything that is drawn")]
+
+
 def _algorithms() -> Iterable[str]:
     return ALGORITHMS
 
@@ -97,30 +113,24 @@ class Recipe:
         str | None,
         Doc("regular expression searched in parameter names (default: all; RMU: its layer and the two before)"),
     ] = None
-    lora_rank: Annotated[int, Ge(0), Doc("rank of adapters; 0 trains full weights")] = 0
-    lora_alpha: Annotated[int | None, Gt(0), Doc("of the adapters (default: twice the rank)")] = None
-    lora_targets: Annotated[
-        str | None, Doc("regular expression of layers that get adapters (default: all linear ones)")
-    ] = None
+    lora_rank: LoraRank = 0
+    lora_alpha: LoraAlpha = None
+    lora_targets: LoraTargets = None
     epochs: Annotated[
         int | None,
         Ge(1),
         Doc("an epoch is as many updates as it takes to draw the forget set once (default: the algorithm's)"),
     ] = None
-    max_steps: Annotated[int | None, Ge(1), Doc("updates at most, whatever the epochs")] = None
+    max_steps: MaxSteps = None
     batch_size: Annotated[
         int | None, Ge(1), Doc("forget samples an update, over all workers (default: 4; 1 for SGA and CGA)")
     ] = None
-    optimizer: Annotated[OptimizerName, Doc("AdamW, or plain gradient descent")] = "adamw"
-    learning_rate: Annotated[float, Gt(0), Doc("of the optimiser, constant after the warm-up")] = 5e-5
-    weight_decay: Annotated[float, Ge(0), Doc("of the optimiser")] = 0.0
-    warmup_steps: Annotated[int, Ge(0), Doc("updates over which the learning rate grows linearly")] = 0
-    clip_norm: Annotated[
-        float | None, Gt(0), Doc("the gradient is scaled down to this norm; an empty value in a spec file turns it off")
-    ] = 1.0
-    dtype: Annotated[Literal["float32", "bfloat16"], Doc("bfloat16 computes by autocast; weights stay in fp32")] = (
-        "float32"
-    )
+    optimizer: Optimizer = "adamw"
+    learning_rate: LearningRate = 5e-5
+    weight_decay: WeightDecay = 0.0
+    warmup_steps: WarmupSteps = 0
+    clip_norm: ClipNorm = 1.0
+    dtype: ComputeType = "float32"
     order: Annotated[str, Known(_orders), Doc("weighted draws p_i ∝ MRD_i^alpha; the others are fixed orders")] = (
         "weighted"
     )
@@ -187,7 +197,7 @@ class Recipe:
     el_threshold: Annotated[
         float | None, Ge(0), Le(1), Doc("by the paper's rule, instead of the average EL on the initial model")
     ] = None
-    seed: Annotated[int, Ge(0), Doc("of everything that is drawn")] = 0
+    seed: Seed = 0
 
     def resolved(self) -> dict[str, Any]:
         """The fields whose defaults depend on the algorithm, with their values.

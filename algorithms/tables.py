@@ -29,6 +29,23 @@ def tables_of(history: History, corpus: Corpus) -> dict[str, pa.Table]:
     }
 
 
+def training_tables(history: History, corpus: Corpus) -> dict[str, pa.Table]:
+    """The tables of a model that has learnt the samples, without the columns that say what is forgotten and kept.
+
+    steps     one row per update: loss, samples, tokens, passes, seconds
+    epochs    one row per epoch, and row 0 for the initial model
+    samples   one row per sample: its tokens, and how often it was learnt
+    """
+    tables = tables_of(history, corpus)
+    of_forgetting = ("forget_loss", "retain_loss", "retain_weight", "forgotten", "seconds_checks")
+    for name in ("steps", "epochs"):
+        columns = tables[name].column_names
+        left_out = [column for column in columns if column in of_forgetting or column.endswith("_mrd")]
+        tables[name] = tables[name].drop_columns(left_out)
+    samples = tables["samples"].select(["sample_id", "num_tokens", "updates"])
+    return {"steps": tables["steps"], "epochs": tables["epochs"], "samples": samples}
+
+
 def _step_schema() -> pa.Schema:
     number, whole = pa.float64(), pa.int64()
     return pa.schema(

@@ -33,6 +33,7 @@ from algorithms.reference import Reference, SetName
 from algorithms.samplers import Sampler, retain_order
 from algorithms.schedule import groups_of_samples
 from algorithms.stopping import Look, Thresholds, ma_of_rule, measure_memorization
+from algorithms.target import TRAINED_MA, Target
 from algorithms.trainable import Trainable
 from scoring.errors import UserError
 from scoring.flip_time import Outputs
@@ -66,6 +67,7 @@ class Unlearner:
         batch_tokens: padded tokens in a micro-batch: gradients are accumulated over as many as a batch needs; None: as
             many as suit the device.
         checkpoint_every: updates from one checkpoint to the next; None: one after each epoch.
+        target: of a model that learns: how well it must know its samples for training to end; None: nobody looks.
     """
 
     def __init__(
@@ -82,6 +84,7 @@ class Unlearner:
         report: Callable[[Mapping[str, Any]], None] = lambda _: None,
         batch_tokens: int | None = None,
         checkpoint_every: int | None = None,
+        target: Target | None = None,
     ) -> None:
         self.recipe, self.corpus, self.trained, self.group = recipe, corpus, trained, trained.group
         self._objectives = Objectives.of(recipe)
@@ -89,7 +92,7 @@ class Unlearner:
             raise ValueError(f"{recipe.algorithm} has a retain term, and the corpus has no sample to retain")
         self._terms = LossTerms(self._objectives, trained, reference, head, recipe.seed)
         self._initial = initial
-        self._checkpoints, self._evaluation = checkpoints, evaluation
+        self._checkpoints, self._evaluation, self._target = checkpoints, evaluation, target
         self._observe, self._report = observe, report
         self._chosen_batch_tokens = batch_tokens
         self._batch_tokens = batch_tokens or default_batch_tokens(trained.device)
@@ -116,7 +119,7 @@ class Unlearner:
                 trained.refuse_shards(setting)
 
     def run(self) -> History:
-        """Train until every sample is forgotten or the updates are used up.
+        """Train until every sample is forgotten, the target is reached, or the updates are used up.
 
         Raises:
             Diverged: training diverged; the last checkpoint is kept.
@@ -132,7 +135,7 @@ class Unlearner:
             self._measure_initial_model()
             self._checkpoint()
         history = self.history
-        while history.step < self.total and self._in_draw().any():
+        while history.step < self.total and self._in_draw().any() and not self._has_reached_target():
             epoch, step_of_epoch = divmod(history.step, self.updates_per_epoch)
             if step_of_epoch == 0:
                 self.sampler.begin_epoch()
@@ -156,6 +159,10 @@ class Unlearner:
         """Which samples can be drawn, (N,) bool."""
         active = self.history.active
         return active if self.recipe.early_stopping else np.ones_like(active)
+
+    def _has_reached_target(self) -> bool:
+        """Whether the samples were known well enough at the end of the last epoch."""
+        return self._target is not None and self._target.is_reached(self.history.epochs[-1])
 
     # --- One update -----------------------------------------------------------------------------------------
 
@@ -517,7 +524,9 @@ class Unlearner:
         row["forgotten"] = self._share_forgotten()
         with self._clock("evaluation"), self.trained.whole_model() as model:
             row |= weight_change(model, self._initial, self.group)
-            if self._evaluation and self._evaluation_is_due(self._evaluation.every, epoch + 1):
+            if self._target:
+                row[TRAINED_MA] = self._target.measured(model, self._batch_tokens, self.group)
+            if self._evaluation and self._evaluation_is_due(self._evaluation.every, row):
                 row |= self._evaluation.results(model, self.group)
         row["tokens"] = sum(step["tokens"] for step in history.steps)
         for name in ("training", "mrd"):
@@ -526,9 +535,10 @@ class Unlearner:
         history.epochs.append(row)
         self._report(row)
 
-    def _evaluation_is_due(self, every: int, epoch: int) -> bool:
+    def _evaluation_is_due(self, every: int, row: Mapping[str, Any]) -> bool:
         is_last = self.history.step == self.total or not self._in_draw().any()
-        return is_last or (every > 0 and epoch % every == 0)
+        is_last = is_last or (self._target is not None and self._target.is_reached(row))
+        return is_last or (every > 0 and row["epoch"] % every == 0)
 
     # --- Checkpoints ----------------------------------------------------------------------------------------
 

@@ -3,6 +3,7 @@
 import bench
 
 evaluation = bench.evaluate(model, "authors", tokenizer=tokenizer)  # or names of models, as on the command line
+trained = bench.train("authors", "data.jsonl", "models/mine", until={"ma": 0.99})
 sweep = bench.sweep("sweep.yaml", "sweeps/ours")
 bench.leaderboard("results/store", "board")
 results = bench.read_results("results/store")
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from bench.jobs.resources import Resources, SweepResources
     from bench.jobs.sweep import sweep
     from bench.jobs.sweep_tables import SweepResult
+    from bench.jobs.train import TrainResult, train
     from bench.results.frames import ResultFrames, read_results
     from scoring.errors import UserError
 
@@ -28,11 +30,13 @@ __all__ = [
     "ResultFrames",
     "SweepResources",
     "SweepResult",
+    "TrainResult",
     "UserError",
     "evaluate",
     "leaderboard",
     "read_results",
     "sweep",
+    "train",
 ]
 
 _HOMES = {
@@ -45,6 +49,8 @@ _HOMES = {
     "SweepResources": "bench.jobs.resources",
     "sweep": "bench.jobs.sweep",
     "SweepResult": "bench.jobs.sweep_tables",
+    "train": "bench.jobs.train",
+    "TrainResult": "bench.jobs.train",
     "UserError": "scoring.errors",
 }
 

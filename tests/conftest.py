@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 # Before anything reads them. No test reaches the network, and replicas take one thread whatever the machine has.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
+
+if TYPE_CHECKING:
+    from tests.browser import Browser
 
 # Ray and models are imported by the fixtures: the process that only hands tests out to others needs neither.
 
@@ -68,6 +73,18 @@ def data_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tests.tiny_folders import pairs, write_jsonl
 
     return write_jsonl(tmp_path_factory.mktemp("data") / "pairs.jsonl", pairs(24))
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Browser]:
+    """A headless Chromium; the tests that need it are skipped without one."""
+    if not (shutil.which("chromium") and shutil.which("chromedriver")):
+        pytest.skip("no chromium and chromedriver; Debian has them in chromium and chromium-driver")
+    from tests.browser import Browser
+
+    made = Browser()
+    yield made
+    made.driver.quit()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -40,7 +40,7 @@ PACKAGES = ("scoring", "algorithms", "bench")
 # Flags of other programs that the pages name.
 FOREIGN_FLAGS = {"--working-dir", "--runtime-env-json", "--address"}
 # Commands whose settings are complete without a file.
-COMPLETE = ("score", "unlearn", "evaluate", "plan")
+COMPLETE = ("score", "train", "unlearn", "evaluate", "plan")
 
 
 def read(page: str) -> str:

@@ -1,24 +1,10 @@
-"use strict";
 // The page is a view of what its address says behind the #: board, metric, entry and run. Links change that, and
-// the view follows, so that going back works and every view can be linked to. Texts are only ever set as text.
+// the view follows, so that going back works and every view can be linked to.
 
 const BOARDS = JSON.parse(document.getElementById("data").textContent);
 const FIRST_ROWS = 200;
-const MINUS = "\u2212", DASH = "\u2013";
 
 // --- Small pieces ---------------------------------------------------------------------------------------------
-
-function make(tag, fields = {}, ...children) {
-  const node = Object.assign(document.createElement(tag), fields);
-  node.append(...children.filter((child) => child !== null));
-  return node;
-}
-
-function number(value, digits = 3) {
-  if (value === null || value === undefined) return DASH;
-  const small = value !== 0 && Math.abs(value) < 10 ** -digits;
-  return (small ? value.toExponential(2) : value.toFixed(digits)).replaceAll("-", MINUS);
-}
 
 const whole = (value) => (value === null || value === undefined ? DASH : String(value).replace("-", MINUS));
 
@@ -34,69 +20,6 @@ function address(fields) {
 }
 
 const link = (text, fields) => make("a", { href: address(fields), textContent: text });
-
-// --- Tables that can be sorted --------------------------------------------------------------------------------
-
-// A column has a title, a value to sort by, what a cell shows (the value, by default), and whether it is of words.
-function sortable(caption, columns, rows, { by = null, descending = false, limit = Infinity } = {}) {
-  const state = { by, descending, limit };
-  const head = make("tr"), body = make("tbody"), more = make("button", { type: "button", className: "more" });
-  const buttons = columns.map((column, place) => {
-    const button = make("button", { type: "button", textContent: column.title });
-    if (column.about) button.title = column.about;
-    button.addEventListener("click", () => {
-      state.descending = state.by === place ? !state.descending : Boolean(column.downFirst);
-      state.by = place;
-      fill();
-    });
-    head.append(make("th", { scope: "col" }, button));
-    return button;
-  });
-  more.addEventListener("click", () => {
-    state.limit = Infinity;
-    fill();
-  });
-
-  function fill() {
-    const ordered = state.by === null ? rows : sorted(rows, columns[state.by].value, state.descending);
-    body.replaceChildren(...ordered.slice(0, state.limit).map((row) => {
-      const cells = columns.map((column) => {
-        const shown = column.cell ? column.cell(row) : column.value(row);
-        return make("td", { className: column.words ? "words" : "" }, shown === null || shown === undefined ? DASH : shown);
-      });
-      return make("tr", {}, ...cells);
-    }));
-    buttons.forEach((button, place) => {
-      const direction = state.by === place ? (state.descending ? "descending" : "ascending") : "none";
-      button.parentElement.setAttribute("aria-sort", direction);
-    });
-    more.hidden = rows.length <= state.limit;
-    more.textContent = `Show all ${rows.length}`;
-  }
-
-  function replace(others) {
-    rows = others;
-    fill();
-  }
-
-  const table = make("table", { className: "numbers" }, make("caption", { textContent: caption }), make("thead", {}, head), body);
-  const scroll = make("div", { className: "scroll", tabIndex: 0 }, table);
-  scroll.setAttribute("role", "region");
-  scroll.setAttribute("aria-label", caption);
-  fill();
-  return { node: make("div", {}, scroll, more), replace };
-}
-
-// Rows without a value come last, whichever way round; equal ones stay as they were.
-function sorted(rows, value, descending) {
-  const absent = (found) => found === null || found === undefined;
-  return [...rows].sort((one, other) => {
-    const [a, b] = [value(one), value(other)];
-    if (absent(a) || absent(b)) return absent(a) - absent(b);
-    const order = typeof a === "string" ? a.localeCompare(b, "en", { numeric: true }) : a - b;
-    return descending ? -order : order;
-  });
-}
 
 // --- The standings of a board ---------------------------------------------------------------------------------
 
@@ -193,11 +116,11 @@ function showBoard(section, number, board, metric) {
 // --- From an entry to its runs, from a run to its samples -----------------------------------------------------
 
 function runRow(board, row) {
-  const [hash, entry, selection, seed, status, reason, values, updates, seconds, until, origin] = row;
+  const [hash, entry, selection, seed, status, reason, values, updates, seconds, until, origin, answers] = row;
   const [name, level, difficulty, samples, flipTime] = board.selections[selection];
   return {
     hash, entry: board.entries[entry][0], selection: name, level, difficulty, flipTime, samples, seed, status, reason,
-    values, updates, seconds, until, origin,
+    values, updates, seconds, until, origin, answers,
   };
 }
 
@@ -264,13 +187,14 @@ function showRun(detail, where, board, name) {
   table.querySelector("table").classList.add("texts");
   open(detail, `Run ${name}`, [
     link(`Back to the runs of ${run.entry}`, { ...where, entry: run.entry }),
+    run.answers ? make("p", {}, make("a", { href: run.answers, textContent: "Answers before and after, side by side" })) : null,
     make("dl", {}, ...facts.flatMap(([key, value]) => [make("dt", { textContent: key }), make("dd", { textContent: value })])),
     table,
   ]);
 }
 
 function open(detail, title, children) {
-  detail.replaceChildren(make("h2", { tabIndex: -1, textContent: title }), ...children);
+  detail.replaceChildren(make("h2", { tabIndex: -1, textContent: title }), ...children.filter((child) => child !== null));
 }
 
 // --- The view ------------------------------------------------------------------------------------------------
@@ -304,32 +228,6 @@ function show() {
     heading.scrollIntoView();
   }
   before = view;
-}
-
-function chooseTheme() {
-  const button = document.getElementById("theme"), themes = ["auto", "light", "dark"];
-  let now = "auto";
-  try {
-    now = localStorage.getItem("theme") || "auto";
-  } catch {
-    // A page from a file may have no storage: it follows the system then.
-  }
-  const apply = () => {
-    if (now === "auto") delete document.documentElement.dataset.theme;
-    else document.documentElement.dataset.theme = now;
-    button.textContent = `Theme: ${now}`;
-  };
-  button.addEventListener("click", () => {
-    now = themes[(themes.indexOf(now) + 1) % themes.length];
-    try {
-      localStorage.setItem("theme", now);
-    } catch {
-      // It holds until the page is closed.
-    }
-    apply();
-  });
-  button.hidden = false;
-  apply();
 }
 
 chooseTheme();

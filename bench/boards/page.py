@@ -6,9 +6,6 @@ these. `leaderboard.js` shows the rest, from the JSON in the page.
 
 from __future__ import annotations
 
-import base64
-import hashlib
-import json
 import math
 from collections.abc import Mapping, Sequence
 from html import escape
@@ -29,51 +26,37 @@ from bench.boards.figures import (
 )
 from bench.boards.standings import SelectionLabel, Standing
 from bench.report import figures
-from bench.report.style import STYLE_SHEET
+from bench.report.document import document
 from bench.report.words import decimal, interval
 from bench.stats.estimates import Estimate
 
 HERE = Path(__file__).parent
-# By that a page is told from somebody else's.
-PAGE_TITLE = "<title>mrd-bench leaderboard</title>"
-# Letters with which the JSON could end its script element, begin another, or end a line.
-_ESCAPES = {ord(letter): f"\\u{ord(letter):04x}" for letter in "<>&\u2028\u2029"}
+TITLE = "mrd-bench leaderboard"
 
 
-def page(boards: Sequence[Board], notes: Sequence[str] = ()) -> str:
+def page(boards: Sequence[Board], notes: Sequence[str] = (), answers: Mapping[str, str] | None = None) -> str:
     """The whole document.
 
     Args:
         notes: what a reader must know about the stores: files that were skipped, conflicts.
+        answers: pages beside this one, by the run whose answers they show.
     """
-    script = (HERE / "leaderboard.js").read_text(encoding="utf-8")
-    style = STYLE_SHEET + (HERE / "leaderboard.css").read_text(encoding="utf-8")
-    # Texts of samples are shown as text. Should one ever get further, the policy lets nothing run but this script, and
-    # nothing be loaded.
-    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    policy = f"default-src 'none'; script-src 'sha256-{digest}'; style-src 'unsafe-inline'; img-src data:"
     runs = sum(len(board.runs) for board in boards)
     links = "".join(f'<li><a href="#board={n}">{escape(board.name)}</a></li>' for n, board in enumerate(boards))
-    body = "".join(_board(board, number) for number, board in enumerate(boards))
+    sections = "".join(_board(board, number) for number, board in enumerate(boards))
     remarks = "".join(f"<li>{escape(note)}</li>" for note in notes)
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        f'<meta http-equiv="Content-Security-Policy" content="{escape(policy)}">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        '<meta name="color-scheme" content="light dark">'
-        f'{PAGE_TITLE}<link rel="icon" href="data:,"><style>{style}</style></head>'
-        '<body><a class="skip" href="#main">Skip to the standings</a>'
+    body = (
+        '<a class="skip" href="#main">Skip to the standings</a>'
         '<header><h1>Leaderboard</h1><button type="button" id="theme" hidden>Theme: auto</button>'
         f"<p>Unlearning algorithms on {len(boards)} {'board' if len(boards) == 1 else 'boards'}, {runs:,} runs. Ranks "
         "are as measured, adjusted for selections of forget samples that an entry lacks, and, where entries differ in "
         "their selections, at equal difficulty. Intervals are 95 %, over selections.</p>"
         "<noscript><p>Without JavaScript this page shows each board by its first metric.</p></noscript></header>"
         + (f'<nav aria-label="Boards"><ul id="boards">{links}</ul></nav>' if len(boards) > 1 else "")
-        + f'<main id="main" tabindex="-1">{body}<section id="detail" hidden></section></main>'
+        + f'<main id="main" tabindex="-1">{sections}<section id="detail" hidden></section></main>'
         + (f'<footer><h2>Notes</h2><ul id="notes">{remarks}</ul></footer>' if notes else "")
-        + f'<script type="application/json" id="data">{_json([_board_data(board) for board in boards])}</script>'
-        f"<script>{script}</script></body></html>\n"
     )
+    return document(TITLE, body, [_board_data(board, answers or {}) for board in boards], HERE, "leaderboard")
 
 
 def _board(board: Board, number: int) -> str:
@@ -171,12 +154,7 @@ def _with_interval(estimate: Estimate) -> str:
 # --- The data that the script reads -------------------------------------------------------------------------
 
 
-def _json(value: Any) -> str:
-    """JSON that can stand in a script element, whatever its texts say."""
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False).translate(_ESCAPES)
-
-
-def _board_data(board: Board) -> dict[str, Any]:
+def _board_data(board: Board, answers: Mapping[str, str]) -> dict[str, Any]:
     """A board as the script reads it: lists without keys, and numbers in place of names, as there are many runs."""
     entries = {name: number for number, name in enumerate(board.entries)}
     selections = {name: number for number, name in enumerate(board.selections)}
@@ -194,7 +172,10 @@ def _board_data(board: Board) -> dict[str, Any]:
         "sentences": [list(board.sentences[name]) for name in metrics],
         "selections": [_selection(label, ids) for label in board.selections.values()],
         "samples": [_sample(name, board) for name in ids],
-        "runs": [_run(run, board, entries[run.entry], selections[run.selection], metrics) for run in board.runs],
+        "runs": [
+            _run(run, board, entries[run.entry], selections[run.selection], metrics, answers.get(run.run))
+            for run in board.runs
+        ],
         "origins": [list(origin.items()) for origin in board.origins],
     }
 
@@ -230,7 +211,9 @@ def _sample(name: str, board: Board) -> list[Any]:
     return [name, *([text.prompt, text.completion, _number(text.mrd), text.num_tokens] if text else [None] * 4)]
 
 
-def _run(run: RankedRun, board: Board, entry: int, selection: int, metrics: Sequence[str]) -> list[Any]:
+def _run(
+    run: RankedRun, board: Board, entry: int, selection: int, metrics: Sequence[str], answers: str | None
+) -> list[Any]:
     until = None
     if run.updates_until_forgotten:
         until = [run.updates_until_forgotten.get(name) for name in board.selections[run.selection].ids]
@@ -246,6 +229,7 @@ def _run(run: RankedRun, board: Board, entry: int, selection: int, metrics: Sequ
         _number(run.seconds),
         until,
         run.origin,
+        *([] if answers is None else [answers]),
     ]
 
 

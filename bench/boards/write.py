@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from bench.boards.answers import answer_files, write_answers
 from bench.boards.board import Board, boards
 from bench.boards.figures import pareto, strips
-from bench.boards.page import PAGE_TITLE, columns, page, table_rows
+from bench.boards.page import TITLE as PAGE_TITLE
+from bench.boards.page import columns, page, table_rows
 from bench.boards.text import standings_latex
 from bench.files.folders import HEAD_BYTES, MadeFolders, refuse_foreign, unwritable
 from bench.report import figures
+from bench.report.document import title_element
 from bench.report.words import markdown_table
 from bench.results.store import read_stores
 from scoring.files import replacing
@@ -33,7 +36,8 @@ def leaderboard(
 
     Args:
         stores: folders or URIs (s3://, gs://) of stores.
-        out: folder for index.html, README.md, pictures and LaTeX tables.
+        out: folder for index.html, README.md, pictures and LaTeX tables, and a page of the answers of each run whose
+            answers are in a store.
         task, experiment: only this one.
         keep_conflicts: show runs even where stores contradict each other: runs of different settings get boards of
             their own, and of a run with two results the first store's is shown.
@@ -45,21 +49,29 @@ def leaderboard(
         UserError: a path is no store, stores contradict each other, or `out` cannot be written to.
     """
     roots = [stores] if isinstance(stores, str | Path) else stores
-    ranked, notes = boards(read_stores(roots, task, experiment), keep_conflicts=keep_conflicts)
-    write_leaderboard(ranked, notes, out)
+    results = read_stores(roots, task, experiment)
+    ranked, notes = boards(results, keep_conflicts=keep_conflicts)
+    _check_place(Path(out))
+    # What the page leads to is there before the page.
+    write_answers(ranked, results, Path(out))
+    write_leaderboard(ranked, notes, out, answer_files(ranked, results))
     return ranked, notes
 
 
-def write_leaderboard(ranked: Sequence[Board], notes: Sequence[str], out: str | Path) -> None:
+def write_leaderboard(
+    ranked: Sequence[Board], notes: Sequence[str], out: str | Path, answers: Mapping[str, str] | None = None
+) -> None:
     """Write index.html, README.md, and of each board a picture and a LaTeX table.
+
+    Args:
+        answers: pages beside index.html, by the run whose answers they show.
 
     Raises:
         UserError: `out` cannot be written to.
     """
     out = Path(out)
     made = MadeFolders(out)
-    refuse_foreign(out / "README.md", TITLE, "a leaderboard")
-    refuse_foreign(out / "index.html", PAGE_TITLE, "a leaderboard", HEAD_BYTES)
+    _check_place(out)
     try:
         out.mkdir(parents=True, exist_ok=True)
         for number, board in enumerate(ranked):
@@ -68,12 +80,17 @@ def write_leaderboard(ranked: Sequence[Board], notes: Sequence[str], out: str | 
             if first:
                 with replacing(out / f"board-{number}.tex") as unfinished:
                     unfinished.write_text(standings_latex(board, first), encoding="utf-8")
-        for name, text in (("README.md", overview(ranked, notes)), ("index.html", page(ranked, notes))):
+        for name, text in (("README.md", overview(ranked, notes)), ("index.html", page(ranked, notes, answers))):
             with replacing(out / name) as unfinished:
                 unfinished.write_text(text, encoding="utf-8")
     except OSError as error:
         made.remove_unused()
         raise unwritable(out, error) from error
+
+
+def _check_place(out: Path) -> None:
+    refuse_foreign(out / "README.md", TITLE, "a leaderboard")
+    refuse_foreign(out / "index.html", title_element(PAGE_TITLE), "a leaderboard", HEAD_BYTES)
 
 
 def _draw(board: Board, path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The verbs that run jobs: score, unlearn, evaluate, sweep; plan says what they will take."""
+"""The verbs that run jobs: score, train, unlearn, evaluate, sweep; plan says what they will take."""
 
 from __future__ import annotations
 
@@ -91,6 +91,21 @@ def measures(arguments: argparse.Namespace) -> None:
         needs = "".join(f"; needs {need}" for need in sorted(measure.needs - {"model", "thresholds"}))
         print(f"{name:<20}{sign} {measure.about}")
         print(f"{'':<22}{measure.cost(Asked()):g} forward passes a sample; {measure.source}{needs}")
+
+
+def train_arguments(parser: argparse.ArgumentParser) -> None:
+    from bench.jobs.train import TrainSpec
+
+    add_settings(parser, TrainSpec)
+    parser.add_argument("--out", required=True, metavar="FOLDER", help="folder for the model and the tables")
+
+
+def train(arguments: argparse.Namespace) -> None:
+    from bench.jobs.summary import print_training
+    from bench.jobs.train import TrainSpec, train_spec
+
+    with settings_from(arguments, TrainSpec) as spec:
+        print_training(train_spec(spec, arguments.out))
 
 
 def unlearn_arguments(parser: argparse.ArgumentParser) -> None:

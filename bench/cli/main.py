@@ -67,6 +67,13 @@ VERBS = (
         computes=True,
     ),
     Verb(
+        "train",
+        "fine-tune a model on a task or a data file, until it knows it by heart; with and without a forget set",
+        jobs.train_arguments,
+        jobs.train,
+        computes=True,
+    ),
+    Verb(
         "unlearn",
         "make a model forget samples, easy or hard ones first, or as they come",
         jobs.unlearn_arguments,
@@ -93,6 +100,12 @@ VERBS = (
         programs.reproduce_arguments,
         programs.reproduce,
         computes=True,
+    ),
+    Verb(
+        "show",
+        "what a model answered before and after unlearning, side by side, here or on a page",
+        results.show_arguments,
+        results.show,
     ),
     Verb("results", "put results into a store, list, show and export them", results.results_arguments, None),
     Verb(

@@ -26,6 +26,7 @@ from bench.jobs.evaluation_spec import EvaluateSpec
 from bench.jobs.resources import Resources, SweepResources
 from bench.jobs.score import ScoreSpec
 from bench.jobs.sweep_plan import RANGES, SweepSpec
+from bench.jobs.train import TrainSpec
 from bench.jobs.unlearn import UnlearnSpec
 from bench.metrics import METRICS
 from bench.metrics.quantities import QUANTITIES
@@ -48,6 +49,7 @@ PLUGIN = "--plugin"
 # Verbs whose flags are settings: their classes, in the order of their tables.
 SETTINGS: Mapping[str, tuple[type, ...]] = {
     "score": (ScoreSpec, Resources),
+    "train": (TrainSpec,),
     "unlearn": (UnlearnSpec,),
     "evaluate": (EvaluateSpec, Resources),
     "sweep": (SweepResources,),

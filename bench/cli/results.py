@@ -1,13 +1,15 @@
-"""The verbs on results: results, leaderboard, compare."""
+"""The verbs on results: results, leaderboard, compare, show."""
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from bench.cli.flags import Parser
+from scoring.errors import UserError
 
 STORE_HELP = "folder or URI (s3://, gs://) of a result store"
 
@@ -21,9 +23,14 @@ def results_arguments(results: argparse.ArgumentParser) -> None:
         sub.set_defaults(run=run, parser=sub)
         return sub
 
-    sub = verb("add", _results_add, "put sweeps, runs and score files into a store")
+    sub = verb("add", _results_add, "put sweeps, runs, score files and answers into a store")
     sub.add_argument("store", metavar="STORE", help=STORE_HELP)
-    sub.add_argument("paths", nargs="+", metavar="PATH", help="folder of a sweep or a run, or a score file (.parquet)")
+    sub.add_argument(
+        "paths",
+        nargs="+",
+        metavar="PATH",
+        help="folder of a sweep or a run, a score file, or an evaluation of a run's model (.parquet)",
+    )
     sub.add_argument("--experiment", help="the experiment that they belong to (default: named like the folder or file)")
 
     sub = verb("list", _results_list, "the tasks and experiments of a store, and files that cannot be read")
@@ -35,7 +42,7 @@ def results_arguments(results: argparse.ArgumentParser) -> None:
 
     sub = verb("export", _results_export, "a table as CSV, JSON or LaTeX")
     _stores_argument(sub)
-    sub.add_argument("--table", default="runs", help="runs, samples or scores (default: runs)")
+    sub.add_argument("--table", default="runs", help="runs, samples, scores or answers (default: runs)")
     sub.add_argument("--format", default="csv", help="csv, json or latex (default: csv)")
     sub.add_argument("--out", help="file to write (default: the terminal)")
 
@@ -51,7 +58,8 @@ def add_to_store(root: str, paths: Sequence[str], experiment: str | None) -> Non
     from bench.results.store import Store
 
     store = Store(root)
-    print(f"{root}: {summary([add(store, path, experiment) for path in paths])}")
+    folders = [path for path in paths if Path(path).is_dir()]
+    print(f"{root}: {summary([add(store, path, experiment, folders) for path in paths])}")
 
 
 def _results_add(arguments: argparse.Namespace) -> None:
@@ -152,3 +160,75 @@ def compare(arguments: argparse.Namespace) -> None:
     print("\n".join(comparison_lines(compare(first, second, arguments.metric), first, second)))
     for line in skipped_lines(skipped):
         print(line, file=sys.stderr)
+
+
+def show_arguments(sub: argparse.ArgumentParser) -> None:
+    from bench.answers.table import REMEMBERED
+    from bench.answers.text import BY_ID, NUMBERS
+
+    sub.add_argument(
+        "paths",
+        nargs="+",
+        metavar="PATH",
+        help="files of `evaluate`, one for each unlearned model; and with them folders of `unlearn` and files of "
+        "`score` or `difficulty` of the same samples",
+    )
+    sub.add_argument("--page", metavar="FILE.html", help="also write a page of all samples, to be sorted and filtered")
+    sub.add_argument(
+        "--against",
+        choices=("before", "truth"),
+        default="before",
+        help="what the answers after unlearning are marked against (default: before; without --original the truth)",
+    )
+    sub.add_argument("--set", dest="set_name", metavar="NAME", help="only this set, such as forget or retain")
+    sub.add_argument(
+        "--where",
+        metavar="CONDITION",
+        action="append",
+        default=[],
+        help=f"only samples with such a number, e.g. 'rouge>0.5'; of {', '.join(NUMBERS)}; can be given again",
+    )
+    kept = sub.add_mutually_exclusive_group()
+    kept.add_argument(
+        "--remembered", action="store_true", help=f"only what the first model still answers (ROUGE-L from {REMEMBERED})"
+    )
+    kept.add_argument("--forgotten", action="store_true", help="only what it does not answer any more")
+    sub.add_argument("--changed", action="store_true", help="only samples whose answer is another one than before")
+    sub.add_argument(
+        "--sort",
+        metavar="NUMBER",
+        help=f"{', '.join(NUMBERS)} (of the first model), or {BY_ID}: what is remembered best, or hardest to forget, "
+        "first (default: the order of the data)",
+    )
+    sub.add_argument("--reverse", action="store_true", help="the other way round")
+    sub.add_argument("--limit", type=int, default=10, metavar="N", help="samples at most; 0 shows all (default: 10)")
+
+
+def show(arguments: argparse.Namespace) -> None:
+    from bench.answers.marks import visible
+    from bench.answers.page import write_page
+    from bench.answers.table import answer_table
+    from bench.answers.text import Choice, answer_lines, chosen, summary_lines
+
+    if arguments.limit < 0:
+        raise UserError(f"--limit is {arguments.limit}: expected a whole number from 0 (all)")
+    table = answer_table(arguments.paths)
+    remembered = True if arguments.remembered else False if arguments.forgotten else None
+    choice = Choice(
+        arguments.set_name,
+        tuple(arguments.where),
+        remembered,
+        arguments.changed,
+        arguments.sort,
+        arguments.reverse,
+    )
+    rows = chosen(table, choice)
+    if arguments.page:
+        write_page(table, arguments.page, arguments.against)
+    for note in table.notes:
+        print(visible(note), file=sys.stderr)
+    shown = rows[: arguments.limit or None]
+    colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+    print("\n".join([*summary_lines(table), *answer_lines(table, shown, arguments.against, colour)]))
+    more = "" if len(shown) == len(rows) else f"; --limit {arguments.limit}, 0 shows all"
+    print(f"\n{len(shown)} of {len(rows)} samples{more}" + (f" -> {arguments.page}" if arguments.page else ""))

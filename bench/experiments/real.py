@@ -22,8 +22,8 @@ from bench.experiments.experiment import Experiment, Setup
 from bench.files.status import FINISHED
 from bench.jobs.evaluate import evaluate_spec
 from bench.jobs.evaluation_spec import EvaluateSpec
-from bench.jobs.fine_tune import fine_tuned
 from bench.jobs.resources import SweepResources
+from bench.jobs.train import fine_tuned
 from bench.models.find import absolute_model, find_model
 from bench.report.words import decimal, markdown_table
 from bench.tasks.datasets import absolute_source, find_task, load_dataset

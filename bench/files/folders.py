@@ -21,6 +21,8 @@ from scoring.reading import exists, read_json
 from scoring.settings import named, settings_of
 
 LOCK = ".lock"
+# In the folder of a run that trains a model: the record, which is written last, and the model.
+RUN_RECORD, RUN_MODEL = "run.json", "model"
 # Of a page, that its title stands in.
 HEAD_BYTES = 1000
 
@@ -95,7 +97,7 @@ class MadeFolders:
                 folder.rmdir()
 
 
-def refuse_foreign(path: Path, mark: str, kind: str, within: int = 0) -> None:
+def refuse_foreign(path: Path, mark: str, kind: str, within: int = 0, setting: str = "out") -> None:
     """Refuse to replace a file that somebody else has written.
 
     Args:
@@ -103,13 +105,15 @@ def refuse_foreign(path: Path, mark: str, kind: str, within: int = 0) -> None:
         mark: text that ours has.
         kind: what ours is of, for the message.
         within: how many bytes may stand before the mark.
+        setting: that names the file, or its folder.
 
     Raises:
         UserError: one line.
     """
     wanted = mark.encode()
     if exists(path) and not (path.is_file() and wanted in path.read_bytes()[: within + len(wanted)]):
-        raise UserError(f"{named('out')}: {shown(path)} exists and is not of {kind}: choose another folder")
+        where = "another folder" if setting == "out" else "another file"
+        raise UserError(f"{named(setting)}: {shown(path)} exists and is not of {kind}: choose {where}")
 
 
 def refuse_inputs(out: Path, settings: Any) -> None:
@@ -142,9 +146,9 @@ def _same_file(one: Path, other: str) -> bool:
         return False
 
 
-def unwritable(out: Path, error: OSError) -> UserError:
-    """What to say where nothing can be written."""
-    return UserError(f"{named('out')} {shown(out)}: cannot be written to ({error.strerror})")
+def unwritable(out: Path, error: OSError, setting: str = "out") -> UserError:
+    """What to say where nothing can be written, at the place that a setting names."""
+    return UserError(f"{named(setting)} {shown(out)}: cannot be written to ({error.strerror})")
 
 
 def check_folder(name: str, folder: Path) -> None:

@@ -35,7 +35,17 @@ from bench.jobs.resources import Resources, check_dtype
 from bench.metrics import METRICS
 from bench.metrics.harness import HARNESS
 from bench.metrics.quantities import asked_of_a_model
-from bench.metrics.table import MODEL, ORIGINAL, RETAIN_ONLY, SCHEMA, Columns, columns_in, metric_table, sample_rows
+from bench.metrics.table import (
+    MODEL,
+    ORIGINAL,
+    RETAIN_ONLY,
+    SCHEMA,
+    Columns,
+    columns_in,
+    metric_table,
+    record_rows,
+    sample_rows,
+)
 from bench.metrics.values import Missing
 from bench.models.find import ModelReference, find_model, loaded_model
 from bench.tasks import Task
@@ -52,7 +62,7 @@ from scoring.work import ReplicaSpec
 if TYPE_CHECKING:
     import pandas as pd
 
-LEVELS = ("metric", "difference", "sample")
+LEVELS = ("metric", "difference", "sample", "record")
 
 SCHEMA_VERSION = 1
 
@@ -72,7 +82,7 @@ class EvaluationResult:
     record: dict[str, Any]
 
     def rows(self, level: str) -> pd.DataFrame:
-        """The rows of a level: "metric", "difference" or "sample".
+        """The rows of a level: "metric", "difference", "sample" or "record".
 
         Raises:
             UserError: there is no such level.
@@ -219,6 +229,7 @@ def evaluate_spec(
             "engine": resources.engine,
             **origin("lm-eval", "sentence-transformers", *resources.packages()),
         }
+        table = pa.concat_tables([table, record_rows(sets)])
         write_scores(table, out, identity, record)
         parts.remove()
     return EvaluationResult(out, table, {"spec": identity} | record)

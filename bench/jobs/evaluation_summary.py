@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.compute as pc
+
 from bench.jobs.evaluate import EvaluationResult
 from bench.jobs.relearn import BATCH_SIZE
 from bench.metrics import METRICS
@@ -14,7 +17,9 @@ from bench.tasks import Task
 
 def print_evaluation(result: EvaluationResult, task: Task) -> None:
     """A line for each metric, a column for each model, intervals below values; then what is missing, and why."""
-    rows = [row for row in result.table.to_pylist() if row["level"] != "sample"]
+    table = result.table.filter(pc.is_in(result.table["level"], pa.array(["metric", "difference"])))
+    values = pc.sum(pc.equal(result.table["level"], "sample")).as_py()
+    rows = table.to_pylist()
     models = [model for model in (ORIGINAL, MODEL, RETAIN_ONLY) if any(row["model"] == model for row in rows)]
     differences = list(dict.fromkeys(row["model"] for row in rows if row["level"] == "difference"))
     _print_rows(rows, task, models)
@@ -26,7 +31,7 @@ def print_evaluation(result: EvaluationResult, task: Task) -> None:
     _print_missing([row for row in rows if row["level"] == "metric" and row["missing"]], models)
     for rejected in result.record["rejected"]:
         print(f"left out of the {rejected['set']} set, {rejected['sample_id']!r}: {rejected['reason']}")
-    print(f"{result.table.num_rows - len(rows)} per-sample values -> {result.path}")
+    print(f"{values} per-sample values -> {result.path}")
 
 
 def _print_rows(rows: Sequence[dict[str, Any]], task: Task, columns: Sequence[str]) -> None:

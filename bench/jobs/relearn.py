@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from bench.jobs.fine_tune import fine_tuned
+from bench.jobs.train import fine_tuned
 from bench.tasks import Record
 from scoring.errors import UserError
 

@@ -1,4 +1,4 @@
-"""Unlearning runs on disk: a folder that belongs to one spec, and one process at a time.
+"""Runs that train a model on disk: a folder that belongs to one spec, and one process at a time.
 
 spec.json                 the spec: its hash is the run's identity
 checkpoints/              while it runs, see algorithms.checkpoints
@@ -32,7 +32,7 @@ from algorithms.checkpoints import Checkpoints
 from algorithms.corpus import Corpus
 from algorithms.history import History
 from algorithms.tables import tables_of
-from bench.files.folders import Hashed, OwnedFolder
+from bench.files.folders import RUN_MODEL, RUN_RECORD, Hashed, OwnedFolder
 from bench.files.origin import Origin, origin
 from bench.report.words import size_of
 from scoring.errors import UserError
@@ -59,13 +59,13 @@ class UnlearnResult:
 
     @property
     def model(self) -> Path:
-        return self.folder / "model"
+        return self.folder / RUN_MODEL
 
 
 class RunFolder(OwnedFolder):
     """The folder of one unlearning run."""
 
-    KIND, BEGUN, RECORD = "run", ("checkpoints", "reference.safetensors"), "run.json"
+    KIND, BEGUN, RECORD = "run", ("checkpoints", "reference.safetensors"), RUN_RECORD
 
     def tidy(self) -> None:
         shutil.rmtree(self._out / "checkpoints", ignore_errors=True)
@@ -106,22 +106,29 @@ class RunFolder(OwnedFolder):
             shutil.copytree(kept, unfinished, copy_function=_link)
             shutil.rmtree(self._out / kept.name, ignore_errors=True)
             unfinished.rename(self._out / kept.name)
-        for name, table in tables_of(history, corpus).items():
+        for name, table in self.tables(history, corpus).items():
             with replacing(self._out / f"{name}.parquet") as path:
                 pq.write_table(table, path)
         record = {
             "spec": self._identity,
             "updates": history.step,
-            "thresholds": history.known_thresholds,
+            **self.facts(history),
             "seconds": history.seconds,
-            "passes": history.passes,
             "notes": history.notes,
             "rejected": list(rejected),
             **origin(),
         }
-        with replacing(self._out / "run.json") as path:
+        with replacing(self._out / self.RECORD) as path:
             path.write_text(json.dumps(record, indent=2) + "\n")
         self.tidy()
+
+    def tables(self, history: History, corpus: Corpus) -> dict[str, pa.Table]:
+        """What is written beside the model, by name."""
+        return tables_of(history, corpus)
+
+    def facts(self, history: History) -> dict[str, Any]:
+        """What the record of this kind of run has besides."""
+        return {"thresholds": history.known_thresholds, "passes": history.passes}
 
 
 @contextmanager

@@ -21,6 +21,7 @@ from bench.jobs.difficulty import DifficultySpec
 from bench.jobs.evaluation_spec import EvaluateSpec
 from bench.jobs.score import ScoreSpec
 from bench.jobs.sweep_plan import SweepSpec
+from bench.jobs.train import TrainSpec
 from bench.jobs.truth import TruthSpec
 from bench.jobs.unlearn import UnlearnSpec
 from bench.tasks import TASKS
@@ -31,6 +32,7 @@ from scoring.settings import settings_of
 # Command, what its settings are, and a key that only its identities have; the first that fits.
 KINDS: tuple[tuple[str, type, str], ...] = (
     ("sweep", SweepSpec, "base"),
+    ("train", TrainSpec, "left_out_sha256"),
     ("unlearn", UnlearnSpec, "forget_sha256"),
     ("evaluate", EvaluateSpec, "fingerprints"),
     ("difficulty --truth", TruthSpec, "truth"),

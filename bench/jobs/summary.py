@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import shlex
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow.compute as pc
 
 from bench.files.status import FINISHED
+from bench.tasks.sources import SUFFIXES
+from scoring.files import shown
 
 if TYPE_CHECKING:  # what is summed up: who prints scores does not wait for what trains models
+    import pyarrow as pa
+
     from bench.jobs.run_folder import UnlearnResult
     from bench.jobs.score import ScoreResult
     from bench.jobs.sweep_tables import SweepResult
+    from bench.jobs.train import TrainResult
 
 SHOWN = 5
 # Above this share a standard error no longer says how far a score is off.
@@ -61,12 +68,8 @@ def print_summary(result: ScoreResult) -> None:
 def print_unlearning(result: UnlearnResult) -> None:
     """What was forgotten and what was kept, epoch by epoch, and what it cost."""
     spec, epochs = result.record["spec"], result.epochs.to_pylist()
-    measured = [name for name in result.epochs.column_names if name.endswith(("rouge_l_recall", "probability"))]
-    columns = ["epoch", "step", "forget_loss", "retain_loss", "forgotten", *measured, "mean_abs_delta"]
-    titles = {name: name.replace("_rouge_l_recall", " RL").replace("_probability", " prob") for name in columns}
-    print("".join(f"{titles[name]:>15}" for name in columns))
-    for row in epochs:
-        print("".join(f"{_short(row[name]):>15}" for name in columns))
+    columns = ["epoch", "step", "forget_loss", "retain_loss", "forgotten", *_answers(result.epochs), "mean_abs_delta"]
+    _print_epochs(epochs, columns)
     updates = np.array([n for n in result.samples["updates_until_forgotten"].to_pylist() if n is not None])
     text = f"{spec['algorithm']}, alpha {spec['alpha']:g}: {result.record['updates']} updates"
     if thresholds := result.record["thresholds"]:
@@ -78,6 +81,73 @@ def print_unlearning(result: UnlearnResult) -> None:
     if still := _still_answered(result):
         print(f"what the model still answers: {still}")
     seconds, passes = result.record["seconds"], result.record["passes"]
+    _print_seconds(seconds, passes)
+    _print_remarks(result.record)
+    print(f"model  {result.model}\ntables {result.folder}/*.parquet")
+
+
+def print_training(result: TrainResult) -> None:
+    """How well the data are known, epoch by epoch, why it stopped, and what can be done with the model."""
+    from algorithms.target import TRAINED_MA
+    from bench.jobs.train import ORIGINAL, RETAIN_ONLY, ending
+
+    pair = [(ORIGINAL, result), (RETAIN_ONLY, result.retain_only)] if result.retain_only else [("", result)]
+    for name, one in pair:
+        assert one is not None
+        spec = one.record["spec"]
+        what = f"{one.samples.num_rows} samples of {spec['task']}" + (f" {spec['split']}" if spec["split"] else "")
+        print(f"{name + ': ' if name else ''}{what}{' less ' + spec['minus'] if spec['minus'] else ''}")
+        ma = [TRAINED_MA] if TRAINED_MA in one.epochs.column_names else []
+        _print_epochs(one.epochs.to_pylist(), ["epoch", "step", "loss", *ma, *_answers(one.epochs), "mean_abs_delta"])
+        print(ending(one))
+        _print_seconds(one.record["seconds"], {})
+        _print_remarks(one.record)
+        print(f"model  {one.model}\ntables {one.folder}/*.parquet")
+    print("\n".join(("next", *(f"  {command}" for command in _next_commands(result)))))
+
+
+def _next_commands(result: TrainResult) -> list[str]:
+    """What a user would do with the models: score, unlearn, evaluate."""
+    from bench.tasks.datasets import find_task, is_data_file
+
+    model, other, spec = shown(result.folder), result.retain_only, result.record["spec"]
+    task, forget = spec["task"], other.record["spec"]["minus"] if other else None
+    retained: Mapping[str, str] = {} if is_data_file(task) else find_task(task)[0].retain_of
+    of_unlearning, of_others = ["--task", task], [task]
+    if forget in retained:
+        of_unlearning, of_others = [*of_unlearning, "--forget-split", forget], [*of_others, "--split", forget]
+    elif forget is not None and forget.endswith(SUFFIXES):
+        of_unlearning, of_others, retained = ["--task", forget], [forget], {}
+    elif forget is not None:
+        of_unlearning, retained = [*of_unlearning, "--selection", forget], {}
+    algorithm = "NPO-GradDiff" if retained else "NPO"  # the latter needs no retain set
+    commands = [
+        ["score", "--model", model, "--data", *of_others, "--out", "scores.parquet"],
+        ["unlearn", "--model", model, *of_unlearning, "--algorithm", algorithm, "--out", "runs/npo"],
+    ]
+    if other and forget in retained:
+        models = ["--model", "runs/npo", "--original", model, "--retain-model", shown(other.folder)]
+        commands.append(["evaluate", *models, "--task", *of_others, "--out", "npo.parquet"])
+    return [shlex.join(["mrd-bench", *command]) for command in commands]
+
+
+def _answers(epochs: pa.Table) -> list[str]:
+    """The columns that say what a model answers."""
+    return [name for name in epochs.column_names if name.endswith(("rouge_l_recall", "probability"))]
+
+
+def _print_epochs(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> None:
+    """A line an epoch."""
+    for name in columns:
+        title = name.replace("_rouge_l_recall", " RL").replace("_probability", " prob").replace("_ma", " MA")
+        print(f"{title.replace('left_out', 'left-out'):>15}", end="")
+    print()
+    for row in rows:
+        print("".join(f"{_short(row[name]):>15}" for name in columns))
+
+
+def _print_seconds(seconds: Mapping[str, float], passes: Mapping[str, Sequence[int]]) -> None:
+    """What the time went to."""
     parts = ", ".join(
         f"{name} {seconds[name]:.1f} s"
         + (f" ({passes[name][0]} forward, {passes[name][1]} backward)" if name in passes else "")
@@ -85,11 +155,14 @@ def print_unlearning(result: UnlearnResult) -> None:
         if name in seconds
     )
     print(parts)
-    for note in result.record["notes"]:
+
+
+def _print_remarks(record: Mapping[str, Any]) -> None:
+    """What a reader must know, and the samples that were left out."""
+    for note in record["notes"]:
         print(f"note: {note}")
-    for rejected in result.record["rejected"]:
+    for rejected in record["rejected"]:
         print(f"rejected from the {rejected['set']} set, {rejected['sample_id']!r}: {rejected['reason']}")
-    print(f"model  {result.model}\ntables {result.folder}/*.parquet")
 
 
 def print_sweep(result: SweepResult) -> None:

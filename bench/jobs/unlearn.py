@@ -184,7 +184,7 @@ def unlearn(spec: UnlearnSpec, out: str | Path, progress: bool = True) -> Unlear
             print(f"{shown(out)} holds this run already (spec {identity['spec_hash']})", file=sys.stderr)
             return read_run(out)
         corpus, rejected = corpus_of(spec, model, forget, retain)
-        folder.check_room(*room_of(spec, model, corpus))
+        folder.check_room(*room_of(spec, model, corpus, spec.adapter is not None))
         evaluation = evaluation_of(spec, model, corpus, retain)
         job = TrainingJob(
             spec,
@@ -198,8 +198,7 @@ def unlearn(spec: UnlearnSpec, out: str | Path, progress: bool = True) -> Unlear
             continues_adapter=spec.adapter is not None,
         )
         with full_disks_said_plainly(out):
-            with _Bar(spec, len(corpus.forget), progress) as bar:
-                history = _train(spec, job, bar)
+            history = carried_out(job, f"unlearning ({spec.algorithm})", progress)
             folder.finish(history, corpus, rejected, job.checkpoints)
     return read_run(out)
 
@@ -262,13 +261,22 @@ def _model_of(spec: UnlearnSpec) -> ModelReference:
     return find_model(spec.adapter)
 
 
-def _train(spec: UnlearnSpec, job: TrainingJob, bar: _Bar) -> History:
-    if spec.workers == 0:
-        on_gpu = torch.cuda.is_available() and spec.gpus_per_worker != 0
-        return train_here(job, "cuda" if on_gpu else "cpu", bar.show)
-    connect()
-    footprint = Resources(None, spec.cpus_per_worker, spec.gpus_per_worker).footprint()
-    return train_on_ray(job, footprint, bar.show)
+def carried_out(job: TrainingJob, title: str, progress: bool, loss: str = "forget") -> History:
+    """Run a job in this process or on Ray Train, as its execution says.
+
+    Args:
+        title: of the bar.
+        progress: show it.
+        loss: what the bar calls the loss of the samples that are trained on.
+    """
+    execution = job.execution
+    with _Bar(job, title, loss, progress) as bar:
+        if execution.workers == 0:
+            on_gpu = torch.cuda.is_available() and execution.gpus_per_worker != 0
+            return train_here(job, "cuda" if on_gpu else "cpu", bar.show)
+        connect()
+        footprint = Resources(None, execution.cpus_per_worker, execution.gpus_per_worker).footprint()
+        return train_on_ray(job, footprint, bar.show)
 
 
 # --- What is forgotten and kept -----------------------------------------------------------------------------
@@ -372,7 +380,7 @@ def _text_set(dataset: Dataset | None) -> TextSet | None:
     return None if dataset is None else dataset.text_set
 
 
-def room_of(spec: UnlearnSpec, model: ModelReference, corpus: Corpus) -> tuple[int, int]:
+def room_of(recipe: Recipe, model: ModelReference, corpus: Corpus, continues_adapter: bool = False) -> tuple[int, int]:
     """Bytes of a checkpoint, and of the reference that the initial model gives."""
     config = read_config(model.source, model.revision)
     try:
@@ -380,16 +388,16 @@ def room_of(spec: UnlearnSpec, model: ModelReference, corpus: Corpus) -> tuple[i
             empty = AutoModelForCausalLM.from_config(config)
     except ValueError as error:
         reason = str(error).splitlines()[0]
-        raise UserError(f"model {spec.model!r} cannot be loaded as a causal language model: {reason}") from error
+        raise UserError(f"model {model.source!r} cannot be loaded as a causal language model: {reason}") from error
     weights = sum(p.numel() for p in empty.parameters())
     states = sum(
         sample.num_scored * config.get_text_config().hidden_size * BYTES_MODEL
-        for role, quantities in Objectives.of(spec).reference_quantities().items()
+        for role, quantities in Objectives.of(recipe).reference_quantities().items()
         for sample in {"forget": corpus.forget, "retain": corpus.retain, "refusal": corpus.refusals}[role]
         for quantity in quantities
         if quantity != "nll"
     )
-    moments = 0 if spec.lora_rank or spec.adapter or spec.optimizer == "sgd" else BYTES_MOMENTS
+    moments = 0 if recipe.lora_rank or continues_adapter or recipe.optimizer == "sgd" else BYTES_MOMENTS
     return weights * (BYTES_MODEL + moments), states
 
 
@@ -428,10 +436,11 @@ def identity_of(spec: UnlearnSpec, model: ModelReference, forget: Dataset, retai
 class _Bar:
     """The progress bar: updates, loss terms and the share of samples forgotten."""
 
-    def __init__(self, spec: UnlearnSpec, forget_samples: int, shown: bool) -> None:
-        total = total_updates(forget_samples, spec)
-        self._bar = tqdm(total=total, unit="update", desc=f"unlearning ({spec.algorithm})", disable=not shown)
-        self._retains = Objectives.of(spec).retain is not None
+    def __init__(self, job: TrainingJob, title: str, loss: str, shown: bool) -> None:
+        total = total_updates(len(job.corpus.forget), job.recipe)
+        self._loss = loss
+        self._bar = tqdm(total=total, unit="update", desc=title, disable=not shown)
+        self._retains = Objectives.of(job.recipe).retain is not None
 
     def __enter__(self) -> _Bar:
         return self
@@ -440,7 +449,7 @@ class _Bar:
         self._bar.close()
 
     def show(self, progress: Progress) -> None:
-        terms = {"forget": f"{progress.forget_loss:.3g}"}
+        terms = {self._loss: f"{progress.forget_loss:.3g}"}
         if self._retains:
             terms["retain"] = f"{progress.retain_loss:.3g}"
         if progress.forgotten is not None:

@@ -1,4 +1,5 @@
-"""The table of an evaluation: metrics with their intervals, differences between models, and every sample's values."""
+"""The table of an evaluation: metrics with their intervals, differences between models, every sample's values, and what
+was asked."""
 
 from __future__ import annotations
 
@@ -14,11 +15,15 @@ from bench.metrics import METRICS
 from bench.metrics.registry import Statistic
 from bench.metrics.values import Column, Measured, Missing, Scores, Unmeasured
 from bench.stats.estimates import Estimate, over_sets
+from bench.tasks import Record
+from bench.tasks.words import question_and_truth
 
 # The models of an evaluation, in the order in which they are measured: what the original one knew decides what counts
 # as forgotten.
 ORIGINAL, RETAIN_ONLY, MODEL = "original", "retain-only", "model"
 Columns = dict[Column, Scores | Missing]
+# The names of the rows that say what was asked.
+ASKED = QUESTION, TRUTH = ("question", "truth")
 
 SAMPLE_ROWS = pa.schema(
     [
@@ -148,6 +153,20 @@ def sample_rows(columns: Columns) -> pa.Table:
         if isinstance(scores, Scores)
     ]
     return pa.concat_tables(tables) if tables else SAMPLE_ROWS.empty_table()
+
+
+def record_rows(sets: Mapping[str, Sequence[Record] | Missing]) -> pa.Table:
+    """What was asked: rows of level "record", whose text is the "question" or the "truth" of a sample. With them the
+    answers can be read where the data are not."""
+    rows = [
+        {"level": "record", "name": name, "set": set_name, "sample_id": record["id"], "text": text}
+        for set_name, records in sets.items()
+        if not isinstance(records, Missing)
+        for record in records
+        for name, text in zip(ASKED, question_and_truth(record), strict=True)
+        if text is not None
+    ]
+    return pa.Table.from_pylist(rows, SCHEMA)
 
 
 def columns_in(table: pa.Table) -> Columns:

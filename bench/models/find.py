@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from bench.files.folders import RUN_MODEL, RUN_RECORD, owner_of
 from scoring.adapters import adapter_base, check_adapter
 from scoring.errors import UserError, first_line
 from scoring.loaded import check_loaded
@@ -62,8 +63,8 @@ class ModelReference:
 
 
 def find_model(name: str) -> ModelReference:
-    """Resolve an embedded model (`authors`, `authors:retain90`, `novel`; trained on first use), a folder of a model or
-    of an adapter, or an id, as in `org/name` or `org/name@revision`.
+    """Resolve an embedded model (`authors`, `authors:retain90`, `novel`; trained on first use), a folder of a model, of
+    an adapter or of a finished run, whose model it is, or an id, as in `org/name` or `org/name@revision`.
 
     Raises:
         UserError: one line that says what is missing and what to do.
@@ -75,13 +76,34 @@ def find_model(name: str) -> ModelReference:
         name = str(embedded_model(kind or "full", family))
     folder = Path(name)
     if folder.is_dir():
-        return _in_folder(folder)
+        return _in_folder(_model_of_run(folder))
     if folder.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise UserError(f"model folder {name!r} does not exist: expected a folder with config.json")
     identifier, _, asked = name.partition("@")
     config, tokenizer = _read(identifier, f"Hugging Face id {name!r}", asked or None)
     revision = getattr(config, "_commit_hash", None) or asked or None
     return _reference(identifier, revision, f"{identifier}@{revision}", config, tokenizer)
+
+
+def _model_of_run(folder: Path) -> Path:
+    """The folder of the model that a run has trained; of another folder itself.
+
+    Raises:
+        UserError: the run has not finished, or there are several.
+    """
+    if (folder / "config.json").is_file():
+        return folder
+    if (folder / RUN_RECORD).is_file() and (folder / RUN_MODEL).is_dir():
+        return folder / RUN_MODEL
+    if owner_of(folder) is not None:
+        raise UserError(
+            f"model folder {str(folder)!r} has no {RUN_RECORD}: it is a run that has not finished, or trains no "
+            "model; the command that began it continues it"
+        )
+    runs = sorted(path.parent for path in folder.glob(f"*/{RUN_RECORD}") if (path.parent / RUN_MODEL).is_dir())
+    if runs:
+        raise UserError(f"model folder {str(folder)!r} holds several runs: expected one of {', '.join(map(str, runs))}")
+    return folder
 
 
 def _in_folder(folder: Path) -> ModelReference:

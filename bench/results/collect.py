@@ -1,11 +1,11 @@
-"""Putting finished work into a result store: sweeps, unlearning runs and score files."""
+"""Putting finished work into a result store: sweeps, unlearning runs, score files and answers."""
 
 from __future__ import annotations
 
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +15,15 @@ from typing_extensions import TypedDict
 from bench.files.origin import Origin
 from bench.files.score_file import read_scores
 from bench.files.status import FINISHED
+from bench.jobs.evaluation_answers import is_evaluation, read_answers, run_folder_of
 from bench.jobs.run_folder import read_run
 from bench.jobs.sweep_tables import read_sweep
 from bench.jobs.trial import derived
 from bench.metrics import METRICS
-from bench.results.store import SCHEMAS, Identity, Store, as_stored
+from bench.metrics.table import MODEL, ORIGINAL, RETAIN_ONLY
+from bench.results.store import ANSWERED_BY, SCHEMAS, Identity, Store, as_stored
 from bench.tasks.datasets import Dataset, find_task, is_data_file, load_dataset
+from bench.tasks.words import prompt_and_completion
 from scoring.errors import UserError
 from scoring.reading import parse_json, readable, shaped
 
@@ -35,22 +38,33 @@ LOOP_METRICS = (
 )
 
 
+_ROLES = dict(zip(ANSWERED_BY, (ORIGINAL, MODEL, RETAIN_ONLY), strict=True))
+
+
 @dataclass(frozen=True)
 class Collected:
-    """Rows for a store's tables, all of one task."""
+    """Rows for a store's tables, all of one task.
+
+    Attributes:
+        belongs_to: the folder or file by which the experiment is named if nothing else is said.
+    """
 
     task: str
-    runs: list[dict[str, Any]]
-    samples: pa.Table
-    scores: list[dict[str, Any]]
+    belongs_to: Path
+    runs: list[dict[str, Any]] = field(default_factory=list)
+    samples: pa.Table = field(default_factory=SCHEMAS["samples"].empty_table)
+    scores: list[dict[str, Any]] = field(default_factory=list)
+    answers: list[dict[str, Any]] = field(default_factory=list)
 
 
-def add(store: Store, path: str | Path, experiment: str | None = None) -> Collected:
-    """Put a sweep, a run or a score file into a store.
+def add(store: Store, path: str | Path, experiment: str | None = None, folders: Sequence[str | Path] = ()) -> Collected:
+    """Put a sweep, a run, a score file, or the answers of an evaluation into a store.
 
     Args:
-        path: the folder of a sweep or of a run, or a score file.
-        experiment: the experiment that it belongs to; None: named like the folder or file.
+        path: the folder of a sweep or of a run, a score file, or an evaluation of the model of a run.
+        experiment: the experiment that it belongs to; None: named like the folder or file, or, of an evaluation, like
+            the folder of its run.
+        folders: where the run of an evaluation may be, besides the folder that the evaluation names.
 
     Raises:
         UserError: it is none of them, or it is not finished.
@@ -61,13 +75,16 @@ def add(store: Store, path: str | Path, experiment: str | None = None) -> Collec
     elif (path / "run.json").is_file():
         collected = _from_run(path)
     elif path.is_file() and path.suffix == ".parquet":
-        collected = _from_score_file(path)
+        collected = _from_file(path, folders)
     else:
-        raise UserError(f"{path}: expected the folder of a finished sweep or run, or a score file (.parquet)")
-    experiment = experiment or _folder_name(path.absolute())
+        raise UserError(
+            f"{path}: expected the folder of a finished sweep or run, or a score file or an evaluation (.parquet)"
+        )
+    experiment = experiment or _folder_name(collected.belongs_to.absolute())
     with readable(str(path), "what this version writes", "has values that a store does not take"):
         tables = {
             "scores": pa.Table.from_pylist(collected.scores, SCHEMAS["scores"]),
+            "answers": pa.Table.from_pylist(collected.answers, SCHEMAS["answers"]),
             "samples": as_stored("samples", collected.samples),
             "runs": pa.Table.from_pylist(collected.runs, SCHEMAS["runs"]),
         }
@@ -104,7 +121,7 @@ def _from_sweep(folder: Path) -> Collected:
     samples = sweep.samples
     if samples.num_rows:
         samples = samples.rename_columns(["run" if name == "trial" else name for name in samples.column_names])
-    return Collected(_task_folder(rows[0]["task"]), runs, samples, scores)
+    return Collected(_task_folder(rows[0]["task"]), folder, runs, samples, scores)
 
 
 def _from_run(folder: Path) -> Collected:
@@ -133,14 +150,43 @@ def _from_run(folder: Path) -> Collected:
         **_identity_columns({**spec, "selection": selection}),
     }
     samples = result.samples.append_column("run", pa.repeat(spec["spec_hash"], len(ids)))
-    return Collected(_task_folder(spec["task"]), [run], samples, [])
+    return Collected(_task_folder(spec["task"]), folder, [run], samples)
 
 
-def _from_score_file(path: Path) -> Collected:
+def _from_file(path: Path, folders: Sequence[str | Path]) -> Collected:
     table, spec, record = read_scores(path)
+    if is_evaluation(spec):
+        return _from_evaluation(path, folders)
     if "estimator" not in spec:
-        raise UserError(f"{path}: what `mrd-bench evaluate` writes is no score file; expected one of `mrd-bench score`")
-    return Collected(_task_folder(spec["data"]), [], SCHEMAS["samples"].empty_table(), _score_rows(table, spec, record))
+        raise UserError(f"{path}: expected what `mrd-bench score` or `mrd-bench evaluate` writes")
+    return Collected(_task_folder(spec["data"]), path, scores=_score_rows(table, spec, record))
+
+
+def _from_evaluation(path: Path, folders: Sequence[str | Path]) -> Collected:
+    """The answers of a run's model."""
+    answers = read_answers(path)
+    folder = run_folder_of(answers, [Path(each) for each in folders])
+    if folder is None:
+        raise UserError(
+            f"{path}: the run whose model it is of is not there (it was {answers.spec['model']}): give the run's "
+            "folder as well, and the answers are put beside the run"
+        )
+    spec = read_run(folder).record["spec"]
+    rows = [
+        {
+            "run": spec["spec_hash"],
+            "evaluation": answers.spec["spec_hash"],
+            "set": sample.set_name,
+            "sample_id": sample.sample_id,
+            "question": sample.question,
+            "truth": sample.truth,
+            **{name: sample.texts.get(role) for name, role in _ROLES.items()},
+            **{f"rouge_{name}": sample.rouge.get(role) for name, role in _ROLES.items()},
+            **{f"ma_{name}": sample.ma.get(role) for name, role in _ROLES.items()},
+        }
+        for sample in answers.samples.values()
+    ]
+    return Collected(_task_folder(spec["task"]), folder, answers=rows)
 
 
 def _score_rows(table: pa.Table, spec: Mapping[str, Any], record: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -198,21 +244,17 @@ def _identity_of(text: Any, where: Path) -> dict[str, Any]:
 def _check_numbers(table: pa.Table, where: Path) -> None:
     """Refuse a table whose metrics are no numbers."""
     names = {"completeness", "utility", "balance", *METRICS, *LOOP_METRICS}
-    for field in table.schema:
+    for column in table.schema:
         kinds = (pa.types.is_floating, pa.types.is_integer, pa.types.is_boolean, pa.types.is_null)
-        if field.name in names and not any(is_kind(field.type) for is_kind in kinds):
-            raise UserError(f"{where}, column {field.name!r}, is of type {field.type}: expected numbers")
+        if column.name in names and not any(is_kind(column.type) for is_kind in kinds):
+            raise UserError(f"{where}, column {column.name!r}, is of type {column.type}: expected numbers")
 
 
 def _texts_by_id(dataset: Dataset) -> dict[str, dict[str, str]]:
-    texts = {}
-    for text in dataset.texts:
-        prompt = text.prompt
-        if text.messages:
-            prompt = "\n".join(f"{turn['role']}: {turn['content']}" for turn in text.messages[:-1])
-        completion = text.messages[-1]["content"] if text.messages else text.completion
-        texts[text.sample_id] = {"prompt": prompt or "", "completion": completion or ""}
-    return texts
+    return {
+        text.sample_id: dict(zip(("prompt", "completion"), prompt_and_completion(text), strict=True))
+        for text in dataset.texts
+    }
 
 
 def _identity_columns(identity: Mapping[str, Any]) -> dict[str, Any]:
@@ -241,9 +283,10 @@ def _folder_name(path: Path) -> str:
 
 def summary(collected: Sequence[Collected]) -> str:
     """How much was put into the store, in a line."""
-    runs, samples, scores = (sum(counts) for counts in zip(*map(_counts, collected), strict=True))
-    return f"{runs} runs, {samples} values of their samples, {scores} scores"
+    runs, samples, scores, answers = (sum(counts) for counts in zip(*map(_counts, collected), strict=True))
+    told = f"{runs} runs, {samples} values of their samples, {scores} scores"
+    return f"{told}, answers to {answers} samples" if answers else told
 
 
-def _counts(collected: Collected) -> tuple[int, int, int]:
-    return len(collected.runs), collected.samples.num_rows, len(collected.scores)
+def _counts(collected: Collected) -> tuple[int, int, int, int]:
+    return len(collected.runs), collected.samples.num_rows, len(collected.scores), len(collected.answers)

@@ -12,7 +12,7 @@ from typing import Any
 import pyarrow as pa
 
 from bench.files.status import FINISHED
-from bench.results.store import PARTITIONS, Results, Skipped
+from bench.results.store import PARTITIONS, SCHEMAS, Results, Skipped
 from scoring.errors import UserError, unknown_name
 from scoring.reading import parse_json, shaped
 
@@ -99,13 +99,13 @@ def exported(results: Results, table: str, form: str) -> str:
     """A table as text; in the table of runs every metric is a column.
 
     Args:
-        table: "runs", "samples" or "scores".
+        table: "runs", "samples", "scores" or "answers".
         form: one of FORMATS.
 
     Raises:
         UserError: there is no such table or format.
     """
-    tables = {"runs": results.runs, "samples": results.samples, "scores": results.scores}
+    tables = {name: getattr(results, name) for name in SCHEMAS}
     if table not in tables:
         raise unknown_name("table", table, tables)
     if form not in FORMATS:

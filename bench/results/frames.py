@@ -22,12 +22,14 @@ class ResultFrames:
         runs: one row for each unlearning run: spec, selection, status, where it comes from, a column for each metric.
         samples: one row for each forget sample of a run.
         scores: one row for each scored sample.
+        answers: one row for each sample of an evaluation: what the models answered.
         skipped: files that could not be read, with the reason.
     """
 
     runs: pd.DataFrame
     samples: pd.DataFrame
     scores: pd.DataFrame
+    answers: pd.DataFrame
     skipped: tuple[Skipped, ...]
 
 
@@ -51,5 +53,6 @@ def read_results(
         runs=pd.DataFrame(flat_rows(results.runs)),
         samples=results.samples.to_pandas(),
         scores=results.scores.to_pandas(),
+        answers=results.answers.to_pandas(),
         skipped=results.skipped,
     )

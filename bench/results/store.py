@@ -3,6 +3,7 @@
     STORE/runs/task=T/experiment=E/KEY.parquet       one row for each run
     STORE/samples/task=T/experiment=E/KEY.parquet    one row for each forget sample of a run
     STORE/scores/task=T/experiment=E/KEY.parquet     one row for each sample and model: its MRD and its text
+    STORE/answers/task=T/experiment=E/KEY.parquet    one row for each sample of a run's evaluation: its answers
 
 STORE is a folder or a URI that pyarrow opens (s3://, gs://, file://). A file is written once, whole, and never changed.
 KEY is the hash of the file's content, so any number of writers need no lock, and writing the same again changes
@@ -50,6 +51,7 @@ _ORIGIN = [
     ("hardware", pa.string()),
     ("git_commit", pa.string()),
 ]
+ANSWERED_BY = ("before", "after", "retain_only")
 SCHEMAS: dict[str, pa.Schema] = {
     "runs": pa.schema(
         [
@@ -107,6 +109,20 @@ SCHEMAS: dict[str, pa.Schema] = {
             *_ORIGIN,
         ]
     ),
+    "answers": pa.schema(
+        [
+            ("run", pa.string()),
+            ("evaluation", pa.string()),  # hash of its spec
+            ("set", pa.string()),
+            ("sample_id", pa.string()),
+            ("question", pa.string()),
+            ("truth", pa.string()),
+            # Of the original, the unlearned and the retain-only model.
+            *((name, pa.string()) for name in ANSWERED_BY),
+            *((f"rouge_{name}", pa.float64()) for name in ANSWERED_BY),
+            *((f"ma_{name}", pa.float64()) for name in ANSWERED_BY),
+        ]
+    ),
 }
 OPTIONAL = {"runs": ("mean_log_flip_time",)}
 PARTITIONS = ("task", "experiment")
@@ -128,13 +144,14 @@ class Results:
     """The content of stores.
 
     Attributes:
-        runs, samples, scores: tables with the columns of SCHEMAS, and task, experiment, store.
+        runs, samples, scores, answers: tables with the columns of SCHEMAS, and task, experiment, store.
         skipped: files that could not be read.
     """
 
     runs: pa.Table
     samples: pa.Table
     scores: pa.Table
+    answers: pa.Table
     skipped: tuple[Skipped, ...]
 
 
@@ -237,7 +254,7 @@ class Store:
             empty = _with_place(schema.empty_table(), ("", ""), "")
             parts = [_with_place(pa.concat_tables(rows), where, self.root) for where, rows in by_partition.items()]
             tables[name] = _joined([empty, *parts])
-        return Results(tables["runs"], tables["samples"], tables["scores"], tuple(skipped))
+        return Results(**tables, skipped=tuple(skipped))
 
     def _files(self, name: str) -> list[str]:
         try:
@@ -316,8 +333,8 @@ def identity_of(run: Mapping[str, Any]) -> dict[str, Any]:
 
 def merge(results: Sequence[Results]) -> Results:
     """The content of several stores as one."""
-    runs, samples, scores = (_joined([getattr(result, name) for result in results]) for name in SCHEMAS)
-    return Results(runs, samples, scores, tuple(file for result in results for file in result.skipped))
+    tables = {name: _joined([getattr(result, name) for result in results]) for name in SCHEMAS}
+    return Results(**tables, skipped=tuple(file for result in results for file in result.skipped))
 
 
 def read_stores(roots: Sequence[str | Path], task: str | None = None, experiment: str | None = None) -> Results:

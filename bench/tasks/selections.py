@@ -241,13 +241,16 @@ def write_selections(
     return paths
 
 
-def read_ids(path: str) -> list[str]:
+def read_ids(path: str, setting: str = "selection") -> list[str]:
     """The sample ids of a file, one a line.
+
+    Args:
+        setting: that names the file, for messages.
 
     Raises:
         UserError: it cannot be read.
     """
-    text = read_text(path, "sample ids, one a line", f"{named('selection')} {path!r}")
+    text = read_text(path, "sample ids, one a line", f"{named(setting)} {path!r}")
     lines = [line.strip() for line in text.splitlines()]
     return [line for line in lines if line]
 

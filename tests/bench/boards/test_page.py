@@ -11,8 +11,6 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
-from selenium import webdriver
-from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.remote.webelement import WebElement
@@ -23,6 +21,7 @@ from bench.boards.figures import by_selection, front, marks, pareto_caption, str
 from bench.boards.page import page
 from bench.results.store import SCHEMAS, Store, read_stores
 from bench.speed.leaderboard import write_made_runs
+from tests.browser import Browser, contrast, luminance
 from tests.made_runs import SETTING, made_run, write_runs
 
 HOSTILE = (
@@ -142,54 +141,6 @@ def test_a_page_of_no_board_says_so() -> None:
 # --- In a browser -------------------------------------------------------------------------------------------
 
 
-class Browser:
-    """A headless Chromium."""
-
-    def __init__(self) -> None:
-        options = webdriver.ChromeOptions()
-        for flag in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--disable-gpu"):
-            options.add_argument(flag)
-        options.binary_location = str(shutil.which("chromium"))
-        options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-        self.driver = webdriver.Chrome(options, Service(shutil.which("chromedriver")))
-
-    def open(self, path: Path, fragment: str = "") -> None:
-        self.driver.get("about:blank")
-        self.driver.get(f"{path.as_uri()}{fragment}")
-
-    def all(self, css: str) -> list[WebElement]:
-        return [each for each in self.driver.find_elements(By.CSS_SELECTOR, css) if each.is_displayed()]
-
-    def one(self, css: str) -> WebElement:
-        found = self.all(css)
-        assert len(found) == 1, f"{len(found)} of {css}"
-        return found[0]
-
-    def table(self) -> list[list[str]]:
-        """Cells of the one table that is shown."""
-        script = "return [...arguments[0].tBodies[0].rows].map((row) => [...row.cells].map((cell) => cell.innerText))"
-        return self.driver.execute_script(script, self.one("table"))
-
-    def header(self, title: str) -> WebElement:
-        return next(each for each in self.all("thead button") if each.text == title)
-
-    def wait(self, title: str) -> None:
-        """Until the heading of a view is shown and has the focus."""
-        WebDriverWait(self.driver, 10).until(lambda driver: driver.switch_to.active_element.text == title)
-
-    def errors(self) -> list[str]:
-        return [each["message"] for each in self.driver.get_log("browser") if each["level"] != "INFO"]
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    if not (shutil.which("chromium") and shutil.which("chromedriver")):
-        pytest.skip("no chromium and chromedriver; Debian has them in chromium and chromium-driver")
-    made = Browser()
-    yield made
-    made.driver.quit()
-
-
 @pytest.fixture(scope="module")
 def file(html: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("page") / "index.html"
@@ -291,17 +242,6 @@ def test_every_view_has_an_address(browser: Browser, file: Path, board: Board) -
         browser.open(file, fragment)
         assert said in browser.one("main").text
     assert browser.errors() == []
-
-
-def luminance(colour: str) -> float:
-    parts = [float(each) / 255 for each in re.findall(r"[\d.]+", colour)[:3]]
-    linear = [each / 12.92 if each <= 0.04045 else ((each + 0.055) / 1.055) ** 2.4 for each in parts]
-    return float(np.dot(linear, [0.2126, 0.7152, 0.0722]))
-
-
-def contrast(one: str, other: str) -> float:
-    high, low = sorted((luminance(one), luminance(other)), reverse=True)
-    return (high + 0.05) / (low + 0.05)
 
 
 def test_light_and_dark(shown: Browser) -> None:

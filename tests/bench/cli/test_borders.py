@@ -33,6 +33,7 @@ from bench.cli import main
 from bench.cli.main import make_parser
 from bench.tasks import TASKS
 from scoring.files import work_folder
+from tests.made_answers import write_difficulty, write_evaluation
 from tests.paths import ROOT
 from tests.tiny_folders import pairs, write_jsonl
 from tests.tiny_tofu import write_task
@@ -128,6 +129,8 @@ def world(tmp_path_factory: pytest.TempPathFactory, model_folder: Path) -> Itera
     write_jsonl(Path(world.data), pairs(4))
     write_task(world.sound / "task")
     write_odd_files(world.sound / "odd")
+    write_evaluation(world.sound / "evaluation.parquet")
+    write_difficulty(world.sound / "difficulty.parquet")
     shutil.copytree(OLD, world.sound / "old")
     before = tempfile.tempdir, os.getcwd()
     tempfile.tempdir = str(world.temporary)
@@ -158,6 +161,10 @@ def unlearn_command(world: World, out: Path, data: str = "") -> list[str]:
         *("unlearn", "--model", world.model, "--task", data or world.data, "--algorithm", "GA", "--epochs", "1"),
         *("--workers", "0", "--evaluate-samples", "1", "--el-n", "3", "--out", str(out)),
     ]
+
+
+def show_command(world: World) -> list[str]:
+    return ["show", str(world.sound / "evaluation.parquet"), str(world.sound / "difficulty.parquet")]
 
 
 def write_sweep(path: Path, world: World) -> str:
@@ -249,6 +256,10 @@ COMMANDS: dict[str, Callable[[World], list[str]]] = {
         *("difficulty", "--model", w.model, "--data", w.data, "--measure", "nll", "--replicas", "0"),
         *("--out", str(w.scratch / "out.parquet")),
     ],
+    "train": lambda w: [
+        *("train", "--model", w.model, "--task", w.data, "--epochs", "1", "--workers", "0", "--evaluate-samples", "1"),
+        *("--out", str(w.scratch / "out")),
+    ],
     "unlearn": lambda w: unlearn_command(w, w.scratch / "out"),
     "evaluate": lambda w: [
         *("evaluate", "--model", w.model, "--task", str(w.sound / "task" / "tiny.yaml"), "--metrics", "ua"),
@@ -264,6 +275,7 @@ COMMANDS: dict[str, Callable[[World], list[str]]] = {
         str(w.sound / "trials"),
     ],
     "plan": lambda w: ["plan", "--model-params", "1e9", "--samples", "1e4"],
+    "show": lambda w: [*show_command(w), "--page", str(w.scratch / "page.html")],
     "results list": lambda w: ["results", "list", str(w.sound / "store")],
     "results export": lambda w: ["results", "export", str(w.sound / "store")],
     "leaderboard": lambda w: ["leaderboard", str(w.sound / "store"), "--out", str(w.scratch / "board")],
@@ -519,6 +531,8 @@ STATE: dict[str, Callable[[Path, World], list[str]]] = {
     "store   ": lambda path, w: ["compare", "GA", "NPO", "--results", str(path)],
     "store    ": lambda path, w: ["results", "show", str(path), ""],
     "scores.parquet": lambda path, w: score_command(w, path),
+    "evaluation.parquet": lambda path, w: ["show", str(path), "--page", str(w.scratch / "page.html")],
+    "difficulty.parquet": lambda path, w: [*show_command(w)[:-1], str(path), "--sort", "mrd"],
 }
 
 

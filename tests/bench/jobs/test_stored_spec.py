@@ -168,6 +168,15 @@ def test_a_dry_run_is_refused_as_the_command_is(
     assert not list(tmp_path.iterdir())
 
 
+def test_a_training_run(made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    train = ["train", "--workers", "0", "--out", str(tmp_path / "run")]
+    own = ["--model", str(made / "model"), "--task", str(made / "f.jsonl"), "--epochs", "1", "--no-evaluate"]
+    printed(capsys, *train, *own)
+    (tmp_path / "spec.yaml").write_text(printed(capsys, "spec", str(tmp_path / "run")))
+    assert main([*train, "--spec", str(tmp_path / "spec.yaml")]) == 0
+    assert "holds this run already" in capsys.readouterr().err
+
+
 def test_text_that_looks_like_a_number_stays_text(tmp_path: Path) -> None:
     values = {
         "a": "5e-5",

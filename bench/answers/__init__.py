@@ -1,0 +1,1 @@
+"""What models answered before and after unlearning, side by side: the joined table, on the terminal and as a page."""
