@@ -97,14 +97,17 @@ def train_arguments(parser: argparse.ArgumentParser) -> None:
     from bench.jobs.train import TrainSpec
 
     add_settings(parser, TrainSpec)
-    parser.add_argument("--out", required=True, metavar="FOLDER", help="folder for the model and the tables")
+    _add_output(parser, "FOLDER", "folder for the model and the tables")
 
 
 def train(arguments: argparse.Namespace) -> None:
     from bench.jobs.summary import print_training
-    from bench.jobs.train import TrainSpec, train_spec
+    from bench.jobs.train import TrainSpec, preview_training, train_spec
 
     with settings_from(arguments, TrainSpec) as spec:
+        if arguments.dry_run:
+            show_preview(preview_training(spec, arguments.out), arguments)
+            return
         print_training(train_spec(spec, arguments.out))
 
 

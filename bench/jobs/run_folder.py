@@ -34,6 +34,7 @@ from algorithms.history import History
 from algorithms.tables import tables_of
 from bench.files.folders import RUN_MODEL, RUN_RECORD, Hashed, OwnedFolder
 from bench.files.origin import Origin, origin
+from bench.jobs.preview import DONE, NEW
 from bench.report.words import size_of
 from scoring.errors import UserError
 from scoring.files import replacing, shown
@@ -89,10 +90,13 @@ class RunFolder(OwnedFolder):
                 f"{size_of(needed)}; free some, or choose a folder on another disk"
             )
 
-    def step_reached(self) -> int | None:
-        """The updates that are kept; None before the first checkpoint."""
+    def state(self, updates: int) -> str:
+        """What a command that makes so many updates would find here, in words."""
+        if self.is_finished():
+            return DONE
         steps = sorted((self._out / "checkpoints").glob("step-*"))
-        return int(steps[-1].name.removeprefix("step-")) if steps else None
+        step = int(steps[-1].name.removeprefix("step-")) if steps else None
+        return NEW if step is None else f"would continue from update {step} of {updates}"
 
     def finish(
         self, history: History, corpus: Corpus, rejected: Sequence[Mapping[str, str]], checkpoints: Checkpoints

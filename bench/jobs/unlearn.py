@@ -41,7 +41,7 @@ from algorithms.schedule import resolved_schedule
 from algorithms.stopping import PAPER
 from bench.files.identity import identity_fields, with_spec_hash
 from bench.files.spec import read_mapping
-from bench.jobs.preview import DONE, NEW, Preview, SetSize
+from bench.jobs.preview import Preview, SetSize
 from bench.jobs.resources import Resources, check_gpus
 from bench.jobs.run_folder import RunFolder, UnlearnResult, full_disks_said_plainly, read_run
 from bench.models.find import ModelName, ModelReference, absolute_model, find_model
@@ -215,12 +215,8 @@ def preview_unlearning(spec: UnlearnSpec, out: str | Path) -> Preview:
     folder.check()
     corpus, rejected = corpus_of(spec, model, forget, retain)
     total = total_updates(len(corpus.forget), spec)
-    if folder.is_finished():
-        state = DONE
-    else:
+    if not folder.is_finished():
         folder.check_room(*room_of(spec, model, corpus))
-        step = folder.step_reached()
-        state = NEW if step is None else f"would continue from update {step} of {total}"
     of_sets = {"forget": corpus.forget, "retain": corpus.retain, "refusals": corpus.refusals}
     if (evaluation := evaluation_of(spec, model, corpus, retain)) is not None:
         of_sets |= {f"evaluated, {name}": samples for name, samples in evaluation.sets.items()}
@@ -230,7 +226,7 @@ def preview_unlearning(spec: UnlearnSpec, out: str | Path) -> Preview:
         if samples
     )
     counts = {"updates an epoch": updates_per_epoch(len(corpus.forget), spec), "updates in all, at most": total}
-    return Preview(spec, identity, state, model, sets, counts)
+    return Preview(spec, identity, folder.state(total), model, sets, counts)
 
 
 def _ready(spec: UnlearnSpec) -> tuple[UnlearnSpec, ModelReference, Dataset, Dataset | None, dict[str, Any]]:

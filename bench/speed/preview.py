@@ -21,6 +21,7 @@ from bench.jobs.evaluation_spec import EvaluateSpec
 from bench.jobs.preview import DONE, Preview
 from bench.jobs.resources import Resources, SweepResources
 from bench.jobs.score import ScoreSpec
+from bench.jobs.train import TrainSpec
 from bench.jobs.unlearn import UnlearnSpec
 from bench.models.find import ModelReference
 from bench.speed.plan import MANY, PlannedJob, Profile, Shape, find_profile, machine_lines, notes_on, plan, profiles
@@ -128,6 +129,8 @@ def planned(preview: Preview) -> tuple[PlannedJob | None, int, bool]:
         if "samples of the largest selection" in preview.counts:
             job = replace(job, samples=preview.counts["samples of the largest selection"])
         return _training(job, spec, preview), devices, starts
+    if isinstance(spec, TrainSpec):
+        return _learning(job, spec, preview), devices, starts
     if isinstance(spec, EvaluateSpec):
         return _evaluation(job, preview), devices, starts
     return None, devices, starts
@@ -161,6 +164,28 @@ def _training(job: PlannedJob, spec: UnlearnSpec, preview: Preview) -> PlannedJo
         reads=texts,
         answers=texts,
         rounds=max(1, rounds * len(evaluated)),
+        new_tokens=job.scored + EXTRA_TOKENS,
+    )
+
+
+def _learning(job: PlannedJob, spec: TrainSpec, preview: Preview) -> PlannedJob:
+    """The job of a training run that makes all its epochs, of both models of a pair as if both learnt all."""
+    models = len(spec.pair())
+    an_epoch = math.ceil(job.samples / spec.batch_size)
+    epochs = min(spec.epochs or MANY, (spec.max_steps or MANY) / an_epoch)
+    rounds = 1 + (math.ceil(epochs / spec.evaluate_every) if spec.evaluate_every else 1)
+    texts = float(spec.evaluate * rounds * sum(min(spec.evaluate_samples, size.samples) for size in preview.sets))
+    measured = min(spec.ma_samples, job.samples) / job.samples
+    looks = (1 + math.ceil(epochs)) * measured if spec.until or spec.evaluate else 0.0
+    return replace(
+        job,
+        epochs=models * epochs,
+        batch_size=spec.batch_size,
+        retained=0.0,
+        looks=models * looks,
+        reads=models * texts,
+        answers=models * texts,
+        rounds=models * rounds * len(preview.sets),
         new_tokens=job.scored + EXTRA_TOKENS,
     )
 

@@ -25,6 +25,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("made")
     save_model(folder / "model")
     write_jsonl(folder / "f.jsonl", pairs(8))
+    write_jsonl(folder / "m.jsonl", pairs(8)[:3])
     write_jsonl(folder / "r.jsonl", pairs(8, seed=1))
     write_task(folder / "task")
     return folder
@@ -171,7 +172,14 @@ def test_a_dry_run_is_refused_as_the_command_is(
 def test_a_training_run(made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     train = ["train", "--workers", "0", "--out", str(tmp_path / "run")]
     own = ["--model", str(made / "model"), "--task", str(made / "f.jsonl"), "--epochs", "1", "--no-evaluate"]
+    preview = printed(capsys, *train, *own, "--dry-run")
+    assert not list(tmp_path.iterdir())
     printed(capsys, *train, *own)
+    assert f"# spec    {identity_of(tmp_path / 'run')['spec_hash']}" in preview
+    pair = printed(
+        capsys, *train[:3], "--out", str(tmp_path / "pair"), *own, "--and-retain", str(made / "m.jsonl"), "--dry-run"
+    )
+    assert "# output  original: new; retain-only: new" in pair
     (tmp_path / "spec.yaml").write_text(printed(capsys, "spec", str(tmp_path / "run")))
     assert main([*train, "--spec", str(tmp_path / "spec.yaml")]) == 0
     assert "holds this run already" in capsys.readouterr().err
