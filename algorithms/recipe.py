@@ -167,8 +167,12 @@ class Recipe:
         float, Ge(0), Doc("a forget sample's term is multiplied by forecast^reward, scaled to mean 1 over the batch")
     ] = 0.0
     early_stopping: Annotated[
-        bool, Doc("a forgotten sample leaves the draw, and the run ends when all are forgotten")
-    ] = True
+        bool | None,
+        Doc(
+            "a forgotten sample leaves the draw, and the run ends when all are forgotten (default: yes, unless "
+            "check_every is 0)"
+        ),
+    ] = None
     stopping: Annotated[
         str | None,
         Expected(RULES),
@@ -221,6 +225,8 @@ class Recipe:
             "alpha": float(_value_or(self.alpha, algorithm.alpha or 0.0)),
             "lora_alpha": _value_or(self.lora_alpha, 2 * self.lora_rank) if self.lora_rank else None,
             **self._dual(algorithm),
+            # Who never looks cannot stop early.
+            "early_stopping": _value_or(self.early_stopping, self.check_every != 0),
             "stopping": self._rule(),
             # None where nobody asked for it, as in the identities of runs from before there was such a setting.
             "negation": _value_or(self.negation, algorithm.negation or None),
@@ -232,8 +238,8 @@ class Recipe:
             filled["schedule"] = dataclasses.asdict(schedule)
         if self.early_stopping and self.check_every == 0:
             raise UserError(
-                f"{named('check_every')} is 0: nobody looks which samples are forgotten; expected "
-                f"{named('early_stopping')} false"
+                f"{named('early_stopping')} and {named('check_every')} 0 exclude each other: nobody looks which "
+                "samples are forgotten; leave out one of them"
             )
         if filled["retain_limit"] is not None and filled["retain_term"] == "none":
             raise UserError(

@@ -4,8 +4,34 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import sys
+from typing import TYPE_CHECKING
 
 from bench.cli.flags import add_settings, refuse_flags_of, settings_from
+
+if TYPE_CHECKING:
+    from bench.jobs.preview import Preview
+    from bench.jobs.resources import SweepResources
+
+
+def _add_output(parser: argparse.ArgumentParser, kind: str, about: str) -> None:
+    """--out and what goes with it: a file is replaced with --overwrite."""
+    parser.add_argument("--out", required=True, metavar=kind, help=about)
+    if kind == "FILE":
+        parser.add_argument("--overwrite", action="store_true", help="replace --out if it exists")
+    add_dry_run(parser)
+
+
+def add_dry_run(parser: argparse.ArgumentParser) -> None:
+    """--dry-run, and the machine that it plans for."""
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="print the spec with all defaults, sizes, time and memory, and the state of --out; do nothing",
+    )
+    parser.add_argument(
+        "--profile", metavar="NAME", help="with --dry-run: plan for this machine, see `plan` (default: this one)"
+    )
 
 
 def score_arguments(parser: argparse.ArgumentParser) -> None:
@@ -13,16 +39,18 @@ def score_arguments(parser: argparse.ArgumentParser) -> None:
     from bench.jobs.score import ScoreSpec
 
     add_settings(parser, ScoreSpec, Resources)
-    parser.add_argument("--out", required=True, metavar="FILE", help="the Parquet file to write")
-    parser.add_argument("--overwrite", action="store_true", help="replace --out if it exists")
+    _add_output(parser, "FILE", "the Parquet file to write")
 
 
 def score(arguments: argparse.Namespace) -> None:
     from bench.jobs.resources import Resources
-    from bench.jobs.score import ScoreSpec, score
+    from bench.jobs.score import ScoreSpec, preview_scoring, score
     from bench.jobs.summary import print_summary
 
     with settings_from(arguments, ScoreSpec, Resources) as (spec, resources):
+        if arguments.dry_run:
+            show_preview(preview_scoring(spec, arguments.out, resources, arguments.overwrite), arguments)
+            return
         print_summary(score(spec, arguments.out, resources, arguments.overwrite))
 
 
@@ -35,19 +63,21 @@ def difficulty_arguments(parser: argparse.ArgumentParser) -> None:
         "--truth", action="store_true", help="unlearn the samples instead, and record how many updates that takes"
     )
     add_settings(parser, DifficultySpec, TruthSpec, Resources)
-    parser.add_argument("--out", required=True, metavar="FILE", help="the Parquet file to write")
-    parser.add_argument("--overwrite", action="store_true", help="replace --out if it exists")
+    _add_output(parser, "FILE", "the Parquet file to write")
 
 
 def difficulty(arguments: argparse.Namespace) -> None:
-    from bench.jobs.difficulty import DifficultySpec, difficulty, print_difficulty
+    from bench.jobs.difficulty import DifficultySpec, difficulty, preview_difficulty, print_difficulty
     from bench.jobs.resources import Resources
-    from bench.jobs.truth import TruthSpec, print_truth, truth
+    from bench.jobs.truth import TruthSpec, preview_truth, print_truth, truth
 
     kind, other = (TruthSpec, DifficultySpec) if arguments.truth else (DifficultySpec, TruthSpec)
     refuse_flags_of(other, arguments, kind, "without --truth" if arguments.truth else "with --truth")
     with settings_from(arguments, kind, Resources) as (spec, resources):
-        if arguments.truth:
+        if arguments.dry_run:
+            preview = preview_truth if arguments.truth else preview_difficulty
+            show_preview(preview(spec, arguments.out, resources, arguments.overwrite), arguments)
+        elif arguments.truth:
             print_truth(truth(spec, arguments.out, resources, arguments.overwrite))
         else:
             print_difficulty(difficulty(spec, arguments.out, resources, arguments.overwrite))
@@ -67,14 +97,17 @@ def train_arguments(parser: argparse.ArgumentParser) -> None:
     from bench.jobs.train import TrainSpec
 
     add_settings(parser, TrainSpec)
-    parser.add_argument("--out", required=True, metavar="FOLDER", help="folder for the model and the tables")
+    _add_output(parser, "FOLDER", "folder for the model and the tables")
 
 
 def train(arguments: argparse.Namespace) -> None:
     from bench.jobs.summary import print_training
-    from bench.jobs.train import TrainSpec, train_spec
+    from bench.jobs.train import TrainSpec, preview_training, train_spec
 
     with settings_from(arguments, TrainSpec) as spec:
+        if arguments.dry_run:
+            show_preview(preview_training(spec, arguments.out), arguments)
+            return
         print_training(train_spec(spec, arguments.out))
 
 
@@ -82,14 +115,17 @@ def unlearn_arguments(parser: argparse.ArgumentParser) -> None:
     from bench.jobs.unlearn import UnlearnSpec
 
     add_settings(parser, UnlearnSpec)
-    parser.add_argument("--out", required=True, metavar="FOLDER", help="folder for the model and the tables")
+    _add_output(parser, "FOLDER", "folder for the model and the tables")
 
 
 def unlearn(arguments: argparse.Namespace) -> None:
     from bench.jobs.summary import print_unlearning
-    from bench.jobs.unlearn import UnlearnSpec, unlearn
+    from bench.jobs.unlearn import UnlearnSpec, preview_unlearning, unlearn
 
     with settings_from(arguments, UnlearnSpec) as spec:
+        if arguments.dry_run:
+            show_preview(preview_unlearning(spec, arguments.out), arguments)
+            return
         print_unlearning(unlearn(spec, arguments.out))
 
 
@@ -98,18 +134,20 @@ def evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     from bench.jobs.resources import Resources
 
     add_settings(parser, EvaluateSpec, Resources)
-    parser.add_argument("--out", required=True, metavar="FILE", help="the Parquet file to write")
-    parser.add_argument("--overwrite", action="store_true", help="replace --out if it exists")
+    _add_output(parser, "FILE", "the Parquet file to write")
 
 
 def evaluate(arguments: argparse.Namespace) -> None:
-    from bench.jobs.evaluate import evaluate
+    from bench.jobs.evaluate import evaluate, preview_evaluation
     from bench.jobs.evaluation_spec import EvaluateSpec
     from bench.jobs.evaluation_summary import print_evaluation
     from bench.jobs.resources import Resources
     from bench.tasks.datasets import find_task
 
     with settings_from(arguments, EvaluateSpec, Resources) as (spec, resources):
+        if arguments.dry_run:
+            show_preview(preview_evaluation(spec, arguments.out, resources, arguments.overwrite), arguments)
+            return
         fields = {field.name: getattr(spec, field.name) for field in dataclasses.fields(spec)}
         result = evaluate(
             **fields, out=arguments.out, resources=resources, overwrite=arguments.overwrite, progress=True
@@ -123,7 +161,7 @@ def sweep_arguments(parser: argparse.ArgumentParser) -> None:
 
     add = parser.add_argument
     add("spec", metavar="SPEC.yaml", help="what is swept: base, vary, selections, search; see docs/sweeps.md")
-    add("--out", required=True, help="folder for the tables; the same command continues a sweep that was stopped")
+    _add_output(parser, "FOLDER", "folder for the tables; the same command continues a sweep that was stopped")
     add("--trials", help="folder of finished trials, shared by sweeps (default: trials, next to --out)")
     add("--retry-failed", action="store_true", help="try again what ran out of memory, died or met an error")
     add("--results", metavar="STORE", help="also put the results into this store (folder or URI)")
@@ -136,7 +174,7 @@ def sweep(arguments: argparse.Namespace) -> None:
     from bench.jobs.logs import Logging
     from bench.jobs.resources import SweepResources
     from bench.jobs.summary import print_sweep
-    from bench.jobs.sweep import sweep
+    from bench.jobs.sweep import preview_sweep, sweep
     from bench.results.store import Store
 
     if arguments.results:
@@ -144,12 +182,47 @@ def sweep(arguments: argparse.Namespace) -> None:
     file = arguments.spec
     arguments.spec = None
     with settings_from(arguments, SweepResources, Logging) as (resources, logging):
+        resources = with_threads(resources, arguments)
+        if arguments.dry_run:
+            show_preview(preview_sweep(file, arguments.out, arguments.trials, resources), arguments)
+            return
         result = sweep(
             file, arguments.out, arguments.trials, resources, retry_failed=arguments.retry_failed, logging=logging
         )
     print_sweep(result)
     if arguments.results:
         add_to_store(arguments.results, [arguments.out], arguments.experiment)
+
+
+def with_threads(resources: SweepResources, arguments: argparse.Namespace) -> SweepResources:
+    """Trials in this process have its threads, unless they are given a number of their own."""
+    if arguments.threads is None or not resources.in_this_process or hasattr(arguments, "cpus_per_trial"):
+        return resources
+    return dataclasses.replace(resources, cpus_per_trial=arguments.threads)
+
+
+def show_preview(preview: Preview, arguments: argparse.Namespace) -> None:
+    """Print what a command would do: a spec file, with all else as comments."""
+    from bench.speed.preview import preview_lines
+
+    print("\n".join(preview_lines(preview, arguments.verb, arguments.profile)))
+
+
+def spec_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "path",
+        metavar="PATH",
+        help="folder of a run or a sweep, or a Parquet file that score, difficulty or evaluate wrote",
+    )
+
+
+def spec(arguments: argparse.Namespace) -> None:
+    from bench.jobs.stored_spec import stored_spec
+
+    stored = stored_spec(arguments.path)
+    for note in stored.notes:
+        print(f"note: {note}", file=sys.stderr)
+    print(stored.as_yaml(), end="")
 
 
 def plan_arguments(parser: argparse.ArgumentParser) -> None:

@@ -93,12 +93,14 @@ VERBS = (
         "run the cross of algorithms, sample selections, seeds and settings, on Ray Tune or in this process",
         jobs.sweep_arguments,
         jobs.sweep,
+        computes=True,
     ),
     Verb(
         "reproduce",
         "answer the paper's questions: a table, a picture and a paragraph each",
         programs.reproduce_arguments,
         programs.reproduce,
+        computes=True,
     ),
     Verb(
         "watch",
@@ -135,6 +137,12 @@ VERBS = (
         programs.demo,
     ),
     Verb("plan", "say what a job will take: hours, memory, cost, and what limits it", jobs.plan_arguments, jobs.plan),
+    Verb(
+        "spec",
+        "print the spec that made a run, a sweep or a file, as its command takes it",
+        jobs.spec_arguments,
+        jobs.spec,
+    ),
     Verb("benchmark", "measure speed, side by side in one run", programs.benchmark_arguments, None),
 )
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.cli.flags import Parser, add_settings, settings_from, whole_numbers
+from bench.cli.jobs import with_threads
 from scoring.errors import UserError
 from scoring.reading import exists, read_json
 
@@ -65,6 +66,7 @@ def reproduce(arguments: argparse.Namespace) -> None:
         return
     out = arguments.out or f"reproduce-{arguments.preset}"
     with settings_from(arguments, SweepResources) as resources:
+        resources = with_threads(resources, arguments)
         on = {"model": arguments.model, "data": arguments.task, "split": arguments.split, "hours": arguments.hours}
         reproduce(arguments.name, arguments.preset, out, resources, arguments.experiment_spec, **on)
     print(f"\nanswers {out}/README.md")

@@ -16,7 +16,7 @@ from typing_extensions import TypedDict
 
 from bench.files.identity import differences
 from scoring.errors import UserError
-from scoring.files import has_no_locks, locks_nothing, replacing, shown
+from scoring.files import has_no_locks, is_held, locks_nothing, replacing, shown
 from scoring.reading import exists, read_json
 from scoring.settings import named, settings_of
 
@@ -46,9 +46,7 @@ def locked(folder: Path, out: Path, kind: str, name: str = LOCK) -> FileLock:
         if locks_nothing(folder / name):
             _warn_of_no_locks(out)
     except Timeout:
-        raise UserError(
-            f"{named('out')} {shown(out)}: another {kind} is writing here; wait for it, or choose another"
-        ) from None
+        raise _busy(out, kind) from None
     except (OSError, NotImplementedError) as error:
         if not has_no_locks(error):
             raise unwritable(out, error if isinstance(error, OSError) else OSError(errno.ENOSYS, str(error))) from error
@@ -56,18 +54,23 @@ def locked(folder: Path, out: Path, kind: str, name: str = LOCK) -> FileLock:
     return lock
 
 
-def is_held(folder: Path) -> bool:
-    """Whether a process works in a folder: it holds the lock. False where there is none."""
-    import fcntl
+def _busy(out: Path, kind: str) -> UserError:
+    return UserError(f"{named('out')} {shown(out)}: another {kind} is writing here; wait for it, or choose another")
 
-    try:
-        with (folder / LOCK).open() as lock:
-            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:
-        return False
-    return False
+
+def refuse_locked(folder: Path, out: Path, kind: str, name: str = LOCK) -> None:
+    """Refuse what `locked` would refuse, without making or locking anything.
+
+    Raises:
+        UserError: another process is writing there, or nothing can be written.
+    """
+    nearest = next(path for path in (folder, *folder.parents) if exists(path))
+    if not nearest.is_dir():
+        raise unwritable(out, OSError(errno.ENOTDIR, os.strerror(errno.ENOTDIR)))
+    if not os.access(nearest, os.W_OK):
+        raise unwritable(out, OSError(errno.EACCES, os.strerror(errno.EACCES)))
+    if (folder / name).is_file() and is_held(folder / name):
+        raise _busy(out, kind)
 
 
 def _warn_of_no_locks(out: Path) -> None:
@@ -206,14 +209,8 @@ class OwnedFolder:
         self._made = MadeFolders(out)
 
     def __enter__(self) -> Self:
-        out, spec = self._out, self._out / "spec.json"
-        if exists(out) and not out.is_dir():
-            raise UserError(f"{named('out')} {shown(out)} is a file: expected a folder to write to")
-        if spec.is_file():
-            self._check_owner()
-        # What a killed start may have left does not make the folder someone else's.
-        elif out.is_dir() and any(path.name != LOCK and path.suffix != ".tmp" for path in out.iterdir()):
-            raise self._foreign()
+        out = self._out
+        self._check_place()
         try:
             self._lock = locked(out, out, self.KIND)
         except UserError as error:
@@ -230,6 +227,25 @@ class OwnedFolder:
             self.__exit__()
             raise unwritable(out, error) from error
         return self
+
+    def check(self) -> None:
+        """Refuse what entering would refuse, without writing anything.
+
+        Raises:
+            UserError: the folder is of another spec, of another process, or cannot be written to.
+        """
+        self._check_place()
+        refuse_locked(self._out, self._out, self.KIND)
+
+    def _check_place(self) -> None:
+        out = self._out
+        if exists(out) and not out.is_dir():
+            raise UserError(f"{named('out')} {shown(out)} is a file: expected a folder to write to")
+        if (out / "spec.json").is_file():
+            self._check_owner()
+        # What a killed start may have left does not make the folder someone else's.
+        elif out.is_dir() and any(path.name != LOCK and path.suffix != ".tmp" for path in out.iterdir()):
+            raise self._foreign()
 
     def _foreign(self) -> UserError:
         return UserError(

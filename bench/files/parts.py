@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from filelock import FileLock
 
-from bench.files.folders import MadeFolders, claim, locked, owner_of, refuse_inputs
+from bench.files.folders import MadeFolders, claim, locked, owner_of, refuse_inputs, refuse_locked
 from bench.files.identity import differences
 from bench.files.score_file import FACTS_KEY, read_scores
 from scoring.errors import RefusedUnderWay, UserError
@@ -97,13 +97,7 @@ class Parts:
         self._lock = locked(self.folder, self._out, "run", "lock")
         try:
             claim(self.folder, self._identity)
-            owner = owner_of(self.folder)
-            if owner is None or owner["spec_hash"] != self._identity["spec_hash"]:
-                whose = f" ({owner['spec_hash']})" if owner else ""
-                raise UserError(
-                    f"{shown(self.folder)} holds the unfinished work of another spec{whose}: finish it with its own "
-                    f"command, remove the folder, or choose another {named('out')}"
-                )
+            self._check_owner()
         except BaseException:
             self._lock.release()
             self._made.remove_unused()
@@ -117,6 +111,26 @@ class Parts:
         if self._lock is not None:
             self._lock.release()
         self._made.remove_unused()
+
+    def _check_owner(self) -> None:
+        owner = owner_of(self.folder)
+        if owner is None or owner["spec_hash"] != self._identity["spec_hash"]:
+            whose = f" ({owner['spec_hash']})" if owner else ""
+            raise UserError(
+                f"{shown(self.folder)} holds the unfinished work of another spec{whose}: finish it with its own "
+                f"command, remove the folder, or choose another {named('out')}"
+            )
+
+    def check(self) -> int:
+        """Refuse what entering would refuse, without writing anything; the number of pieces that are finished.
+
+        Raises:
+            UserError: the folder is of another spec, of another process, or cannot be written to.
+        """
+        refuse_locked(self.folder, self._out, "run", "lock")
+        if (self.folder / "spec.json").is_file():
+            self._check_owner()
+        return len(list(self.folder.glob("*.parquet")))
 
     def _path(self, key: str) -> Path:
         return self.folder / f"{key}.parquet"

@@ -71,6 +71,20 @@ _Loader.add_implicit_resolver(
 )
 
 
+class _Dumper(yaml.SafeDumper):
+    """YAML that `_Loader` reads as what it was: text that would be a number there, such as 5e-5, is put in quotes."""
+
+
+_Dumper.yaml_implicit_resolvers = _Loader.yaml_implicit_resolvers
+
+
+def as_yaml(values: Mapping[str, Any]) -> str:
+    """A mapping as a spec file has it, a setting a line, in order; `read_mapping` gives it back."""
+    return yaml.dump(
+        dict(values), Dumper=_Dumper, sort_keys=False, allow_unicode=True, default_flow_style=None, width=110
+    )
+
+
 def read_mapping(path: str | Path) -> tuple[dict[Any, Any], Lines]:
     """A YAML file, as a mapping; and the line of each of its keys, by the keys that lead there.
 

@@ -25,6 +25,7 @@ from bench.files.identity import identity_fields, with_spec_hash
 from bench.files.origin import Origin, origin
 from bench.files.parts import ColumnParts, finished_output
 from bench.files.score_file import write_scores
+from bench.jobs.preview import Preview, SetSize, state_of
 from bench.jobs.read_samples import read_samples
 from bench.jobs.resources import Resources
 from bench.models.find import ModelName, ModelReference, absolute_model, find_model
@@ -35,13 +36,14 @@ from bench.tasks.datasets import (
     check_dataset,
     find_task,
     is_data_file,
+    load_default_retain,
     open_texts,
     subject,
 )
 from scoring.engine import Dtype
 from scoring.errors import UserError
 from scoring.files import replacing
-from scoring.measures import MEASURES
+from scoring.measures import MEASURES, Asked
 from scoring.measuring import (
     DifficultySettings,
     MeanGradientTask,
@@ -190,31 +192,11 @@ def difficulty(
         UserError: one line; nothing is half-written.
     """
     resources = (resources or Resources()).checked()
-    spec = spec.checked(resources)
-    out = Path(out).absolute()
-    check_dataset(spec.data, spec.split)
-    model = find_model(spec.model)
-    texts = open_texts(spec.data, spec.split, model.tokenizer, spec.chosen_template())
-    retain = _retain_texts(spec, model) if spec.needs("retain") else None
-    corpus = open_texts(spec.corpus, None, model.tokenizer) if spec.corpus else texts
-    checkpoints = [find_model(source) for source in spec.checkpoints]
-    asked = asked_by(spec, spec.loss(), tuple((checkpoint.source, checkpoint.revision) for checkpoint in checkpoints))
-    identity = with_spec_hash(
-        identity_fields(spec)
-        | {
-            "schema_version": SCHEMA_VERSION,
-            "data_sha256": texts.checked_sha256(),
-            "model_fingerprint": model.fingerprint,
-            "retain_sha256": retain.checked_sha256() if retain else None,
-            "corpus_sha256": corpus.checked_sha256() if spec.corpus else None,
-            "checkpoint_fingerprints": [checkpoint.fingerprint for checkpoint in checkpoints],
-        },
-        NOT_HASHED,
-    )
-    if finished := finished_output(out, identity, "a difficulty file", "measures", spec, overwrite, _Record, _COLUMNS):
+    ready = _Ready.of(spec, out, resources)
+    spec, out, model, texts = ready.spec, ready.out, ready.model, ready.texts
+    retain, corpus, asked, identity = ready.retain, ready.corpus, ready.asked, ready.identity
+    if finished := ready.finished(overwrite):
         table, record = finished
-        numbers = pa.schema([(name, pa.float64()) for name in table.column_names[2:]])
-        check_columns(table, numbers, str(out), "a number for each measure")
         return DifficultyResult(out, table, [Rejected(**r) for r in record["rejected"]], record, 0.0)
     samples, rejected = read_samples(texts, model, spec.tokens, spec.samples)
     on = subject(spec.model, spec.data, spec.split)
@@ -265,6 +247,71 @@ def difficulty(
     return DifficultyResult(out, table, rejected, record, seconds)
 
 
+def preview_difficulty(
+    spec: DifficultySpec, out: str | Path, resources: Resources | None = None, overwrite: bool = False
+) -> Preview:
+    """What `difficulty` would do with the same arguments; nothing is written.
+
+    Raises:
+        UserError: what `difficulty` would refuse before it computes.
+    """
+    resources = (resources or Resources()).checked()
+    ready = _Ready.of(spec, out, resources)
+    finished = ready.finished(overwrite)
+    samples, rejected = read_samples(ready.texts, ready.model, ready.spec.tokens, ready.spec.samples)
+    state = state_of(ColumnParts(ready.out, ready.identity), finished is not None)
+    sets = (SetSize.of("samples", samples, len(rejected)),)
+    return Preview(ready.spec, ready.identity, state, ready.model, sets, resources=resources)
+
+
+@dataclass(frozen=True)
+class _Ready:
+    """A checked spec with all that it names."""
+
+    spec: DifficultySpec
+    out: Path
+    model: ModelReference
+    texts: Texts
+    retain: Texts | None
+    corpus: Texts
+    asked: Asked
+    identity: dict[str, Any]
+
+    @classmethod
+    def of(cls, spec: DifficultySpec, out: str | Path, resources: Resources) -> _Ready:
+        spec = spec.checked(resources)
+        check_dataset(spec.data, spec.split)
+        model = find_model(spec.model)
+        texts = open_texts(spec.data, spec.split, model.tokenizer, spec.chosen_template())
+        retain = _retain_texts(spec, model) if spec.needs("retain") else None
+        corpus = open_texts(spec.corpus, None, model.tokenizer) if spec.corpus else texts
+        checkpoints = [find_model(source) for source in spec.checkpoints]
+        asked = asked_by(spec, spec.loss(), tuple((state.source, state.revision) for state in checkpoints))
+        identity = with_spec_hash(
+            identity_fields(spec)
+            | {
+                "schema_version": SCHEMA_VERSION,
+                "data_sha256": texts.checked_sha256(),
+                "model_fingerprint": model.fingerprint,
+                "retain_sha256": retain.checked_sha256() if retain else None,
+                "corpus_sha256": corpus.checked_sha256() if spec.corpus else None,
+                "checkpoint_fingerprints": [checkpoint.fingerprint for checkpoint in checkpoints],
+            },
+            NOT_HASHED,
+        )
+        return cls(spec, Path(out).absolute(), model, texts, retain, corpus, asked, identity)
+
+    def finished(self, overwrite: bool) -> tuple[pa.Table, dict[str, Any]] | None:
+        """The table and the record, where they are there already; see `finished_output`."""
+        finished = finished_output(
+            self.out, self.identity, "a difficulty file", "measures", self.spec, overwrite, _Record, _COLUMNS
+        )
+        if finished:
+            numbers = pa.schema([(name, pa.float64()) for name in finished[0].column_names[2:]])
+            check_columns(finished[0], numbers, str(self.out), "a number for each measure")
+        return finished
+
+
 def _retain_texts(spec: DifficultySpec, model: ModelReference) -> Texts:
     """The texts of the retain set.
 
@@ -274,7 +321,13 @@ def _retain_texts(spec: DifficultySpec, model: ModelReference) -> Texts:
     task = None if is_data_file(spec.data) else find_task(spec.data)[0]
     source = spec.retain
     if source is None and task is not None:
-        source = task.retain_of.get(spec.split or task.default_split)
+        forget_split = spec.split or task.default_split
+        if (split := task.retain_of.get(forget_split)) is not None:
+
+            def open_split(name: str) -> Texts:
+                return open_texts(spec.data, name, model.tokenizer, spec.chosen_template())
+
+            return load_default_retain(open_split, spec.data, forget_split, split)
     if source is None:
         raise UserError(
             f"{named('measure')} gradient-cosine compares with a retain set, and there is none: name a split of the "

@@ -28,12 +28,14 @@ from bench.files.identity import identity_fields, with_spec_hash
 from bench.files.origin import Origin, origin
 from bench.files.parts import Parts, finished_output
 from bench.files.score_file import write_scores
-from bench.jobs.evaluation_sets import Sets, end_of_answers, sets_of, tokens_sha256
+from bench.jobs.evaluation_sets import Sets, end_of_answers, first_samples, sets_of, tokens_sha256
 from bench.jobs.evaluation_spec import EvaluateSpec
 from bench.jobs.measurement import Measurement
+from bench.jobs.preview import Preview, SetSize, state_of
 from bench.jobs.resources import Resources, check_dtype
 from bench.metrics import METRICS
 from bench.metrics.harness import HARNESS
+from bench.metrics.quantities import asked_of_a_model
 from bench.metrics.table import (
     MODEL,
     ORIGINAL,
@@ -53,7 +55,7 @@ from scoring.errors import UserError, expected_one_of
 from scoring.files import work_folder
 from scoring.progress import Bar
 from scoring.readings import Reader
-from scoring.samples import BATCH_TOKENS
+from scoring.samples import BATCH_TOKENS, Rejected
 from scoring.settings import build, named
 from scoring.templates import TEMPLATE_FIELDS, Template
 from scoring.tokens import Tokenization
@@ -176,19 +178,11 @@ def evaluate_spec(
     Raises:
         UserError: one line; what an earlier start of the same evaluation has measured is kept.
     """
-    spec = spec.checked()
     resources = (resources or Resources()).checked()
-    if resources.engine == "vllm":
-        check_dtype(spec.dtype)
-    out = Path(out).absolute()
-    task, source = find_task(spec.task)
-    metrics = spec.metrics_of(task)
-    models = _models(spec, loaded or {})
-    sets, rejected = sets_of(spec, task, source, models, metrics)
-    if _asks_harness(metrics):
-        task.harness(source)  # local questions that are at fault are refused before anything is measured
-    identity = _identity(spec, task, models, sets)
-    if finished := finished_output(out, identity, "an evaluation", "an evaluation", spec, overwrite, _Record, SCHEMA):
+    ready = _Ready.of(spec, out, resources, loaded or {})
+    spec, out, task, source, metrics = ready.spec, ready.out, ready.task, ready.source, ready.metrics
+    models, sets, rejected, identity = ready.models, ready.sets, ready.rejected, ready.identity
+    if finished := ready.finished(overwrite):
         table, record = finished
         return EvaluationResult(out, table, {"spec": identity} | record)
     started = time.perf_counter()
@@ -249,6 +243,74 @@ def evaluate_spec(
         write_scores(table, out, identity, record)
         parts.remove()
     return EvaluationResult(out, table, {"spec": identity} | record)
+
+
+def preview_evaluation(
+    spec: EvaluateSpec, out: str | Path, resources: Resources | None = None, overwrite: bool = False
+) -> Preview:
+    """What `evaluate_spec` would do with the same arguments; nothing is written.
+
+    Raises:
+        UserError: what it would refuse before it computes.
+    """
+    resources = (resources or Resources()).checked()
+    ready = _Ready.of(spec, out, resources, {})
+    finished = ready.finished(overwrite)
+    state = state_of(Parts(ready.out, ready.identity), finished is not None)
+    model, template = ready.models[MODEL], ready.spec.chosen_template()
+    sizes = []
+    for name, records in ready.sets.items():
+        if not isinstance(records, Missing):
+            samples = first_samples(name, records, model, template)
+            sizes.append(SetSize.of(name, samples, len(ready.rejected[name])))
+    columns = {column for metric in ready.metrics for column in METRICS[metric].columns}
+    texts, answers = asked_of_a_model(columns, ready.sets)
+    counts = {
+        "models": len({one.fingerprint for one in ready.models.values()}),
+        "metrics": len(ready.metrics),
+        "texts read by each model": texts,
+        "answers written by each model": answers,
+    }
+    if ready.task.new_tokens is not None:
+        counts["tokens of an answer"] = ready.task.new_tokens
+    return Preview(ready.spec, ready.identity, state, model, tuple(sizes), counts, resources)
+
+
+@dataclass(frozen=True)
+class _Ready:
+    """A checked spec with all that it names."""
+
+    spec: EvaluateSpec
+    out: Path
+    task: Task
+    source: str | None
+    metrics: tuple[str, ...]
+    models: dict[str, ModelReference]
+    sets: Sets
+    rejected: dict[str, list[Rejected]]
+    identity: dict[str, Any]
+
+    @classmethod
+    def of(
+        cls, spec: EvaluateSpec, out: str | Path, resources: Resources, loaded: Mapping[str, ModelReference]
+    ) -> _Ready:
+        spec = spec.checked()
+        if resources.engine == "vllm":
+            check_dtype(spec.dtype)
+        task, source = find_task(spec.task)
+        metrics = spec.metrics_of(task)
+        models = _models(spec, loaded)
+        sets, rejected = sets_of(spec, task, source, models, metrics)
+        if _asks_harness(metrics):
+            task.harness(source)  # local questions that are at fault are refused before anything is measured
+        identity = _identity(spec, task, models, sets)
+        return cls(spec, Path(out).absolute(), task, source, metrics, models, sets, rejected, identity)
+
+    def finished(self, overwrite: bool) -> tuple[pa.Table, dict[str, Any]] | None:
+        """The table and the record, where they are there already; see `finished_output`."""
+        return finished_output(
+            self.out, self.identity, "an evaluation", "an evaluation", self.spec, overwrite, _Record, SCHEMA
+        )
 
 
 # --- Models and sets ----------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from bench.tasks.task import Unreachable
 from bench.tasks.token_hash import TokenHash
 from scoring.errors import UserError, unknown_name
 from scoring.records import as_text, check_ids, pair_text, question_answer
-from scoring.samples import NO_LIMIT, Rejected, Text, answer_end, encode, evenly_spaced, iter_encoded
+from scoring.samples import NO_LIMIT, Rejected, Sample, Text, answer_end, encode, evenly_spaced, iter_encoded
 from scoring.settings import named
 from scoring.templates import Template
 
@@ -97,6 +97,14 @@ def _fitting(
     if not fit:
         raise UserError(f"{name} set: none of {len(records)} records can be used; the first: {unfit[0].reason}")
     return fit, unfit
+
+
+def first_samples(
+    name: str, records: Sequence[Record], model: ModelReference, template: Template | None
+) -> list[Sample]:
+    """Each record's question with its answer, or its prompt, as the model reads it."""
+    texts = [_texts(name, number, record, template)[0] for number, record in enumerate(records, start=1)]
+    return encode(texts, model.tokenizer, model.max_length)[0]
 
 
 def end_of_answers(sets: Sets, tokenizer: Any, template: Template | None) -> int | None:

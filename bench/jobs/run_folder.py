@@ -38,6 +38,7 @@ from algorithms.live import PROGRESS, read_progress, remove_parts, write_progres
 from algorithms.tables import tables_of
 from bench.files.folders import RUN_MODEL, RUN_RECORD, Hashed, OwnedFolder
 from bench.files.origin import Origin, origin
+from bench.jobs.preview import DONE, NEW
 from bench.report.words import size_of
 from scoring.errors import UserError, first_line
 from scoring.files import replacing, shown
@@ -106,12 +107,21 @@ class RunFolder(OwnedFolder):
         needed = (1 if any(self._out.glob("checkpoints/step-*")) else 2) * checkpoint
         if not (self._out / "reference.safetensors").is_file():
             needed += reference
-        free = shutil.disk_usage(self._out).free
+        place = next(folder for folder in (self._out, *self._out.parents) if folder.is_dir())
+        free = shutil.disk_usage(place).free
         if free < needed:
             raise UserError(
                 f"{named('out')} {shown(self._out)}: {size_of(free)} free, and the checkpoints need "
                 f"{size_of(needed)}; free some, or choose a folder on another disk"
             )
+
+    def state(self, updates: int) -> str:
+        """What a command that makes so many updates would find here, in words."""
+        if self.is_finished():
+            return DONE
+        steps = sorted((self._out / "checkpoints").glob("step-*"))
+        step = int(steps[-1].name.removeprefix("step-")) if steps else None
+        return NEW if step is None else f"would continue from update {step} of {updates}"
 
     def finish(
         self, history: History, corpus: Corpus, rejected: Sequence[Mapping[str, str]], checkpoints: Checkpoints

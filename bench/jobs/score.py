@@ -20,6 +20,7 @@ from bench.files.identity import identity_fields, with_spec_hash
 from bench.files.origin import Origin, origin
 from bench.files.parts import DrawParts, Parts, finished_output
 from bench.files.score_file import write_scores
+from bench.jobs.preview import Preview, SetSize, state_of
 from bench.jobs.read_samples import read_samples
 from bench.jobs.resources import Resources, check_dtype
 from bench.models.find import ModelName, ModelReference, absolute_model, find_model
@@ -129,13 +130,8 @@ def score(
         UserError: one line; nothing is half-written.
     """
     resources = (resources or Resources()).checked()
-    spec = spec.checked(resources)
-    out = Path(out).absolute()
-    check_dataset(spec.data, spec.split)
-    model = find_model(spec.model)
-    texts = open_texts(spec.data, spec.split, model.tokenizer, spec.chosen_template())
-    identity = _identity(spec, texts, model)
-    if finished := finished_output(out, identity, "a score file", "scores", spec, overwrite, _Record, _COLUMNS):
+    spec, out, model, texts, identity = _ready(spec, out, resources)
+    if finished := _finished(spec, out, identity, overwrite):
         table, record = finished
         return ScoreResult(out, table, [Rejected(**r) for r in record["rejected"]], record, 0.0)
     samples, rejected = read_samples(texts, model, spec.tokens)
@@ -170,6 +166,40 @@ def score(
         write_scores(table, out, identity, record)
         parts.remove()
     return ScoreResult(out, table, rejected, record, seconds)
+
+
+def preview_scoring(
+    spec: ScoreSpec, out: str | Path, resources: Resources | None = None, overwrite: bool = False
+) -> Preview:
+    """What `score` would do with the same arguments; nothing is written.
+
+    Raises:
+        UserError: what `score` would refuse before it computes.
+    """
+    resources = (resources or Resources()).checked()
+    spec, out, model, texts, identity = _ready(spec, out, resources)
+    finished = _finished(spec, out, identity, overwrite)
+    samples, rejected = read_samples(texts, model, spec.tokens)
+    state = state_of(DrawParts(out, identity), finished is not None)
+    sets = (SetSize.of("samples", samples, len(rejected)),)
+    return Preview(spec, identity, state, model, sets, resources=resources)
+
+
+def _ready(
+    spec: ScoreSpec, out: str | Path, resources: Resources
+) -> tuple[ScoreSpec, Path, ModelReference, Texts, dict[str, Any]]:
+    """The spec, checked, with its output, model, texts and identity."""
+    spec = spec.checked(resources)
+    check_dataset(spec.data, spec.split)
+    model = find_model(spec.model)
+    texts = open_texts(spec.data, spec.split, model.tokenizer, spec.chosen_template())
+    return spec, Path(out).absolute(), model, texts, _identity(spec, texts, model)
+
+
+def _finished(
+    spec: ScoreSpec, out: Path, identity: dict[str, Any], overwrite: bool
+) -> tuple[pa.Table, dict[str, Any]] | None:
+    return finished_output(out, identity, "a score file", "scores", spec, overwrite, _Record, _COLUMNS)
 
 
 def _identity(spec: ScoreSpec, texts: Texts, model: ModelReference) -> dict[str, Any]:

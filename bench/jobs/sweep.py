@@ -23,6 +23,7 @@ from algorithms.live import PROGRESS, write_progress
 from bench.files.folders import OwnedFolder, check_folder
 from bench.files.spec import spec_file
 from bench.jobs.logs import Logging, SweepLogs
+from bench.jobs.preview import DONE, NEW, Preview, SetSize
 from bench.jobs.resources import SweepResources
 from bench.jobs.run_folder import full_disks_said_plainly
 from bench.jobs.search import Search
@@ -33,7 +34,7 @@ from bench.jobs.unlearn import corpus_of, datasets_of, room_of
 from bench.models.find import find_model
 from bench.report.words import size_of
 from scoring.errors import UserError
-from scoring.files import shown
+from scoring.files import shown, work_folder
 from scoring.progress import Bar
 from scoring.settings import build, named
 
@@ -87,16 +88,10 @@ def sweep(
         raise UserError(f"spec is {spec!r}: expected bench.jobs.sweep_plan.SweepSpec, a mapping or a YAML file")
     if not isinstance(resources, SweepResources | None):
         raise UserError(f"resources is {resources!r}: expected bench.SweepResources, or None")
-    if not isinstance(spec, SweepSpec):
-        spec = build(SweepSpec, spec)
-    spec, resources, out = spec.checked(), (resources or SweepResources()).checked(), Path(out).absolute()
+    resources, out = (resources or SweepResources()).checked(), Path(out).absolute()
     logging = logging or Logging()
     logging.check_packages()
-    plan = SweepPlan(spec, out)
-    if resources.in_this_process:
-        _check_in_this_process(plan)
-    store = TrialStore(Path(trials).absolute() if trials else out.parent / "trials", out / "failed")
-    check_folder("trials", store.shared)
+    plan, store = _ready(spec, out, trials, resources)
     with _SweepFolder(out, plan.identity) as folder, full_disks_said_plainly(out):
         if retry_failed and store.local.is_dir():
             store.forget_failures()
@@ -115,7 +110,7 @@ def sweep(
         if (finished := len(all_trials) - len(waiting)) and waiting:
             print(f"continuing: {finished} of {len(all_trials)} trials are finished", file=sys.stderr)
         logs = SweepLogs(logging, out)
-        search = Search(plan) if spec.search == "optuna" else None
+        search = Search(plan) if plan.spec.search == "optuna" else None
         if resources.in_this_process:
             _run_here(plan, waiting, len(all_trials), store, resources, progress, logs)
         elif waiting or (search and search.left):
@@ -130,6 +125,57 @@ def sweep(
         result = write_tables(plan, all_trials, store, time.perf_counter() - started)
         folder.tidy()
     return result
+
+
+def preview_sweep(
+    spec: str | Path, out: str | Path, trials: str | Path | None = None, resources: SweepResources | None = None
+) -> Preview:
+    """What `sweep` would do with the same arguments; nothing is written in its folders.
+
+    Selections by MRD are drawn as if all samples were equally difficult: there are as many.
+
+    Raises:
+        UserError: what `sweep` would refuse before it computes.
+    """
+    resources, out = (resources or SweepResources()).checked(), Path(out).absolute()
+    with spec_file(spec, {}, SweepSpec) as from_file, work_folder() as work:
+        plan, store = _ready(from_file, out, trials, resources)
+        folder = _SweepFolder(out, plan.identity)
+        folder.check()
+        plan.choose_without_measuring(work)
+        all_trials = configurations(plan)
+        count = len(all_trials) or (plan.spec.trials or 0) * len(plan.selections)
+        if folder.is_finished():
+            state = DONE
+        else:
+            _check_room(plan, all_trials, all_trials, store)
+            state = "would continue" if (out / "selections.parquet").is_file() else NEW
+        forget, retain = datasets_of(plan.base, plan.model.tokenizer)
+        corpus, rejected = corpus_of(plan.base, plan.model, forget, retain)
+        of_sets = {"forget": corpus.forget, "retain": corpus.retain}
+        sets = tuple(
+            SetSize.of(name, samples, sum(left_out["set"] == name for left_out in rejected))
+            for name, samples in of_sets.items()
+            if samples
+        )
+        samples = [len(selection.ids) for selection in plan.selections.values()]
+        counts = {"selections": len(samples), "samples of the largest selection": max(samples), "trials": count}
+        # As it stands in the file: where the data are is part of a sweep's identity.
+        return Preview(plan.base, plan.identity, state, plan.model, sets, counts, resources, vars(from_file))
+
+
+def _ready(
+    spec: SweepSpec | Mapping[str, Any], out: Path, trials: str | Path | None, resources: SweepResources
+) -> tuple[SweepPlan, TrialStore]:
+    """The plan of a sweep, checked, and where the results of its trials are."""
+    if not isinstance(spec, SweepSpec):
+        spec = build(SweepSpec, spec)
+    plan = SweepPlan(spec.checked(), out)
+    if resources.in_this_process:
+        _check_in_this_process(plan)
+    store = TrialStore(Path(trials).absolute() if trials else out.parent / "trials", out / "failed")
+    check_folder("trials", store.shared)
+    return plan, store
 
 
 def _check_room(plan: SweepPlan, trials: Sequence[Trial], waiting: Sequence[Trial], store: TrialStore) -> None:

@@ -329,6 +329,17 @@ class SweepPlan:
         if self.evaluation is not None:
             self._measure_references(self.evaluation, resources)
 
+    def choose_without_measuring(self, folder: Path) -> None:
+        """The same as if all samples were equally difficult, and nothing had to be compared: for a look at the trials.
+
+        Args:
+            folder: for the selections, in place of the sweep's own.
+        """
+        mrd = dict.fromkeys((text.sample_id for text in self.dataset.texts), 1.0)
+        chosen = select(self.spec.selection_specs(), self.dataset, mrd)
+        self.selections = {selection.name: selection for selection in chosen}
+        self.paths = write_selections(chosen, mrd, folder)
+
     def _flip_times(self, resources: SweepResources) -> dict[str, float]:
         """Flip time of each forget sample: of gradient ascent on it alone by AdamW, until its MA is below the average.
 

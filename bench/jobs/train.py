@@ -38,6 +38,7 @@ from algorithms.recipe import (
     WarmupSteps,
     WeightDecay,
     total_updates,
+    updates_per_epoch,
 )
 from algorithms.tables import training_tables
 from algorithms.target import TRAINED_MA, Target
@@ -45,6 +46,7 @@ from bench.files.folders import LOCK, Hashed
 from bench.files.identity import identity_fields, with_spec_hash
 from bench.files.origin import Origin
 from bench.jobs.logs import LOG_FIELDS, Logging, run_logged
+from bench.jobs.preview import DONE, Preview, SetSize
 from bench.jobs.resources import check_gpus
 from bench.jobs.run_folder import RunFolder, UnlearnResult, failures_noted, full_disks_said_plainly
 from bench.jobs.unlearn import UnlearnSpec, carried_out, encoder_of, room_of, unlearn
@@ -254,8 +256,53 @@ def train_spec(spec: TrainSpec, out: str | Path, progress: bool = True) -> Train
     Raises:
         UserError: one line; what an earlier start of the same run has reached is kept.
     """
-    spec = spec.checked()
     out = Path(out).absolute()
+    spec, model, data = _ready(spec, out)
+    pair = spec.pair()
+    results = [_trained(one, model, *data[name], out / name, name, progress) for name, one in pair.items()]
+    return dataclasses.replace(results[0], retain_only=results[1] if len(results) > 1 else None)
+
+
+def preview_training(spec: TrainSpec, out: str | Path) -> Preview:
+    """What `train_spec` would do with the same arguments; nothing is written.
+
+    Of a pair, sizes and identity are those of the original, which is made first.
+
+    Raises:
+        UserError: what `train_spec` would refuse before it computes.
+    """
+    out = Path(out).absolute()
+    spec, model, data = _ready(spec, out)
+    previews = [_preview_of_one(one, model, *data[name], out / name) for name, one in reversed([*spec.pair().items()])]
+    states = dict(zip(reversed([*spec.pair()]), (preview.state for preview in previews), strict=True))
+    if len(states) == 1:
+        return previews[-1]
+    state = "; ".join(f"{name}: {states[name]}" for name in spec.pair())
+    return dataclasses.replace(previews[-1], spec=spec, state=DONE if set(states.values()) == {DONE} else state)
+
+
+def _preview_of_one(
+    spec: TrainSpec, model: ModelReference, dataset: Dataset, left_out: Dataset | None, out: Path
+) -> Preview:
+    identity = identity_of(spec, model, dataset, left_out)
+    folder = TrainFolder(out, identity)
+    folder.check()
+    recipe, encoder = spec.recipe(), encoder_of(model)
+    corpus, rejected = make_corpus(recipe, encoder, dataset.text_set, None)
+    total = total_updates(len(corpus.forget), recipe)
+    if not folder.is_finished():
+        folder.check_room(*room_of(recipe, model, corpus))
+    sets = [SetSize.of(TRAINED, corpus.forget, len(rejected))]
+    if left_out:
+        samples, unused = encoder.samples(left_out.text_set)
+        sets.append(SetSize.of("left out", samples, len(unused)))
+    counts = {"updates an epoch": updates_per_epoch(len(corpus.forget), recipe), "updates in all, at most": total}
+    return Preview(spec, identity, folder.state(total), model, tuple(sets), counts)
+
+
+def _ready(spec: TrainSpec, out: Path) -> tuple[TrainSpec, ModelReference, dict[str, tuple[Dataset, Dataset | None]]]:
+    """The spec, checked, with the start and what each model learns and does not, by the name of its folder."""
+    spec = spec.checked()
     pair = spec.pair()
     if "" not in pair:
         _check_folder_of_pair(out)
@@ -271,8 +318,7 @@ def train_spec(spec: TrainSpec, out: str | Path, progress: bool = True) -> Train
             if one.minus is None
             else without(everything, one.minus, spec.task, model.tokenizer, template, setting)
         )
-    results = [_trained(one, model, *data[name], out / name, name, progress) for name, one in pair.items()]
-    return dataclasses.replace(results[0], retain_only=results[1] if len(results) > 1 else None)
+    return spec, model, data
 
 
 def _check_folder_of_pair(out: Path) -> None:

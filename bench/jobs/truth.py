@@ -23,10 +23,11 @@ from bench.files.origin import Origin, origin
 from bench.files.parts import ColumnParts, finished_output
 from bench.files.score_file import write_scores
 from bench.jobs.difficulty import OnModel
+from bench.jobs.preview import Preview, SetSize, state_of
 from bench.jobs.read_samples import read_samples
 from bench.jobs.resources import Resources
-from bench.models.find import find_model
-from bench.tasks.datasets import check_dataset, open_texts, subject
+from bench.models.find import ModelReference, find_model
+from bench.tasks.datasets import Texts, check_dataset, open_texts, subject
 from scoring.api import run_tasks
 from scoring.errors import RefusedUnderWay, UserError
 from scoring.measuring import AVERAGE, MA_COLUMN, NOT_FINITE, MemorizationTask, average_of, joined, threshold_name
@@ -141,21 +142,9 @@ def truth(
         UserError: one line; nothing is half-written.
     """
     resources = (resources or Resources()).checked()
-    if resources.engine == "vllm":
-        raise UserError(f"{named('engine')} vllm does not train: use {named('engine')} transformers")
-    spec = spec.checked()
-    out = Path(out).absolute()
-    check_dataset(spec.data, spec.split)
-    model = find_model(spec.model)
-    texts = open_texts(spec.data, spec.split, model.tokenizer, spec.chosen_template())
-    hashes = {"data_sha256": texts.checked_sha256(), "model_fingerprint": model.fingerprint}
-    identity = with_spec_hash(
-        identity_fields(spec) | {"schema_version": SCHEMA_VERSION, "truth": True} | hashes, NOT_HASHED
-    )
-    if finished := finished_output(out, identity, "a truth file", "updates", spec, overwrite, _Record, _COLUMNS):
+    spec, out, model, texts, identity = _ready(spec, out, resources)
+    if finished := _finished(spec, out, identity, overwrite):
         table, record = finished
-        numbers = pa.schema([(f"updates@{name}", pa.float64()) for name in record["rules"]])
-        check_columns(table, numbers, str(out), "a number for each rule")
         return TruthResult(out, table, [Rejected(**r) for r in record["rejected"]], record, 0.0)
     samples, rejected = read_samples(texts, model, spec.tokens, spec.samples)
     with ColumnParts(out, identity) as parts:
@@ -225,6 +214,51 @@ def truth(
         write_scores(table, out, identity, record)
         parts.remove()
     return TruthResult(out, table, rejected, record, seconds)
+
+
+def preview_truth(
+    spec: TruthSpec, out: str | Path, resources: Resources | None = None, overwrite: bool = False
+) -> Preview:
+    """What `truth` would do with the same arguments; nothing is written.
+
+    Raises:
+        UserError: what `truth` would refuse before it computes.
+    """
+    resources = (resources or Resources()).checked()
+    spec, out, model, texts, identity = _ready(spec, out, resources)
+    finished = _finished(spec, out, identity, overwrite)
+    samples, rejected = read_samples(texts, model, spec.tokens, spec.samples)
+    state = state_of(ColumnParts(out, identity), finished is not None)
+    sets = (SetSize.of("samples", samples, len(rejected)),)
+    return Preview(spec, identity, state, model, sets, resources=resources)
+
+
+def _ready(
+    spec: TruthSpec, out: str | Path, resources: Resources
+) -> tuple[TruthSpec, Path, ModelReference, Texts, dict[str, Any]]:
+    """The spec, checked, with its output, model, texts and identity."""
+    if resources.engine == "vllm":
+        raise UserError(f"{named('engine')} vllm does not train: use {named('engine')} transformers")
+    spec = spec.checked()
+    check_dataset(spec.data, spec.split)
+    model = find_model(spec.model)
+    texts = open_texts(spec.data, spec.split, model.tokenizer, spec.chosen_template())
+    hashes = {"data_sha256": texts.checked_sha256(), "model_fingerprint": model.fingerprint}
+    identity = with_spec_hash(
+        identity_fields(spec) | {"schema_version": SCHEMA_VERSION, "truth": True} | hashes, NOT_HASHED
+    )
+    return spec, Path(out).absolute(), model, texts, identity
+
+
+def _finished(
+    spec: TruthSpec, out: Path, identity: dict[str, Any], overwrite: bool
+) -> tuple[pa.Table, dict[str, Any]] | None:
+    """The table and the record, where they are there already; see `finished_output`."""
+    finished = finished_output(out, identity, "a truth file", "updates", spec, overwrite, _Record, _COLUMNS)
+    if finished:
+        numbers = pa.schema([(f"updates@{name}", pa.float64()) for name in finished[1]["rules"]])
+        check_columns(finished[0], numbers, str(out), "a number for each rule")
+    return finished
 
 
 def _by_batch(batches: Batches) -> list[Sequence[Batch]]:

@@ -27,12 +27,22 @@ from algorithms.ease import absolute_source as absolute_ease
 from algorithms.history import History, Progress
 from algorithms.objectives import algorithm_name
 from algorithms.ray_train import TrainingJob, train_here, train_on_ray
-from algorithms.recipe import DUAL, EVALUATED, AnswersMeasured, Execution, Objectives, Recipe, total_updates
+from algorithms.recipe import (
+    DUAL,
+    EVALUATED,
+    AnswersMeasured,
+    Execution,
+    Objectives,
+    Recipe,
+    total_updates,
+    updates_per_epoch,
+)
 from algorithms.schedule import resolved_schedule
 from algorithms.stopping import PAPER
 from bench.files.identity import identity_fields, with_spec_hash
 from bench.files.spec import read_mapping
 from bench.jobs.logs import LOG_FIELDS, Logging, run_logged
+from bench.jobs.preview import Preview, SetSize
 from bench.jobs.resources import Resources, check_gpus
 from bench.jobs.run_folder import RunFolder, UnlearnResult, failures_noted, full_disks_said_plainly, read_run
 from bench.models.find import ModelName, ModelReference, absolute_model, find_model
@@ -45,6 +55,7 @@ from bench.tasks.datasets import (
     find_task,
     is_data_file,
     load_dataset,
+    load_default_retain,
     subject,
 )
 from bench.tasks.selections import read_ids
@@ -170,12 +181,8 @@ def unlearn(spec: UnlearnSpec, out: str | Path, progress: bool = True) -> Unlear
     Raises:
         UserError: one line; what an earlier start of the same run has reached is kept.
     """
-    spec = spec.checked()
     out = Path(out).absolute()
-    check_dataset(spec.task, spec.forget_split)
-    model = _model_of(spec)
-    forget, retain = datasets_of(spec, model.tokenizer)
-    identity = identity_of(spec, model, forget, retain)
+    spec, model, forget, retain, identity = _ready(spec)
     with RunFolder(out, identity) as folder:
         if folder.is_finished():
             print(
@@ -204,6 +211,41 @@ def unlearn(spec: UnlearnSpec, out: str | Path, progress: bool = True) -> Unlear
                 history = carried_out(job, f"unlearning ({spec.algorithm}, {on})", progress)
             folder.finish(history, corpus, rejected, job.checkpoints)
     return read_run(out)
+
+
+def preview_unlearning(spec: UnlearnSpec, out: str | Path) -> Preview:
+    """What `unlearn` would do with the same arguments; nothing is written.
+
+    Raises:
+        UserError: what `unlearn` would refuse before it computes.
+    """
+    out = Path(out).absolute()
+    spec, model, forget, retain, identity = _ready(spec)
+    folder = RunFolder(out, identity)
+    folder.check()
+    corpus, rejected = corpus_of(spec, model, forget, retain)
+    total = total_updates(len(corpus.forget), spec)
+    if not folder.is_finished():
+        folder.check_room(*room_of(spec, model, corpus))
+    of_sets = {"forget": corpus.forget, "retain": corpus.retain, "refusals": corpus.refusals}
+    if (evaluation := evaluation_of(spec, model, corpus, retain)) is not None:
+        of_sets |= {f"evaluated, {name}": samples for name, samples in evaluation.sets.items()}
+    sets = tuple(
+        SetSize.of(name, samples, sum(left_out["set"] == name for left_out in rejected))
+        for name, samples in of_sets.items()
+        if samples
+    )
+    counts = {"updates an epoch": updates_per_epoch(len(corpus.forget), spec), "updates in all, at most": total}
+    return Preview(spec, identity, folder.state(total), model, sets, counts)
+
+
+def _ready(spec: UnlearnSpec) -> tuple[UnlearnSpec, ModelReference, Dataset, Dataset | None, dict[str, Any]]:
+    """The spec, checked, with its model, its data and its identity."""
+    spec = spec.checked()
+    check_dataset(spec.task, spec.forget_split)
+    model = _model_of(spec)
+    forget, retain = datasets_of(spec, model.tokenizer)
+    return spec, model, forget, retain, identity_of(spec, model, forget, retain)
 
 
 def _model_of(spec: UnlearnSpec) -> ModelReference:
@@ -272,7 +314,13 @@ def datasets_of(
     task = _task(spec)
     needed = Objectives.of(spec).retain is not None
     if source is None and task is not None and (needed or spec.evaluate):
-        source = task.retain_of.get(spec.forget_split or task.default_split)
+        forget_split = spec.forget_split or task.default_split
+        if (split := task.retain_of.get(forget_split)) is not None:
+
+            def load_split(name: str) -> Dataset:
+                return load(spec.task, name, tokenizer, template)
+
+            return forget, load_default_retain(load_split, spec.task, forget_split, split)
     if source is None:
         if needed:
             raise UserError(

@@ -9,7 +9,7 @@ A plugin adds one by `QUANTITIES["mine"] = function`, with the parameters of tho
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -249,6 +249,25 @@ QUANTITIES: Registry[Callable[[str, Sequence[Record], MeasurementSetup], Quantit
         "toxicity": _toxicity,
     },
 )
+
+
+def asked_of_a_model(columns: Collection[Column], sets: Mapping[str, Sequence[Record] | Missing]) -> tuple[int, int]:
+    """How many texts columns want to be read, and how many answers written; what two ask is counted once. Those of
+    plugins, and EL, are not counted."""
+    texts = answers = 0
+    for set_name, records in sets.items():
+        if isinstance(records, Missing):
+            continue
+        asked = {quantity for name, quantity in columns if name == set_name}
+        has_options = set_name in OPTION_SETS
+        wrong = "truth_ratio" in asked or (has_options and "probability" in asked)
+        paraphrased = "truth_ratio" in asked and not has_options
+        true = asked & {"probability", "min_k", "ma"} or (has_options and "truth_ratio" in asked)
+        texts += len(records) * (bool(true) + paraphrased)
+        texts += sum(len(record.get("perturbed_answer") or ()) for record in records) if wrong else 0
+        own = asked & {"rouge_l_recall", "toxicity"} or (has_options and "right" in asked)
+        answers += len(records) * (bool(own) + ("right" in asked and not has_options))
+    return texts, answers
 
 
 # --- Measuring ----------------------------------------------------------------------------------------------

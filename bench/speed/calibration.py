@@ -9,7 +9,7 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,13 +21,17 @@ from scipy.optimize import nnls
 from transformers.utils import logging as transformers_logging
 
 from bench.files.origin import hardware
+from bench.jobs.evaluate import evaluate_spec, preview_evaluation
+from bench.jobs.evaluation_spec import EvaluateSpec
 from bench.jobs.resources import Resources
 from bench.jobs.score import ScoreSpec, score
-from bench.jobs.unlearn import UnlearnSpec, unlearn
+from bench.jobs.unlearn import UnlearnSpec, preview_unlearning, unlearn
+from bench.models.embedded import FAMILIES, train_tokenizer
 from bench.models.find import find_model
 from bench.speed.figures import median_seconds, peak_bytes, run_tasks, seconds_of, write_figures
 from bench.speed.made import CONTEXT, monte_carlo_tasks, random_data_file, random_llama_folder, random_samples
 from bench.speed.plan import KINDS, PlannedJob, Profile, Shape, UnitCost, memory_of, plan, units_and_logits
+from bench.speed.preview import planned
 from bench.tasks.datasets import load_dataset
 from scoring.api import DRAWS_PER_TASK
 from scoring.cluster import Footprint, connect
@@ -59,6 +63,11 @@ RUNS: tuple[tuple[str, dict[str, Any], int, int], ...] = (
     ("small", {"algorithm": "GradDiff", "epochs": 2}, 120, 1),
     ("large", {"algorithm": "GA", "epochs": 2}, 60, 1),
 )
+# Rows that are decoded together, and new tokens of a short and of a long answer: their difference is that of steps.
+DECODED_ROWS = (64, 16, 4)
+SHORT, LONG = 8, 40
+# Whole commands in this process, whose plans are those of their dry runs.
+COMMANDS = ("unlearn", "evaluate")
 
 
 @dataclass(frozen=True)
@@ -82,7 +91,7 @@ def run_benchmark(out: str | None) -> None:
     """Measure, print constants and checks, and write both as JSON if asked to."""
     torch.set_num_threads(1)
     transformers_logging.disable_progress_bar()
-    tokenizer = find_model("authors").tokenizer
+    tokenizer = train_tokenizer(FAMILIES["authors"].tokenizer_text())
     connect()
     with tempfile.TemporaryDirectory(prefix="mrd-bench-") as name:
         folder = Path(name)
@@ -99,6 +108,7 @@ def run_benchmark(out: str | None) -> None:
             f"keeps {profile.sharing:.0%} of its speed"
         )
         checks = [_check(profile, folder, tokenizer, *run) for run in RUNS]
+        checks += [_check_command(profile, folder, tokenizer, size, name) for size in CHECKED for name in COMMANDS]
     print(f"{'run':<66}{'planned':>10}{'measured':>10}{'ratio':>8}")
     for check in checks:
         ratio = check.planned / check.measured
@@ -119,7 +129,8 @@ def measure(folder: Path, tokenizer: Any) -> Profile:
     models = {size: _model(folder, tokenizer, *size) for size in FITTED}
     # Rows of the fits: what a call is made of, and then its seconds or bytes.
     seconds: dict[str, list[tuple[float, ...]]] = {kind: [] for kind in KINDS[:3]}
-    bytes_held: dict[str, list[tuple[float, ...]]] = {kind: [] for kind in seconds}
+    bytes_held: dict[str, list[tuple[float, ...]]] = {kind: [] for kind in (*seconds, "decoding")}
+    steps: list[tuple[float, ...]] = []
     for size, path in models.items():
         replica = TransformersReplica(load_model(path))
         shape = Shape.of_model(replica.model)
@@ -137,6 +148,16 @@ def measure(folder: Path, tokenizer: Any) -> Profile:
                 bytes_held[kind].append((*units_and_logits(shape, kind, *counts), 4 * shape.params, peak))
                 work = shape.widths(*counts), shape.forward_flops(*counts, TOKENS)
                 seconds[kind].append((shape.layers, *work, median_seconds(partial(call, batch), REPEATS)))
+        for rows in DECODED_ROWS:
+            prompts = [sample.input_ids for sample in random_samples(rows, TOKENS - SCORED, 1, shape.vocabulary)]
+            written = [partial(replica.greedy_continuations, prompts, [new] * rows, None) for new in (SHORT, LONG)]
+            short, long = (median_seconds(write, REPEATS) for write in written)
+            length = TOKENS - SCORED + (SHORT + LONG) / 2
+            work = shape.widths(rows, rows), shape.forward_flops(rows, rows, length)
+            steps.append((shape.layers, *work, shape.params, (long - short) / (LONG - SHORT)))
+            peak = peak_bytes(replica.model, written[1])
+            counts = rows * (TOKENS - SCORED + LONG), rows
+            bytes_held["decoding"].append((*units_and_logits(shape, "decoding", *counts), 4 * shape.params, peak))
         if size == FITTED[-1]:
             replica.perturb(SIGMA, 0, 0)
             perturbing = median_seconds(partial(replica.perturb, SIGMA, 0, 1), REPEATS)
@@ -146,6 +167,8 @@ def measure(folder: Path, tokenizer: Any) -> Profile:
     start, load = _starting(models)
     memory = {kind: fit(np.array(rows)) for kind, rows in bytes_held.items()}
     costs = {kind: UnitCost(*times[kind], *memory[kind]) for kind in times}
+    layer, width, flop, weight = fit(np.array(steps))
+    costs["decoding"] = replace(UnitCost(layer, width, flop, *memory["decoding"]), weight=weight)
     # A forward pass that keeps the activations for the backward one holds as much as `gradient`.
     costs["training"] = UnitCost(*training, *memory["gradient"])
     return Profile(
@@ -308,6 +331,44 @@ def _check(
         planned = job_plan.seconds - job_plan.parts["start"]
         what = f"{algorithm}, {count} samples, {epochs} epochs"
     return Check(f"{what}, {shape.params / 1e6:.2f} M weights, {replicas} replica(s)", planned, measured, *sizes)
+
+
+def _check_command(profile: Profile, folder: Path, tokenizer: Any, size: str, command: str) -> Check:
+    """A command with all that belongs to it, in this process, beside the plan of its dry run: unlearn with looks at
+    which samples are forgotten and an evaluation each epoch, or evaluate."""
+    model = _model(folder, tokenizer, *CHECKED[size])
+    forget, retain = random_data_file(folder, 60), random_data_file(folder, 40)
+    out = folder / f"{size}-{command}"
+    if command == "unlearn":
+        spec = UnlearnSpec(
+            model=str(model),
+            task=str(forget),
+            retain=str(retain),
+            algorithm="GradDiff",
+            epochs=3,
+            learning_rate=1e-6,
+            early_stopping=False,
+            el_n=CONTEXT,  # EL is defined for no sample: MA alone decides
+            workers=0,
+        )
+        job, *_ = planned(preview_unlearning(spec, out))
+        assert job is not None
+        job = replace(job, continuations=0)
+        passed = unlearn(spec, out, progress=False).record["seconds"]
+        measured = sum(passed[part] for part in ("training", "checks", "evaluation"))
+        what = f"unlearn, {job.samples:g} samples, {job.epochs:g} epochs with looks and evaluations"
+    else:
+        task = folder / "made.yaml"
+        sets = {"forget": forget, "retain": retain, "seen": forget, "unseen": retain}
+        task.write_text("protocol: whp\n" + "".join(f"{name}: {path.name}\n" for name, path in sets.items()))
+        asked = EvaluateSpec(model=str(model), task=str(task), metrics="seen_rouge,unseen_rouge,ma")
+        job, *_ = planned(preview_evaluation(asked, out.with_suffix(".parquet"), Resources(replicas=0)))
+        assert job is not None
+        done = evaluate_spec(asked, out.with_suffix(".parquet"), Resources(replicas=0), progress=False)
+        measured = done.record["seconds"]
+        what = f"evaluate, {job.answers:g} answers of {job.new_tokens:g} tokens"
+    seconds = plan(job, profile, 1, starts=False).seconds
+    return Check(f"{what}, {job.shape.params / 1e6:.2f} M weights, this process", seconds, measured)
 
 
 def _replica_bytes(model: Path, samples: Sequence[Sample], estimator: EstimatorName) -> float:

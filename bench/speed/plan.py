@@ -1,14 +1,18 @@
 """`mrd-bench plan`: how long a job will take, what memory it needs and what it will cost, before anything is started.
 
     seconds = start + work / replicas
-    work    = calls x layers x overhead + activations x seconds each + operations x seconds each
-              + weights written x seconds each + tasks x scheduling
+    work    = calls x (layers x overhead + weights x seconds each) + activations x seconds each
+              + operations x seconds each + weights written x seconds each + tasks x scheduling
 
 The operations are counted from the model's shape, as below; the constants are measured, on a machine of the kind that
 is planned for, by `mrd-bench benchmark plan`, which also checks the sums against runs. A call is one batch through the
-model in one of these ways: forward, gradient (with per-sample norms), curvature (one direction) or training (forward,
-backward and update). Measures of difficulty are counted in forward passes, each by itself: two that share passes take
-less.
+model in one of these ways: forward, gradient (with per-sample norms), curvature (one direction), training (forward,
+backward and update) or decoding (one step of writing: a token for each row of a batch, for which all weights are read).
+Measures of difficulty are counted in forward passes, each by itself: two that share passes take less.
+
+Training is spread by DDP where weights, gradients and moments fit on a device, else by FSDP over all devices. Workers
+split an update's samples among them; what a call costs however many samples there are is not split. What devices say to
+each other is not counted.
 """
 
 from __future__ import annotations
@@ -23,20 +27,27 @@ from typing import Annotated, Any, Literal
 from pydantic import AllowInfNan
 
 from algorithms.recipe import DEFAULT_BATCH_SIZE
+from scoring.answers import EXTRA_TOKENS
 from scoring.api import BATCHES_PER_TASK, DRAWS_PER_TASK
 from scoring.engine import Dtype
 from scoring.errors import UserError, unknown_name
 from scoring.measures import MEASURES, Asked
 from scoring.mrd import ESTIMATORS, EstimatorName
 from scoring.reading import parse_json, read_text, shaped
+from scoring.readings import PROMPTS_PER_TASK
 from scoring.samples import BATCH_TOKENS
 from scoring.settings import Doc, Ge, Gt, Known, Le, check, named
 
-KINDS = ("forward", "gradient", "curvature", "training")
+KINDS = ("forward", "gradient", "curvature", "training", "decoding")
 # The share of a device's memory that may be planned with.
 USABLE = 0.9
 # Of a weight, by dtype.
 BYTES = {"float32": 4, "bfloat16": 2, "float64": 8}
+# Of a weight that is trained, in fp32: itself, its gradient and the two moments of AdamW.
+TRAINED = 16
+Verb = Literal["score", "difficulty", "unlearn", "train", "evaluate"]
+# Rows times tokens that are decoded at a time, see `scoring.generation`.
+DECODED_TOKENS = 16_384
 # More than any job has, and so little that sums of its costs stay numbers.
 MOST, MANY = 1e18, 1e9
 # A constant of a machine.
@@ -95,6 +106,7 @@ class UnitCost:
         activation: bytes for each token and unit of width, at the peak; in `gradient` and `training` for every layer.
         logit: bytes for each logit.
         copies: of the weights that are held during the call, the weights themselves included.
+        weight: seconds for each weight and call, however many tokens go through it.
     """
 
     layer: Amount
@@ -103,6 +115,7 @@ class UnitCost:
     activation: Amount
     logit: Amount
     copies: Amount
+    weight: Amount = 0.0
 
 
 @dataclass(frozen=True)
@@ -113,7 +126,8 @@ class Profile:
         name: of the profile.
         hardware: one line.
         measured: by the benchmark; else the values are from a data sheet.
-        costs: by kind of call.
+        costs: by kind of call, of weights of `dtype`. Without those of decoding, which early profiles lack, a step is
+            taken for a forward pass.
         noise: seconds for each weight and perturbation, restoring included.
         update: seconds for each weight and update of the optimizer.
         start: seconds until a replica has begun.
@@ -121,6 +135,8 @@ class Profile:
         task: seconds that a task waits for its replica.
         sharing: share of its speed that a replica keeps beside others on the machine.
         memory: bytes that a replica may have.
+        dtype: that the costs are of.
+        other_dtypes: the costs of others, by dtype.
     """
 
     name: str
@@ -134,11 +150,34 @@ class Profile:
     task: Amount
     sharing: Annotated[Amount, Gt(0)]
     memory: Annotated[Amount, Gt(0)]
+    dtype: Dtype = "float32"
+    other_dtypes: dict[str, dict[str, UnitCost]] = field(default_factory=dict)
 
     @classmethod
     def read(cls, content: Mapping[str, Any]) -> Profile:
         """A profile from JSON."""
-        return cls(**{**content, "costs": {kind: UnitCost(**cost) for kind, cost in content["costs"].items()}})
+        others = {dtype: _costs(costs) for dtype, costs in content.get("other_dtypes", {}).items()}
+        return cls(**{**content, "costs": _costs(content["costs"]), "other_dtypes": others})
+
+    def knows(self, dtype: str) -> bool:
+        """Whether there are costs of a dtype."""
+        return dtype == self.dtype or dtype in self.other_dtypes
+
+    def cost(self, kind: str, dtype: str) -> UnitCost:
+        """Of a kind of call, with weights of a dtype; that of the profile's own dtype where it is not known."""
+        costs = self.other_dtypes.get(dtype, self.costs) if dtype != self.dtype else self.costs
+        # Of what is written, keys and values are kept in all layers.
+        return costs.get(kind) or replace(costs["forward"], activation=2.0 * BYTES[dtype])
+
+    def seconds(self, kind: str, count: float, shape: Shape, widths: float, flops: float, dtype: str) -> float:
+        """Of so many calls of a kind that compute so many activations by so many operations."""
+        cost = self.cost(kind, dtype)
+        fixed = count * (shape.layers * cost.layer + shape.params * cost.weight)
+        return fixed + widths * cost.width + flops * cost.flop
+
+
+def _costs(content: Mapping[str, Any]) -> dict[str, UnitCost]:
+    return {kind: UnitCost(**cost) for kind, cost in content.items()}
 
 
 def profiles() -> dict[str, Profile]:
@@ -161,7 +200,7 @@ def find_profile(name: str) -> Profile:
     expected = "what `mrd-bench benchmark plan --out FILE` writes"
     text = read_text(name, expected, f"profile {name!r}")
     profile: Profile = shaped(parse_json(text, name, expected, lines=True), _ProfileFile, name, expected).profile
-    if missing := [kind for kind in KINDS if kind not in profile.costs]:
+    if missing := [kind for kind in KINDS[:-1] if kind not in profile.costs]:
         raise UserError(f"profile {name!r} has no costs of {', '.join(missing)}: expected {expected}")
     return profile
 
@@ -187,6 +226,14 @@ class PlannedJob:
         dtype: of the weights.
         measure: measures of difficulty, by name.
         lookahead: h of forecasts among them.
+        looks: passes over the samples that ask which are forgotten, by MA.
+        continuations: that EL decodes in all these looks, each from the middle of a sample.
+        refreshes: of MRD while it trains, by `gradient`.
+        reads, answers: texts that are read by teacher forcing, and answers that are written, in all evaluations.
+        rounds: of evaluation that they are spread over: sets, models and epochs.
+        new_tokens: of an answer.
+        rows: answers that are written together, at most.
+        models: that are loaded one after the other.
     """
 
     shape: Shape
@@ -202,6 +249,25 @@ class PlannedJob:
     dtype: Dtype = "float32"
     measure: tuple[str, ...] = ()
     lookahead: Annotated[int, Ge(1)] = 1
+    looks: Annotated[float, Ge(0)] = 0
+    continuations: Annotated[float, Ge(0)] = 0
+    refreshes: Annotated[float, Ge(0)] = 0
+    reads: Annotated[float, Ge(0)] = 0
+    answers: Annotated[float, Ge(0)] = 0
+    rounds: Annotated[float, Ge(1)] = 1
+    new_tokens: Annotated[float, Ge(0)] = 0
+    rows: Annotated[float, Ge(1)] = MANY
+    models: Annotated[int, Ge(1)] = 1
+
+    @property
+    def prompt(self) -> float:
+        """Tokens before an answer; at least one is read."""
+        return max(1.0, self.tokens - self.scored)
+
+    @property
+    def answers_at_once(self) -> float:
+        """Rows of a batch that is decoded."""
+        return max(1.0, min(self.rows, self.answers / self.rounds, DECODED_TOKENS // (self.prompt + self.new_tokens)))
 
     def measure_costs(self) -> dict[str, float]:
         """Forward passes a sample of each measure by itself, with one threshold, and one earlier state for vog."""
@@ -240,7 +306,17 @@ class PlanSettings:
     samples: Annotated[float, Ge(1), Le(MOST), Doc("to be scored, or to be forgotten, such as 1e6")]
     tokens: Annotated[float, Ge(1), Le(MANY), Doc("of a sample, on average")] = 100
     scored: Annotated[float | None, Ge(1), Le(MANY), Doc("those of them that are scored (default: half)")] = None
-    estimator: Annotated[EstimatorName | Literal["none"], Doc("of MRD; none plans no scoring")] = "gradient"
+    command: Annotated[
+        Verb | None,
+        Doc(
+            "whose costs: those of unlearn and train with looks and evaluations, those of evaluate with answers "
+            "(default: what estimator, measure and epochs say, and nothing else)"
+        ),
+    ] = None
+    estimator: Annotated[
+        EstimatorName | Literal["none"] | None,
+        Doc("of MRD; none plans no scoring (default: gradient, without a command or of score; else none)"),
+    ] = None
     draws: Annotated[int | None, Ge(1), Le(MANY), Doc("K (default: the estimator's own)")] = None
     measure: Annotated[
         list[str],
@@ -248,8 +324,33 @@ class PlanSettings:
         Doc("also take these measures of difficulty, with commas; see `mrd-bench measures` (default: none)"),
     ] = field(default_factory=list)
     lookahead: Annotated[int, Ge(1), Le(MANY), Doc("h of forecasts among them")] = 1
-    epochs: Annotated[float, Ge(0), Le(MANY), Doc("also unlearn for so many")] = 0
-    retained: Annotated[float, Ge(0), Le(MANY), Doc("retain samples for each forgotten")] = 1
+    epochs: Annotated[
+        float | None, Ge(0), Le(MANY), Doc("also unlearn for so many (default: 5 of unlearn and train, else 0)")
+    ] = None
+    retained: Annotated[
+        float | None, Ge(0), Le(MANY), Doc("retain samples for each forgotten (default: 0 of train, else 1)")
+    ] = None
+    check_every: Annotated[
+        float, Ge(0), Le(MANY), Doc("epochs of unlearn and train between looks at MA of all samples; 0: never")
+    ] = 1
+    el_share: Annotated[
+        float, Ge(0), Le(1), Doc("of a sample's tokens, from which EL is decoded at each look; 0: MA alone decides")
+    ] = 0
+    refresh: Annotated[
+        float, Ge(0), Le(MANY), Doc("epochs of unlearn between measurements of MRD by gradient; 0: none")
+    ] = 0
+    evaluate_samples: Annotated[
+        float | None,
+        Ge(0),
+        Le(MOST),
+        Doc("of each set, each epoch of unlearn and train (default: 100 of these, else samples)"),
+    ] = None
+    sets: Annotated[int | None, Ge(1), Le(MANY), Doc("that are evaluated (default: 2 of unlearn, else 1)")] = None
+    models: Annotated[int, Ge(1), Le(MANY), Doc("that evaluate compares")] = 1
+    reads: Annotated[float, Ge(0), Le(MANY), Doc("texts that are read for each sample that is evaluated")] = 1
+    new_tokens: Annotated[
+        float | None, Ge(0), Le(MANY), Doc("of an answer; 0: none is written (default: 20 more than scored)")
+    ] = None
     batch_size: Annotated[int, Ge(1), Le(MANY), Doc("samples an update")] = DEFAULT_BATCH_SIZE
     batch_tokens: Annotated[int, Ge(1), Le(MANY), Doc("padded tokens in a batch")] = BATCH_TOKENS
     dtype: Annotated[Dtype, Doc("of the weights")] = "float32"
@@ -264,20 +365,42 @@ class PlanSettings:
             UserError: a value that cannot be.
         """
         check(self)
-        return PlannedJob(
+        scored = self.tokens / 2 if self.scored is None else self.scored
+        estimator = self.estimator or ("gradient" if self.command in (None, "score") else "none")
+        trains = self.command in ("unlearn", "train")
+        epochs = self.epochs if self.epochs is not None else 5 if trains else 0
+        job = PlannedJob(
             Shape.of_size(max(self.model_params, 1.0)),
             self.samples,
             self.tokens,
-            self.tokens / 2 if self.scored is None else self.scored,
-            None if self.estimator == "none" else self.estimator,
+            scored,
+            None if estimator == "none" else estimator,
             self.draws,
-            self.epochs,
-            self.retained,
+            epochs,
+            self.retained if self.retained is not None else float(self.command != "train"),
             self.batch_tokens,
             self.batch_size,
             self.dtype,
-            tuple(dict.fromkeys(self.measure)),
+            tuple(dict.fromkeys(self.measure or (["flip-time"] if self.command == "difficulty" else []))),
             self.lookahead,
+        )
+        if not trains and self.command != "evaluate":
+            return job
+        looks = 1 + math.floor(epochs / self.check_every) if trains and self.check_every else 0
+        each = self.evaluate_samples if self.evaluate_samples is not None else 100 if trains else self.samples
+        rounds = (self.sets or (2 if self.command == "unlearn" else 1)) * (epochs + 1 if trains else self.models)
+        new_tokens = self.new_tokens if self.new_tokens is not None else scored + EXTRA_TOKENS
+        return replace(
+            job,
+            looks=looks,
+            continuations=looks * self.samples * self.tokens * self.el_share,
+            refreshes=math.ceil(epochs / self.refresh) if self.command == "unlearn" and self.refresh else 0,
+            reads=each * rounds * self.reads,
+            answers=each * rounds if new_tokens else 0,
+            rounds=rounds,
+            new_tokens=new_tokens,
+            rows=MANY if trains else PROMPTS_PER_TASK,
+            models=1 if trains else self.models,
         )
 
 
@@ -304,12 +427,30 @@ class Calls:
     def add(self, kind: str, job: PlannedJob, times: float, count: float) -> None:
         """Add `count` calls that put all samples through the model `times` times."""
         tokens, scored = times * job.samples * job.tokens, times * job.samples * job.scored
+        self.add_tokens(kind, job.shape, tokens, scored, job.tokens, count)
+
+    def add_tokens(self, kind: str, shape: Shape, tokens: float, scored: float, length: float, count: float) -> None:
+        """Add `count` calls of so many tokens, in texts of a length, all together."""
         for sums, value in (
             (self.count, count),
-            (self.widths, job.shape.widths(tokens, scored)),
-            (self.flops, job.shape.forward_flops(tokens, scored, job.tokens)),
+            (self.widths, shape.widths(tokens, scored)),
+            (self.flops, shape.forward_flops(tokens, scored, length)),
         ):
             sums[kind] = sums.get(kind, 0) + value
+
+    def add_written(self, shape: Shape, texts: float, prompt: float, new: float, batches: float) -> None:
+        """Add the writing of so many texts: one pass over their beginnings, then a step for each new token, in which
+        every row of a batch is one token that looks back at all before it."""
+        self.add_tokens("forward", shape, texts * prompt, texts, prompt, batches)
+        self.add_tokens("decoding", shape, texts * new, texts * new, prompt + new / 2, batches * new)
+
+    def parts(self, shape: Shape, profile: Profile, dtype: str) -> dict[str, float]:
+        """Seconds of one replica, by kind of call."""
+        return {
+            kind: profile.seconds(kind, self.count[kind], shape, self.widths[kind], self.flops[kind], dtype)
+            for kind in KINDS
+            if self.count.get(kind)
+        }
 
 
 def calls_of(job: PlannedJob) -> Calls:
@@ -336,10 +477,48 @@ def calls_of(job: PlannedJob) -> Calls:
         calls.written = shape.params * shards * (draws * writes)
     _add_measures(calls, job)
     if job.epochs:
-        updates = math.ceil(job.samples / job.batch_size) * job.epochs
+        updates = _updates(job)
         calls.add("training", job, job.epochs * (1 + job.retained), updates * (1 + (job.retained > 0)))
         calls.updated += shape.params * updates
     return calls
+
+
+def _updates(job: PlannedJob) -> float:
+    """Of the optimizer, while it trains."""
+    return math.ceil(job.samples / job.batch_size) * job.epochs
+
+
+def readings_of(job: PlannedJob) -> dict[str, Calls]:
+    """The calls that look at a model and do not change it: which samples are forgotten, how difficult they are, and
+    what it answers."""
+    shape = job.shape
+    batches = math.ceil(job.samples / max(1, job.batch_tokens // job.tokens))
+    readings: dict[str, Calls] = {}
+    if job.looks:
+        calls = readings["checks"] = Calls()
+        calls.add("forward", job, job.looks, job.looks * batches)
+        if job.continuations:
+            # Each text is read once more, and all continuations begin in the cache of that.
+            calls.add("forward", job, job.looks, job.looks * batches)
+            at_once = max(1.0, min(job.continuations / job.looks, DECODED_TOKENS // job.tokens))
+            steps = math.ceil(job.continuations / at_once) * job.tokens / 2
+            written = job.continuations * job.tokens / 2
+            calls.add_tokens("decoding", shape, written, written, job.tokens * 3 / 4, steps)
+    if job.refreshes:
+        readings["refreshes"] = Calls()
+        readings["refreshes"].add("gradient", job, job.refreshes, job.refreshes * batches)
+    if job.reads or job.answers:
+        calls = readings["evaluation"] = Calls()
+        each = job.reads / job.rounds
+        reading = job.rounds * math.ceil(each / max(1, job.batch_tokens // job.tokens))
+        calls.add_tokens("forward", shape, job.reads * job.tokens, job.reads * job.scored, job.tokens, reading)
+        writing = 0.0
+        if job.answers:
+            writing = job.rounds * math.ceil(job.answers / job.rounds / job.answers_at_once)
+            calls.add_written(shape, job.answers, job.prompt, job.new_tokens, writing)
+        if not job.epochs:
+            calls.tasks = reading + writing  # of replicas; workers that train share texts evenly
+    return readings
 
 
 def _add_measures(calls: Calls, job: PlannedJob) -> None:
@@ -370,9 +549,10 @@ class JobPlan:
         parts: of the seconds, by what they are spent on.
         replicas: that work side by side.
         devices: of each replica.
-        memory: bytes of each replica.
+        memory: bytes of each replica; of each device where training is sharded.
         device_hours: of all replicas.
         limit: the part that takes longest.
+        strategy: of training, ddp or fsdp; None: nothing is trained.
     """
 
     seconds: float
@@ -382,16 +562,25 @@ class JobPlan:
     memory: float
     device_hours: float
     limit: str
+    strategy: str | None = None
 
 
 def memory_of(job: PlannedJob, profile: Profile) -> float:
-    """The bytes that a replica holds at its peak."""
+    """The bytes that a replica holds at its peak; of training, one that has all weights."""
+    peak = scoring_memory(job, profile)
+    if job.epochs:
+        peak = max(peak, TRAINED * job.shape.params + _training_activations(job, profile))
+    return peak
+
+
+def scoring_memory(job: PlannedJob, profile: Profile) -> float:
+    """The same of all but training."""
     weights = job.shape.params * BYTES[job.dtype]
     peak = 0.0
     if job.estimator is not None:
         kind = job.estimator if job.estimator in KINDS else "forward"
         active = activation_bytes(job, profile, kind)
-        peak = weights * profile.costs[kind].copies + active
+        peak = weights * profile.cost(kind, job.dtype).copies + active
         if ESTIMATORS[job.estimator].perturbs:
             peak += weights  # the base
         if job.estimator == "antithetic":
@@ -405,29 +594,61 @@ def memory_of(job: PlannedJob, profile: Profile) -> float:
             peak = max(peak, 4 * weights + activation_bytes(at_once, profile, "training"))
         elif measure.scope != "texts":
             kind = "gradient" if "model" in measure.needs else "forward"
-            peak = max(peak, weights * profile.costs[kind].copies + activation_bytes(job, profile, kind))
-    if job.epochs:
-        # In fp32: weights, gradients and the two moments of AdamW.
-        peak = max(peak, 16 * job.shape.params + activation_bytes(job, profile, "training"))
+            active = activation_bytes(job, profile, kind)
+            peak = max(peak, weights * profile.cost(kind, job.dtype).copies + active)
+    if (job.reads or job.answers) and not job.epochs:
+        peak = max(peak, weights * profile.cost("forward", job.dtype).copies + _reading_activations(job, profile))
     return peak
+
+
+def sharded_memory(job: PlannedJob, profile: Profile, devices: int) -> float:
+    """The bytes of each of so many devices that train by FSDP: its share of weights, gradients and moments, and the
+    greater of what an update needs (a whole layer with its gradient, activations) and of what looking at the model
+    needs: a whole copy of it, as checks, evaluations and checkpoints make one."""
+    params = job.shape.params
+    updating = 2 * 4 * params / job.shape.layers + activation_bytes(job, profile, "training")
+    looking = 4 * params + _reading_activations(job, profile)
+    return TRAINED * params / devices + max(updating, looking)
+
+
+def _training_activations(job: PlannedJob, profile: Profile) -> float:
+    active = activation_bytes(job, profile, "training")
+    if job.refreshes:
+        active = max(active, activation_bytes(job, profile, "gradient"))
+    return max(active, _reading_activations(job, profile))
+
+
+def _reading_activations(job: PlannedJob, profile: Profile) -> float:
+    """Of looks and evaluations: those of a pass, or the keys and values of what is being written."""
+    active = activation_bytes(job, profile, "forward") if job.looks or job.reads else 0.0
+    if job.answers:
+        tokens = job.answers_at_once * (job.prompt + job.new_tokens)
+        cost = profile.cost("decoding", job.dtype)
+        units, logits = units_and_logits(job.shape, "decoding", tokens, job.answers_at_once)
+        active = max(active, cost.activation * units + cost.logit * logits)
+    return active
 
 
 def activation_bytes(job: PlannedJob, profile: Profile, kind: str) -> float:
     """The bytes of the tensors that a call computes, at their peak."""
     tokens = min(job.batch_tokens, job.samples * job.tokens)
     units, logits = units_and_logits(job.shape, kind, tokens, tokens * job.scored / job.tokens)
-    return profile.costs[kind].activation * units + profile.costs[kind].logit * logits
+    cost = profile.cost(kind, job.dtype)
+    return cost.activation * units + cost.logit * logits
 
 
 def units_and_logits(shape: Shape, kind: str, tokens: float, scored: float) -> tuple[float, float]:
     """How many units of width and logits a call holds at once. Units of one layer are enough where no backward pass
-    needs the others."""
-    layers = shape.layers if kind in ("gradient", "training") else 1
+    and no later step needs the others."""
+    layers = shape.layers if kind in ("gradient", "training", "decoding") else 1
     return tokens * shape.hidden * layers, scored * shape.vocabulary
 
 
-def plan(job: PlannedJob, profile: Profile, devices: int) -> JobPlan:
+def plan(job: PlannedJob, profile: Profile, devices: int, starts: bool = True) -> JobPlan:
     """The plan of a job on so many devices (GPUs, or cores of one thread each).
+
+    Args:
+        starts: replicas have to be started; else the work is done in a process that is there.
 
     Raises:
         UserError: the model does not fit on them.
@@ -435,36 +656,83 @@ def plan(job: PlannedJob, profile: Profile, devices: int) -> JobPlan:
     job = job.checked()
     if devices < 1:
         raise UserError(f"{named('gpus')} is {devices}: expected at least 1")
-    memory = memory_of(job, profile)
-    devices_each = max(1, math.ceil(memory / (profile.memory * USABLE)))
+    usable = profile.memory * USABLE
+    memory = scoring_memory(job, profile)
+    devices_each = max(1, math.ceil(memory / usable))
     if devices_each > devices:
-        raise UserError(
-            f"a replica needs {memory / 1e9:.0f} GB, which is {devices_each} of {profile.hardware}; there are "
-            f"{devices}: take more of them, a lower {named('batch_tokens')}, or {named('estimator')} gradient with "
-            f"{named('dtype')} bfloat16"
-        )
+        raise _too_large(memory, devices_each, profile, devices)
     replicas = devices // devices_each
-    calls = calls_of(job)
-    parts = {
-        f"{kind} passes": job.shape.layers * calls.count[kind] * profile.costs[kind].layer
-        + calls.widths[kind] * profile.costs[kind].width
-        + calls.flops[kind] * profile.costs[kind].flop
-        for kind in KINDS
-        if calls.count.get(kind)
-    }
-    parts |= {"noise": calls.written * profile.noise, "updates": calls.updated * profile.update}
-    parts["scheduling"] = calls.tasks * profile.task
+    calls, readings = calls_of(job), readings_of(job)
     # A replica of several devices is taken to use them all; communication between them is not counted.
-    speed_up = 1 if replicas == 1 else replicas * profile.sharing
-    if calls.tasks:
+    speed_up = devices_each * (1 if replicas == 1 else replicas * profile.sharing)
+    tasks = calls.tasks + sum(reading.tasks for reading in readings.values())
+    if tasks:
         # The last round of tasks may leave replicas without work.
-        speed_up *= calls.tasks / replicas / math.ceil(calls.tasks / replicas)
-    parts = {name: seconds / speed_up / devices_each for name, seconds in parts.items() if seconds}
-    parts["start"] = profile.start + profile.load * job.shape.params * BYTES[job.dtype]
+        speed_up *= tasks / replicas / math.ceil(tasks / replicas)
+    seconds_of = calls.parts(job.shape, profile, job.dtype)
+    training = {"training": seconds_of.pop("training")} if "training" in seconds_of else {}
+    parts = {f"{kind} passes": seconds / speed_up for kind, seconds in seconds_of.items()}
+    parts |= {"noise": calls.written * profile.noise / speed_up, "updates": calls.updated * profile.update / speed_up}
+    strategy = None
+    if training:
+        strategy, of_training = _spread_training(job, profile, devices)
+        memory = max(memory, of_training)
+        parts |= _training_parts(job, calls, profile, devices, strategy)
+        speed_up = 1.0 if devices == 1 else devices * profile.sharing
+        replicas, devices_each = (devices, 1) if strategy == "ddp" else (1, devices)
+    for name, reading in readings.items():
+        parts[name] = sum(reading.parts(job.shape, profile, job.dtype).values()) / speed_up
+    parts["scheduling"] = tasks * profile.task / speed_up
+    parts = {name: seconds for name, seconds in parts.items() if seconds}
+    if starts:
+        parts["start"] = profile.start + profile.load * job.shape.params * BYTES[job.dtype] * job.models
     seconds = sum(parts.values())
-    limit = max(parts, key=lambda name: parts[name])
+    limit = max(parts, key=lambda name: parts[name]) if parts else "nothing"
     device_hours = seconds / 3600 * replicas * devices_each
-    return JobPlan(seconds, parts, replicas, devices_each, memory, device_hours, limit)
+    return JobPlan(seconds, parts, replicas, devices_each, memory, device_hours, limit, strategy)
+
+
+def _too_large(memory: float, needed: int, profile: Profile, devices: int) -> UserError:
+    return UserError(
+        f"a replica needs {memory / 1e9:.0f} GB, which is {needed} of {profile.hardware}; there are "
+        f"{devices}: take more of them, a lower {named('batch_tokens')}, or {named('estimator')} gradient with "
+        f"{named('dtype')} bfloat16"
+    )
+
+
+def _spread_training(job: PlannedJob, profile: Profile, devices: int) -> tuple[str, float]:
+    """How training is spread, and the bytes of each device: a whole model each where that fits, else shares of it.
+
+    Raises:
+        UserError: it does not fit either way.
+    """
+    usable = profile.memory * USABLE
+    whole = TRAINED * job.shape.params + _training_activations(job, profile)
+    if whole <= usable:
+        return "ddp", whole
+    memory = sharded_memory(job, profile, devices)
+    if memory <= usable:
+        return "fsdp", memory
+    shared = TRAINED * job.shape.params
+    alone = memory - shared / devices
+    more = f"take {math.ceil(shared / (usable - alone))} of them, or " if alone < usable else "take "
+    raise UserError(
+        f"training needs {memory / 1e9:.0f} GB on each of {devices} x {profile.hardware} by fsdp, and "
+        f"{usable / 1e9:.0f} GB can be had: {more}a smaller model or a lower {named('batch_tokens')}"
+    )
+
+
+def _training_parts(job: PlannedJob, calls: Calls, profile: Profile, devices: int, strategy: str) -> dict[str, float]:
+    """Seconds of passes and updates. Workers split the samples of an update, of which there may be fewer than workers;
+    each makes all calls, and with DDP each moves all weights."""
+    kind, sharing = "training", 1.0 if devices == 1 else profile.sharing
+    busy = min(devices, job.batch_size)
+    fixed = profile.seconds(kind, calls.count[kind], job.shape, 0, 0, job.dtype)
+    passes = profile.seconds(kind, 0, job.shape, calls.widths[kind], calls.flops[kind], job.dtype) / busy
+    moved = _updates(job) * job.shape.params * profile.update
+    forecasts = calls.updated * profile.update - moved
+    updates = moved / (devices if strategy == "fsdp" else 1)
+    return {"training passes": (fixed + passes) / sharing, "updates": (updates + forecasts) / sharing}
 
 
 def print_plan(job: PlannedJob, job_plan: JobPlan, profile: Profile, price: float | None) -> None:
@@ -477,32 +745,72 @@ def print_plan(job: PlannedJob, job_plan: JobPlan, profile: Profile, price: floa
         price: of a device and hour; None: unknown.
     """
     job = job.checked()
-    work = [f"{job.estimator}" + (f" with {job.draws} draws" if job.draws else "")] if job.estimator else []
-    work += [f"{name} at {cost:g} forward passes a sample" for name, cost in job.measure_costs().items()]
-    work += [f"unlearning for {job.epochs:g} epochs"] if job.epochs else []
     print(
         f"{job.samples:,.0f} samples of {job.tokens:g} tokens, a model of {_short(job.shape.params)} weights: "
-        f"{', then '.join(work)}"
+        f"{', then '.join(_work(job))}"
     )
-    print(f"on {job_plan.replicas} replica(s) of {job_plan.devices} x {profile.hardware}")
-    hours = job_plan.seconds / 3600
-    print(f"time    {_duration(job_plan.seconds)} ({hours:.3g} h), {job_plan.device_hours:.3g} device hours")
-    for name, seconds in sorted(job_plan.parts.items(), key=lambda part: -part[1]):
-        print(f"        {seconds / job_plan.seconds:>4.0%} {name}")
-    print(f"memory  {job_plan.memory / 1e9:.3g} GB a replica, of {job_plan.devices * profile.memory / 1e9:.3g} GB")
+    for line in machine_lines(job, job_plan, profile):
+        print(line)
     if price is not None:
         print(f"cost    {job_plan.device_hours * price:.2f} at {price:g} an hour and device")
     draws_limit = job_plan.limit == "forward passes" and not job.measure
     print(f"limit   {job_plan.limit}" + (f": see {named('estimator')} gradient" if draws_limit else ""))
+    for note in notes_on(job, profile):
+        print(f"note: {note}")
+
+
+def _work(job: PlannedJob) -> list[str]:
+    """What is done, in words."""
+    work = [f"{job.estimator}" + (f" with {job.draws} draws" if job.draws else "")] if job.estimator else []
+    work += [f"{name} at {cost:g} forward passes a sample" for name, cost in job.measure_costs().items()]
+    work += [f"training for {job.epochs:g} epochs"] if job.epochs else []
+    work += [f"{job.looks:g} looks at which are forgotten"] if job.looks else []
+    work += [f"{job.refreshes:g} measurements of MRD"] if job.refreshes else []
+    written = f" and {job.answers:,.0f} answers of {job.new_tokens:g} tokens" if job.answers else ""
+    work += [f"evaluation of {job.reads:,.0f} texts{written}"] if job.reads or job.answers else []
+    return work
+
+
+def machine_lines(job: PlannedJob, job_plan: JobPlan, profile: Profile) -> list[str]:
+    """Machines, time and memory of a plan."""
+    hours = job_plan.seconds / 3600
+    spread = {
+        None: f"{job_plan.replicas} replica(s) of {job_plan.devices} x {profile.hardware}, {job.dtype}",
+        "ddp": f"{job_plan.replicas} x {profile.hardware}, {job.dtype}; ddp: a whole model on each",
+        "fsdp": f"{job_plan.devices} x {profile.hardware}, {job.dtype}; fsdp: weights, gradients and moments are split "
+        "over all",
+    }[job_plan.strategy]
+    lines = [f"on {spread}"]
+    lines.append(f"time    {_duration(job_plan.seconds)} ({hours:.3g} h), {job_plan.device_hours:.3g} device hours")
+    for name, seconds in sorted(job_plan.parts.items(), key=lambda part: -part[1]):
+        lines.append(f"        {seconds / job_plan.seconds:>4.0%} {name}")
+    each, of = ("a replica", job_plan.devices) if job_plan.strategy is None else ("a device", 1)
+    lines.append(f"memory  {job_plan.memory / 1e9:.3g} GB {each}, of {of * profile.memory / 1e9:.3g} GB")
+    return lines
+
+
+def notes_on(job: PlannedJob, profile: Profile) -> list[str]:
+    """What a reader of a plan must know to trust it."""
+    notes = []
     if alone := [name for name in job.measure if takes_samples_alone(name)]:
-        print(f"note: {' and '.join(alone)}: a sample at a time, each along its own updates; nothing is batched")
+        notes.append(f"{' and '.join(alone)}: a sample at a time, each along its own updates; nothing is batched")
     if together := [name for name in job.measure if MEASURES[name].scope == "set"]:
-        print(f"note: {' and '.join(together)}: the work of one replica, which takes longer than its share")
+        notes.append(f"{' and '.join(together)}: the work of one replica, which takes longer than its share")
+    if job.answers:
+        notes.append("answers are taken to be as long as they may be; those that end earlier take less")
+    if not profile.knows(job.dtype):
+        notes.append(
+            f"{job.dtype} was not measured on {profile.name}: the speed is that of {profile.dtype}, which is what is "
+            "known"
+        )
+    if (job.answers or job.continuations) and "decoding" not in profile.costs:
+        notes.append(f"decoding was not measured on {profile.name}: a step is taken for a forward pass of its tokens")
     if not profile.measured:
-        print(
-            f"note: {profile.name} is from its data sheet and was not measured; `mrd-bench benchmark plan --out FILE` "
+        notes.append(
+            f"{profile.name} is from its data sheet and was not measured; `mrd-bench benchmark plan --out FILE` "
             f"measures a machine, and {named('profile')} FILE plans with that"
         )
+    return notes
 
 
 def _short(count: float) -> str:

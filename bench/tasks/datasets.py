@@ -16,11 +16,13 @@ from typing import Any, TypeVar
 import numpy as np
 
 from bench.tasks import TASKS, Record, Task, custom
-from bench.tasks.sources import check_file, iterate_file, read_file
+from bench.tasks.sources import check_file, iterate_file, names_in, read_file
+from bench.tasks.task import Unreachable
 from bench.tasks.token_hash import TokenHash
 from scoring.errors import UserError, unknown_name
 from scoring.records import as_text, check_ids
 from scoring.samples import Text, TextSet
+from scoring.settings import named
 from scoring.templates import Template
 
 T = TypeVar("T")
@@ -242,6 +244,28 @@ def load_dataset(
     texts = [as_text(name, number, record, template) for number, record in enumerate(records, start=1)]
     check_ids(name, [text.sample_id for text in texts])
     return Dataset(name, texts, records, tokenizer)
+
+
+def load_default_retain(load: Callable[[str], T], source: str, forget_split: str, retain_split: str) -> T:
+    """The retain set that belongs to a forget split, where the user has named none.
+
+    Args:
+        load: split -> its data.
+        source: the task, as `find_task` takes it.
+
+    Raises:
+        Unreachable: it cannot be had; the message names the setting, and the splits that are there.
+    """
+    try:
+        return load(retain_split)
+    except Unreachable as error:
+        task, place = find_task(source)
+        there = names_in(place, task.splits) if place else []
+        why = f"of the splits of {task.name!r} there are {', '.join(there)}" if there else str(error)
+        raise Unreachable(
+            f"{forget_split} goes with {retain_split}, which cannot be had from {place!r}: name another split or a "
+            f"data file with {named('retain')}; {why}"
+        ) from error
 
 
 def open_texts(source: str, split: str | None = None, tokenizer: Any = None, template: Template | None = None) -> Texts:

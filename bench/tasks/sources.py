@@ -6,7 +6,7 @@ NAME.parquet: the first of these that exists.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -150,6 +150,11 @@ def find_file(folder: str | Path, name: str) -> Path:
         f"source folder {str(folder)!r} has no {', '.join(name + suffix for suffix in SUFFIXES[:-1])} or "
         f"{name}{SUFFIXES[-1]}: it holds {', '.join(names[:FILES_IN_MESSAGE]) or 'nothing'}{more}"
     )
+
+
+def names_in(folder: str | Path, names: Iterable[str]) -> list[str]:
+    """Those of the names that a folder has a data file of; none if there is no such folder."""
+    return [name for name in names if any((Path(folder) / f"{name}{suffix}").is_file() for suffix in SUFFIXES)]
 
 
 def read_hub(hub: HubSet, instead: str) -> list[Record]:

@@ -15,9 +15,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from algorithms.live import PROGRESS, TABLES, read_progress
-from bench.files.folders import LOCK, is_held, owner_of
+from bench.files.folders import LOCK, owner_of
 from scoring.errors import UserError
-from scoring.files import shown
+from scoring.files import is_held, shown
 from scoring.progress import Meter
 from scoring.reading import read_json
 
@@ -85,7 +85,7 @@ def look(folder: Path) -> Seen:
     state: State = "stopped"
     if record.is_file():
         state = "finished"
-    elif is_held(folder):
+    elif is_held(folder / LOCK):
         state = "running"
     elif progress is not None and progress.failed:
         state = "failed"

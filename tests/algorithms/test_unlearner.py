@@ -1540,7 +1540,10 @@ def test_seed_decides_everything(plain: Path, tmp_path: Path, fields: dict):
         ({"batch_size": 0}, "batch_size is 0: expected a whole number of at least 1"),
         ({"refresh": -1}, "refresh is -1: expected a whole number of at least 0"),
         ({"check_every": -1}, "check_every is -1: expected a whole number of at least 0"),
-        ({"check_every": 0}, "check_every is 0: nobody looks"),
+        (
+            {"check_every": 0, "early_stopping": True},
+            "early_stopping and check_every 0 exclude each other: nobody looks which samples are forgotten",
+        ),
         ({"warmup_steps": -1}, "warmup_steps is -1: expected a whole number of at least 0"),
         ({"lora_rank": -1}, "lora_rank is -1: expected a whole number of at least 0"),
         ({"el_n": 0}, "el_n is 0: expected a whole number of at least 1"),

@@ -897,11 +897,12 @@ def test_room_is_that_of_two_checkpoints(
 
 def test_nobody_looks(inputs: Inputs, capsys: pytest.CaptureFixture[str]) -> None:
     """All updates are made, nothing is measured for the rule, and nothing is said to be forgotten."""
-    assert run(inputs.command("--no-early-stopping", check_every=0)) == 0
+    assert run(inputs.command(check_every=0)) == 0
     printed = capsys.readouterr()
     assert "forgotten (MA" not in printed.out
     assert "forgotten=" not in printed.err
     record = json.loads((inputs.out / "run.json").read_text())
+    assert record["spec"]["early_stopping"] is False
     assert record["thresholds"] == {}
     assert "checks" not in record["seconds"]
     samples = pq.read_table(inputs.out / "samples.parquet")
@@ -911,7 +912,8 @@ def test_nobody_looks(inputs: Inputs, capsys: pytest.CaptureFixture[str]) -> Non
 
 
 def test_stopping_needs_someone_who_looks(inputs: Inputs, capsys: pytest.CaptureFixture[str]) -> None:
-    assert "--check-every is 0" in refused(capsys, inputs.command(check_every=0))
+    line = refused(capsys, inputs.command("--early-stopping", check_every=0))
+    assert "--early-stopping and --check-every 0 exclude each other" in line
     assert not inputs.out.exists()
 
 

@@ -28,6 +28,7 @@ PROFILE = Profile(
         "gradient": UnitCost(2e-3, 2e-7, 2e-9, 20.0, 4.0, 2.0),
         "curvature": UnitCost(10e-3, 10e-7, 10e-9, 16.0, 4.0, 4.0),
         "training": UnitCost(3e-3, 3e-7, 3e-9, 20.0, 4.0, 2.0),
+        "decoding": UnitCost(4e-3, 4e-7, 4e-9, 8.0, 4.0, 1.0, weight=1e-9),
     },
     noise=1e-9,
     update=2e-9,
@@ -115,6 +116,72 @@ def test_unlearning_by_hand() -> None:
     assert "scheduling" not in parts
 
 
+def test_evaluation_by_hand() -> None:
+    """Two rounds of 50 texts, in 5 batches each, and as many answers of 5 tokens after 30, each round in one batch."""
+    job = dataclasses.replace(JOB, estimator=None, reads=100, answers=100, rounds=2, new_tokens=5)
+    reading = 10 * 2 * 1e-3 + PASS
+    before = 2 * 2 * 1e-3 + 1e-7 * (3000 * 200 + 100 * 1000) + 1e-9 * (3000 * (2 * 8e5 + 24_000) + 100 * 2e5)
+    steps = 10 * (2 * 4e-3 + 1e6 * 1e-9)
+    written = steps + 4e-7 * (500 * 200 + 500 * 1000) + 4e-9 * (500 * (2 * 8e5 + 26_000) + 500 * 2e5)
+    parts = seconds_of(job)
+    assert parts["evaluation"] == pytest.approx(reading + before + written)
+    assert parts["scheduling"] == pytest.approx((10 + 2) * 0.01)
+    # Three tasks each on four replicas, which keep half of their speed.
+    assert seconds_of(job, 4)["evaluation"] == pytest.approx(parts["evaluation"] / 2)
+    # The weights, and the greater of a batch that is read and of the keys and values of 50 answers.
+    kept = max(8 * 400 * 100 + 4 * 100 * 1000, 8 * 50 * 35 * 200 + 4 * 50 * 1000)
+    assert memory_of(job.checked(), PROFILE) == pytest.approx(4e6 + kept)
+    # A profile from before decoding was measured.
+    early = dataclasses.replace(PROFILE, costs={k: v for k, v in PROFILE.costs.items() if k != "decoding"})
+    assert seconds_of(job, profile=early)["evaluation"] < parts["evaluation"]
+
+
+def test_looks_and_refreshes_by_hand() -> None:
+    """Four looks of 10 batches; 100 continuations of 20 tokens after 20, 100 at once; MRD twice."""
+    trained = dataclasses.replace(JOB, estimator=None, epochs=3, retained=1)
+    job = dataclasses.replace(trained, looks=4, refreshes=2)
+    parts = seconds_of(job)
+    assert parts["checks"] == pytest.approx(40 * 2 * 1e-3 + 4 * PASS)
+    assert parts["refreshes"] == pytest.approx(20 * 2 * 2e-3 + 2 * 2 * PASS)
+    assert parts["training passes"] == seconds_of(trained)["training passes"]
+    by_el = seconds_of(dataclasses.replace(job, continuations=400))["checks"] - parts["checks"]
+    before = 40 * 2 * 1e-3 + 4 * PASS
+    steps = 4 * 20 * (2 * 4e-3 + 1e6 * 1e-9)
+    written = steps + 4e-7 * (8000 * 200 + 8000 * 1000) + 4e-9 * (8000 * (2 * 8e5 + 24_000) + 8000 * 2e5)
+    assert by_el == pytest.approx(before + written)
+
+
+def test_training_that_fits_on_no_device_is_sharded() -> None:
+    """16 MB of weights, gradients and moments on devices of 9 MB: a quarter each, a layer of 2 MB with its gradient,
+    and the activations of 40 tokens."""
+    job = dataclasses.replace(JOB, estimator=None, epochs=1, batch_tokens=40)
+    small = dataclasses.replace(PROFILE, memory=1e7)
+    found = plan(job, small, 4)
+    assert (found.strategy, found.devices, found.replicas) == ("fsdp", 4, 1)
+    assert found.memory == pytest.approx(4e6 + 4e6 + 20 * 40 * 200 + 4 * 10 * 1000)
+    # 25 updates of two calls each, which every worker makes, on a sample each; a quarter of the weights is moved.
+    assert found.parts["training passes"] == pytest.approx((50 * 2 * 3e-3 + 2 * 3 * PASS / 4) / 0.5)
+    assert found.parts["updates"] == pytest.approx(25 * 1e6 * 2e-9 / 4 / 0.5)
+    with pytest.raises(UserError, match=r"training needs .* on each of 3 x .* by fsdp, .*: take 4 of them"):
+        plan(job, small, 3)
+    # Where it fits, whole models: no more than four of eight workers have a sample of an update.
+    found, alone = plan(job, PROFILE, 8), plan(job, PROFILE, 1)
+    assert (found.strategy, found.devices, found.replicas) == ("ddp", 1, 8)
+    assert found.parts["training passes"] == pytest.approx((50 * 2 * 3e-3 + 2 * 3 * PASS / 4) / 0.5)
+    assert found.parts["updates"] == pytest.approx(alone.parts["updates"] / 0.5)
+
+
+def test_each_dtype_has_its_own_speed() -> None:
+    faster = {kind: dataclasses.replace(cost, flop=cost.flop / 8) for kind, cost in PROFILE.costs.items()}
+    both = dataclasses.replace(PROFILE, other_dtypes={"bfloat16": faster})
+    in_bf16 = dataclasses.replace(JOB, dtype="bfloat16")
+    slow, fast = (seconds_of(job, profile=both)["gradient passes"] for job in (JOB, in_bf16))
+    assert slow - fast == pytest.approx(7 / 8 * 2e-9 * FLOPS)
+    assert seconds_of(in_bf16)["gradient passes"] == slow
+    assert both.knows("bfloat16")
+    assert not PROFILE.knows("bfloat16")
+
+
 def test_measures_of_difficulty_by_hand() -> None:
     """Flip time: 4 forward passes, a call for each of 100 samples, and an update; nll: 1 for each of 10 batches."""
     forecast = dataclasses.replace(JOB, estimator=None, measure=("flip-time",))
@@ -182,6 +249,13 @@ def test_profiles(tmp_path: Path) -> None:
     kept = tmp_path / "here.json"
     kept.write_text(json.dumps({"profile": dataclasses.asdict(PROFILE)}))
     assert find_profile(str(kept)) == PROFILE
+    # As earlier versions wrote them.
+    early = dataclasses.asdict(PROFILE)
+    del early["dtype"], early["other_dtypes"], early["costs"]["decoding"]
+    for cost in early["costs"].values():
+        del cost["weight"]
+    kept.write_text(json.dumps({"profile": early}))
+    assert find_profile(str(kept)).cost("decoding", "float32") == PROFILE.costs["forward"]  # 8 bytes: a key and a value
 
 
 def test_the_checks_that_are_kept_are_within_30_percent() -> None:
@@ -192,9 +266,13 @@ def test_the_checks_that_are_kept_are_within_30_percent() -> None:
     assert len(seconds) >= 6
     assert all(0.7 <= ratio <= 1.3 for ratio in [*seconds, *sizes])
     # The profile that comes along is the one that was measured then.
-    kept = Profile.read(figures["profile"])
+    commands = json.loads((ROOT / "results" / "benchmark" / "plan-commands-2-cores.json").read_text())
+    assert all(0.75 <= check["planned"] / check["measured"] <= 1.25 for check in commands["checks"])
+    kept = Profile.read(figures["profile"]).costs
+    # Decoding was measured with the commands.
+    kept["decoding"] = Profile.read(commands["profile"]).costs["decoding"]
     for kind, cost in profiles()["cpu-core"].costs.items():
-        assert dataclasses.astuple(cost) == pytest.approx(dataclasses.astuple(kept.costs[kind]), rel=1e-3)
+        assert dataclasses.astuple(cost) == pytest.approx(dataclasses.astuple(kept[kind]), rel=1e-3)
 
 
 def test_on_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
@@ -205,6 +283,17 @@ def test_on_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
     assert "limit   forward passes: see --estimator gradient" in said
     assert "at 3 an hour and device" in said
     assert "h100 is from its data sheet and was not measured" in said
+    assert "on 16 replica(s) of 1 x H100 80 GB, float32" in said
+    train = ["plan", "--model-params", "7e9", "--samples", "4e3", "--command", "train", "--dtype", "bfloat16"]
+    assert main([*train, "--gpus", "3"]) == 0
+    said = capsys.readouterr().out
+    assert "on 3 x H100 80 GB, bfloat16; fsdp: weights, gradients and moments are split over all" in said
+    assert "training for 5 epochs, then 6 looks at which are forgotten, then evaluation of 600 texts and 600" in said
+    assert "bfloat16 was not measured" not in said
+    assert main([*train, "--gpus", "2", "--model-params", "1e8", "--profile", "cpu-core"]) == 0
+    said = capsys.readouterr().out
+    assert "ddp: a whole model on each" in said
+    assert "note: bfloat16 was not measured on cpu-core: the speed is that of float32" in said
     measures = "--estimator none --measure flip-time,joint-forecast --lookahead 2"
     assert main(["plan", "--model-params", "1e6", "--samples", "100", *measures.split()]) == 0
     said = capsys.readouterr().out
@@ -229,6 +318,12 @@ def test_on_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
         ("--samples 1e4 --model-params 5", "--model-params is 5: expected a number of weights"),
         ("--samples 1e4 --model-params 7e11 --gpus 4", "a replica needs"),
         ("--samples 1e4 --dtype float8", "--dtype is 'float8': expected one of"),
+        ("--samples nan", "--samples is nan: expected a finite number from 1 to 1e+18"),
+        ("--samples 1e308", "--samples is 1e308: expected a number from 1 to 1e+18"),
+        ("--samples 1e4 --model-params inf", "--model-params is inf: expected a finite number greater than 0"),
+        ("--samples 1e4 --price=-inf", "--price is -inf: expected a finite number from 0"),
+        ("--samples 1e4 --new-tokens nan", "--new-tokens is nan: expected a finite number from 0"),
+        ("--samples 1e4 --model-params 70e9 --command train --gpus 64", "training needs"),
         ("--samples 1e4 --epochs -1", "--epochs is -1: expected a number from 0 to 1e+09"),
     ],
 )

@@ -783,6 +783,22 @@ def test_what_is_not_kept_is_not_read(tmp_path: Path) -> None:
         refused("allenai/c4 .*FOLDER/c4.jsonl", functools.partial(datasets_of, spec, tokenizer()), Unreachable)
 
 
+def test_a_retain_split_that_is_not_there(tmp_path: Path) -> None:
+    """The message names the setting, and the splits that are there."""
+    for name in ("forget01", "retain90"):
+        write_jsonl(tmp_path / f"{name}.jsonl", [{"question": f"q{row}", "answer": "a"} for row in range(3)])
+    spec = checked(f"tofu:{tmp_path}", forget_split="forget01")
+    expected = "forget01 goes with retain99, which cannot be had from .*: name another split or a data file with retain"
+    refused(
+        f"{expected}; of the splits of 'tofu' there are forget01, retain90$",
+        functools.partial(datasets_of, spec, tokenizer()),
+        Unreachable,
+    )
+    _, retain = datasets_of(checked(f"tofu:{tmp_path}", forget_split="forget01", retain="retain90"), tokenizer())
+    assert retain is not None
+    assert len(retain.texts) == 3
+
+
 def test_unlearning_a_task_file(tmp_path: Path, model_folder: Path) -> None:
     """Five epochs, as the protocol has it; the retain set is the file's."""
     write_jsonl(tmp_path / "f.jsonl", pairs(6))
