@@ -26,7 +26,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AllowInfNan
 
-from algorithms.recipe import DEFAULT_BATCH_SIZE
+from algorithms.recipe import DEFAULT_BATCH_SIZE, EVALUATED
 from scoring.answers import EXTRA_TOKENS
 from scoring.api import BATCHES_PER_TASK, DRAWS_PER_TASK
 from scoring.engine import Dtype
@@ -343,7 +343,7 @@ class PlanSettings:
         float | None,
         Ge(0),
         Le(MOST),
-        Doc("of each set, each epoch of unlearn and train (default: 100 of these, else samples)"),
+        Doc("of each set, each epoch of unlearn and train (default: 32 of these, else samples)"),
     ] = None
     sets: Annotated[int | None, Ge(1), Le(MANY), Doc("that are evaluated (default: 2 of unlearn, else 1)")] = None
     models: Annotated[int, Ge(1), Le(MANY), Doc("that evaluate compares")] = 1
@@ -387,7 +387,7 @@ class PlanSettings:
         if not trains and self.command != "evaluate":
             return job
         looks = 1 + math.floor(epochs / self.check_every) if trains and self.check_every else 0
-        each = self.evaluate_samples if self.evaluate_samples is not None else 100 if trains else self.samples
+        each = self.evaluate_samples if self.evaluate_samples is not None else EVALUATED if trains else self.samples
         rounds = (self.sets or (2 if self.command == "unlearn" else 1)) * (epochs + 1 if trains else self.models)
         new_tokens = self.new_tokens if self.new_tokens is not None else scored + EXTRA_TOKENS
         return replace(
