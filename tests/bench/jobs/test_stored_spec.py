@@ -182,7 +182,7 @@ def test_a_training_run(made: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "# output  original: new; retain-only: new" in pair
     (tmp_path / "spec.yaml").write_text(printed(capsys, "spec", str(tmp_path / "run")))
     assert main([*train, "--spec", str(tmp_path / "spec.yaml")]) == 0
-    assert "holds this run already" in capsys.readouterr().err
+    assert "holds this run" in capsys.readouterr().err
 
 
 def test_text_that_looks_like_a_number_stays_text(tmp_path: Path) -> None:

@@ -252,7 +252,7 @@ class Whole:
 def whole(learnt: Path, tmp_path_factory: pytest.TempPathFactory) -> Whole:
     """GradDiff, easy samples first, MRD anew each epoch; some samples are forgotten on the way."""
     inputs = Inputs(tmp_path_factory.mktemp("whole"), learnt)
-    more = "--evaluate --alpha 1 --epochs 6 --refresh 1 --batch-size 3 --learning-rate 2e-4 --el-n 2"
+    more = "--evaluate --alpha 1 --epochs 6 --refresh 1 --batch-size 3 --learning-rate 2e-4 --el-n 2 --stopping paper"
     command = inputs.command(*more.split())
     with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as error:
         assert run(command) == 0
@@ -422,6 +422,8 @@ EXECUTION = {
     "gradient_checkpointing": "--gradient-checkpointing",
     "checkpoint_every": "--checkpoint-every 3",
     "max_failures": "--max-failures 0",
+    "log": "--log jsonl",
+    "log_dir": "--log jsonl --log-dir nowhere",
 }
 # Every other field, but those that name a model or data.
 IDENTITY = {
@@ -453,6 +455,7 @@ IDENTITY = {
     "sigma": "--sigma 1e-4",
     "draws": "--estimator monte-carlo --draws 20",
     "early_stopping": "--no-early-stopping",
+    "stopping": "--stopping ma=0.4",
     "check_every": "--check-every 2",
     "check_unit": "--check-unit steps",
     "el_n": "--el-n 3",
@@ -506,7 +509,7 @@ def test_another_spec_is_refused(whole: Whole, capsys: pytest.CaptureFixture[str
     assert field in found
     # What was asked for, and at most what follows from it.
     asked = {flag.removeprefix("--").removeprefix("no-").replace("-", "_") for flag in IDENTITY[field].split()}
-    assert found <= asked | {"statistic", "draws", "lora_alpha", "forget_weight", "retain_weight"}
+    assert found <= asked | {"statistic", "draws", "lora_alpha", "forget_weight", "retain_weight", "evaluate_samples"}
     assert content(whole.folder) == before
 
 
