@@ -1602,6 +1602,7 @@ def test_algorithms_own_values(algorithm: str, expected: dict):
 def test_values_of_the_recipe_come_first():
     given = {
         "negation": None,
+        "early_stopping": True,
         "stopping": "ma=0.5",
         "retain_limit": None,
         "dual_step": None,

@@ -72,8 +72,8 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def lines_of(error: str) -> list[str]:
-    """The lines on stderr that are no progress bar."""
-    return [line for line in error.splitlines() if line.strip() and not line.startswith(BARS)]
+    """The lines on stderr that are no progress bar, and no note of a run that has begun."""
+    return [line for line in error.splitlines() if line.strip() and not line.startswith((*BARS, "note: "))]
 
 
 def refused(capsys: pytest.CaptureFixture[str], arguments: Sequence[str]) -> str:
