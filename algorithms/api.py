@@ -13,8 +13,6 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from tqdm import tqdm
-
 from algorithms.corpus import REFUSALS, Encoder, answers_evaluation, make_corpus
 from algorithms.group import ALONE
 from algorithms.history import Progress
@@ -25,6 +23,7 @@ from scoring.errors import UserError
 from scoring.eval_mode import in_eval_mode
 from scoring.files import work_folder
 from scoring.loaded import check_loaded
+from scoring.progress import Bar
 from scoring.records import Record, texts_of
 from scoring.samples import TextSet, context_length
 from scoring.settings import build
@@ -136,7 +135,7 @@ def unlearn(
     with (
         ExitStack() as on_error,
         work_folder() as folder,
-        tqdm(total=total, unit="update", desc=f"unlearning ({settings.algorithm})", disable=not progress) as bar,
+        Bar(f"unlearning ({settings.algorithm})", total, "update", progress) as bar,
     ):
         on_error.enter_context(in_eval_mode(model))
         job = TrainingJob(
@@ -152,7 +151,8 @@ def unlearn(
         )
 
         def show(progress: Progress) -> None:
-            bar.update(progress.step - bar.n)
+            bar.at(progress.step)
+            bar.left = progress.seconds_left
 
         ensure_reference(job, lambda: LocalPool(model), model.device, model.config)
         unlearner = unlearner_of(job, model, ALONE, show)

@@ -161,6 +161,12 @@ class Checkpoints:
             _remove(self.folder / f"step-{step:08d}")
 
 
+def latest_step(folder: Path) -> int | None:
+    """The update of the newest whole checkpoint in a folder of them; None if there is none."""
+    finished = sorted(folder.glob("step-*"))
+    return int(finished[-1].name.removeprefix("step-")) if finished else None
+
+
 class NoCheckpoints(Checkpoints):
     """The checkpoints of a run so short that it is never continued: none are written."""
 

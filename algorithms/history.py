@@ -1,7 +1,8 @@
-"""The record of a run, and the progress that it shows."""
+"""The record of a run, and how far it is."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -82,12 +83,42 @@ class History:
 
 @dataclass(frozen=True)
 class Progress:
-    """What the progress bar shows."""
+    """How far a run is.
+
+    Attributes:
+        step, total: updates made, and those of a run that does not stop early.
+        epoch, loss, forget_loss, retain_loss: of the last update; None before the first.
+        forgotten: the share of samples; None if nobody checks.
+        resumed: the update that this start has continued from; 0: it has begun.
+        seconds_left: of the whole run, with all that is measured on the way; None where nobody can tell yet.
+        phase, done, of: what is being done, and how far that is, see `scoring.progress.Meter`.
+        failed: why it has ended, if it was for an error.
+        notes: what a reader must know, as far as the run has found it out.
+    """
 
     step: int
     total: int
-    epoch: int
-    loss: float
-    forget_loss: float
-    retain_loss: float
-    forgotten: float | None
+    epoch: int = 0
+    loss: float | None = None
+    forget_loss: float | None = None
+    retain_loss: float | None = None
+    forgotten: float | None = None
+    resumed: int = 0
+    seconds_left: float | None = None
+    phase: str = ""
+    done: float = 0
+    of: float = 0
+    failed: str | None = None
+    notes: Sequence[str] = ()
+
+
+def seconds_left(history: History, total: int, updates_per_epoch: int) -> float | None:
+    """Seconds until a run ends that does not stop early: its updates, and as much beside them in each epoch as there
+    has been so far, the initial model's measurements included."""
+    if not history.step:
+        return None
+    training = history.seconds.get("training", 0.0)
+    beside = sum(list(history.seconds.values())) - training  # a list: another thread may be adding one
+    left = total - history.step
+    epochs = -(-left // updates_per_epoch)
+    return left * training / history.step + epochs * beside / max(1, len(history.epochs))

@@ -12,6 +12,7 @@ from algorithms.group import Group
 from algorithms.recipe import Recipe
 from scoring.flip_time import Forecaster, Outputs
 from scoring.mrd import estimate, reduce_draws, request_for
+from scoring.progress import advance, expect
 from scoring.replica import TransformersReplica
 from scoring.samples import Batch, Sample, collate, make_batches
 from scoring.updates import TrialUpdates, UpdateSettings, distance
@@ -59,9 +60,11 @@ def measure_forecasts(
     device = next(model.parameters()).device
     forecaster = Forecaster(model, TrialUpdates(model, UpdateSettings.of(recipe)), lambda now, _: loss(now, batch))
     mine = {}
+    expect(len(samples[group.rank :: group.size]))
     for sample in samples[group.rank :: group.size]:
         batch = collate([sample]).to(device)
         mine[sample.index] = float(forecaster.forecast([batch], [threshold])[0, 0])
+        advance()
     forecast_of = group.gathered(mine)
     return np.array([forecast_of[sample.index] for sample in samples]), forecaster
 

@@ -7,16 +7,15 @@ workers. So the folder must be visible from every node.
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import signal
 import threading
-import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +26,7 @@ from algorithms.checkpoints import Checkpoints, NoCheckpoints
 from algorithms.corpus import Corpus, Evaluation
 from algorithms.group import ALONE, Group
 from algorithms.history import History, Progress
+from algorithms.live import PROGRESS, LiveTables, progress_told, read_progress, write_progress
 from algorithms.passes import Head
 from algorithms.recipe import Execution, Objectives, Recipe, layer_of, total_updates
 from algorithms.reference import Reference, Role, compute_reference
@@ -39,6 +39,7 @@ from scoring.errors import UserError, first_line
 from scoring.files import replacing
 from scoring.load import load_model, loading_notes, read_config
 from scoring.plugins import Plugin, load_plugins, loaded_plugins
+from scoring.progress import every, phase
 from scoring.samples import Sample, default_batch_tokens
 from scoring.settings import adopt, current_naming, named
 from scoring.work import LocalPool, Pool, ReplicaSpec
@@ -50,9 +51,12 @@ if TYPE_CHECKING:
 POLL_S = "0.1"
 # How long workers may take to start on a cluster that has room for them; Ray itself would wait forever.
 START_TIMEOUT_S = "300"
-PROGRESS_S = 0.3
+LOOK_S = 0.5
 # The file in which a worker leaves an error that would come again on every start.
 LASTING_ERROR = ".mistake.txt"
+
+Observe = Callable[[Progress], None]
+Report = Callable[[Mapping[str, Any]], None]
 
 
 @dataclass(frozen=True)
@@ -91,28 +95,37 @@ class TrainingJob:
         return self.folder / "reference.safetensors"
 
     @property
+    def progress_files(self) -> tuple[Observe, ...]:
+        """What writes the progress down: nothing, for a run that is too short to be looked at."""
+        return (partial(write_progress, self.folder),) if self.keeps_checkpoints else ()
+
+    @property
     def checkpoints(self) -> Checkpoints:
         if not self.keeps_checkpoints:
             return NoCheckpoints()
         return Checkpoints(self.folder / "checkpoints", self.tokenizer)
 
 
-Observe = Callable[[Progress], None]
-Report = Callable[[Mapping[str, Any]], None]
-
-
 def train_here(
-    job: TrainingJob, device: str = "cpu", observe: Observe = lambda _: None, report: Report = lambda _: None
+    job: TrainingJob,
+    device: str = "cpu",
+    observe: Observe = lambda _: None,
+    report: Report = lambda _: None,
+    watch: Observe = lambda _: None,
 ) -> History:
     """Run the job in this process.
 
     Args:
         observe: is shown the progress after each update.
         report: is given the row of each epoch, which a Ray Tune trial passes on.
+        watch: is shown the progress from time to time, in another thread.
     """
-    model = load_model(job.source, "float32", device, job.revision)
+    with phase("loading the model"):
+        model = load_model(job.source, "float32", device, job.revision)
     ensure_reference(job, lambda: LocalPool(model), device)
-    return unlearner_of(job, model, ALONE, observe, report).run()
+    unlearner = unlearner_of(job, model, ALONE, observe, report)
+    with progress_told(unlearner.progress, watch, *job.progress_files):
+        return unlearner.run()
 
 
 def train_on_ray(job: TrainingJob, footprint: Footprint, observe: Observe = lambda _: None) -> History:
@@ -238,14 +251,6 @@ def _train_in_worker(config: dict[str, Any]) -> dict[str, Any]:
     device = str(ray.train.torch.get_device())
     if device.startswith("cuda"):
         torch.cuda.set_device(device)
-    last_written = 0.0
-
-    def show(progress: Progress) -> None:
-        nonlocal last_written
-        if time.monotonic() - last_written > PROGRESS_S or progress.step == progress.total:
-            with replacing(job.folder / "progress.json") as unfinished:
-                unfinished.write_text(json.dumps(asdict(progress)))
-            last_written = time.monotonic()
 
     def report(row: Mapping[str, Any]) -> None:
         ray.train.report({key: value for key, value in row.items() if isinstance(value, int | float)})
@@ -254,7 +259,10 @@ def _train_in_worker(config: dict[str, Any]) -> dict[str, Any]:
     try:
         check_versions(config["driver_versions"])
         load_plugins(job.plugins)
-        unlearner_of(job, load_model(job.source, "float32", device, job.revision), group, show, report).run()
+        model = load_model(job.source, "float32", device, job.revision)
+        unlearner = unlearner_of(job, model, group, report=report)
+        with progress_told(unlearner.progress, *(() if group.rank else job.progress_files)):
+            unlearner.run()
     except Diverged as error:
         return {"error": str(error)}  # all workers know the sums, so all of them end here
     except Exception as error:
@@ -322,6 +330,7 @@ def unlearner_of(
         report=report,
         batch_tokens=job.execution.batch_tokens,
         checkpoint_every=job.execution.checkpoint_every,
+        live=LiveTables(job.folder if job.keeps_checkpoints and not group.rank else None),
         target=job.target,
     )
     unlearner.history.note(*loading_notes(model))
@@ -352,7 +361,7 @@ def ensure_reference(
     }
     config = config or read_config(job.source, job.revision)
     layer = layer_of(job.recipe, config)
-    with make_pool() as pool:
+    with make_pool() as pool, phase("reading the samples with the initial model"):
         batch_tokens = job.execution.batch_tokens or default_batch_tokens(device)
         compute_reference(job.reference_path, samples, quantities, layer, pool, batch_tokens)
 
@@ -363,30 +372,15 @@ def ensure_reference(
 @contextmanager
 def _progress_shown(folder: Path, observe: Observe) -> Iterator[None]:
     """Within the context `observe` is shown the progress of the first worker."""
-    path = folder / "progress.json"
+    path = folder / PROGRESS
     path.unlink(missing_ok=True)
-    done = threading.Event()
 
-    def show_news(last_text: str) -> str:
-        text = path.read_text() if path.is_file() else ""
-        if text and text != last_text:
-            observe(Progress(**json.loads(text)))
-        return text
+    def look() -> None:
+        if progress := read_progress(folder):
+            observe(progress)
 
-    def watch() -> None:
-        last_text = ""
-        while not done.wait(PROGRESS_S):
-            last_text = show_news(last_text)
-        show_news(last_text)
-
-    thread = threading.Thread(target=watch, daemon=True)
-    thread.start()
-    try:
+    with every(LOOK_S, look):
         yield
-    finally:
-        done.set()
-        thread.join()
-        path.unlink(missing_ok=True)
 
 
 def _last_line(error: BaseException) -> str:

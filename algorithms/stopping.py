@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from algorithms.group import ALONE, Group
 from scoring.errors import UserError
 from scoring.memorization import extraction, memorization_accuracy
+from scoring.progress import advance, expect
 from scoring.samples import BATCH_TOKENS, Sample, default_batch_tokens, make_batches
 from scoring.settings import described, named
 
@@ -135,9 +136,11 @@ def _measure(
     ma = np.empty(len(samples))
     row_of = {sample.index: row for row, sample in enumerate(samples)}
     device = next(model.parameters()).device
+    expect(len(samples))
     for batch in make_batches(samples, batch_tokens or default_batch_tokens(device)):
         rows = [row_of[index] for index in batch.indices.tolist()]
         ma[rows] = memorization_accuracy(model, batch.to(device)).cpu().numpy()
+        advance(len(rows))
     tokens = sum(sample.length for sample in samples)
     el = np.full(len(samples), np.inf)
     undecided = np.flatnonzero(ma < el_below) if el_below is not None else np.arange(len(samples))

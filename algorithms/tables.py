@@ -22,11 +22,21 @@ def tables_of(history: History, corpus: Corpus) -> dict[str, pa.Table]:
     difficulty  MRD or forecast of every sample at every refresh
     """
     return {
-        "steps": pa.Table.from_pylist(history.steps, _step_schema()),
-        "epochs": pa.Table.from_pylist(history.epochs, _epoch_schema(history.epochs)),
+        "steps": step_table(history.steps),
+        "epochs": epoch_table(history.epochs),
         "samples": sample_table(history, corpus),
         "difficulty": _difficulty_table(history, corpus),
     }
+
+
+def step_table(rows: Sequence[Mapping[str, Any]]) -> pa.Table:
+    """Rows of updates as a table; any of a run, which have the same schema."""
+    return pa.Table.from_pylist(list(rows), _step_schema())
+
+
+def epoch_table(rows: Sequence[Mapping[str, Any]]) -> pa.Table:
+    """Rows of epochs as a table."""
+    return pa.Table.from_pylist(list(rows), _epoch_schema(rows))
 
 
 def training_tables(history: History, corpus: Corpus) -> dict[str, pa.Table]:

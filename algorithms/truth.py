@@ -18,6 +18,7 @@ import torch
 from algorithms.samplers import Sampler
 from scoring.flip_time import ForgetLoss, InitialOutputs, Outputs, outputs_of
 from scoring.memorization import extraction_likelihood, memorization_accuracy
+from scoring.progress import advance, expect
 from scoring.replica import TransformersReplica
 from scoring.samples import Batch, Sample, collate
 from scoring.updates import TrialUpdates, UpdateSettings, clip_gradients
@@ -189,6 +190,7 @@ class TogetherTask:
             with torch.no_grad():
                 initial.keep(batch, outputs_of(replica.model, batch))
         fell = {name: np.full(len(samples), np.inf) for name in self.thresholds}
+        expect(self.updates)
         try:
             for updates in range(self.updates + 1):
                 ma = np.concatenate([memorization_accuracy(replica.model, batch).cpu().numpy() for batch in on_device])
@@ -197,6 +199,7 @@ class TogetherTask:
                     fell[name][(ma < threshold) & np.isinf(fell[name])] = updates
                 if updates == self.updates or all(np.isfinite(places).all() for places in fell.values()):
                     break
+                advance()
                 drawn = sampler.draw(updates, self.batch_size, np.ones(len(samples), dtype=bool)).tolist()
                 self._loss_of(replica, [samples[place] for place in drawn], initial).backward()
                 clip_gradients(parameters, self.update.clip_norm)

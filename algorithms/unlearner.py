@@ -22,8 +22,9 @@ from algorithms.alone import LossAlone
 from algorithms.checkpoints import Checkpoint, Checkpoints
 from algorithms.corpus import Corpus, Evaluation
 from algorithms.ease import FLIP_TIME, MRD, ZEROS, ease_of_forecasts, rewards
-from algorithms.history import CLOCKS, History, Progress
+from algorithms.history import CLOCKS, History, Progress, seconds_left
 from algorithms.hold import log_odds_gradient_norm
+from algorithms.live import LiveTables
 from algorithms.loss import LossTerms
 from algorithms.measurements import measure_forecasts, measure_mrd, weight_change
 from algorithms.micro_batches import MicroBatch, share_of_batch
@@ -37,6 +38,7 @@ from algorithms.target import TRAINED_MA, Target
 from algorithms.trainable import Trainable
 from scoring.errors import UserError
 from scoring.flip_time import Outputs
+from scoring.progress import advance, expect, phase
 from scoring.samples import Batch, collate, default_batch_tokens
 
 # How often a term of the loss may outgrow that of the first update (or 1, if that was less). A mean NLL of 10,000 nats
@@ -44,6 +46,12 @@ from scoring.samples import Batch, collate, default_batch_tokens
 DIVERGED = 1e4
 # What a token costs in training, in forward passes over a token: a backward pass takes twice as long as a forward one.
 PASSES = 3
+
+
+# What the seconds of a clock are spent on, in words.
+PHASES = dict(
+    zip(CLOCKS, ("training", "measuring difficulty", "checking", "evaluating", "writing a checkpoint"), strict=True)
+)
 
 
 class Diverged(UserError):
@@ -67,6 +75,7 @@ class Unlearner:
         batch_tokens: padded tokens in a micro-batch: gradients are accumulated over as many as a batch needs; None: as
             many as suit the device.
         checkpoint_every: updates from one checkpoint to the next; None: one after each epoch.
+        live: where the tables grow, on the first worker.
         target: of a model that learns: how well it must know its samples for training to end; None: nobody looks.
     """
 
@@ -84,6 +93,7 @@ class Unlearner:
         report: Callable[[Mapping[str, Any]], None] = lambda _: None,
         batch_tokens: int | None = None,
         checkpoint_every: int | None = None,
+        live: LiveTables | None = None,
         target: Target | None = None,
     ) -> None:
         self.recipe, self.corpus, self.trained, self.group = recipe, corpus, trained, trained.group
@@ -94,6 +104,8 @@ class Unlearner:
         self._initial = initial
         self._checkpoints, self._evaluation, self._target = checkpoints, evaluation, target
         self._observe, self._report = observe, report
+        self._live = live or LiveTables(None)
+        self._resumed = 0
         self._chosen_batch_tokens = batch_tokens
         self._batch_tokens = batch_tokens or default_batch_tokens(trained.device)
         self._newest_is_trusted = False
@@ -135,6 +147,9 @@ class Unlearner:
             self._measure_initial_model()
             self._checkpoint()
         history = self.history
+        self._resumed = history.step
+        if history.step < self.total and self._in_draw().any() and not self._has_reached_target():
+            self._live.begin(history)
         while history.step < self.total and self._in_draw().any() and not self._has_reached_target():
             epoch, step_of_epoch = divmod(history.step, self.updates_per_epoch)
             if step_of_epoch == 0:
@@ -150,6 +165,7 @@ class Unlearner:
             is_last = not self._in_draw().any()
             if is_end_of_epoch or is_last:
                 self._close_epoch(epoch)
+            self._live.follow(history, now=is_end_of_epoch or is_last)
             if is_end_of_epoch or is_last or history.step % self._checkpoint_every == 0:
                 self._checkpoint()
         self._trust_newest_checkpoint()
@@ -190,6 +206,7 @@ class Unlearner:
             # factors of their samples.
             sums = torch.zeros(4, dtype=torch.float64, device=self.trained.device)
             factors, groups = self._factors(positions), self._groups()
+            expect(len(micro_batches))
             for number, micro_batch in enumerate(micro_batches):
                 with self.trained.accumulating(last=number == len(micro_batches) - 1):
                     terms = weighed = self._terms(micro_batch, groups)
@@ -202,6 +219,7 @@ class Unlearner:
                 sums[2] += micro_batch.tokens * micro_batch.counts
                 if micro_batch.set_name == "forget":
                     sums[3] += weighed.detach().double().sum() * micro_batch.counts
+                advance()
             counts = sums.new([len(drawn), len(drawn), 1, len(drawn)])
             forget, retain, tokens, weighed_forget = (self.group.summed(sums) / counts).tolist()
             penalty = self._add_hold_penalty(positions)
@@ -325,18 +343,24 @@ class Unlearner:
 
     def _show_progress(self) -> None:
         if self.group.rank == 0:
-            last = self.history.steps[-1]
-            self._observe(
-                Progress(
-                    last["step"],
-                    self.total,
-                    last["epoch"],
-                    last["loss"],
-                    last["forget_loss"],
-                    last["retain_loss"] or 0.0,
-                    self._share_forgotten(),
-                )
-            )
+            self._observe(self.progress())
+
+    def progress(self) -> Progress:
+        """How far the run is; may be asked in another thread."""
+        history = self.history
+        last = history.steps[-1] if history.steps else {}
+        return Progress(
+            history.step,
+            self.total,
+            last.get("epoch", 0),
+            last.get("loss"),
+            last.get("forget_loss"),
+            last.get("retain_loss"),
+            self._share_forgotten(),
+            self._resumed,
+            seconds_left(history, self.total, self.updates_per_epoch),
+            notes=tuple(history.notes),
+        )
 
     # --- Difficulty -----------------------------------------------------------------------------------------
 
@@ -572,7 +596,8 @@ class Unlearner:
         """Add the seconds of the context to the history; they are in the clock afterwards."""
         clock = _Clock()
         start = time.perf_counter()
-        yield clock
+        with phase(PHASES[name]):
+            yield clock
         if self.trained.device.type == "cuda":
             torch.cuda.synchronize()
         clock.seconds = time.perf_counter() - start

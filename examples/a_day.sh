@@ -26,7 +26,7 @@ from pathlib import Path
 from bench.tasks.datasets import load_dataset
 
 tofu, out, *counts = sys.argv[1:]
-for name, split, count in zip(("forget", "retain"), ("forget01", "retain90"), map(int, counts)):
+for name, split, count in zip(("forget", "retain"), ("forget01_perturbed", "retain_perturbed"), map(int, counts)):
     records = load_dataset(f"tofu:{tofu}", split).records[:count]
     Path(out, f"{name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
 Path(out, "task.yaml").write_text("protocol: tofu\nname: two authors\nforget: forget.jsonl\nretain: retain.jsonl\n")

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from scoring.eval_mode import in_eval_mode
 from scoring.generation import greedy_continuations
 from scoring.logprob import scored_logprobs
+from scoring.progress import advance, expect
 from scoring.samples import Sample, answer_end, default_batch_tokens, make_batches
 
 # How much longer than the true answer a written answer may be.
@@ -98,11 +99,13 @@ def answer_probability(
     """
     device = next(model.parameters()).device
     probability = np.empty(len(samples))
+    expect(len(samples))
     # Indices are renumbered: `samples` may be any part of the data set that they count.
     numbered = [replace(sample, index=i) for i, sample in enumerate(samples)]
     for batch in make_batches(numbered, batch_tokens or default_batch_tokens(device)):
         summed = scored_logprobs(model, batch.to(device)).double().sum(-1).cpu()
         probability[batch.indices.numpy()] = mean_probability(-(summed / batch.mask.sum(-1)).numpy())
+        advance(len(batch))
     return probability
 
 

@@ -7,6 +7,7 @@ The command line goes the same way, with records from a file and replicas on a c
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import reduce
@@ -17,7 +18,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
-from tqdm import tqdm
 
 from scoring.errors import UserError
 from scoring.eval_mode import left_unchanged
@@ -35,6 +35,7 @@ from scoring.mrd import (
     request_for,
     statistic_and_draws,
 )
+from scoring.progress import Bar
 from scoring.records import Record, texts_of
 from scoring.sample_file import Batches
 from scoring.samples import (
@@ -290,12 +291,17 @@ def run_tasks(
     """
     todo = [task for task in tasks if not finished.has(task.key)]
     # The bar counts samples times draws, so that it moves evenly although shards differ in size.
-    sizes = {task.key: _samples_in(shards[task.shard]) * _draws_of(task) for task in todo}
-    unit = "sample-draw" if any(_draws_of(task) > 1 for task in todo) else "sample"
-    with tqdm(total=sum(sizes.values()), unit=unit, desc=title, disable=title is None) as bar:
+    sizes = {task.key: float(_samples_in(shards[task.shard]) * _draws_of(task)) for task in tasks}
+    unit = "sample-draw" if any(_draws_of(task) > 1 for task in tasks) else "sample"
+    ahead = {task.key: sizes[task.key] for task in todo}
+    total, done = sum(sizes.values()), sum(sizes.values()) - sum(ahead.values())
+    if title is not None and done and todo:
+        print(f"continuing from {done:.0f} of {total:.0f} {unit}s: {title}", file=sys.stderr)
+    with Bar(title or "", total, unit, title is not None, done) as bar:
+        bar.begin(ahead)
         for task, result, facts in pool.run(todo, shards):
             finished.keep(task, result, facts)
-            bar.update(sizes[task.key])
+            bar.finish(task.key)
 
 
 def _samples_in(shard: Sequence[Batch]) -> int:

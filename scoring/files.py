@@ -66,20 +66,6 @@ def has_no_locks(error: Exception) -> bool:
     )
 
 
-def is_held(path: Path) -> bool:
-    """Whether somebody has a lock on a file; it is not touched."""
-    if os.name != "posix":
-        return False  # there is no flock to ask
-    import fcntl
-
-    try:
-        with path.open() as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except OSError as error:
-        return error.errno in (errno.EWOULDBLOCK, errno.EAGAIN)
-    return False
-
-
 def locks_nothing(path: Path) -> bool:
     """Whether the lock that this process has on a file keeps nobody out: some file systems say yes and lock nothing."""
     if os.name != "posix":

@@ -20,6 +20,7 @@ from transformers.cache_utils import DynamicLayer
 from scoring.abilities import abilities_of, positions_for, remembered, same, tokens_to_try
 from scoring.errors import UserError
 from scoring.precision import as_precise_as_weights
+from scoring.progress import advance, expect
 
 Way = Literal["together", "alone", "anew"]
 
@@ -57,6 +58,7 @@ def greedy_continuations(
     check_fit(getattr(model.config.get_text_config(), "max_position_embeddings", None), prompts, limits)
     stops = stops_of(model, eos_token_id)
     continuations = [np.empty(0, dtype=np.int64) for _ in prompts]
+    expect(sum(limit > 0 for limit in limits))
     for group in group_prompts(prompts, limits, batch_tokens):
         written = _decode(model, [prompts[i] for i in group], [limits[i] for i in group], stops)
         for i, tokens in zip(group, written, strict=True):
@@ -98,6 +100,7 @@ def greedy_continuations_within(
     check_fit(getattr(model.config.get_text_config(), "max_position_embeddings", None), prompts, limits)
     stops = stops_of(model, eos_token_id)
     continuations = [np.empty(0, dtype=np.int64) for _ in starts]
+    expect(sum(limit > 0 for limit in limits))
     for group in _group_starts(texts, starts, batch_tokens):
         batch = _WithinTexts(model, texts, [starts[i] for i in group])
         for i, tokens in zip(group, _decode_rows(batch, [limits[i] for i in group], stops), strict=True):
@@ -203,6 +206,7 @@ def _decode_one(
             break
         written.append(token)
         ids = torch.cat([ids, ids.new_tensor([[token]])], dim=1)
+    advance()
     return written
 
 
@@ -410,6 +414,7 @@ def _decode_rows(batch: _Rows, limits: Sequence[int], stops: frozenset[int]) -> 
             written[number].append(token)
             if len(written[number]) < limits[number]:
                 unfinished.append(row)
+        advance(len(numbers) - len(unfinished))
         if not unfinished:
             return written
         batch.keep(unfinished, tokens[torch.tensor(unfinished, device=tokens.device)])

@@ -25,6 +25,7 @@ from scoring.flip_time import ForgetLoss, gradient_ascent
 from scoring.loaded import check_loaded
 from scoring.measures import MEASURES, Asked, Measure
 from scoring.mrd import Sigma
+from scoring.progress import advance, expect
 from scoring.records import Record, texts_of
 from scoring.replica import TransformersReplica
 from scoring.samples import Batch, Rejected, Tokens, default_batch_tokens, make_batches
@@ -119,6 +120,7 @@ class MeasureTask:
         columns: dict[str, Any] = {"index": np.concatenate([batch.indices.cpu().numpy() for batch in batches])}
         seconds = {}
         shared: dict[str, Any] = {}
+        expect(len(self.names))
         for name in self.names:
             measure = MEASURES[name]
             started = time.perf_counter()
@@ -128,6 +130,7 @@ class MeasureTask:
                 given = {"": given}
             columns |= {f"{name}@{ending}" if ending else name: values for ending, values in given.items()}
             seconds[name] = time.perf_counter() - started
+            advance()
         return columns | {"seconds": seconds}
 
 
@@ -207,7 +210,7 @@ def columns_of(
         numbers = {threshold_name(t): t for t in settings.thresholds}
         if AVERAGE in numbers:
             tasks = [MemorizationTask(shard) for shard in range(len(shards))]
-            run_tasks(pool, tasks, shards, finished, title and "measuring MA")
+            run_tasks(pool, tasks, shards, finished, title and f"MA first, {title}")
             columns[MA_COLUMN] = joined([finished.result(task) for task in tasks], count, rows_of)[MA_COLUMN]
             numbers[AVERAGE] = average_of(columns[MA_COLUMN])
         asked = replace(asked, thresholds={name: float(number) for name, number in numbers.items()})

@@ -27,6 +27,7 @@ import numpy as np
 import torch
 
 from scoring.errors import UserError
+from scoring.progress import advance, expect
 from scoring.samples import Batch
 from scoring.settings import Doc, Ge, Gt, named
 
@@ -289,7 +290,11 @@ def _estimate_to_precision(
 
 def _relative_changes(replica: Perturbable, batches: Sequence[Batch], base: Sequence[torch.Tensor]) -> np.ndarray:
     """Delta of the current perturbation for all samples, (N,)."""
-    return np.concatenate([relative_change(p, replica.logprobs(batch)) for p, batch in zip(base, batches, strict=True)])
+    changes = []
+    for p, batch in zip(base, batches, strict=True):
+        changes.append(relative_change(p, replica.logprobs(batch)))
+        advance()
+    return np.concatenate(changes)
 
 
 def _monte_carlo(
@@ -298,6 +303,7 @@ def _monte_carlo(
     """Algorithm 1, with each draw's noise shared by all samples: a sample's estimate is as accurate as with noise of
     its own, and the noise costs one pass over the weights instead of one per sample."""
     columns = []
+    expect((request.last_draw - request.first_draw) * len(batches))
     try:
         for draw in range(request.first_draw, request.last_draw):
             replica.perturb(request.sigma, request.seed, draw)
@@ -311,6 +317,7 @@ def _antithetic(
     replica: Perturbable, batches: Sequence[Batch], base: Sequence[torch.Tensor], request: Request
 ) -> np.ndarray:
     columns = []
+    expect((2 * (request.last_draw - request.first_draw) + 1) * len(batches))
     try:
         for draw in range(request.first_draw, request.last_draw):
             replica.perturb(request.sigma, request.seed, draw)
@@ -331,7 +338,11 @@ def _gradient(
     replica: Perturbable, batches: Sequence[Batch], request: Request
 ) -> tuple[np.ndarray, list[torch.Tensor]]:
     """The closed form, and the log-probs of its forward pass."""
-    pairs = [replica.log_abs_gradient_norms(batch) for batch in batches]
+    expect(len(batches))
+    pairs = []
+    for batch in batches:
+        pairs.append(replica.log_abs_gradient_norms(batch))
+        advance()
     norms = np.concatenate([norm.double().cpu().numpy() for norm, _ in pairs])
     return (request.sigma * math.sqrt(2 / math.pi) * norms)[:, None], [logprobs for _, logprobs in pairs]
 
@@ -339,15 +350,14 @@ def _gradient(
 def _curvature(
     replica: Perturbable, batches: Sequence[Batch], base: Sequence[torch.Tensor], request: Request
 ) -> np.ndarray:
-    columns = [
-        np.concatenate(
-            [
-                _over_base(p, -replica.second_derivatives(batch, request.seed, draw))
-                for p, batch in zip(base, batches, strict=True)
-            ]
-        )
-        for draw in range(request.first_draw, request.last_draw)
-    ]
+    columns = []
+    expect((request.last_draw - request.first_draw) * len(batches))
+    for draw in range(request.first_draw, request.last_draw):
+        column = []
+        for p, batch in zip(base, batches, strict=True):
+            column.append(_over_base(p, -replica.second_derivatives(batch, request.seed, draw)))
+            advance()
+        columns.append(np.concatenate(column))
     return np.stack(columns, axis=1) * (request.sigma**2 / 2)
 
 

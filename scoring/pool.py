@@ -9,23 +9,28 @@ no room yet join when it has.
 from __future__ import annotations
 
 import os
+import uuid
 from collections import Counter, deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import ray
 import torch
 from ray.exceptions import NodeDiedError, ObjectLostError, OutOfMemoryError, RayActorError, RayTaskError
 
+from scoring.board import read_board, told_on
 from scoring.cluster import Footprint, check_versions, how_many_fit, versions
 from scoring.engine import Replica
 from scoring.errors import UserError, first_line
 from scoring.plugins import load_plugins
+from scoring.progress import tasks_in_flight
 from scoring.samples import Batch
 from scoring.settings import Naming, adopt, current_naming, named
 from scoring.work import AnyTask, Facts, ReplicaSpec, ReplicaTask, TaskRunner
 
 MAX_ATTEMPTS = 4
+# Seconds from one look at how far tasks are to the next.
+LOOK_S = 1.0
 # What a call to a replica raises when its process or node is gone, when Ray's memory monitor has ended it, or when its
 # result was lost with a node.
 DEATHS = (RayActorError, OutOfMemoryError, NodeDiedError, ObjectLostError)
@@ -87,10 +92,19 @@ class ReplicaActor:
             spec.allow_lost_perturbation,
         )
 
-    def run(self, task: ReplicaTask, batches: list[Batch], run_number: int) -> tuple[Any, Facts]:
-        """See `TaskRunner.run`."""
+    def run(
+        self, task: ReplicaTask, batches: list[Batch], run_number: int, board: str | None = None
+    ) -> tuple[Any, Facts]:
+        """See `TaskRunner.run`.
+
+        Args:
+            board: where the driver looks how far the task is; None: it does not.
+        """
         assert self._runner is not None
-        return self._runner.run(task, batches, run_number)
+        if board is None:
+            return self._runner.run(task, batches, run_number)
+        with told_on(board):
+            return self._runner.run(task, batches, run_number)
 
 
 class ReplicaPool:
@@ -117,6 +131,7 @@ class ReplicaPool:
         self._deaths_in_a_row = 0
         self._run_number = 0
         self.replaced = 0
+        self._name = uuid.uuid4().hex
 
     def __enter__(self) -> ReplicaPool:
         return self
@@ -161,7 +176,11 @@ class ReplicaPool:
         try:
             while waiting or running:
                 self._hand_out(waiting, running, stored, shards)
-                (reference,), _ = ray.wait([*self._loading, *running], num_returns=1)
+                ready, _ = ray.wait([*self._loading, *running], num_returns=1, timeout=self._look_s())
+                if not ready:
+                    self._look(task for task, _ in running.values())
+                    continue
+                (reference,) = ready
                 if reference in self._loading:
                     self._finish_loading(reference)
                     continue
@@ -205,7 +224,20 @@ class ReplicaPool:
             task, actor = waiting.popleft(), self._idle.pop()
             if task.shard not in stored:
                 stored[task.shard] = ray.put(list(shards[task.shard]))
-            running[actor.run.remote(task, stored[task.shard], self._run_number)] = task, actor
+            board = None if tasks_in_flight() is None else self._board(task)
+            running[actor.run.remote(task, stored[task.shard], self._run_number, board)] = task, actor
+
+    def _board(self, task: ReplicaTask) -> str:
+        return f"{self._name}/{self._run_number}/{task.key}"
+
+    @staticmethod
+    def _look_s() -> float | None:
+        """How long to wait for a result before looking how far the tasks are; None if nobody wants to know."""
+        return None if tasks_in_flight() is None else LOOK_S
+
+    def _look(self, tasks: Iterable[ReplicaTask]) -> None:
+        if (in_flight := tasks_in_flight()) is not None:
+            in_flight.update({task.key: read_board(self._board(task)) for task in tasks})
 
     def _start(self) -> None:
         options = self._footprint.ray_options()

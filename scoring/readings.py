@@ -5,22 +5,34 @@ How the work is cut depends on the samples alone, so a reading does not depend o
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from scoring.engine import Replica
 from scoring.generation import group_prompts
+from scoring.progress import Bar
 from scoring.samples import BATCH_TOKENS, Batch, Sample, make_batches
 from scoring.work import Pool
 
 # The most prompts decoded together: few enough that a small data set keeps several replicas busy.
 PROMPTS_PER_TASK = 64
 T = TypeVar("T")
+# Writing a token takes about as long as reading so many; for bars.
+TOKENS_READ_PER_WRITTEN = 4
+
+
+def continuation_cost(prompts: Sequence[np.ndarray], limits: Sequence[int]) -> float:
+    """Of writing after prompts, about, in tokens that are read."""
+    return float(sum(map(len, prompts)) + TOKENS_READ_PER_WRITTEN * sum(limits))
+
+
+def extraction_cost(lengths: Sequence[int]) -> float:
+    """Of EL of samples of so many tokens, about, in tokens that are read: half of the prefixes are written after."""
+    return float(sum(length + length * length for length in lengths))
 
 
 @dataclass(frozen=True)
@@ -160,8 +172,11 @@ class Reader:
         pool: replicas of the model.
         eos_token_id: the token that ends a continuation; None: only the limit ends it.
         batch_tokens: padded tokens in a batch that is read.
-        progress: show a bar for each kind of reading.
+        bar: shows how far the readings are, in tokens; None shows nothing.
         writing_tokens: rows times (prompt + new) tokens in one batch that is written; None: four times as many.
+
+    Attributes:
+        about: what is read, for the bar.
     """
 
     def __init__(
@@ -169,14 +184,15 @@ class Reader:
         pool: Pool,
         eos_token_id: int | None,
         batch_tokens: int = BATCH_TOKENS,
-        progress: bool = False,
+        bar: Bar | None = None,
         writing_tokens: int | None = None,
     ) -> None:
         self._writing_tokens = writing_tokens or 4 * batch_tokens
         self._pool = pool
         self._eos = eos_token_id
         self._batch_tokens = batch_tokens
-        self._progress = progress
+        self._bar = bar
+        self.about = ""
 
     def likelihoods(self, samples: Sequence[Sample]) -> list[TokenScores]:
         """The scored tokens of N samples, in their order, by teacher forcing.
@@ -188,7 +204,8 @@ class Reader:
         rows, places = _merged(samples)
         batches = _batches_of_rows(rows, self._batch_tokens)
         tasks = [LikelihoodTask(shard) for shard in range(len(batches))]
-        results = self._run(tasks, [[batch] for batch in batches], len(rows), "log-probabilities")
+        sizes = [float(batch.lengths.sum()) for batch in batches]
+        results = self._run(tasks, [[batch] for batch in batches], sizes, "log-probabilities")
         scores = self._in_order(results, len(rows))
         return [TokenScores(scores[row].logprobs[columns], scores[row].hits[columns]) for row, columns in places]
 
@@ -214,7 +231,8 @@ class Reader:
             )
             for shard, group in enumerate(groups)
         ]
-        written = dict(self._run(tasks, [[] for _ in tasks], len(prompts) - len(unwritten), "greedy answers"))
+        sizes = [continuation_cost(task.prompts, task.limits) for task in tasks]
+        written = dict(self._run(tasks, [[] for _ in tasks], sizes, "greedy answers"))
         written |= {i: np.empty(0, dtype=np.int64) for i in unwritten}
         return [written[i] for i in range(len(prompts))]
 
@@ -222,7 +240,8 @@ class Reader:
         """EL_n of N samples, (N,) fp64, see `extraction_likelihood`."""
         shards = self._shards(samples)
         tasks = [ExtractionTask(shard, n, self._eos) for shard in range(len(shards))]
-        values = self._run(tasks, shards, len(samples), "extraction likelihood")
+        sizes = [extraction_cost(batch.lengths.tolist()) for (batch,) in shards]
+        values = self._run(tasks, shards, sizes, "extraction likelihood")
         return np.array(self._in_order(values, len(samples)), dtype=np.float64)
 
     def _shards(self, samples: Sequence[Sample]) -> list[list[Batch]]:
@@ -231,14 +250,19 @@ class Reader:
         return [[batch] for batch in make_batches(numbered, self._batch_tokens)]
 
     def _run(
-        self, tasks: Sequence[Any], shards: Sequence[Sequence[Batch]], count: int, title: str
-    ) -> Iterator[tuple[int, Any]]:
-        with tqdm(total=count, unit="sample", desc=title, disable=not self._progress or not count) as bar:
-            for _, results, _ in self._pool.run(tasks, shards):
-                bar.update(len(results))
-                yield from results
+        self, tasks: Sequence[Any], shards: Sequence[Sequence[Batch]], sizes: Sequence[float], kind: str
+    ) -> list[tuple[int, Any]]:
+        found: list[tuple[int, Any]] = []
+        if self._bar is not None:
+            self._bar.begin({task.key: size for task, size in zip(tasks, sizes, strict=True)})
+            self._bar.say(", ".join(filter(None, (self.about, kind))))
+        for task, results, _ in self._pool.run(tasks, shards):
+            if self._bar is not None:
+                self._bar.finish(task.key)
+            found += results
+        return found
 
     @staticmethod
-    def _in_order(results: Iterator[tuple[int, T]], count: int) -> list[T]:
+    def _in_order(results: Sequence[tuple[int, T]], count: int) -> list[T]:
         result_of = dict(results)
         return [result_of[i] for i in range(count)]

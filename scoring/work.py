@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol, Self, TypeVar
 from scoring.engine import Dtype, Engine, Replica
 from scoring.mrd import ESTIMATORS, Draws, Precision, Request, base_logprobs, estimate
 from scoring.plugins import Plugin, loaded_plugins
+from scoring.progress import Meter, current_meter, metered, tasks_in_flight
 from scoring.samples import Batch
 
 if TYPE_CHECKING:  # a driver that only plans tasks does not load the code of models
@@ -241,9 +242,11 @@ class LocalPool:
     def run(self, tasks: Sequence[AnyTask], shards: Sequence[Sequence[Batch]]) -> Iterator[tuple[AnyTask, Any, Facts]]:
         """Results in the order of the tasks."""
         self._run_number += 1
-        run_number = self._run_number
+        run_number, in_flight = self._run_number, tasks_in_flight()
         for task in tasks:
-            result, facts = self._ready_runner().run(task, shards[task.shard], run_number)
+            meter = current_meter() if in_flight is None else in_flight.setdefault(task.key, Meter())
+            with metered(meter):
+                result, facts = self._ready_runner().run(task, shards[task.shard], run_number)
             yield task, result, facts
 
     def exchange(self, spec: ReplicaSpec) -> None:

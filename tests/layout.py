@@ -21,7 +21,7 @@ FLOORS = (
     ("bench.models",),
     ("bench.metrics",),
     ("bench.jobs",),
-    ("bench.results", "bench.answers", "bench.demo", "bench.experiments"),
+    ("bench.results", "bench.answers", "bench.watch", "bench.demo", "bench.experiments"),
     ("bench.boards", "bench.speed"),
     ("bench.cli",),
 )

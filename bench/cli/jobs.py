@@ -156,6 +156,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
 
 
 def sweep_arguments(parser: argparse.ArgumentParser) -> None:
+    from bench.jobs.logs import Logging
     from bench.jobs.resources import SweepResources
 
     add = parser.add_argument
@@ -165,11 +166,12 @@ def sweep_arguments(parser: argparse.ArgumentParser) -> None:
     add("--retry-failed", action="store_true", help="try again what ran out of memory, died or met an error")
     add("--results", metavar="STORE", help="also put the results into this store (folder or URI)")
     add("--experiment", help="name of the sweep in the store (default: that of --out)")
-    add_settings(parser, SweepResources, spec=False)
+    add_settings(parser, SweepResources, Logging, spec=False)
 
 
 def sweep(arguments: argparse.Namespace) -> None:
     from bench.cli.results import add_to_store
+    from bench.jobs.logs import Logging
     from bench.jobs.resources import SweepResources
     from bench.jobs.summary import print_sweep
     from bench.jobs.sweep import preview_sweep, sweep
@@ -179,12 +181,14 @@ def sweep(arguments: argparse.Namespace) -> None:
         Store(arguments.results).check(arguments.experiment)
     file = arguments.spec
     arguments.spec = None
-    with settings_from(arguments, SweepResources) as resources:
+    with settings_from(arguments, SweepResources, Logging) as (resources, logging):
         resources = with_threads(resources, arguments)
         if arguments.dry_run:
             show_preview(preview_sweep(file, arguments.out, arguments.trials, resources), arguments)
             return
-        result = sweep(file, arguments.out, arguments.trials, resources, retry_failed=arguments.retry_failed)
+        result = sweep(
+            file, arguments.out, arguments.trials, resources, retry_failed=arguments.retry_failed, logging=logging
+        )
     print_sweep(result)
     if arguments.results:
         add_to_store(arguments.results, [arguments.out], arguments.experiment)

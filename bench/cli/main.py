@@ -21,6 +21,7 @@ from bench.cli import jobs, programs, results
 from bench.cli.flags import USER_ERROR, Parser
 from scoring.errors import UserError, first_line, one_line
 from scoring.plugins import installed_plugins, load_plugins, read_plugin
+from scoring.progress import quiet_libraries
 from scoring.settings import Naming, naming
 
 INTERRUPTED, TERMINATED, NOBODY_READS = 130, 143, 141  # as shells count: 128 and the signal's number
@@ -102,6 +103,12 @@ VERBS = (
         computes=True,
     ),
     Verb(
+        "watch",
+        "show runs and sweeps as they go, in the terminal or on a local page",
+        results.watch_arguments,
+        results.watch,
+    ),
+    Verb(
         "show",
         "what a model answered before and after unlearning, side by side, here or on a page",
         results.show_arguments,
@@ -155,6 +162,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with _terminable(), naming(Naming(flags=True)):
             arguments = make_parser(next(iter(argv), None)).parse_args(argv)
+            quiet_libraries()
             with _threads(getattr(arguments, "threads", None)):
                 load_plugins([*installed_plugins(), *map(read_plugin, arguments.plugin)])
                 arguments.run(arguments)

@@ -23,6 +23,7 @@ from bench.cli.flags import USER_ERROR
 from bench.cli.main import VERBS, make_parser
 from bench.files.folders import unwritable
 from bench.jobs.evaluation_spec import EvaluateSpec
+from bench.jobs.logs import Logging
 from bench.jobs.resources import Resources, SweepResources
 from bench.jobs.score import ScoreSpec
 from bench.jobs.sweep_plan import RANGES, SweepSpec
@@ -52,7 +53,7 @@ SETTINGS: Mapping[str, tuple[type, ...]] = {
     "train": (TrainSpec,),
     "unlearn": (UnlearnSpec,),
     "evaluate": (EvaluateSpec, Resources),
-    "sweep": (SweepResources,),
+    "sweep": (SweepResources, Logging),
     "reproduce": (SweepResources,),
     "plan": (PlanSettings,),
 }

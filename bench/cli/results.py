@@ -6,12 +6,36 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from bench.cli.flags import Parser
 from scoring.errors import UserError
 
 STORE_HELP = "folder or URI (s3://, gs://) of a result store"
+
+
+def watch_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("runs", metavar="RUN", nargs="+", help="folders of runs and sweeps, under way or finished")
+    parser.add_argument(
+        "--serve",
+        metavar="PORT",
+        nargs="?",
+        type=int,
+        const=8787,
+        help="show them on a page of this machine alone, with curves, at this port (8787 where none is named)",
+    )
+
+
+def watch(arguments: argparse.Namespace) -> None:
+    from bench.watch.page import serve
+    from bench.watch.show import watch
+
+    with suppress(KeyboardInterrupt):
+        if arguments.serve is None:
+            watch(arguments.runs)
+        else:
+            serve(arguments.runs, arguments.serve)
 
 
 def results_arguments(results: argparse.ArgumentParser) -> None:

@@ -16,7 +16,7 @@ from typing_extensions import TypedDict
 
 from bench.files.identity import differences
 from scoring.errors import UserError
-from scoring.files import has_no_locks, is_held, locks_nothing, replacing, shown
+from scoring.files import has_no_locks, locks_nothing, replacing, shown
 from scoring.reading import exists, read_json
 from scoring.settings import named, settings_of
 
@@ -69,8 +69,22 @@ def refuse_locked(folder: Path, out: Path, kind: str, name: str = LOCK) -> None:
         raise unwritable(out, OSError(errno.ENOTDIR, os.strerror(errno.ENOTDIR)))
     if not os.access(nearest, os.W_OK):
         raise unwritable(out, OSError(errno.EACCES, os.strerror(errno.EACCES)))
-    if (folder / name).is_file() and is_held(folder / name):
+    if is_held(folder, name):
         raise _busy(out, kind)
+
+
+def is_held(folder: Path, name: str = LOCK) -> bool:
+    """Whether a process works in a folder: it holds the lock. False where there is none."""
+    import fcntl
+
+    try:
+        with (folder / name).open() as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return False
 
 
 def _warn_of_no_locks(out: Path) -> None:

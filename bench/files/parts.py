@@ -76,7 +76,7 @@ def finished_output(
     expected = f"what this command writes; {named('overwrite')} replaces it"
     shaped(record, shape, str(out), expected)
     check_columns(table, columns, str(out), expected)
-    print(f"{shown(out)} is there already (spec {identity['spec_hash']})", file=sys.stderr)
+    print(f"already done, nothing to do: {shown(out)} is there (spec {identity['spec_hash']})", file=sys.stderr)
     return table, record
 
 

@@ -38,6 +38,7 @@ from bench.tasks.datasets import (
     is_data_file,
     load_default_retain,
     open_texts,
+    subject,
 )
 from scoring.engine import Dtype
 from scoring.errors import UserError
@@ -198,6 +199,7 @@ def difficulty(
         table, record = finished
         return DifficultyResult(out, table, [Rejected(**r) for r in record["rejected"]], record, 0.0)
     samples, rejected = read_samples(texts, model, spec.tokens, spec.samples)
+    on = subject(spec.model, spec.data, spec.split)
     with ColumnParts(out, identity) as parts:
         started = time.perf_counter()
         replica = ReplicaSpec(model.source, model.revision, spec.dtype, engine=resources.engine)
@@ -217,7 +219,7 @@ def difficulty(
                 parts,
                 len(samples),
                 samples.rows_of,
-                "measuring" if progress else None,
+                f"measuring ({', '.join(spec.measure)}, {on})" if progress else None,
             )
             replaced = pool.replaced
         seconds = time.perf_counter() - started

@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -49,9 +50,10 @@ from bench.metrics.table import (
 from bench.metrics.values import Missing
 from bench.models.find import ModelReference, find_model, loaded_model
 from bench.tasks import Task
-from bench.tasks.datasets import find_task
+from bench.tasks.datasets import find_task, subject
 from scoring.errors import UserError, expected_one_of
 from scoring.files import work_folder
+from scoring.progress import Bar
 from scoring.readings import Reader
 from scoring.samples import BATCH_TOKENS, Rejected
 from scoring.settings import build, named
@@ -198,7 +200,8 @@ def evaluate_spec(
         def reader_of(source: str, revision: str | None) -> Iterator[Reader]:
             pool.exchange(resources.replica(source, revision, spec.dtype))
             batch_tokens = spec.batch_tokens or resources.batch_tokens()
-            yield Reader(pool, end, batch_tokens, progress, 4 * (spec.batch_tokens or BATCH_TOKENS))
+            writing_tokens = 4 * (spec.batch_tokens or BATCH_TOKENS)
+            yield Reader(pool, end, batch_tokens, bar if progress else None, writing_tokens)
             if spec.relearn_workers:
                 # They need the cores.
                 pool.close()
@@ -206,13 +209,20 @@ def evaluate_spec(
         # What vLLM predicts it has to read: a window of the harness has its last token in the context.
         spare = 1 if resources.engine == "vllm" else 0
         measurement = Measurement(
-            spec, task, source, models, sets, metrics, reader_of, pieces.piece, parts.folder, progress, spare
+            spec, task, source, models, sets, metrics, reader_of, pieces.piece, parts.folder, spare
         )
         columns: dict[str, Columns] = {}
-        for role, model in models.items():
-            # A model that is the original is not measured twice.
-            same = next((other for other in columns if models[other].fingerprint == model.fingerprint), None)
-            columns[role] = columns[same] if same else measurement.columns_of(role, columns)
+        # A model that is the original is not measured twice.
+        first_of = {model.fingerprint: role for role, model in reversed(models.items())}
+        todo = [role for role in first_of.values() if not parts.has(f"{role}-answers")]
+        tokens = measurement.tokens_to_read() if progress and todo else 0.0
+        if progress and any(parts.has(f"{role}-answers") for role in first_of.values()):
+            print(f"continuing: {len(first_of) - len(todo)} of {len(first_of)} models are measured", file=sys.stderr)
+        on = subject(spec.model, spec.task, spec.split)
+        with Bar(f"evaluating ({on})", tokens * len(todo), "token", progress) as bar:
+            for role, model in models.items():
+                same = first_of[model.fingerprint]
+                columns[role] = columns[same] if same in columns else measurement.columns_of(role, columns)
         table = metric_table(metrics, columns, spec.seed)
         if not table["value"].null_count < table.num_rows:
             parts.remove()

@@ -15,7 +15,7 @@ from bench.jobs.evaluation_spec import EvaluateSpec
 from bench.jobs.relearn import taught_again
 from bench.metrics import METRICS
 from bench.metrics.harness import HARNESS, pool_model, run_harness
-from bench.metrics.quantities import QUANTITIES, MeasurementSetup, measure
+from bench.metrics.quantities import QUANTITIES, MeasurementSetup, measure, tokens_to_read
 from bench.metrics.relearning import RELEARNING, forgotten, nothing_relearned, relearned
 from bench.metrics.similarity import Embedder
 from bench.metrics.table import MODEL, ORIGINAL, Columns
@@ -48,7 +48,6 @@ class Measurement:
         reader_of: the replicas of a model, by its source and revision.
         piece: keeps what was measured; pieces are few.
         folder: to work in.
-        progress: show bars.
         spare: tokens of the context that the harness leaves free.
     """
 
@@ -61,7 +60,6 @@ class Measurement:
     reader_of: Callable[[str, str | None], AbstractContextManager[Reader]]
     piece: Piece
     folder: Path
-    progress: bool
     spare: int = 0
 
     def __post_init__(self) -> None:
@@ -78,6 +76,18 @@ class Measurement:
             spec.chosen_template(),
         )
 
+    def _answers_asked(self) -> list[tuple[str, str]]:
+        """The columns that are measured of a model's answers."""
+        needed = list(dict.fromkeys(column for name in self.metrics for column in METRICS[name].columns))
+        answers = [column for column in needed if column[1] in QUANTITIES]
+        if any(quantity in RELEARNING for _, quantity in needed):
+            answers.append(RIGHT)
+        return answers
+
+    def tokens_to_read(self) -> float:
+        """About how many tokens a model has to read, see there; benchmarks and relearning are not foreseen."""
+        return tokens_to_read(self._answers_asked(), self.sets, self.setup)
+
     def columns_of(self, role: str, earlier: Mapping[str, Columns]) -> Columns:
         """All columns of one model.
 
@@ -87,12 +97,11 @@ class Measurement:
         """
         needed = list(dict.fromkeys(column for name in self.metrics for column in METRICS[name].columns))
         relearning = any(quantity in RELEARNING for _, quantity in needed)
-        answers = [column for column in needed if column[1] in QUANTITIES]
-        if relearning:
-            answers.append(RIGHT)
+        answers = self._answers_asked()
         benchmarks = list(dict.fromkeys(name for name, quantity in needed if quantity in HARNESS))
         model = self.models[role]
         with self.reader_of(model.source, model.revision) as reader:
+            reader.about = f"{role}, "
             columns = self.piece(
                 f"{role}-answers", answers, lambda: (measure(answers, self.sets, reader, self.setup), {})
             )
@@ -158,8 +167,9 @@ class Measurement:
             source = str(folder / "model")
             model.loaded.save_pretrained(source)
             model.tokenizer.save_pretrained(source)
-        taught = taught_again(source, records, self.spec.relearning(), folder, self.progress)
+        taught = taught_again(source, records, self.spec.relearning(), folder, progress=False)
         with self.reader_of(str(taught), None) as reader:
+            reader.about = f"{role}, taught again, "
             right_again = measure([RIGHT], self.sets, reader, self.setup)[RIGHT]
         shutil.rmtree(folder)
         if isinstance(right_again, Missing):

@@ -5,10 +5,12 @@ checkpoints/              while it runs, see algorithms.checkpoints
 reference.safetensors     while it runs, see algorithms.reference
 model/                    the model that has forgotten
 adapter/                  the adapter that was trained, if one was; model/ has it merged
-steps.parquet             one row an update
-epochs.parquet            one row an epoch; row 0 is the initial model
+progress.json             while it runs, see algorithms.live
+steps.parquet             one row an update; while it runs, a folder of parts
+epochs.parquet            one row an epoch; row 0 is the initial model; likewise
 samples.parquet           one row a forget sample
 difficulty.parquet        MRD of every sample at every refresh
+logs/                     what --log asks for, see bench.jobs.logs
 run.json                  the rest of the record; written last, so that it says that all is there
 """
 
@@ -18,9 +20,10 @@ import errno
 import json
 import os
 import shutil
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,15 +31,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from safetensors import SafetensorError
 
-from algorithms.checkpoints import Checkpoints
+from algorithms.checkpoints import Checkpoints, latest_step
 from algorithms.corpus import Corpus
-from algorithms.history import History
+from algorithms.history import History, Progress
+from algorithms.live import PROGRESS, read_progress, remove_parts, write_progress
 from algorithms.tables import tables_of
 from bench.files.folders import RUN_MODEL, RUN_RECORD, Hashed, OwnedFolder
 from bench.files.origin import Origin, origin
 from bench.jobs.preview import DONE, NEW
 from bench.report.words import size_of
-from scoring.errors import UserError
+from scoring.errors import UserError, first_line
 from scoring.files import replacing, shown
 from scoring.reading import read_json, read_parquet
 from scoring.settings import named
@@ -70,7 +74,28 @@ class RunFolder(OwnedFolder):
 
     def tidy(self) -> None:
         shutil.rmtree(self._out / "checkpoints", ignore_errors=True)
-        (self._out / "reference.safetensors").unlink(missing_ok=True)
+        for name in ("reference.safetensors", PROGRESS):
+            (self._out / name).unlink(missing_ok=True)
+
+    def say_where_it_continues(self, total: int) -> None:
+        """Say on stderr from which update it goes on, if an earlier start has made some.
+
+        Args:
+            total: updates of a run that does not stop early.
+        """
+        if step := latest_step(self._out / "checkpoints"):
+            print(f"continuing from update {step} of {total}: {shown(self._out)}", file=sys.stderr)
+
+    def failed(self, reason: str) -> None:
+        """Leave the reason for which a run has ended beside what it has reached."""
+        if latest_step(self._out / "checkpoints") is not None:
+            progress = read_progress(self._out) or Progress(0, 0)
+            write_progress(self._out, replace(progress, phase="", failed=reason))
+
+    def __exit__(self, *error: object) -> None:
+        if latest_step(self._out / "checkpoints") is None:
+            (self._out / PROGRESS).unlink(missing_ok=True)
+        super().__exit__(*error)
 
     def check_room(self, checkpoint: int, reference: int) -> None:
         """Refuse to start where the checkpoints, of which two exist while one replaces the other, will not fit.
@@ -111,6 +136,7 @@ class RunFolder(OwnedFolder):
             shutil.rmtree(self._out / kept.name, ignore_errors=True)
             unfinished.rename(self._out / kept.name)
         for name, table in self.tables(history, corpus).items():
+            remove_parts(self._out, name)
             with replacing(self._out / f"{name}.parquet") as path:
                 pq.write_table(table, path)
         record = {
@@ -133,6 +159,16 @@ class RunFolder(OwnedFolder):
     def facts(self, history: History) -> dict[str, Any]:
         """What the record of this kind of run has besides."""
         return {"thresholds": history.known_thresholds, "passes": history.passes}
+
+
+@contextmanager
+def failures_noted(folder: RunFolder) -> Iterator[None]:
+    """Within the context an error leaves its reason in the folder, for whoever watches."""
+    try:
+        yield
+    except Exception as error:
+        folder.failed(first_line(error))
+        raise
 
 
 @contextmanager

@@ -24,7 +24,7 @@ from bench.jobs.preview import Preview, SetSize, state_of
 from bench.jobs.read_samples import read_samples
 from bench.jobs.resources import Resources, check_dtype
 from bench.models.find import ModelName, ModelReference, absolute_model, find_model
-from bench.tasks.datasets import DataName, Texts, absolute_source, check_dataset, open_texts
+from bench.tasks.datasets import DataName, Texts, absolute_source, check_dataset, open_texts, subject
 from scoring.api import ScoreSettings, draw_tasks, run_tasks, score_columns, score_table, shards_of
 from scoring.batch_size import BatchSizeTask
 from scoring.cluster import how_many_fit
@@ -141,11 +141,12 @@ def score(
         batch_tokens = _batch_tokens(spec, resources, replica, samples, parts)
         shards = shards_of(samples.batches(batch_tokens), estimator)
         tasks = draw_tasks(spec, len(shards))
+        title = f"scoring ({estimator}, {subject(spec.model, spec.data, spec.split)})"
         started = time.perf_counter()
         replaced = 0
         if not all(parts.has(task.key) for task in tasks):
             with resources.pool(replica) as pool:
-                run_tasks(pool, tasks, shards, parts, f"scoring ({estimator})" if progress else None)
+                run_tasks(pool, tasks, shards, parts, title if progress else None)
                 replaced = pool.replaced
         seconds = time.perf_counter() - started
         columns = score_columns(tasks, parts, spec, len(samples), samples.rows_of)

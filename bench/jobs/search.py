@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from typing_extensions import TypedDict
@@ -39,6 +40,11 @@ class Search:
         self._tried: list[dict[str, Any]] = (
             read_json(self._path, list[_Tried], expected) if self._path.is_file() else []
         )
+
+    @property
+    def folder(self) -> Path:
+        """Of the sweep."""
+        return self._path.parent
 
     @property
     def left(self) -> int:

@@ -199,7 +199,7 @@ def _still_answered(result: UnlearnResult) -> str:
     first, last = result.epochs.to_pylist()[0], result.epochs.to_pylist()[-1]
     measured = {"ROUGE-L recall": "forget_rouge_l_recall", "probability": "forget_probability"}
     parts = [
-        f"{title} {_short(last[name])} ({_short(first[name])} at first)"
+        f"{title} {_short(last[name])}" + ("" if first[name] is None else f" ({_short(first[name])} at first)")
         for title, name in measured.items()
         if last.get(name) is not None
     ]

@@ -10,16 +10,19 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
+from algorithms.history import Progress
+from algorithms.live import PROGRESS, write_progress
 from bench.files.folders import OwnedFolder, check_folder
 from bench.files.spec import spec_file
+from bench.jobs.logs import Logging, SweepLogs
 from bench.jobs.preview import DONE, NEW, Preview, SetSize
 from bench.jobs.resources import SweepResources
 from bench.jobs.run_folder import full_disks_said_plainly
@@ -32,6 +35,7 @@ from bench.models.find import find_model
 from bench.report.words import size_of
 from scoring.errors import UserError
 from scoring.files import shown, work_folder
+from scoring.progress import Bar
 from scoring.settings import build, named
 
 BYTES_RESULT = 300_000  # of a trial, on disk, for a selection of a few hundred samples
@@ -46,8 +50,9 @@ class _SweepFolder(OwnedFolder):
         (self._out / self.RECORD).unlink(missing_ok=True)
 
     def tidy(self) -> None:
-        for name in (".tune", ".work"):
-            shutil.rmtree(self._out / name, ignore_errors=True)
+        for name in (".tune", ".work", PROGRESS):
+            path = self._out / name
+            path.unlink(missing_ok=True) if path.is_file() else shutil.rmtree(path, ignore_errors=True)
 
 
 def sweep(
@@ -57,6 +62,7 @@ def sweep(
     resources: SweepResources | None = None,
     progress: bool = True,
     retry_failed: bool = False,
+    logging: Logging | None = None,
 ) -> SweepResult:
     """Run the trials of a sweep, and write its tables to `out`.
 
@@ -67,6 +73,7 @@ def sweep(
         resources: how the trials are spread; None: on Ray, as many at once as fit.
         progress: show a bar.
         retry_failed: try again what an earlier start gave up: out of memory, dead workers, errors.
+        logging: where trials are logged; None: nowhere.
 
     Returns:
         The tables of trials, epochs, samples and selections (Arrow), and the record of the sweep.
@@ -76,11 +83,13 @@ def sweep(
     """
     if isinstance(spec, str | Path):
         with spec_file(spec, {}, SweepSpec) as from_file:
-            return sweep(from_file, out, trials, resources, progress, retry_failed)
+            return sweep(from_file, out, trials, resources, progress, retry_failed, logging)
     if not isinstance(spec, SweepSpec | Mapping):
         raise UserError(f"spec is {spec!r}: expected bench.jobs.sweep_plan.SweepSpec, a mapping or a YAML file")
     if not isinstance(resources, SweepResources | None):
         raise UserError(f"resources is {resources!r}: expected bench.SweepResources, or None")
+    logging = logging or Logging()
+    logging.check_packages()
     resources, out = (resources or SweepResources()).checked(), Path(out).absolute()
     plan, store = _ready(spec, out, trials, resources)
     with _SweepFolder(out, plan.identity) as folder, full_disks_said_plainly(out):
@@ -88,22 +97,31 @@ def sweep(
             store.forget_failures()
             folder.reopen()
         if folder.is_finished():
-            tqdm.write(f"{shown(out)} holds this sweep already (spec {plan.identity['spec_hash']})")
+            print(
+                f"already done, nothing to do: {shown(out)} holds this sweep (spec {plan.identity['spec_hash']})",
+                file=sys.stderr,
+            )
             return read_sweep(out)
         started = time.perf_counter()
         plan.choose(resources)
         all_trials = configurations(plan)
         waiting = [trial for trial in all_trials if not store.find(trial.hash)]
         _check_room(plan, all_trials, waiting, store)
+        if (finished := len(all_trials) - len(waiting)) and waiting:
+            print(f"continuing: {finished} of {len(all_trials)} trials are finished", file=sys.stderr)
+        logs = SweepLogs(logging, out)
         search = Search(plan) if plan.spec.search == "optuna" else None
         if resources.in_this_process:
-            _run_here(plan, waiting, len(all_trials), store, resources, progress)
+            _run_here(plan, waiting, len(all_trials), store, resources, progress, logs)
         elif waiting or (search and search.left):
             from bench.jobs.sweep_on_tune import run_on_tune
 
-            run_on_tune(plan, all_trials, waiting, search, store, resources, progress)
+            run_on_tune(plan, all_trials, waiting, search, store, resources, progress, logs)
         if search:
             all_trials = search.trials()
+        for trial in all_trials:
+            if found := store.find(trial.hash):
+                logs.add(trial.hash, trial.title, found)
         result = write_tables(plan, all_trials, store, time.perf_counter() - started)
         folder.tidy()
     return result
@@ -191,7 +209,13 @@ def _check_in_this_process(plan: SweepPlan) -> None:
 
 
 def _run_here(
-    plan: SweepPlan, waiting: Sequence[Trial], total: int, store: TrialStore, resources: SweepResources, progress: bool
+    plan: SweepPlan,
+    waiting: Sequence[Trial],
+    total: int,
+    store: TrialStore,
+    resources: SweepResources,
+    progress: bool,
+    logs: SweepLogs,
 ) -> None:
     """Run the trials without a result one by one in this process.
 
@@ -209,9 +233,14 @@ def _run_here(
     )
     threads = torch.get_num_threads()
     try:
-        with tqdm(total=total, initial=total - len(waiting), unit="trial", desc="sweep", disable=not progress) as bar:
-            for trial in waiting:
-                run_trial(trial, shared)
-                bar.update()
+        with Bar(f"sweep ({plan.subject})", total, "trial", progress, total - len(waiting)) as bar:
+            bar.begin({trial.hash: 1.0 for trial in waiting})
+            for number, trial in enumerate(waiting, start=total - len(waiting)):
+                write_progress(plan.out, Progress(number, total))
+                bar.say(trial.title)
+                with bar.task(trial.hash):
+                    result = run_trial(trial, shared)
+                logs.add(trial.hash, trial.title, result)
+                bar.finish(trial.hash)
     finally:
         torch.set_num_threads(threads)

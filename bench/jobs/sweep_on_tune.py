@@ -8,25 +8,31 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import ray
 from ray import tune
 from ray.tune.schedulers import ASHAScheduler
-from tqdm import tqdm
 
+from algorithms.history import Progress
+from algorithms.live import write_progress
 from bench.files.status import DIED, STOPPED
+from bench.jobs.logs import SweepLogs
 from bench.jobs.resources import SweepResources
 from bench.jobs.search import OBJECTIVE, WORST, Search
 from bench.jobs.sweep_plan import SweepPlan
 from bench.jobs.trial import Result, Trial, TrialContext, TrialStore, run_trial, shareable_weights
 from bench.models.find import find_model
+from scoring.board import TELL_S, read_board, told_on
 from scoring.cluster import Footprint, connect, how_many_fit
 from scoring.errors import UserError
 from scoring.plugins import load_plugins
+from scoring.progress import Bar
 
 # How often a trial whose worker dies is begun anew before its row says so.
 MAX_DEATHS = 3
@@ -40,6 +46,7 @@ def run_on_tune(
     store: TrialStore,
     resources: SweepResources,
     progress: bool,
+    logs: SweepLogs,
 ) -> None:
     """Run the trials that have no result yet, or the configurations that a search has left.
 
@@ -75,7 +82,7 @@ def run_on_tune(
         space = {name: _domain_of(values) for name, values in plan.spec.vary.items()}
         search_by = {"search_alg": search.algorithm(), "num_samples": search.left, "metric": OBJECTIVE, "mode": "max"}
         fit(
-            _Configurations(search, progress),
+            _Configurations(plan.subject, search, progress),
             tune.with_parameters(_every_selection, plan=plan, shared=shared),
             space,
             search_by,
@@ -86,7 +93,7 @@ def run_on_tune(
         if not (left := [trial for trial in waiting if store.find(trial.hash) is None]):
             break
         fit(
-            _Trials(store, left, len(trials), progress, is_last=turn == MAX_DEATHS),
+            _Trials(plan.subject, store, left, len(trials), progress, logs, plan.out, is_last=turn == MAX_DEATHS),
             tune.with_parameters(_one_trial, trials=left, shared=shared, objective=objective),
             {"number": tune.grid_search(list(range(len(left))))},
             {"scheduler": _scheduler(plan)},
@@ -179,7 +186,9 @@ def _one_trial(config: dict[str, Any], trials: Sequence[Trial], shared: TrialCon
         if objective and row["epoch"]:
             tune.report({"epoch": row["epoch"], objective: row[objective], "row": dict(row)})
 
-    result = run_trial(trials[config["number"]], shared, report)
+    trial = trials[config["number"]]
+    with told_on(trial.hash):
+        result = run_trial(trial, shared, report)
     # Tune complains on the terminal about a trial that reports nothing.
     tune.report({"status": result["status"]})
 
@@ -204,14 +213,34 @@ def _every_selection(config: dict[str, Any], plan: SweepPlan, shared: TrialConte
 class _Watch(tune.Callback):
     """The progress bar of a sweep."""
 
-    def __init__(self, total: int, done: int, unit: str, shown: bool) -> None:
-        self._bar: Any = tqdm(total=total, initial=done, unit=unit, desc="sweep", disable=not shown)
+    def __init__(self, about: str, total: int, done: int, unit: str, shown: bool) -> None:
+        self._bar = Bar(f"sweep ({about})", total, unit, shown, done)
+        self._done, self._total = done, total
+        self._looked = 0.0
 
     def __enter__(self) -> _Watch:
+        self._bar.__enter__()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._bar.close()
+        self._bar.__exit__()
+
+    def ended(self, out: Path) -> None:
+        """One more is done, which whoever watches the sweep is told."""
+        self._done += 1
+        write_progress(out, Progress(self._done, self._total))
+
+    def boards(self, trial: Any) -> dict[str, str]:
+        """Of a trial under way: the keys of its tasks, and where they tell how far they are."""
+        return {}
+
+    def on_step_end(self, iteration: int, trials: list[Any], **_: Any) -> None:
+        if self._bar.shown and time.monotonic() - self._looked > TELL_S:
+            self._looked = time.monotonic()
+            running = [trial for trial in trials if trial.status == "RUNNING"]
+            self._bar.say(f"{len(running)} running")
+            boards = {key: board for trial in running for key, board in self.boards(trial).items()}
+            self._bar.told({key: read_board(board) for key, board in boards.items()})
 
     def __getstate__(self) -> dict[str, Any]:
         return {}  # Tune saves its callbacks, and never reads them again here
@@ -228,11 +257,25 @@ class _Trials(_Watch):
     """
 
     def __init__(
-        self, store: TrialStore, waiting: Sequence[Trial], total: int, shown: bool, is_last: bool = True
+        self,
+        about: str,
+        store: TrialStore,
+        waiting: Sequence[Trial],
+        total: int,
+        shown: bool,
+        logs: SweepLogs,
+        out: Path,
+        is_last: bool = True,
     ) -> None:
-        super().__init__(total, total - len(waiting), "trial", shown)
-        self._store, self._waiting, self._is_last = store, waiting, is_last
+        super().__init__(about, total, total - len(waiting), "trial", shown)
+        self._bar.begin({trial.hash: 1.0 for trial in waiting})
+        self._store, self._waiting, self._logs, self._is_last = store, waiting, logs, is_last
+        self._out = out
         self._rows: dict[str, list[dict[str, Any]]] = {}
+
+    def boards(self, trial: Any) -> dict[str, str]:
+        key = self._waiting[trial.config["number"]].hash
+        return {key: key}
 
     def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **_: Any) -> None:
         if "row" in result:
@@ -249,28 +292,34 @@ class _Trials(_Watch):
         )
 
     def _ended(self, tuned: Any, status: str, reason: str) -> None:
+        result: Result | None
         trial = self._waiting[tuned.config["number"]]
         if self._store.find(trial.hash) is None:
             epochs = self._rows.get(tuned.trial_id, [])
-            result: Result = {"spec": trial.identity, "status": status, "epochs": epochs, "seconds": None}
+            result = {"spec": trial.identity, "status": status, "epochs": epochs, "seconds": None}
             if epochs:
                 result |= {"values": epochs[-1], "updates": epochs[-1]["step"]}
             result["reason"] = reason.format(epoch=epochs[-1]["epoch"] if epochs else 0)
             self._store.write(trial.hash, result)
-        self._bar.update()
+        if result := self._store.find(trial.hash):
+            self._logs.add(trial.hash, trial.title, result)
+        self._bar.finish(trial.hash)
+        self.ended(self._out)
 
 
 class _Configurations(_Watch):
     """Keeps what an adaptive search has tried."""
 
-    def __init__(self, search: Search, shown: bool) -> None:
-        super().__init__(search.total, search.total - search.left, "configuration", shown)
+    def __init__(self, about: str, search: Search, shown: bool) -> None:
+        super().__init__(about, search.total, search.total - search.left, "configuration", shown)
         self._search = search
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
         self._search.add(trial.config, trial.last_result[OBJECTIVE], trial.last_result.get("reason"))
-        self._bar.update()
+        self._bar.at(self._search.total - self._search.left)
+        self.ended(self._search.folder)
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
         self._search.add(trial.config, WORST, f"its worker died {MAX_DEATHS + 1} times")
-        self._bar.update()
+        self._bar.at(self._search.total - self._search.left)
+        self.ended(self._search.folder)

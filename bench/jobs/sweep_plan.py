@@ -29,7 +29,7 @@ from bench.jobs.trial import Trial, make_trial
 from bench.jobs.unlearn import UnlearnSpec, datasets_of, with_absolute_paths
 from bench.metrics.table import MODEL, ORIGINAL, RETAIN_ONLY, Columns, columns_in
 from bench.models.find import ModelReference, find_model
-from bench.tasks.datasets import Dataset, find_task, is_data_file, load_dataset
+from bench.tasks.datasets import Dataset, find_task, is_data_file, load_dataset, subject
 from bench.tasks.selections import Selection, SelectionSpec, needs_difficulty, select, write_selections
 from scoring.errors import UserError, expected_one_of, unknown_name
 from scoring.files import replacing
@@ -277,6 +277,11 @@ class SweepPlan:
         elif self.evaluation is None or objective not in self.evaluation.metrics_of(find_task(self.base.task)[0]):
             known = [*OBJECTIVES, *(self.evaluation.metrics or "").split(",")] if self.evaluation else OBJECTIVES
             raise unknown_name("objective", objective, known)
+
+    @property
+    def subject(self) -> str:
+        """For a progress bar."""
+        return subject(self.base.model, self.base.task, self.base.forget_split)
 
     @property
     def _template(self) -> dict[str, Any]:

@@ -45,13 +45,14 @@ from algorithms.target import TRAINED_MA, Target
 from bench.files.folders import LOCK, Hashed
 from bench.files.identity import identity_fields, with_spec_hash
 from bench.files.origin import Origin
+from bench.jobs.logs import LOG_FIELDS, Logging, run_logged
 from bench.jobs.preview import DONE, Preview, SetSize
 from bench.jobs.resources import check_gpus
-from bench.jobs.run_folder import RunFolder, UnlearnResult, full_disks_said_plainly
+from bench.jobs.run_folder import RunFolder, UnlearnResult, failures_noted, full_disks_said_plainly
 from bench.jobs.unlearn import UnlearnSpec, carried_out, encoder_of, room_of, unlearn
 from bench.models.find import ModelName, ModelReference, absolute_model, find_model
 from bench.tasks import Record
-from bench.tasks.datasets import DataName, Dataset, absolute_source, check_dataset, find_task, is_data_file
+from bench.tasks.datasets import DataName, Dataset, absolute_source, check_dataset, find_task, is_data_file, subject
 from bench.tasks.left_out import joined_splits, splits_taught, without
 from scoring.errors import UserError
 from scoring.files import replacing, shown
@@ -76,13 +77,13 @@ TRAINED, LEFT_OUT = "trained", "left_out"
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainSpec(Execution, TemplateSettings):
+class TrainSpec(Execution, TemplateSettings, Logging):
     """What is to be learnt, by which model, and how it is run.
 
     The hash of all fields but those of EXECUTION is the run's identity; a pair of models are two runs.
     """
 
-    EXECUTION: ClassVar = tuple(field.name for field in dataclasses.fields(Execution))
+    EXECUTION: ClassVar = (*(field.name for field in dataclasses.fields(Execution)), *LOG_FIELDS)
     ADDED_LATER: ClassVar = TEMPLATE_FIELDS
 
     model: Annotated[ModelName, Doc("the start: an embedded model, a folder, or a Hugging Face id")]
@@ -144,6 +145,7 @@ class TrainSpec(Execution, TemplateSettings):
         Raises:
             UserError: a value that cannot be, a combination that does not exist, or no such task.
         """
+        self.check_packages()
         check(self)
         if self.until and (set(self.until) != {"ma"} or not 0 < self.until["ma"] <= 1):
             given = ",".join(f"{name}={value:g}" for name, value in self.until.items())
@@ -348,7 +350,10 @@ def _trained(
     identity = identity_of(spec, model, dataset, left_out)
     with TrainFolder(out, identity) as folder:
         if folder.is_finished():
-            print(f"{shown(out)} holds this run already (spec {identity['spec_hash']})", file=sys.stderr)
+            print(
+                f"already done, nothing to do: {shown(out)} holds this run (spec {identity['spec_hash']})",
+                file=sys.stderr,
+            )
             return read_training(out)
         recipe, encoder = spec.recipe(), encoder_of(model)
         corpus, rejected = make_corpus(recipe, encoder, dataset.text_set, None)
@@ -368,8 +373,11 @@ def _trained(
             else None,
             target=Target(asked, spec.until.get("ma")) if spec.until or spec.evaluate else None,
         )
+        folder.say_where_it_continues(total_updates(len(corpus.forget), recipe))
         with full_disks_said_plainly(out):
-            history = carried_out(job, f"training ({name})" if name else "training", progress, "loss")
+            with failures_noted(folder), run_logged(spec, out, out.name, identity):
+                on = ", ".join(filter(None, (name, subject(spec.model, spec.task, spec.split))))
+                history = carried_out(job, f"training ({on})", progress, "loss")
             if job.target is not None and len(asked) < len(corpus.forget):
                 history.note(f"MA is that of {len(asked)} evenly spaced samples of {len(corpus.forget)}")
             folder.finish(history, corpus, [{**each, "set": TRAINED} for each in rejected], job.checkpoints)

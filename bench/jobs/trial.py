@@ -27,7 +27,7 @@ from transformers import PreTrainedModel
 from typing_extensions import TypedDict
 
 from algorithms.group import Group
-from algorithms.history import History
+from algorithms.history import History, Progress
 from algorithms.ray_train import TrainingJob, ensure_reference, train_on_ray, unlearner_of
 from algorithms.tables import sample_table
 from algorithms.unlearner import Diverged
@@ -48,6 +48,7 @@ from scoring.errors import UserError, first_line
 from scoring.files import replacing, work_folder
 from scoring.load import load_model
 from scoring.plugins import Plugin, load_plugins, loaded_plugins
+from scoring.progress import current_meter, expect, metered
 from scoring.reading import read_json
 from scoring.templates import TEMPLATE_FIELDS, Template
 from scoring.work import LocalPool
@@ -81,6 +82,11 @@ class Trial:
     @property
     def hash(self) -> str:
         return self.identity["spec_hash"]
+
+    @property
+    def title(self) -> str:
+        """For a progress bar."""
+        return f"{self.spec.algorithm}, {self.selection}, seed {self.spec.seed}"
 
 
 def make_trial(
@@ -327,13 +333,21 @@ def _here(
     job: TrainingJob, spec: UnlearnSpec, shared: TrialContext, epoch_closed: Report
 ) -> Iterator[tuple[History, PreTrainedModel]]:
     """Train in this process; the history, and the model with whole weights."""
+    meter = current_meter()
+
+    def update_made(progress: Progress) -> None:
+        if meter is not None:
+            meter.done = progress.step
+
     weights = _weights(shared, job.source)
     model = _as_it_was(job, weights, shared.device)
     ensure_reference(job, lambda: LocalPool(model), model.device)
     if spec.lora_rank or spec.gradient_checkpointing:
         _WARM.clear()  # this changes the model in ways that putting weights back does not undo
-    unlearner = unlearner_of(job, model, Group(), report=epoch_closed, initial=weights)
-    history = unlearner.run()
+    unlearner = unlearner_of(job, model, Group(), update_made, epoch_closed, initial=weights)
+    expect(unlearner.total)
+    with metered(None):  # updates are counted, and not what is done in them
+        history = unlearner.run()
     with unlearner.trained.whole_model() as trained:
         yield history, trained
 

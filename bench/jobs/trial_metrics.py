@@ -69,7 +69,6 @@ class TrialMetrics:
                 reader_of,
                 piece,
                 folder,
-                progress=False,
             )
             columns = measurement.columns_of(MODEL, self._of_reference(ORIGINAL))
         measured = Measured(columns, self._of_reference(RETAIN_ONLY).get(RETAIN_ONLY))

@@ -27,7 +27,7 @@ from bench.jobs.preview import Preview, SetSize, state_of
 from bench.jobs.read_samples import read_samples
 from bench.jobs.resources import Resources
 from bench.models.find import ModelReference, find_model
-from bench.tasks.datasets import Texts, check_dataset, open_texts
+from bench.tasks.datasets import Texts, check_dataset, open_texts, subject
 from scoring.api import run_tasks
 from scoring.errors import RefusedUnderWay, UserError
 from scoring.measuring import AVERAGE, MA_COLUMN, NOT_FINITE, MemorizationTask, average_of, joined, threshold_name
@@ -154,7 +154,8 @@ def truth(
             batches = samples.batches(batch_tokens)
 
             def run(tasks: Sequence[ReplicaTask], shards: Sequence[Sequence[Batch]], title: str) -> list[Any]:
-                run_tasks(pool, tasks, shards, parts, title if progress else None)
+                on = subject(spec.model, spec.data, spec.split)
+                run_tasks(pool, tasks, shards, parts, f"{title} ({on})" if progress else None)
                 return [parts.result(task) for task in tasks]
 
             def in_rows(results: Sequence[Mapping[str, Any]]) -> dict[str, np.ndarray]:

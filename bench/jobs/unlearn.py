@@ -41,9 +41,10 @@ from algorithms.schedule import resolved_schedule
 from algorithms.stopping import PAPER
 from bench.files.identity import identity_fields, with_spec_hash
 from bench.files.spec import read_mapping
+from bench.jobs.logs import LOG_FIELDS, Logging, run_logged
 from bench.jobs.preview import Preview, SetSize
 from bench.jobs.resources import Resources, check_gpus
-from bench.jobs.run_folder import RunFolder, UnlearnResult, full_disks_said_plainly, read_run
+from bench.jobs.run_folder import RunFolder, UnlearnResult, failures_noted, full_disks_said_plainly, read_run
 from bench.models.find import ModelName, ModelReference, absolute_model, find_model
 from bench.tasks import Task
 from bench.tasks.datasets import (
@@ -55,6 +56,7 @@ from bench.tasks.datasets import (
     is_data_file,
     load_dataset,
     load_default_retain,
+    subject,
 )
 from bench.tasks.selections import read_ids
 from bench.tasks.sources import TEXT, TEXTS, read_file, with_fields
@@ -63,6 +65,7 @@ from scoring.cluster import connect
 from scoring.errors import UserError
 from scoring.files import shown
 from scoring.load import read_config
+from scoring.progress import Bar, Meter
 from scoring.reading import read_text
 from scoring.samples import TextSet
 from scoring.settings import Doc, Naming, named, naming
@@ -76,13 +79,13 @@ NOT_HASHED = ("model", "task", "forget_split", "selection", "retain", *TEMPLATE_
 
 
 @dataclass(frozen=True, kw_only=True)
-class UnlearnSpec(Recipe, Execution, AnswersMeasured, TemplateSettings):
+class UnlearnSpec(Recipe, Execution, AnswersMeasured, TemplateSettings, Logging):
     """What is to be forgotten, by which model, and how it is run.
 
     The hash of all fields but those of EXECUTION is the run's identity.
     """
 
-    EXECUTION: ClassVar = tuple(field.name for field in dataclasses.fields(Execution))
+    EXECUTION: ClassVar = (*(field.name for field in dataclasses.fields(Execution)), *LOG_FIELDS)
     ADDED_LATER: ClassVar = (
         "optimizer",
         "weights",
@@ -144,6 +147,7 @@ class UnlearnSpec(Recipe, Execution, AnswersMeasured, TemplateSettings):
         filled = self.resolved()
         filled["algorithm"] = algorithm_name(self.algorithm)
         check_gpus("gpus_per_worker", self.gpus_per_worker)
+        self.check_packages()
         self.chosen_template()
         return type(self)(**with_absolute_paths(vars(self) | filled))
 
@@ -152,7 +156,7 @@ def with_absolute_paths(fields: Mapping[str, Any]) -> dict[str, Any]:
     """Fields of an UnlearnSpec; those that name files and folders are right in every process, whatever folder it works
     in."""
     located = dict(fields)
-    for name in ("selection", "refusals", "alternatives", "adapter", "schedule"):
+    for name in ("selection", "refusals", "alternatives", "adapter", "schedule", "log_dir"):
         if isinstance(path := fields.get(name), str):
             located[name] = str(Path(path).absolute())
     if isinstance(template := fields.get("template"), str):
@@ -181,7 +185,10 @@ def unlearn(spec: UnlearnSpec, out: str | Path, progress: bool = True) -> Unlear
     spec, model, forget, retain, identity = _ready(spec)
     with RunFolder(out, identity) as folder:
         if folder.is_finished():
-            print(f"{shown(out)} holds this run already (spec {identity['spec_hash']})", file=sys.stderr)
+            print(
+                f"already done, nothing to do: {shown(out)} holds this run (spec {identity['spec_hash']})",
+                file=sys.stderr,
+            )
             return read_run(out)
         corpus, rejected = corpus_of(spec, model, forget, retain)
         folder.check_room(*room_of(spec, model, corpus, spec.adapter is not None))
@@ -197,8 +204,11 @@ def unlearn(spec: UnlearnSpec, out: str | Path, progress: bool = True) -> Unlear
             evaluation,
             continues_adapter=spec.adapter is not None,
         )
+        folder.say_where_it_continues(total_updates(len(corpus.forget), spec))
         with full_disks_said_plainly(out):
-            history = carried_out(job, f"unlearning ({spec.algorithm})", progress)
+            with failures_noted(folder), run_logged(spec, out, f"{spec.algorithm} {out.name}", identity):
+                on = subject(spec.model, spec.task, spec.forget_split)
+                history = carried_out(job, f"unlearning ({spec.algorithm}, {on})", progress)
             folder.finish(history, corpus, rejected, job.checkpoints)
     return read_run(out)
 
@@ -269,7 +279,7 @@ def carried_out(job: TrainingJob, title: str, progress: bool, loss: str = "forge
     with _Bar(job, title, loss, progress) as bar:
         if execution.workers == 0:
             on_gpu = torch.cuda.is_available() and execution.gpus_per_worker != 0
-            return train_here(job, "cuda" if on_gpu else "cpu", bar.show)
+            return train_here(job, "cuda" if on_gpu else "cpu", watch=bar.show)
         connect()
         footprint = Resources(None, execution.cpus_per_worker, execution.gpus_per_worker).footprint()
         return train_on_ray(job, footprint, bar.show)
@@ -430,25 +440,36 @@ def identity_of(spec: UnlearnSpec, model: ModelReference, forget: Dataset, retai
 
 
 class _Bar:
-    """The progress bar: updates, loss terms and the share of samples forgotten."""
+    """The progress bar: updates, loss terms, the share of samples forgotten, and what is being done."""
 
     def __init__(self, job: TrainingJob, title: str, loss: str, shown: bool) -> None:
-        total = total_updates(len(job.corpus.forget), job.recipe)
-        self._loss = loss
-        self._bar = tqdm(total=total, unit="update", desc=title, disable=not shown)
+        self._bar = Bar(title, total_updates(len(job.corpus.forget), job.recipe), "update", shown)
+        self._loss, self._in_this_process = loss, job.execution.workers == 0
         self._retains = Objectives.of(job.recipe).retain is not None
+        self._noted: set[str] = set()
 
     def __enter__(self) -> _Bar:
+        self._bar.__enter__()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._bar.close()
+        self._bar.__exit__()
 
     def show(self, progress: Progress) -> None:
-        terms = {self._loss: f"{progress.forget_loss:.3g}"}
-        if self._retains:
-            terms["retain"] = f"{progress.retain_loss:.3g}"
+        # At once, and not only in the summary: a run may go on for hours after what a note says at its start.
+        for note in progress.notes if self._bar.shown else ():
+            if note not in self._noted:
+                self._noted.add(note)
+                tqdm.write(f"note: {note}", file=sys.stderr)
+        terms = []
+        if progress.forget_loss is not None:
+            terms.append(f"{self._loss}={progress.forget_loss:.3g}")
+        if self._retains and progress.retain_loss is not None:
+            terms.append(f"retain={progress.retain_loss:.3g}")
         if progress.forgotten is not None:
-            terms["forgotten"] = f"{progress.forgotten:.0%}"
-        self._bar.set_postfix(terms, refresh=False)
-        self._bar.update(progress.step - self._bar.n)
+            terms.append(f"forgotten={progress.forgotten:.0%}")
+        self._bar.at(progress.step)
+        self._bar.left = progress.seconds_left
+        if not self._in_this_process:  # else the bar's own meter has it
+            terms.append(str(Meter(progress.phase, progress.done, progress.of)))
+        self._bar.say(", ".join(filter(None, terms)))

@@ -10,6 +10,7 @@ A plugin adds one by `QUANTITIES["mine"] = function`, with the parameters of tho
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Generator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +24,7 @@ from bench.metrics.values import Column, Missing, Scores, Unmeasured
 from bench.tasks import Record
 from scoring.answers import answer_limits, decoded, mean_probability, question_ids, rouge_l_recall, true_answers
 from scoring.memorization import min_k_percent
-from scoring.readings import Reader, TokenScores
+from scoring.readings import Reader, TokenScores, continuation_cost, extraction_cost
 from scoring.records import as_text, pair_text, question_answer
 from scoring.registry import Registry
 from scoring.samples import Sample, Text, encode
@@ -318,13 +319,46 @@ def measure(
     return measured
 
 
+def tokens_to_read(
+    columns: Sequence[Column], sets: Mapping[str, Sequence[Record] | Missing], setup: MeasurementSetup
+) -> float:
+    """About how many tokens `measure` will have a model read for these columns: what a progress bar counts.
+
+    Questions that follow from what a model writes are not foreseen.
+    """
+    read: dict[Any, float] = {}
+    for set_name, quantity in dict.fromkeys(columns):
+        records = sets.get(set_name)
+        if records is None or isinstance(records, Missing):
+            continue
+        asking = QUANTITIES[quantity](set_name, records, setup)
+        with suppress(Exception):  # what cannot be measured is for `measure` to say
+            question = next(asking)
+            while isinstance(question, Likelihoods):
+                # Samples that differ in the last token alone are read once.
+                read |= {("read", s.input_ids[:-1].tobytes()): s.length - 1.0 for s in question.samples}
+                nothing = [TokenScores(np.zeros(s.num_scored), np.zeros(s.num_scored, bool)) for s in question.samples]
+                question = asking.send(nothing)
+            if isinstance(question, Continuations):
+                for prompt, limit in zip(question_ids(question.samples), question.limits, strict=True):
+                    read["written", prompt.tobytes(), limit] = continuation_cost([prompt], [limit])
+            else:
+                read |= {("extracted", _content(s)): extraction_cost([s.length]) for s in question.samples}
+        asking.close()
+    return sum(read.values())
+
+
 def _answers(questions: Mapping[Column, Question], reader: Reader, setup: MeasurementSetup) -> dict[Column, Any]:
     """The model's answers, the questions of each kind put together."""
     answers: dict[Column, Any] = {}
+    about = reader.about
     for kind, ask in ((Likelihoods, _likelihoods), (Continuations, _continuations), (Extraction, _extractions)):
         of_kind = {column: question for column, question in questions.items() if isinstance(question, kind)}
         if of_kind:
+            names = dict.fromkeys(name for name, _ in of_kind), dict.fromkeys(quantity for _, quantity in of_kind)
+            reader.about = f"{about}{', '.join(names[0])}: {', '.join(names[1])}"
             answers |= ask(of_kind, reader, setup)
+    reader.about = about
     return answers
 
 

@@ -145,6 +145,16 @@ def short_name(name: str) -> str:
     return head if head in TASKS else Path(name).stem
 
 
+def short_model(name: str) -> str:
+    """A model for a reader: the last two parts of a folder or an id."""
+    return "/".join(Path(name).parts[-2:])
+
+
+def subject(model: str, source: str, split: str | None) -> str:
+    """Which model is looked at on which data, for a progress bar: "authors on authors/forget10"."""
+    return f"{short_model(model)} on {short_name(source)}{f'/{split}' if split else ''}"
+
+
 def find_task(name: str) -> tuple[Task, str | None]:
     """The task that a name stands for, and where its data are.
 

@@ -17,12 +17,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
+import pyarrow.parquet as pq
 import pytest
 import torch
 import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from algorithms import live
 from algorithms.checkpoints import Checkpoint, Checkpoints
 from algorithms.corpus import Corpus, Evaluation
 from algorithms.group import Group
@@ -33,6 +36,7 @@ from algorithms.ray_train import TrainingJob, train_here
 from algorithms.recipe import Execution, Recipe, total_updates, updates_per_epoch
 from algorithms.samplers import retain_order
 from algorithms.stopping import Thresholds, measure_memorization
+from algorithms.tables import tables_of
 from algorithms.trainable import Lora, Trainable, trainable_for
 from algorithms.unlearner import Diverged, Unlearner
 from scoring.adapters import adapter_base
@@ -629,10 +633,47 @@ def test_continued_run_ends_the_same(
 
 def test_continuing_a_finished_run_does_nothing(undisturbed: Callable[[str], Run]):
     done = undisturbed("with replacement")
-    before = {path: path.stat().st_mtime_ns for path in done.job.folder.rglob("*") if path.is_file()}
+
+    def times() -> dict[Path, int]:
+        files = (path for path in done.job.folder.rglob("*") if path.is_file() and path.name != "progress.json")
+        return {path: path.stat().st_mtime_ns for path in files}
+
+    before = times()
     again = train_here(done.job, observe=stop_at(1))
     assert record(again) == record(done.history)
-    assert {path: path.stat().st_mtime_ns for path in done.job.folder.rglob("*") if path.is_file()} == before
+    assert times() == before
+
+
+def test_tables_grow_and_no_update_is_read_twice(
+    memorised: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run is stopped three updates after its last checkpoint and continued: who reads after any update finds
+    the updates so far, each once."""
+    monkeypatch.setattr(live, "TABLES_S", 0.0)
+    monkeypatch.setattr(live, "ROWS_PER_PART", 2)
+    this = job(memorised, tmp_path, recipe("GA", epochs=2, batch_size=1, early_stopping=False))
+    read: list[list[int]] = []
+
+    def look(progress: Progress) -> None:
+        if progress.step > this_start:
+            read.append(pd.read_parquet(tmp_path / "steps.parquet")["step"].tolist())
+        if progress.step == stop:
+            raise Stopped
+
+    this_start, stop = 0, len(this.corpus.forget) + 3
+    with pytest.raises(Stopped):
+        train_here(this, observe=look)
+    whole = train_here(job(memorised, tmp_path / "whole", this.recipe))
+    # The tables are written after the observer has looked: they have the updates before.
+    assert read == [list(range(1, seen)) for seen in range(1, stop + 1)]
+    this_start, stop, read = len(this.corpus.forget), 0, []
+    history = train_here(this, observe=look)
+    assert read == [list(range(1, seen)) for seen in range(this_start + 1, whole.step + 1)]
+    steps, epochs = (pq.read_table(tmp_path / f"{name}.parquet") for name in ("steps", "epochs"))
+    final = tables_of(history, this.corpus)
+    assert steps.equals(final["steps"])
+    assert epochs.equals(final["epochs"])
+    assert steps.drop(["seconds"]).equals(tables_of(whole, this.corpus)["steps"].drop(["seconds"]))
 
 
 # Early stopping

@@ -162,7 +162,7 @@ def test_a_finished_file_is_kept_and_told_from_others(
     written = out.read_bytes(), out.stat().st_mtime_ns
     assert main(command(memorised, records, out, first)) == 0
     again = capfd.readouterr()
-    assert "is there already" in again.err
+    assert "already done, nothing to do" in again.err
     assert again.out.splitlines()[1:] == printed.splitlines()[1:]
     for flags, message in (
         ("--measure nll,length", "holds measures of another spec (different: measure): choose another file"),

@@ -665,7 +665,7 @@ def test_a_killed_driver_continues(
     capfd.readouterr()
     before = out.read_bytes(), out.stat().st_mtime_ns
     assert main(command(out)) == 0
-    assert "is there already" in capfd.readouterr().err
+    assert "already done, nothing to do" in capfd.readouterr().err
     # Another spec: refused, and the file is what it was.
     assert "holds an evaluation of another spec (different: min_k)" in refused(capfd, command(out, min_k=0.5))
     assert (out.read_bytes(), out.stat().st_mtime_ns) == before

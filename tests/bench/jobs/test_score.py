@@ -312,7 +312,7 @@ def test_a_killed_driver_continues(
     # Once more: there is nothing to do.
     written = out.read_bytes(), out.stat().st_mtime_ns
     assert main(command(out)) == 0
-    assert "is there already" in capfd.readouterr().err
+    assert "already done, nothing to do" in capfd.readouterr().err
     # Another spec: refused.
     assert main(command(out, sigma="2e-3")) == 2
     error = capfd.readouterr().err

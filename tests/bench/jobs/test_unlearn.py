@@ -406,7 +406,7 @@ def test_a_finished_run_is_left_alone(whole: Whole, capsys: pytest.CaptureFixtur
     assert run(whole.command) == 0
     printed = capsys.readouterr()
     (line,) = lines_of(printed.err)
-    assert "holds this run already" in line
+    assert "holds this run" in line
     assert whole.record["spec"]["spec_hash"] in line
     assert printed.out == whole.printed
     assert content(whole.folder) == before
@@ -491,7 +491,7 @@ def test_every_field_is_in_one_of_the_lists() -> None:
 def test_how_a_run_is_executed_is_not_its_identity(whole: Whole, capsys: pytest.CaptureFixture[str], more: str) -> None:
     before = content(whole.folder)
     assert run([*whole.command, *more.split()]) == 0
-    assert "holds this run already" in capsys.readouterr().err
+    assert "holds this run" in capsys.readouterr().err
     assert content(whole.folder) == before
 
 
@@ -564,7 +564,7 @@ def test_names_of_model_and_data_are_not_part_of_the_spec(
 ) -> None:
     moved = Inputs(tmp_path, learnt)
     assert run([*whole.command, *flags(model=moved.copy_of_model(), task=moved.task, retain=moved.retain)]) == 0
-    assert "holds this run already" in capsys.readouterr().err
+    assert "holds this run" in capsys.readouterr().err
 
 
 def identity_with(inputs: Inputs, **fields: Any) -> dict[str, Any]:
@@ -967,7 +967,7 @@ def test_a_spec_file_is_the_same_run_as_its_flags(
 ) -> None:
     assert run(["unlearn", "--spec", str(yaml_of()), "--out", str(whole.folder)]) == 0
     printed = capsys.readouterr()
-    assert "holds this run already" in printed.err
+    assert "holds this run" in printed.err
     assert printed.out == whole.printed
 
 
@@ -978,7 +978,7 @@ def test_flags_win_over_the_file(
     wrong = yaml_of(alpha="-1", early_stopping="false", task="nowhere.jsonl", seed="many")
     right = ["--alpha", "1", "--early-stopping", "--task", str(whole.inputs.task), "--seed", "0"]
     assert run([*command, str(wrong), *right]) == 0
-    assert "holds this run already" in capsys.readouterr().err
+    assert "holds this run" in capsys.readouterr().err
     # Without one of the flags the file counts.
     line = refused(capsys, [*command, str(wrong), *right[2:]])
     assert "(different: alpha)" in line
@@ -1193,7 +1193,7 @@ def test_refusals_are_part_of_the_spec(inputs: Inputs, capsys: pytest.CaptureFix
     assert "(different: refusals)" in refused(capsys, [*command, "--refusals", str(other)])
     assert "(different: refusals)" in refused(capsys, command)
     assert run([*command, "--refusals", str(copy)]) == 0
-    assert "holds this run already" in capsys.readouterr().err
+    assert "holds this run" in capsys.readouterr().err
 
 
 NO_REFUSALS: dict[str, tuple[Callable[[Inputs], Path], str]] = {

@@ -1,0 +1,166 @@
+"""How far a run is, from its folder: the same for one that runs, one that was stopped and one that has finished.
+
+progress.json, steps.parquet, epochs.parquet, spec.json, run.json or sweep.json -> `Seen`
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from algorithms.live import PROGRESS, TABLES, read_progress
+from bench.files.folders import LOCK, is_held, owner_of
+from scoring.errors import UserError
+from scoring.files import shown
+from scoring.progress import Meter
+from scoring.reading import read_json
+
+State = Literal["running", "stopped", "finished", "failed"]
+# Updates over which the time of one is averaged.
+RECENT = 20
+# What is drawn: the name of a curve, its table and its columns, the first of which it has.
+CURVES = {
+    "forget loss": ("steps", ("forget_loss", "loss")),
+    "retain loss": ("steps", ("retain_loss",)),
+    "forgotten": ("epochs", ("forgotten",)),
+    "forget ROUGE-L": ("epochs", ("forget_rouge_l_recall",)),
+    "retain ROUGE-L": ("epochs", ("retain_rouge_l_recall",)),
+}
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What can be said of a run.
+
+    Attributes:
+        name: of its folder.
+        kind: "run" or "sweep", whose updates are trials.
+        step, total: updates made, and those of a run that does not stop early; None where nobody knows.
+        doing: what is being done, or why it failed.
+        evaluation: the last measurement, by name.
+        seconds_per_update, seconds_left, age: seconds; age is that of the last news.
+        curves: (update, value) by name.
+    """
+
+    name: str
+    kind: Literal["run", "sweep"]
+    state: State
+    step: int = 0
+    total: int | None = None
+    epoch: int | None = None
+    loss: float | None = None
+    forget_loss: float | None = None
+    retain_loss: float | None = None
+    forgotten: float | None = None
+    doing: str = ""
+    evaluation: Mapping[str, float] = field(default_factory=dict)
+    seconds_per_update: float | None = None
+    seconds_left: float | None = None
+    age: float = 0.0
+    curves: Mapping[str, Sequence[tuple[int, float]]] = field(default_factory=dict)
+
+
+def check_run(folder: Path) -> None:
+    """Refuse a folder that is no run's.
+
+    Raises:
+        UserError: one line.
+    """
+    if owner_of(folder) is None:
+        raise UserError(f"{shown(folder)} holds no run: expected the --out of train, unlearn or sweep")
+
+
+def look(folder: Path) -> Seen:
+    """How far the run in a folder is."""
+    spec = owner_of(folder) or {}
+    kind: Literal["run", "sweep"] = "sweep" if "base" in spec else "run"
+    record = folder / f"{kind}.json"
+    progress = read_progress(folder)
+    state: State = "stopped"
+    if record.is_file():
+        state = "finished"
+    elif is_held(folder):
+        state = "running"
+    elif progress is not None and progress.failed:
+        state = "failed"
+    if kind == "sweep":
+        done = progress.step if progress else 0
+        total = progress.total if progress else None
+        if state == "finished":
+            done = total = pq.read_metadata(folder / "trials.parquet").num_rows
+        return Seen(shown(folder), kind, state, done, total, age=_age(folder, record))
+    steps, epochs = (_rows(folder / f"{name}.parquet") for name in TABLES)
+    last, row = (rows[-1] if rows else {} for rows in (steps, epochs))
+    step = max(progress.step if progress else 0, last.get("step", 0))
+    total = progress.total if progress else None
+    if state == "finished":
+        step = total = read_json(record, dict[str, Any], "the record of a run")["updates"]
+    measured: dict[str, Any] = next((each for each in reversed(epochs) if _evaluation(each)), {})
+    recent = [each["seconds"] for each in steps[-RECENT:]]
+    newest = progress if progress and progress.loss is not None else None
+    doing = ""
+    if progress and state in ("running", "failed"):
+        doing = progress.failed or str(Meter(progress.phase, progress.done, progress.of))
+    return Seen(
+        shown(folder),
+        kind,
+        state,
+        step,
+        total,
+        newest.epoch if newest else last.get("epoch"),
+        newest.loss if newest else last.get("loss"),
+        newest.forget_loss if newest else last.get("forget_loss"),
+        newest.retain_loss if newest else last.get("retain_loss"),
+        progress.forgotten if newest and progress else row.get("forgotten"),
+        doing,
+        _evaluation(measured),
+        sum(recent) / len(recent) if recent else None,
+        progress.seconds_left if progress and state == "running" else None,
+        _age(folder, record),
+        {
+            name: curve
+            for name, (table, columns) in CURVES.items()
+            if (curve := _curve(steps if table == "steps" else epochs, columns))
+        },
+    )
+
+
+def _evaluation(row: Mapping[str, Any]) -> dict[str, float]:
+    names = ("forget_rouge_l_recall", "retain_rouge_l_recall", "forget_probability", "retain_probability")
+    return {name: row[name] for name in names if row.get(name) is not None}
+
+
+def _curve(rows: Sequence[Mapping[str, Any]], columns: Iterable[str]) -> list[tuple[int, float]]:
+    for column in columns:
+        if points := [(row["step"], row[column]) for row in rows if row.get(column) is not None]:
+            return points
+    return []
+
+
+def _rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a table that may be a file, a folder of parts, or on its way from the one to the other."""
+    for _ in range(3):
+        try:
+            rows: list[dict[str, Any]] = pq.read_table(path).to_pylist()
+            return rows
+        except (OSError, pa.ArrowInvalid):
+            time.sleep(0.05)
+    return []
+
+
+def _age(folder: Path, record: Path) -> float:
+    """Seconds since the last news."""
+    news = [folder / PROGRESS, record, folder / LOCK, *folder.glob("*.parquet/part-*"), *folder.glob("*.parquet")]
+    times = []
+    for path in news:
+        try:
+            times.append(path.stat().st_mtime)
+        except OSError:
+            continue
+    return max(0.0, time.time() - max(times, default=time.time()))
