@@ -53,8 +53,10 @@ def read_plugin(path: str | Path) -> Plugin:
     """Read a plugin file.
 
     Raises:
-        UserError: the file cannot be read.
+        UserError: the file cannot be read, or is not named as one of Python: data may happen to be a program too.
     """
+    if Path(path).suffix != ".py":
+        raise UserError(f"plugin {str(path)!r}: expected a Python file, named .py")
     return Plugin(str(path), read_text(path, "a Python file", f"plugin {str(path)!r}"))
 
 
