@@ -131,6 +131,7 @@ def unlearning(model: Path, folder: Path) -> None:
         el_n=2,
         checkpoint_every=1,
         evaluate_samples=5,
+        stopping="paper",
         workers=0,
     )
     torch.set_num_threads(1)

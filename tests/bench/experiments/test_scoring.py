@@ -618,7 +618,7 @@ def test_table_12_on_tiny_models_and_the_draws_behind_it(tmp_path, model_folder,
     )
     assert measured(tmp_path) == written  # read
     # The file's rows are the samples in their order, the estimator's are those of its batches.
-    batches = make_batches(samples, ScoreSpec.batch_tokens)
+    batches = make_batches(samples, BATCH_TOKENS)
     direct = estimate(TransformersReplica(load_model(model_folder)), batches, Request("monte-carlo", 1e-5, 0, 0, 16))
     np.testing.assert_allclose(drawn.values, direct.values[np.argsort(direct.indices)], rtol=1e-5)
     assert drawn.survival == pytest.approx(1, abs=0.05)

@@ -685,7 +685,7 @@ def refused(capture: pytest.CaptureFixture[str], arguments: list[str]) -> str:
     assert code == 2
     printed = capture.readouterr()
     assert printed.out == ""
-    lines = printed.err.splitlines()
+    lines = [line for line in printed.err.splitlines() if line and not line.startswith("evaluating (")]
     assert len(lines) == 1, printed.err
     assert re.match(r"mrd-bench( evaluate)?: error: ", lines[0])
     return lines[0]

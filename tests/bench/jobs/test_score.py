@@ -303,9 +303,10 @@ def test_a_killed_driver_continues(
     assert finished() == before
 
     assert main(command(out)) == 0
-    # The bar counts the sample-draws of this run: those of 40 tasks but the finished ones, 24 samples times 10 draws.
-    todo = (40 - len(before)) * 240
-    assert f" {todo}/{todo} " in capfd.readouterr().err
+    # The bar counts sample-draws, 24 samples times 10 draws a task, and begins where the first start has ended.
+    error = capfd.readouterr().err
+    assert f"continuing from {len(before) * 240} of 9600 sample-draws" in error
+    assert " 9600/9600 " in error
     assert not parts.exists()
     assert read_scores(out)[0].equals(read_scores(undisturbed)[0])
 

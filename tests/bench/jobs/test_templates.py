@@ -54,7 +54,9 @@ def test_all_verbs_put_a_question_in_the_same_way(model: str, task: Path, tmp_pa
     metrics = evaluate(model, str(task), metrics="forget_probability", resources=HERE, **chat).metrics
     assert metrics["value"].tolist() == pytest.approx([found["chat"]], rel=1e-6)
 
-    run = UnlearnSpec(model=model, task=str(task), algorithm="GradDiff", max_steps=1, workers=0, el_n=2, **chat)
+    run = UnlearnSpec(
+        model=model, task=str(task), algorithm="GradDiff", max_steps=1, workers=0, evaluate_samples=100, **chat
+    )
     unlearned = unlearn(run, tmp_path / "run", progress=False)
     assert unlearned.epochs["forget_probability"][0].as_py() == pytest.approx(found["chat"], rel=1e-6)
 

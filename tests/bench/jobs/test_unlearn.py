@@ -72,8 +72,12 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def lines_of(error: str) -> list[str]:
-    """The lines on stderr that are no progress bar, and no note of a run that has begun."""
-    return [line for line in error.splitlines() if line.strip() and not line.startswith((*BARS, "note: "))]
+    """The lines on stderr that are no progress bar, and no note of a run that goes on."""
+    return [
+        line
+        for line in error.splitlines()
+        if line.strip() and not line.startswith((*BARS, "note: ", "continuing from"))
+    ]
 
 
 def refused(capsys: pytest.CaptureFixture[str], arguments: Sequence[str]) -> str:
