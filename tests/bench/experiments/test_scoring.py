@@ -32,7 +32,7 @@ from bench.tasks.datasets import Dataset, load_dataset
 from scoring.load import load_model
 from scoring.mrd import ESTIMATORS, Request, estimate, scaling_slope
 from scoring.replica import TransformersReplica
-from scoring.samples import Text, encode, evenly_spaced, make_batches
+from scoring.samples import BATCH_TOKENS, Text, encode, evenly_spaced, make_batches
 from scoring.settings import Naming, build
 from scoring.work import Facts
 from tests.tiny_folders import tokenizer

@@ -60,7 +60,7 @@ def test_all_verbs_put_a_question_in_the_same_way(model: str, task: Path, tmp_pa
     unlearned = unlearn(run, tmp_path / "run", progress=False)
     assert unlearned.epochs["forget_probability"][0].as_py() == pytest.approx(found["chat"], rel=1e-6)
 
-    base = {"model": model, "task": str(task), "algorithm": "GA", "max_steps": 1, "el_n": 2, "alpha": 0, **chat}
+    base = {"model": model, "task": str(task), "algorithm": "GA", "max_steps": 1, "evaluate_samples": 100, **chat}
     swept = SweepSpec(base=base, evaluate={"metrics": "forget_probability"})
     result = sweep(swept, tmp_path / "sweep", None, SweepResources(concurrent=0), progress=False)
     assert result.trials["status"].to_pylist() == ["finished"]
