@@ -76,7 +76,8 @@ def greedy_continuations_within(
 ) -> list[np.ndarray]:
     """What the model writes in place of the rest of a text, from many positions of each text.
 
-    A text is read once, and all its continuations begin from the cache of that, where the model allows it.
+    A text is read once for all its starts in a batch, and their continuations begin from the cache of that, where the
+    model allows it.
 
     Args:
         model, eos_token_id: see `greedy_continuations`.
@@ -101,27 +102,12 @@ def greedy_continuations_within(
     stops = stops_of(model, eos_token_id)
     continuations = [np.empty(0, dtype=np.int64) for _ in starts]
     expect(sum(limit > 0 for limit in limits))
-    for group in _group_starts(texts, starts, batch_tokens):
+    # Starts of one length together: rows that begin early go on for longest.
+    for group in group_prompts(prompts, limits, batch_tokens):
         batch = _WithinTexts(model, texts, [starts[i] for i in group])
         for i, tokens in zip(group, _decode_rows(batch, [limits[i] for i in group], stops), strict=True):
             continuations[i] = np.asarray(tokens, dtype=np.int64)
     return continuations
-
-
-def _group_starts(
-    texts: Sequence[np.ndarray], starts: Sequence[tuple[int, int]], batch_tokens: int
-) -> Iterator[list[int]]:
-    """Group starts to be decoded together, those of a text and of texts of similar length: their positions."""
-    group: list[int] = []
-    for i in sorted(range(len(starts)), key=lambda i: (len(texts[starts[i][0]]), starts[i])):
-        length = len(texts[starts[i][0]])  # none in the group is longer
-        # Read, and then written, is a text at most twice.
-        if group and (len(group) + 1) * 2 * length > batch_tokens:
-            yield group
-            group = []
-        group.append(i)
-    if group:
-        yield group
 
 
 def check_fit(context: int | None, prompts: Sequence[np.ndarray], limits: Sequence[int]) -> None:
