@@ -956,6 +956,7 @@ def yaml_of(whole: Whole, tmp_path: Path) -> Callable[..., Path]:
             "refresh": "1",
             "batch_size": "3.0",
             "learning_rate": "2e-4",
+            "stopping": "paper",
             "el_n": "2",
             "workers": "0",
             **changed,
