@@ -26,11 +26,11 @@ PAPER, DEFAULT = "paper", "ma=0.5"
 RULES = "paper, or ma= and a number above 0 and at most 1, such as ma=0.5"
 
 
-def ma_of_rule(rule: str, name: str = "stopping") -> float | None:
+def ma_of_rule(rule: str) -> float | None:
     """The number that MA of a forgotten sample is below; None by the paper's rule, which takes an average.
 
     Raises:
-        UserError: there is no such rule; the setting `name` has it.
+        UserError: there is no such rule.
     """
     if rule == PAPER:
         return None
@@ -40,7 +40,7 @@ def ma_of_rule(rule: str, name: str = "stopping") -> float | None:
     except ValueError:
         number = math.nan
     if not 0 < number <= 1:
-        raise UserError(f"{named(name)} is {described(rule)}: expected {RULES}")
+        raise UserError(f"{named('stopping')} is {described(rule)}: expected {RULES}")
     return number
 
 

@@ -134,7 +134,8 @@ class Extraction:
 
     Attributes:
         likelihood: EL_n, see `extraction_likelihood`.
-        tokens: that went through the model: those that it read, and those that it wrote.
+        tokens: that it read and wrote, as if each text were read once: in however many batches that really was, so that
+            nothing that goes by this number depends on their size.
     """
 
     likelihood: torch.Tensor

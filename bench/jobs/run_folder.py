@@ -77,6 +77,13 @@ class RunFolder(OwnedFolder):
         for name in ("reference.safetensors", PROGRESS):
             (self._out / name).unlink(missing_ok=True)
 
+    def say_done(self) -> None:
+        """Say on stderr that there is nothing to do."""
+        print(
+            f"already done, nothing to do: {shown(self._out)} holds this run (spec {self._identity['spec_hash']})",
+            file=sys.stderr,
+        )
+
     def say_where_it_continues(self, total: int) -> None:
         """Say on stderr from which update it goes on, if an earlier start has made some.
 
@@ -199,17 +206,35 @@ def read_run(folder: str | Path) -> UnlearnResult:
     Raises:
         UserError: the folder holds none.
     """
+    record, steps, epochs, samples = read_finished_run(folder, RunFolder.KIND, "unlearn", _Record, _COLUMNS)
+    return UnlearnResult(Path(folder), steps, epochs, samples, record)
+
+
+def read_finished_run(
+    folder: str | Path, kind: str, command: str, shape: Any, columns: Mapping[str, pa.Schema]
+) -> tuple[dict[str, Any], pa.Table, pa.Table, pa.Table]:
+    """The record of a finished run, and its tables of steps, epochs and samples.
+
+    Args:
+        kind: of run, for messages.
+        command: that writes such runs.
+        shape: of the record, see `scoring.reading.shaped`.
+        columns: of the tables, by name.
+
+    Raises:
+        UserError: the folder holds none.
+    """
     folder = Path(folder)
-    expected = "what `mrd-bench unlearn` writes"
+    expected = f"what `mrd-bench {command}` writes"
     if not (folder / RunFolder.RECORD).is_file():
-        raise UserError(f"{folder}: no finished run; expected {expected}")
-    record = read_json(folder / RunFolder.RECORD, _Record, expected)
+        raise UserError(f"{folder}: no finished {kind}; expected {expected}")
+    record = read_json(folder / RunFolder.RECORD, shape, expected)
     steps, epochs, samples = (
-        read_parquet(folder / f"{name}.parquet", expected, columns) for name, columns in _COLUMNS.items()
+        read_parquet(folder / f"{name}.parquet", expected, columns[name]) for name in ("steps", "epochs", "samples")
     )
     if not epochs.num_rows:
         raise UserError(f"{folder / 'epochs.parquet'} has no rows: expected {expected}")
-    return UnlearnResult(folder, steps, epochs, samples, record)
+    return record, steps, epochs, samples
 
 
 class _Identity(Hashed):

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,7 +47,7 @@ from bench.files.origin import Origin
 from bench.jobs.logs import LOG_FIELDS, Logging, run_logged
 from bench.jobs.preview import DONE, Preview, SetSize
 from bench.jobs.resources import check_gpus
-from bench.jobs.run_folder import RunFolder, UnlearnResult, failures_noted, full_disks_said_plainly
+from bench.jobs.run_folder import RunFolder, UnlearnResult, failures_noted, full_disks_said_plainly, read_finished_run
 from bench.jobs.unlearn import UnlearnSpec, carried_out, encoder_of, room_of, unlearn
 from bench.models.find import ModelName, ModelReference, absolute_model, find_model
 from bench.tasks import Record
@@ -56,7 +55,6 @@ from bench.tasks.datasets import DataName, Dataset, absolute_source, check_datas
 from bench.tasks.left_out import joined_splits, splits_taught, without
 from scoring.errors import UserError
 from scoring.files import replacing, shown
-from scoring.reading import read_json, read_parquet
 from scoring.samples import evenly_spaced
 from scoring.settings import Doc, Expected, Ge, build, check, named
 from scoring.templates import TEMPLATE_FIELDS, TemplateSettings, absolute_template
@@ -350,10 +348,7 @@ def _trained(
     identity = identity_of(spec, model, dataset, left_out)
     with TrainFolder(out, identity) as folder:
         if folder.is_finished():
-            print(
-                f"already done, nothing to do: {shown(out)} holds this run (spec {identity['spec_hash']})",
-                file=sys.stderr,
-            )
+            folder.say_done()
             return read_training(out)
         recipe, encoder = spec.recipe(), encoder_of(model)
         corpus, rejected = make_corpus(recipe, encoder, dataset.text_set, None)
@@ -417,17 +412,8 @@ def read_training(folder: str | Path) -> TrainResult:
     Raises:
         UserError: the folder holds none.
     """
-    folder = Path(folder)
-    expected = "what `mrd-bench train` writes"
-    if not (folder / TrainFolder.RECORD).is_file():
-        raise UserError(f"{folder}: no finished training run; expected {expected}")
-    record = read_json(folder / TrainFolder.RECORD, _Record, expected)
-    steps, epochs, samples = (
-        read_parquet(folder / f"{name}.parquet", expected, columns) for name, columns in _COLUMNS.items()
-    )
-    if not epochs.num_rows:
-        raise UserError(f"{folder / 'epochs.parquet'} has no rows: expected {expected}")
-    return TrainResult(folder, steps, epochs, samples, record)
+    record, steps, epochs, samples = read_finished_run(folder, TrainFolder.KIND, "train", _Record, _COLUMNS)
+    return TrainResult(Path(folder), steps, epochs, samples, record)
 
 
 class _Identity(Hashed):

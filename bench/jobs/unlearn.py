@@ -63,7 +63,6 @@ from bench.tasks.sources import TEXT, TEXTS, read_file, with_fields
 from scoring.adapters import adapter_base
 from scoring.cluster import connect
 from scoring.errors import UserError
-from scoring.files import shown
 from scoring.load import read_config
 from scoring.progress import Bar, Meter
 from scoring.reading import read_text
@@ -185,10 +184,7 @@ def unlearn(spec: UnlearnSpec, out: str | Path, progress: bool = True) -> Unlear
     spec, model, forget, retain, identity = _ready(spec)
     with RunFolder(out, identity) as folder:
         if folder.is_finished():
-            print(
-                f"already done, nothing to do: {shown(out)} holds this run (spec {identity['spec_hash']})",
-                file=sys.stderr,
-            )
+            folder.say_done()
             return read_run(out)
         corpus, rejected = corpus_of(spec, model, forget, retain)
         folder.check_room(*room_of(spec, model, corpus, spec.adapter is not None))

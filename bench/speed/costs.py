@@ -2,7 +2,7 @@
 
 update      one of its batches: in one padded micro-batch, or in several with little padding
 refresh     MRD by gradients: in batches of 4,096 tokens however padded, or in those that suit the device
-look        by the paper's rule: every prompt of extraction likelihood read by itself, or all of a text from one cache
+look        by the paper's rule: every prompt of extraction likelihood read by itself, or a text once a batch
 look, MA    by the rule that is the default now; once there was none but the paper's
 evaluation  of 100 answers of each set, or of as many as is the default now
 """
@@ -29,7 +29,7 @@ from bench.files.origin import origin
 from bench.jobs.unlearn import UnlearnSpec, datasets_of, encoder_of
 from bench.models.find import find_model
 from bench.speed.figures import device_name, interval, peak_bytes, require_at_least, seconds_in_turns, write_figures
-from bench.speed.unlearning.inputs import load, load_corpus
+from bench.speed.unlearning.inputs import benchmarked, load, load_corpus
 from bench.speed.unlearning.loop import TrainingLoop
 from bench.stats.estimates import geometric_mean
 from scoring.generation import greedy_continuations
@@ -61,15 +61,7 @@ def run_benchmark(
     """
     require_at_least(1, samples=samples, epochs=epochs)
     require_at_least(2, turns=turns)
-    spec = UnlearnSpec(
-        model=model,
-        task=data,
-        forget_split=split or ("forget10" if data == "authors" else None),
-        retain=retain,
-        algorithm="GradDiff",
-        alpha=0.0,
-        workers=0,
-    ).checked()
+    spec = benchmarked(model, data, split, retain).checked()
     corpus = load_corpus(spec)
     corpus = dataclasses.replace(corpus, forget=corpus.forget[:samples])
     initial = load(spec).eval()

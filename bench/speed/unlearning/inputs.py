@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -47,6 +48,25 @@ class Sizes:
     batch_size_samples: int = 256
     check_every: int = 5
     epochs: int = 30
+
+
+def benchmarked(model: str, data: str, split: str | None, retain: str | None, **settings: Any) -> UnlearnSpec:
+    """A run whose parts are measured, in this process, with uniform draws.
+
+    Args:
+        model, data, split, retain: as in UnlearnSpec.
+        settings: further fields.
+    """
+    return UnlearnSpec(
+        model=model,
+        task=data,
+        forget_split=split or ("forget10" if data == "authors" else None),
+        retain=retain,
+        algorithm="GradDiff",
+        alpha=0.0,
+        workers=0,
+        **settings,
+    )
 
 
 def load_corpus(spec: UnlearnSpec) -> Corpus:

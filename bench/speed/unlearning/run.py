@@ -23,7 +23,7 @@ import torch
 from algorithms.stopping import PAPER
 from bench.jobs.unlearn import UnlearnSpec
 from bench.speed.figures import device_name, write_figures
-from bench.speed.unlearning.inputs import Sizes, load, load_corpus
+from bench.speed.unlearning.inputs import Sizes, benchmarked, load, load_corpus
 from bench.speed.unlearning.loop import measure_speed
 from bench.speed.unlearning.refresh import measure_refresh
 from bench.speed.unlearning.stopping import run_until_forgotten
@@ -56,17 +56,7 @@ def run_benchmark(
         )
     if importlib.util.find_spec("accelerate") is None:
         raise UserError("comparing with transformers' Trainer needs accelerate: pip install 'mrd-bench[trainer]'")
-    spec = UnlearnSpec(
-        model=model,
-        task=data,
-        forget_split=split or ("forget10" if data == "authors" else None),
-        retain=retain,
-        algorithm="GradDiff",
-        alpha=0.0,
-        stopping=PAPER,
-        evaluate=False,
-        workers=0,
-    )
+    spec = benchmarked(model, data, split, retain, stopping=PAPER, evaluate=False)
     figures = _describe(spec)
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
