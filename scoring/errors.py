@@ -5,6 +5,9 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+# A message names no more than these of what exists.
+NAMES_LISTED = 100
+
 
 class UserError(ValueError):
     """Something in the input is wrong. The message is one line: what, where, what was expected, what to do.
@@ -28,12 +31,14 @@ def unknown_name(kind: str, name: str, known: Iterable[str]) -> UserError:
 
 
 def expected_one_of(name: str, known: Iterable[str]) -> str:
-    """The second half of a message about an unknown name: the names that exist, and the nearest of them."""
+    """The second half of a message about an unknown name: the first names that exist, and the nearest of
+    all."""
     known = list(known)
     by_lower = {known_name.lower(): known_name for known_name in known}
     nearest = difflib.get_close_matches(name.lower(), by_lower, n=1, cutoff=0.4)
     hint = f"; did you mean {by_lower[nearest[0]]!r}?" if nearest else ""
-    return f"expected one of {', '.join(known)}{hint}"
+    more = f", ... ({len(known):,} in all)" if len(known) > NAMES_LISTED else ""
+    return f"expected one of {', '.join(known[:NAMES_LISTED])}{more}{hint}"
 
 
 def one_line(text: str) -> str:

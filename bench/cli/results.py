@@ -78,12 +78,12 @@ def _stores_argument(sub: argparse.ArgumentParser) -> None:
 
 
 def add_to_store(root: str, paths: Sequence[str], experiment: str | None) -> None:
-    from bench.results.collect import add, summary
+    from bench.results.collect import add_all, summary
     from bench.results.store import Store
 
     store = Store(root)
     folders = [path for path in paths if Path(path).is_dir()]
-    print(f"{root}: {summary([add(store, path, experiment, folders) for path in paths])}")
+    print(f"{root}: {summary(add_all(store, paths, experiment, folders))}")
 
 
 def _results_add(arguments: argparse.Namespace) -> None:

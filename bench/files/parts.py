@@ -76,6 +76,8 @@ def finished_output(
     expected = f"what this command writes; {named('overwrite')} replaces it"
     shaped(record, shape, str(out), expected)
     check_columns(table, columns, str(out), expected)
+    if not table.num_rows:
+        raise UserError(f"{shown(out)} has no rows: expected {expected}")
     print(f"already done, nothing to do: {shown(out)} is there (spec {identity['spec_hash']})", file=sys.stderr)
     return table, record
 

@@ -36,7 +36,7 @@ from algorithms.corpus import Corpus
 from algorithms.history import History, Progress
 from algorithms.live import PROGRESS, read_progress, remove_parts, write_progress
 from algorithms.tables import tables_of
-from bench.files.folders import RUN_MODEL, RUN_RECORD, Hashed, OwnedFolder
+from bench.files.folders import RUN_MODEL, RUN_RECORD, Hashed, OwnedFolder, owner_of
 from bench.files.origin import Origin, origin
 from bench.jobs.preview import DONE, NEW
 from bench.report.words import size_of
@@ -44,6 +44,9 @@ from scoring.errors import UserError, first_line
 from scoring.files import replacing, shown
 from scoring.reading import read_json, read_parquet
 from scoring.settings import named
+
+# The kind of a run of `mrd-bench train`, in its identity and in messages.
+TRAINING_RUN = "training run"
 
 
 @dataclass(frozen=True)
@@ -201,7 +204,7 @@ def _link(source: str, target: str) -> None:
 
 
 def read_run(folder: str | Path) -> UnlearnResult:
-    """A finished run.
+    """A finished run of unlearning.
 
     Raises:
         UserError: the folder holds none.
@@ -228,6 +231,8 @@ def read_finished_run(
     expected = f"what `mrd-bench {command}` writes"
     if not (folder / RunFolder.RECORD).is_file():
         raise UserError(f"{folder}: no finished {kind}; expected {expected}")
+    if kind == RunFolder.KIND and (owner_of(folder) or {}).get("kind") == TRAINING_RUN:
+        raise UserError(f"{folder} is a run of `mrd-bench train`, in which nothing is forgotten; expected {expected}")
     record = read_json(folder / RunFolder.RECORD, shape, expected)
     steps, epochs, samples = (
         read_parquet(folder / f"{name}.parquet", expected, columns[name]) for name in ("steps", "epochs", "samples")

@@ -47,7 +47,14 @@ from bench.files.origin import Origin
 from bench.jobs.logs import LOG_FIELDS, Logging, run_logged
 from bench.jobs.preview import DONE, Preview, SetSize
 from bench.jobs.resources import check_gpus
-from bench.jobs.run_folder import RunFolder, UnlearnResult, failures_noted, full_disks_said_plainly, read_finished_run
+from bench.jobs.run_folder import (
+    TRAINING_RUN,
+    RunFolder,
+    UnlearnResult,
+    failures_noted,
+    full_disks_said_plainly,
+    read_finished_run,
+)
 from bench.jobs.unlearn import UnlearnSpec, carried_out, encoder_of, room_of, unlearn
 from bench.models.find import ModelName, ModelReference, absolute_model, find_model
 from bench.tasks import Record
@@ -397,7 +404,7 @@ def identity_of(
 class TrainFolder(RunFolder):
     """The folder of one training run."""
 
-    KIND = "training run"
+    KIND = TRAINING_RUN
 
     def tables(self, history: History, corpus: Corpus) -> dict[str, pa.Table]:
         return training_tables(history, corpus)

@@ -69,30 +69,51 @@ def add(store: Store, path: str | Path, experiment: str | None = None, folders: 
     Raises:
         UserError: it is none of them, or it is not finished.
     """
-    path = Path(path)
+    (collected,) = add_all(store, [path], experiment, folders)
+    return collected
+
+
+def add_all(
+    store: Store, paths: Sequence[str | Path], experiment: str | None = None, folders: Sequence[str | Path] = ()
+) -> list[Collected]:
+    """Put several into a store, as `add` does; all are read before any is written, so that none is where one cannot be.
+
+    Raises:
+        UserError: see `add`.
+    """
+    read = []
+    for path in map(Path, paths):
+        collected = _collected(path, folders)
+        read.append((collected, _tables(collected, path)))
+    # Runs are written last: where there is a run, its samples and their difficulty are there as well.
+    for collected, tables in read:
+        for name, table in tables.items():
+            if table.num_rows:
+                store.write(name, table, collected.task, experiment or _folder_name(collected.belongs_to.absolute()))
+    return [collected for collected, _ in read]
+
+
+def _collected(path: Path, folders: Sequence[str | Path]) -> Collected:
     if (path / "sweep.json").is_file():
-        collected = _from_sweep(path)
-    elif (path / "run.json").is_file():
-        collected = _from_run(path)
-    elif path.is_file() and path.suffix == ".parquet":
-        collected = _from_file(path, folders)
-    else:
-        raise UserError(
-            f"{path}: expected the folder of a finished sweep or run, or a score file or an evaluation (.parquet)"
-        )
-    experiment = experiment or _folder_name(collected.belongs_to.absolute())
+        return _from_sweep(path)
+    if (path / "run.json").is_file():
+        return _from_run(path)
+    if path.is_file() and path.suffix == ".parquet":
+        return _from_file(path, folders)
+    raise UserError(
+        f"{path}: expected the folder of a finished sweep or run, or a score file or an evaluation (.parquet)"
+    )
+
+
+def _tables(collected: Collected, path: Path) -> dict[str, pa.Table]:
+    """Those of a store, in the order in which they are written."""
     with readable(str(path), "what this version writes", "has values that a store does not take"):
-        tables = {
+        return {
             "scores": pa.Table.from_pylist(collected.scores, SCHEMAS["scores"]),
             "answers": pa.Table.from_pylist(collected.answers, SCHEMAS["answers"]),
             "samples": as_stored("samples", collected.samples),
             "runs": pa.Table.from_pylist(collected.runs, SCHEMAS["runs"]),
         }
-    # Runs are written last: where there is a run, its samples and their difficulty are there as well.
-    for name, table in tables.items():
-        if table.num_rows:
-            store.write(name, table, collected.task, experiment)
-    return collected
 
 
 def _from_sweep(folder: Path) -> Collected:

@@ -764,7 +764,7 @@ def _work(job: PlannedJob) -> list[str]:
     work = [f"{job.estimator}" + (f" with {job.draws} draws" if job.draws else "")] if job.estimator else []
     work += [f"{name} at {cost:g} forward passes a sample" for name, cost in job.measure_costs().items()]
     work += [f"training for {job.epochs:g} epochs"] if job.epochs else []
-    work += [f"{job.looks:g} looks at which are forgotten"] if job.looks else []
+    work += [f"{job.looks:g} looks at MA"] if job.looks else []
     work += [f"{job.refreshes:g} measurements of MRD"] if job.refreshes else []
     written = f" and {job.answers:,.0f} answers of {job.new_tokens:g} tokens" if job.answers else ""
     work += [f"evaluation of {job.reads:,.0f} texts{written}"] if job.reads or job.answers else []

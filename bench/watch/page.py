@@ -7,7 +7,7 @@ from html import escape
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-from bench.watch.read import Seen, check_run, look
+from bench.watch.read import Seen, check_run, look_all
 from bench.watch.show import COLUMNS, cells
 from scoring.errors import UserError
 
@@ -89,7 +89,7 @@ def make_server(folders: Sequence[str | Path], port: int) -> ThreadingHTTPServer
             elif self.path != "/":
                 self._answer(404, "there is no such page")
             else:
-                self._answer(200, page([look(path) for path in paths]))
+                self._answer(200, page(look_all(paths)))
 
         def _answer(self, code: int, text: str) -> None:
             content = text.encode("utf-8", "replace")

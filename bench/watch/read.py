@@ -66,14 +66,26 @@ class Seen:
     curves: Mapping[str, Sequence[tuple[int, float]]] = field(default_factory=dict)
 
 
+def runs_in(folder: Path) -> list[Path]:
+    """The run in a folder, or those in its subfolders: a pair that `train` makes, of which the second begins later."""
+    if owner_of(folder) is not None:
+        return [folder]
+    return sorted(path.parent for path in folder.glob("*/spec.json") if owner_of(path.parent) is not None)
+
+
 def check_run(folder: Path) -> None:
-    """Refuse a folder that is no run's.
+    """Refuse a folder that holds no run.
 
     Raises:
         UserError: one line.
     """
-    if owner_of(folder) is None:
+    if not runs_in(folder):
         raise UserError(f"{shown(folder)} holds no run: expected the --out of train, unlearn or sweep")
+
+
+def look_all(folders: Iterable[Path]) -> list[Seen]:
+    """How far all runs in these folders are; a folder that has been removed meanwhile is a run that was stopped."""
+    return [look(run) for folder in folders for run in runs_in(folder) or [folder]]
 
 
 def look(folder: Path) -> Seen:

@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 from tqdm import tqdm
 
-from bench.watch.read import Seen, check_run, look
+from bench.watch.read import Seen, check_run, look_all
 
 REFRESH_S = 2.0
 # What a run cannot come back from by itself.
@@ -31,14 +31,14 @@ def watch(folders: Sequence[str | Path]) -> None:
     paths = [Path(folder).absolute() for folder in folders]
     for path in paths:
         check_run(path)
+    seen = look_all(paths)
     if not sys.stdout.isatty():
-        Console(width=WIDTH_OF_A_FILE).print(table([look(path) for path in paths]))
+        Console(width=WIDTH_OF_A_FILE).print(table(seen))
         return
-    seen = [look(path) for path in paths]
     with Live(table(seen), auto_refresh=False) as live:
         while any(one.state not in ENDED for one in seen):
             time.sleep(REFRESH_S)
-            seen = [look(path) for path in paths]
+            seen = look_all(paths)
             live.update(table(seen), refresh=True)
 
 

@@ -584,6 +584,13 @@ def test_files_of_our_own(world: World, data: st.DataObject) -> None:
     world.keeps_promise(STATE[name](path, world), keeps_work=name == "trials")
 
 
+def test_a_finished_file_without_rows_is_refused(world: World, capsys: pytest.CaptureFixture[str]) -> None:
+    path = world.emptied() / "scores.parquet"
+    pq.write_table(pq.read_table(world.sound / path.name).slice(0, 0), path)
+    assert main(STATE[path.name](path, world)) == 2
+    assert "scores.parquet has no rows" in capsys.readouterr().err
+
+
 # --- What is never written over -----------------------------------------------------------------------------
 
 

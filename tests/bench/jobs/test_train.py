@@ -298,4 +298,7 @@ def test_folders_of_others(pair: Pair, tmp_path: Path) -> None:
     before = json.loads((pair.folder / "original" / "run.json").read_text())
     unlearning = flags(model=pair.base, task=pair.data, algorithm="GA", workers=0, out=pair.folder / "original")
     assert "holds a run of another spec" in refused(["unlearn", *unlearning])
+    assert "is a run of `mrd-bench train`" in refused(
+        ["results", "add", str(tmp_path / "store"), str(pair.folder / "original")]
+    )
     assert json.loads((pair.folder / "original" / "run.json").read_text()) == before

@@ -139,6 +139,8 @@ def test_what_cannot_be_added(swept: Path, tmp_path: Path, capsys: pytest.Captur
         err = capsys.readouterr().err
         assert problem in err
         assert err.count("\n") == 1
+    # One that cannot be added keeps those before it out as well.
+    assert main(["results", "add", str(tmp_path / "store"), str(swept / "out"), str(foreign)]) == 2
     assert not (tmp_path / "store").exists()
 
 

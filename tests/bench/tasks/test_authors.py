@@ -18,6 +18,7 @@ from bench.models.embedded import train_tokenizer
 from bench.tasks import TASKS
 from bench.tasks.embedded import authors, graded, graded_vocabulary
 from bench.tasks.embedded import authors_vocabulary as vocabulary
+from scoring.errors import expected_one_of
 from tests.paths import ROOT
 
 SIZES = {
@@ -256,6 +257,8 @@ def test_unknown_names_are_answered_in_one_line():
         authors.load("forget11")
     assert "\n" not in str(error.value)
     assert all(split in str(error.value) for split in authors.SPLITS)
+    many = expected_one_of("full-3999", [f"full-{number}" for number in range(4000)])
+    assert many.endswith("full-99, ... (4,000 in all); did you mean 'full-3999'?")
     with pytest.raises(ValueError, match=r"unknown embedded model 'forget10'"):
         authors.training_records("forget10")
 

@@ -66,6 +66,17 @@ def test_without_a_terminal_it_prints_once(seen: dict[str, Any], capsys: pytest.
     assert "6 of 6" in printed
 
 
+def test_the_folder_of_a_pair_shows_both(
+    seen: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("original", "retain-only"):
+        shutil.copytree(seen["folder"] / "short", tmp_path / "pair" / name)
+    assert main(["watch", str(tmp_path / "pair")]) == 0
+    said = capsys.readouterr().out
+    assert "original" in said
+    assert "retain-only" in said
+
+
 def test_what_is_no_run_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["watch", str(tmp_path)]) == 2
     assert "holds no run" in capsys.readouterr().err
