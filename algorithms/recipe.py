@@ -31,13 +31,16 @@ from scoring.cluster import GPU_SHARE
 from scoring.errors import UserError
 from scoring.mrd import EstimatorName, NumberOfDraws, Sigma, StatisticChoice, statistic_and_draws
 from scoring.samples import BATCH_TOKENS_ARE
-from scoring.settings import Doc, Expected, Ge, Gt, Known, Le, check, current_naming, described, named, naming
+from scoring.settings import Doc, Expected, Ge, Gt, Known, Le, build, check, current_naming, described, named, naming
 from scoring.updates import OptimizerName
 
 Unit = Literal["epochs", "steps"]
 DEFAULT_BATCH_SIZE = 4
 # Answers of each set that are measured after an epoch: writing them takes as long as training on about as many.
 EVALUATED = 32
+# Learning, as an objective of the loop: each sample once an epoch, and nobody looks what is forgotten.
+LEARNS = "Relearn"
+LEARNING = {"alpha": 0.0, "replacement": False, "early_stopping": False, "check_every": 0}
 # The settings of a retain weight that follows the retain loss.
 DUAL = ("retain_limit", "dual_step", "dual_warmup")
 
@@ -359,6 +362,19 @@ class AnswersMeasured:
 
 def _value_or(value: Any, default: Any) -> Any:
     return default if value is None else value
+
+
+def learning(**settings: Any) -> Recipe:
+    """How a model is made to learn, resolved.
+
+    Args:
+        settings: fields of Recipe.
+
+    Raises:
+        UserError: a combination that does not exist.
+    """
+    recipe = build(Recipe, {"algorithm": LEARNS, **LEARNING, **settings})
+    return dataclasses.replace(recipe, **recipe.resolved())
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from bench.boards.write import leaderboard
+    from bench.jobs.attack import AttackResult, attack
     from bench.jobs.evaluate import EvaluationResult, evaluate
     from bench.jobs.resources import Resources, SweepResources
     from bench.jobs.sweep import sweep
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from scoring.errors import UserError
 
 __all__ = [
+    "AttackResult",
     "EvaluationResult",
     "Resources",
     "ResultFrames",
@@ -32,6 +34,7 @@ __all__ = [
     "SweepResult",
     "TrainResult",
     "UserError",
+    "attack",
     "evaluate",
     "leaderboard",
     "read_results",
@@ -40,6 +43,8 @@ __all__ = [
 ]
 
 _HOMES = {
+    "attack": "bench.jobs.attack",
+    "AttackResult": "bench.jobs.attack",
     "evaluate": "bench.jobs.evaluate",
     "EvaluationResult": "bench.jobs.evaluate",
     "leaderboard": "bench.boards.write",

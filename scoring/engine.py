@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
 
 import numpy as np
 import torch
 
 from scoring.mrd import Perturbable
 from scoring.samples import Batch, Sample
+
+if TYPE_CHECKING:  # a driver that only plans tasks does not load the code of models
+    from scoring.generation import Drawn
 
 Engine = Literal["transformers", "vllm"]
 Dtype = Literal["float32", "bfloat16", "float64"]
@@ -39,6 +42,11 @@ class Replica(Perturbable, Protocol):
         self, prompts: Sequence[np.ndarray], limits: Sequence[int], eos_token_id: int | None
     ) -> list[np.ndarray]:
         """What the model writes after each prompt, up to its limit of tokens, without the end token."""
+
+    def drawn_continuations(
+        self, prompts: Sequence[np.ndarray], limits: Sequence[int], drawn: Drawn, eos_token_id: int | None
+    ) -> list[np.ndarray]:
+        """The same, if it draws every token."""
 
     def extraction_likelihood(self, samples: Sequence[Sample], n: int, eos_token_id: int | None) -> torch.Tensor:
         """EL_n of each sample, (B,) fp64; see `scoring.memorization`."""

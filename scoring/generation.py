@@ -1,4 +1,4 @@
-"""Greedy continuations of many prompts at once.
+"""Continuations of many prompts at once: greedy ones, and ones that are drawn.
 
 This is not transformers' `generate`, for two reasons. `generate` applies a model's generation_config.json (a
 repetition penalty, suppressed tokens) even to greedy decoding, while the metrics ask for the argmax of the model's
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -23,6 +24,38 @@ from scoring.precision import as_precise_as_weights
 from scoring.progress import advance, expect
 
 Way = Literal["together", "alone", "anew"]
+# The next token of each row, (B,), from its logits, (B, V), given the number of each row and how many tokens it has.
+Choose = Callable[[torch.Tensor, Sequence[tuple[int, int]]], torch.Tensor]
+
+
+def most_likely(logits: torch.Tensor, rows: Sequence[tuple[int, int]]) -> torch.Tensor:
+    """The token that greedy decoding takes."""
+    return logits.argmax(-1)
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """Tokens drawn from the model's distribution by inverting its distribution function: what a row gets does not
+    depend on the rows beside it.
+
+    Attributes:
+        uniforms: of each row, (limit,) in [0, 1), one for each token that it may write.
+        temperature: that logits are divided by.
+    """
+
+    uniforms: Sequence[np.ndarray]
+    temperature: float = 1.0
+
+    def __call__(self, logits: torch.Tensor, rows: Sequence[tuple[int, int]]) -> torch.Tensor:
+        cumulative = (logits.double() / self.temperature).softmax(-1).cumsum(-1)
+        levels = [self.uniforms[number][written] for number, written in rows]
+        # Of a distribution whose rounded sum is not quite 1.
+        wanted = cumulative.new_tensor(levels)[:, None] * cumulative[:, -1:]
+        return torch.searchsorted(cumulative, wanted, right=True).squeeze(-1).clamp_max(logits.shape[-1] - 1)
+
+    def of(self, rows: Sequence[int]) -> Drawn:
+        """The same for some of the rows, which are numbered anew."""
+        return Drawn([self.uniforms[row] for row in rows], self.temperature)
 
 
 @torch.no_grad()
@@ -53,6 +86,42 @@ def greedy_continuations(
         UserError: a prompt is empty, or does not fit into the model's context with its new tokens.
     """
     limits = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else list(max_new_tokens)
+    return _continuations(model, prompts, limits, eos_token_id, batch_tokens, None)
+
+
+@torch.no_grad()
+def drawn_continuations(
+    model: PreTrainedModel,
+    prompts: Sequence[np.ndarray],
+    limits: Sequence[int],
+    drawn: Drawn,
+    eos_token_id: int | None,
+    batch_tokens: int = 16384,
+) -> list[np.ndarray]:
+    """What the model writes after each prompt if it draws every token.
+
+    Args:
+        model, prompts, eos_token_id, batch_tokens: see `greedy_continuations`.
+        limits: the most tokens to write after each prompt.
+        drawn: with as many rows as there are prompts.
+
+    Returns:
+        The new tokens of each prompt, int64, without the end token.
+
+    Raises:
+        UserError: see `greedy_continuations`.
+    """
+    return _continuations(model, prompts, list(limits), eos_token_id, batch_tokens, drawn)
+
+
+def _continuations(
+    model: PreTrainedModel,
+    prompts: Sequence[np.ndarray],
+    limits: list[int],
+    eos_token_id: int | None,
+    batch_tokens: int,
+    drawn: Drawn | None,
+) -> list[np.ndarray]:
     if len(limits) != len(prompts):
         raise ValueError(f"{len(prompts)} prompts but {len(limits)} limits")
     check_fit(getattr(model.config.get_text_config(), "max_position_embeddings", None), prompts, limits)
@@ -60,7 +129,8 @@ def greedy_continuations(
     continuations = [np.empty(0, dtype=np.int64) for _ in prompts]
     expect(sum(limit > 0 for limit in limits))
     for group in group_prompts(prompts, limits, batch_tokens):
-        written = _decode(model, [prompts[i] for i in group], [limits[i] for i in group], stops)
+        choose = drawn.of(group) if drawn else most_likely
+        written = _decode(model, [prompts[i] for i in group], [limits[i] for i in group], stops, choose)
         for i, tokens in zip(group, written, strict=True):
             continuations[i] = np.asarray(tokens, dtype=np.int64)
     return continuations
@@ -166,7 +236,11 @@ def stops_of(model: Any, eos_token_id: int | None) -> frozenset[int]:
 
 
 def _decode(
-    model: PreTrainedModel, prompts: Sequence[np.ndarray], limits: Sequence[int], stops: frozenset[int]
+    model: PreTrainedModel,
+    prompts: Sequence[np.ndarray],
+    limits: Sequence[int],
+    stops: frozenset[int],
+    choose: Choose = most_likely,
 ) -> list[list[int]]:
     """Decode one batch, in the first way that is right for the model."""
     way = way_of_decoding(model)
@@ -174,20 +248,33 @@ def _decode(
     if switch is not None and max(len(p) + limit for p, limit in zip(prompts, limits, strict=True)) > switch:
         way = "anew"  # what a cache holds was encoded for the shorter side
     if way == "together":
-        return _decode_together(model, prompts, limits, stops)
-    return [_decode_one(model, p, limit, stops, way == "alone") for p, limit in zip(prompts, limits, strict=True)]
+        return _decode_rows(_LeftPadded(model, prompts), limits, stops, choose)
+    return [
+        _decode_one(model, prompt, limits[row], stops, way == "alone", choose, row)
+        for row, prompt in enumerate(prompts)
+    ]
 
 
 def _decode_one(
-    model: PreTrainedModel, prompt: np.ndarray, limit: int, stops: frozenset[int], cached: bool
+    model: PreTrainedModel,
+    prompt: np.ndarray,
+    limit: int,
+    stops: frozenset[int],
+    cached: bool,
+    choose: Choose,
+    number: int,
 ) -> list[int]:
     """Decode one prompt by itself: with a cache, or by reading everything anew for each token."""
+
+    def own(logits: torch.Tensor, rows: Sequence[tuple[int, int]]) -> torch.Tensor:
+        return choose(logits, [(number, written) for _, written in rows])
+
     if cached:
-        return _decode_together(model, [prompt], [limit], stops)[0]
+        return _decode_rows(_LeftPadded(model, [prompt]), [limit], stops, own)[0]
     ids = torch.from_numpy(np.asarray(prompt, dtype=np.int64))[None].to(next(model.parameters()).device)
     written: list[int] = []
     while len(written) < limit:
-        token = int(_last_logits_anew(model, ids)[0].argmax())
+        token = int(own(_last_logits_anew(model, ids), [(0, len(written))])[0])
         if token in stops:
             break
         written.append(token)
@@ -380,19 +467,15 @@ class _WithinTexts(_Rows):
         _Rows.__init__(self, model, cache, tokens, mask, last)
 
 
-def _decode_together(
-    model: PreTrainedModel, prompts: Sequence[np.ndarray], limits: Sequence[int], stops: frozenset[int]
+def _decode_rows(
+    batch: _Rows, limits: Sequence[int], stops: frozenset[int], choose: Choose = most_likely
 ) -> list[list[int]]:
-    return _decode_rows(_LeftPadded(model, prompts), limits, stops)
-
-
-def _decode_rows(batch: _Rows, limits: Sequence[int], stops: frozenset[int]) -> list[list[int]]:
     """What each row writes until it comes to its limit or to a token that ends it."""
     written: list[list[int]] = [[] for _ in limits]
     # The number of each row: rows leave the batch as they end.
     numbers = list(range(len(limits)))
     while True:
-        tokens = batch.next_logits().argmax(-1)
+        tokens = choose(batch.next_logits(), [(number, len(written[number])) for number in numbers])
         unfinished = []
         for row, (number, token) in enumerate(zip(numbers, tokens.tolist(), strict=True)):
             if token in stops:

@@ -5,6 +5,7 @@ How the work is cut depends on the samples alone, so a reading does not depend o
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
@@ -13,7 +14,7 @@ import numpy as np
 import torch
 
 from scoring.engine import Replica
-from scoring.generation import group_prompts
+from scoring.generation import Drawn, group_prompts
 from scoring.progress import Bar
 from scoring.samples import BATCH_TOKENS, Batch, Sample, make_batches
 from scoring.work import Pool
@@ -90,6 +91,46 @@ class ContinuationTask:
     def do(self, replica: Replica, batches: Sequence[Batch], cache: dict[str, Any]) -> list[tuple[int, np.ndarray]]:
         written = replica.greedy_continuations(self.prompts, self.limits, self.eos_token_id)
         return list(zip(self.indices, written, strict=True))
+
+
+@dataclass(frozen=True)
+class DrawnTask:
+    """Continue a group of prompts by drawing every token.
+
+    Attributes:
+        prompts: each as often as answers are drawn.
+        draws: the number of each answer among those of its prompt.
+        temperature: that logits are divided by.
+        seed: of all draws.
+    """
+
+    shard: int
+    indices: tuple[int, ...]
+    prompts: tuple[np.ndarray, ...]
+    limits: tuple[int, ...]
+    draws: tuple[int, ...]
+    temperature: float
+    seed: int
+    eos_token_id: int | None
+
+    @property
+    def key(self) -> str:
+        return f"drawn-{self.shard:06d}"
+
+    def do(self, replica: Replica, batches: Sequence[Batch], cache: dict[str, Any]) -> list[tuple[int, np.ndarray]]:
+        uniforms = [
+            _uniforms(prompt, limit, draw, self.seed)
+            for prompt, limit, draw in zip(self.prompts, self.limits, self.draws, strict=True)
+        ]
+        drawn = Drawn(uniforms, self.temperature)
+        written = replica.drawn_continuations(self.prompts, self.limits, drawn, self.eos_token_id)
+        return list(zip(self.indices, written, strict=True))
+
+
+def _uniforms(prompt: np.ndarray, limit: int, draw: int, seed: int) -> np.ndarray:
+    """Of a prompt's words, and not of its place: an answer does not depend on what else is asked."""
+    digest = hashlib.blake2b(prompt.tobytes(), digest_size=8).digest()
+    return np.random.default_rng([seed, draw, int.from_bytes(digest, "little")]).random(limit)
 
 
 @dataclass(frozen=True)
@@ -235,6 +276,39 @@ class Reader:
         written = dict(self._run(tasks, [[] for _ in tasks], sizes, "greedy answers"))
         written |= {i: np.empty(0, dtype=np.int64) for i in unwritten}
         return [written[i] for i in range(len(prompts))]
+
+    def drawn(
+        self, prompts: Sequence[np.ndarray], limits: Sequence[int], count: int, temperature: float, seed: int
+    ) -> list[list[np.ndarray]]:
+        """Answers to each of N prompts, whose tokens are drawn.
+
+        Args:
+            prompts, limits: see `continuations`.
+            count: of answers to each prompt.
+            temperature: that logits are divided by.
+            seed: of all draws.
+
+        Returns:
+            The new tokens of `count` answers to each prompt, int64, without the end token.
+
+        Raises:
+            UserError: see `continuations`.
+        """
+        places = [place for place, limit in enumerate(limits) if limit > 0]
+        rows = [(place, draw) for place in places for draw in range(count)]
+        row_prompts, row_limits = [prompts[place] for place, _ in rows], [limits[place] for place, _ in rows]
+        tasks: list[DrawnTask] = []
+        sizes = []
+        for group in list(group_prompts(row_prompts, row_limits, self._writing_tokens, PROMPTS_PER_TASK))[::-1]:
+            of_group = tuple(row_prompts[i] for i in group), tuple(row_limits[i] for i in group)
+            draws = tuple(rows[i][1] for i in group)
+            tasks.append(DrawnTask(len(tasks), tuple(group), *of_group, draws, temperature, seed, self._eos))
+            sizes.append(continuation_cost(*of_group))
+        written = dict(self._run(tasks, [[] for _ in tasks], sizes, "drawn answers"))
+        answers: list[list[np.ndarray]] = [[] for _ in prompts]
+        for i, (place, _) in enumerate(rows):
+            answers[place].append(written[i])
+        return [each or [np.empty(0, dtype=np.int64)] * count for each in answers]
 
     def extraction(self, samples: Sequence[Sample], n: int) -> np.ndarray:
         """EL_n of N samples, (N,) fp64, see `extraction_likelihood`."""

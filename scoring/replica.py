@@ -14,7 +14,7 @@ from scoring.abilities import check_fp64, notes_on
 from scoring.curvature import second_derivative_sum_by_reverse_mode, second_derivatives_along_signs
 from scoring.engine import Replica
 from scoring.errors import UserError, first_line
-from scoring.generation import greedy_continuations
+from scoring.generation import Drawn, drawn_continuations, greedy_continuations
 from scoring.load import copied, loading_notes
 from scoring.logprob import scored_logits, scored_logprobs, token_logprobs
 from scoring.memorization import extraction_likelihood
@@ -122,6 +122,13 @@ class TransformersReplica:
         """What the model writes after each prompt, all of them in one batch; see `scoring.generation`."""
         tokens = sum(len(prompt) + limit for prompt, limit in zip(prompts, limits, strict=True))
         return greedy_continuations(self.model, prompts, limits, eos_token_id, batch_tokens=max(1, 4 * tokens))
+
+    def drawn_continuations(
+        self, prompts: Sequence[np.ndarray], limits: Sequence[int], drawn: Drawn, eos_token_id: int | None
+    ) -> list[np.ndarray]:
+        """What the model writes after each prompt if it draws every token, all of them in one batch."""
+        tokens = sum(len(prompt) + limit for prompt, limit in zip(prompts, limits, strict=True))
+        return drawn_continuations(self.model, prompts, limits, drawn, eos_token_id, batch_tokens=max(1, 4 * tokens))
 
     def extraction_likelihood(self, samples: Sequence[Sample], n: int, eos_token_id: int | None) -> torch.Tensor:
         """EL_n of each sample, (B,) fp64; see `scoring.memorization`."""

@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 
 from scoring.engine import Dtype, Replica
 from scoring.errors import UserError, first_line
-from scoring.generation import check_fit
+from scoring.generation import Drawn, check_fit
 from scoring.load import DTYPES, load_model
 from scoring.logprob import scored_logprobs
 from scoring.memorization import extraction_by
@@ -198,6 +198,24 @@ class VllmReplica:
         self, prompts: Sequence[np.ndarray], limits: Sequence[int], eos_token_id: int | None
     ) -> list[np.ndarray]:
         """What the model writes after each prompt, without the end token; see `scoring.generation`."""
+        return self._continuations(prompts, limits, eos_token_id, 0.0, [None] * len(prompts))
+
+    def drawn_continuations(
+        self, prompts: Sequence[np.ndarray], limits: Sequence[int], drawn: Drawn, eos_token_id: int | None
+    ) -> list[np.ndarray]:
+        """The same, if it draws every token, by vLLM's own generator: other draws than transformers replicas make, of
+        the same distribution."""
+        seeds = [int(uniforms[0] * 2**31) if len(uniforms) else 0 for uniforms in drawn.uniforms]
+        return self._continuations(prompts, limits, eos_token_id, drawn.temperature, seeds)
+
+    def _continuations(
+        self,
+        prompts: Sequence[np.ndarray],
+        limits: Sequence[int],
+        eos_token_id: int | None,
+        temperature: float,
+        seeds: Sequence[int | None],
+    ) -> list[np.ndarray]:
         from vllm import SamplingParams
 
         check_fit(self._base.limit, prompts, limits)
@@ -209,7 +227,12 @@ class VllmReplica:
         stops = [] if eos_token_id is None else [eos_token_id]
         parameters = [
             SamplingParams(
-                max_tokens=int(limits[i]), temperature=0.0, stop_token_ids=stops, ignore_eos=True, detokenize=False
+                max_tokens=int(limits[i]),
+                temperature=temperature,
+                seed=seeds[i],
+                stop_token_ids=stops,
+                ignore_eos=True,
+                detokenize=False,
             )
             for i in to_write
         ]

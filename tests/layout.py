@@ -20,6 +20,7 @@ FLOORS = (
     ("bench.tasks", "bench.report"),
     ("bench.models",),
     ("bench.metrics",),
+    ("bench.attacks",),
     ("bench.jobs",),
     ("bench.results", "bench.answers", "bench.watch", "bench.demo", "bench.experiments"),
     ("bench.boards", "bench.speed"),

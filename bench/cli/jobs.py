@@ -155,6 +155,27 @@ def evaluate(arguments: argparse.Namespace) -> None:
         print_evaluation(result, find_task(spec.task)[0])
 
 
+def attack_arguments(parser: argparse.ArgumentParser) -> None:
+    from bench.jobs.attack_spec import AttackSpec
+    from bench.jobs.resources import Resources
+
+    add_settings(parser, AttackSpec, Resources)
+    _add_output(parser, "FILE", "the Parquet file to write")
+
+
+def attack(arguments: argparse.Namespace) -> None:
+    from bench.jobs.attack import attack_spec, preview_attack
+    from bench.jobs.attack_spec import AttackSpec
+    from bench.jobs.attack_summary import print_attacks
+    from bench.jobs.resources import Resources
+
+    with settings_from(arguments, AttackSpec, Resources) as (spec, resources):
+        if arguments.dry_run:
+            show_preview(preview_attack(spec, arguments.out, resources, arguments.overwrite), arguments)
+            return
+        print_attacks(attack_spec(spec, arguments.out, resources, arguments.overwrite))
+
+
 def sweep_arguments(parser: argparse.ArgumentParser) -> None:
     from bench.jobs.logs import Logging
     from bench.jobs.resources import SweepResources

@@ -89,6 +89,13 @@ VERBS = (
         computes=True,
     ),
     Verb(
+        "attack",
+        "attack a model that has forgotten: relearning, coarser weights, many answers, other questions, noise",
+        jobs.attack_arguments,
+        jobs.attack,
+        computes=True,
+    ),
+    Verb(
         "sweep",
         "run the cross of algorithms, sample selections, seeds and settings, on Ray Tune or in this process",
         jobs.sweep_arguments,

@@ -53,6 +53,7 @@ SETTINGS: Mapping[str, tuple[type, ...]] = {
     "train": (TrainSpec,),
     "unlearn": (UnlearnSpec,),
     "evaluate": (EvaluateSpec, Resources),
+    "attack": (AttackSpec, Resources),
     "sweep": (SweepResources, Logging),
     "reproduce": (SweepResources,),
     "plan": (PlanSettings,),

@@ -28,7 +28,14 @@ from bench.files.identity import identity_fields, with_spec_hash
 from bench.files.origin import Origin, origin
 from bench.files.parts import Parts, finished_output
 from bench.files.score_file import write_scores
-from bench.jobs.evaluation_sets import Sets, end_of_answers, first_samples, sets_of, tokens_sha256
+from bench.jobs.evaluation_sets import (
+    Sets,
+    end_of_answers,
+    first_samples,
+    sets_of,
+    sets_sha256,
+    tokens_sha256,
+)
 from bench.jobs.evaluation_spec import EvaluateSpec
 from bench.jobs.measurement import Measurement
 from bench.jobs.preview import Preview, SetSize, state_of
@@ -299,7 +306,7 @@ class _Ready:
             check_dtype(spec.dtype)
         task, source = find_task(spec.task)
         metrics = spec.metrics_of(task)
-        models = _models(spec, loaded)
+        models = models_of(spec, loaded)
         sets, rejected = sets_of(spec, task, source, models, metrics)
         if _asks_harness(metrics):
             task.harness(source)  # local questions that are at fault are refused before anything is measured
@@ -316,7 +323,7 @@ class _Ready:
 # --- Models and sets ----------------------------------------------------------------------------------------
 
 
-def _models(spec: EvaluateSpec, loaded: Mapping[str, ModelReference]) -> dict[str, ModelReference]:
+def models_of(spec: EvaluateSpec, loaded: Mapping[str, ModelReference]) -> dict[str, ModelReference]:
     """The models by role.
 
     Raises:
@@ -377,10 +384,7 @@ def _identity(spec: EvaluateSpec, task: Task, models: Mapping[str, ModelReferenc
         "schema_version": SCHEMA_VERSION,
         "task_name": task.name,
         "fingerprints": {role: model.fingerprint for role, model in models.items()},
-        "sets_sha256": {
-            name: None if isinstance(records, Missing) else hashlib.sha256(json.dumps(records).encode()).hexdigest()
-            for name, records in sets.items()
-        },
+        "sets_sha256": sets_sha256(sets),
         "harness_tasks_sha256": folder_sha256(spec.harness_tasks),
         **classifiers(spec),
         **harness_rule(spec.metrics_of(task), models[MODEL], spec.chosen_template()),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from itertools import islice
 from typing import Any
@@ -117,6 +119,14 @@ def end_of_answers(sets: Sets, tokenizer: Any, template: Template | None) -> int
         texts = [pair_text("", "a", "a", template)]
     samples, _ = encode(texts, tokenizer, NO_LIMIT)
     return answer_end(tokenizer, samples)
+
+
+def sets_sha256(sets: Sets) -> dict[str, str | None]:
+    """The hash of the records of each set; None of one that is missing."""
+    return {
+        name: None if isinstance(records, Missing) else hashlib.sha256(json.dumps(records).encode()).hexdigest()
+        for name, records in sets.items()
+    }
 
 
 def tokens_sha256(sets: Sets, tokenizer: Any, template: Template | None) -> str | None:

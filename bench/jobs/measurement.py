@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -49,6 +49,7 @@ class Measurement:
         piece: keeps what was measured; pieces are few.
         folder: to work in.
         spare: tokens of the context that the harness leaves free.
+        how: further fields of MeasurementSetup: how questions are put where they are not put plainly.
     """
 
     spec: EvaluateSpec
@@ -61,6 +62,7 @@ class Measurement:
     piece: Piece
     folder: Path
     spare: int = 0
+    how: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         spec, task = self.spec, self.task
@@ -74,6 +76,7 @@ class Measurement:
             _embedder(spec.sentence_model),
             _classifier(spec.toxicity_model or task.toxicity_model, spec.toxicity_label),
             spec.chosen_template(),
+            **self.how,
         )
 
     def _answers_asked(self) -> list[tuple[str, str]]:

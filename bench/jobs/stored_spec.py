@@ -17,6 +17,7 @@ from algorithms.stopping import PAPER
 from bench.files.folders import owner_of
 from bench.files.score_file import read_scores
 from bench.files.spec import as_yaml
+from bench.jobs.attack_spec import AttackSpec
 from bench.jobs.difficulty import DifficultySpec
 from bench.jobs.evaluation_spec import EvaluateSpec
 from bench.jobs.score import ScoreSpec
@@ -34,12 +35,13 @@ KINDS: tuple[tuple[str, type, str], ...] = (
     ("sweep", SweepSpec, "base"),
     ("train", TrainSpec, "left_out_sha256"),
     ("unlearn", UnlearnSpec, "forget_sha256"),
+    ("attack", AttackSpec, "prompt_templates"),
     ("evaluate", EvaluateSpec, "fingerprints"),
     ("difficulty --truth", TruthSpec, "truth"),
     ("difficulty", DifficultySpec, "corpus_sha256"),
     ("score", ScoreSpec, "data_sha256"),
 )
-EXPECTED = "the folder of a run or a sweep, or a Parquet file that score, difficulty or evaluate wrote"
+EXPECTED = "the folder of a run or a sweep, or a Parquet file that score, difficulty, evaluate or attack wrote"
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,8 @@ from algorithms.history import History
 from algorithms.ray_train import TrainingJob
 from algorithms.recipe import (
     EVALUATED,
+    LEARNING,
+    LEARNS,
     ClipNorm,
     ComputeType,
     Execution,
@@ -36,6 +38,7 @@ from algorithms.recipe import (
     Seed,
     WarmupSteps,
     WeightDecay,
+    learning,
     total_updates,
     updates_per_epoch,
 )
@@ -69,9 +72,6 @@ from scoring.templates import TEMPLATE_FIELDS, TemplateSettings, absolute_templa
 SCHEMA_VERSION = 1
 # What hashes stand for in a run's identity.
 NOT_HASHED = ("model", "task", "split", "minus", *TEMPLATE_FIELDS)
-# Learning, as an objective of the loop: each sample once an epoch, and nobody looks what is forgotten.
-LEARNING = {"alpha": 0.0, "replacement": False, "early_stopping": False, "check_every": 0}
-LEARNS = "Relearn"
 EPOCHS, EPOCHS_UNTIL = 5, 20
 # The folders of a pair.
 ORIGINAL, RETAIN_ONLY = "original", "retain-only"
@@ -194,8 +194,7 @@ class TrainSpec(Execution, TemplateSettings, Logging):
         """
         own = {field.name for field in dataclasses.fields(self)}
         shared = {name: getattr(self, name) for field in dataclasses.fields(Recipe) if (name := field.name) in own}
-        recipe = build(Recipe, {"algorithm": LEARNS, **LEARNING, **shared})
-        return dataclasses.replace(recipe, **recipe.resolved())
+        return learning(**shared)
 
     def pair(self) -> dict[str, Self]:
         """The folder of each model below the output folder, and its spec; "" is the output folder itself."""

@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from bench.jobs.evaluation_sets import end_of_answers, sets_of
+from bench.jobs.evaluation_sets import Sets, end_of_answers, sets_of
 from bench.jobs.evaluation_spec import EvaluateSpec
 from bench.jobs.measurement import Measurement
 from bench.metrics.table import MODEL, ORIGINAL, RETAIN_ONLY, Columns, metric_value
@@ -41,8 +41,31 @@ class TrialMetrics:
         self._metrics = spec.metrics_of(self._task)
         self._sets, _ = sets_of(spec, self._task, self._source, {MODEL: model}, self._metrics)
 
+    @property
+    def sets(self) -> Sets:
+        """The records of the sets that the metrics speak of."""
+        return self._sets
+
     def of(self, trained: PreTrainedModel) -> dict[str, float]:
         """Metric -> value; nan where it cannot be measured."""
+        measured = Measured(self.columns(trained), self._of_reference(RETAIN_ONLY).get(RETAIN_ONLY))
+        return {name: metric_value(name, measured) for name in self._metrics}
+
+    def columns(
+        self,
+        trained: PreTrainedModel,
+        sets: Sets | None = None,
+        metrics: Sequence[str] | None = None,
+        how: Mapping[str, Any] | None = None,
+    ) -> Columns:
+        """The per-sample values that the metrics are formed from.
+
+        Args:
+            sets: records in place of those of the task, with the same ids.
+            metrics: in place of the evaluation's.
+            how: see `Measurement`.
+        """
+        sets = sets or self._sets
         with work_folder() as folder:
             model = dataclasses.replace(self._model, source="trained", revision=None, loaded=trained)
 
@@ -64,15 +87,14 @@ class TrialMetrics:
                 self._task,
                 self._source,
                 {MODEL: model},
-                self._sets,
-                self._metrics,
+                sets,
+                metrics or self._metrics,
                 reader_of,
                 piece,
                 folder,
+                how=how or {},
             )
-            columns = measurement.columns_of(MODEL, self._of_reference(ORIGINAL))
-        measured = Measured(columns, self._of_reference(RETAIN_ONLY).get(RETAIN_ONLY))
-        return {name: metric_value(name, measured) for name in self._metrics}
+            return measurement.columns_of(MODEL, self._of_reference(ORIGINAL))
 
     def _of_reference(self, role: str) -> dict[str, Columns]:
         """A reference model's columns by role, of the samples that are measured here."""
@@ -84,10 +106,10 @@ class TrialMetrics:
             if not isinstance(records, Missing)
         }
         columns = self._references[role]
-        return {role: {key: _of_ids(column, ids.get(key[0])) for key, column in columns.items()}}
+        return {role: {key: of_ids(column, ids.get(key[0])) for key, column in columns.items()}}
 
 
-def _of_ids(column: Scores | Missing, ids: Sequence[str] | None) -> Scores | Missing:
+def of_ids(column: Scores | Missing, ids: Sequence[str] | None) -> Scores | Missing:
     """The values of these samples alone; None: of all."""
     if isinstance(column, Missing) or ids is None:
         return column

@@ -9,6 +9,7 @@ A plugin adds one by `QUANTITIES["mine"] = function`, with the parameters of tho
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from bench.metrics.leakage import KS, best_of
 from bench.metrics.similarity import Embedder, nearest_is_first
 from bench.metrics.tofu import OPTION_SETS, option_probability, truth_ratio
 from bench.metrics.toxicity import Classifier
@@ -52,6 +54,25 @@ class Continuations:
 
 
 @dataclass(frozen=True)
+class DrawnAnswers:
+    """A question to the model: what it writes after the prompts of these samples if it draws every token; answered by
+    lists of texts.
+
+    Attributes:
+        samples, limits: see Continuations.
+        count: of answers to each prompt.
+        temperature: that logits are divided by.
+        seed: of all draws.
+    """
+
+    samples: Sequence[Sample]
+    limits: Sequence[int]
+    count: int
+    temperature: float
+    seed: int
+
+
+@dataclass(frozen=True)
 class Extraction:
     """A question to the model: EL_n of these samples; answered by (N,) fp64."""
 
@@ -59,7 +80,7 @@ class Extraction:
     n: int
 
 
-Question = Likelihoods | Continuations | Extraction
+Question = Likelihoods | Continuations | DrawnAnswers | Extraction
 Values = np.ndarray | tuple[np.ndarray, Sequence[str]]
 Quantity = Generator[Question, Any, Values]
 
@@ -77,6 +98,10 @@ class MeasurementSetup:
         embedder: embeds sentences.
         classifier: scores toxicity.
         template: how questions are put, see `scoring.records.as_text`.
+        answers_drawn: of each sample, for leak@k.
+        temperature: at which they are drawn.
+        seed: of the draws.
+        given: the share of an answer's tokens that the model is given, in [0, 1); it is judged by the rest.
     """
 
     tokenizer: Any
@@ -87,6 +112,10 @@ class MeasurementSetup:
     embedder: Embedder
     classifier: Classifier
     template: Template | None = None
+    answers_drawn: int = 64
+    temperature: float = 1.0
+    seed: int = 0
+    given: float = 0.0
 
     def samples(self, set_name: str, texts: Sequence[Text]) -> list[Sample]:
         """The texts, tokenized.
@@ -102,7 +131,8 @@ class MeasurementSetup:
     def answers(self, set_name: str, records: Sequence[Record]) -> list[Sample]:
         """Each record's answer, or completion, after what it answers."""
         texts = [as_text(set_name, i, record, self.template) for i, record in enumerate(records, start=1)]
-        return self.samples(set_name, texts)
+        samples = self.samples(set_name, texts)
+        return [_begun(sample, self.given) for sample in samples] if self.given else samples
 
     def paraphrased_answers(self, set_name: str, records: Sequence[Record], question: str = "question") -> list[Sample]:
         """Each record's paraphrased answer after its field `question`."""
@@ -124,6 +154,13 @@ class MeasurementSetup:
     def limits(self, samples: Sequence[Sample]) -> list[int]:
         """How many tokens may be written in place of each sample's answer."""
         return answer_limits(samples, self.max_length, self.new_tokens)
+
+
+def _begun(sample: Sample, share: float) -> Sample:
+    """The sample with the first tokens of its answer given; at least one is left to be scored."""
+    scored = sample.scored.copy()
+    scored[np.flatnonzero(scored)[: min(int(share * sample.num_scored), sample.num_scored - 1)]] = False
+    return dataclasses.replace(sample, scored=scored)
 
 
 def fields(set_name: str, records: Sequence[Record], field_name: str) -> list[Any]:
@@ -236,6 +273,24 @@ def _toxicity(set_name: str, records: Sequence[Record], setup: MeasurementSetup)
     return setup.classifier.scores(written), written
 
 
+def _leak(k: int) -> Callable[[str, Sequence[Record], MeasurementSetup], Quantity]:
+    """ROUGE-L recall of the best of k answers; the text is the worst leak of all."""
+
+    def of(set_name: str, records: Sequence[Record], setup: MeasurementSetup) -> Quantity:
+        if k > setup.answers_drawn:
+            raise Unmeasured(f"needs {k} drawn answers to each question, and {setup.answers_drawn} are drawn")
+        samples = setup.answers(set_name, records)
+        drawn = yield DrawnAnswers(samples, setup.limits(samples), setup.answers_drawn, setup.temperature, setup.seed)
+        truths = true_answers(setup.tokenizer, samples)
+        scores = np.stack(
+            [rouge_l_recall(texts, [truth] * len(texts)) for texts, truth in zip(drawn, truths, strict=True)]
+        )
+        worst = [texts[place] for texts, place in zip(drawn, scores.argmax(-1).tolist(), strict=True)]
+        return best_of(scores, k), worst
+
+    return of
+
+
 QUANTITIES: Registry[Callable[[str, Sequence[Record], MeasurementSetup], Quantity]] = Registry(
     "quantity",
     {
@@ -247,6 +302,7 @@ QUANTITIES: Registry[Callable[[str, Sequence[Record], MeasurementSetup], Quantit
         "ma": _ma,
         "el": _el,
         "toxicity": _toxicity,
+        **{f"leak_{k}": _leak(k) for k in KS},
     },
 )
 
@@ -339,10 +395,14 @@ def tokens_to_read(
                 read |= {("read", s.input_ids[:-1].tobytes()): s.length - 1.0 for s in question.samples}
                 nothing = [TokenScores(np.zeros(s.num_scored), np.zeros(s.num_scored, bool)) for s in question.samples]
                 question = asking.send(nothing)
-            if isinstance(question, Continuations):
+            if isinstance(question, DrawnAnswers):
+                prompts = question_ids(question.samples)
+                for prompt, limit in zip(prompts, question.limits, strict=True):
+                    read["drawn", prompt.tobytes(), limit] = question.count * continuation_cost([prompt], [limit])
+            elif isinstance(question, Continuations):
                 for prompt, limit in zip(question_ids(question.samples), question.limits, strict=True):
                     read["written", prompt.tobytes(), limit] = continuation_cost([prompt], [limit])
-            else:
+            elif isinstance(question, Extraction):
                 read |= {("extracted", _content(s)): extraction_cost([s.length]) for s in question.samples}
         asking.close()
     return sum(read.values())
@@ -352,7 +412,13 @@ def _answers(questions: Mapping[Column, Question], reader: Reader, setup: Measur
     """The model's answers, the questions of each kind put together."""
     answers: dict[Column, Any] = {}
     about = reader.about
-    for kind, ask in ((Likelihoods, _likelihoods), (Continuations, _continuations), (Extraction, _extractions)):
+    kinds: tuple[tuple[type, Callable[..., dict[Column, Any]]], ...] = (
+        (Likelihoods, _likelihoods),
+        (Continuations, _continuations),
+        (DrawnAnswers, _drawn_answers),
+        (Extraction, _extractions),
+    )
+    for kind, ask in kinds:
         of_kind = {column: question for column, question in questions.items() if isinstance(question, kind)}
         if of_kind:
             names = dict.fromkeys(name for name, _ in of_kind), dict.fromkeys(quantity for _, quantity in of_kind)
@@ -384,10 +450,23 @@ def _continuations(questions: Mapping[Column, Any], reader: Reader, setup: Measu
         written = reader.continuations([prompt for prompt, _ in items], [limit for _, limit in items])
         return [decoded(setup.tokenizer, ids) for ids in written]
 
-    def items(question: Continuations) -> list[tuple[np.ndarray, int]]:
-        return list(zip(question_ids(question.samples), question.limits, strict=True))
+    return _ask_once(questions, ask, _prompts_and_limits, lambda item: (item[0].tobytes(), item[1]))
 
-    return _ask_once(questions, ask, items, lambda item: (item[0].tobytes(), item[1]))
+
+def _drawn_answers(questions: Mapping[Column, Any], reader: Reader, setup: MeasurementSetup) -> dict[Column, Any]:
+    # All questions of one measurement draw alike.
+    first = next(iter(questions.values()))
+
+    def ask(items: list[tuple[np.ndarray, int]]) -> list[list[str]]:
+        prompts, limits = [prompt for prompt, _ in items], [limit for _, limit in items]
+        answers = reader.drawn(prompts, limits, first.count, first.temperature, first.seed)
+        return [[decoded(setup.tokenizer, ids) for ids in drawn] for drawn in answers]
+
+    return _ask_once(questions, ask, _prompts_and_limits, lambda item: (item[0].tobytes(), item[1]))
+
+
+def _prompts_and_limits(question: Continuations | DrawnAnswers) -> list[tuple[np.ndarray, int]]:
+    return list(zip(question_ids(question.samples), question.limits, strict=True))
 
 
 def _extractions(questions: Mapping[Column, Any], reader: Reader, setup: MeasurementSetup) -> dict[Column, Any]:

@@ -18,6 +18,7 @@ import numpy as np
 from scipy import stats
 
 from bench.metrics import tofu
+from bench.metrics.leakage import KS
 from bench.metrics.values import Column, Measured, Unmeasured
 from bench.tasks.whp import ZERO_SHOT
 from scoring.registry import Registry
@@ -198,6 +199,18 @@ METRICS["el"] = Metric(
     (("forget", "el"),),
 )
 METRICS["uc_average"] = average_of("Avg.", f"{PAPER_UC}, Table 1", True, "ua", "mia", "rr", "relearn")
+
+
+for _k in KS:
+    METRICS[f"leak_at_{_k}"] = Metric(
+        f"leak@{_k}",
+        f"expected ROUGE-L recall of the best of {_k} answer{'s' * (_k > 1)} to the forget set, drawn at temperature 1"
+        + ("" if _k > 1 else ": what an answer leaks on average"),
+        "Reisizadeh et al. 2025 (leak@k); estimator of Chen et al. 2021",
+        False,
+        mean_of("forget", f"leak_{_k}"),
+        (("forget", f"leak_{_k}"),),
+    )
 
 
 # --- TOFU, model utility ------------------------------------------------------------------------------------

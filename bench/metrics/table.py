@@ -68,14 +68,14 @@ def metric_table(metrics: Sequence[str], columns: Mapping[str, Columns], seed: i
     for role, of_model in measured.items():
         for name in metrics:
             statistic = _compared_with_itself if METRICS[name].compares and role == RETAIN_ONLY else None
-            fields = _estimated(name, of_model, None, seed, statistic)
+            fields = estimated(name, [(1, of_model)], seed, statistic)
             rows.append({"level": "metric", "model": role, "name": name, **fields})
     for reference in (RETAIN_ONLY, ORIGINAL):
         if reference not in measured:
             continue
         for name in metrics:
             if METRICS[name].interval and not METRICS[name].compares:
-                fields = _estimated(name, measured[MODEL], measured[reference], seed)
+                fields = estimated(name, [(1, measured[MODEL]), (-1, measured[reference])], seed)
                 rows.append({"level": "difference", "model": f"{MODEL} - {reference}", "name": name, **fields})
     tables = [pa.Table.from_pylist(rows, SCHEMA)]
     for role, of_role in columns.items():
@@ -92,24 +92,31 @@ def metric_table(metrics: Sequence[str], columns: Mapping[str, Columns], seed: i
     return pa.concat_tables(tables)
 
 
-def _estimated(
-    name: str, measured: Measured, minus: Measured | None, seed: int, statistic: Statistic | None = None
+def estimated(
+    name: str, terms: Sequence[tuple[int, Measured]], seed: int, statistic: Statistic | None = None
 ) -> dict[str, Any]:
-    """A metric of a model, or how much it differs from that of the model `minus`, as the fields of a row."""
+    """A metric of a model, or a sum of those of several, as the fields of a row.
+
+    Args:
+        terms: what each counts, and its columns; all have the same samples, which are resampled together: a model and
+            -1 times another are their paired difference.
+        seed: of the bootstrap.
+        statistic: in place of the metric's own.
+    """
     metric = METRICS[name]
     statistic = statistic or metric.statistic
     sets = list(dict.fromkeys(set_name for set_name, _ in metric.columns))
 
     def value_on(rows: list[np.ndarray] | None) -> np.ndarray:
         rows_by_set = dict(zip(sets, rows, strict=True)) if rows is not None else None
-        value = statistic(measured.resampled(rows_by_set))
-        return value if minus is None else value - statistic(minus.resampled(rows_by_set))
+        return sum(factor * statistic(measured.resampled(rows_by_set)) for factor, measured in terms)  # type: ignore[return-value]
 
     try:
         with warnings.catch_warnings():
             # The mean of no values is dealt with below.
             warnings.simplefilter("ignore", RuntimeWarning)
             value = float(value_on(None))
+        measured = terms[0][1]
         counts = {set_name: measured.count(set_name, quantity) for set_name, quantity in metric.columns}
     except Unmeasured as error:
         return {"missing": str(error)}

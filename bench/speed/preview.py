@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from algorithms.stopping import PAPER
 from bench.files.spec import as_yaml
+from bench.jobs.attack_spec import AttackSpec
 from bench.jobs.difficulty import DifficultySpec
 from bench.jobs.evaluation_spec import EvaluateSpec
 from bench.jobs.preview import DONE, Preview
@@ -90,6 +91,8 @@ def plan_lines(preview: Preview, name: str | None) -> Iterator[str]:
         hours = job_plan.seconds * math.ceil(trials / at_once) / 3600
         yield f"        a trial; {trials} of them, {at_once} at once: {hours:.3g} h"
     yield from (f"note: {note}" for note in notes_on(job, profile))
+    if isinstance(preview.spec, AttackSpec):
+        yield "note: the updates of relearning are not counted, nor questions of lm-evaluation-harness"
     if isinstance(preview.spec, EvaluateSpec):
         yield "note: relearning, questions of lm-evaluation-harness and classifiers are not counted"
 
@@ -131,7 +134,7 @@ def planned(preview: Preview) -> tuple[PlannedJob | None, int, bool]:
         return _training(job, spec, preview), devices, starts
     if isinstance(spec, TrainSpec):
         return _learning(job, spec, preview), devices, starts
-    if isinstance(spec, EvaluateSpec):
+    if isinstance(spec, EvaluateSpec | AttackSpec):
         return _evaluation(job, preview), devices, starts
     return None, devices, starts
 
