@@ -22,6 +22,7 @@ from algorithms.schedule import ForgetGroup, Schedule
 from bench.cli.flags import USER_ERROR
 from bench.cli.main import VERBS, make_parser
 from bench.files.folders import unwritable
+from bench.jobs.attack_spec import AttackSpec
 from bench.jobs.evaluation_spec import EvaluateSpec
 from bench.jobs.logs import Logging
 from bench.jobs.resources import Resources, SweepResources

@@ -36,7 +36,7 @@ def print_attacks(result: AttackResult) -> None:
                     continue
                 title = attack + (f" @ {updates}" if updates is not None else "")
                 texts = [_cell(cells.get(("metric", attack, updates, role, name))) for role in roles]
-                texts += [_cell(cells.get(("difference", attack, updates, None, name))) for _ in extra]
+                texts += [_cell(cells.get(("difference", attack, updates, pair, name))) for pair in extra]
                 print(f"{title:<46}" + "".join(f"{text:>25}" for text in texts))
     for attack, of_leak in _leaks(rows).items():
         print(f"\n{attack}, of the model{' and the retain-only one' if RETAIN_ONLY in roles else ''}")

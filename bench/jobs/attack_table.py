@@ -163,12 +163,12 @@ def _metric_rows(part: _Part, names: Sequence[str], seed: int) -> Iterator[dict[
                 if role != MODEL or updates not in part.points.get(RETAIN_ONLY, {}):
                     continue
                 never = Measured(part.points[RETAIN_ONLY][updates])
-                at = {**at, "model": None}
-                yield {**at, "level": "difference", "name": name, **estimated(name, [(1, now), (-1, never)], seed)}
+                between = {**at, "model": f"{MODEL} - {RETAIN_ONLY}"}
+                yield {**between, "level": "difference", "name": name, **estimated(name, [(1, now), (-1, never)], seed)}
                 if had and part.attack != "none":
                     never_without = Measured(part.without[RETAIN_ONLY])
                     terms = [(1, now), (-1, without), (-1, never), (1, never_without)]
-                    yield {**at, "level": "excess", "name": name, **estimated(name, terms, seed)}
+                    yield {**between, "level": "excess", "name": name, **estimated(name, terms, seed)}
 
 
 # --- Attacks that go on -------------------------------------------------------------------------------------

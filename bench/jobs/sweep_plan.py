@@ -20,6 +20,7 @@ import pyarrow.compute as pc
 
 from algorithms.stopping import PAPER, Thresholds, measure_memorization
 from bench.files.identity import identity_fields, with_spec_hash
+from bench.jobs.attack_spec import AttackSpec
 from bench.jobs.difficulty import DifficultySpec, difficulty
 from bench.jobs.evaluate import EvaluationResult, evaluate_spec
 from bench.jobs.evaluation_spec import EvaluateSpec
@@ -48,7 +49,7 @@ RANGES = ("uniform", "log_uniform", "integers")
 class SweepSpec:
     """What is swept."""
 
-    ADDED_LATER: ClassVar = ("arms", "forecast")
+    ADDED_LATER: ClassVar = ("arms", "forecast", "attack")
 
     base: Annotated[dict[str, Any], Doc("settings of `unlearn`, by name, that all trials share")]
     vary: Annotated[
@@ -83,6 +84,9 @@ class SweepSpec:
     reduction: Annotated[int, Ge(2), Doc("of asha: one in so many goes on")] = 3
     evaluate: Annotated[
         dict[str, Any], Doc("settings of `evaluate`, by name: metrics of the task, measured at the end (default: none)")
+    ] = field(default_factory=dict)
+    attack: Annotated[
+        dict[str, Any], Doc("settings of `attack`, by name: what each trial's model meets at the end (default: none)")
     ] = field(default_factory=dict)
     each_epoch: Annotated[bool, Doc("measure them after every epoch")] = False
     thresholds: Annotated[
@@ -138,10 +142,15 @@ class SweepSpec:
                 f"{current_naming().under('base')('adapter')} is set: an adapter is continued by unlearn alone; as the "
                 "model, its folder is merged and trained whole"
             )
-        for name in ("model", "task", "split", *TEMPLATE_FIELDS):
-            if name in self.evaluate:
-                where = current_naming().under("evaluate")(name)
-                raise UserError(f"{where} is that of the trials: leave it out")
+        for section in ("evaluate", "attack"):
+            for name in ("model", "task", "split", *TEMPLATE_FIELDS):
+                if name in getattr(self, section):
+                    where = current_naming().under(section)(name)
+                    raise UserError(f"{where} is that of the trials: leave it out")
+        for name in ("original", "retain_model", "selection"):
+            if name in self.attack:
+                where = current_naming().under("attack")(name)
+                raise UserError(f"{where} is not for trials: `mrd-bench attack` sets models side by side; leave it out")
         self.selection_specs()
         return self
 
@@ -221,6 +230,7 @@ class SweepPlan:
             self.base.task, self.base.forget_split, self.model.tokenizer, self.base.chosen_template()
         )
         self.evaluation = self._evaluation()
+        self.attack = self._attack()
         self._check_objective()
         self.mrd: dict[str, float] = {}
         self.flip_time: dict[str, float] = {}
@@ -298,6 +308,17 @@ class SweepPlan:
             evaluation = build(EvaluateSpec, self.spec.evaluate | fixed).checked()
         evaluation.metrics_of(find_task(evaluation.task)[0])
         return evaluation
+
+    def _attack(self) -> AttackSpec | None:
+        if not self.spec.attack:
+            return None
+        if is_data_file(self.base.task):
+            raise UserError(f"attack: {self.base.task!r} is a data file, and has no metrics; expected a task in base")
+        fixed = {"model": self.base.model, "task": self.base.task, "split": self.base.forget_split} | self._template
+        with naming(current_naming().under("attack")):
+            attack = build(AttackSpec, self.spec.attack | fixed).checked()
+            attack.metrics_of(find_task(attack.task)[0])
+        return attack
 
     def choose(self, resources: SweepResources) -> None:
         """Draw the selections, by MRD where they are by MRD; measure what all trials are compared with."""
@@ -407,7 +428,9 @@ class SweepPlan:
         path = None if whole else str(self.paths[selection.name])
         run = dataclasses.replace(run, selection=path, **self.thresholds)
         evaluation = None if self.evaluation is None else dataclasses.replace(self.evaluation, selection=path)
-        trial = make_trial(run, selection.name, evaluation, self.spec.each_epoch, self.reference_fingerprints)
+        attack = None if self.attack is None else dataclasses.replace(self.attack, selection=path)
+        references = self.reference_fingerprints
+        trial = make_trial(run, selection.name, evaluation, self.spec.each_epoch, references, attack)
         if arm is not None:
             self.arms.setdefault(trial.hash, arm)
         return trial

@@ -37,6 +37,8 @@ TABLES = {
     "epochs": None,
     "samples": None,
 }
+# Written where trials were attacked.
+ATTACKS = "attacks"
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,8 @@ class SweepResult:
         epochs: one row an epoch of a trial; row 0 is the initial model.
         samples: one row a forget sample of a trial.
         record: what a reader must know: spec, counts, seconds, packages.
+        attacks: one row for each forget sample of a trial under each attack, after so many updates; None: there were
+            none.
     """
 
     folder: Path
@@ -57,6 +61,7 @@ class SweepResult:
     epochs: pa.Table
     samples: pa.Table
     record: dict[str, Any]
+    attacks: pa.Table | None = None
 
 
 def write_tables(plan: SweepPlan, trials: Sequence[Trial], store: TrialStore, seconds: float) -> SweepResult:
@@ -67,6 +72,10 @@ def write_tables(plan: SweepPlan, trials: Sequence[Trial], store: TrialStore, se
         "epochs": [{"trial": trial.hash, **row} for trial, result in results for row in result.get("epochs", [])],
         "samples": [{"trial": trial.hash, **row} for trial, result in results for row in result.get("samples", [])],
     }
+    if plan.attack is not None:
+        tables[ATTACKS] = [
+            {"trial": trial.hash, **row} for trial, result in results for row in result.get("attacks", [])
+        ]
     for name, rows in tables.items():
         with replacing(plan.out / f"{name}.parquet") as unfinished:
             pq.write_table(as_table(rows), unfinished)
@@ -158,7 +167,9 @@ def read_sweep(folder: str | Path) -> SweepResult:
     trials, epochs, samples = (
         read_parquet(folder / f"{name}.parquet", expected, columns) for name, columns in TABLES.items()
     )
-    return SweepResult(folder, trials, epochs, samples, record)
+    path = folder / f"{ATTACKS}.parquet"
+    attacks = read_parquet(path, expected, None) if path.is_file() else None
+    return SweepResult(folder, trials, epochs, samples, record, attacks)
 
 
 class _Spec(Hashed):

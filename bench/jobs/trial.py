@@ -1,6 +1,6 @@
 """A trial of a sweep: one unlearning run on one selection of samples, measured where it ran, kept as one file.
 
-    Trial -> weights as they were -> training -> metrics of the task -> HASH.json
+    Trial -> weights as they were -> training -> metrics of the task, attacks -> HASH.json
 
 A trial leaves no model behind unless it is asked to, and no checkpoint: one that is stopped is begun anew. Workers stay
 warm: the model is loaded once in a process, and its weights are put back before each trial from one copy a node.
@@ -35,9 +35,11 @@ from bench.files.folders import Hashed
 from bench.files.identity import with_spec_hash
 from bench.files.origin import Origin, origin
 from bench.files.status import DIVERGED, ERROR, FINISHED, OUT_OF_MEMORY
+from bench.jobs.attack_spec import AttackSpec
 from bench.jobs.evaluate import classifiers, folder_sha256, harness_rule
 from bench.jobs.evaluation_spec import EvaluateSpec
 from bench.jobs.resources import Resources
+from bench.jobs.trial_attacks import attack_identity, attacked
 from bench.jobs.trial_metrics import TrialMetrics
 from bench.jobs.unlearn import NOT_HASHED, UnlearnSpec, corpus_of, datasets_of, evaluation_of, identity_of
 from bench.metrics.table import Columns
@@ -71,6 +73,7 @@ class Trial:
         evaluation: the metrics of the task that are measured; None: those of the training loop alone.
         each_epoch: measure them after each epoch, and not only at the end.
         identity: the whole of it, with hashes in place of names, and its own "spec_hash".
+        attack: what the model is attacked with at the end; None: nothing.
     """
 
     spec: UnlearnSpec
@@ -78,6 +81,7 @@ class Trial:
     evaluation: EvaluateSpec | None
     each_epoch: bool
     identity: dict[str, Any]
+    attack: AttackSpec | None = None
 
     @property
     def hash(self) -> str:
@@ -90,12 +94,18 @@ class Trial:
 
 
 def make_trial(
-    spec: UnlearnSpec, selection: str, evaluation: EvaluateSpec | None, each_epoch: bool, references: Sequence[str]
+    spec: UnlearnSpec,
+    selection: str,
+    evaluation: EvaluateSpec | None,
+    each_epoch: bool,
+    references: Sequence[str],
+    attack: AttackSpec | None = None,
 ) -> Trial:
     """A trial and its identity.
 
     Args:
         references: fingerprints of the models that metrics compare with.
+        attack: see `Trial`.
 
     Raises:
         UserError: the spec is at fault, or its data are.
@@ -115,7 +125,9 @@ def make_trial(
             # The forget set may be plain text, whose hash says nothing of it.
             fields |= {"template": dataclasses.asdict(template)}
         identity |= {"evaluation": fields | {"each_epoch": each_epoch, "references": list(references)}}
-    return Trial(spec, selection, evaluation, each_epoch, with_spec_hash(identity, NOT_HASHED))
+    if attack is not None:
+        identity |= {"attack": attack_identity(attack)}
+    return Trial(spec, selection, evaluation, each_epoch, with_spec_hash(identity, NOT_HASHED), attack)
 
 
 # Fields of an evaluation that a trial decides itself.
@@ -137,6 +149,7 @@ class _Outcome(TypedDict):
     values: NotRequired[dict[str, float | None]]
     epochs: NotRequired[list[dict[str, float | None]]]
     samples: NotRequired[list[dict[str, Any]]]
+    attacks: NotRequired[list[dict[str, Any]]]
     origin: NotRequired[Origin]
 
 
@@ -282,6 +295,10 @@ def _run(trial: Trial, shared: TrialContext, report: Report) -> Result:
         train = _on_workers if spec.workers else _here
         with train(job, spec, shared, epoch_closed) as (history, trained):
             values = metrics.of(trained) if metrics and not trial.each_epoch else {}
+            attacks: list[dict[str, Any]] = []
+            if trial.attack is not None:
+                attacks, under_attack = attacked(trial.attack, model, trained, shared.device)
+                values |= under_attack
             if shared.keep_models:
                 _keep(trained, model, shared.store.shared / trial.hash)
     epochs = [{**row, **derived(row)} for row in history.epochs]
@@ -291,6 +308,7 @@ def _run(trial: Trial, shared: TrialContext, report: Report) -> Result:
         "thresholds": history.known_thresholds,
         "epochs": epochs,
         "samples": sample_table(history, corpus).to_pylist(),
+        **({"attacks": attacks} if attacks else {}),
         "passes": history.passes,
         "clocks": history.seconds,
         "notes": history.notes,
