@@ -9,11 +9,12 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedModel
 
-from bench.attacks import NoAttack
+from bench.attacks import Attack, NoAttack
 from bench.attacks.prompts import read_families
+from bench.attacks.relearn import Relearn
 from bench.files.identity import identity_fields
 from bench.jobs.attack_spec import AttackSpec
-from bench.jobs.probe import Questions, measured_under, probe_of
+from bench.jobs.probe import Questions, TaskProbe, measured_under, probe_of
 from bench.metrics import METRICS
 from bench.metrics.table import Columns, metric_value
 from bench.metrics.values import Measured, Missing, Scores
@@ -56,8 +57,11 @@ def attacked(
             if isinstance(measured, Missing):
                 rows.append({"attack": attack.name, "missing": measured.reason})
                 continue
+            taught = _taught(attack, probe)
             for updates, columns in measured:
-                rows += ({"attack": attack.name, "updates": updates, **row} for row in _by_sample(columns))
+                for row in _by_sample(columns):
+                    known = {"taught": row["sample_id"] in taught} if taught else {}
+                    rows.append({"attack": attack.name, "updates": updates, **row, **known})
                 for name in metrics:
                     value = metric_value(name, Measured(columns))
                     better = min if METRICS[name].higher_is_better else max
@@ -67,6 +71,13 @@ def attacked(
     if "rr" in worst:
         values[COMPLETENESS] = worst["rr"]
     return rows, values
+
+
+def _taught(attack: Attack, probe: TaskProbe) -> set[str]:
+    """The samples that an attack trains on."""
+    if not isinstance(attack, Relearn) or attack.taught != "forget":
+        return set()
+    return {record["id"] for record in attack.records(probe.records("forget"))}
 
 
 def _by_sample(columns: Columns) -> Iterator[dict[str, Any]]:
