@@ -66,7 +66,7 @@ TABLES = (
     "table13",
 )
 # Questions that the paper does not ask; they are run by name.
-FURTHER = ("tournament", "samplers")
+FURTHER = ("tournament", "samplers", "relapse")
 NAMES = (*FIGURES, *TABLES, *FURTHER)
 EXPERIMENTS: dict[str, Experiment] = {name: import_module(f"bench.experiments.{name}").EXPERIMENT for name in NAMES}
 
