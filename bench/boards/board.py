@@ -20,7 +20,7 @@ import pyarrow.compute as pc
 from bench.boards.conflicts import canonical_json, conflicting_specs, setting_differences, shortened, without_repeats
 from bench.boards.standings import MetricLabel, SelectionLabel, Standing, failed_runs, standings
 from bench.files.status import FINISHED
-from bench.metrics import METRICS, limits_of
+from bench.metrics import ATTACKED, METRICS, limits_of
 from bench.results.store import Results, identity_of
 from scoring.errors import UserError
 
@@ -35,6 +35,7 @@ SETTING = (
     "evaluate_samples",
     "el_n",
     "evaluation",
+    "attack",
 )
 # Fields that tell neither settings nor entries apart: names of things that are hashed, and what is averaged over.
 _NOT_COMPARED = ("model", "task", "selection", "forget_sha256", "seed", "schema_version", "spec_hash")
@@ -115,6 +116,11 @@ class Board:
 _LOOP_METRICS = {
     "completeness": MetricLabel("completeness", "1 less the ROUGE-L recall of forget answers", True),
     "utility": MetricLabel("utility", "ROUGE-L recall of retain answers", True),
+    f"{ATTACKED}completeness": MetricLabel(
+        "robustness",
+        "completeness after the worst attack: 1 less the ROUGE-L recall of forget answers where most is recovered",
+        True,
+    ),
     "balance": MetricLabel("balance", "harmonic mean of completeness and utility", True),
     "forget_rouge_l_recall": MetricLabel("forget ROUGE-L", "ROUGE-L recall of forget answers", False),
     "forget_probability": MetricLabel("forget probability", "of forget answers, mean over tokens", False),
@@ -332,7 +338,7 @@ def _selections(
 def _metric_order(name: str) -> tuple[int, int, str]:
     """Sort key of a metric: first averages and what they sum up, as tasks list them; then what the loop measures."""
     trade_off_metrics = [metric for pair in TRADE_OFFS for metric in pair]
-    ranked = [*trade_off_metrics, "balance", *METRICS, *_LOOP_METRICS]
+    ranked = [*trade_off_metrics, f"{ATTACKED}completeness", "balance", *METRICS, *_LOOP_METRICS]
     return (0, ranked.index(name), name) if name in ranked else (1, 0, name)
 
 
@@ -342,8 +348,18 @@ def metric_label(name: str) -> MetricLabel:
         metric = METRICS[name]
         label = MetricLabel(metric.title, metric.definition, metric.higher_is_better)
     else:
-        label = _LOOP_METRICS.get(name, MetricLabel(name, "", True))
+        label = _LOOP_METRICS.get(name) or _under_attack(name) or MetricLabel(name, "", True)
     return replace(label, limits=limits_of(name))
+
+
+def _under_attack(name: str) -> MetricLabel | None:
+    """Of a metric of a task after the worst attack on it."""
+    metric = METRICS.get(name.removeprefix(ATTACKED)) if name.startswith(ATTACKED) else None
+    if metric is None:
+        return None
+    return MetricLabel(
+        f"{metric.title}, attacked", f"after the worst attack: {metric.definition}", metric.higher_is_better
+    )
 
 
 def _about(rows: Sequence[Mapping[str, Any]], differences: str) -> dict[str, str]:

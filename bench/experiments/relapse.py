@@ -26,7 +26,7 @@ from bench.metrics.table import MODEL, ORIGINAL
 from bench.report.figures import BLUE, GREEN, MUTED, ORANGE, VERMILLION, Draw, error_bars
 from bench.report.verdicts import by_claim
 from bench.report.words import interval_columns, listed, markdown_table, with_ci
-from bench.stats.estimates import Estimate, over_seeds, spearman
+from bench.stats.estimates import LEVEL, Estimate, over_seeds, spearman
 from bench.stats.verdicts import Claim, bootstrapped, decide, over_runs
 from scoring.errors import UserError
 from scoring.files import replacing
@@ -235,11 +235,13 @@ class Back:
         attack: which; of one that teaches a part, of the others alone.
         of_algorithm: algorithm -> the share of its forgotten samples that are back, selection by selection.
         never: selection -> the share of the same samples that the model knows which never knew them.
+        samples: how many different ones had been forgotten.
     """
 
     attack: str
     of_algorithm: Mapping[str, Mapping[str, float]]
     never: Mapping[str, float]
+    samples: int
 
     def share(self, algorithm: str) -> Estimate:
         return over_seeds([*self.of_algorithm[algorithm].values()])
@@ -252,6 +254,19 @@ class Back:
             - self.never.get(name, 0.0)
             for name in selections
         ]
+
+    def interval(self) -> Interval:
+        """The mean of that over the selections. Where nothing came back anywhere, there is no spread between them: then
+        the interval is that of 0 in so many samples (Clopper and Pearson 1934)."""
+        beyond = self.beyond()
+        if any(beyond):
+            return over_runs(beyond)
+
+        def at(level: float) -> Estimate:
+            most = 1 - ((1 - level) / 2) ** (1 / self.samples)
+            return Estimate(0.0, -most, most)
+
+        return at
 
 
 def attacks_in(samples: Sequence[Sample]) -> list[str]:
@@ -294,7 +309,9 @@ def back_of(samples: Sequence[Sample], attack: str, known: float) -> Back:
         algorithm: {selection: float(np.mean(values)) for selection, values in by_selection.items()}
         for algorithm, by_selection in shares.items()
     }
-    return Back(attack, means, {selection: float(np.mean(values)) for selection, values in never.items()})
+    forgotten = {sample.sample_id for sample, _ in under(samples, attack) if sample.last(NONE) < known}
+    knows = {selection: float(np.mean(values)) for selection, values in never.items()}
+    return Back(attack, means, knows, len(forgotten))
 
 
 def relapse_rates(samples: Sequence[Sample], attack: str, known: float) -> dict[str, float]:
@@ -368,7 +385,7 @@ def answer(of_quantity: Mapping[str, Sequence[Sample]], spec: RelapseSpec, margi
         _table(backs[first]),
         _told(estimates, attacks),
         *(_other(name, backs[name], spec) for name in list(QUANTITIES)[1:]),
-        f"What this suite asks: {'. '.join(by_claim(decided))}.",
+        f"The claims: {'. '.join(by_claim(decided))}.",
     ]
     tables = {
         "relapse-back": as_table([row for name in QUANTITIES for row in _back_rows(name, backs[name])]),
@@ -393,10 +410,10 @@ def _claims_back(backs: Sequence[Back], margin: float) -> list[Claim]:
     return [
         Claim(
             "forgotten samples come back under attack",
-            f"share that is known again, beyond what a model shows that never knew them: {back.attack}",
+            f"share of them beyond a model that never knew them, {back.attack}",
             +1,
             margin,
-            over_runs(back.beyond()),
+            back.interval(),
             len(back.beyond()),
             "selections",
             "share",
@@ -413,7 +430,7 @@ def _claims_told(relations: Mapping[tuple[str, str], tuple[np.ndarray, np.ndarra
     return [
         Claim(
             "what is hard to forget comes back",
-            f"rank correlation of {predictor} with how often a sample comes back: {attack}",
+            f"rank correlation of how often a sample comes back with its {predictor}, {attack}",
             PREDICTORS[predictor],
             margin,
             bootstrapped(spearman, *pair),
@@ -429,7 +446,7 @@ def _claims_told(relations: Mapping[tuple[str, str], tuple[np.ndarray, np.ndarra
 def _headline(samples: Sequence[Sample], worst: Back, spec: RelapseSpec) -> str:
     runs = {(sample.algorithm, sample.selection, sample.seed) for sample in samples}
     forgotten = sum(sample.last(NONE) < spec.known for sample in samples)
-    beyond = over_seeds(worst.beyond())
+    beyond = worst.interval()(LEVEL)
     shares = {name: worst.share(name) for name in worst.of_algorithm}
     order = sorted(shares, key=lambda name: shares[name].value)
     return (
@@ -448,7 +465,7 @@ def _table(backs: Sequence[Back]) -> str:
         row = [back.attack]
         row += [with_ci(back.share(name)) if name in back.of_algorithm else "–" for name in algorithms]
         row.append(with_ci(over_seeds([*back.never.values()])) if back.never else "–")
-        row.append(with_ci(over_seeds(back.beyond())))
+        row.append(with_ci(back.interval()(LEVEL)))
         rows.append(row)
     head = ["attack", *algorithms, "never knew them", "beyond"]
     return (
@@ -467,7 +484,7 @@ def _told(estimates: Mapping[tuple[str, str], Estimate], attacks: Sequence[str])
 
 def _other(quantity: str, backs: Sequence[Back], spec: RelapseSpec) -> str:
     parts = [
-        f"{back.attack} {with_ci(over_seeds(back.beyond()))}" for back in backs if back.of_algorithm and back.beyond()
+        f"{back.attack} {with_ci(back.interval()(LEVEL))}" for back in backs if back.of_algorithm and back.beyond()
     ]
     words = QUANTITIES[quantity]
     if not parts:
@@ -498,7 +515,7 @@ def _back_rows(quantity: str, backs: Sequence[Back]) -> list[dict[str, Any]]:
                 "algorithm": None,
                 "selections": len(back.beyond()),
                 **interval_columns("never_knew", over_seeds([*back.never.values()])),
-                **interval_columns("beyond", over_seeds(back.beyond())),
+                **interval_columns("beyond", back.interval()(LEVEL)),
             }
         )
     return rows
@@ -538,7 +555,7 @@ def _shares(backs: Sequence[Back]) -> Draw:
         for row, back in enumerate(backs):
             values = [back.share(name).value for name in back.of_algorithm]
             axes.plot(values, [-row] * len(values), "o", color=BLUE, alpha=0.55, label=None if row else "an algorithm")
-            beyond = over_seeds(back.beyond())
+            beyond = back.interval()(LEVEL)
             never = over_seeds([*back.never.values()]).value if back.never else 0.0
             axes.plot(never, -row, "|", color=VERMILLION, markersize=14, label=None if row else "never knew them")
             shown = Estimate(never + beyond.value, never + beyond.low, never + beyond.high)

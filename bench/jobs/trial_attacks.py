@@ -15,7 +15,7 @@ from bench.attacks.relearn import Relearn
 from bench.files.identity import identity_fields
 from bench.jobs.attack_spec import AttackSpec
 from bench.jobs.probe import Questions, TaskProbe, measured_under, probe_of
-from bench.metrics import METRICS
+from bench.metrics import ATTACKED, METRICS
 from bench.metrics.table import Columns, metric_value
 from bench.metrics.values import Measured, Missing, Scores
 from bench.models.find import ModelReference
@@ -25,7 +25,7 @@ from scoring.templates import TEMPLATE_FIELDS
 
 # Settings that a trial decides itself.
 OF_THE_TRIAL = ("model", "task", "split", "selection", "original", "retain_model", "prompts", "benign")
-COMPLETENESS = "attacked_completeness"
+COMPLETENESS = f"{ATTACKED}completeness"
 
 
 def attack_identity(spec: AttackSpec) -> dict[str, Any]:
@@ -67,7 +67,7 @@ def attacked(
                     better = min if METRICS[name].higher_is_better else max
                     if np.isfinite(value):
                         worst[name] = better(value, worst.get(name, value))
-    values = {f"attacked_{name}": value for name, value in worst.items()}
+    values = {f"{ATTACKED}{name}": value for name, value in worst.items()}
     if "rr" in worst:
         values[COMPLETENESS] = worst["rr"]
     return rows, values

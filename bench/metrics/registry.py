@@ -375,7 +375,12 @@ SHARES = frozenset(METRICS) - {"perplexity"} | {
 SIZES = frozenset({"perplexity", "mean_abs_delta", "delta_norm"})
 
 
+# What a metric is under the worst attack, by the name of the metric (or completeness) after this.
+ATTACKED = "attacked_"
+
+
 def limits_of(name: str) -> tuple[float, float]:
     """What a metric of a task or of the training loop can be at all; an interval is cut there. Of a plugin's metric
     that is not known."""
+    name = name.removeprefix(ATTACKED)
     return (0.0 if name in SHARES | SIZES else -math.inf), (1.0 if name in SHARES else math.inf)

@@ -19,7 +19,7 @@ from bench.jobs.evaluation_answers import is_evaluation, read_answers, run_folde
 from bench.jobs.run_folder import read_run
 from bench.jobs.sweep_tables import read_sweep
 from bench.jobs.trial import derived
-from bench.metrics import METRICS
+from bench.metrics import ATTACKED, METRICS
 from bench.metrics.table import MODEL, ORIGINAL, RETAIN_ONLY
 from bench.results.store import ANSWERED_BY, SCHEMAS, Identity, Store, as_stored
 from bench.tasks.datasets import Dataset, find_task, is_data_file, load_dataset
@@ -265,6 +265,7 @@ def _identity_of(text: Any, where: Path) -> dict[str, Any]:
 def _check_numbers(table: pa.Table, where: Path) -> None:
     """Refuse a table whose metrics are no numbers."""
     names = {"completeness", "utility", "balance", *METRICS, *LOOP_METRICS}
+    names |= {name for name in table.column_names if name.startswith(ATTACKED)}
     for column in table.schema:
         kinds = (pa.types.is_floating, pa.types.is_integer, pa.types.is_boolean, pa.types.is_null)
         if column.name in names and not any(is_kind(column.type) for is_kind in kinds):
@@ -288,7 +289,8 @@ def _identity_columns(identity: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _metrics(row: Mapping[str, Any]) -> list[tuple[str, float]]:
-    names: Iterable[str] = (*derived(row), *METRICS, *LOOP_METRICS)
+    under_attack = (name for name in row if name.startswith(ATTACKED))
+    names: Iterable[str] = (*derived(row), *METRICS, *LOOP_METRICS, *under_attack)
     return [(name, float(row[name])) for name in dict.fromkeys(names) if row.get(name) is not None]
 
 
