@@ -329,7 +329,8 @@ def _split(hint: Any, text: FlagText) -> Any:
 def _refusal(setting: Setting, value: Any, error: ValidationError) -> str:
     """The message about a value that pydantic has refused."""
     detail = error.errors(include_url=False, include_context=False)[0]
-    place, refused, expected, pair = named(setting.name), value, setting.expected, ""
+    place, refused, expected = named(setting.name), value, setting.expected
+    pair = ""  # of a flag, as it stands there
     location = detail["loc"]
     containers = [kind for kind in map(_plain, _alternatives(setting.type)) if get_origin(kind) in (dict, list, tuple)]
     parts = _split(setting.type, value) if isinstance(value, FlagText) else value
@@ -342,12 +343,9 @@ def _refusal(setting: Setting, value: Any, error: ValidationError) -> str:
         refused, whole = detail["input"], place
         place = f"{whole}[{key!r}]"
         if isinstance(value, FlagText):
+            if isinstance(parts, dict) and location[-1] != "[key]":
+                pair = f"{whole} {key}={refused if len(refused) <= 60 else f'{refused[:57]}...'}"
             refused = FlagText(refused)
-            pair = (
-                f"{whole} {key}={described(refused).strip(chr(39))}"
-                if isinstance(parts, dict) and refused != key
-                else ""
-            )
         arguments = get_args(containers[0])
         expected = _expected(arguments[1] if isinstance(parts, dict) and location[-1] != "[key]" else arguments[0])
     if isinstance(value, FlagText):

@@ -33,7 +33,7 @@ MEASURED = {
     "forget_rouge_l_recall": "forget RL",
     "retain_rouge_l_recall": "retain RL",
 }
-WIDTH_OF_A_FILE = 200
+WIDTH_OF_A_FILE = 240
 
 
 def watch(folders: Sequence[str | Path]) -> None:
