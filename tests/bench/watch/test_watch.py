@@ -20,7 +20,7 @@ from selenium.webdriver.common.by import By
 
 from bench.cli import main
 from bench.watch.page import HERE, make_server
-from bench.watch.read import look, look_all
+from bench.watch.read import look, look_all, runs_in
 from bench.watch.show import COLUMNS, cells, have_ended
 from scoring.reading import read_json
 from tests.browser import Browser
@@ -103,7 +103,7 @@ def test_the_folder_of_a_pair_shows_both(
     assert not have_ended([original, second], looks)
     # By itself, in a folder that has others too, it is no pair.
     (pair / "other").mkdir()
-    assert look_all([pair]) == [look(pair / "original")]
+    assert runs_in(pair) == [pair / "original"]
 
 
 def test_it_ends_when_a_run_stays_stopped(seen: dict[str, Any]) -> None:
