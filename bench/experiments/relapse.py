@@ -27,7 +27,7 @@ from bench.report.figures import BLUE, GREEN, MUTED, ORANGE, VERMILLION, Draw, e
 from bench.report.verdicts import by_claim
 from bench.report.words import interval_columns, listed, markdown_table, with_ci
 from bench.stats.estimates import LEVEL, Estimate, over_seeds, spearman
-from bench.stats.verdicts import Claim, Interval, Verdict, bootstrapped, decide, over_runs
+from bench.stats.verdicts import Claim, Interval, bootstrapped, decide, over_runs
 from scoring.errors import UserError
 from scoring.files import replacing
 from scoring.reading import read_parquet
