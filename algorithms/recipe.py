@@ -37,7 +37,7 @@ from scoring.updates import OptimizerName
 Unit = Literal["epochs", "steps"]
 DEFAULT_BATCH_SIZE = 4
 # Answers of each set that are measured after an epoch: writing them takes as long as training on about as many.
-EVALUATED = 32
+EVALUATED = 24
 # Learning, as an objective of the loop: each sample once an epoch, and nobody looks what is forgotten.
 LEARNS = "Relearn"
 LEARNING = {"alpha": 0.0, "replacement": False, "early_stopping": False, "check_every": 0}
