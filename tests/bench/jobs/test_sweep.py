@@ -28,6 +28,8 @@ from bench.cli import main
 from bench.jobs import sweep as sweeps
 from bench.jobs import sweep_on_tune
 from bench.jobs import trial as trials
+from bench.jobs.attack import attack_spec
+from bench.jobs.attack_spec import AttackSpec
 from bench.jobs.evaluate import evaluate_spec
 from bench.jobs.evaluation_spec import EvaluateSpec
 from bench.jobs.resources import Resources, SweepResources
@@ -230,7 +232,8 @@ def test_a_warm_worker_forgets_what_came_before(inputs: Inputs, before: dict[str
 
 @pytest.mark.slow
 def test_the_metrics_of_a_trial_are_those_of_its_model(tmp_path: Path) -> None:
-    """Against `evaluate` on the model that the trial ended with, with both reference models; on a selection."""
+    """Against `evaluate` on the model that the trial ended with, with both reference models, on a selection; and what
+    it meets at the end against `attack`."""
     task = write_task(tmp_path / "task")
     known = [record for name in ("forget", "retain") for record in records(name)]
     model = taught(tmp_path / "full", pairs_of(*known), 40)
@@ -248,9 +251,21 @@ def test_the_metrics_of_a_trial_are_those_of_its_model(tmp_path: Path) -> None:
         },
         "selections": [{"kind": "random", "size": 20}],
         "evaluate": {"metrics": metrics, "retain_model": str(retained), "relearn_steps": 3, "samples": 10, "el_n": 2},
+        "attack": {"metrics": "rr,ma"}
+        | (
+            strengths := {
+                "attacks": ["relearn", "quantise"],
+                "taught": ["forget"],
+                "shares": [0.5],
+                "learning_rates": [1e-3],
+                "updates": [2, 5],
+                "formats": ["int4"],
+            }
+        ),
         "keep_models": True,
     }
     result = sweep(build(SweepSpec, spec), tmp_path / "out", None, HERE, False)
+    assert result.attacks is not None
     for number, row in enumerate(result.trials.to_pylist()):
         assert row["status"] == "finished", row["reason"]
         again = evaluate_spec(
@@ -276,6 +291,29 @@ def test_the_metrics_of_a_trial_are_those_of_its_model(tmp_path: Path) -> None:
             assert row[name] == pytest.approx(value, rel=1e-9), name
         of_forget = {r["sample_id"] for r in again if r["level"] == "sample" and r["set"] == "forget"}
         assert len(of_forget) == 20
+        settings: dict[str, Any] = {
+            "model": str(tmp_path / "trials" / row["trial"]),
+            "task": str(task),
+            "selection": str(tmp_path / "out" / "selections" / f"{number:04d}.txt"),
+            "metrics": "rr,ma",
+            **strengths,
+        }
+        attacks = attack_spec(build(AttackSpec, settings), tmp_path / f"attacks{number}.parquet", Resources(replicas=0))
+        expected_rows = {
+            (r["attack"], r["updates"], r["sample_id"], r["name"]): r["value"]
+            for r in attacks.table.to_pylist()
+            if r["level"] == "sample"
+        }
+        mine = [r for r in result.attacks.to_pylist() if r["trial"] == row["trial"]]
+        found = {
+            (r["attack"], r["updates"], r["sample_id"], name): r[name]
+            for r in mine
+            for name in ("ma", "rouge_l_recall")
+        }
+        assert found == pytest.approx(expected_rows)
+        assert len([r for r in mine if r["taught"]]) == 2 * 10  # half of the samples, after 2 and 5 updates
+        worst = next(r["value"] for r in attacks.table.to_pylist() if (r["level"], r["name"]) == ("worst", "ma"))
+        assert row["attacked_ma"] == pytest.approx(worst)
 
 
 # --- Configurations -----------------------------------------------------------------------------------------
