@@ -8,15 +8,23 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Self
 
 from bench.attacks import KNOWLEDGE, AttackSettings
-from bench.jobs.evaluation_spec import EvaluateSpec
+from bench.jobs.evaluation_spec import (
+    EvaluateSpec,
+    ForgetSplit,
+    Forgotten,
+    OfWeights,
+    PaddedTokens,
+    SelectionFile,
+    SentenceModel,
+    TaskName,
+    ToxicityModel,
+)
 from bench.metrics import METRICS
 from bench.metrics.choice import choose_metrics
 from bench.models.find import ModelName
 from bench.tasks import Task
-from bench.tasks.datasets import DataName, is_data_file
-from scoring.engine import Dtype
+from bench.tasks.datasets import is_data_file
 from scoring.errors import UserError, expected_one_of
-from scoring.samples import BATCH_TOKENS_ARE
 from scoring.settings import Doc, Ge, check, named
 from scoring.templates import TEMPLATE_FIELDS, TemplateSettings
 
@@ -31,13 +39,10 @@ class AttackSpec(AttackSettings, TemplateSettings):
     EXECUTION: ClassVar = ()
     ADDED_LATER: ClassVar = ()
 
-    model: Annotated[ModelName, Doc("the model that has forgotten: an embedded one, a folder, or a Hugging Face id")]
-    task: Annotated[DataName, Doc("a task (see `mrd-bench tasks`), NAME:SOURCE, or a task file (.yaml)")]
-    split: Annotated[str | None, Doc("the forget split, e.g. forget10 (default: the task's own)")] = None
-    selection: Annotated[
-        str | None,
-        Doc("text file of the ids of the samples that were forgotten, one a line (default: the whole split)"),
-    ] = None
+    model: Forgotten
+    task: TaskName
+    split: ForgetSplit = None
+    selection: SelectionFile = None
     original: Annotated[
         ModelName | None, Doc("the model before unlearning: what it knew decides what half of it is")
     ] = None
@@ -53,12 +58,10 @@ class AttackSpec(AttackSettings, TemplateSettings):
         str | None,
         Doc("data file that relearn trains on (default: the task's general knowledge, where it has a set of that)"),
     ] = None
-    sentence_model: Annotated[ModelName | None, Doc("embeds sentences for FA (default: all-MiniLM-L6-v2)")] = None
-    toxicity_model: Annotated[
-        ModelName | None, Doc("a text-classification model (default: the task's, unitary/toxic-bert)")
-    ] = None
-    dtype: Annotated[Dtype, Doc("of weights and activations")] = "float32"
-    batch_tokens: Annotated[int | None, Ge(1), Doc(f"padded tokens in a batch {BATCH_TOKENS_ARE}")] = None
+    sentence_model: SentenceModel = None
+    toxicity_model: ToxicityModel = None
+    dtype: OfWeights = "float32"
+    batch_tokens: PaddedTokens = None
     seed: Annotated[int, Ge(0), Doc("of everything that is drawn")] = 0
 
     def checked(self) -> Self:

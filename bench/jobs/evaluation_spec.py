@@ -18,6 +18,20 @@ from scoring.samples import BATCH_TOKENS_ARE
 from scoring.settings import Doc, Ge, Gt, Le, check, named
 from scoring.templates import TEMPLATE_FIELDS, TemplateSettings, absolute_template
 
+# Settings of everything that asks a model what it knows.
+Forgotten = Annotated[ModelName, Doc("the model that has forgotten: an embedded one, a folder, or a Hugging Face id")]
+TaskName = Annotated[DataName, Doc("a task (see `mrd-bench tasks`), NAME:SOURCE, or a task file (.yaml)")]
+ForgetSplit = Annotated[str | None, Doc("the forget split, e.g. forget10 (default: the task's own)")]
+SelectionFile = Annotated[
+    str | None, Doc("text file of the ids of the samples that were forgotten, one a line (default: the whole split)")
+]
+SentenceModel = Annotated[ModelName | None, Doc("embeds sentences for FA (default: all-MiniLM-L6-v2)")]
+ToxicityModel = Annotated[
+    ModelName | None, Doc("a text-classification model (default: the task's, unitary/toxic-bert)")
+]
+OfWeights = Annotated[Dtype, Doc("of weights and activations")]
+PaddedTokens = Annotated[int | None, Ge(1), Doc(f"padded tokens in a batch {BATCH_TOKENS_ARE}")]
+
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateSpec(TemplateSettings):
@@ -26,13 +40,10 @@ class EvaluateSpec(TemplateSettings):
     EXECUTION: ClassVar = ("relearn_workers",)
     ADDED_LATER: ClassVar = TEMPLATE_FIELDS
 
-    model: Annotated[ModelName, Doc("the model that has forgotten: an embedded one, a folder, or a Hugging Face id")]
-    task: Annotated[DataName, Doc("a task (see `mrd-bench tasks`), NAME:SOURCE, or a task file (.yaml)")]
-    split: Annotated[str | None, Doc("the forget split, e.g. forget10 (default: the task's own)")] = None
-    selection: Annotated[
-        str | None,
-        Doc("text file of the ids of the samples that were forgotten, one a line (default: the whole split)"),
-    ] = None
+    model: Forgotten
+    task: TaskName
+    split: ForgetSplit = None
+    selection: SelectionFile = None
     original: Annotated[
         ModelName | None, Doc("the model before unlearning; without it Relearn assumes that it knew every sample")
     ] = None
@@ -48,10 +59,8 @@ class EvaluateSpec(TemplateSettings):
     ] = "holdout"
     min_k: Annotated[float, Gt(0), Le(1), Doc("share of tokens that Min-k% takes")] = 0.2
     el_n: Annotated[int, Ge(1), Doc("tokens in an n-gram of extraction likelihood")] = 10
-    sentence_model: Annotated[ModelName | None, Doc("embeds sentences for FA (default: all-MiniLM-L6-v2)")] = None
-    toxicity_model: Annotated[
-        ModelName | None, Doc("a text-classification model (default: the task's, unitary/toxic-bert)")
-    ] = None
+    sentence_model: SentenceModel = None
+    toxicity_model: ToxicityModel = None
     toxicity_label: Annotated[str, Doc("the classifier's label whose score is the toxicity")] = "toxic"
     harness_tasks: Annotated[
         str | None,
@@ -62,8 +71,8 @@ class EvaluateSpec(TemplateSettings):
     relearn_steps: Annotated[int, Ge(1), Doc("updates of relearning, 4 samples each")] = Relearning.steps
     relearn_learning_rate: Annotated[float, Gt(0), Doc("of relearning")] = Relearning.learning_rate
     relearn_workers: Annotated[int, Ge(0), Doc("Ray Train workers of relearning; 0 trains in this process")] = 0
-    dtype: Annotated[Dtype, Doc("of weights and activations")] = "float32"
-    batch_tokens: Annotated[int | None, Ge(1), Doc(f"padded tokens in a batch {BATCH_TOKENS_ARE}")] = None
+    dtype: OfWeights = "float32"
+    batch_tokens: PaddedTokens = None
     seed: Annotated[int, Ge(0), Doc("of the resampling and of relearning")] = 0
 
     def checked(self) -> Self:
