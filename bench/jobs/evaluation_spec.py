@@ -24,7 +24,7 @@ class EvaluateSpec(TemplateSettings):
     """What is evaluated, and how. Its hash is the evaluation's identity."""
 
     EXECUTION: ClassVar = ("relearn_workers",)
-    ADDED_LATER: ClassVar = TEMPLATE_FIELDS
+    ADDED_LATER: ClassVar = (*TEMPLATE_FIELDS, "new_tokens")
 
     model: Annotated[ModelName, Doc("the model that has forgotten: an embedded one, a folder, or a Hugging Face id")]
     task: Annotated[DataName, Doc("a task (see `mrd-bench tasks`), NAME:SOURCE, or a task file (.yaml)")]
@@ -40,7 +40,11 @@ class EvaluateSpec(TemplateSettings):
         ModelName | None, Doc("the gold standard: trained without the forget set; without it no Forget Quality")
     ] = None
     metrics: Annotated[
-        str | None, Doc("names, separated by commas (default: all of the task; see `mrd-bench metrics`)")
+        str | None,
+        Doc(
+            "names, separated by commas, or privacy for all of that kind (default: all of the task; see "
+            "`mrd-bench metrics`)"
+        ),
     ] = None
     samples: Annotated[int | None, Ge(1), Doc("of each set at most, evenly spaced (default: all)")] = None
     mia_negatives: Annotated[
@@ -48,6 +52,9 @@ class EvaluateSpec(TemplateSettings):
     ] = "holdout"
     min_k: Annotated[float, Gt(0), Le(1), Doc("share of tokens that Min-k% takes")] = 0.2
     el_n: Annotated[int, Ge(1), Doc("tokens in an n-gram of extraction likelihood")] = 10
+    new_tokens: Annotated[
+        int | None, Ge(1), Doc("tokens that an answer may have (default: the task's own, or 20 more than the true one)")
+    ] = None
     sentence_model: Annotated[ModelName | None, Doc("embeds sentences for FA (default: all-MiniLM-L6-v2)")] = None
     toxicity_model: Annotated[
         ModelName | None, Doc("a text-classification model (default: the task's, unitary/toxic-bert)")
