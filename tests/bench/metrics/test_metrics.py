@@ -10,8 +10,8 @@ import pytest
 from scipy import stats
 from sklearn.metrics import roc_auc_score
 
-from bench.metrics import METRICS, tofu, tofu_metrics
-from bench.metrics.registry import GROUPS, ZERO_SHOT
+from bench.metrics import GROUPS, METRICS, tofu, tofu_metrics
+from bench.metrics.registry import ZERO_SHOT
 from bench.metrics.similarity import Embedder, nearest_is_first
 from bench.metrics.toxicity import Classifier
 from bench.metrics.values import Column, Measured, Missing, Scores, Unmeasured
