@@ -128,7 +128,7 @@ def read_open_unlearning(path: Path, said: Said) -> ForeignRun:
     }
     evaluation = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
     answers = [
-        {"evaluation": evaluation, "set": place[0], "sample_id": _sample_id(place[1], number)}
+        {"evaluation": evaluation, "set": place[0], "sample_id": _sample_id(task, place[1], number)}
         | {"question": each.get("input"), "truth": each.get("ground_truth"), "after": each["generation"]}
         | {"rouge_after": _number(each.get("rougeL_recall"))}
         for name, result in measured.items()
@@ -136,7 +136,7 @@ def read_open_unlearning(path: Path, said: Said) -> ForeignRun:
         for number, each in result.by_index.items()
         if isinstance(each.get("generation"), str)
     ]
-    ids = tuple(_sample_id(str(whose["split"]), number) for number in numbers)
+    ids = tuple(_sample_id(task, str(whose["split"]), number) for number in numbers)
     return ForeignRun(task, run, ids, tuple(answers), left_out)
 
 
@@ -287,6 +287,6 @@ def _set_of(task: str, metric: str, split: str) -> tuple[str, str] | None:
     return (name, name) if name else None
 
 
-def _sample_id(begins: str, number: int) -> str:
-    """As the task's records have it: the split and the row."""
-    return f"{begins}-{number:04d}"
+def _sample_id(task: str, begins: str, number: int) -> str:
+    """As the task's records have it: the split and the row, which has four digits in TOFU's and five in MUSE's."""
+    return f"{begins}-{number:0{5 if task == 'muse' else 4}d}"

@@ -132,6 +132,7 @@ def test_a_run_of_muse_is_scored_from_its_texts(tmp_path: Path) -> None:
     assert dict(row["metrics"]) == pytest.approx({"verbmem_f": expected, "priv_leak": 23.4})
     assert (row["task"], row["algorithm"], row["split"], row["model"]) == ("muse", "SimNPO", "News", "Llama-2-7b-hf")
     assert [each["set"] for each in results.answers.to_pylist()] == ["verbmem", "verbmem"]
+    assert results.answers["sample_id"].to_pylist() == ["verbmem-00000", "verbmem-00001"]
 
 
 @pytest.mark.parametrize(
