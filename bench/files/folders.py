@@ -23,6 +23,9 @@ from scoring.settings import named, settings_of
 LOCK = ".lock"
 # In the folder of a run that trains a model: the record, which is written last, and the model.
 RUN_RECORD, RUN_MODEL = "run.json", "model"
+# The kind of a run of `mrd-bench train`, in its identity and in messages; and the folders of a pair of them.
+TRAINING_RUN = "training run"
+ORIGINAL, RETAIN_ONLY = "original", "retain-only"
 # Of a page, that its title stands in.
 HEAD_BYTES = 1000
 
@@ -188,6 +191,24 @@ def owner_of(folder: Path) -> dict[str, Any] | None:
     except UserError:
         return None
     return owner
+
+
+def runs_within(folder: Path) -> list[Path]:
+    """The runs in the subfolders of a folder, such as the two of a pair."""
+    return sorted(path.parent for path in folder.glob("*/spec.json") if owner_of(path.parent) is not None)
+
+
+def refuse_several(folder: Path, expected: str) -> None:
+    """Refuse a folder that is no run's and holds some.
+
+    Args:
+        expected: of one of them.
+
+    Raises:
+        UserError: one line that names them.
+    """
+    if owner_of(folder) is None and (runs := runs_within(folder)):
+        raise UserError(f"{folder} holds several runs, {', '.join(map(str, runs))}: expected {expected}")
 
 
 class OwnedFolder:

@@ -36,7 +36,7 @@ from algorithms.corpus import Corpus
 from algorithms.history import History, Progress
 from algorithms.live import PROGRESS, read_progress, remove_parts, write_progress
 from algorithms.tables import tables_of
-from bench.files.folders import RUN_MODEL, RUN_RECORD, Hashed, OwnedFolder, owner_of
+from bench.files.folders import RUN_MODEL, RUN_RECORD, TRAINING_RUN, Hashed, OwnedFolder, owner_of, refuse_several
 from bench.files.origin import Origin, origin
 from bench.jobs.preview import DONE, NEW
 from bench.report.words import size_of
@@ -44,9 +44,6 @@ from scoring.errors import UserError, first_line
 from scoring.files import replacing, shown
 from scoring.reading import read_json, read_parquet
 from scoring.settings import named
-
-# The kind of a run of `mrd-bench train`, in its identity and in messages.
-TRAINING_RUN = "training run"
 
 
 @dataclass(frozen=True)
@@ -230,6 +227,7 @@ def read_finished_run(
     folder = Path(folder)
     expected = f"what `mrd-bench {command}` writes"
     if not (folder / RunFolder.RECORD).is_file():
+        refuse_several(folder, f"{expected}, one folder of a run")
         raise UserError(f"{folder}: no finished {kind}; expected {expected}")
     if kind == RunFolder.KIND and (owner_of(folder) or {}).get("kind") == TRAINING_RUN:
         raise UserError(f"{folder} is a run of `mrd-bench train`, in which nothing is forgotten; expected {expected}")
