@@ -69,16 +69,28 @@ def rouge_l_recall(written: Sequence[str], truth: Sequence[str]) -> np.ndarray:
     Returns:
         (N,) fp64, 0 to 1; 0 where either has no word.
     """
+    return np.array([score.recall for score in _rouge_l(written, truth, stem=True)], dtype=np.float64)
+
+
+def rouge_l_f1(written: Sequence[str], truth: Sequence[str]) -> np.ndarray:
+    """ROUGE-L F1, the harmonic mean of recall and precision, of words as they stand, without a stemmer: as MUSE has it.
+
+    Args and result are those of `rouge_l_recall`.
+    """
+    return np.array([score.fmeasure for score in _rouge_l(written, truth, stem=False)], dtype=np.float64)
+
+
+def _rouge_l(written: Sequence[str], truth: Sequence[str], stem: bool) -> list[Any]:
+    """Precision, recall and F1 of each answer, as rouge_score has them."""
     from rouge_score.rouge_scorer import RougeScorer  # loads nltk, which takes a while
 
     from scoring.rouge_words import Words
 
-    scorer = RougeScorer(["rougeL"], tokenizer=Words())
-    recalls = [
-        scorer.score(target=true_answer, prediction=answer)["rougeL"].recall
+    scorer = RougeScorer(["rougeL"], tokenizer=Words(stem))
+    return [
+        scorer.score(target=true_answer, prediction=answer)["rougeL"]
         for answer, true_answer in zip(written, truth, strict=True)
     ]
-    return np.array(recalls, dtype=np.float64)
 
 
 @torch.no_grad()

@@ -38,6 +38,21 @@ class Replica(Perturbable, Protocol):
         """Log-probs of the scored tokens, (B, S) fp64 in nats, and whether each is the most likely token, (B, S) bool;
         both arbitrary at padding."""
 
+    def token_moments(self, batch: Batch) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """The same two, and mean and standard deviation of log p over the vocabulary at each scored token, (B, S) fp64
+        in nats; see `scoring.logprob.vocabulary_moments`.
+
+        Raises:
+            UserError: the engine does not give them.
+        """
+
+    def nll_gradient_norms(self, batch: Batch) -> torch.Tensor:
+        """2-norm over all parameters of the gradient of each sample's mean NLL, (B,) fp64.
+
+        Raises:
+            UserError: the engine has no gradients.
+        """
+
     def greedy_continuations(
         self, prompts: Sequence[np.ndarray], limits: Sequence[int], eos_token_id: int | None
     ) -> list[np.ndarray]:

@@ -63,6 +63,37 @@ def token_log_odds(logits: torch.Tensor, targets: torch.Tensor, chunk: int = VOC
     return -log_odds_against
 
 
+def vocabulary_moments(logits: torch.Tensor, chunk: int = VOCABULARY_CHUNK) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and standard deviation of log p over the vocabulary, each token weighted by its own p, in nats.
+
+        mean = Sum_v p_v log p_v,    deviation^2 = Sum_v p_v (log p_v - mean)^2
+
+    Args:
+        logits: (..., V), any floating dtype; the arithmetic is fp32 (fp64 for fp64 logits).
+        chunk: vocabulary columns at a time.
+
+    Returns:
+        Both (...) fp32 or fp64. The differences from the mean are squared, not the values: where one token has nearly
+        all the mass, the difference of two sums would be rounding.
+    """
+    precise = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    starts = range(0, logits.shape[-1], chunk)
+    pieces = [torch.logsumexp(logits[..., start : start + chunk].to(precise), dim=-1) for start in starts]
+    whole = torch.logsumexp(torch.stack(pieces), dim=0).unsqueeze(-1)
+
+    def expectation(of: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+        total = torch.zeros_like(whole[..., 0])
+        for start in starts:
+            logp = logits[..., start : start + chunk].to(precise) - whole
+            p = logp.exp()
+            # A token that cannot come has the log-prob -inf, and adds nothing.
+            total += torch.where(p > 0, p * of(logp), 0.0).sum(-1)
+        return total
+
+    mean = expectation(lambda logp: logp)
+    return mean, expectation(lambda logp: (logp - mean.unsqueeze(-1)).square()).sqrt()
+
+
 def _softplus(x: torch.Tensor) -> torch.Tensor:
     """log(1 + e^x) to full relative accuracy: torch returns x itself above the threshold, which is exact from 40 on."""
     return F.softplus(x, threshold=40.0)

@@ -1,4 +1,4 @@
-"""How much of a sample a model has memorised: MA, EL_n and Min-k%."""
+"""How much of a sample a model has memorised: MA, EL_n, extraction strength, Min-k% and Min-k%++."""
 
 from __future__ import annotations
 
@@ -241,6 +241,46 @@ def _predicted(hits: Callable[[Batch], np.ndarray], samples: Sequence[Sample], b
         for i, row in zip(batch.indices.tolist(), hits(batch), strict=True):
             predicted[i] = row[: samples[i].length - 1]
     return predicted
+
+
+def extraction_strength(hits: np.ndarray) -> float:
+    """ES: 1 less the share of a sample's tokens in the shortest prefix after which the greedy rest is all right.
+
+        ES(x) = 1 - (1/n) min{k : argmax f(. | x_<t) = x_t for all t >= k},  0 <= k < n
+
+    Carlini et al. 2021, by teacher forcing, which is the same: greedy decoding stays on the text as long as every
+    token is right. As in open-unlearning the prefix is one of at most n - 1 tokens, so that a sample whose last token
+    is wrong has 1/n.
+
+    Args:
+        hits: (n,) bool, whether each token is the most likely one.
+
+    Returns:
+        1/n to 1; 0 for a sample without tokens.
+    """
+    if not len(hits):
+        return 0.0
+    wrong = np.flatnonzero(~hits)
+    prefix = min(int(wrong[-1]) + 1, len(hits) - 1) if len(wrong) else 0
+    return 1 - prefix / len(hits)
+
+
+# The least variance of log p that Min-k%++ divides by: below, one token has all the mass, and nothing is told apart.
+LEAST_VARIANCE = 1e-6
+
+
+def min_k_plus_plus(logprobs: np.ndarray, means: np.ndarray, deviations: np.ndarray, k: float = 0.2) -> float:
+    """Min-k%++: Min-k% of log-probs that are standardised by mean and standard deviation over the vocabulary.
+
+    Zhang et al. 2024, with the sign turned: higher means less likely to have been trained on.
+
+    Args:
+        logprobs: (n,) of a sample's tokens, nats.
+        means, deviations: (n,) of log p over the vocabulary, nats; variances below LEAST_VARIANCE count as that.
+        k: the share of tokens, in (0, 1].
+    """
+    scores = torch.from_numpy((logprobs - means) / np.sqrt(np.maximum(deviations**2, LEAST_VARIANCE)))[None]
+    return float(min_k_percent(scores, torch.ones_like(scores, dtype=torch.bool), k).item())
 
 
 def min_k_percent(logprobs: torch.Tensor, mask: torch.Tensor, k: float = 0.2) -> torch.Tensor:

@@ -24,6 +24,8 @@ PROMPTS_PER_TASK = 64
 T = TypeVar("T")
 # Writing a token takes about as long as reading so many; for bars.
 TOKENS_READ_PER_WRITTEN = 4
+# Differentiating a text costs about as much as reading it so many times.
+GRADIENT_COST = 3
 
 
 def continuation_cost(prompts: Sequence[np.ndarray], limits: Sequence[int]) -> float:
@@ -43,10 +45,19 @@ class TokenScores:
     Attributes:
         logprobs: (n,) fp64, nats.
         hits: (n,) bool, whether the token is the model's most likely one.
+        means, deviations: (n,) fp64 nats, mean and standard deviation of log p over the vocabulary at the token, see
+            `scoring.logprob.vocabulary_moments`; None where they were not asked for.
     """
 
     logprobs: np.ndarray
     hits: np.ndarray
+    means: np.ndarray | None = None
+    deviations: np.ndarray | None = None
+
+    def at(self, places: Any) -> TokenScores:
+        """Those of some of the tokens."""
+        moments = (self.means, self.deviations)
+        return TokenScores(self.logprobs[places], self.hits[places], *(m if m is None else m[places] for m in moments))
 
     @property
     def mean_nll(self) -> float:
@@ -56,9 +67,10 @@ class TokenScores:
 
 @dataclass(frozen=True)
 class LikelihoodTask:
-    """Score every scored token of a shard."""
+    """Score every scored token of a shard; with `moments` of the vocabulary, too."""
 
     shard: int
+    moments: bool = False
 
     @property
     def key(self) -> str:
@@ -67,11 +79,25 @@ class LikelihoodTask:
     def do(self, replica: Replica, batches: Sequence[Batch], cache: dict[str, Any]) -> list[tuple[int, TokenScores]]:
         scores = []
         for batch in batches:
-            logprobs, hits = replica.token_scores(batch)
+            found = replica.token_moments(batch) if self.moments else replica.token_scores(batch)
             for row, index in enumerate(batch.indices.tolist()):
-                mask = batch.mask[row].numpy()
-                scores.append((index, TokenScores(logprobs[row][mask], hits[row][mask])))
+                scores.append((index, TokenScores(*(values[row] for values in found)).at(batch.mask[row].numpy())))
         return scores
+
+
+@dataclass(frozen=True)
+class GradientNormTask:
+    """Norms of the gradients of a shard's samples."""
+
+    shard: int
+
+    @property
+    def key(self) -> str:
+        return f"gradient-{self.shard:06d}"
+
+    def do(self, replica: Replica, batches: Sequence[Batch], cache: dict[str, Any]) -> list[tuple[int, float]]:
+        norms = [(batch, replica.nll_gradient_norms(batch).tolist()) for batch in batches]
+        return [pair for batch, values in norms for pair in zip(batch.indices.tolist(), values, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -235,20 +261,39 @@ class Reader:
         self._bar = bar
         self.about = ""
 
-    def likelihoods(self, samples: Sequence[Sample]) -> list[TokenScores]:
+    def likelihoods(self, samples: Sequence[Sample], moments: bool = False) -> list[TokenScores]:
         """The scored tokens of N samples, in their order, by teacher forcing.
 
         The last token of a sample is predicted, never read. So a sample may be one token longer than the model's
         context, and samples that differ in that token alone, such as a question with each of its one-letter
         choices, are read once.
+
+        Args:
+            samples: the N samples.
+            moments: also mean and standard deviation of log p over the vocabulary, at each scored token.
+
+        Raises:
+            UserError: the engine does not give the moments.
         """
         rows, places = _merged(samples)
         batches = _batches_of_rows(rows, self._batch_tokens)
-        tasks = [LikelihoodTask(shard) for shard in range(len(batches))]
+        tasks = [LikelihoodTask(shard, moments) for shard in range(len(batches))]
         sizes = [float(batch.lengths.sum()) for batch in batches]
         results = self._run(tasks, [[batch] for batch in batches], sizes, "log-probabilities")
         scores = self._in_order(results, len(rows))
-        return [TokenScores(scores[row].logprobs[columns], scores[row].hits[columns]) for row, columns in places]
+        return [scores[row].at(columns) for row, columns in places]
+
+    def gradient_norms(self, samples: Sequence[Sample]) -> np.ndarray:
+        """2-norms over all parameters of the gradients of N samples' mean NLL, (N,) fp64.
+
+        Raises:
+            UserError: the engine has no gradients.
+        """
+        shards = self._shards(samples)
+        tasks = [GradientNormTask(shard) for shard in range(len(shards))]
+        sizes = [GRADIENT_COST * float(batch.lengths.sum()) for (batch,) in shards]
+        norms = self._run(tasks, shards, sizes, "gradients")
+        return np.array(self._in_order(norms, len(samples)), dtype=np.float64)
 
     def continuations(self, prompts: Sequence[np.ndarray], limits: Sequence[int]) -> list[np.ndarray]:
         """What the model writes after each of N prompts by greedy decoding, see `greedy_continuations`.

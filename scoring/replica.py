@@ -16,13 +16,15 @@ from scoring.engine import Replica
 from scoring.errors import UserError, first_line
 from scoring.generation import Drawn, drawn_continuations, greedy_continuations
 from scoring.load import copied, loading_notes
-from scoring.logprob import scored_logits, scored_logprobs, token_logprobs
+from scoring.logprob import scored_logits, scored_logprobs, token_logprobs, vocabulary_moments
 from scoring.memorization import extraction_likelihood
 from scoring.perturbation import Perturbation
 from scoring.sample_gradients import (
+    ScalarOfSample,
     UnsupportedModule,
     autograd_norms,
     log_abs_logprob,
+    mean_negative_log_likelihood,
     per_sample_gradient_norms,
 )
 from scoring.samples import Batch, Sample
@@ -112,9 +114,16 @@ class TransformersReplica:
         bool; both arbitrary at padding."""
         self.forwards += 1
         batch = batch.to(self.device)
+        return _scores_of(scored_logits(self.model, batch), batch)
+
+    @torch.no_grad()
+    def token_moments(self, batch: Batch) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """The same two, and mean and standard deviation of log p over the vocabulary, (B, S) fp64 in nats."""
+        self.forwards += 1
+        batch = batch.to(self.device)
         logits = scored_logits(self.model, batch)
-        hits = logits.argmax(-1) == batch.targets
-        return token_logprobs(logits, batch.targets).double().cpu().numpy(), hits.cpu().numpy()
+        mean, deviation = (moment.double().cpu().numpy() for moment in vocabulary_moments(logits))
+        return *_scores_of(logits, batch), mean, deviation
 
     def greedy_continuations(
         self, prompts: Sequence[np.ndarray], limits: Sequence[int], eos_token_id: int | None
@@ -193,7 +202,15 @@ class TransformersReplica:
         self.rounding_share = max(share, self.rounding_share or 0.0)
 
     def log_abs_gradient_norms(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        """||grad Sum_t log|P_t||| over all parameters, (B,) fp64; and P_t, (B, S), of the same forward pass.
+        """||grad Sum_t log|P_t||| over all parameters, (B,) fp64; and P_t, (B, S), of the same forward pass."""
+        return self._gradient_norms(batch, log_abs_logprob)
+
+    def nll_gradient_norms(self, batch: Batch) -> torch.Tensor:
+        """2-norm over all parameters of the gradient of each sample's mean NLL, (B,) fp64."""
+        return self._gradient_norms(batch, mean_negative_log_likelihood)[0]
+
+    def _gradient_norms(self, batch: Batch, scalar_of: ScalarOfSample) -> tuple[torch.Tensor, torch.Tensor]:
+        """The norms of each sample's gradient, and the log-probs of the same forward pass.
 
         One backward pass serves the whole batch. Before the first use a few samples are compared with plain autograd.
         If the two differ, or the model has a module that the batched method cannot handle, each sample is
@@ -201,19 +218,19 @@ class TransformersReplica:
         """
         batch = batch.to(self.device)
         if self._batched_gradients is None:
-            self._batched_gradients = self._batched_gradients_agree(batch)
+            self._batched_gradients = self._batched_gradients_agree(batch, scalar_of)
         if self._batched_gradients:
             self.forwards += 1
             self.backwards += 1
-            return per_sample_gradient_norms(self.model, batch, log_abs_logprob)
+            return per_sample_gradient_norms(self.model, batch, scalar_of)
         self.forwards += len(batch)
         self.backwards += len(batch)
-        return autograd_norms(self.model, batch, log_abs_logprob)
+        return autograd_norms(self.model, batch, scalar_of)
 
-    def _batched_gradients_agree(self, batch: Batch) -> bool:
+    def _batched_gradients_agree(self, batch: Batch, scalar_of: ScalarOfSample) -> bool:
         few = batch.rows(0, min(2, len(batch))).to(self.device)
         try:
-            batched = per_sample_gradient_norms(self.model, few, log_abs_logprob)[0]
+            batched = per_sample_gradient_norms(self.model, few, scalar_of)[0]
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # whatever it is, a sample at a time does without it
@@ -221,7 +238,7 @@ class TransformersReplica:
                 str(error) if isinstance(error, UnsupportedModule) else f"{type(error).__name__}: {first_line(error)}"
             )
             return self._fall_back(reason)
-        plain = autograd_norms(self.model, few, log_abs_logprob)[0]
+        plain = autograd_norms(self.model, few, scalar_of)[0]
         difference = ((batched - plain).abs() / plain.clamp_min(1e-30)).max().item()
         if difference > GRADIENT_TOLERANCE[self.dtype]:
             return self._fall_back(f"batched and plain gradients differ by {difference:.1e} on the first samples")
@@ -280,6 +297,12 @@ class TransformersReplica:
         norms, _ = self.log_abs_gradient_norms(few)
         exact, _ = TransformersReplica(copied(self.model, torch.float32)).log_abs_gradient_norms(few)
         self.gradient_error = ((norms - exact).abs() / exact).max().item()
+
+
+def _scores_of(logits: torch.Tensor, batch: Batch) -> tuple[np.ndarray, np.ndarray]:
+    """Log-probs of the scored tokens, (B, S) fp64, and whether each is the most likely one, (B, S) bool."""
+    hits = logits.argmax(-1) == batch.targets
+    return token_logprobs(logits, batch.targets).double().cpu().numpy(), hits.cpu().numpy()
 
 
 # For mypy, which checks here that the class fulfils the protocol.

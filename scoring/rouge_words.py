@@ -23,10 +23,10 @@ WORD = regex.compile(
 
 
 class Words(Tokenizer):  # type: ignore[misc]
-    """Splits a text for rouge_score; words of a-z are stemmed as by its own tokenizer."""
+    """Splits a text for rouge_score; words of a-z are stemmed as by its own tokenizer, or stay as they are."""
 
-    def __init__(self) -> None:
-        self._latin = DefaultTokenizer(use_stemmer=True)
+    def __init__(self, stem: bool = True) -> None:
+        self._latin = DefaultTokenizer(use_stemmer=stem)
 
     def tokenize(self, text: str) -> list[str]:
         """The words of a text, in their order."""

@@ -175,6 +175,15 @@ class VllmReplica:
         logprobs, hits = self._scored(batch)
         return logprobs.double().numpy(), hits.numpy()
 
+    def token_moments(self, batch: Batch) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        raise UserError(
+            f"vLLM gives no log-probabilities of the whole vocabulary, which Min-k%++ needs; use {named('engine')} "
+            "transformers"
+        )
+
+    def nll_gradient_norms(self, batch: Batch) -> torch.Tensor:
+        raise no_gradients("gradient")
+
     def _scored(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         from vllm import SamplingParams
 

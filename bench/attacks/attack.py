@@ -14,7 +14,10 @@ from bench.tasks import Record
 from scoring.samples import TextSet
 
 # What is measured of a sample under attack: the larger, the more the model knows.
-KNOWLEDGE = ("rouge_l_recall", "probability", "ma", "el", "right", "acc", "toxicity")
+KNOWLEDGE = (
+    *("rouge_l_recall", "probability", "ma", "el", "right", "acc", "toxicity"),
+    *("extraction_strength", "exact_memorization", "verbmem", "knowmem"),
+)
 
 
 @dataclass(frozen=True)

@@ -37,6 +37,8 @@ SETTING = (
     "evaluation",
     "attack",
 )
+# The field of a run that was not measured here, which says by whom.
+MEASURED_BY = "measured_by"
 # Fields that tell neither settings nor entries apart: names of things that are hashed, and what is averaged over.
 _NOT_COMPARED = ("model", "task", "selection", "forget_sha256", "seed", "schema_version", "spec_hash")
 
@@ -298,7 +300,8 @@ def _entries(rows: Sequence[Mapping[str, Any]]) -> tuple[dict[str, dict[str, Any
             for name in varying
             if name != "algorithm" and len({canonical_json(sibling.get(name)) for sibling in siblings}) > 1
         ]
-        names[key] = ", ".join([spec["algorithm"], *(f"{name} {shortened(spec.get(name))}" for name in differing)])
+        told = spec["algorithm"] + (f" ({spec[MEASURED_BY]})" if spec.get(MEASURED_BY) else "")
+        names[key] = ", ".join([told, *(f"{name} {shortened(spec.get(name))}" for name in differing)])
     if len(set(names.values())) < len(names):  # long values were shortened to the same text
         names = {key: f"{name} ({n})" for n, (key, name) in enumerate(names.items(), 1)}
     fields = {names[key]: {name: _first_of_list(spec.get(name)) for name in varying} for key, spec in distinct.items()}
@@ -366,7 +369,11 @@ def _about(rows: Sequence[Mapping[str, Any]], differences: str) -> dict[str, str
     """What all rows have in common; `differences` of their setting to others, empty if there is one setting only."""
     first = rows[0]
     identities = [row["identity"] for row in rows]
-    about = {"model": first["model"], "forget split": first["split"]}
+    about = {
+        "model": first["model"],
+        "forget split": first["split"],
+        "measured by": first["identity"].get(MEASURED_BY),
+    }
     for field in ("epochs", "learning_rate", "batch_size", "evaluate_samples"):
         if len({shortened(identity.get(field)) for identity in identities}) == 1:
             about[field.replace("_", " ")] = identities[0].get(field)

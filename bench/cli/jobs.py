@@ -274,10 +274,12 @@ def tasks(arguments: argparse.Namespace) -> None:
 
 
 def metrics(arguments: argparse.Namespace) -> None:
-    from bench.metrics import METRICS
+    from bench.metrics import GROUPS, METRICS
     from bench.tasks import TASKS
 
     for name, metric in METRICS.items():
         of = [task.name for task in TASKS.values() if name in task.metrics]
         print(f"{name:<26}{'↑' if metric.higher_is_better else '↓'} {metric.definition}")
         print(f"{'':<28}{metric.title}; {metric.source}; tasks: {', '.join(of) or 'those that have its sets'}")
+    for group, names in GROUPS.items():
+        print(f"\n--metrics {group}: those of {', '.join(names)} that a task has the sets for")

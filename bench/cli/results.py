@@ -8,9 +8,13 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from bench.cli.flags import Parser
 from scoring.errors import UserError
+
+if TYPE_CHECKING:
+    from bench.results.open_unlearning import Said
 
 STORE_HELP = "folder or URI (s3://, gs://) of a result store"
 
@@ -47,15 +51,23 @@ def results_arguments(results: argparse.ArgumentParser) -> None:
         sub.set_defaults(run=run, parser=sub)
         return sub
 
-    sub = verb("add", _results_add, "put sweeps, runs, score files and answers into a store")
+    sub = verb(
+        "add", _results_add, "put sweeps, runs, score files, answers and results of open-unlearning into a store"
+    )
     sub.add_argument("store", metavar="STORE", help=STORE_HELP)
     sub.add_argument(
         "paths",
         nargs="+",
         metavar="PATH",
-        help="folder of a sweep or a run, a score file, or an evaluation of a run's model (.parquet)",
+        help="folder of a sweep or a run, a score file, an evaluation of a run's model (.parquet), or what "
+        "open-unlearning's evaluation writes (TOFU_EVAL.json, MUSE_SUMMARY.json, ...)",
     )
     sub.add_argument("--experiment", help="the experiment that they belong to (default: named like the folder or file)")
+    whose = "of open-unlearning's files (default: what their folder's name says"
+    sub.add_argument("--algorithm", help=f"{whose}, as in tofu_MODEL_forget10_ALGORITHM)")
+    sub.add_argument("--model", help=f"{whose})")
+    sub.add_argument("--split", help=f"{whose})")
+    sub.add_argument("--seed", type=int, help=f"{whose} after seed; else 0)")
 
     sub = verb("list", _results_list, "the tasks and experiments of a store, and files that cannot be read")
     _stores_argument(sub)
@@ -77,17 +89,23 @@ def _stores_argument(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--experiment", help="only this one")
 
 
-def add_to_store(root: str, paths: Sequence[str], experiment: str | None) -> None:
+def add_to_store(root: str, paths: Sequence[str], experiment: str | None, said: Said | None = None) -> None:
     from bench.results.collect import add_all, summary
     from bench.results.store import Store
 
     store = Store(root)
     folders = [path for path in paths if Path(path).is_dir()]
-    print(f"{root}: {summary(add_all(store, paths, experiment, folders))}")
+    collected = add_all(store, paths, experiment, folders, said)
+    for note in (note for each in collected for note in each.notes):
+        print(note, file=sys.stderr)
+    print(f"{root}: {summary(collected)}")
 
 
 def _results_add(arguments: argparse.Namespace) -> None:
-    add_to_store(arguments.store, arguments.paths, arguments.experiment)
+    from bench.results.open_unlearning import Said
+
+    said = Said(arguments.algorithm, arguments.model, arguments.split, arguments.seed)
+    add_to_store(arguments.store, arguments.paths, arguments.experiment, said)
 
 
 def _results_list(arguments: argparse.Namespace) -> None:

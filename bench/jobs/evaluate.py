@@ -213,10 +213,8 @@ def evaluate_spec(
                 # They need the cores.
                 pool.close()
 
-        # What vLLM predicts it has to read: a window of the harness has its last token in the context.
-        spare = 1 if resources.engine == "vllm" else 0
         measurement = Measurement(
-            spec, task, source, models, sets, metrics, reader_of, pieces.piece, parts.folder, spare
+            spec, task, source, models, sets, metrics, reader_of, pieces.piece, parts.folder, resources.engine
         )
         columns: dict[str, Columns] = {}
         # A model that is the original is not measured twice.
@@ -278,8 +276,8 @@ def preview_evaluation(
         "texts read by each model": texts,
         "answers written by each model": answers,
     }
-    if ready.task.new_tokens is not None:
-        counts["tokens of an answer"] = ready.task.new_tokens
+    if new_tokens := ready.spec.new_tokens or ready.task.new_tokens:
+        counts["tokens of an answer"] = new_tokens
     return Preview(ready.spec, ready.identity, state, model, tuple(sizes), counts, resources)
 
 

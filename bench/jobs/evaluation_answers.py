@@ -16,6 +16,7 @@ from typing_extensions import TypedDict
 
 from bench.files.score_file import read_scores
 from bench.jobs.run_folder import RunFolder
+from bench.metrics.quantities import WRITTEN
 from bench.metrics.table import MODEL, QUESTION, SCHEMA, TRUTH
 from bench.models.find import find_model
 from bench.tasks.datasets import find_task
@@ -25,8 +26,6 @@ from scoring.files import shown
 from scoring.reading import check_columns, shaped
 
 EXPECTED = "what `mrd-bench evaluate` writes"
-# Quantities that judge what a model writes after the question itself. (FA's asks in other words.)
-WRITTEN = ("rouge_l_recall", "toxicity")
 ROUGE, MA = "rouge_l_recall", "ma"
 
 

@@ -38,7 +38,7 @@ class EvaluateSpec(TemplateSettings):
     """What is evaluated, and how. Its hash is the evaluation's identity."""
 
     EXECUTION: ClassVar = ("relearn_workers",)
-    ADDED_LATER: ClassVar = TEMPLATE_FIELDS
+    ADDED_LATER: ClassVar = (*TEMPLATE_FIELDS, "new_tokens")
 
     model: Forgotten
     task: TaskName
@@ -51,7 +51,11 @@ class EvaluateSpec(TemplateSettings):
         ModelName | None, Doc("the gold standard: trained without the forget set; without it no Forget Quality")
     ] = None
     metrics: Annotated[
-        str | None, Doc("names, separated by commas (default: all of the task; see `mrd-bench metrics`)")
+        str | None,
+        Doc(
+            "names, separated by commas, or privacy for all of that kind (default: all of the task; see "
+            "`mrd-bench metrics`)"
+        ),
     ] = None
     samples: Annotated[int | None, Ge(1), Doc("of each set at most, evenly spaced (default: all)")] = None
     mia_negatives: Annotated[
@@ -59,6 +63,9 @@ class EvaluateSpec(TemplateSettings):
     ] = "holdout"
     min_k: Annotated[float, Gt(0), Le(1), Doc("share of tokens that Min-k% takes")] = 0.2
     el_n: Annotated[int, Ge(1), Doc("tokens in an n-gram of extraction likelihood")] = 10
+    new_tokens: Annotated[
+        int | None, Ge(1), Doc("tokens that an answer may have (default: the task's own, or 20 more than the true one)")
+    ] = None
     sentence_model: SentenceModel = None
     toxicity_model: ToxicityModel = None
     toxicity_label: Annotated[str, Doc("the classifier's label whose score is the toxicity")] = "toxic"

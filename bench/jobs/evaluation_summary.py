@@ -68,6 +68,8 @@ def _print_protocol(spec: dict[str, Any], measured: set[str]) -> None:
     """What must be known to compare the metrics with those of others."""
     if "mia" in measured:
         print(f"MIA: Min-{spec['min_k']:.0%} of the answer against the {spec['mia_negatives']} set")
+    elif any(name.startswith("mia_") or name == "priv_leak" for name in measured):
+        print(f"MIA: forget samples against the {spec['mia_negatives']} set; Min-k: {spec['min_k']:.0%}")
     if "el" in measured:
         print(f"EL: {spec['el_n']}-grams")
     if "relearn" in measured:

@@ -23,6 +23,7 @@ from bench.metrics.toxicity import Classifier
 from bench.metrics.values import Missing, Scores
 from bench.models.find import ModelReference
 from bench.tasks import Task
+from scoring.engine import Engine
 from scoring.errors import UserError
 from scoring.readings import Reader
 from scoring.samples import NO_LIMIT
@@ -48,7 +49,7 @@ class Measurement:
         reader_of: the replicas of a model, by its source and revision.
         piece: keeps what was measured; pieces are few.
         folder: to work in.
-        spare: tokens of the context that the harness leaves free.
+        engine: that computes the models.
         how: further fields of MeasurementSetup: how questions are put where they are not put plainly.
     """
 
@@ -61,7 +62,7 @@ class Measurement:
     reader_of: Callable[[str, str | None], AbstractContextManager[Reader]]
     piece: Piece
     folder: Path
-    spare: int = 0
+    engine: Engine = "transformers"
     how: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -70,12 +71,13 @@ class Measurement:
         self.setup = MeasurementSetup(
             self.models[MODEL].tokenizer,
             min(model.max_length for model in self.models.values()),
-            task.new_tokens,
+            spec.new_tokens or task.new_tokens,
             spec.min_k,
             spec.el_n,
             _embedder(spec.sentence_model),
             _classifier(spec.toxicity_model or task.toxicity_model, spec.toxicity_label),
             spec.chosen_template(),
+            self.engine,
             **self.how,
         )
 
@@ -125,7 +127,9 @@ class Measurement:
         folder = self.spec.harness_tasks
         context = self.setup.max_length if self.setup.max_length < NO_LIMIT else HARNESS_CONTEXT
         try:
-            lm = pool_model(reader, self.setup.tokenizer, context - self.spare, template=self.setup.template)
+            # What vLLM predicts it has to read: a window has its last token in the context.
+            spare = 1 if self.engine == "vllm" else 0
+            lm = pool_model(reader, self.setup.tokenizer, context - spare, template=self.setup.template)
         except UserError as error:  # the harness is not installed, or cannot handle this tokenizer
             return {(name, quantity): Missing(str(error)) for name in names for quantity in HARNESS}, {}
         present = {name: tasks[name] for name in names if name in tasks}

@@ -117,7 +117,9 @@ def make_trial(
     del identity["spec_hash"]
     if evaluation is not None:
         # Which model and which samples are measured follows from the rest of the trial.
-        fields = {key: value for key, value in dataclasses.asdict(evaluation).items() if key not in _OF_THE_TRIAL}
+        later = {name for name in EvaluateSpec.ADDED_LATER if getattr(evaluation, name) is None}
+        left_out = {*_OF_THE_TRIAL, *later}
+        fields = {key: value for key, value in dataclasses.asdict(evaluation).items() if key not in left_out}
         fields |= {"harness_tasks": folder_sha256(evaluation.harness_tasks), **classifiers(evaluation)}
         template = spec.chosen_template()
         fields |= harness_rule(evaluation.metrics_of(find_task(evaluation.task)[0]), model, template)

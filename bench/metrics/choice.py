@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from bench.metrics.harness import HARNESS
 from bench.metrics.quantities import QUANTITIES
-from bench.metrics.registry import METRICS
+from bench.metrics.registry import GROUPS, METRICS
 from bench.metrics.relearning import RELEARNING
 from bench.metrics.values import Column
 from bench.tasks import Task
@@ -20,16 +20,18 @@ def choose_metrics(task: Task, names: Sequence[str] | None = None) -> tuple[str,
 
     Args:
         task: that they are measured on.
-        names: of metrics; None: all that the task names.
+        names: of metrics, or of groups of them, see GROUPS; None: all that the task names.
 
     Raises:
         UserError: there is no such metric, or the task does not have what it is formed from.
     """
+    if names is not None:
+        names = [metric for name in names for metric in _of_group(name, task)]
     for name in task.metrics if names is None else names:
         if name not in METRICS:
             named_by_task = [known for known in task.metrics if known in METRICS]
             others = [known for known in METRICS if known not in task.metrics and not _lacking(known, task)]
-            raise unknown_name(f"metric of task {task.name!r}", name, [*named_by_task, *others])
+            raise unknown_name(f"metric of task {task.name!r}", name, [*named_by_task, *others, *GROUPS])
         if name not in task.metrics and (lacking := _lacking(name, task)):
             set_name, quantity = lacking[0]
             raise UserError(
@@ -39,6 +41,18 @@ def choose_metrics(task: Task, names: Sequence[str] | None = None) -> tuple[str,
         return task.metrics
     further = dict.fromkeys(name for name in names if name not in task.metrics)
     return (*(name for name in task.metrics if name in names), *further)
+
+
+def _of_group(name: str, task: Task) -> list[str]:
+    """The metrics of a group that a task has the sets for; of a name that is no group's, itself."""
+    if name not in GROUPS or name in METRICS:
+        return [name]
+    found = [metric for metric in GROUPS[name] if not _lacking(metric, task)]
+    if not found:
+        raise UserError(
+            f"task {task.name!r} has no set for any metric of the group {name!r}: {', '.join(GROUPS[name])}"
+        )
+    return found
 
 
 def _lacking(name: str, task: Task) -> list[Column]:

@@ -13,29 +13,53 @@ import dataclasses
 from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
 import torch
 
 from bench.metrics.leakage import KS, best_of
+from bench.metrics.membership import packed_bytes
 from bench.metrics.similarity import Embedder, nearest_is_first
 from bench.metrics.tofu import OPTION_SETS, option_probability, truth_ratio
 from bench.metrics.toxicity import Classifier
 from bench.metrics.values import Column, Missing, Scores, Unmeasured
 from bench.tasks import Record
-from scoring.answers import answer_limits, decoded, mean_probability, question_ids, rouge_l_recall, true_answers
-from scoring.memorization import min_k_percent
-from scoring.readings import Reader, TokenScores, continuation_cost, extraction_cost
+from scoring.answers import (
+    answer_limits,
+    decoded,
+    mean_probability,
+    question_ids,
+    rouge_l_f1,
+    rouge_l_recall,
+    true_answers,
+)
+from scoring.engine import Engine
+from scoring.memorization import extraction_strength, min_k_percent, min_k_plus_plus
+from scoring.readings import GRADIENT_COST, Reader, TokenScores, continuation_cost, extraction_cost
 from scoring.records import as_text, pair_text, question_answer
 from scoring.registry import Registry
 from scoring.samples import Sample, Text, encode
+from scoring.settings import named
 from scoring.templates import Template
 
 
 @dataclass(frozen=True)
 class Likelihoods:
-    """A question to the model: the log-probs of the scored tokens of these samples; answered by TokenScores."""
+    """A question to the model: the log-probs of the scored tokens of these samples; answered by TokenScores.
+
+    Attributes:
+        moments: with mean and standard deviation of log p over the vocabulary.
+    """
+
+    samples: Sequence[Sample]
+    moments: bool = False
+
+
+@dataclass(frozen=True)
+class GradientNorms:
+    """A question to the model: the 2-norms of the gradients of these samples' mean NLL; answered by (N,) fp64."""
 
     samples: Sequence[Sample]
 
@@ -80,7 +104,11 @@ class Extraction:
     n: int
 
 
-Question = Likelihoods | Continuations | DrawnAnswers | Extraction
+# MUSE: how many tokens are written after a passage, and in answer to a question, where another question would follow.
+VERBMEM_TOKENS, KNOWMEM_TOKENS = 128, 32
+KNOWMEM_STOPS = ("\n\n", "\nQuestion", "Question:")
+
+Question = Likelihoods | Continuations | DrawnAnswers | Extraction | GradientNorms
 Values = np.ndarray | tuple[np.ndarray, Sequence[str]]
 Quantity = Generator[Question, Any, Values]
 
@@ -98,6 +126,7 @@ class MeasurementSetup:
         embedder: embeds sentences.
         classifier: scores toxicity.
         template: how questions are put, see `scoring.records.as_text`.
+        engine: that computes the model.
         answers_drawn: of each sample, for leak@k.
         temperature: at which they are drawn.
         seed: of the draws.
@@ -112,6 +141,7 @@ class MeasurementSetup:
     embedder: Embedder
     classifier: Classifier
     template: Template | None = None
+    engine: Engine = "transformers"
     answers_drawn: int = 64
     temperature: float = 1.0
     seed: int = 0
@@ -154,6 +184,24 @@ class MeasurementSetup:
     def limits(self, samples: Sequence[Sample]) -> list[int]:
         """How many tokens may be written in place of each sample's answer."""
         return answer_limits(samples, self.max_length, self.new_tokens)
+
+    def without_end(self, samples: Sequence[Sample], scores: Sequence[TokenScores]) -> list[TokenScores]:
+        """The scores of the words alone: without that of the special token which ends an answer, where one does."""
+        ends = [sample.scored[-1] and int(sample.input_ids[-1]) in self._special for sample in samples]
+        return [score.at(slice(-1)) if end else score for score, end in zip(scores, ends, strict=True)]
+
+    @cached_property
+    def _special(self) -> frozenset[int]:
+        return frozenset({*self.tokenizer.added_tokens_decoder, *self.tokenizer.all_special_ids})
+
+    def check_engine(self, what: str) -> None:
+        """Refuse to measure what only transformers gives.
+
+        Raises:
+            Unmeasured: another engine computes.
+        """
+        if self.engine != "transformers":
+            raise Unmeasured(f"{self.engine} gives no {what}: use {named('engine')} transformers")
 
 
 def _begun(sample: Sample, share: float) -> Sample:
@@ -247,8 +295,70 @@ def _right(set_name: str, records: Sequence[Record], setup: MeasurementSetup) ->
 
 def _min_k(set_name: str, records: Sequence[Record], setup: MeasurementSetup) -> Quantity:
     scores = yield Likelihoods(setup.answers(set_name, records))
+    return _lowest(scores, setup.min_k)
+
+
+def _min_share(set_name: str, records: Sequence[Record], setup: MeasurementSetup, *, share: float) -> Quantity:
+    """Min-k% of the words alone, with a k that no setting changes."""
+    samples = setup.answers(set_name, records)
+    scores = yield Likelihoods(samples)
+    return _lowest(setup.without_end(samples, scores), share)
+
+
+def _lowest(scores: Sequence[TokenScores], share: float) -> np.ndarray:
     rows = [torch.from_numpy(score.logprobs)[None] for score in scores]
-    return np.array([min_k_percent(row, torch.ones_like(row, dtype=torch.bool), setup.min_k).item() for row in rows])
+    return np.array([min_k_percent(row, torch.ones_like(row, dtype=torch.bool), share).item() for row in rows])
+
+
+def _min_k_plus_plus(set_name: str, records: Sequence[Record], setup: MeasurementSetup) -> Quantity:
+    setup.check_engine("log-probabilities of the whole vocabulary")
+    scores = yield Likelihoods(setup.answers(set_name, records), moments=True)
+    return np.array([min_k_plus_plus(s.logprobs, s.means, s.deviations, setup.min_k) for s in scores])
+
+
+def _loss(set_name: str, records: Sequence[Record], setup: MeasurementSetup) -> Quantity:
+    scores = yield Likelihoods(setup.answers(set_name, records))
+    return _losses(scores)
+
+
+def _zlib(set_name: str, records: Sequence[Record], setup: MeasurementSetup) -> Quantity:
+    samples = setup.answers(set_name, records)
+    scores = yield Likelihoods(samples)
+    return _losses(scores) / packed_bytes(true_answers(setup.tokenizer, samples))
+
+
+def _gradient_norm(set_name: str, records: Sequence[Record], setup: MeasurementSetup) -> Quantity:
+    setup.check_engine("gradients")
+    values = yield GradientNorms(setup.answers(set_name, records))
+    return np.asarray(values, dtype=np.float64)
+
+
+def _extraction_strength(set_name: str, records: Sequence[Record], setup: MeasurementSetup) -> Quantity:
+    samples = setup.answers(set_name, records)
+    scores = yield Likelihoods(samples)
+    return np.array([extraction_strength(score.hits) for score in setup.without_end(samples, scores)])
+
+
+def _exact_memorization(set_name: str, records: Sequence[Record], setup: MeasurementSetup) -> Quantity:
+    samples = setup.answers(set_name, records)
+    scores = yield Likelihoods(samples)
+    hits = [score.hits for score in setup.without_end(samples, scores)]
+    return np.array([words.mean() if len(words) else np.nan for words in hits])
+
+
+def _verbmem(set_name: str, records: Sequence[Record], setup: MeasurementSetup) -> Quantity:
+    samples = setup.answers(set_name, records)
+    written = yield Continuations(samples, answer_limits(samples, setup.max_length, VERBMEM_TOKENS))
+    truth = [decoded(setup.tokenizer, sample.input_ids[sample.scored][:VERBMEM_TOKENS]) for sample in samples]
+    return rouge_l_f1(written, truth), written
+
+
+def _knowmem(set_name: str, records: Sequence[Record], setup: MeasurementSetup) -> Quantity:
+    samples = setup.answers(set_name, records)
+    written = yield Continuations(samples, answer_limits(samples, setup.max_length, KNOWMEM_TOKENS))
+    for stop in KNOWMEM_STOPS:
+        written = [text.split(stop)[0] for text in written]
+    return rouge_l_f1(written, true_answers(setup.tokenizer, samples)), written
 
 
 def _ma(set_name: str, records: Sequence[Record], setup: MeasurementSetup) -> Quantity:
@@ -299,17 +409,35 @@ QUANTITIES: Registry[Callable[[str, Sequence[Record], MeasurementSetup], Quantit
         "rouge_l_recall": _rouge,
         "right": _right,
         "min_k": _min_k,
+        "min_40": partial(_min_share, share=0.4),
+        "min_k_plus_plus": _min_k_plus_plus,
+        "loss": _loss,
+        "zlib": _zlib,
+        "gradient_norm": _gradient_norm,
+        "extraction_strength": _extraction_strength,
+        "exact_memorization": _exact_memorization,
         "ma": _ma,
         "el": _el,
         "toxicity": _toxicity,
+        "verbmem": _verbmem,
+        "knowmem": _knowmem,
         **{f"leak_{k}": _leak(k) for k in KS},
     },
 )
 
 
+# Quantities that read the true answer alone, and those that judge what is written after the question itself. (FA's asks
+# in other words.)
+READ = {
+    *("probability", "min_k", "min_40", "min_k_plus_plus", "loss", "zlib"),
+    *("ma", "extraction_strength", "exact_memorization"),
+}
+WRITTEN = ("rouge_l_recall", "toxicity", "verbmem", "knowmem")
+
+
 def asked_of_a_model(columns: Collection[Column], sets: Mapping[str, Sequence[Record] | Missing]) -> tuple[int, int]:
-    """How many texts columns want to be read, and how many answers written; what two ask is counted once. Those of
-    plugins, and EL, are not counted."""
+    """How many texts columns want to be read (or differentiated, which is counted by itself), and how many answers
+    written; what two ask is counted once. Those of plugins, and EL, are not counted."""
     texts = answers = 0
     for set_name, records in sets.items():
         if isinstance(records, Missing):
@@ -318,10 +446,10 @@ def asked_of_a_model(columns: Collection[Column], sets: Mapping[str, Sequence[Re
         has_options = set_name in OPTION_SETS
         wrong = "truth_ratio" in asked or (has_options and "probability" in asked)
         paraphrased = "truth_ratio" in asked and not has_options
-        true = asked & {"probability", "min_k", "ma"} or (has_options and "truth_ratio" in asked)
-        texts += len(records) * (bool(true) + paraphrased)
+        true = asked & READ or (has_options and "truth_ratio" in asked)
+        texts += len(records) * (bool(true) + paraphrased + ("gradient_norm" in asked))
         texts += sum(len(record.get("perturbed_answer") or ()) for record in records) if wrong else 0
-        own = asked & {"rouge_l_recall", "toxicity"} or (has_options and "right" in asked)
+        own = asked & set(WRITTEN) or (has_options and "right" in asked)
         answers += len(records) * (bool(own) + ("right" in asked and not has_options))
     return texts, answers
 
@@ -393,8 +521,8 @@ def tokens_to_read(
             while isinstance(question, Likelihoods):
                 # Samples that differ in the last token alone are read once.
                 read |= {("read", s.input_ids[:-1].tobytes()): s.length - 1.0 for s in question.samples}
-                nothing = [TokenScores(np.zeros(s.num_scored), np.zeros(s.num_scored, bool)) for s in question.samples]
-                question = asking.send(nothing)
+                zeros = [np.zeros(sample.num_scored) for sample in question.samples]
+                question = asking.send([TokenScores(each, each.astype(bool), each, each) for each in zeros])
             if isinstance(question, DrawnAnswers):
                 prompts = question_ids(question.samples)
                 for prompt, limit in zip(prompts, question.limits, strict=True):
@@ -402,6 +530,8 @@ def tokens_to_read(
             elif isinstance(question, Continuations):
                 for prompt, limit in zip(question_ids(question.samples), question.limits, strict=True):
                     read["written", prompt.tobytes(), limit] = continuation_cost([prompt], [limit])
+            elif isinstance(question, GradientNorms):
+                read |= {("differentiated", _content(s)): GRADIENT_COST * float(s.length) for s in question.samples}
             elif isinstance(question, Extraction):
                 read |= {("extracted", _content(s)): extraction_cost([s.length]) for s in question.samples}
         asking.close()
@@ -417,6 +547,7 @@ def _answers(questions: Mapping[Column, Question], reader: Reader, setup: Measur
         (Continuations, _continuations),
         (DrawnAnswers, _drawn_answers),
         (Extraction, _extractions),
+        (GradientNorms, _gradient_norms),
     )
     for kind, ask in kinds:
         of_kind = {column: question for column, question in questions.items() if isinstance(question, kind)}
@@ -442,7 +573,18 @@ def _ask_once(questions: Mapping[Column, Any], ask: Callable[[list[Any]], Sequen
 
 
 def _likelihoods(questions: Mapping[Column, Any], reader: Reader, setup: MeasurementSetup) -> dict[Column, Any]:
-    return _ask_once(questions, reader.likelihoods, lambda question: question.samples, _content)
+    with_moments = {_content(s) for question in questions.values() if question.moments for s in question.samples}
+
+    def ask(samples: list[Sample]) -> list[TokenScores]:
+        # Moments take time: they are computed of those samples alone that somebody wants them of.
+        scores: dict[Any, TokenScores] = {}
+        for moments in (False, True):
+            some = [sample for sample in samples if (_content(sample) in with_moments) == moments]
+            read = reader.likelihoods(some, moments) if some else []
+            scores |= dict(zip(map(_content, some), read, strict=True))
+        return [scores[_content(sample)] for sample in samples]
+
+    return _ask_once(questions, ask, lambda question: question.samples, _content)
 
 
 def _continuations(questions: Mapping[Column, Any], reader: Reader, setup: MeasurementSetup) -> dict[Column, Any]:
@@ -471,6 +613,15 @@ def _prompts_and_limits(question: Continuations | DrawnAnswers) -> list[tuple[np
 
 def _extractions(questions: Mapping[Column, Any], reader: Reader, setup: MeasurementSetup) -> dict[Column, Any]:
     return {column: reader.extraction(question.samples, question.n) for column, question in questions.items()}
+
+
+def _gradient_norms(questions: Mapping[Column, Any], reader: Reader, setup: MeasurementSetup) -> dict[Column, Any]:
+    return _ask_once(
+        questions,
+        lambda samples: reader.gradient_norms(samples).tolist(),
+        lambda question: question.samples,
+        _content,
+    )
 
 
 def _content(sample: Sample) -> tuple[bytes, bytes]:

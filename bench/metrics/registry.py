@@ -15,9 +15,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy import stats
 
-from bench.metrics import tofu
+from bench.metrics import membership, tofu
 from bench.metrics.leakage import KS
 from bench.metrics.values import Column, Measured, Unmeasured
 from bench.tasks.whp import ZERO_SHOT
@@ -79,11 +78,40 @@ def _pooled_mean(columns: Sequence[Column]) -> Statistic:
     return lambda measured: _mean(np.concatenate([measured(*column) for column in columns], axis=-1))
 
 
-def _auc(measured: Measured) -> np.ndarray:
-    """P(a forget sample's Min-k% > a negative's), ties counting half: Mann-Whitney's U over the number of pairs."""
-    forget, negatives = measured("forget", "min_k"), measured("negatives", "min_k")
-    u = stats.mannwhitneyu(forget, negatives, axis=-1, method="asymptotic").statistic
-    return np.asarray(u) / (forget.shape[-1] * negatives.shape[-1])
+def _forgotten_auc(quantity: str) -> Statistic:
+    """P(a forget sample's value > a negative's): of values that are high where a sample is not known, the AUC of the
+    paper and of MUSE, 0 where all of the forget set is known."""
+    return lambda measured: membership.auc(measured("forget", quantity), measured("negatives", quantity))
+
+
+def _member_scores(measured: Measured, quantity: str) -> tuple[np.ndarray, np.ndarray]:
+    """Of the forget samples and of the negatives: the values with their sign turned, high where a sample is known."""
+    return -measured("forget", quantity), -measured("negatives", quantity)
+
+
+def _below_reference(measured: Measured, _: str) -> tuple[np.ndarray, np.ndarray]:
+    """How far the losses are below those under the retain-only model."""
+    forget, negatives = (
+        measured.of_retain_only(name, "loss") - measured(name, "loss") for name in ("forget", "negatives")
+    )
+    return forget, negatives
+
+
+def _told_apart(
+    reduce: Callable[[np.ndarray, np.ndarray], np.ndarray],
+    scores: Callable[[Measured, str], tuple[np.ndarray, np.ndarray]],
+    quantity: str,
+) -> Statistic:
+    """How well forget samples are told from negatives, by their scores."""
+    return lambda measured: reduce(*scores(measured, quantity))
+
+
+def _priv_leak(measured: Measured) -> np.ndarray:
+    own = membership.auc(measured("forget", "min_40"), measured("negatives", "min_40"))
+    of_retain_only = membership.auc(
+        measured.of_retain_only("forget", "min_40"), measured.of_retain_only("negatives", "min_40")
+    )
+    return membership.relative_leak(own, of_retain_only)
 
 
 def _relearned_share(measured: Measured) -> np.ndarray:
@@ -151,10 +179,10 @@ METRICS["fa"] = Metric(
 METRICS["mia"] = Metric(
     "MIA",
     "AUC of telling forget samples (positive) from ones never trained on by Min-k% of the answer: 1/2 where they "
-    "cannot be told apart, lower where the forget samples are still known",
+    "cannot be told apart, lower where the forget samples are still known (the other way round than mia_min_k_auc)",
     f"{PAPER_UC}; Shi et al. 2023",
     True,
-    _auc,
+    _forgotten_auc("min_k"),
     (("forget", "min_k"), ("negatives", "min_k")),
 )
 METRICS["rr"] = Metric(
@@ -365,10 +393,92 @@ for _set in (*ZERO_SHOT, "truthfulqa"):
 METRICS["zero_shot"] = average_of("Zero-shot Acc.", f"{PAPER_UT}, Tables 6 and 7", True, *ZERO_SHOT)
 
 
+# --- Privacy and memorisation -------------------------------------------------------------------------------
+
+MUSE = "Shi et al. 2024 (MUSE)"
+_before = tuple(METRICS)
+for _name, _title, _words, _source in (
+    ("loss", "LOSS", "mean NLL of the answer", "Yeom et al. 2018"),
+    ("zlib", "zlib", "mean NLL over the bytes that zlib packs the answer to", "Carlini et al. 2021"),
+    ("min_k", "Min-k%", "Min-k% of the answer", "Shi et al. 2023"),
+    ("min_40", "Min-40%", "Min-40% of the answer's words, without its end token", f"Shi et al. 2023; {MUSE}"),
+    ("min_k_plus_plus", "Min-k%++", "Min-k% of log-probs standardised over the vocabulary", "Zhang et al. 2024"),
+    ("reference", "reference", "mean NLL less that under the retain-only model", "Carlini et al. 2021"),
+    ("gradient_norm", "gradient norm", "2-norm of the gradient of the answer's mean NLL", "Duan et al. 2024"),
+):
+    _compares = _name == "reference"
+    _quantity, _scores = ("loss", _below_reference) if _compares else (_name, _member_scores)
+    for _kind, _rule, _reduce in (
+        ("auc", "AUC", membership.auc),
+        ("tpr", "TPR at 1 % FPR", membership.true_positives),
+    ):
+        METRICS[f"mia_{_name}_{_kind}"] = Metric(
+            f"{_title} {_rule}",
+            f"{_rule} of telling forget samples from negatives by a low {_words}: "
+            + (
+                "1/2 where they cannot be told apart"
+                if _kind == "auc"
+                else "about 0.01 where they cannot be told apart"
+            )
+            + ", 1 where all are still known",
+            _source,
+            False,
+            _told_apart(_reduce, _scores, _quantity),
+            (("forget", _quantity), ("negatives", _quantity)),
+            compares=_compares,
+        )
+METRICS["priv_leak"] = Metric(
+    "PrivLeak",
+    "how far the AUC of Min-40%, as MUSE turns it (0: all known), is from the retain-only model's, in per cent of it: "
+    "best at 0, below it where forget samples are still known, above it where they stand out as forgotten",
+    MUSE,
+    True,
+    _priv_leak,
+    (("forget", "min_40"), ("negatives", "min_40")),
+    compares=True,
+)
+METRICS["extraction_strength"] = Metric(
+    "ES",
+    "extraction strength: 1 less the share of an answer's words after which greedy decoding gets all others right",
+    "Carlini et al. 2021; open-unlearning",
+    False,
+    mean_of("forget", "extraction_strength"),
+    (("forget", "extraction_strength"),),
+)
+METRICS["exact_memorization"] = Metric(
+    "EM",
+    "exact memorisation: MA of the answer's words, without its end token",
+    "Tirumala et al. 2022; open-unlearning",
+    False,
+    mean_of("forget", "exact_memorization"),
+    (("forget", "exact_memorization"),),
+)
+for _name, _title, _set, _words in (
+    ("verbmem_f", "VerbMem", "verbmem", "greedy continuations of forget passages, 128 tokens"),
+    ("knowmem_f", "KnowMem forget", "knowmem_forget", "greedy answers to questions about the forget set, 32 tokens"),
+    ("knowmem_r", "KnowMem retain", "knowmem_retain", "greedy answers to questions about the retain set, 32 tokens"),
+):
+    _quantity = _set.partition("_")[0]
+    METRICS[_name] = Metric(
+        _title,
+        f"ROUGE-L F1, without a stemmer, of {_words}",
+        MUSE,
+        _name == "knowmem_r",
+        mean_of(_set, _quantity),
+        ((_set, _quantity),),
+    )
+
+# Names that stand for several metrics: those of them that a task has the sets for.
+GROUPS: dict[str, tuple[str, ...]] = {
+    "privacy": tuple(name for name in METRICS if name not in _before),
+    "leakage": tuple(f"leak_at_{k}" for k in KS),
+}
+
+
 # --- What a number can be -----------------------------------------------------------------------------------
 
-# All metrics above but perplexity lie between 0 and 1, and so do these of the training loop.
-SHARES = frozenset(METRICS) - {"perplexity"} | {
+# All metrics above but perplexity and PrivLeak lie between 0 and 1, and so do these of the training loop.
+SHARES = frozenset(METRICS) - {"perplexity", "priv_leak"} | {
     *("completeness", "utility", "balance"),
     *(f"{side}_{quantity}" for side in ("forget", "retain") for quantity in ("rouge_l_recall", "probability")),
 }
@@ -383,4 +493,6 @@ def limits_of(name: str) -> tuple[float, float]:
     """What a metric of a task or of the training loop can be at all; an interval is cut there. Of a plugin's metric
     that is not known."""
     name = name.removeprefix(ATTACKED)
+    if name == "priv_leak":
+        return -100.0, math.inf  # in per cent of what the AUC may be lower by
     return (0.0 if name in SHARES | SIZES else -math.inf), (1.0 if name in SHARES else math.inf)

@@ -1,4 +1,5 @@
-"""Putting finished work into a result store: sweeps, unlearning runs, score files and answers."""
+"""Putting finished work into a result store: sweeps, unlearning runs, score files and answers; and what open-unlearning
+has measured."""
 
 from __future__ import annotations
 
@@ -21,6 +22,7 @@ from bench.jobs.sweep_tables import read_sweep
 from bench.jobs.trial import derived
 from bench.metrics import ATTACKED, METRICS
 from bench.metrics.table import MODEL, ORIGINAL, RETAIN_ONLY
+from bench.results.open_unlearning import NAME, Said, is_open_unlearning, read_open_unlearning
 from bench.results.store import ANSWERED_BY, SCHEMAS, Identity, Store, as_stored
 from bench.tasks.datasets import Dataset, find_task, is_data_file, load_dataset
 from bench.tasks.words import prompt_and_completion
@@ -47,6 +49,7 @@ class Collected:
 
     Attributes:
         belongs_to: the folder or file by which the experiment is named if nothing else is said.
+        notes: what a reader must know, a line each.
     """
 
     task: str
@@ -55,13 +58,15 @@ class Collected:
     samples: pa.Table = field(default_factory=SCHEMAS["samples"].empty_table)
     scores: list[dict[str, Any]] = field(default_factory=list)
     answers: list[dict[str, Any]] = field(default_factory=list)
+    notes: tuple[str, ...] = ()
 
 
 def add(store: Store, path: str | Path, experiment: str | None = None, folders: Sequence[str | Path] = ()) -> Collected:
-    """Put a sweep, a run, a score file, or the answers of an evaluation into a store.
+    """Put a sweep, a run, a score file, or the answers of an evaluation into a store; or results of open-unlearning.
 
     Args:
-        path: the folder of a sweep or of a run, a score file, or an evaluation of the model of a run.
+        path: the folder of a sweep or of a run, a score file, an evaluation of the model of a run, or a file of
+            open-unlearning's evaluation.
         experiment: the experiment that it belongs to; None: named like the folder or file, or, of an evaluation, like
             the folder of its run.
         folders: where the run of an evaluation may be, besides the folder that the evaluation names.
@@ -74,16 +79,27 @@ def add(store: Store, path: str | Path, experiment: str | None = None, folders: 
 
 
 def add_all(
-    store: Store, paths: Sequence[str | Path], experiment: str | None = None, folders: Sequence[str | Path] = ()
+    store: Store,
+    paths: Sequence[str | Path],
+    experiment: str | None = None,
+    folders: Sequence[str | Path] = (),
+    said: Said | None = None,
 ) -> list[Collected]:
     """Put several into a store, as `add` does; all are read before any is written, so that none is where one cannot be.
 
+    Args:
+        said: what open-unlearning's files do not say, of those that are among them.
+
     Raises:
-        UserError: see `add`.
+        UserError: see `add`; or something is said, and there is no such file.
     """
+    if said is not None and said != Said() and not any(is_open_unlearning(Path(path)) for path in paths):
+        raise UserError(
+            "an algorithm, model, split or seed is said of open-unlearning's files alone: none is among these"
+        )
     read = []
     for path in map(Path, paths):
-        collected = _collected(path, folders)
+        collected = _collected(path, folders, said or Said())
         read.append((collected, _tables(collected, path)))
     # Runs are written last: where there is a run, its samples and their difficulty are there as well.
     for collected, tables in read:
@@ -93,15 +109,18 @@ def add_all(
     return [collected for collected, _ in read]
 
 
-def _collected(path: Path, folders: Sequence[str | Path]) -> Collected:
+def _collected(path: Path, folders: Sequence[str | Path], said: Said) -> Collected:
     if (path / "sweep.json").is_file():
         return _from_sweep(path)
     if (path / "run.json").is_file():
         return _from_run(path)
     if path.is_file() and path.suffix == ".parquet":
         return _from_file(path, folders)
+    if path.is_file() and is_open_unlearning(path):
+        return _from_open_unlearning(path, said)
     raise UserError(
-        f"{path}: expected the folder of a finished sweep or run, or a score file or an evaluation (.parquet)"
+        f"{path}: expected the folder of a finished sweep or run, a score file or an evaluation (.parquet), or a file "
+        "of open-unlearning's evaluation, such as TOFU_EVAL.json"
     )
 
 
@@ -208,6 +227,25 @@ def _from_evaluation(path: Path, folders: Sequence[str | Path]) -> Collected:
         for sample in answers.samples.values()
     ]
     return Collected(_task_folder(spec["task"]), folder, answers=rows)
+
+
+def _from_open_unlearning(path: Path, said: Said) -> Collected:
+    foreign = read_open_unlearning(path, said)
+    run = foreign.run["run"]
+    samples = pa.table({"run": [run] * len(foreign.sample_ids), "sample_id": list(foreign.sample_ids)})
+    reasons: dict[str, list[str]] = {}
+    for name, reason in foreign.left_out.items():
+        reasons.setdefault(reason, []).append(name)
+    notes = tuple(f"{path}: left out: {', '.join(names)} ({reason})" for reason, names in reasons.items())
+    # All of them belong together, whatever their folders are called.
+    return Collected(
+        foreign.task,
+        Path(NAME),
+        [foreign.run],
+        as_stored("samples", samples),
+        answers=[{"run": run, **row} for row in foreign.answers],
+        notes=notes,
+    )
 
 
 def _score_rows(table: pa.Table, spec: Mapping[str, Any], record: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -10,7 +10,7 @@ import pytest
 from scipy import stats
 from sklearn.metrics import roc_auc_score
 
-from bench.metrics import METRICS, tofu, tofu_metrics
+from bench.metrics import GROUPS, METRICS, tofu, tofu_metrics
 from bench.metrics.registry import ZERO_SHOT
 from bench.metrics.similarity import Embedder, nearest_is_first
 from bench.metrics.toxicity import Classifier
@@ -195,8 +195,8 @@ def test_logs_of_tofu_at_fault_are_named(change, said):
 # --- The registry -------------------------------------------------------------------------------------------
 
 
-def test_every_task_names_metrics_that_exist_and_every_metric_is_of_a_task():
-    named = {name for task in TASKS.values() for name in task.metrics}
+def test_every_task_names_metrics_that_exist_and_every_metric_is_of_a_task_or_a_group():
+    named = {name for task in TASKS.values() for name in task.metrics} | {n for names in GROUPS.values() for n in names}
     assert named == set(METRICS)
     for metric in METRICS.values():
         assert "\n" not in metric.definition

@@ -132,7 +132,7 @@ def test_what_cannot_be_added(swept: Path, tmp_path: Path, capsys: pytest.Captur
     foreign = tmp_path / "foreign.parquet"
     pq.write_table(pq.read_table(swept / "out" / "selections.parquet"), foreign)
     for path, problem in (
-        (tmp_path / "empty", "expected the folder of a finished sweep or run, or a score file"),
+        (tmp_path / "empty", "expected the folder of a finished sweep or run, a score file"),
         (foreign, "not a score file"),
     ):
         assert main(["results", "add", str(tmp_path / "store"), str(path)]) == 2
