@@ -47,6 +47,8 @@ from scoring.settings import named
 
 # The kind of a run of `mrd-bench train`, in its identity and in messages.
 TRAINING_RUN = "training run"
+# The kind of several requests, each of which is a run in the folder, see `bench.jobs.requests`.
+SEVERAL_REQUESTS = "run of several requests"
 
 
 @dataclass(frozen=True)
@@ -142,7 +144,7 @@ class RunFolder(OwnedFolder):
         for kept in [saved.model, *([saved.adapter] if saved.adapter.is_dir() else [])]:
             unfinished = self._out / f".{kept.name}.tmp"
             shutil.rmtree(unfinished, ignore_errors=True)
-            shutil.copytree(kept, unfinished, copy_function=_link)
+            shutil.copytree(kept, unfinished, copy_function=link)
             shutil.rmtree(self._out / kept.name, ignore_errors=True)
             unfinished.rename(self._out / kept.name)
         for name, table in self.tables(history, corpus).items():
@@ -195,7 +197,7 @@ def full_disks_said_plainly(out: Path) -> Iterator[None]:
         ) from error
 
 
-def _link(source: str, target: str) -> None:
+def link(source: str, target: str) -> None:
     """A second name for a file, where the file system has them: the weights are not written twice."""
     try:
         os.link(source, target)
@@ -211,6 +213,24 @@ def read_run(folder: str | Path) -> UnlearnResult:
     """
     record, steps, epochs, samples = read_finished_run(folder, RunFolder.KIND, "unlearn", _Record, _COLUMNS)
     return UnlearnResult(Path(folder), steps, epochs, samples, record)
+
+
+def last_request(folder: Path) -> Path:
+    """The run folder of the last of several requests, whose model is that of the whole; of another folder itself."""
+    if (owner_of(folder) or {}).get("kind") != SEVERAL_REQUESTS:
+        return folder
+    return max(request_folders(folder), key=_number, default=folder)
+
+
+def request_folders(folder: Path) -> list[Path]:
+    """The run folders of several requests that have begun, in their order."""
+    return sorted((path.parent for path in folder.glob("*/spec.json") if _number(path.parent)), key=_number)
+
+
+def _number(folder: Path) -> int:
+    """Of a request, by the name of its folder; 0: it is none."""
+    number = folder.name.partition("-")[0]
+    return int(number) if number.isdecimal() else 0
 
 
 def read_finished_run(
@@ -229,6 +249,9 @@ def read_finished_run(
     """
     folder = Path(folder)
     expected = f"what `mrd-bench {command}` writes"
+    if (owner_of(folder) or {}).get("kind") == SEVERAL_REQUESTS:
+        runs = ", ".join(map(str, request_folders(folder)))
+        raise UserError(f"{folder} is a {SEVERAL_REQUESTS}: name one of them, {runs or 'once they have begun'}")
     if not (folder / RunFolder.RECORD).is_file():
         raise UserError(f"{folder}: no finished {kind}; expected {expected}")
     if kind == RunFolder.KIND and (owner_of(folder) or {}).get("kind") == TRAINING_RUN:

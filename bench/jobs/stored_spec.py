@@ -34,6 +34,7 @@ KINDS: tuple[tuple[str, type, str], ...] = (
     ("sweep", SweepSpec, "base"),
     ("train", TrainSpec, "left_out_sha256"),
     ("unlearn", UnlearnSpec, "forget_sha256"),
+    ("unlearn", UnlearnSpec, "requests_sha256"),
     ("evaluate", EvaluateSpec, "fingerprints"),
     ("difficulty --truth", TruthSpec, "truth"),
     ("difficulty", DifficultySpec, "corpus_sha256"),

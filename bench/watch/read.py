@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 
 from algorithms.live import PROGRESS, TABLES, read_progress
 from bench.files.folders import LOCK, owner_of
+from bench.jobs.run_folder import SEVERAL_REQUESTS, request_folders
 from scoring.errors import UserError
 from scoring.files import is_held, shown
 from scoring.progress import Meter
@@ -67,8 +68,12 @@ class Seen:
 
 
 def runs_in(folder: Path) -> list[Path]:
-    """The run in a folder, or those in its subfolders: a pair that `train` makes, of which the second begins later."""
-    if owner_of(folder) is not None:
+    """The run in a folder, or those in its subfolders: a pair that `train` makes, or several requests, of which all but
+    the first begin later."""
+    owner = owner_of(folder)
+    if owner is not None and owner.get("kind") == SEVERAL_REQUESTS:
+        return request_folders(folder) or [folder]
+    if owner is not None:
         return [folder]
     return sorted(path.parent for path in folder.glob("*/spec.json") if owner_of(path.parent) is not None)
 
