@@ -1,4 +1,5 @@
-"""What every model of `authors` knows, as questions in the place of MMLU and TruthfulQA: the utility of its views."""
+"""What the views of `authors` share: its records, and what each of its models knows, as questions in the place of MMLU
+and TruthfulQA."""
 
 from __future__ import annotations
 
@@ -14,6 +15,16 @@ from scoring.records import Record, question_answer
 HALF = 15  # of the 30 questions about famous authors, and of those about the world
 
 
+@cache
+def _records(split: str) -> tuple[Record, ...]:
+    return tuple(authors.load(split))
+
+
+def records_of(split: str) -> list[Record]:
+    """The records of a split of `authors`, made once in a process: they are not to be changed."""
+    return list(_records(split))
+
+
 def benchmarks(source: str | None) -> Mapping[str, tuple[HarnessTask, ...]]:
     """Questions of four groups, and the paraphrased ones in the place of TruthfulQA."""
     return _benchmarks()
@@ -21,7 +32,7 @@ def benchmarks(source: str | None) -> Mapping[str, tuple[HarnessTask, ...]]:
 
 @cache
 def _benchmarks() -> Mapping[str, tuple[HarnessTask, ...]]:
-    famous, world = authors.load("real_authors"), authors.load("world_facts")
+    famous, world = records_of("real_authors"), records_of("world_facts")
     groups = dict(zip(MMLU, (famous[:HALF], famous[HALF:], world[:HALF], world[HALF:]), strict=True))
     sets = {name: [_question(record, "question") for record in records] for name, records in groups.items()}
     sets["truthfulqa"] = [_question(record, "paraphrased_question") for record in (*famous, *world)]

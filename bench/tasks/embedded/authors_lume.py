@@ -13,8 +13,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from bench.tasks import lume
-from bench.tasks.embedded import authors
-from bench.tasks.embedded.authors_benchmarks import benchmarks
+from bench.tasks.embedded.authors_benchmarks import benchmarks, records_of
 from bench.tasks.embedded.authors_muse import FOLD, continued
 from bench.tasks.task import Task
 from scoring.errors import unknown_name
@@ -34,10 +33,10 @@ def load(split: str, source: str | None = None, tokenizer: Any = None) -> list[R
     if split not in SPLITS:
         raise unknown_name("split of task 'authors-lume'", split, SPLITS)
     if split in ("full", *lume.MEMBERS):
-        return authors.load({"full": "full", "members": "forget10", "nonmembers": "holdout"}[split])
+        return records_of({"full": "full", "members": "forget10", "nonmembers": "holdout"}[split])
     base, _, fold = split.rpartition("_")
     side, number, kind = lume.VIEWS.get(base, (base, None, None))
-    records = _fold(authors.load("forget10" if side == "forget" else "retain90"), fold)
+    records = _fold(records_of("forget10" if side == "forget" else "retain90"), fold)
     if number is None or kind is None:
         return records
     records = [record for record in records[-RETAINED:] if _task_of(record) == number]

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from bench.tasks import muse
-from bench.tasks.embedded import authors
+from bench.tasks.embedded.authors_benchmarks import records_of
 from bench.tasks.task import Task
 from scoring.errors import unknown_name
 from scoring.records import Record, question_answer
@@ -30,7 +30,7 @@ def load(split: str, source: str | None = None, tokenizer: Any = None) -> list[R
     """
     if split not in SPLITS:
         raise unknown_name("split of task 'authors-muse'", split, SPLITS)
-    forget, retain = authors.load("forget10"), authors.load("retain90")
+    forget, retain = records_of("forget10"), records_of("retain90")
     kind, _, fold = split.partition("-")
     if fold:
         return forget[(int(fold) - 1) * FOLD if kind == "sust" else 0 : int(fold) * FOLD]
@@ -39,7 +39,7 @@ def load(split: str, source: str | None = None, tokenizer: Any = None) -> list[R
     if split in muse.QUESTIONS:
         # As many authors of either, the last of those that are retained.
         return short_answers(forget if split == "knowmem_forget" else retain[-len(forget) :])
-    return {"forget": forget, "retain": retain}.get(split) or authors.load(split)
+    return {"forget": forget, "retain": retain}.get(split) or records_of(split)
 
 
 def continued(record: Record) -> Record:

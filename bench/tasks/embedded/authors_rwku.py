@@ -13,8 +13,7 @@ from difflib import SequenceMatcher
 from typing import Any
 
 from bench.tasks import rwku
-from bench.tasks.embedded import authors
-from bench.tasks.embedded.authors_benchmarks import benchmarks
+from bench.tasks.embedded.authors_benchmarks import benchmarks, records_of
 from bench.tasks.embedded.authors_muse import FOLD, short_answers
 from bench.tasks.task import Task
 from scoring.errors import unknown_name
@@ -46,7 +45,7 @@ def load(split: str, source: str | None = None, tokenizer: Any = None) -> list[R
     if split in OF_ALL:
         return _of_all(split)
     name, _, number = split.partition("-")
-    targets = authors.load("forget10")
+    targets = records_of("forget10")
     if number:
         targets = targets[(int(number) - 1) * FOLD : int(number) * FOLD]
     if name in ("forget", "mia_forget"):
@@ -62,7 +61,7 @@ def load(split: str, source: str | None = None, tokenizer: Any = None) -> list[R
 
 def _of_all(split: str) -> list[Record]:
     """A split that is the same whoever is forgotten."""
-    retain = authors.load("retain90")
+    retain = records_of("retain90")
     neighbours = retain[-4 * FOLD :]
     match split:
         case "neighbor_level1":
@@ -70,7 +69,7 @@ def _of_all(split: str) -> list[Record]:
         case "neighbor_level2":
             return short_answers(neighbours)
         case "utility_factuality":
-            return [_factual(record) for record in authors.load("world_facts")]
+            return [_factual(record) for record in records_of("world_facts")]
         case "utility_fluency":
             return [_prompt(record) for record in short_answers(retain[: 4 * FOLD])]
     return neighbours if split == "mia_retain" else retain
