@@ -22,7 +22,7 @@ def first_line(text: str) -> str:
 def union_recall(written: str, truth: str) -> float:
     """ROUGE-L recall of whole texts, as the package `rouge` has it, which RWKU's code uses.
 
-    A text is cut into sentences at every full stop, and these into words at white space; case and punctuation count.
+    A text is cut into sentences at every full stop, and these into words at white space; case and commas count.
     The words of the longest common subsequences of all pairs of sentences, each word once, over the different words of
     the truth. 0 where either has no word.
     """
@@ -33,7 +33,8 @@ def union_recall(written: str, truth: str) -> float:
 
 
 def _sentences(text: str) -> list[list[str]]:
-    return [words for part in text.split(".") if (words := part.split())]
+    # White space between two full stops is a sentence of one empty word there.
+    return [part.split() or [""] for part in text.split(".") if part]
 
 
 def _common_subsequence(one: Sequence[str], other: Sequence[str]) -> Iterator[str]:
