@@ -37,7 +37,7 @@ from scoring.updates import OptimizerName
 Unit = Literal["epochs", "steps"]
 DEFAULT_BATCH_SIZE = 4
 # Answers of each set that are measured after an epoch: writing them takes as long as training on about as many.
-EVALUATED = 32
+EVALUATED = 24
 # The settings of a retain weight that follows the retain loss.
 DUAL = ("retain_limit", "dual_step", "dual_warmup")
 

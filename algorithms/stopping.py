@@ -57,6 +57,11 @@ class Thresholds:
         """The averages over all samples, (N,) each."""
         return cls(float(ma.mean()), float(el[np.isfinite(el)].mean()) if np.isfinite(el).any() else np.nan)
 
+    @property
+    def el_asked_below(self) -> float:
+        """The MA below which EL decides: 0, nowhere, if the rule does not ask for EL or nothing can be below 0."""
+        return self.ma if self.el > 0 else 0.0
+
     def forgotten(self, ma: np.ndarray, el: np.ndarray) -> np.ndarray:
         """Which samples are forgotten, (N,) bool."""
         is_forgotten: np.ndarray = (ma < self.ma) & (math.isnan(self.el) | np.isnan(el) | (el < self.el))

@@ -506,11 +506,14 @@ class Unlearner:
         positions = np.flatnonzero(history.active).tolist()
         if not positions:
             return
-        look = self._look(positions, 0.0 if self._fixed_ma() is not None else thresholds.ma)
-        is_forgotten = thresholds.forgotten(look.ma, look.el)
+        look = self._look(positions, thresholds.el_asked_below)
+        # Whether EL is defined depends on the length of a text alone, and is known where EL is not measured again.
+        undefined = np.isnan(np.array(history.memory["initial"]["el"])[positions])
+        el = np.where(undefined & (look.ma < thresholds.ma), np.nan, look.el)
+        is_forgotten = thresholds.forgotten(look.ma, el)
         for row, position in enumerate(positions):
             history.memory["last"]["ma"][position] = float(look.ma[row])
-            history.memory["last"]["el"][position] = float(look.el[row])
+            history.memory["last"]["el"][position] = float(el[row])
             if is_forgotten[row]:
                 history.forgotten_at[position] = history.step
                 history.drawn_until_forgotten[position] = history.drawn[position]

@@ -330,6 +330,7 @@ def _refusal(setting: Setting, value: Any, error: ValidationError) -> str:
     """The message about a value that pydantic has refused."""
     detail = error.errors(include_url=False, include_context=False)[0]
     place, refused, expected = named(setting.name), value, setting.expected
+    pair = ""  # of a flag, as it stands there
     location = detail["loc"]
     containers = [kind for kind in map(_plain, _alternatives(setting.type)) if get_origin(kind) in (dict, list, tuple)]
     parts = _split(setting.type, value) if isinstance(value, FlagText) else value
@@ -339,8 +340,11 @@ def _refusal(setting: Setting, value: Any, error: ValidationError) -> str:
         # One of the values inside is at fault, or a key.
         keys = parts if isinstance(parts, dict) else range(len(parts))
         key = location[1] if len(location) > 1 and location[0] not in keys else location[0]
-        refused, place = detail["input"], f"{place}[{key!r}]"
+        refused, whole = detail["input"], place
+        place = f"{whole}[{key!r}]"
         if isinstance(value, FlagText):
+            if isinstance(parts, dict) and location[-1] != "[key]":
+                pair = f"{whole} {key}={refused if len(refused) <= 60 else f'{refused[:57]}...'}"
             refused = FlagText(refused)
         arguments = get_args(containers[0])
         expected = _expected(arguments[1] if isinstance(parts, dict) and location[-1] != "[key]" else arguments[0])
@@ -349,7 +353,7 @@ def _refusal(setting: Setting, value: Any, error: ValidationError) -> str:
         expected = expected.replace(MAPPING, f"name={'number' if numbers else 'value'}, with commas between several")
     if isinstance(refused, float) or (isinstance(refused, FlagText) and _written_as_number(refused)):
         expected = expected if math.isfinite(float(refused)) else expected.replace("a number", "a finite number")
-    message = f"{place} is {described(refused)}: expected {expected}"
+    message = f"{pair or f'{place} is {described(refused)}'}: expected {expected}"
     names = _literals(setting.type)
     if isinstance(refused, str) and len(names) > 1 and expected == f"one of {', '.join(names)}":
         return f"{place} is {described(refused)}: {expected_one_of(refused, names)}"

@@ -157,7 +157,7 @@ def answer_table(paths: Sequence[str | Path]) -> AnswerTable:
             read_run(path)
             folders.append(path)
             continue
-        found = Scores.read(path)
+        found = Scores.read(path, EXPECTED)
         if is_evaluation(found.spec):
             evaluations.append(read_answers(path))
         else:

@@ -23,6 +23,14 @@ NUMBERS: dict[str, tuple[Number, bool]] = {
     "forecast": (lambda table, row: row.forecast, True),
     "change": (lambda table, row: table.change(row), True),
 }
+# Where a number comes from that no sample has.
+ABSENT = {
+    "rouge": "no ROUGE-L was measured: evaluate with --metrics rr",
+    "ma": "no MA was measured: add the folder of the run",
+    "mrd": "no scores were given: add a file of `mrd-bench score`",
+    "forecast": "no forecasts were given: add a file of `mrd-bench difficulty --measure flip-time`",
+    "change": "there are no answers of the original model: evaluate with --original",
+}
 BY_ID = "id"
 _CONDITION = re.compile(r"\s*([a-z]+)\s*(<=|>=|<|>|=)\s*(\S+)\s*")
 _HOLDS: dict[str, Callable[[float, float], bool]] = {
@@ -62,12 +70,12 @@ def chosen(table: AnswerTable, choice: Choice) -> list[Row]:
     """The samples of a choice, in its order; those without the number that is sorted by come last.
 
     Raises:
-        UserError: there is no such set or number, or a condition is none.
+        UserError: there is no such set or number, a condition is none, or it asks for a number that no sample has.
     """
     sets = list(dict.fromkeys(row.set_name for row in table.rows))
     if choice.set_name is not None and choice.set_name not in sets:
         raise UserError(f"--set {unknown_name('set', choice.set_name, map(visible, sets))}")
-    conditions = [_condition(text) for text in choice.conditions]
+    conditions = [_condition(text, table) for text in choice.conditions]
     rows = [
         row
         for row in table.rows
@@ -93,7 +101,7 @@ def _natural(name: str) -> list[tuple[bool, int, str]]:
     return [(part.isdecimal(), int(part) if part.isdecimal() else 0, part) for part in re.split(r"(\d+)", name)]
 
 
-def _condition(text: str) -> Callable[[AnswerTable, Row], bool]:
+def _condition(text: str, table: AnswerTable) -> Callable[[AnswerTable, Row], bool]:
     match = _CONDITION.fullmatch(text)
     try:
         limit = float(match[3]) if match else math.nan
@@ -104,6 +112,8 @@ def _condition(text: str) -> Callable[[AnswerTable, Row], bool]:
     if match[1] not in NUMBERS:
         raise UserError(f"--where {text!r}: {unknown_name('number', match[1], NUMBERS)}")
     (number, _), holds = NUMBERS[match[1]], _HOLDS[match[2]]
+    if all(number(table, row) is None for row in table.rows):
+        raise UserError(f"--where {text!r}: {ABSENT[match[1]]}")
 
     def fulfilled(table: AnswerTable, row: Row) -> bool:
         value = number(table, row)

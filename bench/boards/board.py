@@ -350,12 +350,13 @@ def _about(rows: Sequence[Mapping[str, Any]], differences: str) -> dict[str, str
     """What all rows have in common; `differences` of their setting to others, empty if there is one setting only."""
     first = rows[0]
     identities = [row["identity"] for row in rows]
-    about = {"model": first["model"], "forget split": shortened(first["split"])}
+    about = {"model": first["model"], "forget split": first["split"]}
     for field in ("epochs", "learning_rate", "batch_size", "evaluate_samples"):
-        values = {shortened(identity.get(field)) for identity in identities}
-        if len(values) == 1:
-            about[field.replace("_", " ")] = values.pop()
-    return about | ({"settings differ in": differences} if differences else {})
+        if len({shortened(identity.get(field)) for identity in identities}) == 1:
+            about[field.replace("_", " ")] = identities[0].get(field)
+    # What there is none of, such as epochs where updates are counted, is not worth a word.
+    said = {name: value if name == "model" else shortened(value) for name, value in about.items() if value is not None}
+    return said | ({"settings differ in": differences} if differences else {})
 
 
 def _origin(row: Mapping[str, Any]) -> dict[str, str]:

@@ -188,7 +188,7 @@ def sweep(arguments: argparse.Namespace) -> None:
     with settings_from(arguments, SweepResources, Logging) as (resources, logging):
         resources = with_threads(resources, arguments)
         if arguments.dry_run:
-            show_preview(preview_sweep(file, arguments.out, arguments.trials, resources), arguments)
+            show_preview(preview_sweep(file, arguments.out, arguments.trials, resources, logging), arguments)
             return
         result = sweep(
             file, arguments.out, arguments.trials, resources, retry_failed=arguments.retry_failed, logging=logging

@@ -23,6 +23,11 @@ from scoring.settings import named, settings_of
 LOCK = ".lock"
 # In the folder of a run that trains a model: the record, which is written last, and the model.
 RUN_RECORD, RUN_MODEL = "run.json", "model"
+# The kind of a run of `mrd-bench train`, in its identity and in messages; and the folders of a pair of them.
+TRAINING_RUN = "training run"
+# The kind of several requests, each of which is a run in the folder, see `bench.jobs.requests`.
+SEVERAL_REQUESTS = "run of several requests"
+ORIGINAL, RETAIN_ONLY = "original", "retain-only"
 # Of a page, that its title stands in.
 HEAD_BYTES = 1000
 
@@ -188,6 +193,42 @@ def owner_of(folder: Path) -> dict[str, Any] | None:
     except UserError:
         return None
     return owner
+
+
+def last_request(folder: Path) -> Path:
+    """The run folder of the last of several requests, whose model is that of the whole; of another folder itself."""
+    if (owner_of(folder) or {}).get("kind") != SEVERAL_REQUESTS:
+        return folder
+    return max(request_folders(folder), key=_number, default=folder)
+
+
+def request_folders(folder: Path) -> list[Path]:
+    """The run folders of several requests that have begun, in their order."""
+    return sorted((path.parent for path in folder.glob("*/spec.json") if _number(path.parent)), key=_number)
+
+
+def _number(folder: Path) -> int:
+    """Of a request, by the name of its folder; 0: it is none."""
+    number = folder.name.partition("-")[0]
+    return int(number) if number.isdecimal() else 0
+
+
+def runs_within(folder: Path) -> list[Path]:
+    """The runs in the subfolders of a folder, such as the two of a pair."""
+    return sorted(path.parent for path in folder.glob("*/spec.json") if owner_of(path.parent) is not None)
+
+
+def refuse_several(folder: Path, expected: str) -> None:
+    """Refuse a folder that is no run's and holds some.
+
+    Args:
+        expected: of one of them.
+
+    Raises:
+        UserError: one line that names them.
+    """
+    if owner_of(folder) is None and (runs := runs_within(folder)):
+        raise UserError(f"{folder} holds several runs, {', '.join(map(str, runs))}: expected {expected}")
 
 
 class OwnedFolder:

@@ -27,13 +27,17 @@ def write_scores(table: pa.Table, out: Path, identity: dict[str, Any], record: d
         pq.write_table(table.replace_schema_metadata(metadata), unfinished, row_group_size=ROW_GROUP)
 
 
-def read_scores(path: str | Path) -> tuple[pa.Table, dict[str, Any], dict[str, Any]]:
+def read_scores(
+    path: str | Path, expected: str = "what `mrd-bench score` writes"
+) -> tuple[pa.Table, dict[str, Any], dict[str, Any]]:
     """The table of a score file, the spec that it was made from, and the facts that the replicas noticed.
+
+    Args:
+        expected: what the user may give, for messages.
 
     Raises:
         UserError: not a file that `score` wrote.
     """
-    expected = "what `mrd-bench score` writes"
     table = read_parquet(path, expected)
     metadata = table.schema.metadata or {}
     if SPEC_KEY not in metadata or FACTS_KEY not in metadata:
@@ -60,8 +64,9 @@ class Scores:
     facts: dict[str, Any]
 
     @classmethod
-    def read(cls, path: str | Path) -> Scores:
-        return cls(*read_scores(path))
+    def read(cls, path: str | Path, *expected: str) -> Scores:
+        """A score file; see `read_scores`."""
+        return cls(*read_scores(path, *expected))
 
     def __getitem__(self, column: str) -> np.ndarray:
         return self.table[column].to_numpy()

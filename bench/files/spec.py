@@ -23,7 +23,9 @@ Lines = dict[tuple[str | int, ...], int]
 
 
 @contextmanager
-def spec_file(path: str | Path | None, others: Mapping[str, Any], *kinds: type[Any]) -> Iterator[Any]:
+def spec_file(
+    path: str | Path | None, others: Mapping[str, Any], *kinds: type[Any], what: str = "spec file"
+) -> Iterator[Any]:
     """Settings from a file, if there is one, with others in place of the file's; within the context messages
     name the file's lines.
 
@@ -33,11 +35,12 @@ def spec_file(path: str | Path | None, others: Mapping[str, Any], *kinds: type[A
         path: a YAML file, a mapping of settings to values; None: there is none.
         others: values by name that were set elsewhere: by flags, or by arguments.
         kinds: the settings classes; the context gives one of each, or the one alone.
+        what: the file is, for messages.
 
     Raises:
         UserError: one line that names the file and line, or the flag, at fault.
     """
-    values, lines = read_mapping(path) if path else ({}, {})
+    values, lines = read_mapping(path, what) if path else ({}, {})
     # A value of the file that is replaced is not looked at, and its line not named.
     values = {name: value for name, value in values.items() if name not in others} | dict(others)
     lines = {keys: line for keys, line in lines.items() if keys[0] not in others}
@@ -85,13 +88,16 @@ def as_yaml(values: Mapping[str, Any]) -> str:
     )
 
 
-def read_mapping(path: str | Path) -> tuple[dict[Any, Any], Lines]:
+def read_mapping(path: str | Path, what: str = "spec file") -> tuple[dict[Any, Any], Lines]:
     """A YAML file, as a mapping; and the line of each of its keys, by the keys that lead there.
+
+    Args:
+        what: the file is, for messages.
 
     Raises:
         UserError: one line that names the file, and the line at fault.
     """
-    text = read_text(path, "a YAML file", f"spec file {str(path)!r}")
+    text = read_text(path, "a YAML file", f"{what} {str(path)!r}")
     loader = _Loader("")
     try:
         loader = _Loader(text)

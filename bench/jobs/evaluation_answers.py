@@ -14,8 +14,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from typing_extensions import TypedDict
 
+from bench.files.folders import last_request
 from bench.files.score_file import read_scores
-from bench.jobs.run_folder import RunFolder, last_request
+from bench.jobs.run_folder import RunFolder
 from bench.metrics.quantities import WRITTEN
 from bench.metrics.table import MODEL, QUESTION, SCHEMA, TRUTH
 from bench.models.find import find_model

@@ -1,7 +1,8 @@
 """What a run logs for TensorBoard, Weights & Biases, MLflow, or as JSON lines: the rows of its tables, as they come.
 
 Logs follow the tables: by way of transformers' own callbacks each row is given out once, and `logged.json` keeps which
-have been, so that a continued run appends. For a sweep every trial is a run of its own, with its settings and metrics.
+have been given to which log, so that a continued run appends, and a finished one logs what it has not. A log that fails
+ends alone. For a sweep every trial is a run of its own, with its settings and metrics.
 """
 
 from __future__ import annotations
@@ -13,8 +14,8 @@ import math
 import os
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, Protocol
@@ -22,16 +23,19 @@ from typing import Annotated, Any, Literal, Protocol
 import pyarrow.parquet as pq
 from filelock import FileLock
 from transformers import TrainerControl, TrainerState
+from typing_extensions import TypedDict
 
+from bench.files.folders import check_folder
 from scoring.errors import UserError, first_line
-from scoring.files import replacing
+from scoring.files import replacing, shown
+from scoring.reading import read_json
 from scoring.settings import Doc, named
 
 FOLLOW_S = 5.0
 PACKAGES = {"tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",), "mlflow": ("mlflow",)}
 # Rows of these tables are logged, by the column that counts them; those of epochs stand under eval/.
 COUNTED_BY = {"steps": "step", "epochs": "epoch"}
-LOGGED = "logged.json"
+LOGGED, JSONL = "logged.json", "log.jsonl"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,16 +48,24 @@ class Logging:
     ] = field(default_factory=list)
     log_dir: Annotated[str | None, Doc("folder of the logs (default: logs in --out)")] = None
 
-    def check_packages(self) -> None:
-        """Refuse a log whose package is missing.
+    def check_logs(self) -> None:
+        """Refuse what is known not to work before there is anything to log.
 
         Raises:
-            UserError: one line that names the extra.
+            UserError: a package is missing, with the extra that has it; or the folder cannot be written to, or is for
+                no log.
         """
         for kind in self.log:
             packages = PACKAGES.get(kind, ())
             if packages and not any(importlib.util.find_spec(name) for name in packages):
                 raise UserError(f"{named('log')} {kind} needs the package {packages[0]}: pip install 'mrd-bench[log]'")
+        if self.log_dir is not None:
+            if not self.log:
+                raise UserError(
+                    f"{named('log_dir')} is the folder of logs, and there are none: name them with {named('log')}, or "
+                    "leave it out"
+                )
+            check_folder("log_dir", self.folder(Path()))
 
     def folder(self, out: Path) -> Path:
         """Where logs of what is written to `out` go."""
@@ -140,8 +152,7 @@ def _wandb(folder: Path, arguments: _Arguments, key: str) -> Log:
         dir=str(folder),
         settings=wandb.Settings(silent=True, console="off"),
     )
-    log = _Callback(WandbCallback(), arguments)
-    return _Closing(log, wandb.finish)
+    return _Closing(lambda: _Callback(WandbCallback(), arguments), wandb.finish)
 
 
 def _mlflow(folder: Path, arguments: _Arguments, known: dict[str, Any]) -> Log:
@@ -152,101 +163,169 @@ def _mlflow(folder: Path, arguments: _Arguments, known: dict[str, Any]) -> Log:
         os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
         mlflow.set_tracking_uri((folder / "mlflow").as_uri())
     mlflow.set_experiment(os.getenv("MLFLOW_EXPERIMENT_NAME", "mrd-bench"))
-    run = mlflow.start_run(run_id=known.get("mlflow"), run_name=None if "mlflow" in known else arguments.run_name)
-    known["mlflow"] = run.info.run_id
+    run = mlflow.start_run(run_id=known.get("run"), run_name=None if "run" in known else arguments.run_name)
+    known["run"] = run.info.run_id
 
     def close() -> None:
         mlflow.flush_async_logging()
         mlflow.end_run()
 
-    return _Closing(_Callback(MLflowCallback(), arguments), close)
+    return _Closing(lambda: _Callback(MLflowCallback(), arguments), close)
 
 
 class _Closing:
-    """A log with something more to do at its end."""
+    """A log with something more to do at its end, however that comes.
 
-    def __init__(self, log: Log, close: Callable[[], Any]) -> None:
-        self._log, self._close = log, close
+    Args:
+        make: makes the log.
+        close: what there is to do.
+    """
+
+    def __init__(self, make: Callable[[], Log], close: Callable[[], Any]) -> None:
+        self._close = close
+        try:
+            self._log = make()
+        except BaseException:
+            close()
+            raise
 
     def row(self, step: int, values: Mapping[str, float]) -> None:
         self._log.row(step, values)
 
     def close(self) -> None:
-        self._log.close()
-        self._close()
+        try:
+            self._log.close()
+        finally:
+            self._close()
+
+
+class _Logged(TypedDict):
+    """What has been logged of a run: by log and table the number of the last row, and "run", its name in that log."""
+
+    spec_hash: str
+    logs: dict[str, dict[str, Any]]
+
+
+def _logged(folder: Path, spec_hash: str) -> _Logged:
+    """What has been logged in a folder of the run with this spec.
+
+    Raises:
+        UserError: the folder has the logs of another run, or nobody can tell what it has.
+    """
+    path = folder / LOGGED
+    if not path.is_file():
+        return {"spec_hash": spec_hash, "logs": {}}
+    found: _Logged = read_json(path, _Logged, "what --log writes; remove it, and all rows are logged again")
+    if found["spec_hash"] != spec_hash:
+        raise UserError(f"{named('log_dir')} {shown(folder)} holds the logs of another run: choose another folder")
+    return found
 
 
 class RunLogs:
-    """The logs of one run: opened where it goes on, given each row once.
+    """The logs of one run, each opened with the first row that it has not been given. One that fails is said, and ends;
+    the others go on.
 
     Args:
         logging: which, and where.
         folder: of these logs.
         name: of the run, for a reader.
         config: its settings, with its "spec_hash".
+
+    Raises:
+        UserError: the folder has the logs of another run.
     """
 
     def __init__(self, logging: Logging, folder: Path, name: str, config: Mapping[str, Any]) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        self._path = folder / LOGGED
-        # By table, the number of the last row that was logged; and the names of the run elsewhere.
-        self._known: dict[str, Any] = json.loads(self._path.read_text()) if self._path.is_file() else {}
-        arguments = _Arguments(folder, name, config)
-        first_step = self._known.get("steps", 0) + 1 if self._known else 0
-        makers: dict[str, Callable[[], Log]] = {
-            "tensorboard": lambda: _tensorboard(folder, arguments, first_step),
-            "wandb": lambda: _wandb(folder, arguments, str(config["spec_hash"])),
-            "mlflow": lambda: _mlflow(folder, arguments, self._known),
-            "jsonl": lambda: _JsonLines(folder / "log.jsonl"),
-        }
-        self._logs: list[Log] = []
-        try:
-            for kind in dict.fromkeys(logging.log):
-                self._logs.append(makers[kind]())
-        except BaseException:
-            self.close()
-            raise
+        self._folder, self._config = folder, config
+        self._arguments = _Arguments(folder, name, config)
+        self._logged = _logged(folder, str(config["spec_hash"]))
+        self._going: list[str] = list(dict.fromkeys(logging.log))
+        self._opened: dict[str, Log] = {}
 
-    def add(self, table: str, rows: Iterable[Mapping[str, Any]]) -> None:
+    def add(self, table: str, rows: Sequence[Mapping[str, Any]]) -> None:
         """Log those rows of a table that have not been.
 
         Args:
             table: a key of COUNTED_BY.
         """
-        count, last = COUNTED_BY[table], self._known.get(table, -1)
-        new = [row for row in rows if row[count] > last]
-        for row in new:
-            numbers = {
-                ("eval_" if table == "epochs" else "") + name: float(value)
-                for name, value in row.items()
-                if isinstance(value, int | float) and math.isfinite(value) and name not in ("step", "epoch")
-            }
-            for log in self._logs:
-                log.row(row["step"], numbers | {"epoch": float(row["epoch"])})
-        if new:
-            self._known[table] = new[-1][count]
-            with replacing(self._path) as unfinished:
-                unfinished.write_text(json.dumps(self._known))
+        count, any_new = COUNTED_BY[table], False
+        for kind in tuple(self._going):
+            known = self._logged["logs"].setdefault(kind, {})
+            new = [row for row in rows if row[count] > known.get(table, -1)]
+            if not new:
+                continue
+            any_new = True
+            with self._ending(kind):
+                if kind not in self._opened:
+                    self._folder.mkdir(parents=True, exist_ok=True)
+                    self._opened[kind] = self._open(kind, known)
+                for row in new:
+                    self._opened[kind].row(row["step"], _numbers(table, row))
+                    known[table] = row[count]
+        if any_new and self._folder.is_dir():
+            with replacing(self._folder / LOGGED) as unfinished:
+                unfinished.write_text(json.dumps(self._logged))
+
+    def _open(self, kind: str, known: dict[str, Any]) -> Log:
+        if kind == "tensorboard":
+            return _tensorboard(self._folder, self._arguments, known.get("steps", 0) + 1 if known else 0)
+        if kind == "wandb":
+            return _wandb(self._folder, self._arguments, str(self._config["spec_hash"]))
+        return _mlflow(self._folder, self._arguments, known) if kind == "mlflow" else _JsonLines(self._folder / JSONL)
+
+    @contextmanager
+    def _ending(self, kind: str) -> Iterator[None]:
+        """Within the context a log that fails ends, and that is said."""
+        try:
+            yield
+        except Exception as error:
+            self._going.remove(kind)
+            if (log := self._opened.pop(kind, None)) is not None:
+                with suppress(Exception):
+                    log.close()
+            _say(f"nothing more is logged to {kind}", error)
 
     def close(self) -> None:
-        for log in self._logs:
-            log.close()
+        for kind, log in list(self._opened.items()):
+            del self._opened[kind]
+            with self._ending(kind):
+                log.close()
+
+
+def _numbers(table: str, row: Mapping[str, Any]) -> dict[str, float]:
+    """The numbers of a row, by the names that transformers' callbacks take apart."""
+    of_evaluation = "eval_" if table == "epochs" else ""
+    numbers = {
+        of_evaluation + name: float(value)
+        for name, value in row.items()
+        if isinstance(value, int | float) and math.isfinite(value) and name not in ("step", "epoch")
+    }
+    return numbers | {"epoch": float(row["epoch"])}
+
+
+def _say(what: str, error: Exception) -> None:
+    print(f"mrd-bench: {what} ({first_line(error)}); the same command logs the rest", file=sys.stderr)
 
 
 @contextmanager
 def run_logged(logging: Logging, out: Path, name: str, config: Mapping[str, Any]) -> Iterator[None]:
     """Within the context the tables of a run are logged as they grow, by a thread of its own: all that MLflow keeps of
-    a run belongs to one thread. A log that fails is said, and the run goes on.
+    a run belongs to one thread. A log that fails is said, and the run goes on. Of a finished run what has not been
+    logged is.
 
     Args:
         out: the folder of the run.
+
+    Raises:
+        UserError: where the logs go there are those of another run.
     """
     if not logging.log:
         yield
         return
+    logs = RunLogs(logging, logging.folder(out), name, config)
     done = threading.Event()
 
-    def follow(logs: RunLogs) -> None:
+    def follow() -> None:
         for table in COUNTED_BY:
             path = out / f"{table}.parquet"
             if path.is_file() or (path.is_dir() and any(path.glob("part-*"))):
@@ -254,15 +333,14 @@ def run_logged(logging: Logging, out: Path, name: str, config: Mapping[str, Any]
 
     def work() -> None:
         try:
-            logs = RunLogs(logging, logging.folder(out), name, config)
             try:
                 while not done.wait(FOLLOW_S):
-                    follow(logs)
-                follow(logs)
+                    follow()
+                follow()
             finally:
                 logs.close()
         except Exception as error:
-            print(f"mrd-bench: nothing more is logged: {first_line(error)}", file=sys.stderr)
+            _say("nothing more is logged", error)
 
     thread = threading.Thread(target=work, daemon=True)
     thread.start()
@@ -292,13 +370,16 @@ class SweepLogs:
             result: see `bench.jobs.trial`.
         """
         folder = self._folder / key
-        if not self._logging.log or not result.get("epochs") or (folder / LOGGED).is_file():
+        if not self._logging.log or not result.get("epochs"):
             return
         *epochs, last = result["epochs"]
-        folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder / ".lock"):
-            logs = RunLogs(self._logging, folder, name, {**result["spec"], "status": result["status"]})
-            try:
-                logs.add("epochs", [*epochs, {**last, **result.get("values", {})}])
-            finally:
-                logs.close()
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with FileLock(folder / ".lock"):
+                logs = RunLogs(self._logging, folder, name, {**result["spec"], "status": result["status"]})
+                try:
+                    logs.add("epochs", [*epochs, {**last, **result.get("values", {})}])
+                finally:
+                    logs.close()
+        except Exception as error:
+            _say(f"{name}: nothing is logged", error)

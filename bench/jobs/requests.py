@@ -24,12 +24,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from bench.files.folders import OwnedFolder
+from bench.files.folders import SEVERAL_REQUESTS, OwnedFolder
 from bench.files.identity import with_spec_hash
 from bench.files.origin import Origin, origin
 from bench.jobs.preview import DONE, NEW, Preview
 from bench.jobs.resources import Resources
-from bench.jobs.run_folder import SEVERAL_REQUESTS, RunFolder, UnlearnResult, link, read_run
+from bench.jobs.run_folder import RunFolder, UnlearnResult, link, read_run
 from bench.jobs.unlearn import (
     NOT_HASHED,
     UnlearnSpec,

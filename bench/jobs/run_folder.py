@@ -36,7 +36,17 @@ from algorithms.corpus import Corpus
 from algorithms.history import History, Progress
 from algorithms.live import PROGRESS, read_progress, remove_parts, write_progress
 from algorithms.tables import tables_of
-from bench.files.folders import RUN_MODEL, RUN_RECORD, Hashed, OwnedFolder, owner_of
+from bench.files.folders import (
+    RUN_MODEL,
+    RUN_RECORD,
+    SEVERAL_REQUESTS,
+    TRAINING_RUN,
+    Hashed,
+    OwnedFolder,
+    owner_of,
+    refuse_several,
+    request_folders,
+)
 from bench.files.origin import Origin, origin
 from bench.jobs.preview import DONE, NEW
 from bench.report.words import size_of
@@ -44,11 +54,6 @@ from scoring.errors import UserError, first_line
 from scoring.files import replacing, shown
 from scoring.reading import read_json, read_parquet
 from scoring.settings import named
-
-# The kind of a run of `mrd-bench train`, in its identity and in messages.
-TRAINING_RUN = "training run"
-# The kind of several requests, each of which is a run in the folder, see `bench.jobs.requests`.
-SEVERAL_REQUESTS = "run of several requests"
 
 
 @dataclass(frozen=True)
@@ -215,24 +220,6 @@ def read_run(folder: str | Path) -> UnlearnResult:
     return UnlearnResult(Path(folder), steps, epochs, samples, record)
 
 
-def last_request(folder: Path) -> Path:
-    """The run folder of the last of several requests, whose model is that of the whole; of another folder itself."""
-    if (owner_of(folder) or {}).get("kind") != SEVERAL_REQUESTS:
-        return folder
-    return max(request_folders(folder), key=_number, default=folder)
-
-
-def request_folders(folder: Path) -> list[Path]:
-    """The run folders of several requests that have begun, in their order."""
-    return sorted((path.parent for path in folder.glob("*/spec.json") if _number(path.parent)), key=_number)
-
-
-def _number(folder: Path) -> int:
-    """Of a request, by the name of its folder; 0: it is none."""
-    number = folder.name.partition("-")[0]
-    return int(number) if number.isdecimal() else 0
-
-
 def read_finished_run(
     folder: str | Path, kind: str, command: str, shape: Any, columns: Mapping[str, pa.Schema]
 ) -> tuple[dict[str, Any], pa.Table, pa.Table, pa.Table]:
@@ -253,6 +240,7 @@ def read_finished_run(
         runs = ", ".join(map(str, request_folders(folder)))
         raise UserError(f"{folder} is a {SEVERAL_REQUESTS}: name one of them, {runs or 'once they have begun'}")
     if not (folder / RunFolder.RECORD).is_file():
+        refuse_several(folder, f"{expected}, one folder of a run")
         raise UserError(f"{folder}: no finished {kind}; expected {expected}")
     if kind == RunFolder.KIND and (owner_of(folder) or {}).get("kind") == TRAINING_RUN:
         raise UserError(f"{folder} is a run of `mrd-bench train`, in which nothing is forgotten; expected {expected}")

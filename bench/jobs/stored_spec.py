@@ -14,7 +14,7 @@ from typing import Any
 
 from algorithms.corpus import REFUSALS
 from algorithms.stopping import PAPER
-from bench.files.folders import owner_of
+from bench.files.folders import owner_of, refuse_several
 from bench.files.score_file import read_scores
 from bench.files.spec import as_yaml
 from bench.jobs.difficulty import DifficultySpec
@@ -80,9 +80,10 @@ def _identity_in(path: Path) -> Mapping[str, Any]:
     # The pieces of an unfinished file lie in a folder beside it.
     folder = path if path.is_dir() else path.with_name(path.name + ".parts")
     if path.is_file():
-        return read_scores(path)[1]
+        return read_scores(path, EXPECTED)[1]
     if not exists(folder):
         raise UserError(f"{path} does not exist: expected {EXPECTED}")
+    refuse_several(folder, "one of them")
     if (owner := owner_of(folder)) is None:
         raise UserError(f"{path} holds no spec.json of a run: expected {EXPECTED}")
     return owner

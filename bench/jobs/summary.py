@@ -115,7 +115,8 @@ def print_requests(result: RequestsResult) -> None:
 def print_training(result: TrainResult) -> None:
     """How well the data are known, epoch by epoch, why it stopped, and what can be done with the model."""
     from algorithms.target import TRAINED_MA
-    from bench.jobs.train import ORIGINAL, RETAIN_ONLY, ending
+    from bench.files.folders import ORIGINAL, RETAIN_ONLY
+    from bench.jobs.train import ending
 
     pair = [(ORIGINAL, result), (RETAIN_ONLY, result.retain_only)] if result.retain_only else [("", result)]
     for name, one in pair:

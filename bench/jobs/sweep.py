@@ -90,7 +90,7 @@ def sweep(
         raise UserError(f"resources is {resources!r}: expected bench.SweepResources, or None")
     resources, out = (resources or SweepResources()).checked(), Path(out).absolute()
     logging = logging or Logging()
-    logging.check_packages()
+    logging.check_logs()
     plan, store = _ready(spec, out, trials, resources)
     with _SweepFolder(out, plan.identity) as folder, full_disks_said_plainly(out):
         if retry_failed and store.local.is_dir():
@@ -128,7 +128,11 @@ def sweep(
 
 
 def preview_sweep(
-    spec: str | Path, out: str | Path, trials: str | Path | None = None, resources: SweepResources | None = None
+    spec: str | Path,
+    out: str | Path,
+    trials: str | Path | None = None,
+    resources: SweepResources | None = None,
+    logging: Logging | None = None,
 ) -> Preview:
     """What `sweep` would do with the same arguments; nothing is written in its folders.
 
@@ -138,6 +142,7 @@ def preview_sweep(
         UserError: what `sweep` would refuse before it computes.
     """
     resources, out = (resources or SweepResources()).checked(), Path(out).absolute()
+    (logging or Logging()).check_logs()
     with spec_file(spec, {}, SweepSpec) as from_file, work_folder() as work:
         plan, store = _ready(from_file, out, trials, resources)
         folder = _SweepFolder(out, plan.identity)

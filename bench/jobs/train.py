@@ -41,14 +41,13 @@ from algorithms.recipe import (
 )
 from algorithms.tables import training_tables
 from algorithms.target import TRAINED_MA, Target
-from bench.files.folders import LOCK, Hashed
+from bench.files.folders import LOCK, ORIGINAL, RETAIN_ONLY, TRAINING_RUN, Hashed
 from bench.files.identity import identity_fields, with_spec_hash
 from bench.files.origin import Origin
 from bench.jobs.logs import LOG_FIELDS, Logging, run_logged
 from bench.jobs.preview import DONE, Preview, SetSize
 from bench.jobs.resources import check_gpus
 from bench.jobs.run_folder import (
-    TRAINING_RUN,
     RunFolder,
     UnlearnResult,
     failures_noted,
@@ -59,9 +58,10 @@ from bench.jobs.unlearn import UnlearnSpec, carried_out, encoder_of, room_of, un
 from bench.models.find import ModelName, ModelReference, absolute_model, find_model
 from bench.tasks import Record
 from bench.tasks.datasets import DataName, Dataset, absolute_source, check_dataset, find_task, is_data_file, subject
-from bench.tasks.left_out import joined_splits, splits_taught, without
+from bench.tasks.left_out import joined_splits, parts_of, splits_taught, without
 from scoring.errors import UserError
 from scoring.files import replacing, shown
+from scoring.reading import exists
 from scoring.samples import evenly_spaced
 from scoring.settings import Doc, Expected, Ge, build, check, named
 from scoring.templates import TEMPLATE_FIELDS, TemplateSettings, absolute_template
@@ -73,8 +73,6 @@ NOT_HASHED = ("model", "task", "split", "minus", *TEMPLATE_FIELDS)
 LEARNING = {"alpha": 0.0, "replacement": False, "early_stopping": False, "check_every": 0}
 LEARNS = "Relearn"
 EPOCHS, EPOCHS_UNTIL = 5, 20
-# The folders of a pair.
-ORIGINAL, RETAIN_ONLY = "original", "retain-only"
 # Columns of epochs, and what they count.
 UNITS = {"step": "update", "epoch": "epoch"}
 # Sets whose answers are measured, as the columns of epochs name them.
@@ -101,7 +99,7 @@ class TrainSpec(Execution, TemplateSettings, Logging):
         str | None,
         Doc(
             "what is left out: a split of the task or a data file, whose records are found by prompt and answer, or a "
-            "text file of sample ids, one a line (default: nothing)"
+            "text file of sample ids, one a line; several with commas (default: nothing)"
         ),
     ] = None
     and_retain: Annotated[
@@ -150,7 +148,7 @@ class TrainSpec(Execution, TemplateSettings, Logging):
         Raises:
             UserError: a value that cannot be, a combination that does not exist, or no such task.
         """
-        self.check_packages()
+        self.check_logs()
         check(self)
         if self.until and (set(self.until) != {"ma"} or not 0 < self.until["ma"] <= 1):
             given = ",".join(f"{name}={value:g}" for name, value in self.until.items())
@@ -201,16 +199,23 @@ class TrainSpec(Execution, TemplateSettings, Logging):
         """The folder of each model below the output folder, and its spec; "" is the output folder itself."""
         if self.and_retain is None:
             return {"": self}
-        original = dataclasses.replace(self, and_retain=None)
-        return {ORIGINAL: original, RETAIN_ONLY: dataclasses.replace(original, minus=self.and_retain)}
+        minus = {ORIGINAL: self.minus, RETAIN_ONLY: self.and_retain}
+        return {
+            name: dataclasses.replace(
+                self, and_retain=None, minus=minus[name], log_dir=self.log_dir and str(Path(self.log_dir) / name)
+            )
+            for name in minus
+        }
 
 
 def _absolute(left_out: str | None, task: str) -> str | None:
     """The name of what is left out, right in every process, whatever folder it works in."""
-    is_split = not is_data_file(task) and left_out in find_task(task)[0].splits
-    if left_out is None or is_split or not Path(left_out).exists():
-        return left_out
-    return str(Path(left_out).absolute())
+    if left_out is None:
+        return None
+    splits = () if is_data_file(task) else find_task(task)[0].splits
+    return ",".join(
+        part if part in splits or not exists(part) else str(Path(part).absolute()) for part in parts_of(left_out)
+    )
 
 
 @dataclass(frozen=True)
@@ -354,9 +359,11 @@ def _trained(
     """
     identity = identity_of(spec, model, dataset, left_out)
     with TrainFolder(out, identity) as folder:
+        logged = run_logged(spec, out, out.name, identity)
         if folder.is_finished():
             folder.say_done()
-            return read_training(out)
+            with logged:
+                return read_training(out)
         recipe, encoder = spec.recipe(), encoder_of(model)
         corpus, rejected = make_corpus(recipe, encoder, dataset.text_set, None)
         folder.check_room(*room_of(recipe, model, corpus))
@@ -377,7 +384,7 @@ def _trained(
         )
         folder.say_where_it_continues(total_updates(len(corpus.forget), recipe))
         with full_disks_said_plainly(out):
-            with failures_noted(folder), run_logged(spec, out, out.name, identity):
+            with failures_noted(folder), logged:
                 on = ", ".join(filter(None, (name, subject(spec.model, spec.task, spec.split))))
                 history = carried_out(job, f"training ({on})", progress, "loss")
             if job.target is not None and len(asked) < len(corpus.forget):

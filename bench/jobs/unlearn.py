@@ -171,7 +171,7 @@ class UnlearnSpec(Recipe, Execution, AnswersMeasured, TemplateSettings, Logging)
         filled = self.resolved()
         filled["algorithm"] = algorithm_name(self.algorithm)
         check_gpus("gpus_per_worker", self.gpus_per_worker)
-        self.check_packages()
+        self.check_logs()
         self.chosen_template()
         return type(self)(**with_absolute_paths(vars(self) | filled))
 
@@ -211,9 +211,11 @@ def unlearn(spec: UnlearnSpec, out: str | Path, progress: bool = True) -> Unlear
     out = Path(out).absolute()
     spec, model, forget, retain, identity = _ready(spec)
     with RunFolder(out, identity) as folder:
+        logged = run_logged(spec, out, f"{spec.algorithm} {out.name}", identity)
         if folder.is_finished():
             folder.say_done()
-            return read_run(out)
+            with logged:
+                return read_run(out)
         corpus, rejected = corpus_of(spec, model, forget, retain)
         folder.check_room(*room_of(spec, model, corpus, spec.adapter is not None))
         evaluation = evaluation_of(spec, model, corpus, retain)
@@ -230,7 +232,7 @@ def unlearn(spec: UnlearnSpec, out: str | Path, progress: bool = True) -> Unlear
         )
         folder.say_where_it_continues(total_updates(len(corpus.forget), spec))
         with full_disks_said_plainly(out):
-            with failures_noted(folder), run_logged(spec, out, f"{spec.algorithm} {out.name}", identity):
+            with failures_noted(folder), logged:
                 on = subject(spec.model, spec.task, spec.forget_split)
                 history = carried_out(job, f"unlearning ({spec.algorithm}, {on})", progress)
             folder.finish(history, corpus, rejected, job.checkpoints)

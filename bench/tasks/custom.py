@@ -26,7 +26,7 @@ from bench.tasks.sources import TEXT, Fields, read_file, with_fields
 from bench.tasks.task import Task
 from scoring.errors import UserError, unknown_name
 from scoring.records import Record
-from scoring.settings import Doc, named
+from scoring.settings import Doc, Naming, named, naming
 
 SUFFIXES = (".yaml", ".yml")
 ANY: Fields = {}
@@ -103,7 +103,8 @@ def read_task(path: str | Path) -> Task:
         UserError: one line that names the file and the field at fault.
     """
     path = Path(path)
-    with spec_file(path, {}, TaskFile) as task_file:
+    # Its fields have no flags.
+    with naming(Naming()), spec_file(path, {}, TaskFile, what="task file") as task_file:
         values = dataclasses.asdict(task_file)
         protocol, name = values.pop("protocol"), values.pop("name")
         task, fields_of = PROTOCOLS[protocol], SETS[protocol]

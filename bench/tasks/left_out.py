@@ -12,6 +12,7 @@ from bench.tasks.datasets import Dataset, find_task, is_data_file, load_dataset
 from bench.tasks.selections import read_ids
 from bench.tasks.sources import SUFFIXES
 from scoring.errors import UserError, unknown_name
+from scoring.reading import exists
 from scoring.records import check_ids
 from scoring.samples import Text
 from scoring.settings import named
@@ -56,32 +57,48 @@ def without(
     """A data set without some of its records, and these.
 
     Args:
-        left_out: a split of the task, a data file, or a text file of sample ids, one a line. The records of splits and
-            data files are found by what is read of them, prompt and answer: their ids may be others. One that occurs
-            several times is left out each time.
+        left_out: a split of the task, a data file, or a text file of sample ids, one a line; several with commas. The
+            records of splits and data files are found by what is read of them, prompt and answer: their ids may be
+            others. One that occurs several times is left out each time.
         source: the task or data file of the data set.
         setting: that names what is left out, for messages.
 
     Raises:
         UserError: a record or an id is not in the data set, or nothing would remain.
     """
+    parts = parts_of(left_out)
+    places = set().union(*(_places(dataset, part, source, tokenizer, template, setting) for part in parts))
+    if len(places) == len(dataset.texts):
+        raise UserError(
+            f"{named(setting)} {left_out!r} leaves out all {len(places)} records of {dataset.name}: nothing is left to "
+            "learn"
+        )
+    rest = [place for place in range(len(dataset.texts)) if place not in places]
+    stems = "+".join(Path(part).stem for part in parts)
+    name = f"{dataset.name} without {stems}"
+    return _part(dataset, rest, name), _part(dataset, sorted(places), f"{stems} in {dataset.name}")
+
+
+def parts_of(left_out: str) -> list[str]:
+    """The splits and files that are left out; a file may have commas in its name."""
+    return [left_out] if exists(left_out) else [part.strip() for part in left_out.split(",")]
+
+
+def _places(
+    dataset: Dataset, left_out: str, source: str, tokenizer: Any, template: Template | None, setting: str
+) -> set[int]:
+    """Where in a data set the records of one split or file are."""
     where = f"{named(setting)} {left_out!r}"
     task = None if is_data_file(source) else find_task(source)[0]
     if task is not None and left_out in task.splits:
-        places = _of_texts(dataset, load_dataset(source, left_out, tokenizer, template), where)
-    elif left_out.endswith(SUFFIXES):
-        places = _of_texts(dataset, load_dataset(left_out, None, tokenizer, template), where)
-    elif is_data_file(left_out):
-        places = _of_ids(dataset, read_ids(left_out, setting), where)
-    elif task is not None:
+        return _of_texts(dataset, load_dataset(source, left_out, tokenizer, template), where)
+    if left_out.endswith(SUFFIXES):
+        return _of_texts(dataset, load_dataset(left_out, None, tokenizer, template), where)
+    if is_data_file(left_out):
+        return _of_ids(dataset, read_ids(left_out, setting), where)
+    if task is not None:
         raise UserError(f"{where}: {unknown_name(f'split of task {task.name!r}', left_out, task.splits)}")
-    else:
-        raise UserError(f"{where}: a data file has no splits; expected a data file, or a text file of sample ids")
-    if len(places) == len(dataset.texts):
-        raise UserError(f"{where} leaves out all {len(places)} records of {dataset.name}: nothing is left to learn")
-    rest = [place for place in range(len(dataset.texts)) if place not in places]
-    name = f"{dataset.name} without {Path(left_out).stem}"
-    return _part(dataset, rest, name), _part(dataset, sorted(places), f"{Path(left_out).stem} in {dataset.name}")
+    raise UserError(f"{where}: a data file has no splits; expected a data file, or a text file of sample ids")
 
 
 def _of_ids(dataset: Dataset, ids: Sequence[str], where: str) -> set[int]:

@@ -23,7 +23,7 @@ HEADERS = {
 STYLE = """
 body { font: 14px system-ui, sans-serif; margin: 1.5em; color: #222; background: #fff; }
 table { border-collapse: collapse; } th, td { padding: .3em .8em; text-align: left; border-bottom: 1px solid #ddd; }
-.running { color: #06c; } .finished { color: #080; } .failed { color: #b00; } .stopped { color: #a60; }
+.running { color: #06c; } .finished { color: #080; } .failed { color: #b00; } .stopped, .waiting { color: #a60; }
 .curves { display: flex; flex-wrap: wrap; gap: 1em; } figure { margin: 0; } figcaption { color: #555; font-size: 12px; }
 polyline { fill: none; stroke: #06c; stroke-width: 1.5; } svg { border: 1px solid #ddd; }
 @media (prefers-color-scheme: dark) { body { color: #ddd; background: #181818; } figcaption { color: #aaa; } }

@@ -15,24 +15,46 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from algorithms.live import PROGRESS, TABLES, read_progress
-from bench.files.folders import LOCK, owner_of
-from bench.jobs.run_folder import SEVERAL_REQUESTS, request_folders
+from algorithms.target import TRAINED_MA
+from bench.files.folders import (
+    LOCK,
+    ORIGINAL,
+    RETAIN_ONLY,
+    SEVERAL_REQUESTS,
+    TRAINING_RUN,
+    owner_of,
+    request_folders,
+    runs_within,
+)
 from scoring.errors import UserError
 from scoring.files import is_held, shown
 from scoring.progress import Meter
 from scoring.reading import read_json
 
-State = Literal["running", "stopped", "finished", "failed"]
+State = Literal["running", "stopped", "waiting", "finished", "failed"]
 # Updates over which the time of one is averaged.
 RECENT = 20
-# What is drawn: the name of a curve, its table and its columns, the first of which it has.
+# What is drawn of a run: the name of a curve, its table and its column.
 CURVES = {
-    "forget loss": ("steps", ("forget_loss", "loss")),
-    "retain loss": ("steps", ("retain_loss",)),
-    "forgotten": ("epochs", ("forgotten",)),
-    "forget ROUGE-L": ("epochs", ("forget_rouge_l_recall",)),
-    "retain ROUGE-L": ("epochs", ("retain_rouge_l_recall",)),
+    "forget loss": ("steps", "forget_loss"),
+    "retain loss": ("steps", "retain_loss"),
+    "forgotten": ("epochs", "forgotten"),
+    "forget ROUGE-L": ("epochs", "forget_rouge_l_recall"),
+    "retain ROUGE-L": ("epochs", "retain_rouge_l_recall"),
 }
+# And of one that learns.
+TRAINING_CURVES = {
+    "loss": ("steps", "loss"),
+    "MA": ("epochs", TRAINED_MA),
+    "ROUGE-L": ("epochs", "trained_rouge_l_recall"),
+    "left out ROUGE-L": ("epochs", "left_out_rouge_l_recall"),
+}
+# What else is measured after an epoch, of these sets.
+EVALUATED = tuple(
+    f"{name}_{measure}"
+    for measure in ("rouge_l_recall", "probability")
+    for name in ("forget", "retain", "trained", "left_out")
+)
 
 
 @dataclass(frozen=True)
@@ -42,9 +64,10 @@ class Seen:
     Attributes:
         name: of its folder.
         kind: "run" or "sweep", whose updates are trials.
+        state: "waiting" is the second run of a pair, which has not begun.
         step, total: updates made, and those of a run that does not stop early; None where nobody knows.
         doing: what is being done, or why it failed.
-        evaluation: the last measurement, by name.
+        evaluation: the last measurements, by column of epochs.
         seconds_per_update, seconds_left, age: seconds; age is that of the last news.
         curves: (update, value) by name.
     """
@@ -68,14 +91,23 @@ class Seen:
 
 
 def runs_in(folder: Path) -> list[Path]:
-    """The run in a folder, or those in its subfolders: a pair that `train` makes, or several requests, of which all but
-    the first begin later."""
+    """The run in a folder, or those in its subfolders: several requests, or a pair that `train` makes, of which the one
+    that begins later too."""
     owner = owner_of(folder)
     if owner is not None and owner.get("kind") == SEVERAL_REQUESTS:
         return request_folders(folder) or [folder]
     if owner is not None:
         return [folder]
-    return sorted(path.parent for path in folder.glob("*/spec.json") if owner_of(path.parent) is not None)
+    return [*runs_within(folder), *([folder / RETAIN_ONLY] if _begins_later(folder / RETAIN_ONLY) else [])]
+
+
+def _begins_later(folder: Path) -> bool:
+    """Whether a folder is that of the second run of a pair, of which there is only the first so far."""
+    first = owner_of(folder.parent / ORIGINAL)
+    if owner_of(folder) is not None or folder.name != RETAIN_ONLY or first is None:
+        return False
+    is_pair = {path.name for path in folder.parent.iterdir()} <= {ORIGINAL, RETAIN_ONLY, LOCK}
+    return is_pair and first.get("kind") == TRAINING_RUN
 
 
 def check_run(folder: Path) -> None:
@@ -106,6 +138,8 @@ def look(folder: Path) -> Seen:
         state = "running"
     elif progress is not None and progress.failed:
         state = "failed"
+    elif _begins_later(folder):
+        return Seen(shown(folder), kind, "waiting", age=_age(folder, record))
     if kind == "sweep":
         done = progress.step if progress else 0
         total = progress.total if progress else None
@@ -118,7 +152,7 @@ def look(folder: Path) -> Seen:
     total = progress.total if progress else None
     if state == "finished":
         step = total = read_json(record, dict[str, Any], "the record of a run")["updates"]
-    measured: dict[str, Any] = next((each for each in reversed(epochs) if _evaluation(each)), {})
+    learns = spec.get("kind") == TRAINING_RUN
     recent = [each["seconds"] for each in steps[-RECENT:]]
     newest = progress if progress and progress.loss is not None else None
     doing = ""
@@ -132,32 +166,24 @@ def look(folder: Path) -> Seen:
         total,
         newest.epoch if newest else last.get("epoch"),
         newest.loss if newest else last.get("loss"),
-        newest.forget_loss if newest else last.get("forget_loss"),
-        newest.retain_loss if newest else last.get("retain_loss"),
-        progress.forgotten if newest and progress else row.get("forgotten"),
+        None if learns else newest.forget_loss if newest else last.get("forget_loss"),
+        None if learns else newest.retain_loss if newest else last.get("retain_loss"),
+        None if learns else progress.forgotten if newest and progress else row.get("forgotten"),
         doing,
-        _evaluation(measured),
+        {name: each[name] for each in epochs for name in (TRAINED_MA, *EVALUATED) if each.get(name) is not None},
         sum(recent) / len(recent) if recent else None,
         progress.seconds_left if progress and state == "running" else None,
         _age(folder, record),
         {
             name: curve
-            for name, (table, columns) in CURVES.items()
-            if (curve := _curve(steps if table == "steps" else epochs, columns))
+            for name, (table, column) in (TRAINING_CURVES if learns else CURVES).items()
+            if (curve := _curve(steps if table == "steps" else epochs, column))
         },
     )
 
 
-def _evaluation(row: Mapping[str, Any]) -> dict[str, float]:
-    names = ("forget_rouge_l_recall", "retain_rouge_l_recall", "forget_probability", "retain_probability")
-    return {name: row[name] for name in names if row.get(name) is not None}
-
-
-def _curve(rows: Sequence[Mapping[str, Any]], columns: Iterable[str]) -> list[tuple[int, float]]:
-    for column in columns:
-        if points := [(row["step"], row[column]) for row in rows if row.get(column) is not None]:
-            return points
-    return []
+def _curve(rows: Sequence[Mapping[str, Any]], column: str) -> list[tuple[int, float]]:
+    return [(row["step"], row[column]) for row in rows if row.get(column) is not None]
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:

@@ -849,6 +849,30 @@ def test_extraction_likelihood_that_is_not_defined(memorised: Path, tmp_path: Pa
         assert done.history.forgotten_at[index] == (below[0] if below else None)
 
 
+def test_extraction_likelihood_that_cannot_decide_is_not_measured(
+    memorised: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is below 0. Samples of which EL is not defined are forgotten by MA, as ever."""
+    n = sorted(sample.length for sample in FORGET)[3]
+    short = np.array([sample.length <= n for sample in FORGET])
+    measured = []
+
+    def counted(model: Any, samples: Any, *given: Any, **more: Any) -> Any:
+        measured.append(len(samples))
+        return extraction(model, samples, *given, **more)
+
+    monkeypatch.setattr("algorithms.stopping.extraction", counted)
+    made = recipe("GA", **{**STOPPING, "el_n": n, "el_threshold": 0.0, "epochs": 6, "order": "random"})
+    done = run(memorised, tmp_path, made)
+    assert measured == [7]
+    forgotten = np.array([step is not None for step in done.history.forgotten_at])
+    assert forgotten.any()
+    assert not (forgotten & ~short).any()
+    rows = tables_of(done.history, CORPUS)["samples"].to_pylist()
+    assert any(row["ma_last"] < row["ma_initial"] for row in rows if row["num_tokens"] > n)
+    assert all(row["el_last"] is None for row, is_short in zip(rows, short, strict=True) if not is_short)
+
+
 def test_thresholds_by_hand():
     ma, el = np.array([0.2, 0.6, 1.0, 0.2]), np.array([0.0, np.nan, 0.4, 0.5])
     thresholds = Thresholds.from_initial(ma, el)

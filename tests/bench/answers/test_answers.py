@@ -189,6 +189,8 @@ def test_what_contradicts_is_refused(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "have no sample in common" in refused(capsys, strangers, right)
     assert "no evaluation is among the files" in refused(capsys, right)
     assert "--where 'rogue>1': unknown number 'rogue'" in refused(capsys, good, "--where", "rogue>1")
+    assert "--where 'mrd>1': no scores were given: add a file of" in refused(capsys, good, "--where", "mrd>1")
+    assert "No such file or directory): expected files of `mrd-bench evaluate`" in refused(capsys, tmp_path / "nope")
     assert "--where 'rouge': expected" in refused(capsys, good, "--where", "rouge")
     assert "--limit is -1" in refused(capsys, good, "--limit", "-1")
     assert "unknown set 'forgt'" in refused(capsys, good, "--set", "forgt")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,7 +11,9 @@ from typing import Any
 import pytest
 
 from bench.jobs import unlearn as unlearning_job
-from bench.jobs.logs import LOG_FIELDS, Logging, SweepLogs
+from bench.jobs.logs import LOG_FIELDS, LOGGED, Logging, SweepLogs
+from bench.jobs.sweep import preview_sweep, sweep
+from bench.jobs.sweep_plan import SweepSpec
 from bench.jobs.unlearn import UnlearnSpec, unlearn
 from scoring.errors import UserError
 from tests.tiny_folders import pairs, write_jsonl
@@ -121,4 +124,55 @@ def test_a_sweep_logs_each_finished_trial_once(tmp_path: Path) -> None:
 def test_a_missing_package_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"^log wandb needs the package wandb: pip install 'mrd-bench\[log\]'$"):
-        Logging(log=["wandb"]).check_packages()
+        Logging(log=["wandb"]).check_logs()
+
+
+def test_a_log_that_fails_ends_alone_and_is_made_up_for(
+    model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One that cannot be opened, and one that refuses a row; the finished run, given again, logs what is missing."""
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    folder, out = tmp_path / "logs", tmp_path / "run"
+    folder.mkdir()
+    in_the_way = folder / "tensorboard"
+    in_the_way.write_text("")
+    spec = dataclasses.replace(spec_of(model_folder, tmp_path, ["tensorboard", "jsonl"]), log_dir=str(folder))
+    steps = unlearn(spec, out, progress=False).steps.to_pylist()
+
+    def said() -> list[str]:
+        return [line for line in capsys.readouterr().err.splitlines() if line.startswith("mrd-bench")]
+
+    (line,) = said()
+    assert line.startswith("mrd-bench: nothing more is logged to tensorboard (")
+    written = (folder / "log.jsonl").read_text()
+    assert written.count('"loss"') == len(steps)
+
+    in_the_way.unlink()
+    (folder / LOGGED).write_text((folder / LOGGED).read_text().replace('"jsonl"', '"other"'))
+    (folder / "log.jsonl").unlink()
+    (folder / "log.jsonl").symlink_to("/dev/full")
+    unlearn(spec, out, progress=False)
+    (line,) = said()
+    assert line.startswith("mrd-bench: nothing more is logged to jsonl ([Errno 28] No space left on device)")
+    (folder / "log.jsonl").unlink()
+    for _ in range(2):
+        unlearn(spec, out, progress=False)
+        assert said() == []
+        assert (folder / "log.jsonl").read_text() == written
+    events = accumulator.EventAccumulator(str(folder / "tensorboard"), size_guidance={"scalars": 0}).Reload()
+    found = [(event.step, event.value) for event in events.Scalars("train/loss")]
+    assert found == [(row["step"], pytest.approx(row["loss"], rel=1e-6)) for row in steps]
+    # Another run's rows would be taken for logged.
+    other = dataclasses.replace(spec, seed=1)
+    with pytest.raises(UserError, match=r"^log_dir .* holds the logs of another run: choose another folder$"):
+        unlearn(other, tmp_path / "other", progress=False)
+    assert not (tmp_path / "other").exists()
+
+
+def test_folders_that_cannot_be_logged_to(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"^log_dir .*/file/logs: .*/file is a file; expected a folder$"):
+        Logging(log=["jsonl"], log_dir=str(tmp_path / "file" / "logs")).check_logs()
+    for job in (sweep, preview_sweep):
+        with pytest.raises(UserError, match=r"^log_dir is the folder of logs, and there are none: name them with log"):
+            job(SweepSpec(base={}), tmp_path / "out", logging=Logging(log_dir=str(tmp_path)))  # type: ignore[operator]

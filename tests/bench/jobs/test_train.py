@@ -22,6 +22,8 @@ from transformers import AutoModelForCausalLM
 
 import bench
 from bench.cli import main
+from bench.tasks.datasets import load_dataset
+from bench.tasks.left_out import without
 from tests.paths import ROOT
 from tests.processes import kill, wait_for
 from tests.tiny_folders import BOS, EOS, pairs, token_id, write_jsonl
@@ -158,6 +160,9 @@ def test_the_folder_of_a_run_is_a_model(pair: Pair, tmp_path: Path) -> None:
     assert scores[0]["mrd"] == scores[1]["mrd"]
     line = refused([*command[:2], str(pair.folder), *command[3:-1], str(tmp_path / "two")])
     assert f"holds several runs: expected one of {pair.folder}/original, {pair.folder}/retain-only" in line
+    for verb in ("spec", "show"):
+        line = refused([verb, str(pair.folder)])
+        assert f"holds several runs, {pair.folder}/original, {pair.folder}/retain-only: expected" in line
     unfinished = tmp_path / "unfinished"
     unfinished.mkdir()
     (unfinished / "spec.json").write_bytes((pair.folder / "original" / "spec.json").read_bytes())
@@ -187,6 +192,32 @@ def test_next_commands_and_the_door_in_python(pair: Pair) -> None:
     assert result.retain_only is not None
     assert [one.model for one in (result, result.retain_only)] == [pair.folder / name / "model" for name in LEARNT]
     assert run(pair.command)[1] == pair.printed
+
+
+def test_a_finished_pair_is_logged_afterwards(pair: Pair, tmp_path: Path) -> None:
+    """Each of the two in a folder of its own."""
+    logs = tmp_path / "logs"
+    code, _, error = run([*pair.command, "--log", "jsonl", "--log-dir", str(logs)])
+    assert code == 0, error
+    for name in LEARNT:
+        lines = [json.loads(line) for line in (logs / name / "log.jsonl").read_text().splitlines()]
+        assert [line["loss"] for line in lines if "loss" in line] == [
+            r["loss"] for r in table(pair.folder / name, "steps")
+        ]
+        assert [line["eval_trained_ma"] for line in lines if "eval_trained_ma" in line] == [
+            row["trained_ma"] for row in table(pair.folder / name, "epochs")
+        ]
+
+
+def test_several_are_left_out(pair: Pair, tmp_path: Path) -> None:
+    first = write_jsonl(tmp_path / "first, renamed.jsonl", RENAMED[:2])
+    ids = tmp_path / "ids.txt"
+    ids.write_text(f"{FORGET[1]['id']}\n{FORGET[4]['id']}\n")
+    everything = load_dataset(str(pair.data), None)
+    for given, expected in ((str(first), FORGET[:2]), (f"{ids}, {pair.forget}", FORGET), (str(ids), FORGET[1::3])):
+        rest, left_out = without(everything, given, str(pair.data), None, None, "minus")
+        assert left_out.records == expected
+        assert rest.records == [record for record in [*RETAIN, *FORGET] if record not in expected]
 
 
 @pytest.mark.slow
@@ -265,6 +296,11 @@ def test_a_limit_without_the_target_is_said_aloud(pair: Pair, tmp_path: Path) ->
 
 REFUSED = {
     "too much": ("--until ma=1.5", "--until is ma=1.5: expected ma=NUMBER"),
+    "no number": ("--until ma=nan", "--until ma=nan: expected a finite number"),
+    "no task file": ("--task nope.yaml", "task file 'nope.yaml' cannot be read"),
+    "one of two splits": ("--task authors --and-retain forget10,forget11", "--and-retain 'forget11': unknown split"),
+    "a folder of no logs": ("--log-dir logs", "--log-dir is the folder of logs, and there are none"),
+    "a file for a folder of logs": ("--log jsonl --log-dir DATA/logs", "DATA is a file; expected a folder"),
     "another quantity": ("--until el=0.5", "--until is el=0.5: expected ma=NUMBER"),
     "both": ("--minus FORGET", "--minus and --and-retain exclude each other"),
     "a split of a file": ("--split full", "a data file has no splits"),
@@ -286,7 +322,7 @@ def test_refusals(pair: Pair, tmp_path: Path, more: str, expected: str) -> None:
     ids = tmp_path / "ids.txt"
     ids.write_text("r0\nr99\n")
     names = {"FORGET": pair.forget, "OTHER": other, "IDS": ids, "DATA": pair.data}
-    words = [str(names.get(word, word)) for word in more.split()]
+    words = [str(names.get(word, word)).replace("DATA", str(pair.data)) for word in more.split()]
     line = refused(pair.with_out(tmp_path / "out", *words))
     assert expected.replace("DATA", str(pair.data)) in line
     assert not (tmp_path / "out").exists()

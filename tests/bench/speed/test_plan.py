@@ -288,7 +288,7 @@ def test_on_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*train, "--gpus", "3"]) == 0
     said = capsys.readouterr().out
     assert "on 3 x H100 80 GB, bfloat16; fsdp: weights, gradients and moments are split over all" in said
-    assert "training for 5 epochs, then 6 looks at MA, then evaluation of 192 texts and 192" in said
+    assert "training for 5 epochs, then 6 looks at MA, then evaluation of 144 texts and 144" in said
     assert "bfloat16 was not measured" not in said
     assert main([*train, "--gpus", "2", "--model-params", "1e8", "--profile", "cpu-core"]) == 0
     said = capsys.readouterr().out

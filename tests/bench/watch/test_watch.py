@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import http.client
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -12,12 +14,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 from selenium.webdriver.common.by import By
 
 from bench.cli import main
 from bench.watch.page import HERE, make_server
-from bench.watch.read import look
+from bench.watch.read import look, look_all, runs_in
+from bench.watch.show import COLUMNS, cells, have_ended
+from scoring.reading import read_json
 from tests.browser import Browser
 from tests.paths import ROOT
 from tests.processes import kill, wait_for
@@ -67,14 +72,47 @@ def test_without_a_terminal_it_prints_once(seen: dict[str, Any], capsys: pytest.
 
 
 def test_the_folder_of_a_pair_shows_both(
-    seen: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    seen: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for name in ("original", "retain-only"):
-        shutil.copytree(seen["folder"] / "short", tmp_path / "pair" / name)
-    assert main(["watch", str(tmp_path / "pair")]) == 0
+    """Also before the second has begun; what is learnt has a loss of its own, and other measurements."""
+    pair = tmp_path / "pair"
+    data, forget = (write_jsonl(tmp_path / f"{count}.jsonl", pairs(count)) for count in (6, 2))
+    model = read_json(seen["folder"] / "short" / "spec.json", dict[str, Any], "a spec")["model"]
+    arguments = ["train", "--model", model, "--task", str(data), "--and-retain", str(forget), "--workers", "0"]
+    assert main([*arguments, "--epochs", "2", "--out", str(pair)]) == 0
+    capsys.readouterr()
+    monkeypatch.chdir(tmp_path)
+    assert main(["watch", "pair"]) == 0
     said = capsys.readouterr().out
-    assert "original" in said
-    assert "retain-only" in said
+    assert re.findall("pair/[a-z-]+", said) == ["pair/original", "pair/retain-only"]
+    original, retain_only = look_all([pair])
+    last = pq.read_table(pair / "retain-only" / "epochs.parquet").to_pylist()[-1]
+    assert retain_only.evaluation["trained_ma"] == last["trained_ma"]
+    shown = dict(zip(COLUMNS, cells(retain_only), strict=True))
+    assert (shown["forget"], shown["retain"], shown["forgotten"]) == ("–", "–", "–")
+    assert shown["loss"] == f"{retain_only.curves['loss'][-1][1]:.4g}"
+    assert shown["evaluation"] == (
+        f"MA {last['trained_ma']:.3g}, RL {last['trained_rouge_l_recall']:.3g}, "
+        f"left out RL {last['left_out_rouge_l_recall']:.3g}"
+    )
+
+    shutil.rmtree(pair / "retain-only")
+    original, second = look_all([pair])
+    assert (original.state, second.state) == ("finished", "waiting")
+    looks: dict[str, Any] = {}
+    assert not have_ended([original, second], looks)
+    # By itself, in a folder that has others too, it is no pair.
+    (pair / "other").mkdir()
+    assert runs_in(pair) == [pair / "original"]
+
+
+def test_it_ends_when_a_run_stays_stopped(seen: dict[str, Any]) -> None:
+    """Three looks in a row; one that is started again meanwhile is followed."""
+    running, stopped, finished = (dataclasses.replace(seen[s], name="run") for s in ("running", "stopped", "finished"))
+    looks: dict[str, Any] = {}
+    states = [stopped, stopped, running, stopped, stopped, stopped]
+    assert [have_ended([one, seen["finished"]], looks) for one in states] == [False] * 5 + [True]
+    assert have_ended([finished], looks)
 
 
 def test_what_is_no_run_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
