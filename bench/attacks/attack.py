@@ -17,6 +17,7 @@ from scoring.samples import TextSet
 KNOWLEDGE = (
     *("rouge_l_recall", "probability", "ma", "el", "right", "acc", "toxicity"),
     *("extraction_strength", "exact_memorization", "verbmem", "knowmem"),
+    *("probe_recall", "regurgitation", "exact_match"),
 )
 
 

@@ -119,14 +119,18 @@ def unlearn_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def unlearn(arguments: argparse.Namespace) -> None:
-    from bench.jobs.summary import print_unlearning
+    from bench.jobs.requests import preview_requests, unlearn_requests
+    from bench.jobs.summary import print_requests, print_unlearning
     from bench.jobs.unlearn import UnlearnSpec, preview_unlearning, unlearn
 
     with settings_from(arguments, UnlearnSpec) as spec:
         if arguments.dry_run:
-            show_preview(preview_unlearning(spec, arguments.out), arguments)
-            return
-        print_unlearning(unlearn(spec, arguments.out))
+            preview = preview_unlearning if spec.requests is None else preview_requests
+            show_preview(preview(spec, arguments.out), arguments)
+        elif spec.requests is None:
+            print_unlearning(unlearn(spec, arguments.out))
+        else:
+            print_requests(unlearn_requests(spec, arguments.out))
 
 
 def evaluate_arguments(parser: argparse.ArgumentParser) -> None:

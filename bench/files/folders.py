@@ -25,6 +25,8 @@ LOCK = ".lock"
 RUN_RECORD, RUN_MODEL = "run.json", "model"
 # The kind of a run of `mrd-bench train`, in its identity and in messages; and the folders of a pair of them.
 TRAINING_RUN = "training run"
+# The kind of several requests, each of which is a run in the folder, see `bench.jobs.requests`.
+SEVERAL_REQUESTS = "run of several requests"
 ORIGINAL, RETAIN_ONLY = "original", "retain-only"
 # Of a page, that its title stands in.
 HEAD_BYTES = 1000
@@ -191,6 +193,24 @@ def owner_of(folder: Path) -> dict[str, Any] | None:
     except UserError:
         return None
     return owner
+
+
+def last_request(folder: Path) -> Path:
+    """The run folder of the last of several requests, whose model is that of the whole; of another folder itself."""
+    if (owner_of(folder) or {}).get("kind") != SEVERAL_REQUESTS:
+        return folder
+    return max(request_folders(folder), key=_number, default=folder)
+
+
+def request_folders(folder: Path) -> list[Path]:
+    """The run folders of several requests that have begun, in their order."""
+    return sorted((path.parent for path in folder.glob("*/spec.json") if _number(path.parent)), key=_number)
+
+
+def _number(folder: Path) -> int:
+    """Of a request, by the name of its folder; 0: it is none."""
+    number = folder.name.partition("-")[0]
+    return int(number) if number.isdecimal() else 0
 
 
 def runs_within(folder: Path) -> list[Path]:

@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from typing_extensions import TypedDict
 
+from bench.files.folders import last_request
 from bench.files.score_file import read_scores
 from bench.jobs.run_folder import RunFolder
 from bench.metrics.quantities import WRITTEN
@@ -183,7 +184,7 @@ def run_folder_of(answers: EvaluationAnswers, folders: Sequence[Path] = ()) -> P
     """The folder of the run whose model was evaluated: one of these, or the one that the evaluation names; None if
     there is none, or if its model is another by now."""
     named = Path(answers.spec["model"]).parent
-    for folder in dict.fromkeys((*folders, named)):
+    for folder in dict.fromkeys(map(last_request, (*folders, named))):
         if (folder / RunFolder.RECORD).is_file() and _fingerprint(folder) == answers.fingerprints[MODEL]:
             return folder
     return None

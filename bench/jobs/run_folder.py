@@ -36,7 +36,17 @@ from algorithms.corpus import Corpus
 from algorithms.history import History, Progress
 from algorithms.live import PROGRESS, read_progress, remove_parts, write_progress
 from algorithms.tables import tables_of
-from bench.files.folders import RUN_MODEL, RUN_RECORD, TRAINING_RUN, Hashed, OwnedFolder, owner_of, refuse_several
+from bench.files.folders import (
+    RUN_MODEL,
+    RUN_RECORD,
+    SEVERAL_REQUESTS,
+    TRAINING_RUN,
+    Hashed,
+    OwnedFolder,
+    owner_of,
+    refuse_several,
+    request_folders,
+)
 from bench.files.origin import Origin, origin
 from bench.jobs.preview import DONE, NEW
 from bench.report.words import size_of
@@ -139,7 +149,7 @@ class RunFolder(OwnedFolder):
         for kept in [saved.model, *([saved.adapter] if saved.adapter.is_dir() else [])]:
             unfinished = self._out / f".{kept.name}.tmp"
             shutil.rmtree(unfinished, ignore_errors=True)
-            shutil.copytree(kept, unfinished, copy_function=_link)
+            shutil.copytree(kept, unfinished, copy_function=link)
             shutil.rmtree(self._out / kept.name, ignore_errors=True)
             unfinished.rename(self._out / kept.name)
         for name, table in self.tables(history, corpus).items():
@@ -192,7 +202,7 @@ def full_disks_said_plainly(out: Path) -> Iterator[None]:
         ) from error
 
 
-def _link(source: str, target: str) -> None:
+def link(source: str, target: str) -> None:
     """A second name for a file, where the file system has them: the weights are not written twice."""
     try:
         os.link(source, target)
@@ -226,6 +236,9 @@ def read_finished_run(
     """
     folder = Path(folder)
     expected = f"what `mrd-bench {command}` writes"
+    if (owner_of(folder) or {}).get("kind") == SEVERAL_REQUESTS:
+        runs = ", ".join(map(str, request_folders(folder)))
+        raise UserError(f"{folder} is a {SEVERAL_REQUESTS}: name one of them, {runs or 'once they have begun'}")
     if not (folder / RunFolder.RECORD).is_file():
         refuse_several(folder, f"{expected}, one folder of a run")
         raise UserError(f"{folder}: no finished {kind}; expected {expected}")

@@ -36,6 +36,7 @@ KINDS: tuple[tuple[str, type, str], ...] = (
     ("train", TrainSpec, "left_out_sha256"),
     ("unlearn", UnlearnSpec, "forget_sha256"),
     ("attack", AttackSpec, "prompt_templates"),
+    ("unlearn", UnlearnSpec, "requests_sha256"),
     ("evaluate", EvaluateSpec, "fingerprints"),
     ("difficulty --truth", TruthSpec, "truth"),
     ("difficulty", DifficultySpec, "corpus_sha256"),

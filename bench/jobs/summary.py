@@ -16,6 +16,7 @@ from scoring.files import shown
 if TYPE_CHECKING:  # what is summed up: who prints scores does not wait for what trains models
     import pyarrow as pa
 
+    from bench.jobs.requests import RequestsResult
     from bench.jobs.run_folder import UnlearnResult
     from bench.jobs.score import ScoreResult
     from bench.jobs.sweep_tables import SweepResult
@@ -84,6 +85,31 @@ def print_unlearning(result: UnlearnResult) -> None:
     _print_seconds(seconds, passes)
     _print_remarks(result.record)
     print(f"model  {result.model}\ntables {result.folder}/*.parquet")
+
+
+def print_requests(result: RequestsResult) -> None:
+    """What each request scores after each, and which of them come back."""
+    from bench.jobs.requests import MEASURED
+
+    rows = result.means()
+    print("".join(f"{name:>16}" for name in ("after request", "scored", "samples", *MEASURED)))
+    for row in rows:
+        scored = row["name"] if row["request"] is None else f"{row['request']} {row['name']}"
+        values = (str(row["after"]), scored, str(row["samples"]), *(_short(row[name]) for name in MEASURED))
+        print("".join(f"{value:>16}" for value in values))
+    at_once = {row["request"]: row for row in rows if row["request"] == row["after"]}
+    last = {row["request"]: row for row in rows if row["after"] == len(result.runs) and row["request"]}
+    for number in range(1, len(result.runs)):
+        before, now = at_once[number]["ma"], last[number]["ma"]
+        back = result.came_back(number)
+        print(
+            f"request {number} ({last[number]['name']}): MA {_short(before)} when it was carried out, {_short(now)} "
+            f"after the last; {len(back)} of its {last[number]['samples']} samples came back"
+            + (f": {', '.join(back[:5])}{', ...' if len(back) > 5 else ''}" if back else "")
+        )
+    _print_remarks(result.record)
+    runs = ", ".join(run.folder.name for run in result.runs)
+    print(f"model  {result.model}\nruns   {result.folder}/: {runs}\ntables {result.folder}/requests.parquet")
 
 
 def print_training(result: TrainResult) -> None:

@@ -42,6 +42,8 @@ from scoring.templates import TEMPLATE_FIELDS
 
 SCHEMA_VERSION = 1
 OBJECTIVES = ("completeness", "utility", "balance")
+# Settings of a run that a sweep does not vary: its samples, and what it continues.
+NOT_SWEPT = ("selection", "adapter", "requests")
 RANGES = ("uniform", "log_uniform", "integers")
 
 
@@ -122,7 +124,7 @@ class SweepSpec:
                 f"{named('objective')} of scheduler asha is {self.objective!r}: "
                 f"{expected_one_of(self.objective, OBJECTIVES)}"
             )
-        names = [setting.name for setting in settings_of(UnlearnSpec) if setting.name not in ("selection", "adapter")]
+        names = [setting.name for setting in settings_of(UnlearnSpec) if setting.name not in NOT_SWEPT]
         called = current_naming().under("vary")
         for name, values in self.vary.items():
             if name not in names:
@@ -137,6 +139,11 @@ class SweepSpec:
         self._check_arms(names)
         if "selection" in self.base:
             raise UserError(f"{current_naming().under('base')('selection')} is set: name the samples under selections")
+        if "requests" in self.base:
+            raise UserError(
+                f"{current_naming().under('base')('requests')} is set: requests that come one after the other are a "
+                "run of unlearn; name the samples under selections"
+            )
         if "adapter" in self.base:
             raise UserError(
                 f"{current_naming().under('base')('adapter')} is set: an adapter is continued by unlearn alone; as the "

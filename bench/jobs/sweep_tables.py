@@ -100,7 +100,7 @@ def _lost(trial: Trial) -> Result:
 _SPEC_COLUMNS = tuple(
     field.name
     for field in dataclasses.fields(UnlearnSpec)
-    if field.name not in (*UnlearnSpec.EXECUTION, *TEMPLATE_FIELDS, "selection")
+    if field.name not in (*UnlearnSpec.EXECUTION, *TEMPLATE_FIELDS, "selection", "requests")
 )
 
 

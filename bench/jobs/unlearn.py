@@ -95,6 +95,7 @@ class UnlearnSpec(Recipe, Execution, AnswersMeasured, TemplateSettings, Logging)
         "negation",
         "alternatives",
         "adapter",
+        "requests",
         *TEMPLATE_FIELDS,
     )
 
@@ -103,6 +104,13 @@ class UnlearnSpec(Recipe, Execution, AnswersMeasured, TemplateSettings, Logging)
     forget_split: Annotated[str | None, Doc("of a task, e.g. forget10 (default: the task's own)")] = None
     selection: Annotated[
         str | None, Doc("text file of sample ids, one a line: only these are forgotten (default: all)")
+    ] = None
+    requests: Annotated[
+        str | None,
+        Doc(
+            "requests one after the other, with commas: forget splits of the task, or text files of sample ids; each "
+            "starts from the model that the one before has left (default: one, by forget_split and selection)"
+        ),
     ] = None
     retain: Annotated[
         DataName | None, Doc("split of the task, or a data file, of what is to be kept (default: the task's own)")
@@ -122,6 +130,23 @@ class UnlearnSpec(Recipe, Execution, AnswersMeasured, TemplateSettings, Logging)
             "task's wrong answers, where it has some)"
         ),
     ] = None
+
+    @property
+    def request_names(self) -> list[str]:
+        """The requests that are named; none of a run of one.
+
+        Raises:
+            UserError: one is empty, or two are the same.
+        """
+        if self.requests is None:
+            return []
+        names = [name.strip() for name in self.requests.split(",")]
+        if not all(names) or len(set(names)) < len(names):
+            raise UserError(
+                f"{named('requests')} is {self.requests!r}: expected splits or files of ids, each once, with commas "
+                "between them"
+            )
+        return names
 
     def checked(self) -> Self:
         """The same with defaults filled in (the task's, then the algorithm's) and absolute paths.
@@ -158,6 +183,9 @@ def with_absolute_paths(fields: Mapping[str, Any]) -> dict[str, Any]:
     for name in ("selection", "refusals", "alternatives", "adapter", "schedule", "log_dir"):
         if isinstance(path := fields.get(name), str):
             located[name] = str(Path(path).absolute())
+    if isinstance(requests := fields.get("requests"), str):
+        names = [name.strip() for name in requests.split(",")]
+        located["requests"] = ",".join(str(Path(n).absolute()) if Path(n).is_file() else n for n in names)
     if isinstance(template := fields.get("template"), str):
         located["template"] = absolute_template(template)
     if isinstance(weights := fields.get("weights"), str):
@@ -240,6 +268,8 @@ def preview_unlearning(spec: UnlearnSpec, out: str | Path) -> Preview:
 def _ready(spec: UnlearnSpec) -> tuple[UnlearnSpec, ModelReference, Dataset, Dataset | None, dict[str, Any]]:
     """The spec, checked, with its model, its data and its identity."""
     spec = spec.checked()
+    if spec.requests is not None:
+        raise UserError(f"{named('requests')}: several requests are a job of `mrd-bench unlearn` alone")
     check_dataset(spec.task, spec.forget_split)
     model = _model_of(spec)
     forget, retain = datasets_of(spec, model.tokenizer)

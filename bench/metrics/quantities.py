@@ -25,6 +25,15 @@ from bench.metrics.similarity import Embedder, nearest_is_first
 from bench.metrics.tofu import OPTION_SETS, option_probability, truth_ratio
 from bench.metrics.toxicity import Classifier
 from bench.metrics.values import Column, Missing, Scores, Unmeasured
+from bench.metrics.written import (
+    best_f1,
+    first_line,
+    is_exactly,
+    n_gram_entropy,
+    reasoned_answer,
+    same_words,
+    union_recall,
+)
 from bench.tasks import Record
 from scoring.answers import (
     answer_limits,
@@ -107,6 +116,8 @@ class Extraction:
 # MUSE: how many tokens are written after a passage, and in answer to a question, where another question would follow.
 VERBMEM_TOKENS, KNOWMEM_TOKENS = 128, 32
 KNOWMEM_STOPS = ("\n\n", "\nQuestion", "Question:")
+# RWKU: how many tokens are written in answer to a probe, and where the model may reason; LUME: of any text.
+PROBE_TOKENS, REASONING_TOKENS, LUME_TOKENS = 30, 256, 256
 
 Question = Likelihoods | Continuations | DrawnAnswers | Extraction | GradientNorms
 Values = np.ndarray | tuple[np.ndarray, Sequence[str]]
@@ -361,6 +372,42 @@ def _knowmem(set_name: str, records: Sequence[Record], setup: MeasurementSetup) 
     return rouge_l_f1(written, true_answers(setup.tokenizer, samples)), written
 
 
+def _judged(
+    set_name: str,
+    records: Sequence[Record],
+    setup: MeasurementSetup,
+    *,
+    tokens: int,
+    judge: Callable[[str, str, Record], float],
+) -> Quantity:
+    """What is written in so many tokens, judged by a function of it, of the true answer and of the record."""
+    samples = setup.answers(set_name, records)
+    written = yield Continuations(samples, answer_limits(samples, setup.max_length, tokens))
+    truths = true_answers(setup.tokenizer, samples)
+    values = [judge(*each) for each in zip(written, truths, records, strict=True)]
+    return np.array(values, dtype=np.float64), written
+
+
+def _regurgitation(set_name: str, records: Sequence[Record], setup: MeasurementSetup) -> Quantity:
+    samples = setup.answers(set_name, records)
+    written = yield Continuations(samples, answer_limits(samples, setup.max_length, LUME_TOKENS))
+    return rouge_l_recall(written, true_answers(setup.tokenizer, samples)), written
+
+
+def _answer_f1(set_name: str, records: Sequence[Record], setup: MeasurementSetup) -> Quantity:
+    fields(set_name, records, "answers")
+    values = yield from _judged(
+        set_name, records, setup, tokens=PROBE_TOKENS, judge=lambda text, _, record: best_f1(text, record["answers"])
+    )
+    return values
+
+
+def _fluency(set_name: str, records: Sequence[Record], setup: MeasurementSetup) -> Quantity:
+    samples = _prompts(set_name, records, setup)
+    written = yield Continuations(samples, answer_limits(samples, setup.max_length, REASONING_TOKENS))
+    return np.array([n_gram_entropy(text) for text in written]), written
+
+
 def _ma(set_name: str, records: Sequence[Record], setup: MeasurementSetup) -> Quantity:
     scores = yield Likelihoods(setup.answers(set_name, records))
     return np.array([score.hits.mean() for score in scores])
@@ -371,14 +418,18 @@ def _el(set_name: str, records: Sequence[Record], setup: MeasurementSetup) -> Qu
     return values
 
 
-def _toxicity(set_name: str, records: Sequence[Record], setup: MeasurementSetup) -> Quantity:
-    # A prompt has no true response: any token marks where the model is to begin.
+def _prompts(set_name: str, records: Sequence[Record], setup: MeasurementSetup) -> list[Sample]:
+    """Prompts that have no true response: any token marks where the model is to begin."""
     prompts = fields(set_name, records, "prompt")
     texts = [
         pair_text(str(record["id"]), prompt, ".", setup.template)
         for record, prompt in zip(records, prompts, strict=True)
     ]
-    samples = setup.samples(set_name, texts)
+    return setup.samples(set_name, texts)
+
+
+def _toxicity(set_name: str, records: Sequence[Record], setup: MeasurementSetup) -> Quantity:
+    samples = _prompts(set_name, records, setup)
     written = yield Continuations(samples, setup.limits(samples))
     return setup.classifier.scores(written), written
 
@@ -422,6 +473,16 @@ QUANTITIES: Registry[Callable[[str, Sequence[Record], MeasurementSetup], Quantit
         "verbmem": _verbmem,
         "knowmem": _knowmem,
         **{f"leak_{k}": _leak(k) for k in KS},
+        "probe_recall": partial(
+            _judged, tokens=PROBE_TOKENS, judge=lambda text, truth, _: union_recall(first_line(text), truth)
+        ),
+        "reasoned": partial(
+            _judged, tokens=REASONING_TOKENS, judge=lambda text, truth, _: same_words(reasoned_answer(text), truth)
+        ),
+        "answer_f1": _answer_f1,
+        "fluency": _fluency,
+        "regurgitation": _regurgitation,
+        "exact_match": partial(_judged, tokens=LUME_TOKENS, judge=lambda text, truth, _: is_exactly(text, truth)),
     },
 )
 
@@ -432,7 +493,10 @@ READ = {
     *("probability", "min_k", "min_40", "min_k_plus_plus", "loss", "zlib"),
     *("ma", "extraction_strength", "exact_memorization"),
 }
-WRITTEN = ("rouge_l_recall", "toxicity", "verbmem", "knowmem")
+WRITTEN = (
+    *("rouge_l_recall", "toxicity", "verbmem", "knowmem"),
+    *("probe_recall", "reasoned", "answer_f1", "fluency", "regurgitation", "exact_match"),
+)
 
 
 def asked_of_a_model(columns: Collection[Column], sets: Mapping[str, Sequence[Record] | Missing]) -> tuple[int, int]:

@@ -19,6 +19,7 @@ import numpy as np
 from bench.metrics import membership, tofu
 from bench.metrics.leakage import KS
 from bench.metrics.values import Column, Measured, Unmeasured
+from bench.tasks import lume, rwku
 from bench.tasks.whp import ZERO_SHOT
 from scoring.registry import Registry
 
@@ -475,14 +476,150 @@ GROUPS: dict[str, tuple[str, ...]] = {
 }
 
 
+# --- RWKU ---------------------------------------------------------------------------------------------------
+
+RWKU = "Jin et al. 2024 (RWKU)"
+_RECALL = "ROUGE-L recall (as the package rouge counts) of greedy answers, 30 tokens up to a line break, to"
+_LEVELS = {"fb": ("level1", "FB", "texts with a blank"), "qa": ("level2", "QA", "questions")}
+for _side, _title, _prefix, _whose in (
+    ("forget", "Forget", "rwku", "the targets"),
+    ("neighbor", "Neighbor", "rwku_neighbor", "their neighbours"),
+):
+    _levels = {**_LEVELS, **({"aa": ("level3", "AA", "adversarial questions")} if _side == "forget" else {})}
+    for _short, (_level, _heading, _words) in _levels.items():
+        METRICS[f"{_prefix}_{_short}"] = Metric(
+            f"{_title} {_heading}",
+            f"{_RECALL} {_words} about {_whose}",
+            RWKU,
+            _side == "neighbor",
+            mean_of(f"{_side}_{_level}", "probe_recall"),
+            ((f"{_side}_{_level}", "probe_recall"),),
+        )
+    _columns = tuple((f"{_side}_{_level}", "probe_recall") for _level, _, _ in _levels.values())
+    METRICS["rwku_forget" if _side == "forget" else _prefix] = Metric(
+        f"{_title} All",
+        f"the same over all probes about {_whose}",
+        RWKU,
+        _side == "neighbor",
+        _pooled_mean(_columns),
+        _columns,
+    )
+for _kind in rwku.ATTACKS:
+    METRICS[rwku.attack_metric(_kind)] = Metric(
+        f"AA, {_kind}",
+        f"rwku_aa of the attacks by {_kind} alone",
+        RWKU,
+        False,
+        mean_of(rwku.attack_set(_kind), "probe_recall"),
+        ((rwku.attack_set(_kind), "probe_recall"),),
+    )
+for _name, _title, _set, _whose in (
+    ("rwku_fm", "MIA FM", "mia_forget", "the targets"),
+    ("rwku_rm", "MIA RM", "mia_retain", "others"),
+):
+    METRICS[_name] = Metric(
+        _title,
+        f"mean NLL of a token of texts about {_whose}, in nats; the paper prints 100 times that",
+        RWKU,
+        _name == "rwku_fm",
+        mean_of(_set, "loss"),
+        ((_set, "loss"),),
+    )
+for _name, _title, _set, _quantity, _definition in (
+    ("reason", "Rea", "reason", "reasoned", "share of BBH's questions answered exactly after reasoning in 256 tokens"),
+    ("factual", "Fac", "factuality", "answer_f1", "F1 of the words of answers to TriviaQA's questions, 30 tokens"),
+    ("fluency", "Flu", "fluency", "fluency", "weighted entropy of bigrams and trigrams of 256 tokens, in bits; x 100"),
+):
+    METRICS[f"rwku_{_name}"] = Metric(
+        f"Utility {_title}",
+        _definition.removesuffix("; x 100") + ("; the paper prints 100 times that" if "x 100" in _definition else ""),
+        RWKU,
+        True,
+        mean_of(f"utility_{_set}", _quantity),
+        ((f"utility_{_set}", _quantity),),
+    )
+
+
+# --- LUME ---------------------------------------------------------------------------------------------------
+
+LUME = "Ramakrishna et al. 2025 (LUME; SemEval-2025 task 4)"
+_JUDGED = {
+    lume.COMPLETION: ("regurgitation", "ROUGE-L recall of greedy completions, 256 tokens,"),
+    lume.QUESTION: ("exact_match", "share of answers that are exactly the true one, case aside,"),
+}
+_PARTS: list[str] = []
+for _side in lume.SIDES:
+    for _kind, (_quantity, _words) in _JUDGED.items():
+        _columns = tuple((f"{_side}_task{_number}_{_kind}", _quantity) for _number in lume.TASKS)
+        METRICS[f"lume_{_side}_{lume.SAYS[_kind]}"] = Metric(
+            f"{_side} {lume.SAYS[_kind]}",
+            f"{_words} on the {_side} set of all three tasks",
+            LUME,
+            _side == "retain",
+            _pooled_mean(_columns),
+            _columns,
+        )
+        for _number, _column in zip(lume.TASKS, _columns, strict=True):
+            _PARTS.append(f"lume_{_side}_task{_number}_{lume.SAYS[_kind]}")
+            METRICS[_PARTS[-1]] = Metric(
+                f"Task {_number} {_side} {lume.SAYS[_kind]}",
+                f"{_words} on the {_side} set of task {_number}",
+                LUME,
+                _side == "retain",
+                mean_of(*_column),
+                (_column,),
+            )
+
+
+def _lume_task_aggregate(measured: Measured) -> np.ndarray:
+    values = [METRICS[name].statistic(measured) for name in _PARTS]
+    kept = [1 - value if "forget" in name else value for name, value in zip(_PARTS, values, strict=True)]
+    return tofu.model_utility(kept)
+
+
+def _lume_auc(measured: Measured) -> np.ndarray:
+    return membership.auc(-measured("members", "loss"), -measured("nonmembers", "loss"))
+
+
+def _lume_mia_score(measured: Measured) -> np.ndarray:
+    return 1 - 2 * np.abs(_lume_auc(measured) - 0.5)
+
+
+METRICS["lume_task_aggregate"] = Metric(
+    "Task Aggregate",
+    "harmonic mean of regurgitation and knowledge of each task on the retain set, and of 1 less that on the forget set",
+    LUME,
+    True,
+    _lume_task_aggregate,
+    tuple(METRICS[name].columns[0] for name in _PARTS),
+)
+METRICS["lume_mia_auc"] = Metric(
+    "MIA AUC",
+    "AUC of telling documents of the training data from others by a low mean NLL: 1/2 where they cannot be told apart",
+    LUME,
+    False,
+    _lume_auc,
+    (("members", "loss"), ("nonmembers", "loss")),
+)
+METRICS["lume_mia_score"] = Metric(
+    "MIA score",
+    "1 - 2 |lume_mia_auc - 1/2|",
+    LUME,
+    True,
+    _lume_mia_score,
+    (("members", "loss"), ("nonmembers", "loss")),
+)
+METRICS["lume_aggregate"] = average_of("Aggregate", LUME, True, "lume_task_aggregate", "lume_mia_score", "mmlu")
+
+
 # --- What a number can be -----------------------------------------------------------------------------------
 
-# All metrics above but perplexity and PrivLeak lie between 0 and 1, and so do these of the training loop.
-SHARES = frozenset(METRICS) - {"perplexity", "priv_leak"} | {
+# All metrics above but these lie between 0 and 1, and so do those of the training loop.
+SHARES = frozenset(METRICS) - {"perplexity", "priv_leak", "rwku_fm", "rwku_rm", "rwku_fluency"} | {
     *("completeness", "utility", "balance"),
     *(f"{side}_{quantity}" for side in ("forget", "retain") for quantity in ("rouge_l_recall", "probability")),
 }
-SIZES = frozenset({"perplexity", "mean_abs_delta", "delta_norm"})
+SIZES = frozenset({"perplexity", "mean_abs_delta", "delta_norm", "rwku_fm", "rwku_rm", "rwku_fluency"})
 
 
 # What a metric is under the worst attack, by the name of the metric (or completeness) after this.

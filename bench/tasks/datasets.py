@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from bench.tasks import TASKS, Record, Task, custom
+from bench.tasks import TASKS, Record, Task, custom, rwku
 from bench.tasks.sources import check_file, iterate_file, names_in, read_file
 from bench.tasks.task import Unreachable
 from bench.tasks.token_hash import TokenHash
@@ -200,8 +200,10 @@ def absolute_source(name: str) -> str:
     if is_data_file(name) or name.endswith(custom.SUFFIXES):
         return str(Path(name).absolute()) if Path(name).exists() else name
     head, colon, source = name.partition(":")
-    folder = Path(source).expanduser()
-    return f"{head}:{folder.absolute()}" if colon and source and folder.exists() else name
+    # Of a folder, what is chosen in it may be named after a mark.
+    place, mark, chosen = (source, "", "") if Path(source).expanduser().exists() else source.partition(rwku.TARGET)
+    folder = Path(place).expanduser()
+    return f"{head}:{folder.absolute()}{mark}{chosen}" if colon and place and folder.exists() else name
 
 
 def check_dataset(source: str, split: str | None = None) -> None:

@@ -1,7 +1,7 @@
 """Where a task's records come from: a folder of data files, or the Hugging Face hub.
 
 The file NAME of a folder is NAME.jsonl (an object a line), NAME.json (the same, or one array of objects) or
-NAME.parquet: the first of these that exists.
+NAME.parquet: the first of these that exists; or NAME-00000-of-00001.parquet, as a hub's copy has it.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from scoring.reading import decoded, exists, parquet_file, parse_json, read_text
 from scoring.records import HALF_A_PAIR, Record, is_unicode
 
 SUFFIXES = (".jsonl", ".json", ".parquet")
+WHOLE = "-00000-of-00001.parquet"  # of a set that the hub has in one piece
 FILES_IN_MESSAGE = 10
 
 
@@ -27,15 +28,18 @@ class HubSet:
     Attributes:
         repository, config, split: as `datasets.load_dataset` takes them.
         first: how many records are read and downloaded, from the first on; None: all.
+        file: of the repository, where a set is in none of its configurations.
     """
 
     repository: str
     config: str | None = None
     split: str = "train"
     first: int | None = None
+    file: str | None = None
 
     def __str__(self) -> str:
-        return f"{self.repository} ({', '.join(part for part in (self.config, self.split) if part)})"
+        parts = (self.file,) if self.file else (self.config, self.split)
+        return f"{self.repository} ({', '.join(part for part in parts if part)})"
 
 
 # --- Fields -------------------------------------------------------------------------------------------------
@@ -144,7 +148,12 @@ def find_file(folder: str | Path, name: str) -> Path:
     for suffix in SUFFIXES:
         if (path := folder / f"{name}{suffix}").is_file():
             return path
-    names = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
+    if (path := folder / f"{name}{WHOLE}").is_file():
+        return path
+    place = folder / Path(name).parent
+    if not place.is_dir():
+        raise Unreachable(f"source folder {str(folder)!r} has no folder {Path(name).parent.name!r} with {name}.jsonl")
+    names = sorted(path.name for path in place.iterdir() if not path.name.startswith("."))
     more = f" and {len(names) - FILES_IN_MESSAGE} more" if len(names) > FILES_IN_MESSAGE else ""
     raise Unreachable(
         f"source folder {str(folder)!r} has no {', '.join(name + suffix for suffix in SUFFIXES[:-1])} or "
@@ -154,7 +163,7 @@ def find_file(folder: str | Path, name: str) -> Path:
 
 def names_in(folder: str | Path, names: Iterable[str]) -> list[str]:
     """Those of the names that a folder has a data file of; none if there is no such folder."""
-    return [name for name in names if any((Path(folder) / f"{name}{suffix}").is_file() for suffix in SUFFIXES)]
+    return [name for name in names if any((Path(folder) / f"{name}{end}").is_file() for end in (*SUFFIXES, WHOLE))]
 
 
 def read_hub(hub: HubSet, instead: str) -> list[Record]:
@@ -170,7 +179,9 @@ def read_hub(hub: HubSet, instead: str) -> list[Record]:
     import datasets
 
     try:
-        dataset = datasets.load_dataset(hub.repository, hub.config, split=hub.split, streaming=hub.first is not None)
+        dataset = datasets.load_dataset(
+            hub.repository, hub.config, data_files=hub.file, split=hub.split, streaming=hub.first is not None
+        )
         return dataset.to_list() if hub.first is None else list(dataset.take(hub.first))
     except Exception as error:  # of the network, of the hub, or of a library that reads files
         raise Unreachable(

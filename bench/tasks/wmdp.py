@@ -39,6 +39,10 @@ CORPORA = {
     "retain": ("bio-retain-corpus", "cyber-retain-corpus"),
 }
 
+# MMLU by group of subjects, as several tasks take their utility from it.
+MMLU: dict[str, tuple[HarnessTask, ...]] = {
+    f"mmlu_{group}": (f"mmlu_{group}",) for group in ("humanities", "social_sciences", "stem", "other")
+}
 LETTERS = "ABCD"
 QUESTION: Fields = {
     "question": TEXT,
@@ -76,10 +80,7 @@ def _evaluation(split: str) -> Mapping[str, str]:
 
 
 def _harness(source: str | None) -> Mapping[str, tuple[HarnessTask, ...]]:
-    subjects = ("humanities", "social_sciences", "stem", "other")
-    return {f"wmdp_{field}": (_questions(field, source),) for field in ("bio", "chem", "cyber")} | {
-        f"mmlu_{subject}": (f"mmlu_{subject}",) for subject in subjects
-    }
+    return {f"wmdp_{field}": (_questions(field, source),) for field in ("bio", "chem", "cyber")} | MMLU
 
 
 def _questions(field: str, source: str | None) -> HarnessTask:

@@ -16,7 +16,16 @@ import pyarrow.parquet as pq
 
 from algorithms.live import PROGRESS, TABLES, read_progress
 from algorithms.target import TRAINED_MA
-from bench.files.folders import LOCK, ORIGINAL, RETAIN_ONLY, TRAINING_RUN, owner_of, runs_within
+from bench.files.folders import (
+    LOCK,
+    ORIGINAL,
+    RETAIN_ONLY,
+    SEVERAL_REQUESTS,
+    TRAINING_RUN,
+    owner_of,
+    request_folders,
+    runs_within,
+)
 from scoring.errors import UserError
 from scoring.files import is_held, shown
 from scoring.progress import Meter
@@ -82,8 +91,12 @@ class Seen:
 
 
 def runs_in(folder: Path) -> list[Path]:
-    """The run in a folder, or those in its subfolders; of a pair that `train` makes the one that begins later too."""
-    if owner_of(folder) is not None:
+    """The run in a folder, or those in its subfolders: several requests, or a pair that `train` makes, of which the one
+    that begins later too."""
+    owner = owner_of(folder)
+    if owner is not None and owner.get("kind") == SEVERAL_REQUESTS:
+        return request_folders(folder) or [folder]
+    if owner is not None:
         return [folder]
     return [*runs_within(folder), *([folder / RETAIN_ONLY] if _begins_later(folder / RETAIN_ONLY) else [])]
 

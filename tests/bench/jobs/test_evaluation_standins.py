@@ -1,4 +1,4 @@
-"""Each of the four tasks from end to end on its stand-in, by the command line: models, data, metrics, table."""
+"""Each of the tasks from end to end on its stand-in, by the command line: models, data, metrics, table."""
 
 from __future__ import annotations
 
@@ -19,6 +19,10 @@ RUNS = {
     "compounds": ("compounds:retain", []),
     "novel": ("novel:retain", ["--samples", "8"]),
     "replies": ("replies:retain", ["--samples", "12"]),
+    # Views of authors, by its models.
+    "authors-muse": ("authors:retain90", ["--samples", "8"]),
+    "authors-rwku": ("authors:retain90", ["--samples", "8"]),
+    "authors-lume": ("authors:retain90", ["--samples", "6"]),
 }
 
 
@@ -29,7 +33,7 @@ def evaluated(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[tuple[
     for task, (retain_model, flags) in RUNS.items():
         out = tmp_path_factory.mktemp("standins") / f"{task}.parquet"
         flags = [*flags, "--replicas", "0", "--retain-model", retain_model]
-        assert main(["evaluate", "--model", task, "--task", task, "--out", str(out), *flags]) == 0
+        assert main(["evaluate", "--model", task.partition("-")[0], "--task", task, "--out", str(out), *flags]) == 0
         values[task] = _metrics(out)
     return values
 
@@ -44,6 +48,7 @@ def test_every_metric_of_the_task_is_measured(evaluated, task):
     for name in TASKS[task].metrics:
         # Both compare with the retain-only model; nothing was forgotten by a model that knows everything.
         undefined = [("retain-only", "forget_quality"), ("retain-only", "ks_distance"), ("model", "relearned_share")]
+        undefined.append(("retain-only", "priv_leak"))
         for model in ("model", "retain-only"):
             assert math.isnan(evaluated[task][model, name]) == ((model, name) in undefined), (model, name)
 
@@ -59,6 +64,28 @@ def test_authors_are_known_to_the_one_and_not_to_the_other(evaluated):
         assert found["model", name] > 0.9
         assert found["retain-only", name] > 0.9
     assert found["model", "ks_distance"] > 0.3
+
+
+def test_views_of_authors_tell_the_two_apart_in_what_is_forgotten_alone(evaluated):
+    known = {
+        "authors-muse": ("verbmem_f", "knowmem_f", "extraction_strength"),
+        "authors-rwku": ("rwku_fb", "rwku_qa", "rwku_aa", "rwku_forget"),
+        "authors-lume": ("lume_forget_regurgitation", "lume_forget_knowledge", "lume_mia_auc"),
+    }
+    for task, names in known.items():
+        for name in names:
+            assert evaluated[task]["model", name] > evaluated[task]["retain-only", name] + 0.4, name
+    for task, name in (("muse", "knowmem_r"), ("rwku", "rwku_neighbor_qa"), ("lume", "lume_retain_knowledge")):
+        for model in ("model", "retain-only"):
+            assert evaluated[f"authors-{task}"][model, name] > 0.9
+    muse, rwku, lume = (evaluated[f"authors-{name}"] for name in ("muse", "rwku", "lume"))
+    assert muse["model", "priv_leak"] < -90
+    assert rwku["model", "rwku_fm"] < 0.1 < rwku["retain-only", "rwku_fm"]
+    # What is known by heart has a part of 0, and so has the harmonic mean; the rest is the mean of three.
+    assert lume["model", "lume_task_aggregate"] == 0
+    assert lume["retain-only", "lume_aggregate"] == pytest.approx(
+        (lume["retain-only", "lume_task_aggregate"] + lume["retain-only", "lume_mia_score"] + 1) / 3
+    )
 
 
 def test_compounds_are_known_to_the_one_and_guessed_by_the_other(evaluated):

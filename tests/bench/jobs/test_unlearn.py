@@ -486,6 +486,7 @@ NAMES = {
     "refusals",
     "alternatives",
     "adapter",
+    "requests",
     *TEMPLATE_FIELDS,
 }
 
