@@ -311,7 +311,7 @@ def _identity(spec: AttackSpec, models: Mapping[str, ModelReference], sets: Sets
         "sets_sha256": sets_sha256(sets),
         # Read here, so that a file at fault is refused before anything is measured.
         "benign_sha256": load_dataset(spec.benign).sha256 if spec.benign else None,
-        "prompt_templates": read_families(spec.prompts),
+        "prompt_templates": {name: list(templates) for name, templates in read_families(spec.prompts).items()},
         **classifiers(evaluation),
     }
     template = spec.chosen_template()

@@ -294,8 +294,10 @@ def _back_rows(part: _Part) -> Iterator[dict[str, Any]]:
                 if not forgotten.any():
                     yield {**row, "missing": "no sample is forgotten"}
                     continue
-                share = mean((scores.values[forgotten] >= KNOWN).astype(float))
-                yield {**row, **_fields(share.value, share.low, share.high, int(forgotten.sum()))}
+                known = (scores.values[forgotten] >= KNOWN).astype(float)
+                share = mean(known)
+                # Of a single sample there is no interval, but a share.
+                yield {**row, **_fields(float(known.mean()), share.low, share.high, len(known))}
 
 
 def _worst_rows(rows: Sequence[Mapping[str, Any]], metrics: Sequence[str]) -> Iterator[dict[str, Any]]:

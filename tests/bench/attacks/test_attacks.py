@@ -370,6 +370,7 @@ def test_the_table_against_its_own_samples(attacked: AttackResult) -> None:
     forgotten = (model < 0.5) & (original >= 0.5)
     assert forgotten.any()
     assert value("back", "model") == pytest.approx((after[forgotten] >= 0.5).mean())
+    assert rows(attacked, level="back")["value"].notna().equals(rows(attacked, level="back")["missing"].isna())
     at_two = values(attacked, "model", name, "ma", 2).mean()
     assert value("area", "model") == pytest.approx(
         (2 * (model.mean() + at_two) / 2 + 4 * (at_two + after.mean()) / 2) / 6
@@ -406,6 +407,8 @@ def test_a_model_that_is_the_retain_only_one_recovers_nothing_more(
     assert set(frame[frame["level"].isin(["difference", "excess"])]["value"]) == {0.0}
     assert main(["attack", *names, *flags]) == 0
     assert "already done" in capsys.readouterr().err
+    assert main(["attack", *names, *flags, "--seed", "1"]) == 2
+    assert "(different: seed)" in capsys.readouterr().err
     assert main(["spec", str(tmp_path / "a.parquet")]) == 0
     assert "attacks: [quantise, noise]" in capsys.readouterr().out
 
