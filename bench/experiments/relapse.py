@@ -259,7 +259,7 @@ class Back:
         """The mean of that over the selections. Where nothing came back anywhere, there is no spread between them: then
         the interval is that of 0 in so many samples (Clopper and Pearson 1934)."""
         beyond = self.beyond()
-        if any(beyond):
+        if any(beyond) or not self.samples:
             return over_runs(beyond)
 
         def at(level: float) -> Estimate:

@@ -83,6 +83,7 @@ def test_where_nothing_comes_back_the_interval_is_that_of_a_count() -> None:
     interval = coarse.interval()(0.95)
     # The chance of no event in 54 samples, with an event in a share of `high`, is 2.5 %.
     assert (interval.value, (1 - interval.high) ** coarse.samples) == (0.0, pytest.approx(0.025))
+    assert math.isnan(back_of(made, "nobody met it", 0.5).interval()(0.95).value)
 
 
 def test_rates_and_updates_are_those_of_samples_and_not_of_algorithms() -> None:
