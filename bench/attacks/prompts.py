@@ -177,7 +177,7 @@ def most(measured: Sequence[Columns]) -> Columns:
             if not isinstance(scores, Scores) or not isinstance(known, Scores):
                 best[column] = known if isinstance(known, Scores) else scores
                 continue
-            better = scores.values > known.values
+            better = (scores.values > known.values) | np.isnan(known.values)
             texts = None
             if scores.texts is not None and known.texts is not None:
                 texts = tuple(np.where(better, np.array(scores.texts, object), np.array(known.texts, object)).tolist())

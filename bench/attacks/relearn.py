@@ -8,10 +8,12 @@ from __future__ import annotations
 import random
 import tempfile
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import torch
 from transformers import PreTrainedModel
 
 from algorithms.corpus import make_corpus
@@ -19,10 +21,11 @@ from algorithms.group import Group
 from algorithms.history import Progress
 from algorithms.ray_train import TrainingJob, unlearner_of
 from algorithms.recipe import Execution, learning
+from algorithms.unlearner import Diverged
 from bench.attacks.attack import Probe
 from bench.attacks.weights import linear_weights, prune_, put_back
 from bench.metrics.table import Columns
-from bench.metrics.values import Unmeasured
+from bench.metrics.values import Missing, Unmeasured
 from bench.tasks import Record
 from scoring.eval_mode import in_eval_mode
 from scoring.progress import metered
@@ -105,14 +108,37 @@ class Relearn:
 
             # What is trained keeps its flags of what needs a gradient.
             trainable = [p.requires_grad for p in model.parameters()]
-            unlearner = unlearner_of(job, model, Group(), ask, initial={})
-            try:
-                with in_eval_mode(model), metered(None):
-                    unlearner.run()
-            finally:
-                for p, needed in zip(model.parameters(), trainable, strict=True):
-                    p.requires_grad_(needed)
-                    p.grad = None
+            with in_float32(model):
+                unlearner = unlearner_of(job, model, Group(), ask, initial={})
+                try:
+                    with in_eval_mode(model), metered(None):
+                        unlearner.run()
+                except Diverged as error:
+                    # It is known until then; and nobody wants to lose all the other attacks.
+                    reason = str(error).partition(";")[0]
+                    if not measured:
+                        raise Unmeasured(reason) from None
+                    nothing: Columns = {column: Missing(reason) for column in measured[-1][1]}
+                    measured += [(step, nothing) for step in self.updates if step > measured[-1][0]]
+                finally:
+                    for p, needed in zip(model.parameters(), trainable, strict=True):
+                        p.requires_grad_(needed)
+                        p.grad = None
         if not measured:
             raise Unmeasured("training ended before the first measurement")
         yield from measured
+
+
+@contextmanager
+def in_float32(model: PreTrainedModel) -> Iterator[None]:
+    """Within the context the model computes with a copy of its weights in fp32: an update at a small rate is less than
+    what bf16 can add to a weight. Afterwards the weights are those of before, which nobody has changed."""
+    tensors = [t for t in (*model.parameters(), *model.buffers()) if t.is_floating_point() and t.dtype != torch.float32]
+    before = [t.data for t in tensors]
+    try:
+        for t in tensors:
+            t.data = t.data.float()
+        yield
+    finally:
+        for t, data in zip(tensors, before, strict=True):
+            t.data = data

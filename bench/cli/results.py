@@ -104,6 +104,8 @@ def add_to_store(root: str, paths: Sequence[str], experiment: str | None, said: 
 def _results_add(arguments: argparse.Namespace) -> None:
     from bench.results.open_unlearning import Said
 
+    if (arguments.seed or 0) < 0:
+        raise UserError(f"--seed is {arguments.seed}: expected a number of at least 0")
     said = Said(arguments.algorithm, arguments.model, arguments.split, arguments.seed)
     add_to_store(arguments.store, arguments.paths, arguments.experiment, said)
 

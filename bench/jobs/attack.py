@@ -133,7 +133,8 @@ def attack_spec(
     if finished := ready.finished(overwrite):
         return AttackResult(out, finished[0], {"spec": identity} | finished[1])
     started = time.perf_counter()
-    first = models[MODEL]
+    # What does not fit into the context of one of them is put to none.
+    first = dataclasses.replace(models[MODEL], max_length=min(model.max_length for model in models.values()))
     questions = Questions(_asking(spec, metrics), first, spec.benign)
     with Parts(out, identity) as parts:
         # A model that is the same as another is not attacked twice.

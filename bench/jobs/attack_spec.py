@@ -19,7 +19,7 @@ from bench.jobs.evaluation_spec import (
     TaskName,
     ToxicityModel,
 )
-from bench.metrics import METRICS
+from bench.metrics import METRICS, knowledge_sign
 from bench.metrics.choice import choose_metrics
 from bench.models.find import ModelName
 from bench.tasks import Task
@@ -93,13 +93,18 @@ class AttackSpec(AttackSettings, TemplateSettings):
             UserError: the task has no such metric, or it does not say what is known.
         """
         if self.metrics is None:
-            names = [name for name in WRITTEN if name in task.metrics] or [
-                name for name in task.completeness if name in METRICS and _says_knowledge(name)
-            ]
+            known = [name for name in task.completeness if name in METRICS and _says_knowledge(name)]
+            written = [name for name in WRITTEN if name in task.metrics]
+            # Not every task whose MA is known has answers that are judged by it.
+            names = written if "rr" in written or not known else known
+            if not names:
+                raise UserError(
+                    f"task {task.name!r} names no metric that says what is known: name some as {named('metrics')}"
+                )
             return choose_metrics(task, names)
         metrics = self.evaluation().metrics_of(task)
         if wrong := next((name for name in metrics if not _says_knowledge(name)), None):
-            possible = [name for name in METRICS if _says_knowledge(name)]
+            possible = [name for name in task.metrics if name in METRICS and _says_knowledge(name)]
             raise UserError(
                 f"{named('metrics')} {wrong}: cannot be attacked, as it is no mean of what is known of samples; "
                 f"{expected_one_of(wrong, possible)}"
@@ -116,4 +121,5 @@ _SHARED = (
 
 def _says_knowledge(name: str) -> bool:
     metric = METRICS[name]
-    return not metric.compares and all(quantity in KNOWLEDGE for _, quantity in metric.columns)
+    knows = not metric.compares and all(quantity in KNOWLEDGE for _, quantity in metric.columns)
+    return knows and knowledge_sign(name) != 0

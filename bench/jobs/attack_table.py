@@ -29,7 +29,7 @@ import pyarrow as pa
 from bench.attacks import Attack
 from bench.jobs.probe import Measured as Points
 from bench.jobs.probe import only
-from bench.metrics import METRICS
+from bench.metrics import METRICS, knowledge_sign
 from bench.metrics.table import MODEL, ORIGINAL, RETAIN_ONLY, Columns, estimated, sample_rows
 from bench.metrics.values import Column, Measured, Missing, Scores, Unmeasured
 from bench.stats.estimates import mean, over_sets
@@ -176,10 +176,10 @@ def _metric_rows(part: _Part, names: Sequence[str], seed: int) -> Iterator[dict[
 
 def _curve_rows(part: _Part, metrics: Sequence[str], seed: int) -> Iterator[dict[str, Any]]:
     for role, points in part.points.items():
-        updates = [at for at in points if at is not None]
-        if len(updates) < 2:
-            continue
         for name in metrics:
+            updates = [at for at, columns in points.items() if at is not None and _all_there(name, columns)]
+            if len(updates) < 2:
+                continue
             at = {"attack": part.attack, "family": part.family, "updates": updates[-1], "model": role, "name": name}
             try:
                 curve = _Curve.of(name, part, role, updates)
@@ -193,7 +193,12 @@ def _curve_rows(part: _Part, metrics: Sequence[str], seed: int) -> Iterator[dict
             if math.isfinite(half.value):
                 yield {**at, "level": "half", **_fields(half.value, half.low, half.high, curve.count)}
             else:
-                yield {**at, "level": "half", "missing": f"not within {updates[-1]} updates"}
+                reason = f"not within {updates[-1]} updates" if curve.has_lost() else "nothing was lost"
+                yield {**at, "level": "half", "missing": reason}
+
+
+def _all_there(name: str, columns: Columns) -> bool:
+    return all(isinstance(columns.get(column), Scores) for column in METRICS[name].columns)
 
 
 @dataclass(frozen=True)
@@ -240,9 +245,7 @@ class _Curve:
     def half(self, rows: np.ndarray) -> np.ndarray:
         """Updates until half of the way from the unattacked model to the original is made, linearly between points; nan
         where it is not, or where nothing was lost."""
-        assert self.original is not None
-        values = self.values(rows)
-        lost = self._value(self.original, rows) - values[0]
+        values, lost = self.values(rows), self._lost(rows)
         with np.errstate(invalid="ignore", divide="ignore"):
             share = (values - values[0]) / lost
         reached = share >= 0.5
@@ -251,7 +254,15 @@ class _Curve:
         here, there = (np.take_along_axis(share, place[None], 0)[0] for place in (first, before))
         with np.errstate(invalid="ignore", divide="ignore"):
             found = self.at[before] + (0.5 - there) / (here - there) * (self.at[first] - self.at[before])
-        return np.where(reached.any(0) & (first > 0), found, np.nan)
+        return np.where(reached.any(0) & (first > 0) & (lost * knowledge_sign(self.name) > 0), found, np.nan)
+
+    def has_lost(self) -> bool:
+        """Whether the original model knows more than the unattacked one."""
+        return bool(self._lost(np.arange(self.count)) * knowledge_sign(self.name) > 0)
+
+    def _lost(self, rows: np.ndarray) -> np.ndarray:
+        assert self.original is not None
+        return self._value(self.original, rows) - self._value(self.columns[0], rows)
 
 
 # --- Samples that come back ---------------------------------------------------------------------------------
@@ -300,7 +311,7 @@ def _worst_rows(rows: Sequence[Mapping[str, Any]], metrics: Sequence[str]) -> It
                 and not row["attack"].endswith(UNTAUGHT)
             ]
             if values:
-                sign = -1 if METRICS[name].higher_is_better else 1
+                sign = knowledge_sign(name)
                 yield {**max(values, key=lambda row: sign * row["value"]), "level": "worst"}
 
 

@@ -150,7 +150,8 @@ class AttackTask:
 
 def probe_of(questions: Questions, device: str) -> TaskProbe:
     """The probe of these questions, made once in a process."""
-    key = f"{questions.evaluation!r} {questions.model.fingerprint} {questions.benign} {device}"
+    model = questions.model
+    key = f"{questions.evaluation!r} {model.fingerprint} {model.max_length} {questions.benign} {device}"
     if key not in _PROBES:
         _PROBES.clear()
         _PROBES[key] = TaskProbe(questions, device)

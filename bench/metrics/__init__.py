@@ -7,7 +7,7 @@ For logs made elsewhere, `tofu_metrics(logs, retain_logs)` computes TOFU's metri
 layout.
 """
 
-from bench.metrics.registry import ATTACKED, GROUPS, METRICS, Metric, limits_of
+from bench.metrics.registry import ATTACKED, GROUPS, METRICS, Metric, knowledge_sign, limits_of
 from bench.metrics.tofu import tofu_metrics
 
-__all__ = ["ATTACKED", "GROUPS", "METRICS", "Metric", "limits_of", "tofu_metrics"]
+__all__ = ["ATTACKED", "GROUPS", "METRICS", "Metric", "knowledge_sign", "limits_of", "tofu_metrics"]

@@ -18,7 +18,7 @@ import numpy as np
 
 from bench.metrics import membership, tofu
 from bench.metrics.leakage import KS
-from bench.metrics.values import Column, Measured, Unmeasured
+from bench.metrics.values import Column, Measured, Scores, Unmeasured
 from bench.tasks import lume, rwku
 from bench.tasks.whp import ZERO_SHOT
 from scoring.registry import Registry
@@ -55,6 +55,18 @@ METRICS: Registry[Metric] = Registry("metric", of=Metric)
 
 PAPER_UC, PAPER_UT = "paper, Section 5.2.1", "paper, Section 5.2.2"
 TOFU = "Maini et al. 2024 (TOFU)"
+
+
+def knowledge_sign(name: str) -> int:
+    """1 if a metric grows with the values of its columns, -1 if it falls, 0 if neither: as of an average of what is
+    forgotten and what is kept."""
+    metric = METRICS[name]
+    with np.errstate(all="ignore"):
+        none, all_of_it = (
+            float(metric.statistic(Measured({c: Scores(("",), np.full(1, value)) for c in metric.columns})))
+            for value in (0.0, 1.0)
+        )
+    return (all_of_it > none) - (all_of_it < none)
 
 
 # --- Statistics and averages --------------------------------------------------------------------------------

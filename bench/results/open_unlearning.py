@@ -87,8 +87,8 @@ def read_open_unlearning(path: Path, said: Said) -> ForeignRun:
     metrics, left_out = _metrics(measured, path)
     if not metrics:
         raise UserError(
-            f"{path}: none of its metrics ({', '.join(measured) or 'there are none'}) is one of ours; expected "
-            f"{EXPECTED}, such as forget_Q_A_Prob"
+            f"{path}: none of its metrics ({', '.join(measured) or 'there are none'}) is one of ours and has a value; "
+            f"expected {EXPECTED}, such as forget_Q_A_Prob"
         )
     whose = _whose(path, said, task)
     identity = {

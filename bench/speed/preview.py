@@ -70,6 +70,9 @@ def plan_lines(preview: Preview, name: str | None) -> Iterator[str]:
     Raises:
         UserError: no such profile.
     """
+    if not preview.sets:
+        yield "time    not planned: all that is asked are questions of lm-evaluation-harness"
+        return
     job, devices, starts = planned(preview)
     profile = find_profile(name) if name else here()
     if job is None or profile is None:

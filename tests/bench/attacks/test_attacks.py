@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -33,6 +35,7 @@ from bench.jobs.resources import Resources
 from bench.metrics.leakage import best_of
 from bench.metrics.values import Missing, Scores
 from bench.models.find import find_model
+from bench.tasks.datasets import find_task
 from scoring.errors import UserError
 from scoring.generation import Drawn, drawn_continuations, greedy_continuations
 from scoring.load import load_model
@@ -186,6 +189,11 @@ def test_families_and_the_most_of_them(tmp_path: Path) -> None:
     best = most([one, two, {("forget", "ma"): Missing("too long")}])[("forget", "ma")]
     assert isinstance(best, Scores)
     assert (best.values.tolist(), best.texts) == ([0.2, 0.9], ("z", "y"))
+    first, second = ({("forget", "ma"): Scores(("a",), np.array([value]))} for value in (np.nan, 0.3))
+    for both in ([first, second], [second, first]):
+        best = most(both)[("forget", "ma")]
+        assert isinstance(best, Scores)
+        assert best.values.tolist() == [0.3]
 
 
 # --- The verb -----------------------------------------------------------------------------------------------
@@ -283,6 +291,63 @@ def test_relearning_is_a_plain_training_run(attacked: AttackResult, models: dict
             assert scores.values[place] == pytest.approx(float((-loss().detach()).exp()), rel=1e-4)
 
 
+def test_small_steps_are_not_lost_in_bf16(models: dict[str, Path], task: Path) -> None:
+    spec = spec_of(models, task, metrics="forget_probability", samples=4)
+    probe = probe_of(Questions(spec.checked().evaluation(), find_model(str(models["model"]))), "cpu")
+    known: dict[str, float] = {}
+    for dtype in ("float32", "bfloat16"):
+        model = load_model(str(models["model"]), dtype)
+        before = {name: p.detach().clone() for name, p in model.named_parameters()}
+        (_, columns), (_, later) = Relearn("forget", 1.0, 2e-5, (1, 9), 0).under(model, probe)
+        for name, p in model.named_parameters():
+            assert p.dtype == before[name].dtype
+            assert torch.equal(p, before[name])
+        first, last = columns["forget", "probability"], later["forget", "probability"]
+        assert isinstance(first, Scores)
+        assert isinstance(last, Scores)
+        known[dtype] = float((last.values - first.values).mean())
+    assert known["float32"] > 0
+    assert known["bfloat16"] == pytest.approx(known["float32"], rel=0.2)
+
+
+def test_what_goes_wrong_with_one_is_said_of_it_alone(models: dict[str, Path], task: Path, tmp_path: Path) -> None:
+    """A rate at which training diverges; a model that has lost nothing; a retain-only model with a short context."""
+    short = shutil.copytree(models["retain_model"], tmp_path / "short")
+    config = json.loads((short / "config.json").read_text())
+    (short / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 15}))
+    named = {"model": models["original"], "original": models["original"], "retain_model": short}
+    settings = {"attacks": ["relearn"], "taught": ["forget"], "shares": [1.0], "metrics": "rr,ma,retain_rr"}
+    spec = spec_of(named, task, **settings, learning_rates=[5e-3, 1e6], updates=[1, 2, 6])
+    result = attack_spec(spec, tmp_path / "attacks.parquet", HERE, progress=False)
+    assert 0 < len(values(result, "model", "none", "ma")) < len(records("forget"))
+    of_all = rows(result, level="metric", model="model", name="ma", attack="relearn forget 1, rate 1e+06")
+    assert of_all["missing"].isna().tolist()[0]
+    assert of_all["missing"].tolist()[-1].startswith("training diverged at update")
+    for name in ("rr", "ma"):
+        (half,) = rows(result, level="half", model="model", name=name, attack="relearn forget 1, rate 0.005")["missing"]
+        assert half == "nothing was lost"
+    # More is known where more of the retain set is answered, though that is better.
+    known = rows(result, level="metric", model="model", name="retain_rr")["value"]
+    assert rows(result, level="worst", model="model", name="retain_rr")["value"].item() == known.max() > known.min()
+
+
+@pytest.mark.parametrize(
+    ("task_name", "expected"),
+    [
+        ("authors", ["rr", "ma", "forget_probability"]),
+        ("authors-muse", ["verbmem_f", "knowmem_f"]),
+        ("authors-rwku", ["rwku_fb", "rwku_qa", "rwku_aa", "rwku_forget"]),
+        ("authors-lume", ["lume_forget_regurgitation", "lume_forget_knowledge"]),
+        ("compounds", ["wmdp_cyber", "wmdp_chem", "wmdp_bio", "wmdp_average"]),
+        ("replies", ["real_toxicity", "safe_toxicity"]),
+        ("novel", ["seen_rouge", "unseen_rouge"]),
+    ],
+)
+def test_what_is_attacked_unless_it_is_said(task_name: str, expected: list[str]) -> None:
+    found = AttackSpec(model="m", task=task_name).metrics_of(find_task(task_name)[0])
+    assert sorted(found) == sorted(expected)
+
+
 def test_the_table_against_its_own_samples(attacked: AttackResult) -> None:
     name = "relearn forget 0.5, rate 0.005"
     model, never, original = (values(attacked, role, "none", "ma") for role in ("model", "retain-only", "original"))
@@ -343,6 +408,14 @@ def test_a_model_that_is_the_retain_only_one_recovers_nothing_more(
     assert "already done" in capsys.readouterr().err
     assert main(["spec", str(tmp_path / "a.parquet")]) == 0
     assert "attacks: [quantise, noise]" in capsys.readouterr().out
+
+
+def test_a_dry_run_of_questions_of_the_harness_alone(
+    models: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--model", str(models["model"]), "--task", "compounds", "--out", str(tmp_path / "a.parquet"), "--dry-run"]
+    assert main(["attack", *flags]) == 0
+    assert "not planned: all that is asked are questions of lm-evaluation-harness" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -141,6 +141,7 @@ def test_a_run_of_muse_is_scored_from_its_texts(tmp_path: Path) -> None:
         (RUN, '{"forget_Q_A_Prob": ', "TOFU_EVAL.json, line 1: not JSON"),
         (RUN, "[1]", "expected what open-unlearning's evaluation writes"),
         (RUN, {"wikitext": 3.0}, "none of its metrics (wikitext) is one of ours"),
+        (RUN, {"forget_Q_A_Prob": None}, "none of its metrics (forget_Q_A_Prob) is one of ours and has a value"),
         (RUN, {}, "none of its metrics (there are none)"),
         (RUN, {"forget_Q_A_Prob": "high"}, "metric 'forget_Q_A_Prob'"),
         (RUN, {"forget_Q_A_Prob": {"agg_value": [1]}}, "a number as agg_value"),
