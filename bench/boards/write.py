@@ -12,6 +12,7 @@ from bench.boards.page import TITLE as PAGE_TITLE
 from bench.boards.page import columns, page, table_rows
 from bench.boards.text import standings_latex
 from bench.files.folders import HEAD_BYTES, MadeFolders, refuse_foreign, unwritable
+from bench.metrics import ATTACKED
 from bench.report import figures
 from bench.report.document import title_element
 from bench.report.words import markdown_table
@@ -111,7 +112,8 @@ def overview(ranked: Sequence[Board], notes: Sequence[str]) -> str:
         parts.append(", ".join(f"{name} {value}" for name, value in board.about.items()) + ".\n")
         if board.metrics:
             parts.append(f"![Completeness against utility, and every selection](board-{number}.png)\n")
-        for metric in board.trade_off or tuple(board.metrics)[:1]:
+        robustness = [name for name in board.metrics if name == f"{ATTACKED}completeness"]
+        for metric in (*(board.trade_off or tuple(board.metrics)[:1]), *robustness):
             parts.append(_table(board, metric))
             parts += [f"{sentence}\n" for sentence in board.sentences[metric]]
     if notes:

@@ -268,22 +268,24 @@ def plan(arguments: argparse.Namespace) -> None:
 def tasks(arguments: argparse.Namespace) -> None:
     from bench.tasks import TASKS
 
+    width = max(map(len, TASKS)) + 2
     for task in TASKS.values():
-        print(f"{task.name:<12}{task.about}")
+        print(f"{task.name:<{width}}{task.about}")
         data = "generated here"
         if task.source_is:
             data = f"{task.source or 'none by itself'}; {task.name}:SOURCE, {task.source_is}"
-        print(f"{'':<12}forget split {task.default_split}; data: {data}")
-        print(f"{'':<12}splits: {', '.join(task.splits)}")
+        print(f"{'':<{width}}forget split {task.default_split}; data: {data}")
+        print(f"{'':<{width}}splits: {', '.join(task.splits)}")
 
 
 def metrics(arguments: argparse.Namespace) -> None:
     from bench.metrics import GROUPS, METRICS
     from bench.tasks import TASKS
 
+    width = max(map(len, METRICS)) + 2
     for name, metric in METRICS.items():
         of = [task.name for task in TASKS.values() if name in task.metrics]
-        print(f"{name:<26}{'↑' if metric.higher_is_better else '↓'} {metric.definition}")
-        print(f"{'':<28}{metric.title}; {metric.source}; tasks: {', '.join(of) or 'those that have its sets'}")
+        print(f"{name:<{width}}{'↑' if metric.higher_is_better else '↓'} {metric.definition}")
+        print(f"{'':<{width + 2}}{metric.title}; {metric.source}; tasks: {', '.join(of) or 'those that have its sets'}")
     for group, names in GROUPS.items():
         print(f"\n--metrics {group}: those of {', '.join(names)} that a task has the sets for")

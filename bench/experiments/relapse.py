@@ -24,10 +24,9 @@ from bench.jobs.sweep_tables import SweepResult, as_table
 from bench.metrics.leakage import KS
 from bench.metrics.table import MODEL, ORIGINAL
 from bench.report.figures import BLUE, GREEN, MUTED, ORANGE, VERMILLION, Draw, error_bars
-from bench.report.verdicts import by_claim
 from bench.report.words import interval_columns, listed, markdown_table, with_ci
-from bench.stats.estimates import LEVEL, Estimate, over_seeds, spearman
-from bench.stats.verdicts import Claim, Interval, bootstrapped, decide, over_runs
+from bench.stats.estimates import LEVEL, Estimate, over_seeds, rank_share_correlation
+from bench.stats.verdicts import Claim, Interval, Verdict, bootstrapped, decide, over_runs
 from scoring.errors import UserError
 from scoring.files import replacing
 from scoring.reading import read_parquet
@@ -43,7 +42,8 @@ PREDICTORS = {"MRD": -1, "flip time": +1, "initial NLL": -1, "updates until forg
 UNTAUGHT = ", untaught"
 COLOURS = {"MRD": VERMILLION, "flip time": BLUE, "initial NLL": GREEN, "updates until forgotten": ORANGE}
 LEAKS = tuple(f"leak_{k}" for k in KS)
-LEAST_SAMPLES = 20  # whose correlations mean anything
+# Samples, and returns of samples in all runs, of which there must be so many for a correlation.
+LEAST_SAMPLES, LEAST_RETURNS = 20, 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -259,7 +259,7 @@ class Back:
         """The mean of that over the selections. Where nothing came back anywhere, there is no spread between them: then
         the interval is that of 0 in so many samples (Clopper and Pearson 1934)."""
         beyond = self.beyond()
-        if any(beyond):
+        if any(beyond) or not self.samples:
             return over_runs(beyond)
 
         def at(level: float) -> Estimate:
@@ -312,6 +312,11 @@ def back_of(samples: Sequence[Sample], attack: str, known: float) -> Back:
     forgotten = {sample.sample_id for sample, _ in under(samples, attack) if sample.last(NONE) < known}
     knows = {selection: float(np.mean(values)) for selection, values in never.items()}
     return Back(attack, means, knows, len(forgotten))
+
+
+def returns_of(samples: Sequence[Sample], attack: str, known: float) -> int:
+    """How often a forgotten sample comes back, over all runs."""
+    return sum(sample.last(NONE) < known <= sample.last(name) for sample, name in under(samples, attack))
 
 
 def relapse_rates(samples: Sequence[Sample], attack: str, known: float) -> dict[str, float]:
@@ -374,10 +379,13 @@ def answer(of_quantity: Mapping[str, Sequence[Sample]], spec: RelapseSpec, margi
         for attack in attacks
         for predictor in PREDICTORS
     }
-    estimates = {
-        key: spearman(*pair) if len(pair[0]) >= LEAST_SAMPLES else Estimate(math.nan, math.nan, math.nan)
-        for key, pair in relations.items()
+    returns = {attack: returns_of(samples, attack, spec.known) for attack in attacks}
+    relations = {
+        (attack, predictor): pair
+        for (attack, predictor), pair in relations.items()
+        if len(pair[0]) >= LEAST_SAMPLES and returns[attack] >= LEAST_RETURNS
     }
+    estimates = {key: rank_share_correlation(*pair) for key, pair in relations.items()}
     decided = decide([*_claims_back(backs[first], margins[BACK]), *_claims_told(relations, margins[CORRELATION])])
     worst = max(backs[first], key=lambda back: float(np.mean(back.beyond())) if back.beyond() else -math.inf)
     sentences = [
@@ -385,7 +393,7 @@ def answer(of_quantity: Mapping[str, Sequence[Sample]], spec: RelapseSpec, margi
         _table(backs[first]),
         _told(estimates, attacks),
         *(_other(name, backs[name], spec) for name in list(QUANTITIES)[1:]),
-        f"The claims: {'. '.join(by_claim(decided))}.",
+        _verdicts(decided),
     ]
     tables = {
         "relapse-back": as_table([row for name in QUANTITIES for row in _back_rows(name, backs[name])]),
@@ -395,7 +403,8 @@ def answer(of_quantity: Mapping[str, Sequence[Sample]], spec: RelapseSpec, margi
                     "attack": attack,
                     "predictor": predictor,
                     "samples": len(relations[attack, predictor][0]),
-                    **interval_columns("spearman", estimate),
+                    "returns": returns[attack],
+                    **interval_columns("correlation", estimate),
                 }
                 for (attack, predictor), estimate in estimates.items()
             ]
@@ -426,20 +435,22 @@ def _claims_back(backs: Sequence[Back], margin: float) -> list[Claim]:
 def _claims_told(relations: Mapping[tuple[str, str], tuple[np.ndarray, np.ndarray]], margin: float) -> list[Claim]:
     """That what is hard to forget comes back: under the attack that trains on other samples, or else the first."""
     attacks = list(dict.fromkeys(attack for attack, _ in relations))
-    chosen = next((attack for attack in attacks if attack.endswith(UNTAUGHT)), attacks[0])
+    chosen = next((attack for attack in attacks if attack.endswith(UNTAUGHT)), next(iter(attacks), None))
     return [
         Claim(
             "what is hard to forget comes back",
             f"rank correlation of how often a sample comes back with its {predictor}, {attack}",
             PREDICTORS[predictor],
             margin,
-            bootstrapped(spearman, *pair),
+            bootstrapped(rank_share_correlation, *pair),
             len(pair[0]),
             "samples",
             "correlation",
+            # Spearman's was meant at first. It made an order of the tiny differences between algorithms.
+            exploratory=True,
         )
         for (attack, predictor), pair in relations.items()
-        if attack == chosen and len(pair[0]) >= LEAST_SAMPLES
+        if attack == chosen
     ]
 
 
@@ -474,12 +485,37 @@ def _table(backs: Sequence[Back]) -> str:
     )
 
 
-def _told(estimates: Mapping[tuple[str, str], Estimate], attacks: Sequence[str]) -> str:
-    rows = [[attack, *(with_ci(estimates[attack, predictor]) for predictor in PREDICTORS)] for attack in attacks]
+def _told(of_attack: Mapping[tuple[str, str], Estimate], attacks: Sequence[str]) -> str:
+    rows = [
+        [
+            attack,
+            *(with_ci(of_attack[attack, predictor]) for predictor in PREDICTORS if (attack, predictor) in of_attack),
+        ]
+        for attack in attacks
+        if any((attack, predictor) in of_attack for predictor in PREDICTORS)
+    ]
+    told = [name for name in PREDICTORS if any((attack, name) in of_attack for attack in attacks)]
     return (
-        "Rank correlation, over samples, with how often a sample comes back beyond its algorithm's rate:\n\n"
-        + markdown_table(["attack", *PREDICTORS], rows)
+        "Who comes back: correlation, over samples, of their ranks by what is known beforehand with how often they "
+        f"come back beyond their algorithm's rate; of attacks under which samples came back {LEAST_RETURNS} times or "
+        "more:\n\n" + markdown_table(["attack", *told], rows)
     )
+
+
+def _verdicts(decided: Sequence[Verdict]) -> str:
+    """Verdicts on what comes back, by verdict; on what tells, one by one."""
+    attacks: dict[str, list[str]] = {}
+    for verdict in decided:
+        if verdict.claim.unit == "selections":
+            attacks.setdefault(verdict.word, []).append(verdict.claim.effect.partition(", ")[2])
+    parts = [f"{word}: {listed(names)}" for word, names in attacks.items()]
+    told = [
+        f"{verdict.claim.effect.partition(', ')[0].rpartition('its ')[2]} {verdict.word}"
+        for verdict in decided
+        if verdict.claim.unit == "samples"
+    ]
+    text = f"That forgotten samples come back, beyond the margin: {'; '.join(parts)}."
+    return text + (f" That what is hard to forget comes back: {'; '.join(told)}." if told else "")
 
 
 def _other(quantity: str, backs: Sequence[Back], spec: RelapseSpec) -> str:
@@ -585,8 +621,8 @@ def _predictors(estimates: Mapping[tuple[str, str], Estimate], attacks: Sequence
         axes.axvline(0, color=MUTED, linewidth=1)
         for place, predictor in enumerate(PREDICTORS):
             for row, attack in enumerate(attacks):
-                estimate = estimates[attack, predictor]
-                if math.isfinite(estimate.value):
+                estimate = estimates.get((attack, predictor))
+                if estimate is not None and math.isfinite(estimate.value):
                     axes.errorbar(
                         estimate.value,
                         -row + 0.3 - 0.2 * place,
@@ -599,8 +635,8 @@ def _predictors(estimates: Mapping[tuple[str, str], Estimate], attacks: Sequence
             axes.plot([], [], "o", color=COLOURS[predictor], label=predictor)
         axes.set_yticks([-float(row) for row in range(len(attacks))], [""] * len(attacks))
         axes.set_ylim(-len(attacks) + 0.3, 0.7)
-        axes.set_xlabel("rank correlation with how often a sample comes back, 95 % CI")
-        axes.legend(loc="upper center", bbox_to_anchor=(0.5, 1.12), ncols=4)
+        axes.set_xlabel("correlation with how often a sample comes back, 95 % CI")
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, 1.1), ncols=4)
 
     return draw
 

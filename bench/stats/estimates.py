@@ -70,6 +70,18 @@ def rank_correlation(x: np.ndarray, y: np.ndarray, axis: int = -1) -> np.ndarray
     return _pearson(_centred_ranks(x, axis), _centred_ranks(y, axis), axis)
 
 
+def rank_share_correlation(
+    x: np.ndarray, y: np.ndarray, resamples: int = RESAMPLES, level: float = LEVEL, seed: int = 0
+) -> Estimate:
+    """Pearson's correlation of the ranks of x with y itself, both (N,). For a y that is nearly the same for most, such
+    as how often something rare happens: ranks would make an order of differences that mean nothing."""
+
+    def correlation(x: np.ndarray, y: np.ndarray, axis: int) -> np.ndarray:
+        return _pearson(_centred_ranks(x, axis), y - y.mean(axis=axis, keepdims=True), axis)
+
+    return _bootstrapped(correlation, (x, y), True, resamples, level, seed)
+
+
 def partial_spearman(
     x: np.ndarray,
     y: np.ndarray,

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from bench.jobs.resources import Resources
 from bench.jobs.unlearn import UnlearnSpec, unlearn
 from scoring.cluster import Footprint
 from scoring.errors import UserError
-from scoring.generation import greedy_continuations
+from scoring.generation import Drawn, greedy_continuations
 from scoring.load import load_model
 from scoring.memorization import extraction_likelihood
 from scoring.mrd import Request, estimate, reduce_draws
@@ -54,6 +55,7 @@ MODELS = [(architecture, tied) for architecture in ("llama", "qwen3", "gpt2") fo
 SAMPLES = random_samples(12)
 BATCHES = make_batches(SAMPLES, 100)
 PROMPTS, LIMITS = [sample.input_ids[:3] for sample in SAMPLES], [8] * 11 + [0]
+DRAWS = 300
 
 
 class Host:
@@ -147,6 +149,8 @@ def everything(replica: Any) -> dict[str, Any]:
         "survival": replica.perturbation_survival,
         "forwards": replica.forwards,
         "written": replica.greedy_continuations(PROMPTS, LIMITS, EOS),
+        "drawn": [replica.drawn_continuations(PROMPTS, LIMITS, _drawn(LIMITS, seed), EOS) for seed in (1, 1, 2)],
+        "first": replica.drawn_continuations([PROMPTS[0]] * DRAWS, [1] * DRAWS, _drawn([1] * DRAWS, 0), None),
         "el": replica.extraction_likelihood(SAMPLES, 2, EOS),
     }
 
@@ -201,6 +205,25 @@ def test_greedy_continuations(both: Both) -> None:
     assert sum(len(tokens) for tokens in expected) > 20
     for there, here in zip(both.there["written"], expected, strict=True):
         np.testing.assert_array_equal(there, here)
+
+
+def _drawn(limits: Sequence[int], seed: int) -> Drawn:
+    return Drawn([np.random.default_rng([seed, row]).random(limit) for row, limit in enumerate(limits)], 1.3)
+
+
+def test_drawn_continuations(both: Both) -> None:
+    """The same seed draws the same, and another one does not; tokens follow the model's distribution: their mean
+    log-prob is its expectation, within four standard errors."""
+    one, again, other = ([tokens.tolist() for tokens in answers] for answers in both.there["drawn"])
+    assert one == again
+    assert one != other
+    with torch.no_grad():
+        logits = both.here.model(torch.from_numpy(PROMPTS[0])[None]).logits[0, -1].double()
+    logprobs = (logits / 1.3).log_softmax(-1).numpy()
+    expected = float((np.exp(logprobs) * logprobs).sum())
+    spread = math.sqrt(float((np.exp(logprobs) * (logprobs - expected) ** 2).sum()))
+    found = np.mean([logprobs[tokens[0]] for tokens in both.there["first"]])
+    assert abs(found - expected) < 4 * spread / math.sqrt(DRAWS)
 
 
 def test_extraction_likelihood(both: Both) -> None:

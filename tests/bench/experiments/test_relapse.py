@@ -83,6 +83,7 @@ def test_where_nothing_comes_back_the_interval_is_that_of_a_count() -> None:
     interval = coarse.interval()(0.95)
     # The chance of no event in 54 samples, with an event in a share of `high`, is 2.5 %.
     assert (interval.value, (1 - interval.high) ** coarse.samples) == (0.0, pytest.approx(0.025))
+    assert math.isnan(back_of(made, "nobody met it", 0.5).interval()(0.95).value)
 
 
 def test_rates_and_updates_are_those_of_samples_and_not_of_algorithms() -> None:
@@ -113,8 +114,8 @@ def test_the_answer() -> None:
         TRAINED: (True, 8, 8),
         COARSE: (False, None, 8),
     }
-    assert len(found.tables["relapse-predictors"]) == 3 * len(PREDICTORS)
-    other = [sample("GA", 0, number, back=number < 5) for number in range(40)]
+    assert len(found.tables["relapse-predictors"]) == 2 * (len(PREDICTORS) - 1)  # nothing came back under the other
+    other = [sample("GA", selection, number, back=number < 5) for selection in range(8) for number in range(40)]
     turned = answer(dict.fromkeys(QUANTITIES, other), RelapseSpec(retain_model="x"), {"back": 0.1, "correlation": 0.3})
     assert CONTRADICTED in {verdict.word for verdict in turned.verdicts}
     known = [sample("GA", 0, number, back=False, forgotten=False) for number in range(4)]

@@ -496,11 +496,19 @@ def test_every_field_is_in_one_of_the_lists() -> None:
 
 
 @pytest.mark.parametrize("more", EXECUTION.values(), ids=EXECUTION)
-def test_how_a_run_is_executed_is_not_its_identity(whole: Whole, capsys: pytest.CaptureFixture[str], more: str) -> None:
+def test_how_a_run_is_executed_is_not_its_identity(
+    whole: Whole, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], more: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
     before = content(whole.folder)
     assert run([*whole.command, *more.split()]) == 0
     assert "holds this run" in capsys.readouterr().err
-    assert content(whole.folder) == before
+    after = content(whole.folder)
+    logs = {path for path in after if path.startswith("logs")}  # of a finished run, too, where they are asked for
+    assert {path: after[path] for path in after if path not in logs} == before
+    assert bool(logs) == (more == EXECUTION["log"])
+    assert (tmp_path / "nowhere").is_dir() == (more == EXECUTION["log_dir"])
+    shutil.rmtree(whole.folder / "logs", ignore_errors=True)
 
 
 @pytest.mark.parametrize("field", IDENTITY)
