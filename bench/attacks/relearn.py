@@ -71,9 +71,7 @@ class Relearn:
         """Those that are taught, in the order of the set."""
         if self.taught != "forget":
             return list(records)
-        count = max(1, round(self.share * len(records)))
-        chosen = sorted(random.Random(f"relearn/{self.seed}").sample(range(len(records)), count))
-        return [records[i] for i in chosen]
+        return share_of(records, self.share, self.seed)
 
     def under(self, model: PreTrainedModel, probe: Probe) -> Iterator[tuple[int | None, Columns]]:
         taught = self.records(probe.records(self.taught))
@@ -127,6 +125,13 @@ class Relearn:
         if not measured:
             raise Unmeasured("training ended before the first measurement")
         yield from measured
+
+
+def share_of(records: Sequence[Record], share: float, seed: int) -> list[Record]:
+    """A share of a set, at least one record, drawn by a seed; in the order of the set."""
+    count = max(1, round(share * len(records)))
+    chosen = sorted(random.Random(f"relearn/{seed}").sample(range(len(records)), count))
+    return [records[i] for i in chosen]
 
 
 @contextmanager

@@ -63,7 +63,7 @@ def sets_of(
             raise UserError(
                 f"{spec.task}, split {splits[name]!r}: the {name} set is empty; expected at least one record"
             )
-        records = [{**record, "id": str(record.get("id", i))} for i, record in enumerate(records)]
+        records = with_ids(records)
         check_ids(f"{spec.task}, split {splits[name]!r}", [record["id"] for record in records])
         if name == "forget" and spec.selection is not None:
             records = _selected(records, spec.selection, f"{spec.task}, split {splits[name]!r}")
@@ -71,6 +71,11 @@ def sets_of(
             records = evenly_spaced(records, spec.samples)
         sets[name], rejected[name] = _fitting(name, records, models, spec.chosen_template())
     return sets, rejected
+
+
+def with_ids(records: Sequence[Record]) -> list[Record]:
+    """The records, those without an "id" with their place as one."""
+    return [{**record, "id": str(record.get("id", place))} for place, record in enumerate(records)]
 
 
 def _selected(records: Sequence[Record], selection: str, where: str) -> list[Record]:

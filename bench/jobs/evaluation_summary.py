@@ -8,8 +8,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from bench.attacks.relearn import BATCH_SIZE
 from bench.jobs.evaluate import EvaluationResult
-from bench.jobs.relearn import BATCH_SIZE
 from bench.metrics import METRICS
 from bench.metrics.table import MODEL, ORIGINAL, RETAIN_ONLY
 from bench.tasks import Task

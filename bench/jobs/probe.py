@@ -10,14 +10,14 @@ from transformers import PreTrainedModel
 
 from algorithms.corpus import Encoder
 from bench.attacks import PLAINLY, Asked, Attack
-from bench.jobs.evaluation_sets import Sets
+from bench.jobs.evaluation_sets import Sets, with_ids
 from bench.jobs.evaluation_spec import EvaluateSpec
-from bench.jobs.trial_metrics import TrialMetrics
+from bench.jobs.trial_metrics import TrialMetrics, of_ids
 from bench.jobs.unlearn import encoder_of
 from bench.metrics import METRICS
 from bench.metrics.harness import HARNESS
 from bench.metrics.table import Columns
-from bench.metrics.values import Missing, Scores, Unmeasured
+from bench.metrics.values import Missing, Unmeasured
 from bench.models.find import ModelReference
 from bench.tasks import Record
 from bench.tasks.datasets import find_task, load_dataset
@@ -90,15 +90,15 @@ class TaskProbe:
         task, source = find_task(spec.task)
         split = spec.split or task.default_split
         if name == "retain":
-            return _with_ids(task.load(task.retain_of[split], source, self.encoder.tokenizer))
+            return with_ids(task.load(task.retain_of[split], source, self.encoder.tokenizer))
         if self._questions.benign is not None:
-            return _with_ids(load_dataset(self._questions.benign).records)
+            return with_ids(load_dataset(self._questions.benign).records)
         splits = task.evaluation(split)
         general = [splits[name] for name in GENERAL if name in splits]
         if not general:
             raise Unmeasured(f"task {task.name!r} has no set of general knowledge: name a data file with --benign")
         try:
-            return _with_ids([record for part in general for record in task.load(part, source, self.encoder.tokenizer)])
+            return with_ids([record for part in general for record in task.load(part, source, self.encoder.tokenizer)])
         except UserError as error:
             raise Unmeasured(str(error)) from None
 
@@ -111,17 +111,13 @@ class TaskProbe:
             return records
         spec = self._questions.evaluation
         task, source = find_task(spec.task)
-        return _with_ids(task.load(spec.split or task.default_split, source, self.encoder.tokenizer))
+        return with_ids(task.load(spec.split or task.default_split, source, self.encoder.tokenizer))
 
     def texts(self, name: str, records: Sequence[Record]) -> TextSet:
         template = self._questions.evaluation.chosen_template()
         return TextSet(
             name, [as_text(name, number, record, template) for number, record in enumerate(records, start=1)]
         )
-
-
-def _with_ids(records: Sequence[Record]) -> list[Record]:
-    return [{**record, "id": str(record.get("id", place))} for place, record in enumerate(records)]
 
 
 # Of the last questions that were asked in this process.
@@ -174,7 +170,5 @@ def only(columns: Columns, ids: Sequence[str], set_name: str) -> Columns:
         if column[0] != set_name or isinstance(scores, Missing):
             kept[column] = scores
             continue
-        rows = [row for row, name in enumerate(scores.ids) if name in chosen]
-        texts = tuple(scores.texts[row] for row in rows) if scores.texts is not None else None
-        kept[column] = Scores(tuple(scores.ids[row] for row in rows), scores.values[rows], texts)
+        kept[column] = of_ids(scores, [name for name in scores.ids if name in chosen])
     return kept

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import random
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from bench.attacks.relearn import BATCH_SIZE, share_of
 from bench.jobs.train import fine_tuned
 from bench.tasks import Record
 from scoring.errors import UserError
-
-BATCH_SIZE = 4
 
 
 @dataclass(frozen=True)
@@ -47,11 +45,7 @@ def taught_again(source: str, records: Sequence[Record], protocol: Relearning, f
         folder: to work in; the same call goes on where it was stopped.
         progress: show a bar.
     """
-    chosen = sorted(
-        random.Random(f"relearn/{protocol.seed}").sample(
-            range(len(records)), max(1, round(protocol.share * len(records)))
-        )
-    )
+    chosen = share_of(records, protocol.share, protocol.seed)
     settings = {
         "max_steps": protocol.steps,
         "batch_size": BATCH_SIZE,
@@ -61,7 +55,7 @@ def taught_again(source: str, records: Sequence[Record], protocol: Relearning, f
         **protocol.template,
     }
     try:
-        return fine_tuned(source, [records[i] for i in chosen], settings, folder, progress).model
+        return fine_tuned(source, chosen, settings, folder, progress).model
     except UserError:
         shutil.rmtree(folder / "run", ignore_errors=True)
         raise

@@ -114,4 +114,6 @@ def of_ids(column: Scores | Missing, ids: Sequence[str] | None) -> Scores | Miss
     if isinstance(column, Missing) or ids is None:
         return column
     row_of = {name: row for row, name in enumerate(column.ids)}
-    return Scores(tuple(ids), column.values[[row_of[name] for name in ids]])
+    rows = [row_of[name] for name in ids]
+    texts = tuple(column.texts[row] for row in rows) if column.texts is not None else None
+    return Scores(tuple(ids), column.values[rows], texts)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -104,10 +105,11 @@ def test_a_metric_by_name_on_a_task_that_does_not_name_it(
     assert all(row["value"] is not None for row in rows)
     assert "verbosity ↓" in capsys.readouterr().out
     assert main(["metrics", "--plugin", str(plugin)]) == 0
-    listed = " ".join(capsys.readouterr().out.split())
-    assert "verbosity ↓ mean number of words in the greedy answer on the forget set" in listed
+    listed = capsys.readouterr().out
+    about = "mean number of words in the greedy answer on the forget set"
+    assert re.search(rf"^verbosity +↓ {about}$", listed, re.MULTILINE)
     assert main(["tasks", "--plugin", str(plugin)]) == 0
-    assert "squares twelve squares" in " ".join(capsys.readouterr().out.split())
+    assert re.search("^squares +twelve squares", capsys.readouterr().out, re.MULTILINE)
 
 
 @pytest.mark.parametrize(
