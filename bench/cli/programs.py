@@ -108,7 +108,7 @@ def benchmark_arguments(parser: argparse.ArgumentParser) -> None:
     add("--params", type=float, default=1e7, help="weights of the model, about (default: %(default)g)")
     add("--samples", type=int, default=32, help="that are scored, and forgotten (default: %(default)s)")
     add("--batch", type=int, default=8, help="samples in a batch (default: %(default)s)")
-    add("--draws", type=int, default=5, help="K of Monte Carlo (default: %(default)s)")
+    add("--draws", type=int, default=10, help="K of Monte Carlo (default: %(default)s)")
     add("--turns", type=int, default=5, help="how often each way is timed (default: %(default)s)")
 
     about = "the training loop against transformers' Trainer, and unlearning with MRD against without"

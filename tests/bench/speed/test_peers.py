@@ -61,9 +61,9 @@ def test_peers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert name in printed
         assert len(row["cpu_seconds"]) == 2
         assert (row["drift"] > 0) == name.startswith("public")
-    # Four draws of each way have the same error; the closed form has that of rounding.
-    assert mrd["gradient"]["largest_error"] < 1e-5
-    assert all(row["error"] < 1.5 for row in mrd.values())
+    # Four draws of each way have the same error, 0.76 / 2; the closed form has that of rounding.
+    assert mrd["gradient"]["error"] < 1e-5
+    assert all(0.1 < row["error"] < 0.8 for name, row in mrd.items() if name != "gradient")
     # Kept noise takes as much as the weights, and is not counted where it is drawn once more.
     assert mrd[KEPT]["peak_weights"] > mrd["public way, noise drawn again"]["peak_weights"] + 0.5
     # The frozen copy is the difference; everything else is the same training.
