@@ -11,16 +11,32 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from scoring.errors import UserError
+from scoring.settings import named
+
+
+def refuse_what_cannot_recompute(model: nn.Module) -> None:
+    """For a setting that asks for it.
+
+    Raises:
+        UserError: the model has no layers that can.
+    """
+    if not _layers(model):
+        raise UserError(f"{named('gradient_checkpointing')}: {type(model).__name__} does not support it; leave it out")
+
+
+def _layers(model: nn.Module) -> list[Any]:
+    return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+
 
 @contextmanager
-def recomputed(model: nn.Module) -> Iterator[int]:
-    """Within the context the decoder layers of a model in eval mode keep their inputs alone; gives how many do: 0 for a
-    model that cannot.
+def recomputed(model: nn.Module) -> Iterator[None]:
+    """Within the context the decoder layers of a model in eval mode keep their inputs alone.
 
     The first pass of a layer runs without gradients and the second, when the backward pass comes to it, with them: so
     hooks see which is which.
     """
-    layers: list[Any] = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    layers = _layers(model)
     with ExitStack() as stack:
         for layer in layers:
             # Layers look at their own mode alone; what is in them stays in eval mode.
@@ -34,7 +50,7 @@ def recomputed(model: nn.Module) -> Iterator[int]:
             for name, value in changes.items():
                 stack.callback(_put_back, layer, name, vars(layer).get(name, _MISSING))
                 setattr(layer, name, value)
-        yield len(layers)
+        yield
 
 
 _MISSING = object()
