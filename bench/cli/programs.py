@@ -104,6 +104,13 @@ def benchmark_arguments(parser: argparse.ArgumentParser) -> None:
     add("--samples", type=int, default=32, help="in a batch (default: %(default)s)")
     add("--turns", type=int, default=5, help="how often each way is timed (default: %(default)s)")
 
+    add = benchmark("peers", "MRD the public way and NPO by a plain Trainer, against the same here", _peers)
+    add("--params", type=float, default=1e7, help="weights of the model, about (default: %(default)g)")
+    add("--samples", type=int, default=32, help="that are scored, and forgotten (default: %(default)s)")
+    add("--batch", type=int, default=8, help="samples in a batch (default: %(default)s)")
+    add("--draws", type=int, default=10, help="K of Monte Carlo (default: %(default)s)")
+    add("--turns", type=int, default=5, help="how often each way is timed (default: %(default)s)")
+
     about = "the training loop against transformers' Trainer, and unlearning with MRD against without"
     add = on_data("unlearning", about, _unlearning)
     add("--retain", help="split of the task or data file of what is to be kept (default: the task's own)")
@@ -183,6 +190,13 @@ def _experts(arguments: argparse.Namespace) -> None:
     from bench.speed import experts
 
     experts.run_benchmark(arguments.experts, arguments.samples, arguments.turns, out)
+
+
+def _peers(arguments: argparse.Namespace) -> None:
+    out = _out(arguments)
+    from bench.speed import peers
+
+    peers.run_benchmark(arguments.params, arguments.samples, arguments.batch, arguments.draws, arguments.turns, out)
 
 
 def _unlearning(arguments: argparse.Namespace) -> None:
