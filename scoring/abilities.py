@@ -48,14 +48,15 @@ class Abilities:
         """The rows that may share a batch: their numbers, a (B_i,) tensor for each batch.
 
         Args:
-            lengths: (B,) tokens of each row.
+            lengths: (B,) tokens of each row. A GPU is asked for them only where they matter: it would first have to
+                end what it is doing.
         """
         if not self.batches:
             kinds = torch.arange(len(lengths))
         elif not self.pads:
-            kinds = lengths
+            kinds = lengths.cpu()
         elif self.switch is not None:
-            kinds = lengths > self.switch
+            kinds = lengths.cpu() > self.switch
         else:
             return [torch.arange(len(lengths))]
         return [torch.nonzero(kinds == kind)[:, 0] for kind in kinds.unique()]

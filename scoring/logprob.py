@@ -136,7 +136,7 @@ def row_by_row(
     """What `compute` gives for the rows of a batch, tensors of (B, S, ...), in one go where all rows may share a batch
     under this model, see `Abilities.alike`; else for those together that may."""
     able = abilities_of(model)
-    groups = able.alike(batch.lengths.cpu())
+    groups = able.alike(batch.lengths)
     if len(groups) == 1:
         return compute(batch, able)
     most = batch.positions.shape[1]
