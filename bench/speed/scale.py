@@ -1,8 +1,9 @@
 """`mrd-bench benchmark scale`: what everything costs as models grow, as it was and as it is, in one run and in turns.
 
-On Llamas of random weights, one batch of samples, one thread. Times are in forward passes over the same tokens, memory
-in multiples of the weights (weights included, and what an optimizer keeps), and beside both stands what `mrd-bench
-plan` says by the profile of a machine. "Before" are all logits at once, and second derivatives by forward mode twice.
+On Llamas of random weights, one batch of samples, one thread. Times are the processor's, or a GPU's, in forward passes
+over the same tokens; memory is in multiples of the weights, with these and what an optimizer keeps. Beside both stands
+what `mrd-bench plan` says by the profile of a machine. "Before" are all logits at once, and second derivatives by
+forward mode twice.
 """
 
 from __future__ import annotations
@@ -29,7 +30,9 @@ from bench.models.embedded import FAMILIES, train_tokenizer
 from bench.speed.figures import (
     device_name,
     interval,
+    now,
     peak_bytes,
+    processor_now,
     require_at_least,
     seconds_in_turns,
     write_figures,
@@ -118,7 +121,7 @@ def _measure(size: float, tokens: int, turns: int, machine: Profile | None, fold
             print(f"{name}: left out, the memory that is free is less than {NEEDED[name]} times the weights")
     for work in works.values():
         work()  # a first time that does not count
-    seconds = seconds_in_turns(works, turns)
+    seconds = seconds_in_turns(works, turns, now if torch.cuda.is_available() else processor_now)
     planned = _planned(machine, shape, batch) if machine else {}
     rows = {
         name: _row(name, seconds, _peak(work, held.get(name, [model])) / weights, planned, weights)
