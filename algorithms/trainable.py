@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
@@ -113,9 +114,11 @@ class Trainable:
         forward_pass = ForwardPass(self.model, layer)
         self._forward: nn.Module = forward_pass
         if sharded:
+            # Said, because torch would take the machine's GPUs also for workers that are on its CPU.
+            mesh = init_device_mesh(self.device.type, (group.size,))
             for block in decoder_layers(self.model):
-                fully_shard(block)
-            fully_shard(self.model)
+                fully_shard(block, mesh=mesh)
+            fully_shard(self.model, mesh=mesh)
         elif group.size > 1:
             # The layers above `layer` take no part in a pass that ends there.
             self._forward = DistributedDataParallel(

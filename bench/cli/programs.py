@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from bench.cli.flags import Parser, add_settings, settings_from, whole_numbers
+from bench.cli.flags import Parser, add_settings, amounts, settings_from, whole_numbers
 from bench.cli.jobs import with_threads
 from scoring.errors import UserError
 from scoring.reading import exists, read_json
@@ -139,6 +139,13 @@ def benchmark_arguments(parser: argparse.ArgumentParser) -> None:
     add("--draws", type=int, default=200, help="K of Monte Carlo (default: %(default)s)")
     add("--batch-tokens", type=int, default=8192, help="tokens a batch (default: %(default)s)")
 
+    about = "what everything costs as models grow, in forward passes and weights, before and now"
+    add = benchmark("scale", about, _scale)
+    add("--sizes", type=amounts, default="1e7,4e7,1.35e8", help="weights of the models (default: %(default)s)")
+    add("--tokens", type=int, default=512, help="of the batch (default: %(default)s)")
+    add("--turns", type=int, default=3, help="how often each part is timed (default: %(default)s)")
+    add("--profile", help="of a machine, whose plans stand beside: a known one, or a file of `benchmark plan`")
+
     benchmark("plan", "the constants of `mrd-bench plan` on this machine, and its sums against runs", _plan)
 
     about = "how often intervals cover and claims are false, on simulated data, before faults were mended and now"
@@ -241,6 +248,13 @@ def _engines(arguments: argparse.Namespace) -> None:
     from bench.speed import engines
 
     engines.run_benchmark(arguments.model, arguments.data, arguments.split, arguments.samples, out)
+
+
+def _scale(arguments: argparse.Namespace) -> None:
+    out = _out(arguments)
+    from bench.speed import scale
+
+    scale.run_benchmark(arguments.sizes, arguments.tokens, arguments.turns, arguments.profile, out)
 
 
 def _gpu(arguments: argparse.Namespace) -> None:

@@ -85,10 +85,11 @@ def run_tasks(pool: Pool, tasks: Sequence[ReplicaTask], shards: Sequence[Sequenc
         pass
 
 
-def peak_bytes(model: torch.nn.Module, work: Callable[[], object]) -> int:
-    """The most bytes that the weights of a model and the tensors of some work take together."""
+def peak_bytes(model: torch.nn.Module, work: Callable[[], object], held: Sequence[torch.Tensor] = ()) -> int:
+    """The most bytes that the weights of a model, what is held beside them, and the tensors of some work take
+    together."""
     with TensorMemory() as memory:
-        memory.count(*model.parameters())
+        memory.count(*model.parameters(), *held)
         work()
     return memory.peak
 

@@ -43,10 +43,18 @@ def random_llama(vocabulary: int, width: int, layers: int, heads: int, **changes
     return LlamaForCausalLM(config)
 
 
-def random_llama_folder(folder: Path, tokenizer: Any, width: int, layers: int, heads: int, **changes: Any) -> Path:
-    """A folder with a Llama of random weights and a tokenizer, see `random_llama`; it is made if it is not there."""
+def random_llama_folder(
+    folder: Path, tokenizer: Any, width: int, layers: int, heads: int, vocabulary: int | None = None, **changes: Any
+) -> Path:
+    """A folder with a Llama of random weights and a tokenizer, see `random_llama`; it is made if it is not there.
+
+    Args:
+        vocabulary: tokens that the model knows; None: those of the tokenizer.
+    """
     if not folder.exists():
-        model = random_llama(len(tokenizer), width, layers, heads, max_position_embeddings=CONTEXT, **changes)
+        model = random_llama(
+            vocabulary or len(tokenizer), width, layers, heads, max_position_embeddings=CONTEXT, **changes
+        )
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
     return folder

@@ -254,7 +254,7 @@ def _compare_training(spec: UnlearnSpec, turns: int, folder: Path) -> dict[str, 
     apart, moved = (
         distance((p.detach(), q.detach().to(p.device)) for p, q in zip(ours, theirs, strict=True))[1]
         for ours, theirs in (
-            (loop.unlearner.trained.model.parameters(), trainer.model.parameters()),
+            (loop.unlearner.trained.model.parameters(), trainer.model.parameters()),  # type: ignore[union-attr]
             (loop.unlearner.trained.model.parameters(), initial.parameters()),
         )
     )
