@@ -204,7 +204,7 @@ def _made(size: float, tokens: int, folder: Path) -> UnlearnSpec:
 
 
 def _parts(model: PreTrainedModel, batch: Batch) -> tuple[Works, dict[str, _Held]]:
-    replica = TransformersReplica(model)
+    replica, drawing = TransformersReplica(model), TransformersReplica(model)
     trial = TrialUpdates(model, UpdateSettings())
     forecaster = Forecaster(model, trial, gradient_ascent)
     prompts = [batch.input_ids[row, : int(batch.positions[row, 0]) + 1].cpu().numpy() for row in range(len(batch))]
@@ -216,8 +216,8 @@ def _parts(model: PreTrainedModel, batch: Batch) -> tuple[Works, dict[str, _Held
 
     def draw() -> None:
         # The weights stay where they are, as within a task; what else is measured takes as long with them.
-        replica.perturb(SIGMA, 0, 1)
-        replica.logprobs(batch)
+        drawing.perturb(SIGMA, 0, 1)
+        drawing.logprobs(batch)
 
     def at_once(work: Callable[[], object]) -> Callable[[], object]:
         def run() -> None:
@@ -239,7 +239,7 @@ def _parts(model: PreTrainedModel, batch: Batch) -> tuple[Works, dict[str, _Held
         ANSWER: partial(replica.greedy_continuations, prompts, [NEW_TOKENS] * len(prompts), None),
     }
     return works, {
-        DRAW: _Held(model, lambda: replica.kept),
+        DRAW: _Held(model, lambda: drawing.kept),
         CURVATURE: _Held(model, lambda: replica.kept),
         FLIP_TIME: _Held(model, lambda: trial.kept),
     }
