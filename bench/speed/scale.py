@@ -31,6 +31,7 @@ from bench.models.embedded import FAMILIES, train_tokenizer
 from bench.speed.figures import (
     device_name,
     interval,
+    matmul_flops,
     now,
     peak_bytes,
     processor_now,
@@ -54,6 +55,7 @@ from scoring.updates import TrialUpdates, UpdateSettings, clip_gradients, make_o
 SIGMA = 1e-5
 HEAD_DIM = 64
 NEW_TOKENS = 16
+MATMUL_SIZE = 2048
 LENGTH = 3  # how many times the words of a made text there are
 FORWARD, DRAW, FLIP_TIME, ANSWER = "forward", "Monte Carlo draw", "flip time", "answer"
 GRADIENT, CURVATURE, RECOMPUTED = "gradient", "curvature", "gradient, recomputed"
@@ -145,7 +147,10 @@ def _measure(size: float, tokens: int, turns: int, machine: Profile | None, fold
             print(f"{name}: left out, the memory that is free is less than {NEEDED[name]} times the weights")
     for work in works.values():
         work()  # a first time that does not count
-    seconds = seconds_in_turns(works, turns, now if torch.cuda.is_available() else processor_now)
+    clock = now if torch.cuda.is_available() else processor_now
+    seconds = seconds_in_turns(works, turns, clock)
+    peak = matmul_flops(MATMUL_SIZE, model.device.type, clock=clock)
+    flops = shape.forward_flops(int(batch.lengths.sum()), int(batch.mask.sum()), float(batch.lengths.float().mean()))
     planned = _planned(machine, shape, batch) if machine else {}
     nothing = _Held(model, list)
     rows = {
@@ -163,7 +168,9 @@ def _measure(size: float, tokens: int, turns: int, machine: Profile | None, fold
         "scored": int(batch.mask.sum()),
         "seconds": seconds,
         "rows": rows,
+        "draw_share_of_matmul_peak": flops / float(np.median(seconds[DRAW])) / peak,
     }
+    print(f"a Monte Carlo draw reaches {result['draw_share_of_matmul_peak']:.0%} of the speed of a matrix product")
     for name, one, other in (
         ("loop against bare loop", BARE, "update, GradDiff"),
         ("curvature, before / now", BEFORE[CURVATURE], CURVATURE),
