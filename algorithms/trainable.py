@@ -34,6 +34,9 @@ from scoring.samples import Batch
 from scoring.settings import named
 from scoring.updates import OptimizerName, make_optimizer
 
+# They look at a matrix as a whole, or have kernels for plain tensors alone.
+OF_WHOLE_WEIGHTS: tuple[OptimizerName, ...] = ("adafactor", "adamw-8bit")
+
 
 @dataclass(frozen=True)
 class Lora:
@@ -68,7 +71,8 @@ class Trainable:
             (Ilharco et al. 2023); 0: what is trained.
 
     Raises:
-        UserError: no parameter matches `trainable`, or the adapters cannot be put on.
+        UserError: no parameter matches `trainable`, the adapters cannot be put on, or the optimizer does not work on
+            shards.
     """
 
     def __init__(
@@ -123,6 +127,8 @@ class Trainable:
                 find_unused_parameters=layer is not None,
             )
         self._parameters = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        if optimizer in OF_WHOLE_WEIGHTS:
+            self.refuse_shards("optimizer", optimizer)
         self.optimizer = make_optimizer(self._parameters.values(), optimizer, learning_rate, weight_decay)
 
     def forward(self, batch: Batch, names: Sequence[Output]) -> dict[str, torch.Tensor]:
@@ -218,14 +224,15 @@ class Trainable:
             for layer in self._recomputing:
                 layer.training = True
 
-    def refuse_shards(self, setting: str) -> None:
-        """For a setting that needs whole weights in training.
+    def refuse_shards(self, setting: str, value: str = "") -> None:
+        """For a setting, or a value of one, that needs whole weights in training.
 
         Raises:
             UserError: they are sharded.
         """
         if isinstance(self.model, FSDPModule):
-            raise UserError(f"{named(setting)} needs whole weights, and strategy fsdp shards them: use strategy ddp")
+            name = f"{named(setting)} {value}".rstrip()
+            raise UserError(f"{name} needs whole weights, and strategy fsdp shards them: use strategy ddp")
 
     @property
     def parameters(self) -> list[nn.Parameter]:
@@ -252,6 +259,8 @@ class Trainable:
             for name, p in self._parameters.items()
             for key, value in self.optimizer.state.get(p, {}).items()
         }
+        # Counters of updates may be plain whole numbers.
+        tensors = {name: torch.tensor(value) if isinstance(value, int) else value for name, value in tensors.items()}
         if self.keeps_own_weights:
             tensors |= {f"trained.{name}": p for name, p in self._parameters.items()}
         return {name: value.contiguous().clone() for name, value in _on_cpu(tensors).items()}
@@ -272,16 +281,19 @@ class Trainable:
         with torch.no_grad():
             for name, p in self._parameters.items():
                 p.copy_(_like(state[f"trained.{name}"] if self.keeps_own_weights else weights[name], p))
-        for name, p in self._parameters.items():
-            # Plain gradient descent has none.
-            moments = {key: state.get(f"optimizer.{name}.{key}") for key in ("step", "exp_avg", "exp_avg_sq")}
-            if moments["step"] is not None:
-                self.optimizer.state[p] = {
-                    # The step counter is a scalar, on the device where fused AdamW keeps it.
-                    key: value.to(self.device) if key == "step" else _like(value, p)
-                    for key, value in moments.items()
-                    if value is not None
-                }
+        for full_name, value in state.items():
+            kind, _, rest = full_name.partition(".")
+            if kind == "optimizer":
+                name, _, key = rest.rpartition(".")
+                p = self._parameters[name]
+                self.optimizer.state[p][key] = self._restored(value, p)
+
+    def _restored(self, value: torch.Tensor, p: nn.Parameter) -> torch.Tensor | int:
+        """A part of a parameter's optimizer state, as the optimizer keeps it."""
+        if value.dim():
+            return _like(value, p)
+        # Fused AdamW keeps its counter on the device of the weights.
+        return value.to(self.device) if value.is_floating_point() else int(value)
 
 
 def _on_cpu(tensors: Mapping[str, Any]) -> dict[str, torch.Tensor]:
@@ -291,7 +303,7 @@ def _on_cpu(tensors: Mapping[str, Any]) -> dict[str, torch.Tensor]:
 
 def _like(value: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
     """A whole tensor, or this worker's shard of it, as a parameter has it on this worker."""
-    value = value.to(p.device, p.dtype)
+    value = value.to(p.device)
     return distribute_tensor(value, p.device_mesh, p.placements) if isinstance(p, DTensor) else value.clone()
 
 

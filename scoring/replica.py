@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 from scoring.abilities import check_fp64, notes_on
-from scoring.curvature import second_derivative_sum_by_reverse_mode, second_derivatives_along_signs
+from scoring.curvature import Way, second_derivative_sum_by_reverse_mode, second_derivatives_along_signs
 from scoring.engine import Replica
 from scoring.errors import UserError, first_line
 from scoring.generation import Drawn, drawn_continuations, greedy_continuations
@@ -19,6 +19,7 @@ from scoring.load import copied, loading_notes
 from scoring.logprob import scored_logits, scored_logprobs, token_logprobs, vocabulary_moments
 from scoring.memorization import extraction_likelihood
 from scoring.perturbation import Perturbation
+from scoring.recompute import refuse_what_cannot_recompute
 from scoring.sample_gradients import (
     ScalarOfSample,
     UnsupportedModule,
@@ -80,9 +81,15 @@ class TransformersReplica:
     Args:
         model: the model, in eval mode, on its device; its weights are the base that `restore` restores.
         allow_lost_perturbation: score even if storage rounds the perturbation away.
+        gradient_checkpointing: gradients compute activations twice instead of keeping them.
+
+    Raises:
+        UserError: the model cannot do that.
     """
 
-    def __init__(self, model: PreTrainedModel, allow_lost_perturbation: bool = False) -> None:
+    def __init__(
+        self, model: PreTrainedModel, allow_lost_perturbation: bool = False, gradient_checkpointing: bool = False
+    ) -> None:
         # TF32 keeps 10 bits: a perturbation of 1e-5 on a weight of 0.02 would not reach the product.
         torch.set_float32_matmul_precision("highest")
         self.model = model
@@ -97,8 +104,11 @@ class TransformersReplica:
         self.notes: list[str] = [*loading_notes(model), *notes_on(model)]
         self._allow_lost = allow_lost_perturbation
         self._perturbation: Perturbation | None = None
+        self._recompute = gradient_checkpointing
+        if gradient_checkpointing:
+            refuse_what_cannot_recompute(model)
         self._batched_gradients: bool | None = None
-        self._curvature_checked = False
+        self._curvature_way: Way | None = None
         if self.dtype == torch.float64:
             check_fp64(model)
 
@@ -222,7 +232,7 @@ class TransformersReplica:
         if self._batched_gradients:
             self.forwards += 1
             self.backwards += 1
-            return per_sample_gradient_norms(self.model, batch, scalar_of)
+            return per_sample_gradient_norms(self.model, batch, scalar_of, self._recompute)
         self.forwards += len(batch)
         self.backwards += len(batch)
         return autograd_norms(self.model, batch, scalar_of)
@@ -230,7 +240,7 @@ class TransformersReplica:
     def _batched_gradients_agree(self, batch: Batch, scalar_of: ScalarOfSample) -> bool:
         few = batch.rows(0, min(2, len(batch))).to(self.device)
         try:
-            batched = per_sample_gradient_norms(self.model, few, scalar_of)[0]
+            batched = per_sample_gradient_norms(self.model, few, scalar_of, self._recompute)[0]
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # whatever it is, a sample at a time does without it
@@ -254,33 +264,51 @@ class TransformersReplica:
     def second_derivatives(self, batch: Batch, seed: int, draw: int) -> torch.Tensor:
         """v^T (grad^2 P_t) v along random signs v over all parameters, (B, S).
 
-        It differentiates twice in forward mode, so nothing cancels and bfloat16 is safe. Before the first use one
-        sample is compared with differentiating twice in reverse mode.
+        It differentiates twice going forward, so nothing cancels and bfloat16 is safe. Before the first use one sample
+        is compared with differentiating twice in reverse mode: first by series, and where the two differ, or an
+        operation's series is not known, by torch's forward mode.
 
         Raises:
-            UserError: the two differ: the model has a function that torch cannot differentiate twice.
+            UserError: neither agrees: the model has a function that torch cannot differentiate twice.
         """
         batch = batch.to(self.device)
-        if not self._curvature_checked:
-            self._check_curvature(batch, seed, draw)
-            self._curvature_checked = True
+        if self._curvature_way is None:
+            self._curvature_way = self._way_to_curvature(batch, seed, draw)
         self.forwards += 1
-        return second_derivatives_along_signs(self.model, batch, seed, draw)
+        return second_derivatives_along_signs(self.model, batch, seed, draw, self._curvature_way)
 
-    def _check_curvature(self, batch: Batch, seed: int, draw: int) -> None:
+    def _way_to_curvature(self, batch: Batch, seed: int, draw: int) -> Way:
         single = batch.rows(0, 1).to(self.device)
         # In fp32, so that a difference is an error and not rounding.
         model = self.model if self.dtype in (torch.float32, torch.float64) else copied(self.model, torch.float32)
         try:
-            forward = second_derivatives_along_signs(model, single, seed, draw)
             reverse = second_derivative_sum_by_reverse_mode(model, single, seed, draw)
+            if self._curvature_error(model, single, seed, draw, "series", reverse) <= CURVATURE_TOLERANCE:
+                return "series"
+            difference = self._curvature_error(model, single, seed, draw, "forward mode", reverse)
         except (UserError, torch.OutOfMemoryError):
             raise
         except Exception as error:
             raise self._no_curvature(f"{type(error).__name__}: {first_line(error)}") from error
-        difference = abs(forward.sum().item() - reverse) / forward.abs().sum().item()
         if not difference <= CURVATURE_TOLERANCE:
             raise self._no_curvature(f"forward and reverse mode differ by {difference:.0%} on the first sample")
+        return "forward mode"
+
+    @staticmethod
+    def _curvature_error(
+        model: PreTrainedModel, single: Batch, seed: int, draw: int, way: Way, reverse: float
+    ) -> float:
+        """How far second derivatives are from reverse mode's sum, relative to the sum of their absolute values; inf
+        where series stop at an operation."""
+        try:
+            found = second_derivatives_along_signs(model, single, seed, draw, way)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception:
+            if way == "series":  # whatever it is, torch's forward mode does without it
+                return math.inf
+            raise
+        return abs(found.sum().item() - reverse) / found.abs().sum().item()
 
     def _no_curvature(self, reason: str) -> UserError:
         return UserError(
