@@ -145,6 +145,11 @@ class TrialUpdates:
         """The weights that take part."""
         return list(self._live.values())
 
+    @property
+    def kept(self) -> list[torch.Tensor]:
+        """What is held in memory beside the weights."""
+        return list(self._base.values())
+
     def make_optimizer(self) -> torch.optim.Optimizer:
         """The optimiser of real updates, with empty moments."""
         settings = self._settings
