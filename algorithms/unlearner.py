@@ -39,7 +39,7 @@ from algorithms.trainable import Trainable
 from scoring.errors import UserError
 from scoring.flip_time import Outputs
 from scoring.progress import advance, expect, phase
-from scoring.samples import Batch, collate, default_batch_tokens
+from scoring.samples import Batch, collate, default_batch_tokens, sent
 
 # How often a term of the loss may outgrow that of the first update (or 1, if that was less). A mean NLL of 10,000 nats
 # per token is far beyond what even a wholly lost model has.
@@ -211,7 +211,8 @@ class Unlearner:
                 with self.trained.accumulating(last=number == len(micro_batches) - 1):
                     terms = weighed = self._terms(micro_batch, groups)
                     if micro_batch.set_name == "forget":
-                        weighed = terms * torch.from_numpy(factors[micro_batch.positions]).to(terms)
+                        of_samples = torch.from_numpy(factors[micro_batch.positions]).to(terms.dtype)
+                        weighed = terms * sent(of_samples, terms.device)
                     weight = self._weight(micro_batch.set_name) * micro_batch.counts / len(drawn)
                     # The workers' gradients are averaged, so each is multiplied by the number of workers.
                     (weighed.sum() * (weight * self.group.size)).backward()
