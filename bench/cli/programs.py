@@ -156,6 +156,7 @@ def benchmark_arguments(parser: argparse.ArgumentParser) -> None:
     add("--runs", type=int, default=10_000, help="number of made runs in the store (default: 10000)")
 
     add = benchmark("volume", "many samples, trials and runs: seconds, memory, and how they grow", _volume)
+    add("--model", default="authors", help="whose tokenizer reads what is made (default: authors)")
     each = "several sizes; 0 leaves them out (default: %(default)s)"
     add("--samples", type=whole_numbers, default="10000,100000", help=f"that are scored, {each}")
     add("--trials", type=whole_numbers, default="500,5000", help=f"of a sweep, with made results, {each}")
@@ -291,7 +292,8 @@ def _volume(arguments: argparse.Namespace) -> None:
     out = _out(arguments)
     from bench.speed import volume
 
-    volume.run_benchmark(arguments.samples, arguments.trials, arguments.runs, arguments.replicas, out)
+    sizes = (arguments.samples, arguments.trials, arguments.runs)
+    volume.run_benchmark(arguments.model, *sizes, arguments.replicas, out)
 
 
 def _statistics(arguments: argparse.Namespace) -> None:
