@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from transformers import PreTrainedModel
 
 from algorithms.group import Group
+from algorithms.initial import in_pieces
 from algorithms.recipe import Recipe
 from scoring.flip_time import Forecaster, Outputs
 from scoring.mrd import estimate, reduce_draws, request_for
@@ -69,14 +71,18 @@ def measure_forecasts(
     return np.array([forecast_of[sample.index] for sample in samples]), forecaster
 
 
-def weight_change(model: PreTrainedModel, initial: Mapping[str, torch.Tensor], group: Group) -> dict[str, float | None]:
+def weight_change(
+    weights: Iterable[tuple[str, torch.Tensor]], initial: Mapping[str, Any], group: Group
+) -> dict[str, float | None]:
     """How far the weights are from the initial model's: mean |Δθ| over all of them, and ‖Δθ‖.
 
     Args:
-        initial: the initial model's weights by name, at the first worker; the others need none.
+        weights: by name, at the first worker; the others need none.
+        initial: the initial model's weights by name, of which rows are taken: tensors, or `StoredTensors`.
     """
     change: dict[str, float | None] = {"mean_abs_delta": None, "delta_norm": None}
-    compared = [(p, initial[name]) for name, p in model.named_parameters() if name in initial]
-    if compared:
-        change["mean_abs_delta"], change["delta_norm"] = distance((p.detach().cpu(), base) for p, base in compared)
+    if initial and group.rank == 0:
+        change["mean_abs_delta"], change["delta_norm"] = distance(
+            (now.cpu(), base) for name, p in weights if name in initial for now, base in in_pieces(p, initial[name])
+        )
     return group.gathered({0: change} if group.rank == 0 else {})[0]

@@ -26,6 +26,7 @@ from algorithms.checkpoints import Checkpoints, NoCheckpoints
 from algorithms.corpus import Corpus, Evaluation
 from algorithms.group import ALONE, Group
 from algorithms.history import History, Progress
+from algorithms.initial import INITIAL, write_initial
 from algorithms.live import PROGRESS, LiveTables, progress_told, read_progress, write_progress
 from algorithms.passes import Head
 from algorithms.recipe import Execution, Objectives, Recipe, layer_of, total_updates
@@ -42,6 +43,7 @@ from scoring.plugins import Plugin, load_plugins, loaded_plugins
 from scoring.progress import every, phase
 from scoring.samples import Sample, default_batch_tokens
 from scoring.settings import adopt, current_naming, named
+from scoring.tensor_folder import StoredTensors
 from scoring.work import LocalPool, Pool, ReplicaSpec
 
 if TYPE_CHECKING:
@@ -93,6 +95,11 @@ class TrainingJob:
     @property
     def reference_path(self) -> Path:
         return self.folder / "reference.safetensors"
+
+    @property
+    def initial_path(self) -> Path:
+        """The folder of the initial weights, which is there while the run goes on."""
+        return self.folder / INITIAL
 
     @property
     def progress_files(self) -> tuple[Observe, ...]:
@@ -299,7 +306,7 @@ def unlearner_of(
     group: Group,
     observe: Observe = lambda _: None,
     report: Report = lambda _: None,
-    initial: Mapping[str, torch.Tensor] | None = None,
+    initial: Mapping[str, Any] | None = None,
 ) -> Unlearner:
     """The job on this worker, ready to run. The reference must have been computed.
 
@@ -307,12 +314,12 @@ def unlearner_of(
         model: the initial model, which is trained in place.
         group: this worker.
         observe, report: see `Unlearner`.
-        initial: the model's weights by name on the CPU, if the caller holds them already; None makes a copy.
+        initial: the model's weights by name on the CPU, if the caller holds them already; None writes them to a file
+            of the run, or makes a copy for a run that is too short for files.
     """
     objectives = Objectives.of(job.recipe)
     if initial is None:
-        parameters = model.named_parameters() if not group.rank else ()
-        initial = {name: p.detach().to("cpu", copy=True) for name, p in parameters}
+        initial = _initial_weights(job, model, group)
     head = Head(model) if "reference_logits" in objectives.inputs else None
     reference = Reference(job.reference_path) if objectives.reference_quantities() else None
     continued = job.source if job.continues_adapter else None
@@ -335,6 +342,17 @@ def unlearner_of(
     )
     unlearner.history.note(*loading_notes(model))
     return unlearner
+
+
+def _initial_weights(job: TrainingJob, model: PreTrainedModel, group: Group) -> Mapping[str, Any]:
+    """The initial model's weights by name, on every worker."""
+    if not job.keeps_checkpoints:
+        return {name: p.detach().to("cpu", copy=True) for name, p in model.named_parameters()}
+    if group.rank == 0 and not job.initial_path.is_dir():
+        with phase("writing the initial weights"):
+            write_initial(model, job.initial_path)
+    group.wait()
+    return StoredTensors(job.initial_path)
 
 
 def ensure_reference(

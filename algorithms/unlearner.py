@@ -65,7 +65,7 @@ class Unlearner:
         recipe: a resolved recipe.
         corpus: the samples.
         trained: the initial model, ready for training.
-        initial: the initial weights by name on the CPU, on the first worker; {} elsewhere.
+        initial: the initial weights by name, see `weight_change`; {} compares nothing.
         reference: what the initial model gives for the samples; None if no objective needs it.
         head: the initial model's output head; None if no objective compares distributions.
         checkpoints: where to continue from and to save to.
@@ -84,7 +84,7 @@ class Unlearner:
         recipe: Recipe,
         corpus: Corpus,
         trained: Trainable,
-        initial: Mapping[str, torch.Tensor],
+        initial: Mapping[str, Any],
         reference: Reference | None,
         head: Head | None,
         checkpoints: Checkpoints,
@@ -550,7 +550,7 @@ class Unlearner:
             row[name] = float(np.mean(losses)) if losses else None
         row["forgotten"] = self._share_forgotten()
         with self._clock("evaluation"), self.trained.whole_model() as model:
-            row |= weight_change(model, self._initial, self.group)
+            row |= weight_change(model.named_parameters(), self._initial, self.group)
             if self._target:
                 row[TRAINED_MA] = self._target.measured(model, self._batch_tokens, self.group)
             if self._evaluation and self._evaluation_is_due(self._evaluation.every, row):
