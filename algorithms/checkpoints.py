@@ -2,7 +2,8 @@
 has shown that training can go on from the newest.
 
     step-00000012/
-        model/                   loads with AutoModelForCausalLM.from_pretrained; fp32, adapters merged
+        model/                   loads with AutoModelForCausalLM.from_pretrained; fp32, adapters merged. Where adapters
+                                 are trained, or a negated change, only the last checkpoint has it
         adapter/                 of a run that trains adapters; loads with peft.PeftModel.from_pretrained
         training.safetensors     optimizer moments, and adapters
         history.json             everything else: the step, the sampler, the record of the run
@@ -129,7 +130,7 @@ class Checkpoints:
     def save(
         self,
         step: int,
-        model: PreTrainedModel,
+        model: PreTrainedModel | None,
         training: Mapping[str, torch.Tensor],
         history: Mapping[str, Any],
         save_adapter: Callable[[Path], None] = lambda _: None,
@@ -137,18 +138,30 @@ class Checkpoints:
         """Write a checkpoint. Only one worker calls this method and the following ones.
 
         Args:
+            model: the whole model; None leaves it out, see `add_model`.
             save_adapter: writes the adapter, if there is one, into the folder that it is given.
         """
         for leftover in self.folder.glob(".*.tmp"):
             shutil.rmtree(leftover)  # from a process that was killed
         unfinished = self.folder / f".step-{step:08d}.tmp"
         unfinished.mkdir(parents=True)
-        model.save_pretrained(unfinished / "model")
-        self._tokenizer.save_pretrained(unfinished / "model")
+        if model is not None:
+            self._save_model(model, unfinished / "model")
         save_adapter(unfinished / "adapter")
         save_file(dict(training), str(unfinished / "training.safetensors"))
         (unfinished / "history.json").write_text(json.dumps(history))
         unfinished.rename(self.folder / f"step-{step:08d}")
+
+    def _save_model(self, model: PreTrainedModel, folder: Path) -> None:
+        model.save_pretrained(folder)
+        self._tokenizer.save_pretrained(folder)
+
+    def add_model(self, checkpoint: Checkpoint, model: PreTrainedModel) -> None:
+        """Add the whole model to a checkpoint that was saved without it."""
+        unfinished = checkpoint.folder / ".model.tmp"
+        shutil.rmtree(unfinished, ignore_errors=True)  # from a process that was killed
+        self._save_model(model, unfinished)
+        unfinished.rename(checkpoint.model)
 
     def keep_newest(self) -> None:
         """Remove all checkpoints but the newest."""

@@ -129,8 +129,9 @@ def train_here(
     """
     with phase("loading the model"):
         model = load_model(job.source, "float32", device, job.revision)
-    ensure_reference(job, lambda: LocalPool(model), device)
+    ensure_reference(job, partial(LocalPool, model), device)
     unlearner = unlearner_of(job, model, ALONE, observe, report)
+    del model  # an adapter that is continued has a base of its own
     with progress_told(unlearner.progress, watch, *job.progress_files):
         return unlearner.run()
 
@@ -268,6 +269,7 @@ def _train_in_worker(config: dict[str, Any]) -> dict[str, Any]:
         load_plugins(job.plugins)
         model = load_model(job.source, "float32", device, job.revision)
         unlearner = unlearner_of(job, model, group, report=report)
+        del model  # an adapter that is continued has a base of its own
         with progress_told(unlearner.progress, *(() if group.rank else job.progress_files)):
             unlearner.run()
     except Diverged as error:
@@ -323,7 +325,7 @@ def unlearner_of(
     head = Head(model) if "reference_logits" in objectives.inputs else None
     reference = Reference(job.reference_path) if objectives.reference_quantities() else None
     continued = job.source if job.continues_adapter else None
-    trained = trainable_for(job.recipe, model, group, job.execution.gradient_checkpointing, continued)
+    trained = trainable_for(job.recipe, model, group, job.execution.gradient_checkpointing, continued, initial)
     unlearner = Unlearner(
         job.recipe,
         job.corpus,

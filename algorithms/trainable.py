@@ -1,15 +1,15 @@
 """A model in training: full weights or LoRA, in one process or spread over several.
 
 A global batch gives the same update for any number of workers: losses are divided by the size of the global batch and
-gradients are summed. Between updates MRD, stopping rule, evaluation and checkpoints get a transformers model with whole
-weights, however the training is spread.
+gradients are summed. Between updates MRD, stopping rule and evaluation look at the model in training itself: a whole
+copy is made only for what needs merged, whole or negated weights, and let go of afterwards.
 """
 
 from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,9 +24,11 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from algorithms.group import ALONE, Group
+from algorithms.initial import in_pieces
+from algorithms.measurements import weight_change
 from algorithms.passes import ForwardPass, Output, decoder_layers
 from algorithms.recipe import Recipe, layer_of
-from scoring.adapters import has_embeddings, merged, shared_weights
+from scoring.adapters import adds_a_product, has_embeddings, merged, merged_weights, shared_weights
 from scoring.errors import UserError
 from scoring.load import load_adapted
 from scoring.samples import Batch
@@ -65,6 +67,7 @@ class Trainable:
         seed: seed of the adapters' initial values.
         negation: s: everybody else sees initial - s (trained - initial) of the weights, a task vector taken away
             (Ilharco et al. 2023); 0: what is trained.
+        initial: the initial weights by name, of which rows are taken; for a negation.
 
     Raises:
         UserError: no parameter matches `trainable`, or the adapters cannot be put on.
@@ -85,10 +88,11 @@ class Trainable:
         gradient_checkpointing: bool = False,
         seed: int = 0,
         negation: float = 0.0,
+        initial: Mapping[str, Any] | None = None,
     ) -> None:
         self.group = group
         self._negation = negation
-        self._initial = {n: p.detach().cpu().clone() for n, p in model.named_parameters()} if negation else {}
+        self._initial = initial or {}
         self.device = next(model.parameters()).device
         self._bfloat16 = bfloat16
         self._adapted: Any = None
@@ -102,9 +106,9 @@ class Trainable:
         if trainable is not None:
             _freeze_all_but(self.model, trainable)
         sharded = group.size > 1 and group.strategy == "fsdp"
-        # A copy for `whole_model`, which gets the whole weights: adapters merged, shards put together, or negated.
-        needs_copy = adapter or sharded or negation
-        self._whole: Any = copy.deepcopy(self._adapted or self.model).cpu() if needs_copy else None
+        self._adds_product = self._adapted is not None and adds_a_product(self._adapted)
+        # The model without its weights, to put shards together in.
+        self._skeleton: Any = _copied(self._adapted or self.model, _on_meta) if sharded else None
         self._recomputing = _checkpoint_activations(self.model) if gradient_checkpointing else []
         forward_pass = ForwardPass(self.model, layer)
         self._forward: nn.Module = forward_pass
@@ -177,31 +181,56 @@ class Trainable:
     def whole_model(self) -> Iterator[PreTrainedModel]:
         """Gives the model with whole weights, in eval mode; all workers enter together.
 
-        It is a copy if the weights are sharded, adapters have to be merged or the change is negated, else the model
-        itself.
+        It is a copy, made now, if the weights are sharded, adapters have to be merged or the change is negated, else
+        the model itself.
         """
-        if self._whole is None:
+        if self._adapted is None and self._skeleton is None and not self._negation:
             with self.model_itself() as model:
                 yield model
             return
-        whole = self._whole
-        (whole.get_base_model() if self._adapted is not None else whole).load_state_dict(
-            _on_cpu(self.model.state_dict())
-        )
+        yield self._whole_copy().to(self.device)
+
+    def _whole_copy(self) -> Any:
+        whole: Any
+        if self._skeleton is None:
+            whole = copy.deepcopy(self._adapted or self.model)
+        else:
+            weights = dict((self._adapted or self.model).named_parameters())
+            names = {id(p): name for name, p in self._skeleton.named_parameters()}
+            whole = _copied(self._skeleton, lambda p: _whole(weights[names[id(p)]]))
         if self._adapted is not None:
-            whole = merged(copy.deepcopy(whole))
-        if self._negation:
-            self._negate(whole)
-        try:
-            yield whole.to(self.device)
-        finally:
-            whole.to("cpu")
+            whole = merged(whole)
+        self._negate(whole)
+        return whole
 
     @torch.no_grad()
-    def _negate(self, whole: PreTrainedModel) -> None:
-        for name, p in whole.named_parameters():
-            initial = self._initial[name]
-            p.copy_(initial - self._negation * (p - initial))
+    def _negate(self, whole: nn.Module) -> None:
+        if self._negation:
+            for name, p in whole.named_parameters():
+                for rows, initial in in_pieces(p, self._initial[name]):
+                    initial = initial.to(rows.device)
+                    rows.copy_(initial - self._negation * (rows - initial))
+
+    @contextmanager
+    def readable_model(self) -> Iterator[PreTrainedModel]:
+        """Gives a model in eval mode for forward passes: the one in training, adapters and all, wherever it gives what
+        the whole one would; all workers enter together."""
+        with self.whole_model() if self._skeleton is not None or self._negation else self.model_itself() as model:
+            yield model
+
+    @contextmanager
+    def differentiable_model(self) -> Iterator[PreTrainedModel]:
+        """The same for the norms of gradients with respect to the whole weights."""
+        is_exact = self._adapted is None or self._adds_product
+        with self.readable_model() if is_exact else self.whole_model() as model:
+            yield model
+
+    def weight_change(self, initial: Mapping[str, Any]) -> dict[str, float | None]:
+        """How far the whole weights are from the initial ones, see `weight_change`; all workers call it together."""
+        if self._skeleton is None and not self._negation and (self._adapted is None or self._adds_product):
+            return weight_change(merged_weights(self.model), initial, self.group)
+        with self.whole_model() as model:
+            return weight_change(model.named_parameters(), initial, self.group)
 
     @contextmanager
     def model_itself(self) -> Iterator[PreTrainedModel]:
@@ -230,20 +259,27 @@ class Trainable:
         return list(self._parameters.values())
 
     def finished_model(self) -> PreTrainedModel:
-        """The model with whole weights on the device of the training, to keep when the training is over."""
-        with self.whole_model() as whole:
-            model: Any = whole
-        finished: PreTrainedModel = model.to(self.device)
-        return finished
+        """The model with whole weights on the device of the training, to keep when the training is over: what was
+        trained is used up, adapters are merged in place."""
+        if self._skeleton is not None:
+            self.model = self._whole_copy().to(self.device)
+        else:
+            if self._adapted is not None:
+                self.model = merged(self._adapted)
+            self._negate(self.model)
+        for layer in self._recomputing:
+            layer.training = False
+        self._adapted, self._skeleton, self._recomputing, self._negation = None, None, [], 0.0
+        return self.model
 
     @property
     def keeps_own_weights(self) -> bool:
-        """Whether the trained weights are in `state`, since they do not follow from those of `whole_model`."""
+        """Whether the trained weights are in `state`, since they do not follow from those of the whole model."""
         return self._adapted is not None or bool(self._negation)
 
     def state(self) -> dict[str, torch.Tensor]:
-        """The state of the training that `whole_model` lacks: optimizer moments, and adapters or weights whose change
-        is negated, as whole tensors on the CPU. All workers call it together."""
+        """The state of the training that the whole model lacks: optimizer moments, and adapters or weights whose change
+        is negated, as whole tensors on the CPU, which may be those in training. All workers call it together."""
         tensors: dict[str, Any] = {
             f"optimizer.{name}.{key}": value
             for name, p in self._parameters.items()
@@ -251,13 +287,13 @@ class Trainable:
         }
         if self.keeps_own_weights:
             tensors |= {f"trained.{name}": p for name, p in self._parameters.items()}
-        return {name: value.contiguous().clone() for name, value in _on_cpu(tensors).items()}
+        return {name: _whole(value).cpu().contiguous() for name, value in tensors.items()}
 
     def save_adapter(self, folder: Path) -> None:
-        """Write the adapter as PEFT keeps it, with the weights of the last `whole_model`; nothing where there is none,
-        or where its negated change is what others see."""
+        """Write the adapter as PEFT keeps it; nothing where there is none, or where its negated change is what others
+        see."""
         if self._adapted is not None and not self._negation:
-            self._whole.save_pretrained(folder, save_embedding_layers=self._adapter_has_embeddings)
+            self._adapted.save_pretrained(folder, save_embedding_layers=self._adapter_has_embeddings)
 
     def restore(self, weights: Mapping[str, torch.Tensor], state: Mapping[str, torch.Tensor]) -> None:
         """Continue from a checkpoint.
@@ -281,9 +317,19 @@ class Trainable:
                 }
 
 
-def _on_cpu(tensors: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-    """Whole tensors on the CPU, put together one after the other, so that no device has to hold them all."""
-    return {name: (t.full_tensor() if isinstance(t, DTensor) else t).detach().cpu() for name, t in tensors.items()}
+def _whole(p: torch.Tensor) -> torch.Tensor:
+    """A whole tensor, put together if it is sharded."""
+    return (p.full_tensor() if isinstance(p, DTensor) else p).detach()
+
+
+def _copied(model: nn.Module, value_of: Callable[[nn.Parameter], torch.Tensor]) -> Any:
+    """A copy of a model with other tensors in its parameters; those that are shared stay shared."""
+    others = {id(p): nn.Parameter(value_of(p), requires_grad=p.requires_grad) for p in model.parameters()}
+    return copy.deepcopy(model, dict(others))
+
+
+def _on_meta(p: nn.Parameter) -> torch.Tensor:
+    return torch.empty_like(p, device="meta")
 
 
 def _like(value: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
@@ -355,11 +401,13 @@ def trainable_for(
     group: Group,
     gradient_checkpointing: bool = False,
     continued: str | None = None,
+    initial: Mapping[str, Any] | None = None,
 ) -> Trainable:
     """The initial model, made ready for training by a resolved recipe.
 
     Args:
         continued: the folder of an adapter, merged into `model`, which alone is trained further.
+        initial: the initial weights by name, see `Trainable`.
     """
     layer = layer_of(recipe, model.config)
     pattern = recipe.trainable
@@ -382,4 +430,5 @@ def trainable_for(
         gradient_checkpointing=gradient_checkpointing,
         seed=recipe.seed,
         negation=recipe.negation or 0.0,
+        initial=initial,
     )

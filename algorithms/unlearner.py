@@ -26,7 +26,7 @@ from algorithms.history import CLOCKS, History, Progress, seconds_left
 from algorithms.hold import log_odds_gradient_norm
 from algorithms.live import LiveTables
 from algorithms.loss import LossTerms
-from algorithms.measurements import measure_forecasts, measure_mrd, weight_change
+from algorithms.measurements import measure_forecasts, measure_mrd
 from algorithms.micro_batches import MicroBatch, share_of_batch
 from algorithms.passes import Head
 from algorithms.recipe import Objectives, Recipe, Unit, total_updates, updates_per_epoch
@@ -169,6 +169,7 @@ class Unlearner:
             if is_end_of_epoch or is_last or history.step % self._checkpoint_every == 0:
                 self._checkpoint()
         self._trust_newest_checkpoint()
+        self._put_together()
         return history
 
     def _in_draw(self) -> np.ndarray:
@@ -393,7 +394,9 @@ class Unlearner:
         """MRD of the samples on the current weights, (N,), measured once on the same weights."""
         history = self.history
         if not history.mrd or history.mrd[-1]["step"] != history.step:
-            with self._clock("mrd") as clock, self.trained.whole_model() as model:
+            by_gradient = self.recipe.estimator == "gradient"
+            measured = self.trained.differentiable_model if by_gradient else self.trained.whole_model
+            with self._clock("mrd") as clock, measured() as model:
                 mrd, replica = measure_mrd(model, self.corpus.forget, self.recipe, self.group, self._batch_tokens)
             self._count_passes(replica.forwards, replica.backwards)
             history.note(*replica.notes)
@@ -521,7 +524,7 @@ class Unlearner:
     def _look(self, positions: range | list[int], el_below: float | None = None) -> Look:
         """MA and EL of the forget samples at these positions, (n,) each; see `measure_memorization`."""
         samples = [self.corpus.forget[position] for position in positions]
-        with self._clock("checks"), self.trained.whole_model() as model:
+        with self._clock("checks"), self.trained.readable_model() as model:
             look = measure_memorization(
                 model,
                 samples,
@@ -549,12 +552,15 @@ class Unlearner:
             losses = [step[name] for step in steps_of_epoch if step[name] is not None]
             row[name] = float(np.mean(losses)) if losses else None
         row["forgotten"] = self._share_forgotten()
-        with self._clock("evaluation"), self.trained.whole_model() as model:
-            row |= weight_change(model.named_parameters(), self._initial, self.group)
-            if self._target:
-                row[TRAINED_MA] = self._target.measured(model, self._batch_tokens, self.group)
-            if self._evaluation and self._evaluation_is_due(self._evaluation.every, row):
-                row |= self._evaluation.results(model, self.group)
+        with self._clock("evaluation"):
+            row |= self.trained.weight_change(self._initial)
+            # Metrics of the whole model may do more than read it.
+            does_more = self._evaluation is not None and self._evaluation.whole is not None
+            with self.trained.whole_model() if does_more else self.trained.readable_model() as model:
+                if self._target:
+                    row[TRAINED_MA] = self._target.measured(model, self._batch_tokens, self.group)
+                if self._evaluation and self._evaluation_is_due(self._evaluation.every, row):
+                    row |= self._evaluation.results(model, self.group)
         row["tokens"] = sum(step["tokens"] for step in history.steps)
         for name in ("training", "mrd"):
             row[f"forwards_{name}"], row[f"backwards_{name}"] = history.passes[name]
@@ -575,12 +581,24 @@ class Unlearner:
         self._newest_is_trusted = False
         with self._clock("checkpoints"):
             training = self.trained.state()
-            with self.trained.whole_model() as model:
+            # A model that follows from the initial one and what was trained is put together at the end.
+            with nullcontext() if self.trained.keeps_own_weights else self.trained.whole_model() as model:
                 if self.group.rank == 0:
                     self.history.sampler = self.sampler.state()
                     self._checkpoints.save(
                         self.history.step, model, training, dataclasses.asdict(self.history), self.trained.save_adapter
                     )
+            self.group.wait()
+
+    def _put_together(self) -> None:
+        """Add the model to the last checkpoint, if it has none; nothing is trained any more."""
+        saved = self._checkpoints.latest()
+        if saved is None or saved.model.is_dir():
+            return
+        with self._clock("checkpoints"):
+            model = self.trained.finished_model()
+            if self.group.rank == 0:
+                self._checkpoints.add_model(saved, model)
             self.group.wait()
 
     def _trust_newest_checkpoint(self) -> None:

@@ -8,7 +8,6 @@ another sweep has finished is not done again, so the same command continues a sw
 
 from __future__ import annotations
 
-import dataclasses
 import shutil
 import sys
 import time

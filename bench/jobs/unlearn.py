@@ -431,8 +431,11 @@ def room_of(recipe: Recipe, model: ModelReference, corpus: Corpus, continues_ada
         for quantity in quantities
         if quantity != "nll"
     )
-    moments = 0 if recipe.lora_rank or continues_adapter or recipe.optimizer == "sgd" else BYTES_MOMENTS
-    return Room(weights * (BYTES_MODEL + moments), states, weights * BYTES_MODEL, 0)
+    model_bytes = weights * BYTES_MODEL
+    moments = 0 if recipe.optimizer == "sgd" else weights * BYTES_MOMENTS
+    if recipe.lora_rank or continues_adapter:
+        return Room(0, states, model_bytes, model_bytes)  # adapters are next to nothing
+    return Room(model_bytes + moments, states, model_bytes, model_bytes if recipe.negation else 0)
 
 
 # --- Identity and progress ----------------------------------------------------------------------------------
