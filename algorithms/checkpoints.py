@@ -5,7 +5,9 @@ has shown that training can go on from the newest.
         model/                   loads with AutoModelForCausalLM.from_pretrained; fp32, adapters merged. Where adapters
                                  are trained, or a negated change, only the last checkpoint has it
         adapter/                 of a run that trains adapters; loads with peft.PeftModel.from_pretrained
-        training.safetensors     optimizer moments, and adapters
+        training.safetensors     optimizer moments, and what is trained where the model does not tell it
+        shards/                  of a sharded run, in place of these three, which the last checkpoint gets once the run
+                                 ends: what is trained, and optimizer moments, by torch.distributed.checkpoint
         history.json             everything else: the step, the sampler, the record of the run
 
 There is no random state: every random number depends on the seed and the step.
@@ -55,6 +57,11 @@ class Checkpoint:
     def adapter(self) -> Path:
         """The folder of the adapter, which is there if one was trained."""
         return self.folder / "adapter"
+
+    @property
+    def shards(self) -> Path:
+        """The folder of what every worker of a sharded run has written of the training."""
+        return self.folder / "shards"
 
     def weights(self) -> dict[str, torch.Tensor]:
         """The model's weights by name."""
@@ -141,16 +148,33 @@ class Checkpoints:
             model: the whole model; None leaves it out, see `add_model`.
             save_adapter: writes the adapter, if there is one, into the folder that it is given.
         """
-        for leftover in self.folder.glob(".*.tmp"):
-            shutil.rmtree(leftover)  # from a process that was killed
-        unfinished = self.folder / f".step-{step:08d}.tmp"
-        unfinished.mkdir(parents=True)
+        unfinished = self.begin(step)
         if model is not None:
             self._save_model(model, unfinished / "model")
         save_adapter(unfinished / "adapter")
         save_file(dict(training), str(unfinished / "training.safetensors"))
+        self.finish(step, history)
+
+    def begin(self, step: int) -> Path:
+        """An empty folder for a checkpoint, which `finish` puts in its place."""
+        for leftover in self.folder.glob(".*.tmp"):
+            shutil.rmtree(leftover)  # from a process that was killed
+        unfinished = self._unfinished(step)
+        unfinished.mkdir(parents=True)
+        return unfinished
+
+    def unfinished_shards(self, step: int) -> Path | None:
+        """Where the workers write their shards between `begin` and `finish`; None: nowhere."""
+        return Checkpoint(self._unfinished(step)).shards
+
+    def finish(self, step: int, history: Mapping[str, Any]) -> None:
+        """Add the history to a checkpoint that was begun: it is whole."""
+        unfinished = self._unfinished(step)
         (unfinished / "history.json").write_text(json.dumps(history))
         unfinished.rename(self.folder / f"step-{step:08d}")
+
+    def _unfinished(self, step: int) -> Path:
+        return self.folder / f".step-{step:08d}.tmp"
 
     def _save_model(self, model: PreTrainedModel, folder: Path) -> None:
         model.save_pretrained(folder)
@@ -194,6 +218,15 @@ class NoCheckpoints(Checkpoints):
         return None
 
     def save(self, *_: Any) -> None:
+        pass
+
+    def begin(self, step: int) -> Path:
+        return Path()
+
+    def unfinished_shards(self, step: int) -> None:
+        return None
+
+    def finish(self, *_: Any) -> None:
         pass
 
     def keep_newest(self) -> None:

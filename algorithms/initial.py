@@ -24,14 +24,14 @@ def write_initial(model: PreTrainedModel, folder: Path) -> None:
             writer.add(name, p.reshape(1) if p.dim() == 0 else p)
 
 
-def in_pieces(p: torch.Tensor, initial: Any, first: int = 0) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+def in_pieces(p: torch.Tensor, first: int, initial: Any) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """A weight and its initial value, a few rows at a time: a difference in fp64 of a whole embedding would be the
     largest tensor in memory.
 
     Args:
         p: the weight, or some of its rows.
+        first: the number of the first of them.
         initial: the whole initial value, of which rows are taken: a tensor, or a slice of `StoredTensors`.
-        first: the number of the first row of `p`.
 
     Yields:
         Rows of `p`, as they are in memory, and the same rows of `initial`, on the CPU.

@@ -30,7 +30,7 @@ from algorithms.initial import INITIAL, write_initial
 from algorithms.live import PROGRESS, LiveTables, progress_told, read_progress, write_progress
 from algorithms.passes import Head
 from algorithms.recipe import Execution, Objectives, Recipe, layer_of, total_updates
-from algorithms.reference import Reference, Role, compute_reference
+from algorithms.reference import REFERENCE, Reference, Role, compute_reference
 from algorithms.samplers import retain_order
 from algorithms.target import Target
 from algorithms.trainable import trainable_for
@@ -94,7 +94,7 @@ class TrainingJob:
 
     @property
     def reference_path(self) -> Path:
-        return self.folder / "reference.safetensors"
+        return self.folder / REFERENCE
 
     @property
     def initial_path(self) -> Path:
@@ -368,7 +368,7 @@ def ensure_reference(
         config: the model's configuration, if it is loaded already.
     """
     quantities = Objectives.of(job.recipe).reference_quantities()
-    if not quantities or job.reference_path.is_file():
+    if not quantities or job.reference_path.is_dir():
         return
     corpus = job.corpus
     # Of the retain set only the samples that will be drawn.

@@ -397,7 +397,14 @@ class Unlearner:
             by_gradient = self.recipe.estimator == "gradient"
             measured = self.trained.differentiable_model if by_gradient else self.trained.whole_model
             with self._clock("mrd") as clock, measured() as model:
-                mrd, replica = measure_mrd(model, self.corpus.forget, self.recipe, self.group, self._batch_tokens)
+                mrd, replica = measure_mrd(
+                    model,
+                    self.corpus.forget,
+                    self.recipe,
+                    self.group,
+                    self._batch_tokens,
+                    self.trained.batched_gradients if by_gradient else None,
+                )
             self._count_passes(replica.forwards, replica.backwards)
             history.note(*replica.notes)
             history.mrd.append({"step": history.step, "mrd": mrd.tolist(), "seconds": clock.seconds})
@@ -580,15 +587,31 @@ class Unlearner:
             raise self._diverged(f"at update {self.history.step}: weights are no longer finite")
         self._newest_is_trusted = False
         with self._clock("checkpoints"):
+            self.history.sampler = self.sampler.state()
+            if self.trained.is_sharded:
+                self._save_shards()
+                return
             training = self.trained.state()
             # A model that follows from the initial one and what was trained is put together at the end.
             with nullcontext() if self.trained.keeps_own_weights else self.trained.whole_model() as model:
                 if self.group.rank == 0:
-                    self.history.sampler = self.sampler.state()
                     self._checkpoints.save(
                         self.history.step, model, training, dataclasses.asdict(self.history), self.trained.save_adapter
                     )
             self.group.wait()
+
+    def _save_shards(self) -> None:
+        """Save a checkpoint of which every worker writes its part."""
+        step = self.history.step
+        if self.group.rank == 0:
+            self._checkpoints.begin(step)
+        self.group.wait()
+        if folder := self._checkpoints.unfinished_shards(step):
+            self.trained.save_shards(folder)
+        self.group.wait()
+        if self.group.rank == 0:
+            self._checkpoints.finish(step, dataclasses.asdict(self.history))
+        self.group.wait()
 
     def _put_together(self) -> None:
         """Add the model to the last checkpoint, if it has none; nothing is trained any more."""
@@ -596,7 +619,7 @@ class Unlearner:
         if saved is None or saved.model.is_dir():
             return
         with self._clock("checkpoints"):
-            model = self.trained.finished_model()
+            model = self.trained.finished_model(None if saved.adapter.is_dir() else saved.adapter)
             if self.group.rank == 0:
                 self._checkpoints.add_model(saved, model)
             self.group.wait()
@@ -610,6 +633,9 @@ class Unlearner:
     def _continue_from(self, saved: Checkpoint) -> None:
         self.history = History(**saved.history())
         self.sampler.restore(self.history.sampler)
+        if saved.shards.is_dir():
+            self.trained.load_shards(saved.shards)
+            return
         self.trained.restore({} if self.trained.keeps_own_weights else saved.weights(), saved.training())
 
     @contextmanager

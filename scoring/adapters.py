@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -212,17 +212,20 @@ def adds_a_product(adapted: Any) -> bool:
     )
 
 
-def merged_weights(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+def merged_weights(
+    model: nn.Module, wanted: Callable[[torch.Tensor], bool] = lambda _: True
+) -> Iterator[tuple[str, torch.Tensor]]:
     """The weights that a model will have once its adapters are merged, by the names that they will have, one after the
     other; for adapters that add a product.
 
     Args:
         model: within its adapters, or a plain one.
+        wanted: whether the merged one is wanted, given what it is now.
     """
     own = adapter_parameters(model)
     layers = {name: module for name, module in model.named_modules() if hasattr(module, "adapter_layer_names")}
     for name, p in model.named_parameters():
-        if id(p) in own:
+        if id(p) in own or not wanted(p):
             continue
         layer: Any = layers.get(name.removesuffix(".base_layer.weight"))
         weight = p.detach()

@@ -71,7 +71,7 @@ def mean_negative_log_likelihood(logprobs: torch.Tensor, mask: torch.Tensor) -> 
 
 
 def per_sample_gradient_norms(
-    model: PreTrainedModel, batch: Batch, scalar_of: ScalarOfSample
+    model: PreTrainedModel, batch: Batch, scalar_of: ScalarOfSample, on_the_way: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """L2 norms over all parameters of each sample's gradient, from one forward and one backward.
 
@@ -79,6 +79,7 @@ def per_sample_gradient_norms(
         model: a causal LM in eval mode.
         batch: B samples.
         scalar_of: the scalar of the log-probs that is differentiated.
+        on_the_way: the weights of a module are there while the backward pass goes through it, and not at its end.
 
     Returns:
         norms (B,) fp64, and the log-probs (B, S) of the forward pass.
@@ -94,6 +95,8 @@ def per_sample_gradient_norms(
             if missed := recorder.never_called():
                 raise _Missed(missed)
             scalar_of(logprobs, rows.mask).sum().backward()
+            if on_the_way and (late := recorder.late()):
+                raise UnsupportedModule(f"{late[0]} runs more than once, or has several outputs")
             return recorder.squared_norms().sqrt().unsqueeze(1), logprobs.detach()
 
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -276,6 +279,11 @@ class _Recorder:
     def never_called(self) -> list[str]:
         """Modules that own parameters and did not run in the forward pass."""
         return [name for name in self._modules if name not in self._calls and name not in self._experts]
+
+    def late(self) -> list[str]:
+        """Modules whose own weights are still needed at the end of the backward pass."""
+        known = (nn.Embedding, nn.Linear, Conv1D)
+        return [name for name in self._calls if not isinstance(self._modules[name], known)]
 
     def squared_norms(self) -> torch.Tensor:
         """(B,), after the backward pass."""

@@ -65,9 +65,15 @@ def writing_tensors(folder: Path) -> Iterator[TensorWriter]:
 
 class StoredTensors(Mapping[str, Any]):
     """The tensors of a folder by name. Values are slices of safetensors, whose rows `value[start:stop]` are read as
-    they are asked for, as NumPy arrays."""
+    they are asked for, as NumPy arrays.
+
+    Raises:
+        FileNotFoundError: there is no such folder.
+    """
 
     def __init__(self, folder: Path) -> None:
+        if not folder.is_dir():
+            raise FileNotFoundError(f"{folder} is not there")
         self._file_of: dict[str, Path] = {}
         for path in sorted(folder.glob("*.safetensors")):
             with safe_open(str(path), "numpy") as file:

@@ -2,7 +2,7 @@
 
 spec.json                 the spec: its hash is the run's identity
 checkpoints/              while it runs, see algorithms.checkpoints
-reference.safetensors     while it runs, see algorithms.reference
+reference/                while it runs, see algorithms.reference
 initial/                  while it runs, the initial model's weights, which the trained ones are compared with
 model/                    the model that has forgotten
 adapter/                  the adapter that was trained, if one was; model/ has it merged
@@ -37,6 +37,7 @@ from algorithms.corpus import Corpus
 from algorithms.history import History, Progress
 from algorithms.initial import INITIAL
 from algorithms.live import PROGRESS, read_progress, remove_parts, write_progress
+from algorithms.reference import REFERENCE
 from algorithms.tables import tables_of
 from bench.files.folders import (
     RUN_MODEL,
@@ -99,12 +100,14 @@ class Room:
 class RunFolder(OwnedFolder):
     """The folder of one unlearning run."""
 
-    KIND, BEGUN, RECORD = "run", ("checkpoints", "reference.safetensors"), RUN_RECORD
+    KIND, BEGUN, RECORD = "run", ("checkpoints", REFERENCE), RUN_RECORD
 
     def tidy(self) -> None:
-        for path in (self._out / "checkpoints", self._out / INITIAL, *self._out.glob(f".{INITIAL}.*.tmp")):
-            shutil.rmtree(path, ignore_errors=True)
-        for name in ("reference.safetensors", PROGRESS):
+        shutil.rmtree(self._out / "checkpoints", ignore_errors=True)
+        for name in (INITIAL, REFERENCE):
+            for path in (self._out / name, *self._out.glob(f".{name}.*.tmp")):
+                shutil.rmtree(path, ignore_errors=True)
+        for name in ("reference.safetensors", PROGRESS):  # the former of a run that an earlier version began
             (self._out / name).unlink(missing_ok=True)
 
     def say_done(self) -> None:
@@ -139,7 +142,7 @@ class RunFolder(OwnedFolder):
         """Refuse to start where the checkpoints, of which two exist while one replaces the other, will not fit with all
         that is written beside them."""
         needed = (1 if any(self._out.glob("checkpoints/step-*")) else 2) * room.checkpoint + room.finished
-        if not (self._out / "reference.safetensors").is_file():
+        if not (self._out / REFERENCE).is_dir():
             needed += room.reference
         if not (self._out / INITIAL).is_dir():
             needed += room.initial
