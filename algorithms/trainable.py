@@ -293,10 +293,8 @@ class Trainable:
             yield
             return
         self._need_gradients(False)
-        try:
-            yield
-        finally:
-            self._need_gradients(True)
+        yield
+        self._need_gradients(True)  # not after an error: the others would not be here
 
     def _need_gradients(self, needed: bool) -> None:
         # Shards are one thing, and what is put together of them for a pass another, which is made once and kept.

@@ -403,7 +403,7 @@ class Unlearner:
                     self.recipe,
                     self.group,
                     self._batch_tokens,
-                    self.trained.batched_gradients if by_gradient else None,
+                    (self.trained.batched_gradients or None) if by_gradient else None,
                 )
             self._count_passes(replica.forwards, replica.backwards)
             history.note(*replica.notes)
