@@ -1,10 +1,15 @@
-"""Second derivatives of log-probs along random signs, by forward mode twice."""
+"""Second derivatives of log-probs along random signs.
+
+By series that are carried forward with the values, see `scoring.taylor`; for a model that uses an operation whose
+series is not known there, by torch's forward mode twice.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from functools import partial
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +25,10 @@ from scoring.perturbation import fill_signs_
 from scoring.precision import as_precise_as_weights
 from scoring.sample_gradients import without_padding_index
 from scoring.samples import Batch
+from scoring.taylor import NoRule, Recent, Series, straight
+
+# What second derivatives are made of: series, dual numbers of dual numbers.
+Way = Literal["series", "forward mode"]
 
 
 def _signs(model: PreTrainedModel, seed: int, draw: int) -> dict[str, torch.Tensor]:
@@ -35,13 +44,44 @@ def _twice_differentiable(model: PreTrainedModel, replacements: Replacements) ->
 
 
 @torch.no_grad()
-def second_derivatives_along_signs(model: PreTrainedModel, batch: Batch, seed: int, draw: int) -> torch.Tensor:
-    """d^2/ds^2 P_t(theta + s v) at s = 0 along random signs v, (B, S)."""
+def second_derivatives_along_signs(
+    model: PreTrainedModel, batch: Batch, seed: int, draw: int, way: Way = "series"
+) -> torch.Tensor:
+    """d^2/ds^2 P_t(theta + s v) at s = 0 along random signs v, (B, S).
+
+    Args:
+        model: a causal LM in eval mode.
+        batch: B samples.
+        seed, draw: of the signs.
+        way: of differentiating. Series take 5 matrix products for each of the model's and no copy of the weights,
+            forward mode 9 and several.
+
+    Raises:
+        NoRule: the model uses an operation whose series is not known.
+    """
+    if way == "series":
+        return row_by_row(model, batch, lambda rows, _: (_by_series(model, rows, seed, draw),))[0]
     signs = _signs(model, seed, draw)
-    return row_by_row(model, batch, lambda rows, _: (_along(model, rows, signs),))[0]
+    return row_by_row(model, batch, lambda rows, _: (_by_forward_mode(model, rows, signs),))[0]
 
 
-def _along(model: PreTrainedModel, batch: Batch, signs: Mapping[str, torch.Tensor]) -> torch.Tensor:
+def _by_series(model: PreTrainedModel, batch: Batch, seed: int, draw: int) -> torch.Tensor:
+    recent = Recent()
+
+    def moving(name: str, p: nn.Parameter) -> Series:
+        # Signs are made where they are used: all of them would be as much as the weights.
+        make = partial(recent.get, name, lambda: fill_signs_(torch.empty_like(p), seed, draw, name))
+        return straight(p.detach(), make)
+
+    moved: dict[str, torch.Tensor] = {f"model.{name}": moving(name, p) for name, p in model.named_parameters()}
+    with _twice_differentiable(model, FORWARD_MODE):
+        logprobs = functional_call(_LogProbs(model), moved, (batch,))
+    if not isinstance(logprobs, Series) or logprobs.curve is None:
+        raise NoRule("the log-probs do not bend")
+    return logprobs.curve
+
+
+def _by_forward_mode(model: PreTrainedModel, batch: Batch, signs: Mapping[str, torch.Tensor]) -> torch.Tensor:
     weights = {name: p.detach() for name, p in model.named_parameters()}
 
     def logprobs(step: torch.Tensor) -> torch.Tensor:

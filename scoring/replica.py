@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 from scoring.abilities import check_fp64, notes_on, tokens_to_try
-from scoring.curvature import second_derivative_sum_by_reverse_mode, second_derivatives_along_signs
+from scoring.curvature import Way, second_derivative_sum_by_reverse_mode, second_derivatives_along_signs
 from scoring.engine import Replica
 from scoring.errors import UserError, first_line
 from scoring.generation import Drawn, drawn_continuations, greedy_continuations
@@ -104,7 +104,7 @@ class TransformersReplica:
         self._allow_lost = allow_lost_perturbation
         self._perturbation: Perturbation | None = None
         self._batched_gradients = batched_gradients
-        self._curvature_checked = False
+        self._curvature_way: Way | None = None
         if self.dtype == torch.float64:
             check_fp64(model)
 
@@ -259,33 +259,51 @@ class TransformersReplica:
     def second_derivatives(self, batch: Batch, seed: int, draw: int) -> torch.Tensor:
         """v^T (grad^2 P_t) v along random signs v over all parameters, (B, S).
 
-        It differentiates twice in forward mode, so nothing cancels and bfloat16 is safe. Before the first use one
-        sample is compared with differentiating twice in reverse mode.
+        It differentiates twice going forward, so nothing cancels and bfloat16 is safe. Before the first use one sample
+        is compared with differentiating twice in reverse mode: first by series, and where the two differ, or an
+        operation's series is not known, by torch's forward mode.
 
         Raises:
-            UserError: the two differ: the model has a function that torch cannot differentiate twice.
+            UserError: neither agrees: the model has a function that torch cannot differentiate twice.
         """
         batch = batch.to(self.device)
-        if not self._curvature_checked:
-            self._check_curvature(batch, seed, draw)
-            self._curvature_checked = True
+        if self._curvature_way is None:
+            self._curvature_way = self._way_to_curvature(batch, seed, draw)
         self.forwards += 1
-        return second_derivatives_along_signs(self.model, batch, seed, draw)
+        return second_derivatives_along_signs(self.model, batch, seed, draw, self._curvature_way)
 
-    def _check_curvature(self, batch: Batch, seed: int, draw: int) -> None:
+    def _way_to_curvature(self, batch: Batch, seed: int, draw: int) -> Way:
         single = batch.rows(0, 1).to(self.device)
         # In fp32, so that a difference is an error and not rounding.
         model = self.model if self.dtype in (torch.float32, torch.float64) else copied(self.model, torch.float32)
         try:
-            forward = second_derivatives_along_signs(model, single, seed, draw)
             reverse = second_derivative_sum_by_reverse_mode(model, single, seed, draw)
+            if self._curvature_error(model, single, seed, draw, "series", reverse) <= CURVATURE_TOLERANCE:
+                return "series"
+            difference = self._curvature_error(model, single, seed, draw, "forward mode", reverse)
         except (UserError, torch.OutOfMemoryError):
             raise
         except Exception as error:
             raise self._no_curvature(f"{type(error).__name__}: {first_line(error)}") from error
-        difference = abs(forward.sum().item() - reverse) / forward.abs().sum().item()
         if not difference <= CURVATURE_TOLERANCE:
             raise self._no_curvature(f"forward and reverse mode differ by {difference:.0%} on the first sample")
+        return "forward mode"
+
+    @staticmethod
+    def _curvature_error(
+        model: PreTrainedModel, single: Batch, seed: int, draw: int, way: Way, reverse: float
+    ) -> float:
+        """How far second derivatives are from reverse mode's sum, relative to the sum of their absolute values; inf
+        where series stop at an operation."""
+        try:
+            found = second_derivatives_along_signs(model, single, seed, draw, way)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception:
+            if way == "series":  # whatever it is, torch's forward mode does without it
+                return math.inf
+            raise
+        return abs(found.sum().item() - reverse) / found.abs().sum().item()
 
     def _no_curvature(self, reason: str) -> UserError:
         return UserError(
