@@ -39,6 +39,7 @@ from scoring.cluster import Footprint, check_versions, how_many_fit, versions
 from scoring.errors import UserError, first_line
 from scoring.files import replacing
 from scoring.load import load_model, loading_notes, read_config
+from scoring.memory import give_back_large_blocks
 from scoring.plugins import Plugin, load_plugins, loaded_plugins
 from scoring.progress import every, phase
 from scoring.samples import Sample, default_batch_tokens
@@ -259,6 +260,9 @@ def _train_in_worker(config: dict[str, Any]) -> dict[str, Any]:
     device = str(ray.train.torch.get_device())
     if device.startswith("cuda"):
         torch.cuda.set_device(device)
+
+    if group.strategy == "fsdp":
+        give_back_large_blocks()
 
     def report(row: Mapping[str, Any]) -> None:
         ray.train.report({key: value for key, value in row.items() if isinstance(value, int | float)})

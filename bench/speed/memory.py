@@ -47,7 +47,7 @@ sys.exit(main(sys.argv[2:]))
 """
 # Arrow's own allocator reserves a gigabyte that it does not use, and threads of OpenMP have stacks.
 ENVIRONMENT = {"ARROW_DEFAULT_MEMORY_POOL": "system", "OMP_NUM_THREADS": "1"}
-LOOK_S = 0.02
+LOOK_S = 0.1
 # What is watched of a process, as /proc calls it.
 WATCHED = {"private": "RssAnon", "resident": "VmHWM", "data": "VmData"}
 
