@@ -11,7 +11,6 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-
 # mallopt's name of the size from which on glibc maps memory for a block by itself, and gives it back when it is freed.
 M_MMAP_THRESHOLD = -3
 LARGE = 1 << 20
