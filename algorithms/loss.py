@@ -52,10 +52,11 @@ class LossTerms:
     ) -> torch.Tensor:
         """The terms that follow from what the model gave for a micro-batch, by name; see `ForwardPass`."""
         device, of_samples = self._trained.device, micro_batch.num_samples
+        batch = micro_batch.batch.to(device)
         outputs = {
             **outputs,
-            "mask": micro_batch.batch.mask.to(device),
-            "targets": micro_batch.batch.targets.to(device),
+            "mask": batch.mask,
+            "targets": batch.targets,
         }
         values = {name: output[:of_samples] for name, output in outputs.items()}
         values |= {REFUSAL_PREFIX + name: output[of_samples:] for name, output in outputs.items()}

@@ -32,7 +32,7 @@ from scoring.errors import UserError
 from scoring.mrd import EstimatorName, NumberOfDraws, Sigma, StatisticChoice, statistic_and_draws
 from scoring.samples import BATCH_TOKENS_ARE
 from scoring.settings import Doc, Expected, Ge, Gt, Known, Le, build, check, current_naming, described, named, naming
-from scoring.updates import OptimizerName
+from scoring.updates import ABOUT_OPTIMIZERS, OptimizerName
 
 Unit = Literal["epochs", "steps"]
 DEFAULT_BATCH_SIZE = 4
@@ -50,7 +50,7 @@ LoraRank = Annotated[int, Ge(0), Doc("rank of adapters; 0 trains full weights")]
 LoraAlpha = Annotated[int | None, Gt(0), Doc("of the adapters (default: twice the rank)")]
 LoraTargets = Annotated[str | None, Doc("regular expression of layers that get adapters (default: all linear ones)")]
 MaxSteps = Annotated[int | None, Ge(1), Doc("updates at most, whatever the epochs")]
-Optimizer = Annotated[OptimizerName, Doc("AdamW, or plain gradient descent")]
+Optimizer = Annotated[OptimizerName, Doc(ABOUT_OPTIMIZERS)]
 LearningRate = Annotated[float, Gt(0), Doc("of the optimiser, constant after the warm-up")]
 WeightDecay = Annotated[float, Ge(0), Doc("of the optimiser")]
 WarmupSteps = Annotated[int, Ge(0), Doc("updates over which the learning rate grows linearly")]

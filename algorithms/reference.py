@@ -85,11 +85,14 @@ class ReferenceTask:
                 assert self.layer is not None
                 replica.forwards += 1
                 values["layer"] = layer_output(model, on_device, self.layer)
+            fetched = {
+                name: (value if value.dim() == 1 else value.float()).cpu().numpy() for name, value in values.items()
+            }
             for row, index in enumerate(batch.indices.tolist()):
                 tokens = int(batch.mask[row].sum())
                 values_of_sample[index] = {
-                    name: (value[row] if value.dim() == 1 else value[row, :tokens].float()).cpu().numpy()
-                    for name, value in values.items()
+                    name: value[row] if value.ndim == 1 else value[row, :tokens].copy()
+                    for name, value in fetched.items()
                 }
         return values_of_sample
 

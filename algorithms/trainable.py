@@ -21,6 +21,7 @@ from torch import nn
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.state_dict_loader import load as load_sharded
 from torch.distributed.checkpoint.state_dict_saver import save as save_sharded
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
@@ -47,6 +48,8 @@ from scoring.updates import OptimizerName, make_optimizer
 
 # What AdamW keeps of each weight.
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")
+# They look at a matrix as a whole, or have kernels for plain tensors alone.
+OF_WHOLE_WEIGHTS: tuple[OptimizerName, ...] = ("adafactor", "adamw-8bit")
 
 
 @dataclass(frozen=True)
@@ -83,7 +86,8 @@ class Trainable:
         initial: the initial weights by name, of which rows are taken; for a negation.
 
     Raises:
-        UserError: no parameter matches `trainable`, or the adapters cannot be put on.
+        UserError: no parameter matches `trainable`, the adapters cannot be put on, or the optimizer does not work on
+            shards.
     """
 
     def __init__(
@@ -132,9 +136,11 @@ class Trainable:
         forward_pass = ForwardPass(self.model, layer)
         self._forward: nn.Module = forward_pass
         if sharded:
+            # Said, because torch would take the machine's GPUs also for workers that are on its CPU.
+            mesh = init_device_mesh(self.device.type, (group.size,))
             for block in decoder_layers(self.model):
-                fully_shard(block)
-            fully_shard(self.model)
+                fully_shard(block, mesh=mesh)
+            fully_shard(self.model, mesh=mesh)
             self._in_step = InStep(self.model, self.device)
             self.group = replace(group, before_meeting=self._in_step.catch_up)
         elif group.size > 1:
@@ -145,6 +151,8 @@ class Trainable:
                 find_unused_parameters=layer is not None,
             )
         self._parameters = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        if optimizer in OF_WHOLE_WEIGHTS:
+            self.refuse_shards("optimizer", optimizer)
         self.optimizer = make_optimizer(self._parameters.values(), optimizer, learning_rate, weight_decay)
 
     def forward(self, batch: Batch, names: Sequence[Output]) -> dict[str, torch.Tensor]:
@@ -340,14 +348,15 @@ class Trainable:
             for layer in self._recomputing:
                 layer.training = True
 
-    def refuse_shards(self, setting: str) -> None:
-        """For a setting that needs whole weights in training.
+    def refuse_shards(self, setting: str, value: str = "") -> None:
+        """For a setting, or a value of one, that needs whole weights in training.
 
         Raises:
             UserError: they are sharded.
         """
         if isinstance(self.model, FSDPModule):
-            raise UserError(f"{named(setting)} needs whole weights, and strategy fsdp shards them: use strategy ddp")
+            name = f"{named(setting)} {value}".rstrip()
+            raise UserError(f"{name} needs whole weights, and strategy fsdp shards them: use strategy ddp")
 
     @property
     def parameters(self) -> list[nn.Parameter]:
@@ -391,6 +400,8 @@ class Trainable:
             for name, p in self._parameters.items()
             for key, value in self.optimizer.state.get(p, {}).items()
         }
+        # Counters of updates may be plain whole numbers.
+        tensors = {name: torch.tensor(value) if isinstance(value, int) else value for name, value in tensors.items()}
         if self.keeps_own_weights:
             tensors |= {f"trained.{name}": p for name, p in self._parameters.items()}
         return {name: _whole(value).cpu().contiguous() for name, value in tensors.items()}
@@ -446,16 +457,19 @@ class Trainable:
         with torch.no_grad():
             for name, p in self._parameters.items():
                 p.copy_(_like(state[f"trained.{name}"] if self.keeps_own_weights else weights[name], p))
-        for name, p in self._parameters.items():
-            # Plain gradient descent has none.
-            moments = {key: state.get(f"optimizer.{name}.{key}") for key in MOMENTS}
-            if moments["step"] is not None:
-                self.optimizer.state[p] = {
-                    # The step counter is a scalar, on the device where fused AdamW keeps it.
-                    key: value.to(self.device) if key == "step" else _like(value, p)
-                    for key, value in moments.items()
-                    if value is not None
-                }
+        for full_name, value in state.items():
+            kind, _, rest = full_name.partition(".")
+            if kind == "optimizer":
+                name, _, key = rest.rpartition(".")
+                p = self._parameters[name]
+                self.optimizer.state[p][key] = self._restored(value, p)
+
+    def _restored(self, value: torch.Tensor, p: nn.Parameter) -> torch.Tensor | int:
+        """A part of a parameter's optimizer state, as the optimizer keeps it."""
+        if value.dim():
+            return _like(value, p)
+        # Fused AdamW keeps its counter on the device of the weights.
+        return value.to(self.device) if value.is_floating_point() else int(value)
 
 
 def _whole(p: torch.Tensor) -> torch.Tensor:
@@ -475,7 +489,7 @@ def _on_meta(p: torch.Tensor) -> torch.Tensor:
 
 def _like(value: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
     """A whole tensor, or this worker's shard of it, as a parameter has it on this worker."""
-    value = value.to(p.device, p.dtype)
+    value = value.to(p.device)
     return distribute_tensor(value, p.device_mesh, p.placements) if isinstance(p, DTensor) else value.clone()
 
 

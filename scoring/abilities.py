@@ -30,6 +30,7 @@ class Abilities:
     Attributes:
         takes_positions: its forward pass takes position ids.
         head_selects: its head may be given the scored positions only.
+        head_is_last: its logits are what its head gives, a linear layer, and it may be given no position at all.
         batches: rows of the same length beside a row do not change it.
         pads: rows of other lengths do not either, padded on the right.
         switch: a length beyond which positions are encoded in another way, by the longest row of a batch (LongRoPE);
@@ -38,6 +39,7 @@ class Abilities:
 
     takes_positions: bool
     head_selects: bool
+    head_is_last: bool
     batches: bool
     pads: bool
     switch: int | None
@@ -46,14 +48,15 @@ class Abilities:
         """The rows that may share a batch: their numbers, a (B_i,) tensor for each batch.
 
         Args:
-            lengths: (B,) tokens of each row.
+            lengths: (B,) tokens of each row. A GPU is asked for them only where they matter: it would first have to
+                end what it is doing.
         """
         if not self.batches:
             kinds = torch.arange(len(lengths))
         elif not self.pads:
-            kinds = lengths
+            kinds = lengths.cpu()
         elif self.switch is not None:
-            kinds = lengths > self.switch
+            kinds = lengths.cpu() > self.switch
         else:
             return [torch.arange(len(lengths))]
         return [torch.nonzero(kinds == kind)[:, 0] for kind in kinds.unique()]
@@ -102,7 +105,7 @@ def _try(model: Any) -> Abilities:
     parameters = inspect.signature(model.forward).parameters
     takes_positions = "position_ids" in parameters
     switch = _switch(model.config.get_text_config())
-    usual = Abilities(takes_positions, True, True, True, switch)
+    usual = Abilities(takes_positions, True, False, True, True, switch)
     training = model.training
     model.eval()
     try:
@@ -124,7 +127,8 @@ def _try(model: Any) -> Abilities:
         batches = same(whole[1:], other)
         pads = batches and same(mixed[:1, :SHORT], alone) and same(mixed[1:], other)
         head_selects = _head_selects(model, ids, whole, takes_positions)
-        return Abilities(takes_positions, head_selects, batches, pads, switch)
+        head_is_last = head_selects and _head_is_last(model, ids, takes_positions)
+        return Abilities(takes_positions, head_selects, head_is_last, batches, pads, switch)
     finally:
         model.train(training)
 
@@ -175,6 +179,27 @@ def _head_selects(model: Any, ids: torch.Tensor, whole: torch.Tensor, takes_posi
         few = _logits(model, ids, takes_positions)
         return few.shape == whole[:, 1:3].shape and same(few, whole[:, 1:3])
     except Exception:  # it does something with the logits that needs all of them
+        return False
+    finally:
+        handle.remove()
+
+
+def _head_is_last(model: Any, ids: torch.Tensor, takes_positions: bool) -> bool:
+    head = model.get_output_embeddings()
+    if getattr(type(head), "forward", None) is not nn.Linear.forward:
+        return False
+    given: list[torch.Tensor] = []
+    handle = head.register_forward_hook(lambda _, __, output: given.append(output))
+    try:
+        logits = _logits(model, ids, takes_positions)
+        if len(given) != 1 or not torch.equal(logits, given[0].to(logits.dtype)):
+            return False
+        nothing = head.register_forward_pre_hook(lambda _, args: (args[0][:, :0], *args[1:]))
+        try:
+            return _logits(model, ids, takes_positions).numel() == 0
+        finally:
+            nothing.remove()
+    except Exception:
         return False
     finally:
         handle.remove()

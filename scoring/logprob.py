@@ -16,6 +16,7 @@ from contextlib import contextmanager, nullcontext
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from scoring.abilities import Abilities, abilities_of, positions_for
@@ -24,6 +25,8 @@ from scoring.samples import Batch
 
 # Vocabulary columns computed at a time, which bounds the temporaries of a 256k-token vocabulary.
 VOCABULARY_CHUNK = 32768
+# Logits that exist at a time, where a model's head can be applied to some of the scored positions after the others.
+LOGITS_AT_A_TIME = 1 << 24
 
 
 def token_logprobs(logits: torch.Tensor, targets: torch.Tensor, chunk: int = VOCABULARY_CHUNK) -> torch.Tensor:
@@ -133,7 +136,7 @@ def row_by_row(
     """What `compute` gives for the rows of a batch, tensors of (B, S, ...), in one go where all rows may share a batch
     under this model, see `Abilities.alike`; else for those together that may."""
     able = abilities_of(model)
-    groups = able.alike(batch.lengths.cpu())
+    groups = able.alike(batch.lengths)
     if len(groups) == 1:
         return compute(batch, able)
     most = batch.positions.shape[1]
@@ -147,15 +150,21 @@ def row_by_row(
 
 
 def _scored_logits(model: PreTrainedModel, batch: Batch, able: Abilities) -> torch.Tensor:
-    selected = _head_sees_only(model, batch.positions) if able.head_selects else nullcontext()
-    with as_precise_as_weights(model), selected:
+    with _head_sees_only(model, batch.positions) if able.head_selects else nullcontext():
+        logits = _call(model, batch, able)
+    if able.head_selects:
+        return logits
+    return at_positions(logits, batch.positions)
+
+
+def _call(model: PreTrainedModel, batch: Batch, able: Abilities) -> torch.Tensor:
+    """The logits that the model gives for the tokens of a batch."""
+    with as_precise_as_weights(model):
         output = model(
             input_ids=batch.input_ids, use_cache=False, **positions_for(batch.input_ids, able.takes_positions)
         )
     logits: torch.Tensor = output.logits.to(batch.input_ids.device)
-    if able.head_selects:
-        return logits
-    return at_positions(logits, batch.positions)
+    return logits
 
 
 def at_positions(values: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
@@ -173,7 +182,55 @@ def _head_of(model: PreTrainedModel) -> nn.Module:
 
 def scored_logprobs(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
     """Log-probs P_t of the scored tokens under a causal LM, (B, S) in nats; 0 where `batch.mask` is False."""
-    return token_logprobs(scored_logits(model, batch), batch.targets).masked_fill(~batch.mask, 0.0)
+
+    def compute(rows: Batch, able: Abilities) -> tuple[torch.Tensor]:
+        if positions_at_a_time(model, rows, able) is None:
+            logprobs = token_logprobs(_scored_logits(model, rows, able), rows.targets)
+        else:
+            logprobs = _in_pieces(model, rows, able)
+        return (logprobs.masked_fill(~rows.mask, 0.0),)
+
+    return row_by_row(model, batch, compute)[0]
+
+
+def positions_at_a_time(model: PreTrainedModel, batch: Batch, able: Abilities) -> int | None:
+    """The scored positions whose logits are to exist together; None: all of them, because they are few, or because the
+    model's head cannot be applied by itself."""
+    head = _head_of(model)
+    # A shard of a head has no product by itself.
+    if not able.head_is_last or isinstance(head.weight, DTensor):
+        return None
+    vocabulary = model.config.get_text_config().vocab_size
+    return max(1, LOGITS_AT_A_TIME // vocabulary) if batch.targets.numel() * vocabulary > LOGITS_AT_A_TIME else None
+
+
+def _in_pieces(model: PreTrainedModel, batch: Batch, able: Abilities) -> torch.Tensor:
+    """Log-probs of the scored tokens, (B, S), a piece of the logits after the other."""
+    at_a_time = positions_at_a_time(model, batch, able)
+    assert at_a_time is not None
+    head = _head_of(model)
+    hidden, targets = head_inputs(model, batch).flatten(0, 1), batch.targets.flatten()
+    pieces = [
+        token_logprobs(head(some), of_some)
+        for some, of_some in zip(hidden.split(at_a_time), targets.split(at_a_time), strict=True)
+    ]
+    return torch.cat(pieces).view(batch.targets.shape)
+
+
+def head_inputs(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
+    """What the head would be given at the scored positions, (B, S, d). It is given none of them."""
+    hidden: list[torch.Tensor] = []
+
+    def take(_: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        hidden.append(at_positions(args[0], batch.positions))
+        return (args[0][:, :0], *args[1:])
+
+    handle = _head_of(model).register_forward_pre_hook(take)
+    try:
+        _call(model, batch, abilities_of(model))
+    finally:
+        handle.remove()
+    return hidden[0]
 
 
 def last_hidden(model: PreTrainedModel, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:

@@ -66,7 +66,9 @@ class ReplicaActor:
 
             self._runner = None  # memory may hold one model only
             model = load_model(spec.source, spec.dtype, self._footprint.device(), spec.revision)
-            self._runner = TaskRunner(TransformersReplica(model, spec.allow_lost_perturbation))
+            self._runner = TaskRunner(
+                TransformersReplica(model, spec.allow_lost_perturbation, spec.gradient_checkpointing)
+            )
         return os.getpid()
 
     def _vllm_replica(self, spec: ReplicaSpec) -> Replica:

@@ -19,6 +19,7 @@ from scoring.load import copied, loading_notes
 from scoring.logprob import scored_logits, scored_logprobs, token_logprobs, vocabulary_moments
 from scoring.memorization import extraction_likelihood
 from scoring.perturbation import Perturbation
+from scoring.recompute import refuse_what_cannot_recompute
 from scoring.sample_gradients import (
     ScalarOfSample,
     UnsupportedModule,
@@ -80,13 +81,18 @@ class TransformersReplica:
     Args:
         model: the model, in eval mode, on its device; its weights are the base that `restore` restores.
         allow_lost_perturbation: score even if storage rounds the perturbation away.
+        gradient_checkpointing: gradients compute activations twice instead of keeping them.
         batched_gradients: whether norms of gradients of a batch at once are right; None: tried before the first use.
+
+    Raises:
+        UserError: the model cannot compute activations twice.
     """
 
     def __init__(
         self,
         model: PreTrainedModel,
         allow_lost_perturbation: bool = False,
+        gradient_checkpointing: bool = False,
         batched_gradients: bool | None = None,
     ) -> None:
         # TF32 keeps 10 bits: a perturbation of 1e-5 on a weight of 0.02 would not reach the product.
@@ -103,6 +109,9 @@ class TransformersReplica:
         self.notes: list[str] = [*loading_notes(model), *notes_on(model)]
         self._allow_lost = allow_lost_perturbation
         self._perturbation: Perturbation | None = None
+        self._recompute = gradient_checkpointing
+        if gradient_checkpointing:
+            refuse_what_cannot_recompute(model)
         self._batched_gradients = batched_gradients
         self._curvature_way: Way | None = None
         if self.dtype == torch.float64:
@@ -228,7 +237,7 @@ class TransformersReplica:
         if self._batched_gradients:
             self.forwards += 1
             self.backwards += 1
-            return per_sample_gradient_norms(self.model, batch, scalar_of)
+            return per_sample_gradient_norms(self.model, batch, scalar_of, self._recompute)
         self.forwards += len(batch)
         self.backwards += len(batch)
         return autograd_norms(self.model, batch, scalar_of)
@@ -236,7 +245,7 @@ class TransformersReplica:
     def _batched_gradients_agree(self, batch: Batch, scalar_of: ScalarOfSample) -> bool:
         few = batch.rows(0, min(2, len(batch))).to(self.device)
         try:
-            batched = per_sample_gradient_norms(self.model, few, scalar_of)[0]
+            batched = per_sample_gradient_norms(self.model, few, scalar_of, self._recompute)[0]
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # whatever it is, a sample at a time does without it

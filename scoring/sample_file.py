@@ -38,9 +38,10 @@ class SampleFile:
             name_ends.append(len(self._names))
             self.largest_token = max(self.largest_token, int(sample.input_ids.max()))
         self._file.flush()
-        self._ends, self._name_ends = np.array(ends), np.array(name_ends)
-        self._digests, self._indices = np.array(digests), np.array(indices)
-        self.num_scored = np.array(num_scored)
+        # Views: a copy would be another eight bytes of each sample.
+        self._ends, self._name_ends = np.frombuffer(ends, np.int64), np.frombuffer(name_ends, np.int64)
+        self._digests, self._indices = np.frombuffer(digests, np.uint64), np.frombuffer(indices, np.int64)
+        self.num_scored = np.frombuffer(num_scored, np.int64)
 
     def __len__(self) -> int:
         return len(self.num_scored)

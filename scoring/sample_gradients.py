@@ -19,7 +19,7 @@ below an adapter sees the merged layer's inputs and gradients of outputs, and th
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
@@ -35,8 +35,9 @@ from transformers.pytorch_utils import Conv1D
 from scoring.abilities import Abilities
 from scoring.adapters import adapter_parameters
 from scoring.experts import Seen, Tell, experts_of, spelled_out
-from scoring.logprob import row_by_row, scored_logprobs
+from scoring.logprob import head_inputs, positions_at_a_time, row_by_row, scored_logprobs, token_logprobs
 from scoring.precision import as_precise_as_weights
+from scoring.recompute import recomputed
 from scoring.samples import Batch
 
 # (B, S) log-probs and (B, S) mask -> (B,): the scalar of each sample that is differentiated.
@@ -71,7 +72,11 @@ def mean_negative_log_likelihood(logprobs: torch.Tensor, mask: torch.Tensor) -> 
 
 
 def per_sample_gradient_norms(
-    model: PreTrainedModel, batch: Batch, scalar_of: ScalarOfSample, on_the_way: bool = False
+    model: PreTrainedModel,
+    batch: Batch,
+    scalar_of: ScalarOfSample,
+    recompute: bool = False,
+    on_the_way: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """L2 norms over all parameters of each sample's gradient, from one forward and one backward.
 
@@ -79,6 +84,7 @@ def per_sample_gradient_norms(
         model: a causal LM in eval mode.
         batch: B samples.
         scalar_of: the scalar of the log-probs that is differentiated.
+        recompute: keep the activations of one decoder layer at a time, and compute them twice.
         on_the_way: the weights of a module are there while the backward pass goes through it, and not at its end.
 
     Returns:
@@ -88,13 +94,20 @@ def per_sample_gradient_norms(
         UnsupportedModule: a parameter's gradient cannot be formed per sample.
     """
 
-    def compute(rows: Batch, _: Abilities) -> tuple[torch.Tensor, torch.Tensor]:
+    def compute(rows: Batch, able: Abilities) -> tuple[torch.Tensor, torch.Tensor]:
         # Norms in the backward pass are to be as precise as in the forward one.
-        with as_precise_as_weights(model), _Recorder(model, rows) as recorder, torch.enable_grad():
-            logprobs = scored_logprobs(model, rows)
-            if missed := recorder.never_called():
-                raise _Missed(missed)
-            scalar_of(logprobs, rows.mask).sum().backward()
+        with (
+            as_precise_as_weights(model),
+            recomputed(model) if recompute else nullcontext(),
+            _Recorder(model, rows) as recorder,
+            torch.enable_grad(),
+        ):
+            if (at_a_time := positions_at_a_time(model, rows, able)) is not None:
+                logprobs = _backward_in_pieces(model, rows, scalar_of, recorder, at_a_time)
+            else:
+                logprobs = scored_logprobs(model, rows)
+                recorder.refuse_missed()
+                scalar_of(logprobs, rows.mask).sum().backward()
             if on_the_way and (late := recorder.late()):
                 raise UnsupportedModule(f"{late[0]} runs more than once, or has several outputs")
             return recorder.squared_norms().sqrt().unsqueeze(1), logprobs.detach()
@@ -112,6 +125,28 @@ def per_sample_gradient_norms(
     finally:
         for p in trained:
             p.requires_grad_(True)
+
+
+def _backward_in_pieces(
+    model: PreTrainedModel, batch: Batch, scalar_of: ScalarOfSample, recorder: _Recorder, at_a_time: int
+) -> torch.Tensor:
+    """The backward pass of a batch whose logits are too many to exist together: head and loss of a few samples after
+    the others, forward and back, and then the rest of the model in one go. Gives the log-probs, (B, S)."""
+    head: Any = model.get_output_embeddings()
+    with recorder.leaving_out(getattr(head, "base_layer", head)):  # of a head that has an adapter
+        hidden = head_inputs(model, batch)
+    recorder.refuse_missed()
+    top = hidden.detach().requires_grad_()
+    step = max(1, at_a_time // batch.targets.shape[1])
+    pieces = []
+    for first in range(0, len(batch), step):
+        rows = slice(first, first + step)
+        with recorder.only(rows):
+            logprobs = token_logprobs(head(top[rows]), batch.targets[rows]).masked_fill(~batch.mask[rows], 0.0)
+            scalar_of(logprobs, batch.mask[rows]).sum().backward()
+        pieces.append(logprobs.detach())
+    hidden.backward(top.grad)
+    return torch.cat(pieces)
 
 
 class _Missed(UnsupportedModule):
@@ -238,8 +273,13 @@ class _Recorder:
         self._total = torch.zeros(len(batch), dtype=torch.float64, device=batch.input_ids.device)
         self._open = ExitStack()
         self._calls: dict[str, list[_Call]] = {}
-        # For the cross term of a tied head: the gradients of its logits at the sample's tokens, and its inputs.
-        self._tied_head: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._ran: set[str] = set()
+        # The rows of the batch that modules see now.
+        self._rows = slice(None)
+        self._left_out: nn.Module | None = None
+        # For the cross term of a tied head, a few rows after the others: the gradients of its logits at the sample's
+        # tokens, and its inputs.
+        self._tied_head: list[tuple[torch.Tensor, torch.Tensor]] = []
         head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
         self._tied = getattr(head, "weight", None) is embedding.weight
         self._head, self._embedding = head, embedding
@@ -276,9 +316,32 @@ class _Recorder:
     def __exit__(self, *_: object) -> None:
         self._open.close()
 
-    def never_called(self) -> list[str]:
-        """Modules that own parameters and did not run in the forward pass."""
-        return [name for name in self._modules if name not in self._calls and name not in self._experts]
+    @contextmanager
+    def leaving_out(self, module: nn.Module) -> Iterator[None]:
+        """Within the context calls of a module do not count."""
+        self._left_out = module
+        try:
+            yield
+        finally:
+            self._left_out = None
+
+    @contextmanager
+    def only(self, rows: slice) -> Iterator[None]:
+        """Within the context modules are called and differentiated for these rows of the batch."""
+        self._rows = rows
+        try:
+            yield
+        finally:
+            self._rows = slice(None)
+
+    def refuse_missed(self) -> None:
+        """After a forward pass.
+
+        Raises:
+            _Missed: modules own parameters and did not run in it.
+        """
+        if missed := [name for name in self._modules if name not in self._ran and name not in self._experts]:
+            raise _Missed(missed)
 
     def late(self) -> list[str]:
         """Modules whose own weights are still needed at the end of the backward pass."""
@@ -293,6 +356,10 @@ class _Recorder:
 
     def _hook(self, name: str) -> ForwardHook:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+            self._ran.add(name)
+            # Without gradients it runs for the first time of two: its activations will be recomputed.
+            if module is self._left_out or not torch.is_grad_enabled():
+                return output
             call = _Call(args, kwargs, {})
             if isinstance(module, nn.Embedding):
                 output = output.detach().requires_grad_()
@@ -346,16 +413,21 @@ class _Recorder:
         else:
             self._add_generic(name, module, calls)
 
+    @property
+    def _ids(self) -> torch.Tensor:
+        """The tokens that modules see now, (B, T)."""
+        return self._batch.input_ids[self._rows]
+
     def _check_rows(self, name: str, module: nn.Module, tensor: torch.Tensor) -> None:
-        if tensor.shape[0] != len(self._batch):
+        if tensor.shape[0] != len(self._ids):
             raise UnsupportedModule(
                 f"{name} ({type(module).__name__}) sees a tensor of shape {tuple(tensor.shape)} in which the "
-                f"{len(self._batch)} samples cannot be told apart"
+                f"{len(self._ids)} samples cannot be told apart"
             )
 
     def _split(self, name: str, module: nn.Module, tensor: torch.Tensor) -> torch.Tensor:
         """Put the sample dimension first: (B*T, d) or (B*T*heads, d), as some models flatten, becomes (B, ..., d)."""
-        rows, length = self._batch.input_ids.shape
+        rows, length = self._ids.shape
         if tensor.dim() == 2 and tensor.shape[0] % (rows * length) == 0 and length > 1:
             tensor = tensor.reshape(rows, tensor.shape[0] // rows, -1)
         self._check_rows(name, module, tensor)
@@ -363,26 +435,24 @@ class _Recorder:
 
     def _add(self, squared: torch.Tensor) -> None:
         """Add squared norms, (B,). They are on the device of their layer; the layers may be on several GPUs."""
-        self._total += squared.to(self._total.device)
+        self._total[self._rows] += squared.to(self._total.device)
 
     def _add_linear(self, module: nn.Module, inputs: torch.Tensor, grads: torch.Tensor) -> None:
         self._add(_outer_product_norms(inputs, grads))
         if module.bias is not None:
             self._add(grads.sum(1).double().square().sum(-1))
         if self._tied and module is self._head:
-            ids = self._batch.input_ids.to(grads.device).unsqueeze(1).expand(-1, grads.shape[1], -1)
-            self._tied_head = (grads.gather(-1, ids), inputs)
+            ids = self._ids.to(grads.device).unsqueeze(1).expand(-1, grads.shape[1], -1)
+            self._tied_head.append((grads.gather(-1, ids), inputs))
 
     def _add_embedding(self, module: nn.Embedding, ids: torch.Tensor, grads: torch.Tensor) -> None:
         # Gradients of a row that a sample uses several times add up before they are squared.
         same_row = ids.unsqueeze(1).eq(ids.unsqueeze(2)).to(grads.dtype)
         self._add((torch.bmm(grads, grads.mT) * same_row).double().sum((1, 2)))
         if self._tied and module is self._embedding:
-            assert self._tied_head is not None
-            gathered, hidden = self._tied_head
-            hidden, gathered = hidden.to(grads.device), gathered.to(grads.device)
+            gathered, hidden = (torch.cat(parts).to(grads.device) for parts in zip(*self._tied_head, strict=True))
             self._add(2 * (gathered * torch.bmm(hidden, grads.mT)).double().sum((1, 2)))
-            self._tied_head = None
+            self._tied_head = []
 
     # --- Experts: each is a linear layer over the tokens that were routed to it -----------------------------------
 

@@ -259,13 +259,17 @@ class Batch:
         return len(self.sample_ids)
 
     def to(self, device: torch.device | str) -> Batch:
+        # To a GPU without waiting for what it is still doing. From one, the copy has to be there before it is read.
+        def moved(values: torch.Tensor) -> torch.Tensor:
+            return values.to(device, non_blocking=torch.device(device).type == "cuda")
+
         return Batch(
-            self.input_ids.to(device),
-            self.positions.to(device),
-            self.targets.to(device),
-            self.mask.to(device),
-            self.lengths.to(device),
-            self.indices.to(device),
+            moved(self.input_ids),
+            moved(self.positions),
+            moved(self.targets),
+            moved(self.mask),
+            moved(self.lengths),
+            moved(self.indices),
             self.sample_ids,
         )
 

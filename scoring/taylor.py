@@ -108,6 +108,10 @@ def _is_made_when_used(x: Series) -> bool:
     return x.slope is not None and not isinstance(x.slope, torch.Tensor)
 
 
+def _shares_storage(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()
+
+
 def _slope(x: Any) -> torch.Tensor | None:
     if not isinstance(x, Series):
         return None
@@ -148,7 +152,7 @@ def _linear_in_first(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> 
     value = of(first.value)
     if isinstance(value, torch.Tensor) and not value.is_floating_point():
         return value
-    if _is_made_when_used(first) and isinstance(value, torch.Tensor):
+    if _is_made_when_used(first) and isinstance(value, torch.Tensor) and _shares_storage(value, first.value):
         return Series(value, lambda: of(_slope(first)))  # type: ignore[arg-type]  # it is not None
     slope, curve = (None if x is None else of(x) for x in (_slope(first), first.curve))
     if isinstance(value, torch.Tensor):

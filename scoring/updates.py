@@ -19,7 +19,14 @@ from transformers import PreTrainedModel
 from scoring.errors import RefusedUnderWay, UserError
 from scoring.settings import Doc, Ge, Gt, named
 
-OptimizerName = Literal["adamw", "sgd"]
+OptimizerName = Literal["adamw", "sgd", "adafactor", "adamw-8bit"]
+ABOUT_OPTIMIZERS = (
+    "AdamW; plain gradient descent; Adafactor, whose rate is relative to a matrix's size; AdamW with 8-bit moments"
+)
+
+# Of Adafactor: the learning rate is relative to the root mean square of a matrix, at least this, and an update is
+# scaled down to that one (Shazeer and Stern 2018).
+LEAST_SIZE, CLIP_THRESHOLD = 1e-3, 1.0
 
 # A trial move is at least this long, relative to the norm of the weights: a shorter one drowns in rounding.
 SHORTEST_MOVE = 1e-4
@@ -31,7 +38,7 @@ SURVIVAL_TOLERANCE = 0.05
 class UpdateSettings:
     """How an update is made of a gradient."""
 
-    optimizer: Annotated[OptimizerName, Doc("AdamW, or plain gradient descent")] = "adamw"
+    optimizer: Annotated[OptimizerName, Doc(ABOUT_OPTIMIZERS)] = "adamw"
     learning_rate: Annotated[float, Gt(0), Doc("of the optimiser")] = 5e-5
     weight_decay: Annotated[float, Ge(0), Doc("of the optimiser")] = 0.0
     clip_norm: Annotated[
@@ -47,15 +54,44 @@ class UpdateSettings:
 def make_optimizer(
     parameters: Iterable[nn.Parameter], name: OptimizerName, learning_rate: float, weight_decay: float = 0.0
 ) -> torch.optim.Optimizer:
-    """The optimiser of a training, of whose first updates forecasts are made."""
+    """The optimiser of a training, of whose first updates forecasts are made.
+
+    Raises:
+        UserError: its package is not installed, or it does not update weights of this number format.
+    """
     if name == "sgd":
         return torch.optim.SGD(parameters, lr=learning_rate, weight_decay=weight_decay)
+    if name == "adafactor":
+        return torch.optim.Adafactor(
+            parameters, lr=learning_rate, weight_decay=weight_decay, eps=(None, LEAST_SIZE), d=CLIP_THRESHOLD
+        )
+    if name == "adamw-8bit":
+        parameters = list(parameters)
+        if any(p.dtype == torch.float64 for p in parameters):
+            raise UserError(
+                f"{named('optimizer')} adamw-8bit does not update float64 weights: use {named('dtype')} float32"
+            )
+        try:
+            from bitsandbytes.optim import AdamW8bit
+        except ImportError:
+            raise UserError(
+                f"{named('optimizer')} adamw-8bit needs the package bitsandbytes: pip install 'mrd-bench[8bit]'"
+            ) from None
+        made: torch.optim.Optimizer = AdamW8bit(parameters, lr=learning_rate, weight_decay=weight_decay)
+        return made
     return torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=weight_decay, fused=True)
 
 
 def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float | None) -> float:
-    """Scale the gradients down to the norm `max_norm`; returns the norm before that."""
-    return float(nn.utils.clip_grad_norm_(parameters, math.inf if max_norm is None else max_norm))
+    """Scale the gradients down to the norm `max_norm`; returns the norm before that, in fp32 at least."""
+    parameters = list(parameters)
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    if all(g.dtype in (torch.float32, torch.float64) for g in gradients):
+        return float(nn.utils.clip_grad_norm_(parameters, math.inf if max_norm is None else max_norm))
+    norm = math.sqrt(sum(map(_squares, gradients)))
+    if max_norm is not None:
+        nn.utils.clip_grads_with_norm_(parameters, max_norm, torch.tensor(norm, device=gradients[0].device))
+    return norm
 
 
 @contextmanager
@@ -116,16 +152,16 @@ class TrialUpdates:
     @property
     def fastest(self) -> float | None:
         """The largest length of an update, where updates grow with the gradient, as those of SGD do; None where they do
-        not, as those of AdamW."""
-        if self._settings.optimizer == "adamw":
+        not, as those of all others."""
+        if self._settings.optimizer != "sgd":
             return None
         return self._settings.learning_rate * (self._settings.clip_norm or math.inf)
 
     def take_direction(self) -> Direction:
         """The first update that the optimiser would make of the gradients that the weights hold; takes them away.
 
-        AdamW from empty moments: -eta (g / (|g| + eps) + lambda theta), eps = 1e-8; SGD: -eta (g + lambda theta); g is
-        clipped.
+        AdamW from empty moments, of however many bits: -eta (g / (|g| + eps) + lambda theta), eps = 1e-8; SGD:
+        -eta (g + lambda theta); Adafactor: see `_adafactor_step`; g is clipped.
         """
         settings = self._settings
         clip_gradients(self._live.values(), settings.clip_norm)
@@ -135,7 +171,9 @@ class TrialUpdates:
                 if p.grad is None:
                     continue
                 g = p.grad
-                if settings.optimizer == "adamw":
+                if settings.optimizer == "adafactor":
+                    g = _adafactor_step(g, p, min(settings.learning_rate, 1.0) / settings.learning_rate)
+                elif settings.optimizer != "sgd":
                     g = g.div_(g.abs().add_(1e-8))
                 change[name] = g.add_(p, alpha=settings.weight_decay).mul_(-settings.learning_rate)
                 p.grad = None
@@ -190,6 +228,32 @@ class TrialUpdates:
         self._survival_is_checked = True
 
 
+def _adafactor_step(g: torch.Tensor, theta: torch.Tensor, rate: float) -> torch.Tensor:
+    """What Adafactor moves a weight by from empty moments, without its decay, in units of -eta.
+
+    The second moments of a matrix are an outer product of the means of its rows' and its columns' squares, over the
+    mean of all: v = r c^T / mean(r). The move is rho a u / max(1, rms(u) / d), with u = g / sqrt(v), a the root mean
+    square of the weights, at least 1e-3, and rho = min(eta, 1) / eta.
+
+    Args:
+        g: its gradient; overwritten.
+        theta: the weights.
+        rate: rho.
+    """
+    eps = torch.finfo(theta.dtype).eps
+    squares = g.square()
+    if g.dim() > 1:
+        rows, columns = squares.mean(-1, keepdim=True), squares.mean(-2, keepdim=True)
+        squares = rows @ columns / rows.mean(-2, keepdim=True).clamp_(min=eps)
+    update = g.mul_(squares.clamp_(min=eps**2).rsqrt_())
+    size = max(LEAST_SIZE, _root_mean_square(theta))
+    return update.mul_(rate * size / max(1.0, _root_mean_square(update) / CLIP_THRESHOLD))
+
+
+def _root_mean_square(tensor: torch.Tensor) -> float:
+    return math.sqrt(_squares(tensor) / tensor.numel())
+
+
 def distance(pairs: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> tuple[float, float]:
     """How far weights have moved: mean |delta theta| over all of them, and the norm.
 
@@ -216,4 +280,5 @@ def sums_of_changes(pairs: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> tuple
 
 
 def _squares(tensor: torch.Tensor) -> float:
-    return float(torch.linalg.vector_norm(tensor, dtype=torch.float64 if tensor.dtype == torch.float64 else None)) ** 2
+    precise = torch.float64 if tensor.dtype == torch.float64 else torch.float32
+    return float(torch.linalg.vector_norm(tensor, dtype=precise)) ** 2

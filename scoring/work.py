@@ -30,6 +30,7 @@ class ReplicaSpec:
         allow_lost_perturbation: score although storage rounds the perturbation away.
         engine: the engine that computes.
         tensor_parallel: processes of a vLLM engine that share the model.
+        gradient_checkpointing: gradients compute activations twice instead of keeping them.
         plugins: files that add to the registries.
     """
 
@@ -39,6 +40,7 @@ class ReplicaSpec:
     allow_lost_perturbation: bool = False
     engine: Engine = "transformers"
     tensor_parallel: int = 1
+    gradient_checkpointing: bool = False
     plugins: tuple[Plugin, ...] = field(default_factory=loaded_plugins)
 
 
@@ -236,7 +238,9 @@ class LocalPool:
             model = self._loaded.get(spec.source)
             if model is None:
                 model = load_model(spec.source, spec.dtype, self._device, spec.revision)
-            self._runner = TaskRunner(TransformersReplica(model, spec.allow_lost_perturbation))
+            self._runner = TaskRunner(
+                TransformersReplica(model, spec.allow_lost_perturbation, spec.gradient_checkpointing)
+            )
         return self._runner
 
     def run(self, tasks: Sequence[AnyTask], shards: Sequence[Sequence[Batch]]) -> Iterator[tuple[AnyTask, Any, Facts]]:

@@ -113,3 +113,11 @@ def whole_numbers(text: str) -> tuple[int, ...]:
         return tuple(int(part) for part in text.split(","))
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is no list of whole numbers with commas between them") from None
+
+
+def amounts(text: str) -> tuple[float, ...]:
+    """The same, of any numbers: 1e7,1.35e8."""
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of numbers with commas between them") from None

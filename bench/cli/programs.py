@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from bench.cli.flags import Parser, add_settings, settings_from, whole_numbers
+from bench.cli.flags import Parser, add_settings, amounts, settings_from, whole_numbers
 from bench.cli.jobs import with_threads
 from scoring.errors import UserError
 from scoring.reading import exists, read_json
@@ -104,6 +104,13 @@ def benchmark_arguments(parser: argparse.ArgumentParser) -> None:
     add("--samples", type=int, default=32, help="in a batch (default: %(default)s)")
     add("--turns", type=int, default=5, help="how often each way is timed (default: %(default)s)")
 
+    add = benchmark("peers", "MRD the public way and NPO by a plain Trainer, against the same here", _peers)
+    add("--params", type=float, default=1e7, help="weights of the model, about (default: %(default)g)")
+    add("--samples", type=int, default=32, help="that are scored, and forgotten (default: %(default)s)")
+    add("--batch", type=int, default=8, help="samples in a batch (default: %(default)s)")
+    add("--draws", type=int, default=10, help="K of Monte Carlo (default: %(default)s)")
+    add("--turns", type=int, default=5, help="how often each way is timed (default: %(default)s)")
+
     about = "the training loop against transformers' Trainer, and unlearning with MRD against without"
     add = on_data("unlearning", about, _unlearning)
     add("--retain", help="split of the task or data file of what is to be kept (default: the task's own)")
@@ -137,6 +144,13 @@ def benchmark_arguments(parser: argparse.ArgumentParser) -> None:
     add("--params", type=float, default=1e7, help="weights of the random Llama (default: %(default)g)")
     add("--limit", type=float, help="bytes of data of each process, RLIMIT_DATA (default: no limit)")
     add("--ways", type=_names, default="adapters,shards", help="what is trained, and how (default: %(default)s)")
+
+    about = "what everything costs as models grow, in forward passes and weights, before and now"
+    add = benchmark("scale", about, _scale)
+    add("--sizes", type=amounts, default="1e7,4e7,1.35e8", help="weights of the models (default: %(default)s)")
+    add("--tokens", type=int, default=512, help="of the batch (default: %(default)s)")
+    add("--turns", type=int, default=3, help="how often each part is timed (default: %(default)s)")
+    add("--profile", help="of a machine, whose plans stand beside: a known one, or a file of `benchmark plan`")
 
     benchmark("plan", "the constants of `mrd-bench plan` on this machine, and its sums against runs", _plan)
 
@@ -191,6 +205,13 @@ def _experts(arguments: argparse.Namespace) -> None:
     experts.run_benchmark(arguments.experts, arguments.samples, arguments.turns, out)
 
 
+def _peers(arguments: argparse.Namespace) -> None:
+    out = _out(arguments)
+    from bench.speed import peers
+
+    peers.run_benchmark(arguments.params, arguments.samples, arguments.batch, arguments.draws, arguments.turns, out)
+
+
 def _unlearning(arguments: argparse.Namespace) -> None:
     out = _out(arguments)
     from bench.speed.unlearning.run import run_benchmark
@@ -233,6 +254,13 @@ def _engines(arguments: argparse.Namespace) -> None:
     from bench.speed import engines
 
     engines.run_benchmark(arguments.model, arguments.data, arguments.split, arguments.samples, out)
+
+
+def _scale(arguments: argparse.Namespace) -> None:
+    out = _out(arguments)
+    from bench.speed import scale
+
+    scale.run_benchmark(arguments.sizes, arguments.tokens, arguments.turns, arguments.profile, out)
 
 
 def _gpu(arguments: argparse.Namespace) -> None:

@@ -55,6 +55,10 @@ class Resources:
         int | None, Ge(1), Doc("processes, or GPUs, that share a vLLM replica (default: as many as it has GPUs)")
     ] = None
 
+    gradient_checkpointing: Annotated[
+        bool, Doc("gradients compute activations twice instead of keeping them: less memory, half as long again")
+    ] = False
+
     def checked(self) -> Self:
         """The same.
 
@@ -132,6 +136,7 @@ class Resources:
             loaded: models in this process, by source.
             replicas: how many, where not as many as these resources say.
         """
+        model = dataclasses.replace(model, gradient_checkpointing=self.gradient_checkpointing)
         if self.in_this_process:
             return LocalPool(model, self.device(), loaded)
         from scoring.pool import ReplicaPool

@@ -69,10 +69,12 @@ from scoring.reading import read_text
 from scoring.samples import TextSet
 from scoring.settings import Doc, Naming, named, naming
 from scoring.templates import TEMPLATE_FIELDS, TemplateSettings, absolute_template
+from scoring.updates import OptimizerName
 
 SCHEMA_VERSION = 1
-# Bytes on disk for a weight: the model in fp32, and two moments of AdamW.
-BYTES_MODEL, BYTES_MOMENTS = 4, 8
+# Bytes on disk for a weight: the model in fp32, and what the optimizer keeps.
+BYTES_MODEL = 4
+BYTES_MOMENTS: dict[OptimizerName, int] = {"adamw": 8, "sgd": 0, "adafactor": 0, "adamw-8bit": 2}
 # What hashes stand for in a run's identity.
 NOT_HASHED = ("model", "task", "forget_split", "selection", "retain", *TEMPLATE_FIELDS)
 
@@ -432,9 +434,9 @@ def room_of(recipe: Recipe, model: ModelReference, corpus: Corpus, continues_ada
         if quantity != "nll"
     )
     model_bytes = weights * BYTES_MODEL
-    moments = 0 if recipe.optimizer == "sgd" else weights * BYTES_MOMENTS
     if recipe.lora_rank or continues_adapter:
         return Room(0, states, model_bytes, model_bytes)  # adapters are next to nothing
+    moments = weights * BYTES_MOMENTS[recipe.optimizer]
     return Room(model_bytes + moments, states, model_bytes, model_bytes if recipe.negation else 0)
 
 

@@ -4,8 +4,8 @@
     draw        one draw of Monte Carlo MRD: the weights are perturbed, and the log-probs computed again
     answers     greedy, to the prompts of the samples
 
-Both replicas are loaded before anything is timed, have one thread (or GPU) each, and take turns. Their results are
-compared as well.
+Both replicas are loaded before anything is timed, have one thread (or GPU) each and the batches that a command would
+give them, and take turns. Their results are compared as well.
 """
 
 from __future__ import annotations
@@ -52,7 +52,6 @@ def run_benchmark(model: str, data: str, split: str | None, samples: int, out: s
     reference = find_model(model)
     measured = samples_of(data, split, reference, reference.max_length - NEW_TOKENS)[:samples]
     prompts = question_ids(measured)
-    shards = [make_batches(measured, BATCH_TOKENS)]
     connect()
     footprint = Footprint(1, default_gpus())
     seconds: dict[str, dict[Engine, list[float]]] = {}
@@ -64,10 +63,11 @@ def run_benchmark(model: str, data: str, split: str | None, samples: int, out: s
     try:
         works: dict[Engine, dict[str, Callable[[], Any]]] = {}
         for engine, pool in pools.items():
-            reader = Reader(pool, reference.tokenizer.eos_token_id, BATCH_TOKENS)
+            batch_tokens = Resources(1, engine=engine).batch_tokens()
+            reader = Reader(pool, reference.tokenizer.eos_token_id, batch_tokens, writing_tokens=4 * BATCH_TOKENS)
             works[engine] = {
                 "log-probs": partial(reader.likelihoods, measured),
-                "draw": partial(_draws, pool, shards),
+                "draw": partial(_draws, pool, [make_batches(measured, batch_tokens)]),
                 "answers": partial(reader.continuations, prompts, [NEW_TOKENS] * len(prompts)),
             }
             # Loads the replica, and computes the unperturbed log-probs.
@@ -90,9 +90,9 @@ def run_benchmark(model: str, data: str, split: str | None, samples: int, out: s
 
 
 def _draws(pool: ReplicaPool, shards: Any) -> np.ndarray:
-    """The relative changes of N samples in K draws, (N, K)."""
+    """The relative changes of N samples in K draws, (N, K), in the order of the samples."""
     ((_, draws, _),) = list(pool.run(monte_carlo_tasks(DRAWS, DRAWS, SIGMA), shards))
-    return draws.values
+    return draws.values[np.argsort(draws.indices)]
 
 
 def _agreement(results: dict[Engine, dict[str, Any]]) -> dict[str, float]:

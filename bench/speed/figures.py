@@ -42,18 +42,23 @@ def require_at_least(least: float, **settings: float) -> None:
 # --- Measuring ----------------------------------------------------------------------------------------------
 
 
-def seconds_of(work: Callable[[], object]) -> float:
-    """Seconds that work takes, that of a GPU included."""
-    started = now()
-    work()
-    return now() - started
-
-
 def now() -> float:
     """Seconds on a clock, when the GPU has done what it was asked to do."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return time.perf_counter()
+
+
+def processor_now() -> float:
+    """Seconds that all threads of this process have computed, which the load of the machine hardly moves."""
+    return time.process_time()
+
+
+def seconds_of(work: Callable[[], object], clock: Callable[[], float] = now) -> float:
+    """Seconds that work takes, that of a GPU included unless another clock says otherwise."""
+    started = clock()
+    work()
+    return clock() - started
 
 
 def median_seconds(work: Callable[[], object], repeats: int) -> float:
@@ -62,13 +67,15 @@ def median_seconds(work: Callable[[], object], repeats: int) -> float:
     return float(np.median([seconds_of(work) for _ in range(repeats)]))
 
 
-def seconds_in_turns(works: Mapping[Name, Callable[[], object]], turns: int) -> dict[Name, list[float]]:
+def seconds_in_turns(
+    works: Mapping[Name, Callable[[], object]], turns: int, clock: Callable[[], float] = now
+) -> dict[Name, list[float]]:
     """Seconds of each work in every turn. The order changes from turn to turn, so that whatever else the machine does
     falls on all."""
     seconds: dict[Name, list[float]] = {name: [] for name in works}
     for turn in range(turns):
         for name in list(works)[::-1] if turn % 2 else works:
-            seconds[name].append(seconds_of(works[name]))
+            seconds[name].append(seconds_of(works[name], clock))
     return seconds
 
 
@@ -78,10 +85,11 @@ def run_tasks(pool: Pool, tasks: Sequence[ReplicaTask], shards: Sequence[Sequenc
         pass
 
 
-def peak_bytes(model: torch.nn.Module, work: Callable[[], object]) -> int:
-    """The most bytes that the weights of a model and the tensors of some work take together."""
+def peak_bytes(model: torch.nn.Module, work: Callable[[], object], held: Sequence[torch.Tensor] = ()) -> int:
+    """The most bytes that the weights of a model, what is held beside them, and the tensors of some work take
+    together."""
     with TensorMemory() as memory:
-        memory.count(*model.parameters())
+        memory.count(*model.parameters(), *held)
         work()
     return memory.peak
 

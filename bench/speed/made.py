@@ -43,10 +43,18 @@ def random_llama(vocabulary: int, width: int, layers: int, heads: int, **changes
     return LlamaForCausalLM(config)
 
 
-def random_llama_folder(folder: Path, tokenizer: Any, width: int, layers: int, heads: int, **changes: Any) -> Path:
-    """A folder with a Llama of random weights and a tokenizer, see `random_llama`; it is made if it is not there."""
+def random_llama_folder(
+    folder: Path, tokenizer: Any, width: int, layers: int, heads: int, vocabulary: int | None = None, **changes: Any
+) -> Path:
+    """A folder with a Llama of random weights and a tokenizer, see `random_llama`; it is made if it is not there.
+
+    Args:
+        vocabulary: tokens that the model knows; None: those of the tokenizer.
+    """
     if not folder.exists():
-        model = random_llama(len(tokenizer), width, layers, heads, max_position_embeddings=CONTEXT, **changes)
+        model = random_llama(
+            vocabulary or len(tokenizer), width, layers, heads, max_position_embeddings=CONTEXT, **changes
+        )
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
     return folder
@@ -64,19 +72,25 @@ def random_texts(count: int) -> list[Text]:
     return [Text(str(i), question, answer) for i, (question, answer) in enumerate(_random_pairs(count))]
 
 
-def random_data_file(folder: Path, count: int) -> Path:
-    """The same as a JSON Lines file with so many lines."""
-    path = folder / f"{count}.jsonl"
+def random_data_file(folder: Path, count: int, length: int = 1, seed: int = 0) -> Path:
+    """The same as a JSON Lines file with so many lines.
+
+    Args:
+        length: how many times as many words a text has.
+        seed: of the words; files of several seeds stand side by side.
+    """
+    path = folder / (f"{count}-{seed}.jsonl" if seed else f"{count}.jsonl")
     with path.open("w") as file:
-        for question, answer in _random_pairs(count):
+        for question, answer in _random_pairs(count, length, seed):
             file.write(json.dumps({"prompt": question, "completion": answer}) + "\n")
     return path
 
 
-def _random_pairs(count: int) -> Iterable[tuple[str, str]]:
-    rng = random.Random(0)
+def _random_pairs(count: int, length: int = 1, seed: int = 0) -> Iterable[tuple[str, str]]:
+    rng = random.Random(seed)
     for number in range(count):
-        yield f"{' '.join(rng.choices(WORDS, k=6))} {number}?", f"{' '.join(rng.choices(WORDS, k=5))}."
+        question, answer = (" ".join(rng.choices(WORDS, k=words * length)) for words in (6, 5))
+        yield f"{question} {number}?", f"{answer}."
 
 
 def samples_of(data: str, split: str | None, model: ModelReference, max_length: int | None = None) -> list[Sample]:

@@ -35,7 +35,8 @@ WAYS = {
 }
 SETTINGS = """
     --algorithm GradDiff --alpha 1 --refresh 1 --refresh-unit steps --max-steps 2 --batch-size 2 --batch-tokens 64
-    --check-every 1 --check-unit steps --evaluate-samples 1 --evaluate-every 0 --checkpoint-every 1 --threads 1
+    --check-every 1 --check-unit steps --no-early-stopping --evaluate-samples 1 --evaluate-every 0
+    --checkpoint-every 1 --threads 1
 """
 # The processes of workers inherit the limit, each for itself.
 CHILD = """

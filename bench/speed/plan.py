@@ -31,6 +31,7 @@ from scoring.answers import EXTRA_TOKENS
 from scoring.api import BATCHES_PER_TASK, DRAWS_PER_TASK
 from scoring.engine import Dtype
 from scoring.errors import UserError, unknown_name
+from scoring.logprob import LOGITS_AT_A_TIME
 from scoring.measures import MEASURES, Asked
 from scoring.mrd import ESTIMATORS, EstimatorName
 from scoring.reading import parse_json, read_text, shaped
@@ -641,7 +642,9 @@ def units_and_logits(shape: Shape, kind: str, tokens: float, scored: float) -> t
     """How many units of width and logits a call holds at once. Units of one layer are enough where no backward pass
     and no later step needs the others."""
     layers = shape.layers if kind in ("gradient", "training", "decoding") else 1
-    return tokens * shape.hidden * layers, scored * shape.vocabulary
+    logits = scored * shape.vocabulary
+    # Training has them all, for its objective.
+    return tokens * shape.hidden * layers, logits if kind == "training" else min(logits, LOGITS_AT_A_TIME)
 
 
 def plan(job: PlannedJob, profile: Profile, devices: int, starts: bool = True) -> JobPlan:

@@ -173,7 +173,7 @@ def _measure(
 
     def errors(estimator: EstimatorName, statistic: Statistic, count: int, exact: np.ndarray) -> np.ndarray:
         scores = estimate(replica, compared_batches, Request(estimator, SIGMA, 1, 0, count))
-        return np.abs(_in_order(scores, statistic) / exact - 1)
+        return np.abs(in_order(scores, statistic) / exact - 1)
 
     error = float(np.median(errors("monte-carlo", "mean_abs", draws, mean_abs)))
     seconds = base + draws * seconds_of_draw("monte-carlo", DRAWS)
@@ -226,7 +226,7 @@ def _references(replica: TransformersReplica, samples: Sequence[Sample]) -> tupl
     norms, _ = autograd_norms(exact.model, collate(samples).to(exact.device), log_abs_logprob)
     request = Request("curvature", SIGMA, 0, 1000, 1000 + REFERENCE_DIRECTIONS)
     curvature = estimate(exact, make_batches(samples, BATCH_TOKENS), request)
-    return SIGMA * math.sqrt(2 / math.pi) * norms.cpu().numpy(), _in_order(curvature, "abs_mean")
+    return SIGMA * math.sqrt(2 / math.pi) * norms.cpu().numpy(), in_order(curvature, "abs_mean")
 
 
 def _all_cores(
@@ -267,8 +267,8 @@ def _spread(samples: Sequence[Sample], count: int) -> list[Sample]:
     return sorted((by_length[position] for position in positions), key=lambda sample: sample.index)
 
 
-def _in_order(draws: Draws, statistic: Statistic) -> np.ndarray:
-    """The scores of draws, in the order of the samples."""
+def in_order(draws: Draws, statistic: Statistic) -> np.ndarray:
+    """The scores of draws, (N,), in the order of the samples."""
     return reduce_draws(draws.values, statistic)[0][np.argsort(draws.indices)]
 
 

@@ -423,6 +423,8 @@ def test_shards_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         UserError, match=r"^reward needs whole weights, and strategy fsdp shards them: use strategy ddp"
     ):
         trained.refuse_shards("reward")
+    with pytest.raises(UserError, match=r"^optimizer adafactor needs whole weights, and strategy fsdp shards them"):
+        Trainable(tiny_model("llama"), Group(), optimizer="adafactor")
 
 
 def test_what_is_recorded(memorised: Path, tmp_path: Path) -> None:

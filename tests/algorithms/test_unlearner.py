@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import json
 import math
 import re
@@ -22,6 +23,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -39,6 +41,7 @@ from algorithms.stopping import Thresholds, measure_memorization
 from algorithms.tables import tables_of
 from algorithms.trainable import Lora, Trainable, trainable_for
 from algorithms.unlearner import Diverged, Unlearner
+from bench.speed.made import random_llama
 from scoring.adapters import adapter_base
 from scoring.errors import UserError
 from scoring.load import load_model
@@ -296,8 +299,9 @@ def plain_training(
     forget = getattr(losses, ALGORITHMS[made.algorithm].forget.__name__)
     retain = getattr(losses, made.retain_term or "none")
     parameters = list(parameters or model.parameters())
-    kind = {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}[made.optimizer]
-    optimizer = kind(parameters, lr=1.0, weight_decay=made.weight_decay)
+    adafactor = functools.partial(torch.optim.Adafactor, eps=(torch.finfo(torch.float32).eps, 1e-3))
+    kinds = {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD, "adafactor": adafactor}
+    optimizer: Any = kinds[made.optimizer](parameters, lr=1.0, weight_decay=made.weight_decay)
     own_term = forgotten and forgotten(losses)
     trace = Trace()
     retain_weight = made.retain_weight
@@ -340,6 +344,7 @@ def exact_model(folder: Path) -> Any:
         ("GA", {"clip_norm": None}),
         ("GA", {"alpha": 1.0, "replacement": False}),
         ("GA", {"optimizer": "sgd", "learning_rate": 0.05}),
+        ("GA", {"optimizer": "adafactor", "learning_rate": 0.01, "weight_decay": 0.1}),
         ("GradDiff", {"forget_weight": 0.5, "retain_weight": 2.0}),
         ("GradDiff-KL", {"order": "hard-first"}),
         ("PO", {}),
@@ -549,6 +554,7 @@ CONTINUED: dict[str, tuple[str, dict]] = {
     "lora": ("GradDiff", {"lora_rank": 2, "lora_targets": r".*1.*_proj", "alpha": 1.0, "replacement": False}),
     "rmu": ("RMU", {"layer": 1, "warmup_steps": 5, "learning_rate": 1e-3}),
     "sgd": ("GA", {"optimizer": "sgd", "learning_rate": 0.05}),
+    "adafactor": ("GA", {"optimizer": "adafactor", "learning_rate": 0.01}),
     "task vector": ("TaskVector", {"negation": 0.7, "alpha": 1.0, "refresh": 1}),
     "retain weight": ("PDU", {"retain_limit": 4.0, "dual_step": 0.5, "dual_warmup": 0, "retain_weight": 1.0}),
     "forecasts": (
@@ -629,6 +635,36 @@ def test_continued_run_ends_the_same(
     assert record(History(**done.saved.history())) == record(whole.history)
     assert_bitwise(done.weights, whole.weights)
     assert_bitwise(done.saved.training(), whole.saved.training())
+
+
+@pytest.mark.parametrize("name", ["adamw", "sgd", "adafactor", "adamw-8bit"])
+def test_the_state_of_every_optimizer_goes_through_a_file(name: Any, tmp_path: Path) -> None:
+    """Three updates on, a model that was restored after the second has the weights of one that was never stopped, to
+    the bit. Matrices are large enough for moments of 8 bits."""
+    if name == "adamw-8bit":
+        pytest.importorskip("bitsandbytes")
+    batch = collate(random_samples(4))
+
+    def update(trained: Trainable, times: int) -> None:
+        for _ in range(times):
+            trained.forward(batch, ["logprobs"])["logprobs"].sum().backward()
+            trained.step(1e-2)
+
+    def made() -> Trainable:
+        return Trainable(random_llama(128, 64, 1, 2).eval(), optimizer=name, weight_decay=0.1)
+
+    whole, stopped, restored = made(), made(), made()
+    update(whole, 3)
+    update(stopped, 2)
+    state = stopped.state()
+    assert (torch.uint8 in {value.dtype for value in state.values()}) == (name == "adamw-8bit")
+    save_file(state, tmp_path / "state.safetensors")
+    saved = load_file(tmp_path / "state.safetensors")
+    restored.restore({n: p.detach() for n, p in stopped.model.named_parameters()}, saved)
+    assert_bitwise(restored.state(), state)
+    update(restored, 1)
+    assert_bitwise(dict(restored.model.named_parameters()), dict(whole.model.named_parameters()))
+    assert_bitwise(restored.state(), whole.state())
 
 
 def test_continuing_a_finished_run_does_nothing(undisturbed: Callable[[str], Run]):

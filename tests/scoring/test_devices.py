@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 import torch
 
+import algorithms
 from bench.cli import main
 from scoring.generation import greedy_continuations
 from scoring.load import load_model
@@ -18,7 +21,7 @@ from scoring.perturbation import Perturbation, fill_gaussian_
 from scoring.replica import LostPerturbation, TransformersReplica
 from scoring.sample_gradients import autograd_norms, log_abs_logprob
 from scoring.samples import make_batches
-from tests.tiny_folders import pairs, save_model, write_jsonl
+from tests.tiny_folders import pairs, save_model, tokenizer, write_jsonl
 from tests.tiny_models import random_samples, tiny_model
 
 CUDA = pytest.param(
@@ -105,6 +108,36 @@ def test_greedy_continuations_do_not_depend_on_the_device(device: str) -> None:
     here = greedy_continuations(replica(device).model, prompts, limits, None)
     for one, two in zip(here, greedy_continuations(replica("cpu").model, prompts, limits, None), strict=True):
         np.testing.assert_array_equal(one, two)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        {"algorithm": "NPO-GradDiff", "weights": "mrd", "alpha": 1.0, "refresh": 1},
+        {"algorithm": "IdkDPO"},
+        {"algorithm": "RMU", "layer": 1},
+        {"algorithm": "UNDIAL", "gradient_checkpointing": True},
+        {"algorithm": "GradDiff", "dtype": "bfloat16"},
+    ],
+    ids=lambda recipe: recipe["algorithm"],
+)
+def test_training_is_that_of_the_cpu(device: str, recipe: dict[str, Any]) -> None:
+    def steps(on: str) -> pd.DataFrame:
+        model: Any = tiny_model("llama", tied=True)
+        settings = {"epochs": 1, "batch_size": 3, "learning_rate": 1e-4, "el_n": 8, "evaluate": False, **recipe}
+        # Several micro-batches an update, and looks at which samples are forgotten.
+        forgotten = algorithms.unlearn(
+            model.to(on), tokenizer(), pairs(6), pairs(6, seed=1), stopping="paper", batch_tokens=24, **settings
+        )
+        assert {p.device.type for p in forgotten.model.parameters()} == {on}
+        return forgotten.steps
+
+    there, here = steps(device), steps("cpu")
+    assert list(there["samples"].map(list)) == list(here["samples"].map(list))
+    for name in ("forget_loss", "retain_loss", "gradient_norm"):
+        tolerance = 0.05 if recipe.get("dtype") else 1e-3
+        np.testing.assert_allclose(there[name].astype(float), here[name].astype(float), rtol=tolerance, atol=1e-5)
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -1,11 +1,16 @@
 """Batched per-sample gradient norms against per-sample autograd in fp64."""
 
 import copy
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch import nn
 
+from bench.speed.figures import peak_bytes
+from bench.speed.made import random_llama
+from scoring.curvature import second_derivatives_along_signs
+from scoring.logprob import scored_logprobs
 from scoring.replica import TransformersReplica
 from scoring.sample_gradients import (
     UnsupportedModule,
@@ -47,6 +52,48 @@ def test_every_architecture(architecture: str, tied: bool):
     assert (model.get_output_embeddings().weight is model.get_input_embeddings().weight) == tied
     got, _ = per_sample_gradient_norms(model, collate(samples), log_abs_logprob)
     torch.testing.assert_close(got, exact_norms(model, samples), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_in_pieces_and_computed_twice(architecture: str, tied: bool, monkeypatch: pytest.MonkeyPatch):
+    """A few logits at a time, and activations that are not kept: the same log-probs, norms and second derivatives."""
+    model, batch = tiny_model(architecture, tied), collate(random_samples(7))
+    whole = scored_logprobs(model, batch)
+    bent = second_derivatives_along_signs(model, batch, 0, 1)
+    norms, _ = per_sample_gradient_norms(model, batch, log_abs_logprob)
+    monkeypatch.setattr("scoring.logprob.LOGITS_AT_A_TIME", 20 * model.config.vocab_size)
+    before = copy.deepcopy([vars(module) for module in model.modules() if not module._parameters])
+    got, logprobs = per_sample_gradient_norms(model, batch, log_abs_logprob, recompute=True)
+    assert [vars(module).keys() for module in model.modules() if not module._parameters] == [v.keys() for v in before]
+    torch.testing.assert_close(got, norms, rtol=1e-6, atol=0)
+    torch.testing.assert_close(logprobs, whole, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(scored_logprobs(model, batch), whole, rtol=1e-5, atol=1e-6)
+    scale = float(bent.abs().max())
+    torch.testing.assert_close(second_derivatives_along_signs(model, batch, 0, 1), bent, rtol=1e-4, atol=1e-5 * scale)
+
+
+def test_memory(monkeypatch: pytest.MonkeyPatch):
+    """Gradients hold what training holds, and recomputed ones one layer; second derivatives no graph and no copies."""
+    model = random_llama(2048, 64, 8, 2).eval()
+    batch = collate([Sample(str(i), torch.arange(64).numpy() + i, torch.arange(64).numpy() > 31, i) for i in range(16)])
+    weights = sum(p.nbytes for p in model.parameters())
+    monkeypatch.setattr("scoring.logprob.LOGITS_AT_A_TIME", 1 << 17)
+
+    def peak(work: Callable[[], object]) -> int:
+        work()
+        return peak_bytes(model, work) - weights
+
+    def train() -> None:
+        with torch.enable_grad():
+            scored_logprobs(model, batch).sum().backward()
+        model.zero_grad()
+
+    training = peak(train)
+    assert peak(lambda: per_sample_gradient_norms(model, batch, log_abs_logprob)) < 1.3 * (training - weights)
+    assert peak(lambda: per_sample_gradient_norms(model, batch, log_abs_logprob, recompute=True)) < 0.4 * training
+    by_series = peak(lambda: second_derivatives_along_signs(model, batch, 0, 0))
+    assert by_series < 0.25 * peak(lambda: second_derivatives_along_signs(model, batch, 0, 0, "forward mode"))
 
 
 @pytest.mark.parametrize(

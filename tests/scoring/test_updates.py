@@ -50,14 +50,14 @@ def norm(tensors: Any) -> float:
 # The norm of the gradient is 2.4: it is clipped, or not.
 @pytest.mark.parametrize("clip", [None, 0.3, 100.0])
 @pytest.mark.parametrize("decay", [0.0, 0.2])
-@pytest.mark.parametrize("name", ["adamw", "sgd"])
+@pytest.mark.parametrize("name", ["adamw", "sgd", "adafactor"])
 def test_the_direction_is_the_first_step_of_torch(name: Any, decay: float, clip: float | None) -> None:
     """Of GPT-2 in fp64, a layer of it frozen; by torch.optim's own code for single tensors."""
     model: Any = tiny_model("gpt2").double()
     model.transformer.h[0].requires_grad_(False)
     stepped = copy.deepcopy(model)
-    kind = {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}[name]
-    optimizer = kind(stepped.parameters(), lr=RATE, weight_decay=decay, foreach=False)
+    kinds = {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD, "adafactor": torch.optim.Adafactor}
+    optimizer: Any = kinds[name](stepped.parameters(), lr=RATE, weight_decay=decay, foreach=False)
     differentiate(stepped)
     length = torch.nn.utils.clip_grad_norm_(stepped.parameters(), clip or math.inf).item()
     assert 0.3 < length < 100
@@ -83,6 +83,30 @@ def test_the_direction_is_the_first_step_of_torch(name: Any, decay: float, clip:
     make_optimizer(trial.parameters, name, RATE, decay).step()
     for key, p in model.named_parameters():
         torch.testing.assert_close(p.detach(), dict(stepped.named_parameters())[key].detach(), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.2])
+def test_the_direction_of_moments_in_8_bits(decay: float) -> None:
+    """The first step of bitsandbytes, of a matrix with moments of 8 bits and of a vector, whose moments stay fp32."""
+    pytest.importorskip("bitsandbytes")
+    torch.manual_seed(0)
+    layer: Any = torch.nn.Linear(128, 64)
+    for p in layer.parameters():
+        p.grad = torch.randn_like(p)
+    stepped = copy.deepcopy(layer)
+    for p, q in zip(stepped.parameters(), layer.parameters(), strict=True):
+        p.grad = q.grad.clone()
+    optimizer = make_optimizer(stepped.parameters(), "adamw-8bit", 0.1, decay)
+    optimizer.step()
+    dtypes = [{v.dtype for v in optimizer.state[p].values() if torch.is_tensor(v)} for p in stepped.parameters()]
+    assert [torch.uint8 in kinds for kinds in dtypes] == [True, False]
+    before = weights(layer)
+    settings = UpdateSettings(optimizer="adamw-8bit", learning_rate=0.1, weight_decay=decay, clip_norm=None)
+    direction = TrialUpdates(layer, settings).take_direction()
+    for name, p in stepped.named_parameters():
+        torch.testing.assert_close(direction.change[name], p.detach() - before[name], rtol=1e-5, atol=1e-6)
+    with pytest.raises(UserError, match="adamw-8bit does not update float64 weights"):
+        make_optimizer(layer.double().parameters(), "adamw-8bit", 0.1)
 
 
 def test_moves_add_up_and_are_taken_back_bitwise() -> None:

@@ -276,6 +276,52 @@ def test_tokens_that_are_not_in_the_row(host: Remote, folders: Callable[..., Pat
     torch.testing.assert_close(there, TransformersReplica(load_model(folder)).logprobs(batch), rtol=2e-7, atol=2e-6)
 
 
+def room(step_tokens: int, sequences: int, logits: int) -> tuple[int, int, int]:
+    """Give the engines that this process starts so much room from now on; returns what they had."""
+    from scoring import vllm_replica, vllm_worker
+
+    before = vllm_replica.default_batch_tokens("cpu"), vllm_replica.MAX_SEQUENCES, vllm_worker.LOGITS
+    vllm_replica.default_batch_tokens = lambda _: step_tokens
+    vllm_replica.MAX_SEQUENCES, vllm_worker.LOGITS = sequences, logits
+    return before
+
+
+def test_prompts_that_are_read_in_pieces_and_again(host: Remote, folders: Callable[..., Path]) -> None:
+    """Steps of 24 tokens of up to four requests, five logits at a time, and an engine that twice throws out all that it
+    was reading."""
+    folder, batch = folders(), collate(random_samples(8, longest=60))
+
+    def thrown_out(replica: Any) -> tuple[torch.Tensor, int]:
+        engine = replica._engine.llm_engine
+        step, calls = engine.step, []
+
+        def counted() -> Any:
+            calls.append(1)
+            outputs = step()
+            if len(calls) in (2, 5):
+                engine.reset_prefix_cache(True)
+            return outputs
+
+        engine.step = counted
+        try:
+            return replica.logprobs(batch), len(calls)
+        finally:
+            engine.step = step
+
+    before = host.run(lambda: room(24, 4, 5 * 97))
+    try:
+        host.open(str(folder))
+        undisturbed = host.do(lambda replica: replica.logprobs(batch))
+        there, steps = host.do(thrown_out)
+    finally:
+        host.run(lambda: room(*before))
+    assert steps > int(batch.lengths.sum()) / 24
+    expected = TransformersReplica(load_model(folder)).logprobs(batch)
+    # Longer texts than those above, read in other pieces than transformers reads: some units more.
+    for found in (undisturbed, there):
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+
+
 def test_the_whole_context_and_no_more(host: Remote, folders: Callable[..., Path]) -> None:
     folder = folders("gpt2", True)
     long = collate(random_samples(1, longest=5))
@@ -406,11 +452,12 @@ def spoil(what: str) -> None:
     """Break this process in a way that gives plausible numbers; nothing else stays broken."""
     from scoring import vllm_worker
 
+    worker = vllm_worker.WorkerExtension
     kept = vars(vllm_worker).setdefault(
-        "kept_by_tests", (vllm_worker.fill_gaussian_, vllm_worker.token_logprobs, vllm_worker.WorkerExtension._write)
+        "kept_by_tests", (vllm_worker.fill_gaussian_, vllm_worker.token_logprobs, worker._write, worker._score_step)
     )
-    fill, logprobs, write = kept
-    vllm_worker.fill_gaussian_, vllm_worker.token_logprobs, vllm_worker.WorkerExtension._write = kept
+    fill, logprobs, write, score = kept
+    vllm_worker.fill_gaussian_, vllm_worker.token_logprobs, worker._write, worker._score_step = kept
     if what == "noise":
         vllm_worker.fill_gaussian_ = lambda tensor, sigma, seed, *rest: fill(tensor, sigma, seed + 1, *rest)
     elif what == "log-probs":
@@ -420,7 +467,7 @@ def spoil(what: str) -> None:
         def most(self: Any, weights: Any) -> None:
             write(self, ((name, value) for name, value in weights if "embed_tokens" not in name))
 
-        vllm_worker.WorkerExtension._write = most
+        worker._write = most
     elif what == "restoring":
         calls: list[int] = []
 
@@ -430,7 +477,9 @@ def spoil(what: str) -> None:
             if len(calls) <= 2:
                 write(self, weights)
 
-        vllm_worker.WorkerExtension._write = twice
+        worker._write = twice
+    elif what == "a request":
+        worker._score_step = lambda self, hidden, scheduled: score(self, hidden, dict(list(scheduled.items())[1:]))
 
 
 @pytest.mark.parametrize(
@@ -440,6 +489,7 @@ def spoil(what: str) -> None:
         ("parameter", r"vLLM did not take the perturbation of '.*embed_tokens.weight'"),
         ("restoring", r"differs from its base after restoring"),
         ("log-probs", r"vLLM computes another model of .* engine transformers"),
+        ("a request", r"vLLM cannot run .*has not read all tokens that are scored"),
     ],
 )
 def test_an_engine_that_is_wrong_is_noticed(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from algorithms.recipe import Objectives, updates_per_epoch
 from algorithms.samplers import Sampler, retain_order
 from bench.jobs.unlearn import UnlearnSpec
 from bench.models.find import find_model
-from bench.speed.figures import seconds_of
+from bench.speed.figures import now, seconds_of
 from bench.speed.unlearning.inputs import Sizes, load, load_corpus
 from scoring.samples import Sample
 from scoring.work import LocalPool
@@ -50,9 +51,9 @@ class TrainingLoop:
         """The record of each update."""
         return self.unlearner.history.steps
 
-    def advance(self, updates: int) -> float:
+    def advance(self, updates: int, clock: Callable[[], float] = now) -> float:
         """Make so many updates, and return the seconds that they take."""
-        return seconds_of(partial(self._train, updates))
+        return seconds_of(partial(self._train, updates), clock)
 
     def _train(self, updates: int) -> None:
         unlearner, all_samples = self.unlearner, np.ones(len(self.corpus.forget), dtype=bool)

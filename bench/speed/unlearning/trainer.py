@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArgu
 from transformers.trainer_callback import PrinterCallback
 
 from algorithms.objectives import npo, settings_of
+from algorithms.recipe import Objectives
 from bench.jobs.unlearn import UnlearnSpec
 from bench.models.find import find_model
 from bench.speed.figures import as_json, now, with_interval
@@ -37,22 +38,22 @@ class PlainTrainer(Trainer):
 
     Args:
         algorithm: its name.
-        frozen: the initial model, for NPO.
+        frozen: the initial model, for algorithms that compare with it.
         settings: of Trainer.
     """
 
     def __init__(self, algorithm: str, frozen: PreTrainedModel | None, **settings: Any) -> None:
         super().__init__(**settings)
-        self._algorithm, self._frozen = algorithm, frozen
+        self._algorithm, self.frozen = algorithm, frozen
         self.losses: list[torch.Tensor] = []
 
     def compute_loss(  # type: ignore[override]
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **_: Any
     ) -> torch.Tensor:
         nll, counts = _sequence_nll(model, inputs["forget"])
-        if self._algorithm == "NPO":
+        if self.frozen is not None:
             with torch.no_grad():
-                reference_nll, _counts = _sequence_nll(self._frozen, inputs["forget"])
+                reference_nll, _counts = _sequence_nll(self.frozen, inputs["forget"])
             loss = (-2 / BETA * F.logsigmoid(BETA * (nll - reference_nll))).mean()
         else:
             loss = (nll / counts).mean() * (1 if self._algorithm == "PO" else -1)
@@ -90,15 +91,20 @@ def _padded_by_role(pad: int, pairs: Sequence[dict[str, Sample]]) -> dict[str, d
     return {role: padded([pair[role] for pair in pairs], pad) for role in pairs[0]}
 
 
-class _Alternating(TrainerCallback):
+class Alternating(TrainerCallback):
     """At the end of each segment, stops Trainer's clock and advances our loop by the same updates.
+
+    Args:
+        loop: ours.
+        sizes: of the segments.
+        clock: that both are timed by.
 
     Attributes:
         ours, theirs: seconds of each segment.
     """
 
-    def __init__(self, loop: TrainingLoop, sizes: Sizes) -> None:
-        self._loop, self._sizes = loop, sizes
+    def __init__(self, loop: TrainingLoop, sizes: Sizes, clock: Callable[[], float] = now) -> None:
+        self._loop, self._sizes, self._clock = loop, sizes, clock
         self._resumed = 0.0
         self.ours: list[float] = []
         self.theirs: list[float] = []
@@ -107,14 +113,14 @@ class _Alternating(TrainerCallback):
         segments, steps_within = divmod(state.global_step - self._sizes.warm_up, self._sizes.segment)
         if segments < 0 or steps_within:
             return
-        stopped = now()
+        stopped = self._clock()
         if segments:
             self.theirs.append(stopped - self._resumed)
         else:
             self._loop.advance(self._sizes.warm_up)
         if segments < self._sizes.pairs:
-            self.ours.append(self._loop.advance(self._sizes.segment))
-        self._resumed = now()
+            self.ours.append(self._loop.advance(self._sizes.segment, self._clock))
+        self._resumed = self._clock()
 
 
 def compare_with_trainer(spec: UnlearnSpec, sizes: Sizes, folder: Path) -> dict[str, dict[str, Any]]:
@@ -133,20 +139,46 @@ def compare_with_trainer(spec: UnlearnSpec, sizes: Sizes, folder: Path) -> dict[
 def _compare(spec: UnlearnSpec, sizes: Sizes, folder: Path) -> dict[str, Any]:
     updates = sizes.warm_up + sizes.pairs * sizes.segment
     loop = TrainingLoop(spec, updates, folder)
-    checked, alternating = loop.spec, _Alternating(loop, sizes)
+    checked, alternating = loop.spec, Alternating(loop, sizes)
+    trainer = trainer_beside(loop, updates, folder, [alternating])
+    trainer.train()
+
+    tokens = np.array([step["tokens"] for step in loop.steps[sizes.warm_up :]]).reshape(sizes.pairs, -1).sum(1)
+    ours, theirs = np.array(alternating.ours), np.array(alternating.theirs)
+    difference = loss_difference(loop, trainer, sizes.losses)
+    ratio = median(theirs / ours)
+    print(
+        f"{checked.algorithm:<16}{np.median(tokens / ours):>8.0f}{np.median(tokens / theirs):>9.0f}  ours / Trainer "
+        f"{with_interval(ratio, '.2f')}; losses of the first {sizes.losses} updates differ by {difference:.0e} at "
+        "most"
+    )
+    return {
+        "ours_tokens_per_second": float(np.median(tokens / ours)),
+        "trainer_tokens_per_second": float(np.median(tokens / theirs)),
+        "ratio": as_json(ratio),
+        "ratios": (theirs / ours).tolist(),
+        "loss_difference": difference,
+    }
+
+
+def trainer_beside(
+    loop: TrainingLoop, updates: int, folder: Path, callbacks: Sequence[TrainerCallback] = ()
+) -> PlainTrainer:
+    """Trainer with the same initial model, algorithm and settings as a loop, and the same batches in the same order."""
+    spec = loop.spec
     trainer = PlainTrainer(
-        checked.algorithm,
-        load(spec) if checked.algorithm == "NPO" else None,
+        spec.algorithm,
+        load(spec) if Objectives.of(spec).reference_quantities() else None,
         model=_without_dropout(load(spec)),
         args=TrainingArguments(
             output_dir=str(folder / "trainer"),
             max_steps=updates,
-            per_device_train_batch_size=checked.batch_size or 1,
+            per_device_train_batch_size=spec.batch_size or 1,
             train_sampling_strategy="sequential",
-            learning_rate=checked.learning_rate,
+            learning_rate=spec.learning_rate,
             lr_scheduler_type="constant",
-            weight_decay=checked.weight_decay,
-            max_grad_norm=checked.clip_norm or 0.0,
+            weight_decay=spec.weight_decay,
+            max_grad_norm=spec.clip_norm or 0.0,
             optim="adamw_torch_fused",
             remove_unused_columns=False,
             logging_strategy="no",
@@ -157,31 +189,24 @@ def _compare(spec: UnlearnSpec, sizes: Sizes, folder: Path) -> dict[str, Any]:
         ),
         train_dataset=[pair for pairs in loop.batches(updates) for pair in pairs],
         data_collator=partial(_padded_by_role, find_model(spec.model).tokenizer.pad_token_id or 0),
-        callbacks=[alternating],
+        callbacks=list(callbacks),
     )
     trainer.remove_callback(PrinterCallback)
-    trainer.train()
+    return trainer
 
-    tokens = np.array([step["tokens"] for step in loop.steps[sizes.warm_up :]]).reshape(sizes.pairs, -1).sum(1)
-    ours, theirs = np.array(alternating.ours), np.array(alternating.theirs)
-    our_losses = np.array([step["loss"] for step in loop.steps[: sizes.losses]])
-    their_losses = np.array([loss.item() for loss in trainer.losses[: sizes.losses]])
-    difference = float(np.max(np.abs(our_losses - their_losses) / np.maximum(np.abs(their_losses), LOSS_FLOOR)))
-    ratio = median(theirs / ours)
-    print(
-        f"{checked.algorithm:<16}{np.median(tokens / ours):>8.0f}{np.median(tokens / theirs):>9.0f}  ours / Trainer "
-        f"{with_interval(ratio, '.2f')}; losses of the first {len(our_losses)} updates differ by {difference:.0e} at "
-        "most"
-    )
+
+def loss_difference(loop: TrainingLoop, trainer: PlainTrainer, updates: int) -> float:
+    """The largest relative difference between the losses of both in the first updates.
+
+    Raises:
+        RuntimeError: the losses differ, so that the two do not train the same.
+    """
+    ours = np.array([step["loss"] for step in loop.steps[:updates]])
+    theirs = np.array([loss.item() for loss in trainer.losses[:updates]])
+    difference = float(np.max(np.abs(ours - theirs) / np.maximum(np.abs(theirs), LOSS_FLOOR)))
     if not difference < LOSS_TOLERANCE:
-        raise RuntimeError(f"{checked.algorithm}: our loss and Trainer's differ by {difference:.1e}, relative")
-    return {
-        "ours_tokens_per_second": float(np.median(tokens / ours)),
-        "trainer_tokens_per_second": float(np.median(tokens / theirs)),
-        "ratio": as_json(ratio),
-        "ratios": (theirs / ours).tolist(),
-        "loss_difference": difference,
-    }
+        raise RuntimeError(f"{loop.spec.algorithm}: our loss and Trainer's differ by {difference:.1e}, relative")
+    return difference
 
 
 def median(values: np.ndarray) -> Estimate:

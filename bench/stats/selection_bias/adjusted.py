@@ -15,6 +15,8 @@ from bench.stats.estimates import LEVEL, Estimate, t_interval
 from bench.stats.selection_bias.table import check_lengths
 from scoring.errors import UserError
 
+LONGEST = 64  # rows whose products are formed one by one
+
 
 @dataclass(frozen=True)
 class AdjustedScore:
@@ -97,8 +99,9 @@ def adjusted_scores(
         cells[algorithm, selection].append(float(score))
 
     algorithm_names, selection_names = list(dict.fromkeys(algorithms)), list(difficulty_of)
-    row = np.array([algorithm_names.index(algorithm) for algorithm, _ in cells], dtype=int)
-    column = np.array([selection_names.index(selection) for _, selection in cells], dtype=int)
+    row_of, column_of = ({name: n for n, name in enumerate(names)} for names in (algorithm_names, selection_names))
+    row = np.array([row_of[algorithm] for algorithm, _ in cells], dtype=int)
+    column = np.array([column_of[selection] for _, selection in cells], dtype=int)
     y = np.array([np.mean(scores) for scores in cells.values()])
     x = np.array(list(difficulty_of.values()))
     mean_difficulty = float(x.mean()) if difficulty_of else math.nan
@@ -135,27 +138,53 @@ def _jackknifed(
 ) -> list[Estimate]:
     """Linear functions of least-squares coefficients, with their delete-one-cluster intervals.
 
+    In the orthonormal basis Q of the design, without cluster g a function f is estimated with the weights a_g · q_i of
+    the rows i that are left, a_g = f (I - G_g)⁺ and G_g = Q_g' Q_g; so all that is needed of the n rows are the G_g and
+    Q_g' y_g, and the work grows with the clusters and not with their square.
+
     Args:
         functions: (k, p), one in a row.
         design: (n, p) of full rank.
         cluster: (n,) the number of the cluster, from 0.
         y: (n,).
     """
-    clusters = cluster.max() + 1
-    whole = functions @ np.linalg.pinv(design)
-    # Values are linear in y, and so is their change when a cluster is left out.
-    design_without = np.where((cluster != np.arange(clusters)[:, None])[..., None], design, 0.0)  # (clusters, n, p)
-    without = functions @ np.linalg.pinv(design_without)
-    changes = without - whole
-    known = (np.abs(without @ design_without - functions) < 1e-6).all(axis=(0, 2))
-    variance = (clusters - 1) / clusters * ((changes @ y) ** 2).sum(axis=0)
+    clusters, p = int(cluster.max()) + 1, design.shape[1]
+    basis, triangle = np.linalg.qr(design)
+    gram, moment = np.zeros((clusters, p, p)), np.zeros((clusters, p))
+    np.add.at(gram, cluster, basis[:, :, None] * basis[:, None, :])
+    np.add.at(moment, cluster, basis * y[:, None])
+    left = np.eye(p) - gram
+    inverse = np.linalg.pinv(left, rcond=1e-10, hermitian=True)
+    whole = basis.T @ y
     estimates = []
-    for k, value in enumerate((whole @ y).tolist()):
-        if not known[k]:
+    for function in np.linalg.solve(triangle.T, functions.T).T:
+        value = float(function @ whole)
+        without = function @ inverse  # (clusters, p)
+        if (np.abs((np.einsum("gp,gpq->gq", without, left) - function) @ triangle) >= 1e-6).any():
             estimates.append(Estimate(value, math.nan, math.nan))
             continue
-        spread = changes[:, k] @ changes[:, k].T
-        df = np.trace(spread) ** 2 / (spread**2).sum()
-        half = float(stats.t.ppf((1 + level) / 2, df) * math.sqrt(variance[k]))
+        changes = (without * (whole - moment)).sum(axis=1) - value
+        variance = (clusters - 1) / clusters * (changes**2).sum()
+        # The weights of two changes have the product -u_g · u_h, and those of one with themselves u_g · f.
+        u = without - function
+        own = u @ function
+        products = _squares_of_products(u)
+        df = own.sum() ** 2 / ((own**2).sum() + products)
+        half = float(stats.t.ppf((1 + level) / 2, df) * math.sqrt(variance))
         estimates.append(Estimate(value, value - half, value + half))
     return estimates
+
+
+def _squares_of_products(rows: np.ndarray) -> float:
+    """The sum of (r_g · r_h)² over all g and h but g = h.
+
+    All pairs at once are the squares of a small matrix less those of the rows themselves. Rows that are far longer than
+    the others, of clusters on which nearly all hangs, would drown the rest in that difference: they go pair by pair.
+    """
+    lengths = (rows**2).sum(axis=1)
+    longest = np.argsort(-lengths)
+    far, near = rows[longest[:LONGEST]], rows[longest[LONGEST:]]
+    among = far @ far.T
+    np.fill_diagonal(among, 0.0)
+    of_near = ((near.T @ near) ** 2).sum() - (lengths[longest[LONGEST:]] ** 2).sum()
+    return float((among**2).sum() + 2 * ((far @ near.T) ** 2).sum() + max(of_near, 0.0))

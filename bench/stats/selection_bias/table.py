@@ -86,9 +86,10 @@ class ScoreTable:
         algorithms = tuple(dict.fromkeys(algorithm))
         selections = tuple(name for name in dict.fromkeys(selection) if name in scored)
         values = np.full((len(algorithms), len(selections), max(map(len, runs.values()), default=1)), np.nan)
+        row_of, column_of = ({name: n for n, name in enumerate(names)} for names in (algorithms, selections))
         for (algorithm_name, selection_name), of_cell in runs.items():
             scores = [score for _, score in sorted(of_cell)]
-            values[algorithms.index(algorithm_name), selections.index(selection_name), : len(scores)] = scores
+            values[row_of[algorithm_name], column_of[selection_name], : len(scores)] = scores
         complete = _complete(values)
         shared = all(
             len({tuple(sorted(number for number, _ in runs[row, column])) for row in algorithms}) == 1
@@ -165,27 +166,41 @@ def mean_scores(table: ScoreTable, level: float = LEVEL) -> tuple[Estimate, ...]
     """
     cells = table.means  # (a, s)
     s = cells.shape[1]
-    means = _fitted_means(cells)
-    without = np.array([_fitted_means(np.delete(cells, j, axis=1)) for j in range(s)])  # (s, a)
+    means, without = _fitted_means(cells)
     error = np.sqrt((s - 1) / s * ((without - without.mean(axis=0)) ** 2).sum(axis=0))
     half = stats.t.ppf((1 + level) / 2, np.isfinite(cells).sum(axis=1) - 1) * error
     return tuple(Estimate(*map(float, ends)) for ends in zip(means, means - half, means + half, strict=True))
 
 
-def _fitted_means(cells: np.ndarray) -> np.ndarray:
-    """(a,): A_i + mean(S_j) of (a, s) cells; nan where not all algorithms are linked by selections."""
+def _fitted_means(cells: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """A_i + mean(S_j) of (a, s) cells: of all selections, (a,), and without each of them, (s, a); nan where not all
+    algorithms are linked by selections."""
     there = np.isfinite(cells)
-    there, cells = there[:, there.any(axis=0)], cells[:, there.any(axis=0)]
-    counts = there.sum(axis=0)
+    counts = np.maximum(there.sum(axis=0), 1)  # a selection without a cell adds nothing
     filled = np.where(there, cells, 0.0)
     centred = np.where(there, cells - filled.sum(axis=0) / counts, 0.0)
-    # The normal equations of A once S is eliminated, a graph Laplacian: of rank a - 1 if all are linked.
-    equations = np.diag(there.sum(axis=1)) - (there / counts) @ there.T
-    if np.linalg.matrix_rank(equations) < len(cells) - 1:
-        return np.full(len(cells), np.nan)
-    of_algorithms = np.linalg.pinv(equations, hermitian=True) @ centred.sum(axis=1)
-    of_selections = (filled - there * of_algorithms[:, None]).sum(axis=0) / counts
-    return np.asarray(of_algorithms + of_selections.mean())
+    # What each selection adds to the sums below, which without it are the whole less that: (s, ...).
+    shares = (there / counts).T
+    added = there.T[:, :, None] * np.eye(len(cells)) - shares[:, :, None] * there.T[:, None, :]
+    of_selections = (filled.sum(axis=0) / counts)[:, None]
+
+    def solved(equations: np.ndarray, right: np.ndarray, means: np.ndarray, weights: np.ndarray) -> np.ndarray:
+        # The normal equations of A once S is eliminated, a graph Laplacian: of rank a - 1 if all are linked.
+        linked = np.linalg.matrix_rank(equations, hermitian=True) >= len(cells) - 1
+        inverse = np.linalg.pinv(equations, rcond=1e-12, hermitian=True)
+        of_algorithms = (inverse @ right[..., None])[..., 0]
+        fitted = of_algorithms + means - (weights * of_algorithms).sum(axis=-1, keepdims=True)
+        return np.asarray(np.where(linked[..., None], fitted, np.nan))
+
+    measured = there.any(axis=0)[:, None]
+    count = measured.sum()
+    counts_without = count - measured
+    sums = [part.sum(axis=0) for part in (added, centred.T, of_selections, shares)]
+    without = [whole - part for whole, part in zip(sums, (added, centred.T, of_selections, shares), strict=True)]
+    return (
+        solved(sums[0], sums[1], sums[2] / count, sums[3] / count),
+        solved(without[0], without[1], without[2] / counts_without, without[3] / counts_without),
+    )
 
 
 @dataclass(frozen=True)

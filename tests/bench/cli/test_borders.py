@@ -308,6 +308,7 @@ BENCHMARKS = {
     "evaluation": ("--generations",),
     "difficulty": ("--samples",),
     "experts": ("--experts", "--samples", "--turns"),
+    "peers": ("--params", "--samples", "--batch", "--draws", "--turns"),
     "sweep": ("--trials",),
     "cluster": ("--sizes",),
     "engines": ("--samples",),
