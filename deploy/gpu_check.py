@@ -41,6 +41,7 @@ PACKAGES = ("torch", "transformers", "numpy", "pyarrow", "ray", "vllm")
 # Characters of an error that are kept.
 LONGEST_LINE = 300
 
+TESTS = ("-m", "pytest", "-o", "addopts=", "-v", "-rfE", "--tb=short", "-p", "no:cacheprovider")
 OUTCOME = re.compile(r"^\S+::.* (PASSED|FAILED|ERROR|SKIPPED|XFAIL|XPASS)\b", re.MULTILINE)
 SUMMARY = re.compile(r"^(?:FAILED|ERROR) (\S+::.*)$", re.MULTILINE)
 
@@ -67,7 +68,6 @@ class Part:
 def parts_for(device: str, figures: Path) -> list[Part]:
     """The parts, in their order; what a benchmark measures goes to `figures`."""
     on_gpu = device == "cuda"
-    tests = ["-m", "pytest", "-o", "addopts=", "-v", "-rfE", "--tb=short", "-p", "no:cacheprovider"]
     # These files alone: others import packages that may not be there, and none of their tests would be run.
     paths = sorted((ROOT / "tests").rglob("test_*.py"))
     ours = [str(path.relative_to(ROOT)) for path in paths if "mark.cuda" in path.read_text(encoding="utf-8")]
@@ -76,9 +76,9 @@ def parts_for(device: str, figures: Path) -> list[Part]:
     small = [] if on_gpu else ["--model-params", "2e5", "--samples", "6", "--tokens", "16", "--draws", "20"]
     few = ["--samples", "200" if on_gpu else "4"]
     return [
-        Part("tests", 150, [*tests, *ours, "-m", f"{marked} not ray and not vllm"], ["pytest"], read_tests),
+        Part("tests", 150, [*TESTS, *ours, "-m", f"{marked} not ray and not vllm"], ["pytest"], read_tests),
         Part("benchmark gpu", 170, [*benchmark, "gpu", *small, "--out", str(figures)], [], read_figures),
-        Part("tests with Ray", 120, [*tests, *ours, "-m", f"{marked} ray and not vllm"], ["pytest", "ray"], read_tests),
+        Part("tests with Ray", 120, [*TESTS, *ours, "-m", f"{marked} ray and not vllm"], ["pytest", "ray"], read_tests),
         Part(
             "benchmark engines",
             170,
@@ -116,7 +116,7 @@ def run_part(part: Part, environment: dict[str, str], figures: Path, left: float
         process = subprocess.Popen(
             [sys.executable, *part.arguments],
             cwd=ROOT,
-            env=environment,
+            env={**environment, "COLUMNS": str(LONGEST_LINE)},  # pytest cuts its lines to fit
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
@@ -222,11 +222,11 @@ def write(path: Path, report: dict[str, Any]) -> None:
     os.replace(unfinished, path)
 
 
-def main() -> int:
+def main(given: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--out", type=Path, help="the file (default: results/gpu/ and the name of the card)")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(given)
     try:
         import torch
     except ImportError as error:

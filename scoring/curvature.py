@@ -31,8 +31,42 @@ from scoring.taylor import NoRule, Recent, Series, straight
 Way = Literal["series", "forward mode"]
 
 
-def _signs(model: PreTrainedModel, seed: int, draw: int) -> dict[str, torch.Tensor]:
-    return {name: fill_signs_(torch.empty_like(p), seed, draw, name) for name, p in model.named_parameters()}
+# Draws whose signs are kept together: a bit each.
+DRAWS_IN_A_BYTE = 8
+
+
+class Signs:
+    """Random signs for all weights of a model, drawn when they are first asked for, and kept for the next batches as
+    long as the same few draws are asked for: a byte a weight for eight of them.
+
+    Args:
+        seed: of the signs.
+    """
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+        self._first_draw = 0
+        self._bits: dict[str, torch.Tensor] = {}
+        self._drawn: set[tuple[str, int]] = set()
+
+    @property
+    def kept(self) -> list[torch.Tensor]:
+        """What is held in memory."""
+        return list(self._bits.values())
+
+    def of(self, draw: int, name: str, p: torch.Tensor) -> torch.Tensor:
+        """Those of a parameter, of its shape and dtype."""
+        bit = draw % DRAWS_IN_A_BYTE
+        if draw - bit != self._first_draw:
+            self._first_draw, self._bits, self._drawn = draw - bit, {}, set()
+        if (name, draw) in self._drawn:
+            ones = self._bits[name].bitwise_right_shift(bit).bitwise_and_(1)
+            return ones.to(p.dtype).mul_(2).sub_(1)
+        signs = fill_signs_(torch.empty_like(p), self.seed, draw, name)
+        ones = (signs > 0).to(torch.uint8).bitwise_left_shift_(bit)
+        self._bits[name] = self._bits[name].bitwise_or_(ones) if name in self._bits else ones
+        self._drawn.add((name, draw))
+        return signs
 
 
 @contextmanager
@@ -45,14 +79,14 @@ def _twice_differentiable(model: PreTrainedModel, replacements: Replacements) ->
 
 @torch.no_grad()
 def second_derivatives_along_signs(
-    model: PreTrainedModel, batch: Batch, seed: int, draw: int, way: Way = "series"
+    model: PreTrainedModel, batch: Batch, signs: Signs, draw: int, way: Way = "series"
 ) -> torch.Tensor:
     """d^2/ds^2 P_t(theta + s v) at s = 0 along random signs v, (B, S).
 
     Args:
         model: a causal LM in eval mode.
         batch: B samples.
-        seed, draw: of the signs.
+        signs, draw: v.
         way: of differentiating. Series take 5 matrix products for each of the model's and no copy of the weights,
             forward mode 9 and several.
 
@@ -60,18 +94,17 @@ def second_derivatives_along_signs(
         NoRule: the model uses an operation whose series is not known.
     """
     if way == "series":
-        return row_by_row(model, batch, lambda rows, _: (_by_series(model, rows, seed, draw),))[0]
-    signs = _signs(model, seed, draw)
-    return row_by_row(model, batch, lambda rows, _: (_by_forward_mode(model, rows, signs),))[0]
+        return row_by_row(model, batch, lambda rows, _: (_by_series(model, rows, signs, draw),))[0]
+    everything = {name: signs.of(draw, name, p) for name, p in model.named_parameters()}
+    return row_by_row(model, batch, lambda rows, _: (_by_forward_mode(model, rows, everything),))[0]
 
 
-def _by_series(model: PreTrainedModel, batch: Batch, seed: int, draw: int) -> torch.Tensor:
+def _by_series(model: PreTrainedModel, batch: Batch, signs: Signs, draw: int) -> torch.Tensor:
     recent = Recent()
 
     def moving(name: str, p: nn.Parameter) -> Series:
-        # Signs are made where they are used: all of them would be as much as the weights.
-        make = partial(recent.get, name, lambda: fill_signs_(torch.empty_like(p), seed, draw, name))
-        return straight(p.detach(), make)
+        # As numbers signs are there where they are used: all of them would be as much as the weights.
+        return straight(p.detach(), partial(recent.get, name, partial(signs.of, draw, name, p.detach())))
 
     moved: dict[str, torch.Tensor] = {f"model.{name}": moving(name, p) for name, p in model.named_parameters()}
     with _twice_differentiable(model, FORWARD_MODE):
@@ -100,16 +133,15 @@ def _by_forward_mode(model: PreTrainedModel, batch: Batch, signs: Mapping[str, t
 
 
 @torch.enable_grad()
-def second_derivative_sum_by_reverse_mode(model: PreTrainedModel, batch: Batch, seed: int, draw: int) -> float:
+def second_derivative_sum_by_reverse_mode(model: PreTrainedModel, batch: Batch, signs: Signs, draw: int) -> float:
     """The sum over tokens of `second_derivatives_along_signs`, by differentiating a gradient."""
-    signs = _signs(model, seed, draw)
     # All parameters, as forward mode does, frozen ones too.
     parameters = {name: p.detach().requires_grad_() for name, p in model.named_parameters()}
 
     def derivative(scalar: torch.Tensor, create_graph: bool) -> torch.Tensor:
         gradients = torch.autograd.grad(scalar, list(parameters.values()), create_graph=create_graph, allow_unused=True)
         pairs = zip(gradients, parameters, strict=True)
-        return torch.stack([(g * signs[name]).sum() for g, name in pairs if g is not None]).sum()
+        return torch.stack([(g * signs.of(draw, name, g.detach())).sum() for g, name in pairs if g is not None]).sum()
 
     with _twice_differentiable(model, REVERSE_MODE), without_padding_index(model):
         moved = {f"model.{name}": p for name, p in parameters.items()}

@@ -51,6 +51,11 @@ class Perturbation:
         self._live = {name: p.detach() for name, p in model.named_parameters()}
         self._base = {name: p.clone() for name, p in self._live.items()}
 
+    @property
+    def kept(self) -> list[torch.Tensor]:
+        """What is held in memory beside the weights."""
+        return list(self._base.values())
+
     def apply(self, sigma: float, seed: int, draw: int) -> None:
         """theta <- base + delta_k."""
         for name, live in self._live.items():

@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 from scoring.abilities import check_fp64, notes_on, tokens_to_try
-from scoring.curvature import Way, second_derivative_sum_by_reverse_mode, second_derivatives_along_signs
+from scoring.curvature import Signs, Way, second_derivative_sum_by_reverse_mode, second_derivatives_along_signs
 from scoring.engine import Replica
 from scoring.errors import UserError, first_line
 from scoring.generation import Drawn, drawn_continuations, greedy_continuations
@@ -114,6 +114,7 @@ class TransformersReplica:
             refuse_what_cannot_recompute(model)
         self._batched_gradients = batched_gradients
         self._curvature_way: Way | None = None
+        self._signs = Signs(0)
         if self.dtype == torch.float64:
             check_fp64(model)
 
@@ -212,6 +213,11 @@ class TransformersReplica:
         if not self._perturbation.is_restored():
             raise RuntimeError("weights differ from their base after restoring: non-finite weights in the model?")
 
+    @property
+    def kept(self) -> list[torch.Tensor]:
+        """What is held in memory beside the model: the base of perturbations, signs."""
+        return [*(self._perturbation.kept if self._perturbation else ()), *self._signs.kept]
+
     def report_rounding(self, share: float) -> None:
         """Keep the largest rounding of log-probs relative to the scores; see `scoring.mrd`."""
         self.rounding_share = max(share, self.rounding_share or 0.0)
@@ -277,19 +283,21 @@ class TransformersReplica:
         """
         batch = batch.to(self.device)
         if self._curvature_way is None:
-            self._curvature_way = self._way_to_curvature(batch, seed, draw)
+            self._curvature_way = self._way_to_curvature(batch, Signs(seed), draw)
+        if self._signs.seed != seed:
+            self._signs = Signs(seed)
         self.forwards += 1
-        return second_derivatives_along_signs(self.model, batch, seed, draw, self._curvature_way)
+        return second_derivatives_along_signs(self.model, batch, self._signs, draw, self._curvature_way)
 
-    def _way_to_curvature(self, batch: Batch, seed: int, draw: int) -> Way:
+    def _way_to_curvature(self, batch: Batch, signs: Signs, draw: int) -> Way:
         single = batch.rows(0, 1).to(self.device)
         # In fp32, so that a difference is an error and not rounding.
         model = self.model if self.dtype in (torch.float32, torch.float64) else copied(self.model, torch.float32)
         try:
-            reverse = second_derivative_sum_by_reverse_mode(model, single, seed, draw)
-            if self._curvature_error(model, single, seed, draw, "series", reverse) <= CURVATURE_TOLERANCE:
+            reverse = second_derivative_sum_by_reverse_mode(model, single, signs, draw)
+            if self._curvature_error(model, single, signs, draw, "series", reverse) <= CURVATURE_TOLERANCE:
                 return "series"
-            difference = self._curvature_error(model, single, seed, draw, "forward mode", reverse)
+            difference = self._curvature_error(model, single, signs, draw, "forward mode", reverse)
         except (UserError, torch.OutOfMemoryError):
             raise
         except Exception as error:
@@ -300,12 +308,12 @@ class TransformersReplica:
 
     @staticmethod
     def _curvature_error(
-        model: PreTrainedModel, single: Batch, seed: int, draw: int, way: Way, reverse: float
+        model: PreTrainedModel, single: Batch, signs: Signs, draw: int, way: Way, reverse: float
     ) -> float:
         """How far second derivatives are from reverse mode's sum, relative to the sum of their absolute values; inf
         where series stop at an operation."""
         try:
-            found = second_derivatives_along_signs(model, single, seed, draw, way)
+            found = second_derivatives_along_signs(model, single, signs, draw, way)
         except torch.OutOfMemoryError:
             raise
         except Exception:

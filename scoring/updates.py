@@ -72,12 +72,13 @@ def make_optimizer(
                 f"{named('optimizer')} adamw-8bit does not update float64 weights: use {named('dtype')} float32"
             )
         try:
-            from bitsandbytes.optim import AdamW8bit
+            from bitsandbytes.optim.adamw import AdamW8bit
         except ImportError:
             raise UserError(
                 f"{named('optimizer')} adamw-8bit needs the package bitsandbytes: pip install 'mrd-bench[8bit]'"
             ) from None
-        made: torch.optim.Optimizer = AdamW8bit(parameters, lr=learning_rate, weight_decay=weight_decay)
+        kind: Any = AdamW8bit
+        made: torch.optim.Optimizer = kind(parameters, lr=learning_rate, weight_decay=weight_decay)
         return made
     return torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=weight_decay, fused=True)
 
@@ -143,6 +144,11 @@ class TrialUpdates:
     def parameters(self) -> list[nn.Parameter]:
         """The weights that take part."""
         return list(self._live.values())
+
+    @property
+    def kept(self) -> list[torch.Tensor]:
+        """What is held in memory beside the weights."""
+        return list(self._base.values())
 
     def make_optimizer(self) -> torch.optim.Optimizer:
         """The optimiser of real updates, with empty moments."""

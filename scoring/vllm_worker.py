@@ -32,14 +32,19 @@ vllm._custom_ops._supports_onednn = False
 ROW = "mrd_bench_row"
 # Logits computed at a time, rows times vocabulary.
 LOGITS = 1 << 25
+# Base weights that stay on a GPU, as a share of the memory that its engine may use. The engine leaves more than twice
+# as much (`scoring.vllm_replica.GPU_MEMORY`), which scoring needs as well.
+KEPT = 0.08
 
 
 class WorkerExtension:
     """Methods that vLLM adds to its worker; called by name through `collective_rpc`."""
 
     model_runner: Any
+    vllm_config: Any
     device: torch.device
     _files: dict[str, Any]
+    _kept: dict[str, torch.Tensor]
     _base_fingerprints: dict[str, int]
     _batch: int
     _positions: np.ndarray
@@ -60,6 +65,7 @@ class WorkerExtension:
         torch.set_float32_matmul_precision("highest")
         opened = {path: safe_open(path, framework="pt", device="cpu") for path in sorted(set(files.values()))}
         self._files = {name: opened[path] for name, path in files.items()}
+        self._kept = {}
         # Called after every step with the hidden states of its tokens. The replica asks for no log-probs of vLLM's own.
         assert hasattr(self.model_runner, "_get_prompt_logprobs_dict"), "another model runner of vLLM"
         self.model_runner._get_prompt_logprobs_dict = self._score_step
@@ -171,7 +177,21 @@ class WorkerExtension:
     def _bases(self) -> Iterator[tuple[str, torch.Tensor]]:
         dtype = self.model_runner.model_config.dtype
         for name, file in self._files.items():
-            yield name, file.get_tensor(name).to(device=self.device, dtype=dtype)
+            base = self._kept.get(name)
+            if base is None:
+                base = file.get_tensor(name).to(device=self.device, dtype=dtype)
+                if self._may_keep(base):
+                    self._kept[name] = base
+            yield name, base
+
+    def _may_keep(self, base: torch.Tensor) -> bool:
+        """Whether a base weight stays on the GPU as far as there is room: it would be sent there for every draw. The
+        memory of a CPU has the file's already."""
+        if self.device.type != "cuda":
+            return False
+        memory = torch.cuda.get_device_properties(self.device).total_memory
+        share: float = self.vllm_config.cache_config.gpu_memory_utilization
+        return sum(kept.nbytes for kept in self._kept.values()) + base.nbytes <= KEPT * share * memory
 
     @torch.no_grad()
     def _write(self, weights: Iterator[tuple[str, torch.Tensor]]) -> None:

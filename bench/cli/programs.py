@@ -161,6 +161,13 @@ def benchmark_arguments(parser: argparse.ArgumentParser) -> None:
     add = benchmark("leaderboard", "building a leaderboard of many runs, and opening it", _leaderboard)
     add("--runs", type=int, default=10_000, help="number of made runs in the store (default: 10000)")
 
+    add = benchmark("volume", "many samples, trials and runs: seconds, memory, and how they grow", _volume)
+    each = "several sizes; 0 leaves them out (default: %(default)s)"
+    add("--samples", type=whole_numbers, default="10000,100000", help=f"that are scored, {each}")
+    add("--trials", type=whole_numbers, default="500,5000", help=f"of a sweep, with made results, {each}")
+    add("--runs", type=whole_numbers, default="10000,100000", help=f"made runs in a store, {each}")
+    add("--replicas", type=int, default=2, help="that score; 0: in the driver itself (default: %(default)s)")
+
 
 def _out(arguments: argparse.Namespace) -> str | None:
     """The file that figures are written to; that it can be is checked before minutes of measuring.
@@ -295,6 +302,13 @@ def _leaderboard(arguments: argparse.Namespace) -> None:
     from bench.speed import leaderboard
 
     leaderboard.run_benchmark(arguments.runs, out)
+
+
+def _volume(arguments: argparse.Namespace) -> None:
+    out = _out(arguments)
+    from bench.speed import volume
+
+    volume.run_benchmark(arguments.samples, arguments.trials, arguments.runs, arguments.replicas, out)
 
 
 def _statistics(arguments: argparse.Namespace) -> None:

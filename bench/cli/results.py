@@ -111,10 +111,10 @@ def _results_add(arguments: argparse.Namespace) -> None:
 
 
 def _results_list(arguments: argparse.Namespace) -> None:
-    from bench.results.export import list_lines, skipped_lines
+    from bench.results.export import LISTED, list_lines, skipped_lines
     from bench.results.store import read_stores
 
-    results = read_stores(arguments.stores, arguments.task, arguments.experiment)
+    results = read_stores(arguments.stores, arguments.task, arguments.experiment, LISTED)
     print("\n".join(list_lines(results)))
     for line in skipped_lines(results.skipped):
         print(line, file=sys.stderr)

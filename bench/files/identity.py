@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from typing import Any
 
 from scoring.plugins import loaded_plugins
-from scoring.samples import BATCH_TOKENS
 from scoring.settings import settings_of
 
 
@@ -34,6 +33,8 @@ def identity_fields(spec: Any, left_out: Sequence[str] = ()) -> dict[str, Any]:
         if name not in left_out and not (name in defaults and value == defaults[name])
     }
     if "batch_tokens" in fields and fields["batch_tokens"] is None:
+        from scoring.samples import BATCH_TOKENS  # with PyTorch, which a list of results has no use for
+
         fields["batch_tokens"] = BATCH_TOKENS
     return fields
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from bench.files.status import FINISHED
 from bench.results.store import PARTITIONS, SCHEMAS, Results, Skipped
@@ -20,25 +21,61 @@ FORMATS = ("csv", "json", "latex")
 MOST_SKIPPED = 20  # skipped files that are named on the terminal
 
 
+# What is read of the tables for a list of them: of some nothing but whether they can be opened.
+LISTED: dict[str, list[str]] = {
+    "runs": ["algorithm", "selection", "seed", "status"],
+    "samples": [],
+    "scores": ["sample_id"],
+    "answers": [],
+}
+
+
 def list_lines(results: Results) -> list[str]:
-    """A line for each task and experiment."""
-    runs: defaultdict[tuple[str, str], list[dict[str, Any]]] = defaultdict(list)  # by task and experiment
-    columns = ["task", "experiment", "algorithm", "selection", "seed", "status"]
-    for row in results.runs.select(columns).to_pylist():
-        runs[row["task"], row["experiment"]].append(row)
-    scored = Counter((row["task"], row["experiment"]) for row in results.scores.select(list(PARTITIONS)).to_pylist())
+    """A line for each task and experiment.
+
+    Args:
+        results: with the columns of LISTED, or more.
+    """
+    runs = {tuple(row[name] for name in PARTITIONS): row for row in _counted(results.runs)}
+    scores = results.scores.select(list(PARTITIONS))
+    scored = Counter(zip(*(scores[name].to_pylist() for name in PARTITIONS), strict=True))
     lines = [
         f"{'task':<12}{'experiment':<20}{'runs':>6}{'failed':>8}{'selections':>12}{'seeds':>7}{'scores':>8}  algorithms"
     ]
     for task, experiment in sorted({*runs, *scored}):
-        rows = runs[task, experiment]
-        algorithms = ", ".join(dict.fromkeys(row["algorithm"] for row in rows))
-        counts = [len(rows), sum(row["status"] != FINISHED for row in rows)]
-        counts += [len({row[name] for row in rows}) for name in ("selection", "seed")] + [scored[task, experiment]]
+        counted = runs.get((task, experiment), {})
+        names = ("count_all", "failed_sum", "selection_count_distinct", "seed_count_distinct")
+        counts = [*(counted.get(name, 0) for name in names), scored[task, experiment]]
         widths = (6, 8, 12, 7, 8)
         numbers = "".join(f"{count:>{width}}" for count, width in zip(counts, widths, strict=True))
+        algorithms = ", ".join(sorted(str(name) for name in counted.get("algorithm_distinct", ())))
         lines.append(f"{task:<12}{experiment:<20}{numbers}  {algorithms}")
     return lines
+
+
+def _counted(runs: pa.Table) -> list[dict[str, Any]]:
+    """Of each task and experiment its runs, those that did not finish, and which algorithms, selections and seeds."""
+    failed = pc.fill_null(pc.not_equal(runs["status"], FINISHED), True)
+    table = pa.table(
+        {name: runs[name].cast(pa.string()) for name in PARTITIONS}
+        | {name: runs[name] for name in ("algorithm", "selection", "seed")}
+        | {"failed": failed}
+    )
+    everyone = pc.CountOptions(mode="all")
+    rows: list[dict[str, Any]] = (
+        table.group_by(list(PARTITIONS))
+        .aggregate(
+            [
+                ([], "count_all"),
+                ("failed", "sum"),
+                ("selection", "count_distinct", everyone),
+                ("seed", "count_distinct", everyone),
+                ("algorithm", "distinct", everyone),
+            ]
+        )
+        .to_pylist()
+    )
+    return rows
 
 
 def skipped_lines(skipped: Sequence[Skipped]) -> list[str]:
@@ -56,7 +93,7 @@ def run_lines(results: Results, run: str) -> list[str]:
     Raises:
         UserError: no hash begins so, or several do.
     """
-    rows = [row for row in results.runs.to_pylist() if (row["run"] or "").startswith(run)]
+    rows = results.runs.filter(pc.starts_with(results.runs["run"], run)).to_pylist()
     if not rows:
         raise UserError(f"run {run!r} is not there; expected the hash of a run, or how it begins (see results export)")
     if len(hashes := sorted({row["run"] for row in rows})) > 1:
@@ -68,11 +105,11 @@ def run_lines(results: Results, run: str) -> list[str]:
     lines.append(f"{'packages':<22}{', '.join(f'{name} {version}' for name, version in packages.items())}")
     lines += ["metrics", *(f"  {name:<30}{_cell(value)}" for name, value in metrics.items())]
     lines += ["spec", *(f"  {name:<30}{json.dumps(value)}" for name, value in spec.items())]
-    samples = [sample for sample in results.samples.to_pylist() if sample["run"] == row["run"]]
+    samples = results.samples.filter(pc.equal(results.samples["run"], row["run"])).to_pylist()
     seen: set[str] = set()
     mrd_of = {
         score["sample_id"]: score["mrd"]
-        for score in results.scores.to_pylist()
+        for score in results.scores.select(["sample_id", "mrd", "model_fingerprint"]).to_pylist()
         if score["model_fingerprint"] == row["model_fingerprint"]
     }
     lines.append(f"{'sample':<30}{'tokens':>8}{'MRD':>12}{'updates':>9}{'until forgotten':>17}")

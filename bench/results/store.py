@@ -22,6 +22,7 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
@@ -232,8 +233,14 @@ class Store:
             raise UserError(f"store {self.root!r} cannot be written to: {first_line(error)}") from error
         return path
 
-    def read(self, task: str | None = None, experiment: str | None = None) -> Results:
+    def read(
+        self, task: str | None = None, experiment: str | None = None, columns: Mapping[str, Sequence[str]] | None = None
+    ) -> Results:
         """All rows, or those of one task or experiment.
+
+        Args:
+            columns: that are read of each table, by its name; of a file that is damaged elsewhere this does not notice.
+                None: all.
 
         Raises:
             UserError: there is no store.
@@ -243,7 +250,8 @@ class Store:
         for name, schema in SCHEMAS.items():
             paths = [path for path in self._files(name) if _is_of(path[len(self._path) + 1 :], task, experiment)]
             with ThreadPoolExecutor(READERS) as threads:
-                outcomes = list(threads.map(lambda path, name=name: self._read(name, path), paths))
+                chosen = None if columns is None else columns[name]
+                outcomes = list(threads.map(partial(self._read, name, chosen), paths))
             by_partition: defaultdict[tuple[str, str], list[pa.Table]] = defaultdict(list)
             for outcome in outcomes:
                 if isinstance(outcome, Skipped):
@@ -251,6 +259,7 @@ class Store:
                 else:
                     partition, rows = outcome
                     by_partition[partition].append(rows)
+            schema = _chosen(schema, chosen)
             empty = _with_place(schema.empty_table(), ("", ""), "")
             parts = [_with_place(pa.concat_tables(rows), where, self.root) for where, rows in by_partition.items()]
             tables[name] = _joined([empty, *parts])
@@ -277,7 +286,7 @@ class Store:
                 "--results, has written to"
             )
 
-    def _read(self, name: str, path: str) -> tuple[tuple[str, str], pa.Table] | Skipped:
+    def _read(self, name: str, columns: Sequence[str] | None, path: str) -> tuple[tuple[str, str], pa.Table] | Skipped:
         """The partition and the rows of a file, or why it was skipped."""
         relative = path[len(self._path) + 1 :]
         shown = f"{self.root}/{relative}"
@@ -297,11 +306,12 @@ class Store:
                     return Skipped(
                         shown, f"schema {version} of a newer mrd-bench; this one reads up to {SCHEMA_VERSION}: upgrade"
                     )
-                # ParquetFile.read raises if any part cannot be decoded: all rows of a file or none.
-                table = file.read()
+                # ParquetFile.read raises if any part cannot be decoded: all rows of a file or none. What an older file
+                # calls its columns only the migrations know.
+                table = file.read(None if version < SCHEMA_VERSION or columns is None else list(columns))
             for old in range(version, SCHEMA_VERSION):
                 table = MIGRATIONS[old](name, table)
-            table = _cast(table, SCHEMAS[name])
+            table = _cast(table, _chosen(SCHEMAS[name], columns))
             table.validate(full=True)
         except Exception as error:  # of Arrow, of the file system, or of a library that unpacks
             return Skipped(shown, f"damaged: {first_line(error)}")
@@ -337,15 +347,23 @@ def merge(results: Sequence[Results]) -> Results:
     return Results(**tables, skipped=tuple(file for result in results for file in result.skipped))
 
 
-def read_stores(roots: Sequence[str | Path], task: str | None = None, experiment: str | None = None) -> Results:
+def read_stores(
+    roots: Sequence[str | Path],
+    task: str | None = None,
+    experiment: str | None = None,
+    columns: Mapping[str, Sequence[str]] | None = None,
+) -> Results:
     """The content of stores together, or of one task or experiment.
+
+    Args:
+        columns: see `Store.read`.
 
     Raises:
         UserError: one of them is no store.
     """
     if not roots:
         raise UserError("no store is named: expected at least one, a folder or a URI")
-    return merge([Store(root).read(task, experiment) for root in roots])
+    return merge([Store(root).read(task, experiment, columns) for root in roots])
 
 
 def _partition(task: str, experiment: str) -> list[str]:
@@ -377,6 +395,11 @@ def as_stored(name: str, table: pa.Table) -> pa.Table:
         pa.ArrowException: values that cannot become those of a column.
     """
     return _cast(table, SCHEMAS[name])
+
+
+def _chosen(schema: pa.Schema, columns: Sequence[str] | None) -> pa.Schema:
+    """The schema of these columns alone; None: of all."""
+    return schema if columns is None else pa.schema([schema.field(column) for column in columns])
 
 
 def _cast(table: pa.Table, schema: pa.Schema) -> pa.Table:

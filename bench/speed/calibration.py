@@ -1,6 +1,6 @@
 """`mrd-bench benchmark plan`: the constants of `mrd-bench plan` on this machine, and its plans against runs.
 
-Constants are fitted to calls on random Llamas of three sizes. The runs are of two other sizes, and go through Ray and
+Constants are fitted to calls on random Llamas of four sizes. The runs are of two other sizes, and go through Ray and
 from disk to disk, as those of `mrd-bench score` and `unlearn` do.
 """
 
@@ -44,11 +44,11 @@ from scoring.work import DrawTask, ReplicaSpec
 
 SIGMA = 1e-5
 # Width and layers of models.
-FITTED = ((64, 2), (160, 6), (384, 4))
+FITTED = ((64, 2), (160, 6), (384, 4), (640, 6))
 CHECKED = {"small": (96, 4), "large": (288, 5)}
 HEAD_DIM = 32
 TOKENS, SCORED = 24, 10  # of a sample
-REPEATS = 5
+REPEATS = 3
 STARTS = 3
 UPDATES = 12
 EMPTY_TASKS = 400
@@ -144,7 +144,8 @@ def measure(folder: Path, tokenizer: Any) -> Profile:
             for tokens in (batch_tokens, batch_tokens // 8):
                 batch = _batch(shape.vocabulary, tokens)
                 counts = len(batch) * TOKENS, len(batch) * SCORED
-                peak = peak_bytes(replica.model, partial(call, batch))
+                call(batch)  # what is kept for later calls is there in the second
+                peak = peak_bytes(replica.model, partial(call, batch), replica.kept)
                 bytes_held[kind].append((*units_and_logits(shape, kind, *counts), 4 * shape.params, peak))
                 work = shape.widths(*counts), shape.forward_flops(*counts, TOKENS)
                 seconds[kind].append((shape.layers, *work, median_seconds(partial(call, batch), REPEATS)))

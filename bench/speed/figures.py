@@ -94,13 +94,13 @@ def peak_bytes(model: torch.nn.Module, work: Callable[[], object], held: Sequenc
     return memory.peak
 
 
-def matmul_flops(size: int, device: str, dtype: torch.dtype = torch.float32) -> float:
+def matmul_flops(size: int, device: str, dtype: torch.dtype = torch.float32, clock: Callable[[], float] = now) -> float:
     """Operations a second of the product of two square matrices, the best of five."""
     # As the replicas compute: TF32 would be another arithmetic.
     torch.set_float32_matmul_precision("highest")
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     a @ b
-    return 2 * size**3 / min(seconds_of(lambda: a @ b) for _ in range(5))
+    return 2 * size**3 / min(seconds_of(lambda: a @ b, clock) for _ in range(5))
 
 
 def device_name() -> str:

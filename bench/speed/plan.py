@@ -474,7 +474,7 @@ def calls_of(job: PlannedJob) -> Calls:
             calls.add("gradient", job, 1, batches)
         elif job.estimator == "curvature":
             calls.add("curvature", job, draws, batches * draws)
-        writes = {"monte-carlo": 1, "antithetic": 2}.get(job.estimator, 0)
+        writes = {"monte-carlo": 1, "antithetic": 2, "curvature": 1}.get(job.estimator, 0)  # curvature: signs
         calls.written = shape.params * shards * (draws * writes)
     _add_measures(calls, job)
     if job.epochs:

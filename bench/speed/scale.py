@@ -13,6 +13,7 @@ import dataclasses
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from bench.models.embedded import FAMILIES, train_tokenizer
 from bench.speed.figures import (
     device_name,
     interval,
+    matmul_flops,
     now,
     peak_bytes,
     processor_now,
@@ -42,7 +44,7 @@ from bench.speed.plan import TRAINED, Profile, Shape, find_profile, units_and_lo
 from bench.speed.unlearning.inputs import benchmarked, load, load_corpus
 from bench.speed.unlearning.loop import TrainingLoop
 from bench.stats.estimates import geometric_mean
-from scoring.curvature import second_derivatives_along_signs
+from scoring.curvature import Signs, second_derivatives_along_signs
 from scoring.flip_time import Forecaster, gradient_ascent
 from scoring.logprob import scored_logprobs
 from scoring.replica import TransformersReplica
@@ -53,6 +55,7 @@ from scoring.updates import TrialUpdates, UpdateSettings, clip_gradients, make_o
 SIGMA = 1e-5
 HEAD_DIM = 64
 NEW_TOKENS = 16
+MATMUL_SIZE = 2048
 LENGTH = 3  # how many times the words of a made text there are
 FORWARD, DRAW, FLIP_TIME, ANSWER = "forward", "Monte Carlo draw", "flip time", "answer"
 GRADIENT, CURVATURE, RECOMPUTED = "gradient", "curvature", "gradient, recomputed"
@@ -67,6 +70,27 @@ BEFORE = {name: f"{name}, before" for name in (FORWARD, GRADIENT, CURVATURE)}
 # The memory, in weights, without which a part is left out: the trainings hold gradients and moments of several models.
 NEEDED = dict.fromkeys(UPDATES, 12) | {BARE: 12, FLIP_TIME: 6, BEFORE[CURVATURE]: 14}
 Works = dict[str, Callable[[], object]]
+
+
+@dataclass(frozen=True)
+class _Held:
+    """What a part needs beside the tensors that it makes.
+
+    Attributes:
+        model: whose weights.
+        kept: gives what is kept beside them.
+    """
+
+    model: nn.Module
+    kept: Callable[[], Sequence[torch.Tensor]]
+
+    def peak(self, work: Callable[[], object]) -> int:
+        """The bytes of all that while the part runs, at their peak."""
+        return peak_bytes(self.model, work, self.kept())
+
+
+def _moments(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
+    return [x for state in optimizer.state.values() for x in state.values() if isinstance(x, torch.Tensor)]
 
 
 def run_benchmark(
@@ -108,10 +132,12 @@ def _measure(size: float, tokens: int, turns: int, machine: Profile | None, fold
     for name, changes in UPDATES.items():
         if fits[name]:
             loop = _loop(dataclasses.replace(spec, **changes), turns + 2, folder)
-            works[name], held[name] = partial(loop.advance, 1), [_trained(loop)]
+            trained = loop.unlearner.trained
+            works[name] = partial(loop.advance, 1)
+            held[name] = _Held(trained.model, partial(_moments, trained.optimizer))
             if changes["algorithm"] == "GradDiff" and "lora_rank" not in changes:
                 bare = _BareLoop(model, loop)
-                works[BARE], held[BARE] = bare.update, [bare.model, bare.optimizer]
+                works[BARE], held[BARE] = bare.update, _Held(bare.model, partial(_moments, bare.optimizer))
     print(
         f"\n{shape.params / 1e6:.1f} M weights, {shape.layers} layers of {shape.hidden}, vocabulary "
         f"{shape.vocabulary}, {len(batch)} samples, {int(batch.lengths.sum())} tokens, {int(batch.mask.sum())} scored"
@@ -121,10 +147,14 @@ def _measure(size: float, tokens: int, turns: int, machine: Profile | None, fold
             print(f"{name}: left out, the memory that is free is less than {NEEDED[name]} times the weights")
     for work in works.values():
         work()  # a first time that does not count
-    seconds = seconds_in_turns(works, turns, now if torch.cuda.is_available() else processor_now)
+    clock = now if torch.cuda.is_available() else processor_now
+    seconds = seconds_in_turns(works, turns, clock)
+    peak = matmul_flops(MATMUL_SIZE, model.device.type, clock=clock)
+    flops = shape.forward_flops(int(batch.lengths.sum()), int(batch.mask.sum()), float(batch.lengths.float().mean()))
     planned = _planned(machine, shape, batch) if machine else {}
+    nothing = _Held(model, list)
     rows = {
-        name: _row(name, seconds, _peak(work, held.get(name, [model])) / weights, planned, weights)
+        name: _row(name, seconds, held.get(name, nothing).peak(work) / weights, planned, weights)
         for name, work in works.items()
     }
     _print(rows)
@@ -138,7 +168,9 @@ def _measure(size: float, tokens: int, turns: int, machine: Profile | None, fold
         "scored": int(batch.mask.sum()),
         "seconds": seconds,
         "rows": rows,
+        "draw_share_of_matmul_peak": flops / float(np.median(seconds[DRAW])) / peak,
     }
+    print(f"a Monte Carlo draw reaches {result['draw_share_of_matmul_peak']:.0%} of the speed of a matrix product")
     for name, one, other in (
         ("loop against bare loop", BARE, "update, GradDiff"),
         ("curvature, before / now", BEFORE[CURVATURE], CURVATURE),
@@ -178,13 +210,12 @@ def _made(size: float, tokens: int, folder: Path) -> UnlearnSpec:
     )
 
 
-def _parts(model: PreTrainedModel, batch: Batch) -> tuple[Works, dict[str, list[Any]]]:
-    replica = TransformersReplica(model)
+def _parts(model: PreTrainedModel, batch: Batch) -> tuple[Works, dict[str, _Held]]:
+    replica, drawing = TransformersReplica(model), TransformersReplica(model)
     trial = TrialUpdates(model, UpdateSettings())
     forecaster = Forecaster(model, trial, gradient_ascent)
     prompts = [batch.input_ids[row, : int(batch.positions[row, 0]) + 1].cpu().numpy() for row in range(len(batch))]
     gradient = partial(per_sample_gradient_norms, model, batch, log_abs_logprob)
-    along = partial(second_derivatives_along_signs, model, batch, 0, 0)
 
     def forward() -> None:
         with torch.no_grad():
@@ -192,8 +223,8 @@ def _parts(model: PreTrainedModel, batch: Batch) -> tuple[Works, dict[str, list[
 
     def draw() -> None:
         # The weights stay where they are, as within a task; what else is measured takes as long with them.
-        replica.perturb(SIGMA, 0, 1)
-        replica.logprobs(batch)
+        drawing.perturb(SIGMA, 0, 1)
+        drawing.logprobs(batch)
 
     def at_once(work: Callable[[], object]) -> Callable[[], object]:
         def run() -> None:
@@ -209,12 +240,16 @@ def _parts(model: PreTrainedModel, batch: Batch) -> tuple[Works, dict[str, list[
         BEFORE[GRADIENT]: at_once(gradient),
         RECOMPUTED: partial(gradient, recompute=True),
         DRAW: draw,
-        CURVATURE: along,
-        BEFORE[CURVATURE]: at_once(partial(along, "forward mode")),
+        CURVATURE: partial(replica.second_derivatives, batch, 0, 0),
+        BEFORE[CURVATURE]: at_once(lambda: second_derivatives_along_signs(model, batch, Signs(0), 0, "forward mode")),
         FLIP_TIME: partial(forecaster.forecast, [batch], [0.5]),
         ANSWER: partial(replica.greedy_continuations, prompts, [NEW_TOKENS] * len(prompts), None),
     }
-    return works, {DRAW: [model, replica], FLIP_TIME: [model, trial]}
+    return works, {
+        DRAW: _Held(model, lambda: drawing.kept),
+        CURVATURE: _Held(model, lambda: replica.kept),
+        FLIP_TIME: _Held(model, lambda: trial.kept),
+    }
 
 
 @contextmanager
@@ -231,10 +266,6 @@ def _loop(spec: UnlearnSpec, updates: int, folder: Path) -> TrainingLoop:
     own = folder / f"{spec.algorithm}-{spec.lora_rank}"
     own.mkdir()
     return TrainingLoop(spec, updates, own)
-
-
-def _trained(loop: TrainingLoop) -> Any:
-    return loop.unlearner.trained
 
 
 class _BareLoop:
@@ -266,22 +297,6 @@ class _BareLoop:
 
 
 # --- Rows -----------------------------------------------------------------------------------------------------
-
-
-def _peak(work: Callable[[], object], held: Sequence[Any]) -> int:
-    """The bytes of weights, what an optimizer or a replica keeps, and the tensors of some work, at their peak."""
-    first, *others = held
-    model = first if isinstance(first, nn.Module) else first.model
-    kept: list[torch.Tensor] = []
-    for other in (first, *others):
-        optimizer = getattr(other, "optimizer", other)
-        if isinstance(optimizer, torch.optim.Optimizer):
-            kept += [x for state in optimizer.state.values() for x in state.values() if isinstance(x, torch.Tensor)]
-        for name in ("_perturbation", "_base"):
-            base = getattr(other, name, None)
-            base = getattr(base, "_base", base)
-            kept += list(base.values()) if isinstance(base, dict) else []
-    return peak_bytes(model, work, kept)
 
 
 def _row(

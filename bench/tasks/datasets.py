@@ -8,7 +8,7 @@ import os
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
@@ -39,12 +39,16 @@ class Dataset:
         texts: of the records, as they are tokenized.
         records: with all their fields, in the same order.
         tokenizer: of the model that reads them; None: only the texts count.
+        asked: ids by which it was chosen of a larger one; None: it is whole.
+        hashes: of the same data set, and of what was chosen of it, by `asked`.
     """
 
     name: str
     texts: list[Text]
     records: list[Record]
     tokenizer: Any = None
+    asked: tuple[str, ...] | None = field(default=None, repr=False, compare=False)
+    hashes: dict[tuple[str, ...] | None, str] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def text_set(self) -> TextSet:
@@ -53,7 +57,10 @@ class Dataset:
     @cached_property
     def sha256(self) -> str:
         """The hash of all that scoring reads of the data."""
-        return _sha256(self.texts, self.tokenizer)
+        # The trials of a sweep ask for that of each selection again and again, and to tokenize takes time.
+        if self.asked not in self.hashes:
+            self.hashes[self.asked] = _sha256(self.texts, self.tokenizer)
+        return self.hashes[self.asked]
 
     def chosen(self, ids: Sequence[str], where: str) -> Dataset:
         """The data set of some of the samples, in the order of their ids. The second time that an id occurs it becomes
@@ -79,7 +86,8 @@ class Dataset:
             texts.append(replace(self.texts[positions[sample_id]], sample_id=unique_id))
             records.append({**self.records[positions[sample_id]], "id": unique_id})
         check_ids(where, [text.sample_id for text in texts])
-        return Dataset(self.name, texts, records, self.tokenizer)
+        hashes = self.hashes if self.asked is None else {}
+        return Dataset(self.name, texts, records, self.tokenizer, tuple(ids), hashes)
 
 
 def _sha256(texts: Iterable[Text], tokenizer: Any) -> str:

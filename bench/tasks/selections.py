@@ -7,6 +7,7 @@ ids, one a line, so that a trial of a sweep can be run again by itself.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -109,8 +110,8 @@ def select(specs: Sequence[SelectionSpec], dataset: Dataset, mrd: Mapping[str, f
         UserError: a selection has more samples than there are, or no record has the attribute.
     """
     selections = [selection for spec in specs for selection in _selections(spec, dataset, mrd)]
-    names = [selection.name for selection in selections]
-    if twice := next((name for name in names if names.count(name) > 1), None):
+    counts = Counter(selection.name for selection in selections)
+    if twice := next((name for name, count in counts.items() if count > 1), None):
         raise UserError(f"selections: {twice!r} occurs twice; give one of them another seed")
     return selections
 

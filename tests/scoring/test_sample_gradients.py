@@ -9,7 +9,7 @@ from torch import nn
 
 from bench.speed.figures import peak_bytes
 from bench.speed.made import random_llama
-from scoring.curvature import second_derivatives_along_signs
+from scoring.curvature import Signs, second_derivatives_along_signs
 from scoring.logprob import scored_logprobs
 from scoring.replica import TransformersReplica
 from scoring.sample_gradients import (
@@ -60,7 +60,8 @@ def test_in_pieces_and_computed_twice(architecture: str, tied: bool, monkeypatch
     """A few logits at a time, and activations that are not kept: the same log-probs, norms and second derivatives."""
     model, batch = tiny_model(architecture, tied), collate(random_samples(7))
     whole = scored_logprobs(model, batch)
-    bent = second_derivatives_along_signs(model, batch, 0, 1)
+    signs = Signs(0)
+    bent = second_derivatives_along_signs(model, batch, signs, 1)
     norms, _ = per_sample_gradient_norms(model, batch, log_abs_logprob)
     monkeypatch.setattr("scoring.logprob.LOGITS_AT_A_TIME", 20 * model.config.vocab_size)
     before = copy.deepcopy([vars(module) for module in model.modules() if not module._parameters])
@@ -70,7 +71,9 @@ def test_in_pieces_and_computed_twice(architecture: str, tied: bool, monkeypatch
     torch.testing.assert_close(logprobs, whole, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(scored_logprobs(model, batch), whole, rtol=1e-5, atol=1e-6)
     scale = float(bent.abs().max())
-    torch.testing.assert_close(second_derivatives_along_signs(model, batch, 0, 1), bent, rtol=1e-4, atol=1e-5 * scale)
+    torch.testing.assert_close(
+        second_derivatives_along_signs(model, batch, signs, 1), bent, rtol=1e-4, atol=1e-5 * scale
+    )
 
 
 def test_memory(monkeypatch: pytest.MonkeyPatch):
@@ -92,8 +95,8 @@ def test_memory(monkeypatch: pytest.MonkeyPatch):
     training = peak(train)
     assert peak(lambda: per_sample_gradient_norms(model, batch, log_abs_logprob)) < 1.3 * (training - weights)
     assert peak(lambda: per_sample_gradient_norms(model, batch, log_abs_logprob, recompute=True)) < 0.4 * training
-    by_series = peak(lambda: second_derivatives_along_signs(model, batch, 0, 0))
-    assert by_series < 0.25 * peak(lambda: second_derivatives_along_signs(model, batch, 0, 0, "forward mode"))
+    by_series = peak(lambda: second_derivatives_along_signs(model, batch, Signs(0), 0))
+    assert by_series < 0.25 * peak(lambda: second_derivatives_along_signs(model, batch, Signs(0), 0, "forward mode"))
 
 
 @pytest.mark.parametrize(

@@ -363,6 +363,31 @@ def test_nothing_is_kept_of_prompts_under_other_weights(host: Remote, folders: C
             np.testing.assert_array_equal(one, two)
 
 
+def test_bases_that_stay_on_the_device_are_not_written_to(host: Remote, folders: Callable[..., Path]) -> None:
+    """As on a GPU: the draws are those from the files, and so they are of the next model."""
+
+    def keep(kept: bool) -> None:
+        from scoring.vllm_worker import WorkerExtension
+
+        WorkerExtension._may_keep = lambda self, base: kept
+
+    def draws(replica: Any) -> np.ndarray:
+        return estimate(replica, BATCHES, Request("monte-carlo", 1e-3, 0, 0, 5)).values
+
+    def draws_of_both(replica: Any) -> list[np.ndarray]:
+        first = draws(replica)
+        replica.refresh(str(folders("llama", True, 1)))
+        return [first, draws(replica)]
+
+    found = {}
+    for kept in (True, False):
+        host.run(lambda kept=kept: keep(kept))
+        host.open(str(folders()))
+        found[kept] = host.do(draws_of_both)
+    for there, here in zip(found[True], found[False], strict=True):
+        np.testing.assert_array_equal(there, here)
+
+
 def test_another_checkpoint_without_a_new_engine(host: Remote, folders: Callable[..., Path]) -> None:
     first, second = folders("llama", True), folders("llama", True, 1)
     host.open(str(first))
