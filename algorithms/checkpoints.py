@@ -2,9 +2,12 @@
 has shown that training can go on from the newest.
 
     step-00000012/
-        model/                   loads with AutoModelForCausalLM.from_pretrained; fp32, adapters merged
+        model/                   loads with AutoModelForCausalLM.from_pretrained; fp32, adapters merged. Where adapters
+                                 are trained, or a negated change, only the last checkpoint has it
         adapter/                 of a run that trains adapters; loads with peft.PeftModel.from_pretrained
-        training.safetensors     optimizer moments, and adapters
+        training.safetensors     optimizer moments, and what is trained where the model does not tell it
+        shards/                  of a sharded run, in place of these three, which the last checkpoint gets once the run
+                                 ends: what is trained, and optimizer moments, by torch.distributed.checkpoint
         history.json             everything else: the step, the sampler, the record of the run
 
 There is no random state: every random number depends on the seed and the step.
@@ -54,6 +57,11 @@ class Checkpoint:
     def adapter(self) -> Path:
         """The folder of the adapter, which is there if one was trained."""
         return self.folder / "adapter"
+
+    @property
+    def shards(self) -> Path:
+        """The folder of what every worker of a sharded run has written of the training."""
+        return self.folder / "shards"
 
     def weights(self) -> dict[str, torch.Tensor]:
         """The model's weights by name."""
@@ -129,7 +137,7 @@ class Checkpoints:
     def save(
         self,
         step: int,
-        model: PreTrainedModel,
+        model: PreTrainedModel | None,
         training: Mapping[str, torch.Tensor],
         history: Mapping[str, Any],
         save_adapter: Callable[[Path], None] = lambda _: None,
@@ -137,18 +145,47 @@ class Checkpoints:
         """Write a checkpoint. Only one worker calls this method and the following ones.
 
         Args:
+            model: the whole model; None leaves it out, see `add_model`.
             save_adapter: writes the adapter, if there is one, into the folder that it is given.
         """
-        for leftover in self.folder.glob(".*.tmp"):
-            shutil.rmtree(leftover)  # from a process that was killed
-        unfinished = self.folder / f".step-{step:08d}.tmp"
-        unfinished.mkdir(parents=True)
-        model.save_pretrained(unfinished / "model")
-        self._tokenizer.save_pretrained(unfinished / "model")
+        unfinished = self.begin(step)
+        if model is not None:
+            self._save_model(model, unfinished / "model")
         save_adapter(unfinished / "adapter")
         save_file(dict(training), str(unfinished / "training.safetensors"))
+        self.finish(step, history)
+
+    def begin(self, step: int) -> Path:
+        """An empty folder for a checkpoint, which `finish` puts in its place."""
+        for leftover in self.folder.glob(".*.tmp"):
+            shutil.rmtree(leftover)  # from a process that was killed
+        unfinished = self._unfinished(step)
+        unfinished.mkdir(parents=True)
+        return unfinished
+
+    def unfinished_shards(self, step: int) -> Path | None:
+        """Where the workers write their shards between `begin` and `finish`; None: nowhere."""
+        return Checkpoint(self._unfinished(step)).shards
+
+    def finish(self, step: int, history: Mapping[str, Any]) -> None:
+        """Add the history to a checkpoint that was begun: it is whole."""
+        unfinished = self._unfinished(step)
         (unfinished / "history.json").write_text(json.dumps(history))
         unfinished.rename(self.folder / f"step-{step:08d}")
+
+    def _unfinished(self, step: int) -> Path:
+        return self.folder / f".step-{step:08d}.tmp"
+
+    def _save_model(self, model: PreTrainedModel, folder: Path) -> None:
+        model.save_pretrained(folder)
+        self._tokenizer.save_pretrained(folder)
+
+    def add_model(self, checkpoint: Checkpoint, model: PreTrainedModel) -> None:
+        """Add the whole model to a checkpoint that was saved without it."""
+        unfinished = checkpoint.folder / ".model.tmp"
+        shutil.rmtree(unfinished, ignore_errors=True)  # from a process that was killed
+        self._save_model(model, unfinished)
+        unfinished.rename(checkpoint.model)
 
     def keep_newest(self) -> None:
         """Remove all checkpoints but the newest."""
@@ -181,6 +218,15 @@ class NoCheckpoints(Checkpoints):
         return None
 
     def save(self, *_: Any) -> None:
+        pass
+
+    def begin(self, step: int) -> Path:
+        return Path()
+
+    def unfinished_shards(self, step: int) -> None:
+        return None
+
+    def finish(self, *_: Any) -> None:
         pass
 
     def keep_newest(self) -> None:

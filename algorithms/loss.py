@@ -14,6 +14,7 @@ from algorithms.recipe import Objectives
 from algorithms.reference import Reference
 from algorithms.trainable import Trainable
 from scoring.errors import UserError
+from scoring.samples import sent
 
 # Keeps RMU's direction apart from other random numbers of the same seed.
 DIRECTION = 102
@@ -62,9 +63,9 @@ class LossTerms:
         values |= {REFUSAL_PREFIX + name: output[of_samples:] for name, output in outputs.items()}
         for name in self._inputs(micro_batch):
             if name == "direction":
-                values[name] = self._direction(outputs["hidden"].shape[-1]).to(device)
+                values[name] = sent(self._direction(outputs["hidden"].shape[-1]), device)
             elif name not in values:
-                values[name] = self._from_initial_model(name, micro_batch).to(device)
+                values[name] = sent(self._from_initial_model(name, micro_batch), device)
         positions = micro_batch.positions
         if micro_batch.set_name == "retain":
             assert self._objectives.retain is not None
@@ -72,9 +73,8 @@ class LossTerms:
         if groups is None or len(self._objectives.forget) == 1:
             return _terms(self._objectives.forget[0], values, len(positions))
         terms = torch.zeros(len(positions), device=device)
-        group_of_row = torch.from_numpy(groups[positions]).to(device)
         for number, objective in enumerate(self._objectives.forget):
-            rows = (group_of_row == number).nonzero().squeeze(-1)
+            rows = sent(torch.from_numpy(np.flatnonzero(groups[positions] == number)), device)
             if len(rows):
                 of_group = {name: values[name][rows] for name in inputs_of(objective)}
                 terms = terms.index_copy(0, rows, _terms(objective, of_group, len(rows)).to(terms.dtype))
@@ -97,7 +97,7 @@ class LossTerms:
             return self._reference.states(set_name, "layer", samples, width)
         assert name == "reference_logits", name
         assert self._head is not None
-        return self._head(self._reference.states(set_name, "last", samples, width).to(self._trained.device))
+        return self._head(sent(self._reference.states(set_name, "last", samples, width), self._trained.device))
 
     def _direction(self, size: int) -> torch.Tensor:
         """RMU's u: uniform in [0, 1), scaled to norm 1."""

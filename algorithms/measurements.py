@@ -2,32 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from algorithms.group import Group
+from algorithms.initial import in_pieces
 from algorithms.recipe import Recipe
 from scoring.flip_time import Forecaster, Outputs
 from scoring.mrd import estimate, reduce_draws, request_for
 from scoring.progress import advance, expect
 from scoring.replica import TransformersReplica
 from scoring.samples import Batch, Sample, collate, make_batches
-from scoring.updates import TrialUpdates, UpdateSettings, distance
+from scoring.updates import TrialUpdates, UpdateSettings, sums_of_changes
 
 
 def measure_mrd(
-    model: PreTrainedModel, samples: Sequence[Sample], recipe: Recipe, group: Group, batch_tokens: int
+    model: PreTrainedModel,
+    samples: Sequence[Sample],
+    recipe: Recipe,
+    group: Group,
+    batch_tokens: int,
+    batched_gradients: bool | None = None,
 ) -> tuple[np.ndarray, TransformersReplica]:
     """MRD of samples under a model in fp32, (N,); and the replica by which this worker measured its share.
 
     Args:
         recipe: a resolved recipe: its estimator, statistic, sigma, draws and seed are used.
         batch_tokens: padded tokens in a batch.
+        batched_gradients: see `TransformersReplica`.
     """
-    replica = TransformersReplica(model)
+    replica = TransformersReplica(model, batched_gradients=batched_gradients)
     batches = make_batches(samples, batch_tokens)[group.rank :: group.size]
     mine: dict[int, float] = {}
     if batches:
@@ -69,14 +79,32 @@ def measure_forecasts(
     return np.array([forecast_of[sample.index] for sample in samples]), forecaster
 
 
-def weight_change(model: PreTrainedModel, initial: Mapping[str, torch.Tensor], group: Group) -> dict[str, float | None]:
+def weight_change(
+    weights: Iterable[tuple[str, torch.Tensor]], initial: Mapping[str, Any], group: Group
+) -> dict[str, float | None]:
     """How far the weights are from the initial model's: mean |Δθ| over all of them, and ‖Δθ‖.
 
     Args:
-        initial: the initial model's weights by name, at the first worker; the others need none.
+        weights: by name. A sharded one is compared by all workers, which then are here together, each its rows; any
+            other by the first worker.
+        initial: the initial model's weights by name, of which rows are taken: tensors, or `StoredTensors`. Without any
+            nothing is compared.
     """
-    change: dict[str, float | None] = {"mean_abs_delta": None, "delta_norm": None}
-    compared = [(p, initial[name]) for name, p in model.named_parameters() if name in initial]
-    if compared:
-        change["mean_abs_delta"], change["delta_norm"] = distance((p.detach().cpu(), base) for p, base in compared)
-    return group.gathered({0: change} if group.rank == 0 else {})[0]
+    if not initial:
+        return {"mean_abs_delta": None, "delta_norm": None}
+    total, squares, count = sums_of_changes(
+        (now.cpu(), base)
+        for name, p in weights
+        if name in initial and (isinstance(p, DTensor) or group.rank == 0)
+        for now, base in in_pieces(*rows_here(p, group), initial[name])
+    )
+    sums = group.gathered({group.rank: (total, squares, count)}).values()
+    total, squares, count = (sum(column) for column in zip(*sums, strict=True))
+    return {"mean_abs_delta": total / count, "delta_norm": math.sqrt(squares)}
+
+
+def rows_here(p: torch.Tensor, group: Group) -> tuple[torch.Tensor, int]:
+    """The rows of a weight that this worker has, and the number of the first."""
+    if not isinstance(p, DTensor):
+        return p, 0
+    return p.to_local(), min(len(p), group.rank * math.ceil(len(p) / group.size))

@@ -26,10 +26,11 @@ from algorithms.checkpoints import Checkpoints, NoCheckpoints
 from algorithms.corpus import Corpus, Evaluation
 from algorithms.group import ALONE, Group
 from algorithms.history import History, Progress
+from algorithms.initial import INITIAL, write_initial
 from algorithms.live import PROGRESS, LiveTables, progress_told, read_progress, write_progress
 from algorithms.passes import Head
 from algorithms.recipe import Execution, Objectives, Recipe, layer_of, total_updates
-from algorithms.reference import Reference, Role, compute_reference
+from algorithms.reference import REFERENCE, Reference, Role, compute_reference
 from algorithms.samplers import retain_order
 from algorithms.target import Target
 from algorithms.trainable import trainable_for
@@ -38,10 +39,12 @@ from scoring.cluster import Footprint, check_versions, how_many_fit, versions
 from scoring.errors import UserError, first_line
 from scoring.files import replacing
 from scoring.load import load_model, loading_notes, read_config
+from scoring.memory import give_back_large_blocks
 from scoring.plugins import Plugin, load_plugins, loaded_plugins
 from scoring.progress import every, phase
 from scoring.samples import Sample, default_batch_tokens
 from scoring.settings import adopt, current_naming, named
+from scoring.tensor_folder import StoredTensors
 from scoring.work import LocalPool, Pool, ReplicaSpec
 
 if TYPE_CHECKING:
@@ -92,7 +95,12 @@ class TrainingJob:
 
     @property
     def reference_path(self) -> Path:
-        return self.folder / "reference.safetensors"
+        return self.folder / REFERENCE
+
+    @property
+    def initial_path(self) -> Path:
+        """The folder of the initial weights, which is there while the run goes on."""
+        return self.folder / INITIAL
 
     @property
     def progress_files(self) -> tuple[Observe, ...]:
@@ -122,8 +130,9 @@ def train_here(
     """
     with phase("loading the model"):
         model = load_model(job.source, "float32", device, job.revision)
-    ensure_reference(job, lambda: LocalPool(model), device)
+    ensure_reference(job, partial(LocalPool, model), device)
     unlearner = unlearner_of(job, model, ALONE, observe, report)
+    del model  # an adapter that is continued has a base of its own
     with progress_told(unlearner.progress, watch, *job.progress_files):
         return unlearner.run()
 
@@ -252,6 +261,9 @@ def _train_in_worker(config: dict[str, Any]) -> dict[str, Any]:
     if device.startswith("cuda"):
         torch.cuda.set_device(device)
 
+    if group.strategy == "fsdp":
+        give_back_large_blocks()
+
     def report(row: Mapping[str, Any]) -> None:
         ray.train.report({key: value for key, value in row.items() if isinstance(value, int | float)})
 
@@ -261,6 +273,7 @@ def _train_in_worker(config: dict[str, Any]) -> dict[str, Any]:
         load_plugins(job.plugins)
         model = load_model(job.source, "float32", device, job.revision)
         unlearner = unlearner_of(job, model, group, report=report)
+        del model  # an adapter that is continued has a base of its own
         with progress_told(unlearner.progress, *(() if group.rank else job.progress_files)):
             unlearner.run()
     except Diverged as error:
@@ -299,7 +312,7 @@ def unlearner_of(
     group: Group,
     observe: Observe = lambda _: None,
     report: Report = lambda _: None,
-    initial: Mapping[str, torch.Tensor] | None = None,
+    initial: Mapping[str, Any] | None = None,
 ) -> Unlearner:
     """The job on this worker, ready to run. The reference must have been computed.
 
@@ -307,16 +320,16 @@ def unlearner_of(
         model: the initial model, which is trained in place.
         group: this worker.
         observe, report: see `Unlearner`.
-        initial: the model's weights by name on the CPU, if the caller holds them already; None makes a copy.
+        initial: the model's weights by name on the CPU, if the caller holds them already; None writes them to a file
+            of the run, or makes a copy for a run that is too short for files.
     """
     objectives = Objectives.of(job.recipe)
     if initial is None:
-        parameters = model.named_parameters() if not group.rank else ()
-        initial = {name: p.detach().to("cpu", copy=True) for name, p in parameters}
+        initial = _initial_weights(job, model, group)
     head = Head(model) if "reference_logits" in objectives.inputs else None
     reference = Reference(job.reference_path) if objectives.reference_quantities() else None
     continued = job.source if job.continues_adapter else None
-    trained = trainable_for(job.recipe, model, group, job.execution.gradient_checkpointing, continued)
+    trained = trainable_for(job.recipe, model, group, job.execution.gradient_checkpointing, continued, initial)
     unlearner = Unlearner(
         job.recipe,
         job.corpus,
@@ -337,6 +350,17 @@ def unlearner_of(
     return unlearner
 
 
+def _initial_weights(job: TrainingJob, model: PreTrainedModel, group: Group) -> Mapping[str, Any]:
+    """The initial model's weights by name, on every worker."""
+    if not job.keeps_checkpoints:
+        return {name: p.detach().to("cpu", copy=True) for name, p in model.named_parameters()}
+    if group.rank == 0 and not job.initial_path.is_dir():
+        with phase("writing the initial weights"):
+            write_initial(model, job.initial_path)
+    group.wait()
+    return StoredTensors(job.initial_path)
+
+
 def ensure_reference(
     job: TrainingJob, make_pool: Callable[[], Pool], device: torch.device | str, config: PreTrainedConfig | None = None
 ) -> None:
@@ -348,7 +372,7 @@ def ensure_reference(
         config: the model's configuration, if it is loaded already.
     """
     quantities = Objectives.of(job.recipe).reference_quantities()
-    if not quantities or job.reference_path.is_file():
+    if not quantities or job.reference_path.is_dir():
         return
     corpus = job.corpus
     # Of the retain set only the samples that will be drawn.

@@ -14,8 +14,6 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from safetensors import safe_open
-from safetensors.numpy import save_file
 from transformers import PreTrainedModel
 
 from algorithms.objectives import REFUSAL_PREFIX
@@ -25,8 +23,11 @@ from scoring.logprob import last_hidden, scored_logprobs
 from scoring.replica import TransformersReplica
 from scoring.samples import Batch, Sample, make_batches
 from scoring.settings import named
+from scoring.tensor_folder import StoredTensors, writing_tensors
 from scoring.work import Pool
 
+# The folder of a run that has it while it goes on.
+REFERENCE = "reference"
 # The sets that objectives are computed on; and the roles of samples, which have refusals as well.
 SetName = Literal["forget", "retain"]
 Role = Literal["forget", "refusal", "retain"]
@@ -107,20 +108,22 @@ def _check_head(model: PreTrainedModel, hidden: torch.Tensor, logits: torch.Tens
 
 
 class Reference:
-    """The stored values by role and sample position, in one safetensors file that is read as it is needed."""
+    """The stored values by role and sample position, in a folder of files that are read as they are needed."""
 
     def __init__(self, path: Path) -> None:
-        self._file: Any = safe_open(str(path), "numpy")
+        self._stored = StoredTensors(path)
+        # One number a sample, which is not worth a look into another file each time.
+        self._nll = {name: self._stored[name][:] for name in self._stored if name.endswith(".nll")}
 
     def nll(self, role: Role, indices: Sequence[int]) -> torch.Tensor:
         """Summed NLL of samples, (B,) fp64 nats."""
-        return torch.from_numpy(self._file.get_tensor(f"{role}.nll")[indices])
+        return torch.from_numpy(self._nll[f"{role}.nll"][indices])
 
     def states(
         self, role: Role, quantity: Literal["last", "layer"], indices: Sequence[int], width: int
     ) -> torch.Tensor:
         """Hidden states "last" or "layer" of samples, padded with zeros to `width` tokens: (B, width, d) fp32."""
-        stored = [torch.from_numpy(self._file.get_tensor(f"{role}.{quantity}.{i}")) for i in indices]
+        stored = [torch.from_numpy(self._stored[f"{role}.{quantity}.{i}"][:]) for i in indices]
         states = torch.zeros(len(stored), width, stored[0].shape[-1])
         for row, states_of_sample in enumerate(stored):
             states[row, : len(states_of_sample)] = states_of_sample
@@ -153,10 +156,10 @@ def compute_reference(
     pool: Pool,
     batch_tokens: int,
 ) -> int:
-    """Compute quantities of each role's samples and write them to `path`.
+    """Compute quantities of each role's samples and write them to `path` as they come.
 
     Args:
-        path: the safetensors file to write.
+        path: the folder to write, see `Reference`; it appears whole or not at all.
         samples: role -> samples; a sample's position is its `index`.
         quantities: role -> quantities, see `needed_quantities`.
         layer: the decoder layer of the quantity "layer", counted from 1.
@@ -172,21 +175,18 @@ def compute_reference(
         for batch in make_batches(samples[role], batch_tokens):
             tasks.append(ReferenceTask(len(shards), role, quantities_of_role, layer))
             shards.append([batch])
-    arrays: dict[str, np.ndarray] = {}
     nlls = {role: np.zeros(1 + max(sample.index for sample in samples[role])) for role in quantities}
     forwards = 0
-    for task, values_of_sample, facts in pool.run(tasks, shards):
-        forwards += facts.forwards
-        for index, values in values_of_sample.items():
-            for name, value in values.items():
-                if name == "nll":
-                    nlls[task.role][index] = value
-                else:
-                    arrays[f"{task.role}.{name}.{index}"] = value
-    for role, quantities_of_role in quantities.items():
-        if "nll" in quantities_of_role:
-            arrays[f"{role}.nll"] = nlls[role]
-    unfinished = path.with_name(f".{path.name}.tmp")
-    save_file(arrays, str(unfinished))
-    unfinished.replace(path)
+    with writing_tensors(path) as writer:
+        for task, values_of_sample, facts in pool.run(tasks, shards):
+            forwards += facts.forwards
+            for index, values in values_of_sample.items():
+                for name, value in values.items():
+                    if name == "nll":
+                        nlls[task.role][index] = value
+                    else:
+                        writer.add(f"{task.role}.{name}.{index}", torch.tensor(value))
+        for role, quantities_of_role in quantities.items():
+            if "nll" in quantities_of_role:
+                writer.add(f"{role}.nll", torch.from_numpy(nlls[role]))
     return forwards

@@ -1,22 +1,26 @@
 """A model in training: full weights or LoRA, in one process or spread over several.
 
 A global batch gives the same update for any number of workers: losses are divided by the size of the global batch and
-gradients are summed. Between updates MRD, stopping rule, evaluation and checkpoints get a transformers model with whole
-weights, however the training is spread.
+gradients are summed. Between updates MRD, stopping rule and evaluation look at the model in training itself: a whole
+copy is made only for what needs merged, whole or negated weights, and let go of afterwards.
 """
 
 from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import nn
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.state_dict_loader import load as load_sharded
+from torch.distributed.checkpoint.state_dict_saver import save as save_sharded
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -25,15 +29,25 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from algorithms.group import ALONE, Group
+from algorithms.in_step import InStep
+from algorithms.initial import in_pieces
+from algorithms.measurements import weight_change
 from algorithms.passes import ForwardPass, Output, decoder_layers
 from algorithms.recipe import Recipe, layer_of
-from scoring.adapters import has_embeddings, merged, shared_weights
+from scoring.abilities import tokens_to_try
+from scoring.adapters import adds_a_product, has_embeddings, merged, merged_weights, shared_weights
 from scoring.errors import UserError
+from scoring.generation import shares_prefixes
 from scoring.load import load_adapted
-from scoring.samples import Batch
+from scoring.logprob import scored_logprobs
+from scoring.replica import differentiates_on_the_way
+from scoring.sample_gradients import log_abs_logprob, per_sample_gradient_norms
+from scoring.samples import Batch, Sample, collate
 from scoring.settings import named
 from scoring.updates import OptimizerName, make_optimizer
 
+# What AdamW keeps of each weight.
+MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 # They look at a matrix as a whole, or have kernels for plain tensors alone.
 OF_WHOLE_WEIGHTS: tuple[OptimizerName, ...] = ("adafactor", "adamw-8bit")
 
@@ -69,6 +83,7 @@ class Trainable:
         seed: seed of the adapters' initial values.
         negation: s: everybody else sees initial - s (trained - initial) of the weights, a task vector taken away
             (Ilharco et al. 2023); 0: what is trained.
+        initial: the initial weights by name, of which rows are taken; for a negation.
 
     Raises:
         UserError: no parameter matches `trainable`, the adapters cannot be put on, or the optimizer does not work on
@@ -90,10 +105,11 @@ class Trainable:
         gradient_checkpointing: bool = False,
         seed: int = 0,
         negation: float = 0.0,
+        initial: Mapping[str, Any] | None = None,
     ) -> None:
         self.group = group
         self._negation = negation
-        self._initial = {n: p.detach().cpu().clone() for n, p in model.named_parameters()} if negation else {}
+        self._initial = initial or {}
         self.device = next(model.parameters()).device
         self._bfloat16 = bfloat16
         self._adapted: Any = None
@@ -107,9 +123,15 @@ class Trainable:
         if trainable is not None:
             _freeze_all_but(self.model, trainable)
         sharded = group.size > 1 and group.strategy == "fsdp"
-        # A copy for `whole_model`, which gets the whole weights: adapters merged, shards put together, or negated.
-        needs_copy = adapter or sharded or negation
-        self._whole: Any = copy.deepcopy(self._adapted or self.model).cpu() if needs_copy else None
+        self._adds_product = self._adapted is not None and adds_a_product(self._adapted)
+        # The model without its weights, to put shards together in.
+        self._skeleton: Any = None
+        self._in_step: InStep | None = None
+        # Of a sharded model that is differentiated in place: what is known of it, as nobody can try it then.
+        self.batched_gradients: bool | None = None
+        if sharded:
+            self._skeleton = _copied(self._adapted or self.model, _on_meta)
+            self._find_out_before_sharding()
         self._recomputing = _checkpoint_activations(self.model) if gradient_checkpointing else []
         forward_pass = ForwardPass(self.model, layer)
         self._forward: nn.Module = forward_pass
@@ -119,6 +141,8 @@ class Trainable:
             for block in decoder_layers(self.model):
                 fully_shard(block, mesh=mesh)
             fully_shard(self.model, mesh=mesh)
+            self._in_step = InStep(self.model, self.device)
+            self.group = replace(group, before_meeting=self._in_step.catch_up)
         elif group.size > 1:
             # The layers above `layer` take no part in a pass that ends there.
             self._forward = DistributedDataParallel(
@@ -186,31 +210,131 @@ class Trainable:
     def whole_model(self) -> Iterator[PreTrainedModel]:
         """Gives the model with whole weights, in eval mode; all workers enter together.
 
-        It is a copy if the weights are sharded, adapters have to be merged or the change is negated, else the model
-        itself.
+        It is a copy, made now, if the weights are sharded, adapters have to be merged or the change is negated, else
+        the model itself.
         """
-        if self._whole is None:
+        if self._adapted is None and self._skeleton is None and not self._negation:
             with self.model_itself() as model:
                 yield model
             return
-        whole = self._whole
-        (whole.get_base_model() if self._adapted is not None else whole).load_state_dict(
-            _on_cpu(self.model.state_dict())
-        )
+        yield self._whole_copy().to(self.device)
+
+    def _whole_copy(self) -> Any:
+        whole: Any
+        if self._skeleton is None:
+            whole = copy.deepcopy(self._adapted or self.model)
+        else:
+            whole = self._put_together(lambda p: p)
         if self._adapted is not None:
-            whole = merged(copy.deepcopy(whole))
-        if self._negation:
-            self._negate(whole)
-        try:
-            yield whole.to(self.device)
-        finally:
-            whole.to("cpu")
+            whole = merged(whole)
+        self._negate(whole)
+        return whole
+
+    def _put_together(self, kept: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+        """A copy of the sharded model with what is kept of each whole weight; all workers call it together."""
+        weights = dict((self._adapted or self.model).named_parameters())
+        names = {id(p): name for name, p in self._skeleton.named_parameters()}
+        return _copied(self._skeleton, lambda p: kept(_whole(weights[names[id(p)]])))
 
     @torch.no_grad()
-    def _negate(self, whole: PreTrainedModel) -> None:
-        for name, p in whole.named_parameters():
-            initial = self._initial[name]
-            p.copy_(initial - self._negation * (p - initial))
+    def _negate(self, whole: nn.Module) -> None:
+        if self._negation:
+            for name, p in whole.named_parameters():
+                for rows, initial in in_pieces(p, 0, self._initial[name]):
+                    initial = initial.to(rows.device)
+                    rows.copy_(initial - self._negation * (rows - initial))
+
+    @contextmanager
+    def readable_model(self) -> Iterator[PreTrainedModel]:
+        """Gives a model in eval mode for forward passes: the one in training, adapters, shards and all, unless its
+        change is negated; all workers enter together, and then each makes passes as it likes."""
+        if self._negation:
+            with self.whole_model() as model:
+                yield model
+            return
+        with self._in_step_by(self._idle_forward), torch.no_grad(), self.model_itself() as model:
+            yield model
+
+    @contextmanager
+    def differentiable_model(self) -> Iterator[PreTrainedModel]:
+        """The same for the norms of gradients with respect to the whole weights; see `batched_gradients`."""
+        is_exact = self._adapted is None or self._adds_product
+        if self._negation or not is_exact or (self._in_step and not self.batched_gradients):
+            with self.whole_model() as model:
+                yield model
+            return
+        with self._frozen_shards(), self._in_step_by(self._idle_gradient), self.model_itself() as model:
+            yield model
+
+    # --- Looking at shards --------------------------------------------------------------------------------------
+
+    def _find_out_before_sharding(self) -> None:
+        """Try what is tried at first use, while workers need not do it together."""
+        shares_prefixes(self.model)
+        is_exact = self._adapted is None or self._adds_product
+        self.batched_gradients = is_exact and differentiates_on_the_way(self.model)
+        tokens = tokens_to_try(self.model)[0, :3].cpu().numpy()
+        self._idle_sample = Sample("", tokens, np.array([False, False, True]), 0)
+
+    @contextmanager
+    def _in_step_by(self, idle_pass: Callable[[], Any]) -> Iterator[None]:
+        if self._in_step is None:
+            yield
+            return
+        try:
+            with self._in_step.passes(idle_pass):
+                yield
+        finally:
+            # Where no backward pass follows, the weights outside the layers would stay as they are now.
+            cast(FSDPModule, self.model).reshard()
+
+    def _idle_forward(self) -> None:
+        scored_logprobs(self.model, collate([self._idle_sample]).to(self.device))
+
+    def _idle_gradient(self) -> None:
+        per_sample_gradient_norms(self.model, collate([self._idle_sample]).to(self.device), log_abs_logprob)
+
+    @contextmanager
+    def _frozen_shards(self) -> Iterator[None]:
+        """Within the context no weight needs a gradient, so that none is computed, kept or exchanged."""
+        if self._in_step is None:
+            yield
+            return
+        self._need_gradients(False)
+        yield
+        self._need_gradients(True)  # not after an error: the others would not be here
+
+    def _need_gradients(self, needed: bool) -> None:
+        # Shards are one thing, and what is put together of them for a pass another, which is made once and kept.
+        for module in self.model.modules():
+            if isinstance(module, FSDPModule):
+                module.unshard()
+                self._set_requires_grad(needed)
+                module.reshard()
+        self._set_requires_grad(needed)
+
+    def _set_requires_grad(self, needed: bool) -> None:
+        for name, p in self.model.named_parameters():
+            if name in self._parameters:
+                p.requires_grad_(needed)
+
+    def weight_change(self, initial: Mapping[str, Any]) -> dict[str, float | None]:
+        """How far the whole weights are from the initial ones, see `weight_change`; all workers call it together."""
+        if self._negation or (self._adapted is not None and not self._adds_product):
+            with self.whole_model() as model:
+                return weight_change(model.named_parameters(), initial, self.group)
+        return weight_change(self._merged_weights(), initial, self.group)
+
+    def _merged_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+        if self._in_step is None or self._adapted is None:
+            yield from merged_weights(self.model)
+            return
+        # What is merged has to be whole: a layer at a time.
+        for module in self.model.modules():
+            if isinstance(module, FSDPModule):
+                module.unshard()
+                yield from merged_weights(self.model, lambda p: not isinstance(p, DTensor))
+                module.reshard()
 
     @contextmanager
     def model_itself(self) -> Iterator[PreTrainedModel]:
@@ -239,21 +363,38 @@ class Trainable:
         """What is trained."""
         return list(self._parameters.values())
 
-    def finished_model(self) -> PreTrainedModel:
-        """The model with whole weights on the device of the training, to keep when the training is over."""
-        with self.whole_model() as whole:
-            model: Any = whole
-        finished: PreTrainedModel = model.to(self.device)
-        return finished
+    def finished_model(self, adapter: Path | None = None) -> PreTrainedModel:
+        """The model with whole weights, to keep when the training is over: what was trained is used up, adapters are
+        merged in place. Of shards it is put together on the first worker's CPU; the others, which call it too, get a
+        model without weights.
+
+        Args:
+            adapter: a folder to which the adapter is written, if there is one; None: nowhere.
+        """
+        adapted, whole = self._adapted, self.model
+        if self._skeleton is not None:
+            self.optimizer.state.clear()  # its moments have the room that the whole weights need
+            gathered = self._put_together(lambda p: p.cpu() if self.group.rank == 0 else _on_meta(p))
+            adapted, whole = (None, gathered) if adapted is None else (gathered, gathered)
+        if self.group.rank == 0 or self._skeleton is None:
+            if adapted is not None and adapter is not None and not self._negation:
+                self._save(adapted, adapter)
+            whole = whole if adapted is None else merged(adapted)
+            self._negate(whole)
+        for layer in self._recomputing:
+            layer.training = False
+        self.model = whole
+        self._adapted, self._skeleton, self._recomputing, self._negation = None, None, [], 0.0
+        return self.model
 
     @property
     def keeps_own_weights(self) -> bool:
-        """Whether the trained weights are in `state`, since they do not follow from those of `whole_model`."""
+        """Whether the trained weights are in `state`, since they do not follow from those of the whole model."""
         return self._adapted is not None or bool(self._negation)
 
     def state(self) -> dict[str, torch.Tensor]:
-        """The state of the training that `whole_model` lacks: optimizer moments, and adapters or weights whose change
-        is negated, as whole tensors on the CPU. All workers call it together."""
+        """The state of the training that the whole model lacks: optimizer moments, and adapters or weights whose change
+        is negated, as whole tensors on the CPU, which may be those in training. All workers call it together."""
         tensors: dict[str, Any] = {
             f"optimizer.{name}.{key}": value
             for name, p in self._parameters.items()
@@ -263,13 +404,48 @@ class Trainable:
         tensors = {name: torch.tensor(value) if isinstance(value, int) else value for name, value in tensors.items()}
         if self.keeps_own_weights:
             tensors |= {f"trained.{name}": p for name, p in self._parameters.items()}
-        return {name: value.contiguous().clone() for name, value in _on_cpu(tensors).items()}
+        return {name: _whole(value).cpu().contiguous() for name, value in tensors.items()}
 
     def save_adapter(self, folder: Path) -> None:
-        """Write the adapter as PEFT keeps it, with the weights of the last `whole_model`; nothing where there is none,
-        or where its negated change is what others see."""
+        """Write the adapter as PEFT keeps it; nothing where there is none, or where its negated change is what others
+        see."""
         if self._adapted is not None and not self._negation:
-            self._whole.save_pretrained(folder, save_embedding_layers=self._adapter_has_embeddings)
+            self._save(self._adapted, folder)
+
+    def _save(self, adapted: Any, folder: Path) -> None:
+        unfinished = folder.with_name(f".{folder.name}.tmp")
+        adapted.save_pretrained(unfinished, save_embedding_layers=self._adapter_has_embeddings)
+        unfinished.rename(folder)
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether each worker has a shard of the weights, and saves that."""
+        return self._skeleton is not None
+
+    def save_shards(self, folder: Path) -> None:
+        """Write what is trained and the optimizer's moments; each worker, which all call it, writes its shards."""
+        tensors = {f"trained.{name}": p.detach() for name, p in self._parameters.items()} | {
+            f"optimizer.{name}.{key}": value
+            for name, p in self._parameters.items()
+            for key, value in self.optimizer.state.get(p, {}).items()
+        }
+        save_sharded(tensors, checkpoint_id=folder)
+
+    def load_shards(self, folder: Path) -> None:
+        """Continue from what any number of workers have written; each worker reads what it has of it."""
+        saved = FileSystemReader(folder).read_metadata().state_dict_metadata
+        tensors: dict[str, torch.Tensor] = {}
+        for name, p in self._parameters.items():
+            tensors[f"trained.{name}"] = p.detach()
+            moments = {
+                key: torch.zeros((), device=self.device) if key == "step" else torch.zeros_like(p).detach()
+                for key in MOMENTS
+                if f"optimizer.{name}.{key}" in saved
+            }
+            if moments:
+                self.optimizer.state[p] = moments
+            tensors |= {f"optimizer.{name}.{key}": value for key, value in moments.items()}
+        load_sharded(tensors, checkpoint_id=folder, no_dist=True)
 
     def restore(self, weights: Mapping[str, torch.Tensor], state: Mapping[str, torch.Tensor]) -> None:
         """Continue from a checkpoint.
@@ -296,9 +472,19 @@ class Trainable:
         return value.to(self.device) if value.is_floating_point() else int(value)
 
 
-def _on_cpu(tensors: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-    """Whole tensors on the CPU, put together one after the other, so that no device has to hold them all."""
-    return {name: (t.full_tensor() if isinstance(t, DTensor) else t).detach().cpu() for name, t in tensors.items()}
+def _whole(p: torch.Tensor) -> torch.Tensor:
+    """A whole tensor, put together if it is sharded."""
+    return (p.full_tensor() if isinstance(p, DTensor) else p).detach()
+
+
+def _copied(model: nn.Module, value_of: Callable[[nn.Parameter], torch.Tensor]) -> Any:
+    """A copy of a model with other tensors in its parameters; those that are shared stay shared."""
+    others = {id(p): nn.Parameter(value_of(p), requires_grad=p.requires_grad) for p in model.parameters()}
+    return copy.deepcopy(model, dict(others))
+
+
+def _on_meta(p: torch.Tensor) -> torch.Tensor:
+    return torch.empty_like(p, device="meta")
 
 
 def _like(value: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
@@ -370,11 +556,13 @@ def trainable_for(
     group: Group,
     gradient_checkpointing: bool = False,
     continued: str | None = None,
+    initial: Mapping[str, Any] | None = None,
 ) -> Trainable:
     """The initial model, made ready for training by a resolved recipe.
 
     Args:
         continued: the folder of an adapter, merged into `model`, which alone is trained further.
+        initial: the initial weights by name, see `Trainable`.
     """
     layer = layer_of(recipe, model.config)
     pattern = recipe.trainable
@@ -397,4 +585,5 @@ def trainable_for(
         gradient_checkpointing=gradient_checkpointing,
         seed=recipe.seed,
         negation=recipe.negation or 0.0,
+        initial=initial,
     )

@@ -26,7 +26,7 @@ from algorithms.history import CLOCKS, History, Progress, seconds_left
 from algorithms.hold import log_odds_gradient_norm
 from algorithms.live import LiveTables
 from algorithms.loss import LossTerms
-from algorithms.measurements import measure_forecasts, measure_mrd, weight_change
+from algorithms.measurements import measure_forecasts, measure_mrd
 from algorithms.micro_batches import MicroBatch, share_of_batch
 from algorithms.passes import Head
 from algorithms.recipe import Objectives, Recipe, Unit, total_updates, updates_per_epoch
@@ -39,7 +39,7 @@ from algorithms.trainable import Trainable
 from scoring.errors import UserError
 from scoring.flip_time import Outputs
 from scoring.progress import advance, expect, phase
-from scoring.samples import Batch, collate, default_batch_tokens
+from scoring.samples import Batch, collate, default_batch_tokens, sent
 
 # How often a term of the loss may outgrow that of the first update (or 1, if that was less). A mean NLL of 10,000 nats
 # per token is far beyond what even a wholly lost model has.
@@ -65,7 +65,7 @@ class Unlearner:
         recipe: a resolved recipe.
         corpus: the samples.
         trained: the initial model, ready for training.
-        initial: the initial weights by name on the CPU, on the first worker; {} elsewhere.
+        initial: the initial weights by name, see `weight_change`; {} compares nothing.
         reference: what the initial model gives for the samples; None if no objective needs it.
         head: the initial model's output head; None if no objective compares distributions.
         checkpoints: where to continue from and to save to.
@@ -84,7 +84,7 @@ class Unlearner:
         recipe: Recipe,
         corpus: Corpus,
         trained: Trainable,
-        initial: Mapping[str, torch.Tensor],
+        initial: Mapping[str, Any],
         reference: Reference | None,
         head: Head | None,
         checkpoints: Checkpoints,
@@ -169,6 +169,7 @@ class Unlearner:
             if is_end_of_epoch or is_last or history.step % self._checkpoint_every == 0:
                 self._checkpoint()
         self._trust_newest_checkpoint()
+        self._put_together()
         return history
 
     def _in_draw(self) -> np.ndarray:
@@ -211,7 +212,8 @@ class Unlearner:
                 with self.trained.accumulating(last=number == len(micro_batches) - 1):
                     terms = weighed = self._terms(micro_batch, groups)
                     if micro_batch.set_name == "forget":
-                        weighed = terms * torch.from_numpy(factors[micro_batch.positions]).to(terms)
+                        of_samples = torch.from_numpy(factors[micro_batch.positions]).to(terms.dtype)
+                        weighed = terms * sent(of_samples, terms.device)
                     weight = self._weight(micro_batch.set_name) * micro_batch.counts / len(drawn)
                     # The workers' gradients are averaged, so each is multiplied by the number of workers.
                     (weighed.sum() * (weight * self.group.size)).backward()
@@ -393,8 +395,17 @@ class Unlearner:
         """MRD of the samples on the current weights, (N,), measured once on the same weights."""
         history = self.history
         if not history.mrd or history.mrd[-1]["step"] != history.step:
-            with self._clock("mrd") as clock, self.trained.whole_model() as model:
-                mrd, replica = measure_mrd(model, self.corpus.forget, self.recipe, self.group, self._batch_tokens)
+            by_gradient = self.recipe.estimator == "gradient"
+            measured = self.trained.differentiable_model if by_gradient else self.trained.whole_model
+            with self._clock("mrd") as clock, measured() as model:
+                mrd, replica = measure_mrd(
+                    model,
+                    self.corpus.forget,
+                    self.recipe,
+                    self.group,
+                    self._batch_tokens,
+                    (self.trained.batched_gradients or None) if by_gradient else None,
+                )
             self._count_passes(replica.forwards, replica.backwards)
             history.note(*replica.notes)
             history.mrd.append({"step": history.step, "mrd": mrd.tolist(), "seconds": clock.seconds})
@@ -521,7 +532,7 @@ class Unlearner:
     def _look(self, positions: range | list[int], el_below: float | None = None) -> Look:
         """MA and EL of the forget samples at these positions, (n,) each; see `measure_memorization`."""
         samples = [self.corpus.forget[position] for position in positions]
-        with self._clock("checks"), self.trained.whole_model() as model:
+        with self._clock("checks"), self.trained.readable_model() as model:
             look = measure_memorization(
                 model,
                 samples,
@@ -549,12 +560,15 @@ class Unlearner:
             losses = [step[name] for step in steps_of_epoch if step[name] is not None]
             row[name] = float(np.mean(losses)) if losses else None
         row["forgotten"] = self._share_forgotten()
-        with self._clock("evaluation"), self.trained.whole_model() as model:
-            row |= weight_change(model, self._initial, self.group)
-            if self._target:
-                row[TRAINED_MA] = self._target.measured(model, self._batch_tokens, self.group)
-            if self._evaluation and self._evaluation_is_due(self._evaluation.every, row):
-                row |= self._evaluation.results(model, self.group)
+        with self._clock("evaluation"):
+            row |= self.trained.weight_change(self._initial)
+            # Metrics of the whole model may do more than read it.
+            does_more = self._evaluation is not None and self._evaluation.whole is not None
+            with self.trained.whole_model() if does_more else self.trained.readable_model() as model:
+                if self._target:
+                    row[TRAINED_MA] = self._target.measured(model, self._batch_tokens, self.group)
+                if self._evaluation and self._evaluation_is_due(self._evaluation.every, row):
+                    row |= self._evaluation.results(model, self.group)
         row["tokens"] = sum(step["tokens"] for step in history.steps)
         for name in ("training", "mrd"):
             row[f"forwards_{name}"], row[f"backwards_{name}"] = history.passes[name]
@@ -574,13 +588,41 @@ class Unlearner:
             raise self._diverged(f"at update {self.history.step}: weights are no longer finite")
         self._newest_is_trusted = False
         with self._clock("checkpoints"):
+            self.history.sampler = self.sampler.state()
+            if self.trained.is_sharded:
+                self._save_shards()
+                return
             training = self.trained.state()
-            with self.trained.whole_model() as model:
+            # A model that follows from the initial one and what was trained is put together at the end.
+            with nullcontext() if self.trained.keeps_own_weights else self.trained.whole_model() as model:
                 if self.group.rank == 0:
-                    self.history.sampler = self.sampler.state()
                     self._checkpoints.save(
                         self.history.step, model, training, dataclasses.asdict(self.history), self.trained.save_adapter
                     )
+            self.group.wait()
+
+    def _save_shards(self) -> None:
+        """Save a checkpoint of which every worker writes its part."""
+        step = self.history.step
+        if self.group.rank == 0:
+            self._checkpoints.begin(step)
+        self.group.wait()
+        if folder := self._checkpoints.unfinished_shards(step):
+            self.trained.save_shards(folder)
+        self.group.wait()
+        if self.group.rank == 0:
+            self._checkpoints.finish(step, dataclasses.asdict(self.history))
+        self.group.wait()
+
+    def _put_together(self) -> None:
+        """Add the model to the last checkpoint, if it has none; nothing is trained any more."""
+        saved = self._checkpoints.latest()
+        if saved is None or saved.model.is_dir():
+            return
+        with self._clock("checkpoints"):
+            model = self.trained.finished_model(None if saved.adapter.is_dir() else saved.adapter)
+            if self.group.rank == 0:
+                self._checkpoints.add_model(saved, model)
             self.group.wait()
 
     def _trust_newest_checkpoint(self) -> None:
@@ -592,6 +634,9 @@ class Unlearner:
     def _continue_from(self, saved: Checkpoint) -> None:
         self.history = History(**saved.history())
         self.sampler.restore(self.history.sampler)
+        if saved.shards.is_dir():
+            self.trained.load_shards(saved.shards)
+            return
         self.trained.restore({} if self.trained.keeps_own_weights else saved.weights(), saved.training())
 
     @contextmanager

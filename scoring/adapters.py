@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections import defaultdict
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -183,6 +184,55 @@ def _untie(adapted: Any) -> None:
         for _, module, key in places[1:]:
             setattr(module, key, nn.Parameter(getattr(module, key).detach().clone(), requires_grad=False))
         adapted.get_base_model().config.tie_word_embeddings = False
+
+
+def adapter_parameters(model: nn.Module) -> set[int]:
+    """The ids (`id`) of the parameters that adapters have put into a model; empty for a plain one."""
+    return {
+        id(p)
+        for module in model.modules()
+        for name in getattr(module, "adapter_layer_names", ())
+        if isinstance(part := getattr(module, name, None), nn.Module)
+        for p in part.parameters()
+    }
+
+
+def adds_a_product(adapted: Any) -> bool:
+    """Whether all that an adapter does is to add B A to weights, as LoRA does. Then the layer below it has the inputs
+    and the gradients of outputs that the merged layer would have."""
+    import peft
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    plain = (peft.tuners.lora.Linear, peft.tuners.lora.Embedding)
+    modules = list(adapted.modules())
+    layers: list[Any] = [module for module in modules if isinstance(module, BaseTunerLayer)]
+    return not any(isinstance(module, AuxiliaryTrainingWrapper) for module in modules) and all(
+        type(layer) in plain and not layer.lora_variant and not any(layer.lora_bias.values()) for layer in layers
+    )
+
+
+def merged_weights(
+    model: nn.Module, wanted: Callable[[torch.Tensor], bool] = lambda _: True
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """The weights that a model will have once its adapters are merged, by the names that they will have, one after the
+    other; for adapters that add a product.
+
+    Args:
+        model: within its adapters, or a plain one.
+        wanted: whether the merged one is wanted, given what it is now.
+    """
+    own = adapter_parameters(model)
+    layers = {name: module for name, module in model.named_modules() if hasattr(module, "adapter_layer_names")}
+    for name, p in model.named_parameters():
+        if id(p) in own or not wanted(p):
+            continue
+        layer: Any = layers.get(name.removesuffix(".base_layer.weight"))
+        weight = p.detach()
+        if layer is not None:
+            for adapter in layer.active_adapters:
+                weight = weight + layer.get_delta_weight(adapter).detach().to(weight.dtype)
+        yield name.replace(".base_layer.", "."), weight
 
 
 def merged(adapted: Any) -> Any:

@@ -166,7 +166,7 @@ def greedy_continuations_within(
     limits = [len(texts[row]) - at for row, at in starts]
     switch = abilities_of(model).switch
     longest = max((len(texts[row]) for row, _ in starts), default=0)
-    if not starts or not _shares_prefixes(model) or (switch is not None and longest > switch):
+    if not starts or not shares_prefixes(model) or (switch is not None and longest > switch):
         return greedy_continuations(model, prompts, limits, eos_token_id, batch_tokens)
     check_fit(getattr(model.config.get_text_config(), "max_position_embeddings", None), prompts, limits)
     stops = stops_of(model, eos_token_id)
@@ -349,7 +349,7 @@ def _led(model: Any, prompts: Sequence[torch.Tensor], further: torch.Tensor) -> 
 
 
 @remembered
-def _shares_prefixes(model: Any) -> bool:
+def shares_prefixes(model: Any) -> bool:
     """Whether continuations from within a text come out right from the cache of the whole text. Tried at its first
     use."""
     if way_of_decoding(model) != "together" or not abilities_of(model).takes_positions:

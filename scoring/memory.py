@@ -1,13 +1,30 @@
-"""The peak memory of tensors while something runs."""
+"""The peak memory of tensors while something runs, and memory that is given back."""
 
 from __future__ import annotations
 
+import ctypes
+import os
 import weakref
 from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+# mallopt's name of the size from which on glibc maps memory for a block by itself, and gives it back when it is freed.
+M_MMAP_THRESHOLD = -3
+LARGE = 1 << 20
+
+
+def give_back_large_blocks() -> None:
+    """Have this process give memory of a MB and more back as soon as it is freed, where its C library can.
+
+    glibc raises the size from which it does so to that of whatever was freed, up to 32 MB. The layers of a sharded
+    model, which are put together and let go of all the time, would leave holes as large as the whole model.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
+    if mallopt is not None:
+        mallopt(M_MMAP_THRESHOLD, LARGE)
 
 
 class TensorMemory(TorchDispatchMode):

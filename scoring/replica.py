@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from scoring.abilities import check_fp64, notes_on
+from scoring.abilities import check_fp64, notes_on, tokens_to_try
 from scoring.curvature import Signs, Way, second_derivative_sum_by_reverse_mode, second_derivatives_along_signs
 from scoring.engine import Replica
 from scoring.errors import UserError, first_line
@@ -28,7 +28,7 @@ from scoring.sample_gradients import (
     mean_negative_log_likelihood,
     per_sample_gradient_norms,
 )
-from scoring.samples import Batch, Sample
+from scoring.samples import Batch, Sample, collate
 from scoring.settings import named
 
 # How far std(stored(theta + delta) - theta) / sigma may be from 1 before a score measures rounding (beyond the
@@ -82,13 +82,18 @@ class TransformersReplica:
         model: the model, in eval mode, on its device; its weights are the base that `restore` restores.
         allow_lost_perturbation: score even if storage rounds the perturbation away.
         gradient_checkpointing: gradients compute activations twice instead of keeping them.
+        batched_gradients: whether norms of gradients of a batch at once are right; None: tried before the first use.
 
     Raises:
-        UserError: the model cannot do that.
+        UserError: the model cannot compute activations twice.
     """
 
     def __init__(
-        self, model: PreTrainedModel, allow_lost_perturbation: bool = False, gradient_checkpointing: bool = False
+        self,
+        model: PreTrainedModel,
+        allow_lost_perturbation: bool = False,
+        gradient_checkpointing: bool = False,
+        batched_gradients: bool | None = None,
     ) -> None:
         # TF32 keeps 10 bits: a perturbation of 1e-5 on a weight of 0.02 would not reach the product.
         torch.set_float32_matmul_precision("highest")
@@ -107,7 +112,7 @@ class TransformersReplica:
         self._recompute = gradient_checkpointing
         if gradient_checkpointing:
             refuse_what_cannot_recompute(model)
-        self._batched_gradients: bool | None = None
+        self._batched_gradients = batched_gradients
         self._curvature_way: Way | None = None
         self._signs = Signs(0)
         if self.dtype == torch.float64:
@@ -254,8 +259,7 @@ class TransformersReplica:
                 str(error) if isinstance(error, UnsupportedModule) else f"{type(error).__name__}: {first_line(error)}"
             )
             return self._fall_back(reason)
-        plain = autograd_norms(self.model, few, scalar_of)[0]
-        difference = ((batched - plain).abs() / plain.clamp_min(1e-30)).max().item()
+        difference = _relative_difference(batched, autograd_norms(self.model, few, scalar_of)[0])
         if difference > GRADIENT_TOLERANCE[self.dtype]:
             return self._fall_back(f"batched and plain gradients differ by {difference:.1e} on the first samples")
         return True
@@ -333,6 +337,26 @@ class TransformersReplica:
         norms, _ = self.log_abs_gradient_norms(few)
         exact, _ = TransformersReplica(copied(self.model, torch.float32)).log_abs_gradient_norms(few)
         self.gradient_error = ((norms - exact).abs() / exact).max().item()
+
+
+def _relative_difference(batched: torch.Tensor, plain: torch.Tensor) -> float:
+    return ((batched - plain).abs() / plain.clamp_min(1e-30)).max().item()
+
+
+def differentiates_on_the_way(model: PreTrainedModel) -> bool:
+    """Whether the norms of gradients of a batch at once come out right, and the weights of a module are needed only
+    while a pass goes through it, as when they are put together for that alone; tried on a few tokens."""
+    rows = tokens_to_try(model).cpu().numpy()
+    scored = np.arange(rows.shape[1]) > 1
+    batch = collate([Sample(str(i), row, scored, i) for i, row in enumerate(rows)]).to(next(model.parameters()).device)
+    try:
+        batched = per_sample_gradient_norms(model, batch, log_abs_logprob, on_the_way=True)[0]
+    except torch.OutOfMemoryError:
+        raise
+    except Exception:  # whatever it is, there is another way
+        return False
+    difference = _relative_difference(batched, autograd_norms(model, batch, log_abs_logprob)[0])
+    return difference <= GRADIENT_TOLERANCE[next(model.parameters()).dtype]
 
 
 def _scores_of(logits: torch.Tensor, batch: Batch) -> tuple[np.ndarray, np.ndarray]:

@@ -47,12 +47,11 @@ class SampleFile:
         return len(self.num_scored)
 
     def __getitem__(self, row: int) -> Sample:
-        first, last = int(self._ends[row]), int(self._ends[row + 1])
+        first, last = self._ends[row : row + 2].tolist()
         self._file.seek(4 * first)
         tokens = np.frombuffer(self._file.read(4 * (last - first)), np.int32).astype(np.int64)
         scored = tokens >= 0
-        name = self._names[self._name_ends[row] : self._name_ends[row + 1]].decode("utf-8")
-        return Sample(name, np.where(scored, tokens, ~tokens), scored, int(self._indices[row]))
+        return Sample(self._name(row), np.where(scored, tokens, ~tokens), scored, int(self._indices[row]))
 
     @property
     def longest(self) -> int:
@@ -65,6 +64,13 @@ class SampleFile:
         return pa.LargeStringArray.from_buffers(
             len(self), pa.py_buffer(self._name_ends), pa.py_buffer(self._names)
         ).cast(pa.string())
+
+    def _name(self, row: int) -> str:
+        return self._names[self._name_ends[row] : self._name_ends[row + 1]].decode("utf-8")
+
+    def names_of(self, indices: np.ndarray) -> list[str]:
+        """Ids of the samples at these positions in the data set, (n,)."""
+        return [self._name(row) for row in self.rows_of(indices).tolist()]
 
     def rows_of(self, indices: np.ndarray) -> np.ndarray:
         """Positions in the data set -> positions in this file, both (N,)."""

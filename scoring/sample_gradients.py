@@ -11,6 +11,9 @@ Linear and Conv1D (with biases), embeddings (scaled and offset ones too), a head
 term) and mixtures of experts have a closed form. Any other module that owns parameters (norms of every kind, routers)
 is differentiated by itself: its parameters are small. A module that fits neither raises `UnsupportedModule`, and the
 caller falls back to `autograd_norms`.
+
+A model may have adapters on it that add a product to weights. The norms are then those of the merged model: the layer
+below an adapter sees the merged layer's inputs and gradients of outputs, and the adapters' own parameters are left out.
 """
 
 from __future__ import annotations
@@ -30,6 +33,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from scoring.abilities import Abilities
+from scoring.adapters import adapter_parameters
 from scoring.experts import Seen, Tell, experts_of, spelled_out
 from scoring.logprob import head_inputs, positions_at_a_time, row_by_row, scored_logprobs, token_logprobs
 from scoring.precision import as_precise_as_weights
@@ -40,6 +44,10 @@ from scoring.samples import Batch
 ScalarOfSample = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 # A module's forward hook: module, positional and keyword arguments, output -> the output to use instead.
 ForwardHook = Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Any], Any]
+
+
+# Numbers of a gradient that are squared in fp64 at a time.
+PIECE = 1 << 20
 
 
 class UnsupportedModule(TypeError):
@@ -64,7 +72,11 @@ def mean_negative_log_likelihood(logprobs: torch.Tensor, mask: torch.Tensor) -> 
 
 
 def per_sample_gradient_norms(
-    model: PreTrainedModel, batch: Batch, scalar_of: ScalarOfSample, recompute: bool = False
+    model: PreTrainedModel,
+    batch: Batch,
+    scalar_of: ScalarOfSample,
+    recompute: bool = False,
+    on_the_way: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """L2 norms over all parameters of each sample's gradient, from one forward and one backward.
 
@@ -73,6 +85,7 @@ def per_sample_gradient_norms(
         batch: B samples.
         scalar_of: the scalar of the log-probs that is differentiated.
         recompute: keep the activations of one decoder layer at a time, and compute them twice.
+        on_the_way: the weights of a module are there while the backward pass goes through it, and not at its end.
 
     Returns:
         norms (B,) fp64, and the log-probs (B, S) of the forward pass.
@@ -95,6 +108,8 @@ def per_sample_gradient_norms(
                 logprobs = scored_logprobs(model, rows)
                 recorder.refuse_missed()
                 scalar_of(logprobs, rows.mask).sum().backward()
+            if on_the_way and (late := recorder.late()):
+                raise UnsupportedModule(f"{late[0]} runs more than once, or has several outputs")
             return recorder.squared_norms().sqrt().unsqueeze(1), logprobs.detach()
 
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -118,7 +133,7 @@ def _backward_in_pieces(
     """The backward pass of a batch whose logits are too many to exist together: head and loss of a few samples after
     the others, forward and back, and then the rest of the model in one go. Gives the log-probs, (B, S)."""
     head: Any = model.get_output_embeddings()
-    with recorder.leaving_out(head):
+    with recorder.leaving_out(getattr(head, "base_layer", head)):  # of a head that has an adapter
         hidden = head_inputs(model, batch)
     recorder.refuse_missed()
     top = hidden.detach().requires_grad_()
@@ -199,26 +214,41 @@ def without_padding_index(model: PreTrainedModel) -> Iterator[None]:
 def autograd_norms(
     model: PreTrainedModel, batch: Batch, scalar_of: ScalarOfSample
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The results of `per_sample_gradient_norms` by plain autograd, for any model: B forwards and backwards."""
-    parameters = list(model.parameters())
-    requires_grad = [p.requires_grad for p in parameters]
+    """The results of `per_sample_gradient_norms` by plain autograd, for any model: B forwards and backwards. A
+    gradient is let go of as soon as it is known: all of them would be as large as the model."""
+    everything, left_out = list(model.parameters()), adapter_parameters(model)
+    before = [(p.requires_grad, p.grad) for p in everything]
+    parameters = [p for p in everything if id(p) not in left_out]
     norms = torch.zeros(len(batch), dtype=torch.float64)
     logprobs = torch.zeros(batch.mask.shape, dtype=torch.float64)
+    squares = [0.0] * len(parameters)
+
+    def take(number: int, p: torch.Tensor) -> None:
+        assert p.grad is not None
+        squares[number] = sum(piece.double().square().sum().item() for piece in p.grad.flatten().split(PIECE))
+        p.grad = None
+
+    handles = []
     try:
-        for p in parameters:
-            p.requires_grad_(True)
+        for p in everything:
+            p.grad = None
+            p.requires_grad_(id(p) not in left_out)
+        handles = [p.register_post_accumulate_grad_hook(partial(take, number)) for number, p in enumerate(parameters)]
         for row in range(len(batch)):
+            squares[:] = [0.0] * len(parameters)
             single = batch.rows(row, row + 1).to(batch.input_ids.device)
             with torch.enable_grad(), without_padding_index(model):
                 values = scored_logprobs(model, single)
-                scalar = scalar_of(values, single.mask).sum()
-                gradients = torch.autograd.grad(scalar, parameters, allow_unused=True)
-            norms[row] = sum(g.double().square().sum().item() for g in gradients if g is not None) ** 0.5
+                scalar_of(values, single.mask).sum().backward()
+            norms[row] = sum(squares) ** 0.5
             logprobs[row, : values.shape[1]] = values.detach()[0].to(logprobs)
         return norms.to(batch.input_ids.device), logprobs.to(batch.input_ids.device)
     finally:
-        for p, required in zip(parameters, requires_grad, strict=True):
+        for handle in handles:
+            handle.remove()
+        for p, (required, gradient) in zip(everything, before, strict=True):
             p.requires_grad_(required)
+            p.grad = gradient
 
 
 def _precise(tensor: torch.Tensor) -> torch.Tensor:
@@ -261,8 +291,11 @@ class _Recorder:
         # The names of the parameters of each, within it.
         self._owned: dict[str, list[str]] = {}
         owner_of: dict[int, str] = {}
+        left_out = adapter_parameters(model)
         for name, module in model.named_modules():
             for own, p in module.named_parameters(recurse=False):
+                if id(p) in left_out:
+                    continue
                 if id(p) in owner_of and not (self._tied and p is head.weight):
                     raise UnsupportedModule(f"{name} shares a parameter with {owner_of[id(p)]}")
                 owner_of[id(p)] = name
@@ -309,6 +342,11 @@ class _Recorder:
         """
         if missed := [name for name in self._modules if name not in self._ran and name not in self._experts]:
             raise _Missed(missed)
+
+    def late(self) -> list[str]:
+        """Modules whose own weights are still needed at the end of the backward pass."""
+        known = (nn.Embedding, nn.Linear, Conv1D)
+        return [name for name in self._calls if not isinstance(self._modules[name], known)]
 
     def squared_norms(self) -> torch.Tensor:
         """(B,), after the backward pass."""

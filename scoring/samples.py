@@ -233,6 +233,12 @@ def context_length(config: Any) -> int:
     return limit or NO_LIMIT
 
 
+def sent(values: torch.Tensor, device: torch.device | str) -> torch.Tensor:
+    """Values on a device. A GPU gets them when it has done what it was asked to before, and nobody waits for that; from
+    a GPU they are there when this returns."""
+    return values.to(device, non_blocking=torch.device(device).type == "cuda")
+
+
 @dataclass(frozen=True)
 class Batch:
     """Right-padded samples. B samples, T tokens in the longest, at most S scored tokens in one.
@@ -259,17 +265,13 @@ class Batch:
         return len(self.sample_ids)
 
     def to(self, device: torch.device | str) -> Batch:
-        # To a GPU without waiting for what it is still doing. From one, the copy has to be there before it is read.
-        def moved(values: torch.Tensor) -> torch.Tensor:
-            return values.to(device, non_blocking=torch.device(device).type == "cuda")
-
         return Batch(
-            moved(self.input_ids),
-            moved(self.positions),
-            moved(self.targets),
-            moved(self.mask),
-            moved(self.lengths),
-            moved(self.indices),
+            sent(self.input_ids, device),
+            sent(self.positions, device),
+            sent(self.targets, device),
+            sent(self.mask, device),
+            sent(self.lengths, device),
+            sent(self.indices, device),
             self.sample_ids,
         )
 

@@ -266,13 +266,23 @@ def distance(pairs: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> tuple[float,
     Args:
         pairs: the weights of each parameter, at least one, and where they were.
     """
+    total, squares, count = sums_of_changes(pairs)
+    return total / count, math.sqrt(squares)
+
+
+def sums_of_changes(pairs: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> tuple[float, float, int]:
+    """Sum of |delta theta|, sum of its squares, and how many weights there are.
+
+    Args:
+        pairs: weights, and where they were.
+    """
     total, squares, count = 0.0, 0.0, 0
     for moved, base in pairs:
         difference = (moved - base).double()
         total += difference.abs().sum().item()
         squares += difference.square().sum().item()
         count += difference.numel()
-    return total / count, math.sqrt(squares)
+    return total, squares, count
 
 
 def _squares(tensor: torch.Tensor) -> float:

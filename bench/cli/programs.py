@@ -139,6 +139,12 @@ def benchmark_arguments(parser: argparse.ArgumentParser) -> None:
     add("--draws", type=int, default=200, help="K of Monte Carlo (default: %(default)s)")
     add("--batch-tokens", type=int, default=8192, help="tokens a batch (default: %(default)s)")
 
+    about = "what a run of unlearning holds in memory, and whether it fits under a limit"
+    add = benchmark("memory", about, _memory)
+    add("--params", type=float, default=1e7, help="weights of the random Llama (default: %(default)g)")
+    add("--limit", type=float, help="bytes of data of each process, RLIMIT_DATA (default: no limit)")
+    add("--ways", type=_names, default="adapters,shards", help="what is trained, and how (default: %(default)s)")
+
     about = "what everything costs as models grow, in forward passes and weights, before and now"
     add = benchmark("scale", about, _scale)
     add("--sizes", type=amounts, default="1e7,4e7,1.35e8", help="weights of the models (default: %(default)s)")
@@ -156,6 +162,7 @@ def benchmark_arguments(parser: argparse.ArgumentParser) -> None:
     add("--runs", type=int, default=10_000, help="number of made runs in the store (default: 10000)")
 
     add = benchmark("volume", "many samples, trials and runs: seconds, memory, and how they grow", _volume)
+    add("--model", default="authors", help="whose tokenizer reads what is made (default: authors)")
     each = "several sizes; 0 leaves them out (default: %(default)s)"
     add("--samples", type=whole_numbers, default="10000,100000", help=f"that are scored, {each}")
     add("--trials", type=whole_numbers, default="500,5000", help=f"of a sweep, with made results, {each}")
@@ -273,6 +280,17 @@ def _gpu(arguments: argparse.Namespace) -> None:
     )
 
 
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in text.split(","))
+
+
+def _memory(arguments: argparse.Namespace) -> None:
+    out = _out(arguments)
+    from bench.speed import memory
+
+    memory.run_benchmark(arguments.params, arguments.limit, arguments.ways, out)
+
+
 def _plan(arguments: argparse.Namespace) -> None:
     out = _out(arguments)
     from bench.speed import calibration
@@ -291,7 +309,8 @@ def _volume(arguments: argparse.Namespace) -> None:
     out = _out(arguments)
     from bench.speed import volume
 
-    volume.run_benchmark(arguments.samples, arguments.trials, arguments.runs, arguments.replicas, out)
+    sizes = (arguments.samples, arguments.trials, arguments.runs)
+    volume.run_benchmark(arguments.model, *sizes, arguments.replicas, out)
 
 
 def _statistics(arguments: argparse.Namespace) -> None:

@@ -167,12 +167,24 @@ class Parts:
 
 
 class DrawParts(Parts):
-    """The finished tasks of scoring, as `scoring.api.FinishedTasks` wants them."""
+    """The finished tasks of scoring, as `scoring.api.FinishedTasks` wants them.
+
+    Args:
+        names: positions in the data set -> ids of the samples, for who reads the parts while there are more to come;
+            None: the parts have positions alone.
+    """
+
+    def __init__(
+        self, out: Path, identity: dict[str, Any], names: Callable[[np.ndarray], Sequence[str]] | None = None
+    ) -> None:
+        super().__init__(out, identity)
+        self._names = names
 
     def keep(self, task: DrawTask, draws: Draws, facts: Facts) -> None:
         """A task's result as a part."""
         values = pa.FixedSizeListArray.from_arrays(pa.array(draws.values.ravel()), draws.values.shape[1])
-        columns = {"index": draws.indices, "nll": draws.nll, "saturated": draws.saturated, "values": values}
+        ids = {} if self._names is None else {"sample_id": self._names(draws.indices)}
+        columns = ids | {"index": draws.indices, "nll": draws.nll, "saturated": draws.saturated, "values": values}
         self.write(task.key, pa.table(columns), dataclasses.asdict(facts))
 
     def result(self, task: DrawTask) -> Draws:

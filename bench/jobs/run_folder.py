@@ -2,7 +2,8 @@
 
 spec.json                 the spec: its hash is the run's identity
 checkpoints/              while it runs, see algorithms.checkpoints
-reference.safetensors     while it runs, see algorithms.reference
+reference/                while it runs, see algorithms.reference
+initial/                  while it runs, the initial model's weights, which the trained ones are compared with
 model/                    the model that has forgotten
 adapter/                  the adapter that was trained, if one was; model/ has it merged
 progress.json             while it runs, see algorithms.live
@@ -34,7 +35,9 @@ from safetensors import SafetensorError
 from algorithms.checkpoints import Checkpoints, latest_step
 from algorithms.corpus import Corpus
 from algorithms.history import History, Progress
+from algorithms.initial import INITIAL
 from algorithms.live import PROGRESS, read_progress, remove_parts, write_progress
+from algorithms.reference import REFERENCE
 from algorithms.tables import tables_of
 from bench.files.folders import (
     RUN_MODEL,
@@ -77,14 +80,34 @@ class UnlearnResult:
         return self.folder / RUN_MODEL
 
 
+@dataclass(frozen=True)
+class Room:
+    """The bytes that a run writes.
+
+    Attributes:
+        checkpoint: of one.
+        reference: of what the initial model gives for the samples.
+        initial: of the initial weights.
+        finished: of the model that is put together at the end, where checkpoints have none.
+    """
+
+    checkpoint: int
+    reference: int
+    initial: int
+    finished: int
+
+
 class RunFolder(OwnedFolder):
     """The folder of one unlearning run."""
 
-    KIND, BEGUN, RECORD = "run", ("checkpoints", "reference.safetensors"), RUN_RECORD
+    KIND, BEGUN, RECORD = "run", ("checkpoints", REFERENCE), RUN_RECORD
 
     def tidy(self) -> None:
         shutil.rmtree(self._out / "checkpoints", ignore_errors=True)
-        for name in ("reference.safetensors", PROGRESS):
+        for name in (INITIAL, REFERENCE):
+            for path in (self._out / name, *self._out.glob(f".{name}.*.tmp")):
+                shutil.rmtree(path, ignore_errors=True)
+        for name in ("reference.safetensors", PROGRESS):  # the former of a run that an earlier version began
             (self._out / name).unlink(missing_ok=True)
 
     def say_done(self) -> None:
@@ -112,18 +135,17 @@ class RunFolder(OwnedFolder):
     def __exit__(self, *error: object) -> None:
         if latest_step(self._out / "checkpoints") is None:
             (self._out / PROGRESS).unlink(missing_ok=True)
+            shutil.rmtree(self._out / INITIAL, ignore_errors=True)
         super().__exit__(*error)
 
-    def check_room(self, checkpoint: int, reference: int) -> None:
-        """Refuse to start where the checkpoints, of which two exist while one replaces the other, will not fit.
-
-        Args:
-            checkpoint: bytes of one.
-            reference: bytes of the reference that the initial model gives.
-        """
-        needed = (1 if any(self._out.glob("checkpoints/step-*")) else 2) * checkpoint
-        if not (self._out / "reference.safetensors").is_file():
-            needed += reference
+    def check_room(self, room: Room) -> None:
+        """Refuse to start where the checkpoints, of which two exist while one replaces the other, will not fit with all
+        that is written beside them."""
+        needed = (1 if any(self._out.glob("checkpoints/step-*")) else 2) * room.checkpoint + room.finished
+        if not (self._out / REFERENCE).is_dir():
+            needed += room.reference
+        if not (self._out / INITIAL).is_dir():
+            needed += room.initial
         place = next(folder for folder in (self._out, *self._out.parents) if folder.is_dir())
         free = shutil.disk_usage(place).free
         if free < needed:

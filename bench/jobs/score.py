@@ -137,7 +137,7 @@ def score(
     samples, rejected = read_samples(texts, model, spec.tokens)
     estimator, _ = spec.chosen()
     replica = ReplicaSpec(model.source, model.revision, spec.dtype, spec.allow_lost_perturbation, resources.engine)
-    with DrawParts(out, identity) as parts:
+    with DrawParts(out, identity, samples.names_of) as parts:
         batch_tokens = _batch_tokens(spec, resources, replica, samples, parts)
         shards = shards_of(samples.batches(batch_tokens), estimator)
         tasks = draw_tasks(spec, len(shards))

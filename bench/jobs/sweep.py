@@ -8,7 +8,6 @@ another sweep has finished is not done again, so the same command continues a sw
 
 from __future__ import annotations
 
-import dataclasses
 import shutil
 import sys
 import time
@@ -190,8 +189,7 @@ def _check_room(plan: SweepPlan, trials: Sequence[Trial], waiting: Sequence[Tria
     if plan.spec.keep_models and count:
         forget, retain = datasets_of(plan.base, plan.model.tokenizer)
         corpus, _ = corpus_of(plan.base, plan.model, forget, retain)
-        checkpoint, _ = room_of(dataclasses.replace(plan.base, lora_rank=1), plan.model, corpus)
-        needed += count * checkpoint
+        needed += count * room_of(plan.base, plan.model, corpus).initial  # as large as the model that a trial ends with
     place = next(folder for folder in (store.shared, *store.shared.parents) if folder.is_dir())
     free = shutil.disk_usage(place).free
     if free < needed:

@@ -300,7 +300,7 @@ def _preview_of_one(
     corpus, rejected = make_corpus(recipe, encoder, dataset.text_set, None)
     total = total_updates(len(corpus.forget), recipe)
     if not folder.is_finished():
-        folder.check_room(*room_of(recipe, model, corpus))
+        folder.check_room(room_of(recipe, model, corpus))
     sets = [SetSize.of(TRAINED, corpus.forget, len(rejected))]
     if left_out:
         samples, unused = encoder.samples(left_out.text_set)
@@ -365,7 +365,7 @@ def _trained(
                 return read_training(out)
         recipe, encoder = spec.recipe(), encoder_of(model)
         corpus, rejected = make_corpus(recipe, encoder, dataset.text_set, None)
-        folder.check_room(*room_of(recipe, model, corpus))
+        folder.check_room(room_of(recipe, model, corpus))
         asked = evenly_spaced(corpus.forget, spec.ma_samples)
         sets = {TRAINED: corpus.forget} | ({LEFT_OUT: encoder.samples(left_out.text_set)[0]} if left_out else {})
         job = TrainingJob(

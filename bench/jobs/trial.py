@@ -368,8 +368,7 @@ def _here(
     expect(unlearner.total)
     with metered(None):  # updates are counted, and not what is done in them
         history = unlearner.run()
-    with unlearner.trained.whole_model() as trained:
-        yield history, trained
+    yield history, unlearner.trained.finished_model()
 
 
 @contextmanager

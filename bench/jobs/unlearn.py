@@ -44,7 +44,7 @@ from bench.files.spec import read_mapping
 from bench.jobs.logs import LOG_FIELDS, Logging, run_logged
 from bench.jobs.preview import Preview, SetSize
 from bench.jobs.resources import Resources, check_gpus
-from bench.jobs.run_folder import RunFolder, UnlearnResult, failures_noted, full_disks_said_plainly, read_run
+from bench.jobs.run_folder import Room, RunFolder, UnlearnResult, failures_noted, full_disks_said_plainly, read_run
 from bench.models.find import ModelName, ModelReference, absolute_model, find_model
 from bench.tasks import Task
 from bench.tasks.datasets import (
@@ -219,7 +219,7 @@ def unlearn(spec: UnlearnSpec, out: str | Path, progress: bool = True) -> Unlear
             with logged:
                 return read_run(out)
         corpus, rejected = corpus_of(spec, model, forget, retain)
-        folder.check_room(*room_of(spec, model, corpus, spec.adapter is not None))
+        folder.check_room(room_of(spec, model, corpus, spec.adapter is not None))
         evaluation = evaluation_of(spec, model, corpus, retain)
         job = TrainingJob(
             spec,
@@ -254,7 +254,7 @@ def preview_unlearning(spec: UnlearnSpec, out: str | Path) -> Preview:
     corpus, rejected = corpus_of(spec, model, forget, retain)
     total = total_updates(len(corpus.forget), spec)
     if not folder.is_finished():
-        folder.check_room(*room_of(spec, model, corpus))
+        folder.check_room(room_of(spec, model, corpus))
     of_sets = {"forget": corpus.forget, "retain": corpus.retain, "refusals": corpus.refusals}
     if (evaluation := evaluation_of(spec, model, corpus, retain)) is not None:
         of_sets |= {f"evaluated, {name}": samples for name, samples in evaluation.sets.items()}
@@ -416,8 +416,8 @@ def _text_set(dataset: Dataset | None) -> TextSet | None:
     return None if dataset is None else dataset.text_set
 
 
-def room_of(recipe: Recipe, model: ModelReference, corpus: Corpus, continues_adapter: bool = False) -> tuple[int, int]:
-    """Bytes of a checkpoint, and of the reference that the initial model gives."""
+def room_of(recipe: Recipe, model: ModelReference, corpus: Corpus, continues_adapter: bool = False) -> Room:
+    """The bytes that a run writes."""
     config = read_config(model.source, model.revision)
     try:
         with torch.device("meta"):
@@ -433,8 +433,11 @@ def room_of(recipe: Recipe, model: ModelReference, corpus: Corpus, continues_ada
         for quantity in quantities
         if quantity != "nll"
     )
-    moments = 0 if recipe.lora_rank or continues_adapter else BYTES_MOMENTS[recipe.optimizer]
-    return weights * (BYTES_MODEL + moments), states
+    model_bytes = weights * BYTES_MODEL
+    if recipe.lora_rank or continues_adapter:
+        return Room(0, states, model_bytes, model_bytes)  # adapters are next to nothing
+    moments = weights * BYTES_MOMENTS[recipe.optimizer]
+    return Room(model_bytes + moments, states, model_bytes, model_bytes if recipe.negation else 0)
 
 
 # --- Identity and progress ----------------------------------------------------------------------------------

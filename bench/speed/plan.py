@@ -605,11 +605,11 @@ def scoring_memory(job: PlannedJob, profile: Profile) -> float:
 def sharded_memory(job: PlannedJob, profile: Profile, devices: int) -> float:
     """The bytes of each of so many devices that train by FSDP: its share of weights, gradients and moments, and the
     greater of what an update needs (a whole layer with its gradient, activations) and of what looking at the model
-    needs: a whole copy of it, as checks, evaluations and checkpoints make one."""
+    needs (a whole layer, activations); but at least the whole weights, which are there before they are sharded."""
     params = job.shape.params
     updating = 2 * 4 * params / job.shape.layers + activation_bytes(job, profile, "training")
-    looking = 4 * params + _reading_activations(job, profile)
-    return TRAINED * params / devices + max(updating, looking)
+    looking = 4 * params / job.shape.layers + _reading_activations(job, profile)
+    return max(TRAINED * params / devices + max(updating, looking), 4 * params)
 
 
 def _training_activations(job: PlannedJob, profile: Profile) -> float:
@@ -717,7 +717,7 @@ def _spread_training(job: PlannedJob, profile: Profile, devices: int) -> tuple[s
     if memory <= usable:
         return "fsdp", memory
     shared = TRAINED * job.shape.params
-    alone = memory - shared / devices
+    alone = max(memory - shared / devices, 4 * job.shape.params)
     more = f"take {math.ceil(shared / (usable - alone))} of them, or " if alone < usable else "take "
     raise UserError(
         f"training needs {memory / 1e9:.0f} GB on each of {devices} x {profile.hardware} by fsdp, and "

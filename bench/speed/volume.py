@@ -45,11 +45,12 @@ Figures = dict[str, float]
 
 
 def run_benchmark(
-    samples: Sequence[int], trials: Sequence[int], runs: Sequence[int], replicas: int, out: str | None
+    model: str, samples: Sequence[int], trials: Sequence[int], runs: Sequence[int], replicas: int, out: str | None
 ) -> None:
     """Measure, print, and write the figures as JSON if asked to.
 
     Args:
+        model: embedded one, folder or Hugging Face id, whose tokenizer reads the data.
         samples: of the data files.
         trials: of the sweeps, multiples of SELECTIONS.
         runs: in the stores, multiples of ENTRIES × SEEDS. Of each kind a size of 0 alone leaves the kind out.
@@ -62,13 +63,13 @@ def run_benchmark(
     figures: dict[str, Any] = {"replicas": replicas}
     with tempfile.TemporaryDirectory(prefix="mrd-bench-") as name:
         folder = Path(name)
-        tokenizer = find_model("authors").tokenizer
-        model = random_llama_folder(
+        tokenizer = find_model(model).tokenizer
+        small = random_llama_folder(
             folder / "model", tokenizer, 16, 1, 2, intermediate_size=16, tie_word_embeddings=True
         )
         measured: dict[str, tuple[Sequence[int], Callable[[int], Figures]]] = {
-            "samples": (samples, lambda count: _scoring(folder, model, count, replicas)),
-            "trials": (trials, lambda count: _sweep(folder, model, count)),
+            "samples": (samples, lambda count: _scoring(folder, small, count, replicas)),
+            "trials": (trials, lambda count: _sweep(folder, small, count)),
             "runs": (runs, lambda count: _store(folder, count)),
         }
         for kind, (sizes, measure) in measured.items():

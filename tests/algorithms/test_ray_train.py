@@ -11,6 +11,8 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import ray
 import torch
@@ -93,6 +95,10 @@ def assert_close(found: UnlearnResult, expected: UnlearnResult, tolerance: float
         )
     for name in ("updates", "updates_until_forgotten", "forgotten_at_step"):
         assert found.samples[name].to_pylist() == expected.samples[name].to_pylist()
+    ease, true_ease = (
+        pq.read_table(each.folder / "difficulty.parquet")["mrd"].to_pylist() for each in (found, expected)
+    )
+    np.testing.assert_allclose(ease, true_ease, rtol=1e-3 if tolerance else 0)
     ours, theirs = weights(found), weights(expected)
     assert ours.keys() == theirs.keys()
     for name in ours:

@@ -78,7 +78,7 @@ def kept(reference: Reference) -> dict[str, np.ndarray]:
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "gemma2", "opt"])
 def test_against_fp64(architecture: str, tmp_path: Path):
     model = tiny_model(architecture)
-    reference, _ = compute(model, tmp_path / "reference.safetensors")
+    reference, _ = compute(model, tmp_path / "reference")
     for role, quantities in WANTED.items():
         for sample in SAMPLES[role]:
             want = in_fp64(model, sample)
@@ -97,7 +97,7 @@ def test_against_fp64(architecture: str, tmp_path: Path):
 
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory: pytest.TempPathFactory) -> Reference:
-    return compute(tiny_model(), tmp_path_factory.mktemp("reference") / "reference.safetensors")[0]
+    return compute(tiny_model(), tmp_path_factory.mktemp("reference") / "reference")[0]
 
 
 def test_answers_and_refusals_are_kept_apart(reference: Reference):
@@ -126,17 +126,17 @@ def test_forwards_are_counted(tmp_path: Path):
     model = tiny_model()
     calls = []
     model.register_forward_hook(lambda *_: calls.append(1))
-    _, forwards = compute(model, tmp_path / "all.safetensors")
+    _, forwards = compute(model, tmp_path / "all")
     assert forwards == len(calls) > sum(map(len, WANTED.values()))
     before = len(calls)
-    _, forwards = compute(model, tmp_path / "some.safetensors", {"refusal": ("nll",)})
+    _, forwards = compute(model, tmp_path / "some", {"refusal": ("nll",)})
     assert forwards == len(calls) - before > 1
 
 
-def test_file_is_whole_or_not_there(tmp_path: Path):
-    """Whenever the model fails, whether the file was there before or not."""
+def test_folder_is_whole_or_not_there(tmp_path: Path):
+    """Whenever the model fails, whether the folder was there before or not."""
     model: Any = tiny_model()
-    path = tmp_path / "reference.safetensors"
+    path = tmp_path / "reference"
     left = [2]
 
     def fail(*_: object) -> None:
@@ -150,28 +150,26 @@ def test_file_is_whole_or_not_there(tmp_path: Path):
     assert not path.exists()
     handle.remove()
 
-    # What a process that was killed while writing has left.
-    (tmp_path / ".reference.safetensors.tmp").write_bytes(b"half")
     reference, _ = compute(model, path)
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
-    whole = path.read_bytes()
+    whole = [file.read_bytes() for file in sorted(path.iterdir())]
     left[0] = 2
     model.register_forward_pre_hook(fail)
     with pytest.raises(FloatingPointError):
         compute(model, path)
-    assert path.read_bytes() == whole
+    assert [file.read_bytes() for file in sorted(path.iterdir())] == whole
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
     assert reference.nll("forget", [0]).item() == Reference(path).nll("forget", [0]).item()
 
 
-def test_file_is_not_there_when_the_disk_is_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_folder_is_not_there_when_the_disk_is_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     def half(_: object, target: str) -> None:
         Path(target).write_bytes(b"half")
         raise OSError("no space left on device")
 
-    path = tmp_path / "reference.safetensors"
+    path = tmp_path / "reference"
     with monkeypatch.context() as patched:
-        patched.setattr("algorithms.reference.save_file", half)
+        patched.setattr("scoring.tensor_folder.save_file", half)
         with pytest.raises(OSError, match="no space left"):
             compute(tiny_model(), path)
     assert not path.exists()
@@ -183,10 +181,10 @@ def test_pool_gives_the_same(cluster: None, model_folder: Path, tmp_path: Path):
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        here, forwards_here = compute(load_model(model_folder), tmp_path / "here.safetensors")
+        here, forwards_here = compute(load_model(model_folder), tmp_path / "here")
     finally:
         torch.set_num_threads(threads)
-    path = tmp_path / "pool.safetensors"
+    path = tmp_path / "pool"
     with ReplicaPool(ReplicaSpec(str(model_folder)), Footprint(cpus=1), 2) as pool:
         forwards = compute_reference(path, SAMPLES, WANTED, LAYER, pool, BATCH_TOKENS)
     assert forwards == forwards_here
@@ -209,7 +207,7 @@ def scaled(model: Any, factor: float) -> Any:
 
 
 def test_unknown_change_of_logits_is_refused(tmp_path: Path):
-    path = tmp_path / "reference.safetensors"
+    path = tmp_path / "reference"
     with pytest.raises(UserError, match="LlamaForCausalLM changes its logits after the output head") as caught:
         compute(scaled(tiny_model(), 0.9), path)
     assert "\n" not in str(caught.value)
@@ -220,7 +218,7 @@ def test_unknown_change_of_logits_is_refused(tmp_path: Path):
 def test_unknown_change_does_not_matter_where_no_logits_are_kept(tmp_path: Path):
     model = tiny_model()
     wanted: dict[str, tuple[str, ...]] = {"forget": ("layer", "nll")}
-    reference, _ = compute(scaled(tiny_model(), 0.5), tmp_path / "reference.safetensors", wanted)
+    reference, _ = compute(scaled(tiny_model(), 0.5), tmp_path / "reference", wanted)
     for sample in SAMPLES["forget"]:
         want = in_fp64(model, sample)
         table = torch.from_numpy(want["logits"] * 0.5).log_softmax(-1)
@@ -238,7 +236,7 @@ def test_every_architecture_is_accepted(architecture: str, tmp_path: Path):
     with torch.no_grad():
         model.get_output_embeddings().weight.mul_(4)
     wanted: dict[str, tuple[str, ...]] = {"retain": ("last",)}
-    reference, _ = compute(model, tmp_path / "reference.safetensors", wanted)
+    reference, _ = compute(model, tmp_path / "reference", wanted)
     sample = SAMPLES["retain"][0]
     logits = Head(model)(reference.states("retain", "last", [sample.index], sample.num_scored))[0]
     want = in_fp64(model, sample)["logits"]

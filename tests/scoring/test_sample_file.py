@@ -1,6 +1,7 @@
 """Samples on disk are the samples, and make the batches, that those in memory do."""
 
 import dataclasses
+import tracemalloc
 
 import numpy as np
 import torch
@@ -23,6 +24,7 @@ def test_samples_come_back() -> None:
     file = SampleFile(iter(samples))
     assert len(file) == 41
     assert file.sample_ids.to_pylist() == [s.sample_id for s in samples]
+    assert file.names_of(np.array([79, 1, 1000])) == [samples[39].sample_id, samples[0].sample_id, "twin"]
     assert file.num_scored.tolist() == [s.num_scored for s in samples]
     assert file.largest_token == max(int(s.input_ids.max()) for s in samples)
     # In any order, also while batches are read.
@@ -57,6 +59,23 @@ def test_batches_do_not_depend_on_the_order_of_the_data_set() -> None:
     turned = [dataclasses.replace(s, index=i) for i, s in enumerate(reversed(samples))]
     one, two = (SampleFile(each).batches(90) for each in (samples, turned))
     assert [batch.sample_ids for batch in one] == [batch.sample_ids for batch in two]
+
+
+def test_memory_is_a_few_bytes_of_each_sample() -> None:
+    """Growth from 2,000 to 6,000 samples of 40 tokens: what is kept, and the most on the way to batches."""
+    held, most = [], []
+    for count in (2000, 6000):
+        rng = np.random.default_rng(0)
+        mask = np.arange(40) >= 20
+        tracemalloc.start()
+        file = SampleFile(Sample(f"{i:08d}", rng.integers(0, 500, 40), mask, i) for i in range(count))
+        held.append(tracemalloc.get_traced_memory()[0])
+        assert file.batches(1000).num_samples == count
+        most.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    # Five numbers of eight bytes and the name of eight letters, and room to grow.
+    assert 48 <= (held[1] - held[0]) / 4000 < 64
+    assert (most[1] - most[0]) / 4000 < 110
 
 
 def test_no_samples() -> None:

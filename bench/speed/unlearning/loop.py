@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -40,7 +41,8 @@ class TrainingLoop:
         folder = folder / spec.algorithm
         folder.mkdir(exist_ok=True)
         job = TrainingJob(spec, spec, self.corpus, reference.source, reference.revision, folder, reference.tokenizer)
-        job.reference_path.unlink(missing_ok=True)
+        for path in (job.reference_path, job.initial_path):
+            shutil.rmtree(path, ignore_errors=True)
         ensure_reference(job, lambda: LocalPool(model), model.device)
         self.unlearner = unlearner_of(job, model, Group())
 

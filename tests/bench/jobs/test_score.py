@@ -295,6 +295,11 @@ def test_a_killed_driver_continues(
         assert before.items() <= after.items()
         before = after
     assert 4 <= len(before) < 40
+    # Who cannot wait reads what there is: of each sample, by name, the draws so far.
+    half_done = [pq.read_table(parts / name) for name in before]
+    (ids,) = {tuple(part["sample_id"].to_pylist()) for part in half_done}
+    assert sorted(ids) == sorted(each["id"] for each in map(json.loads, data_file.read_text().splitlines()))
+    assert {part["values"].type.list_size for part in half_done} == {10}
 
     # Another spec does not take the parts over.
     capfd.readouterr()

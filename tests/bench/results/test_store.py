@@ -416,6 +416,30 @@ def test_list(filled: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "odd.parquet: not where runs" in err
 
 
+def test_a_list_needs_no_pytorch(filled: Path) -> None:
+    """Which takes seconds to load, and a list of a million runs less than one."""
+    program = f"""
+import sys
+from bench.cli import main
+assert main(["results", "list", {str(filled)!r}]) == 0
+print(*(name in sys.modules for name in ("torch", "transformers", "ray")))
+"""
+    said = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=ROOT).stdout
+    assert said.splitlines()[-1] == "False False False"
+
+
+def test_a_list_of_several_stores(filled: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Algorithms, selections and seeds that both have count once; a run without a status has not finished."""
+    other = Store(tmp_path / "other")
+    other.write("runs", runs("x", "y", algorithm="GA", seed=3), "authors", "fig2")
+    other.write("runs", runs("z", status=None, selection=None), "authors", "fig2")
+    other.write("answers", pa.table({"run": ["x"], "set": ["forget"], "sample_id": ["s 1"]}), "authors", "fig2")
+    assert main(["results", "list", str(filled), str(tmp_path / "other")]) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert lines[1] == ["authors", "fig2", "5", "1", "2", "2", "1", "GA,", "NPO"]
+    assert [line[:2] for line in lines[1:]] == [["authors", "fig2"], ["tofu", "fig3"]]
+
+
 def test_show(filled: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["results", "show", str(filled), "abc"]) == 0
     out = capsys.readouterr().out

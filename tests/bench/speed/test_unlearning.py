@@ -231,3 +231,23 @@ def test_bad_input_is_refused_in_one_line(capsys: pytest.CaptureFixture[str], mo
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
     with pytest.raises(UserError, match="needs accelerate: pip install"):
         run_benchmark("authors", "authors", None, None, 0, None)
+
+
+def test_memory(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The same run without a limit, and under one that Python itself hardly fits under."""
+    out = tmp_path / "memory.json"
+    rows = []
+    for limit in ([], ["--limit", "1e8"]):
+        assert main(["benchmark", "memory", "--params", "2e5", "--ways", "adapters", *limit, "--out", str(out)]) == 0
+        figures = json.loads(out.read_text())
+        rows.append(figures["ways"]["adapters"])
+    assert [row["fits"] for row in rows] == [True, False]
+    assert rows[1]["error"]
+    assert figures["weights"] / 4 == pytest.approx(figures["params"], rel=0.01)
+    for kind in ("private", "resident", "data"):
+        assert rows[0][kind] > figures["weights"]
+        assert rows[0][kind] > rows[1][kind] > 0
+    assert rows[1]["data"] <= 1.5e8, "it was looked at before it had the limit"
+    printed = capsys.readouterr().out
+    assert f"{rows[0]['private'] / 1e9:.2f}" in printed
+    assert "no" in printed.splitlines()[-2].split()

@@ -17,6 +17,7 @@ from scipy import special, stats
 from bench.stats.estimates import Estimate, t_interval
 from bench.stats.selection_bias import (
     ScoreTable,
+    adjusted,
     adjusted_scores,
     kendalls_w,
     mean_scores,
@@ -172,6 +173,16 @@ def test_means_over_selections_that_an_algorithm_has_no_run_on_by_hand():
     assert [mean.value for mean in linked] == pytest.approx([3, 4, 6, 7])
     assert math.isnan(linked[0].low)
     assert math.isnan(linked[3].high)
+
+
+def test_intervals_of_means_are_the_jackknifes():
+    cells = np.random.default_rng(0).normal(size=(3, 7))
+    cells[0, 1] = cells[2, 4] = np.nan
+    cells[:, 6] = np.nan  # a selection without any run
+    without = np.array([[mean.value for mean in mean_scores(table(np.delete(cells, j, axis=1)))] for j in range(7)])
+    error = np.sqrt(6 / 7 * ((without - without.mean(axis=0)) ** 2).sum(axis=0))
+    half = [(mean.high - mean.low) / 2 for mean in mean_scores(table(cells))]
+    assert half == pytest.approx(stats.t.ppf(0.975, [4, 5, 4]) * error)
 
 
 def missing_where_hard(rng: np.random.Generator, y: ScoreTable) -> ScoreTable:
@@ -700,8 +711,10 @@ def test_adjusted_scores_by_hand():
     assert [score.adjusted.value for score in again.scores] == pytest.approx([7, 4])
 
 
-def test_adjusted_intervals_are_the_jackknifes():
+@pytest.mark.parametrize("longest", [adjusted.LONGEST, 1])
+def test_adjusted_intervals_are_the_jackknifes(longest, monkeypatch):
     # Against least squares done again without each selection.
+    monkeypatch.setattr(adjusted, "LONGEST", longest)
     rng = np.random.default_rng(0)
     algorithm, selection = ["A"] * 5 + ["B"] * 4 + ["C"] * 6, list("abcdefghiabcdef")
     hard = dict(zip("abcdefghi", rng.normal(size=9), strict=True))
@@ -709,16 +722,21 @@ def test_adjusted_intervals_are_the_jackknifes():
     y = rng.normal(size=15) + x
     found = adjusted_scores(algorithm, x, y, selection)
 
-    def fitted(kept: np.ndarray) -> np.ndarray:
+    def weights(kept: np.ndarray) -> np.ndarray:
         design = np.stack([*(np.array(algorithm) == name for name in "ABC"), x - np.mean(list(hard.values()))], axis=1)
-        return np.linalg.lstsq(design[kept].astype(float), y[kept], rcond=None)[0]
+        return np.linalg.pinv(design.astype(float) * kept[:, None])
 
-    whole = fitted(np.full(15, True))
-    left_out = np.array([fitted(np.array(selection) != drawn) for drawn in hard])
+    everyone = weights(np.full(15, True))
+    changes = np.array([weights(np.array(selection) != drawn) - everyone for drawn in hard])
+    whole, left_out = everyone @ y, everyone @ y + changes @ y
     error = np.sqrt(8 / 9 * ((left_out - whole) ** 2).sum(axis=0))
     estimates = [*(score.adjusted for score in found.scores), found.slope]
     assert [estimate.value for estimate in estimates] == pytest.approx(list(whole))
     in_errors = [(estimate.high - estimate.low) / 2 for estimate in estimates] / error
+    # Satterthwaite's degrees of freedom, of the products of the changes' weights.
+    products = [changes[:, k] @ changes[:, k].T for k in range(4)]
+    df = [np.trace(each) ** 2 / (each**2).sum() for each in products]
+    assert in_errors == pytest.approx(stats.t.ppf(0.975, df))
     # Between 1 and 8 degrees of freedom, which is all that nine selections can give.
     assert (in_errors > stats.t.ppf(0.975, 8)).all()
     assert (in_errors < stats.t.ppf(0.975, 1)).all()

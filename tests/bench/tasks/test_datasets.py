@@ -186,6 +186,20 @@ def test_hash_is_of_what_scoring_sees(tmp_path: Path) -> None:
     assert len(changed | {first}) == 4
 
 
+def test_hash_of_what_is_chosen_is_by_what_was_asked_for(tmp_path: Path) -> None:
+    """It is remembered, and "a" twice is not "a" and another sample whose id reads like the second "a"."""
+    records = [{"id": name, "text": f"text of {name}"} for name in ("a", "b", "a#2")]
+    path = write_jsonl(tmp_path / "data.jsonl", records)
+    data, wanted = load_dataset(str(path)), [("a", "b"), ("b", "a"), ("a", "a"), ("a", "a#2"), ("b", "a#2", "a")]
+    hashes = [data.chosen(ids, "here").sha256 for ids in wanted]
+    assert hashes == [data.chosen(ids, "here").sha256 for ids in wanted]
+    assert hashes == [load_dataset(str(path)).chosen(ids, "here").sha256 for ids in wanted]
+    assert len({data.sha256, *hashes}) == 6
+    # Of a part of a part.
+    part = data.chosen(("b", "a"), "here")
+    assert part.chosen(("a",), "here").sha256 == data.chosen(("a",), "here").sha256 != part.sha256
+
+
 def test_a_task(tmp_path: Path) -> None:
     dataset = load_dataset("authors", "forget01")
     assert dataset.name == "authors/forget01"
