@@ -418,6 +418,11 @@ class Trainable:
         unfinished.rename(folder)
 
     @property
+    def recomputes(self) -> bool:
+        """Whether activations are computed twice in training, and can be so when gradients are measured."""
+        return bool(self._recomputing) and not self.is_sharded
+
+    @property
     def is_sharded(self) -> bool:
         """Whether each worker has a shard of the weights, and saves that."""
         return self._skeleton is not None
