@@ -163,9 +163,8 @@ class Trainable:
 
     @contextmanager
     def accumulating(self, last: bool) -> Iterator[None]:
-        """The context of one forward and backward: workers exchange gradients only in the last one of a step."""
-        if isinstance(self.model, FSDPModule):
-            self.model.set_requires_gradient_sync(last)
+        """The context of one forward and backward: workers with whole gradients exchange them in the last one of a step
+        alone. Those of shards exchange them in each: until then they would have to keep whole ones."""
         keeps_gradients = isinstance(self._forward, DistributedDataParallel) and not last
         with self._forward.no_sync() if keeps_gradients else nullcontext():  # type: ignore[operator]
             yield
