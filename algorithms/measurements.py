@@ -29,15 +29,18 @@ def measure_mrd(
     group: Group,
     batch_tokens: int,
     batched_gradients: bool | None = None,
+    gradient_checkpointing: bool = False,
 ) -> tuple[np.ndarray, TransformersReplica]:
     """MRD of samples under a model in fp32, (N,); and the replica by which this worker measured its share.
 
     Args:
         recipe: a resolved recipe: its estimator, statistic, sigma, draws and seed are used.
         batch_tokens: padded tokens in a batch.
-        batched_gradients: see `TransformersReplica`.
+        batched_gradients, gradient_checkpointing: see `TransformersReplica`.
     """
-    replica = TransformersReplica(model, batched_gradients=batched_gradients)
+    replica = TransformersReplica(
+        model, gradient_checkpointing=gradient_checkpointing, batched_gradients=batched_gradients
+    )
     batches = make_batches(samples, batch_tokens)[group.rank :: group.size]
     mine: dict[int, float] = {}
     if batches:

@@ -404,7 +404,7 @@ class Trainable:
         tensors = {name: torch.tensor(value) if isinstance(value, int) else value for name, value in tensors.items()}
         if self.keeps_own_weights:
             tensors |= {f"trained.{name}": p for name, p in self._parameters.items()}
-        return {name: _whole(value).cpu().contiguous() for name, value in tensors.items()}
+        return _without_sharing({name: _whole(value).cpu().contiguous() for name, value in tensors.items()})
 
     def save_adapter(self, folder: Path) -> None:
         """Write the adapter as PEFT keeps it; nothing where there is none, or where its negated change is what others
@@ -416,6 +416,11 @@ class Trainable:
         unfinished = folder.with_name(f".{folder.name}.tmp")
         adapted.save_pretrained(unfinished, save_embedding_layers=self._adapter_has_embeddings)
         unfinished.rename(folder)
+
+    @property
+    def recomputes(self) -> bool:
+        """Whether activations are computed twice in training, and can be so when gradients are measured."""
+        return bool(self._recomputing) and not self.is_sharded
 
     @property
     def is_sharded(self) -> bool:
@@ -470,6 +475,18 @@ class Trainable:
             return _like(value, p)
         # Fused AdamW keeps its counter on the device of the weights.
         return value.to(self.device) if value.is_floating_point() else int(value)
+
+
+def _without_sharing(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The same, with copies of those that are in the memory of an earlier one, which no file would take: one table of
+    the values of 8 bits serves all moments."""
+    found: dict[str, torch.Tensor] = {}
+    places: set[int] = set()
+    for name, tensor in tensors.items():
+        place = tensor.untyped_storage().data_ptr()
+        found[name] = tensor.clone() if place in places else tensor
+        places.add(place)
+    return found
 
 
 def _whole(p: torch.Tensor) -> torch.Tensor:

@@ -405,6 +405,7 @@ class Unlearner:
                     self.group,
                     self._batch_tokens,
                     (self.trained.batched_gradients or None) if by_gradient else None,
+                    self.trained.recomputes,
                 )
             self._count_passes(replica.forwards, replica.backwards)
             history.note(*replica.notes)
