@@ -8,6 +8,7 @@ table = scoring.difficulty(model, tokenizer, records, measure=["flip-time", "mrd
 
 from __future__ import annotations
 
+import logging
 import os
 from typing import TYPE_CHECKING
 
@@ -15,6 +16,9 @@ from typing import TYPE_CHECKING
 # of our own they run in this one instead. Ray reads it where it is first imported, which is after this.
 if "RAY_ADDRESS" not in os.environ:
     os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
+
+# Where it is installed, peft imports it, and on some processors it misses kernels that nothing here uses.
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 if TYPE_CHECKING:
     from scoring.api import score
