@@ -200,7 +200,7 @@ def positions_at_a_time(model: PreTrainedModel, batch: Batch, able: Abilities) -
     # A shard of a head has no product by itself.
     if not able.head_is_last or isinstance(head.weight, DTensor):
         return None
-    vocabulary = model.config.get_text_config().vocab_size
+    vocabulary = len(head.weight)
     return max(1, LOGITS_AT_A_TIME // vocabulary) if batch.targets.numel() * vocabulary > LOGITS_AT_A_TIME else None
 
 
