@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -196,11 +197,11 @@ def scored_logprobs(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
 def positions_at_a_time(model: PreTrainedModel, batch: Batch, able: Abilities) -> int | None:
     """The scored positions whose logits are to exist together; None: all of them, because they are few, or because the
     model's head cannot be applied by itself."""
-    head = _head_of(model)
+    head: Any = _head_of(model)
     # A shard of a head has no product by itself.
     if not able.head_is_last or isinstance(head.weight, DTensor):
         return None
-    vocabulary = model.config.get_text_config().vocab_size
+    vocabulary = len(head.weight)
     return max(1, LOGITS_AT_A_TIME // vocabulary) if batch.targets.numel() * vocabulary > LOGITS_AT_A_TIME else None
 
 
