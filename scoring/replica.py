@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 
 import numpy as np
 import torch
@@ -30,6 +31,7 @@ from scoring.sample_gradients import (
 )
 from scoring.samples import Batch, Sample, collate
 from scoring.settings import named
+from scoring.taylor import NoRule
 
 # How far std(stored(theta + delta) - theta) / sigma may be from 1 before a score measures rounding (beyond the
 # sampling error of a standard deviation, which matters for toy models alone).
@@ -287,7 +289,10 @@ class TransformersReplica:
         if self._signs.seed != seed:
             self._signs = Signs(seed)
         self.forwards += 1
-        return second_derivatives_along_signs(self.model, batch, self._signs, draw, self._curvature_way)
+        if self._curvature_way == "series":
+            with suppress(NoRule):  # a batch may come to an operation that the sample did not
+                return second_derivatives_along_signs(self.model, batch, self._signs, draw)
+        return second_derivatives_along_signs(self.model, batch, self._signs, draw, "forward mode")
 
     def _way_to_curvature(self, batch: Batch, signs: Signs, draw: int) -> Way:
         single = batch.rows(0, 1).to(self.device)

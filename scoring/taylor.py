@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -29,6 +30,19 @@ class NoRule(RuntimeError):
     """An operation whose series is not known here."""
 
 
+@dataclass
+class _Memory:
+    """What writing in place has to know of a value and all its views.
+
+    Attributes:
+        viewed: there are views.
+        parts_apart: slope or curve are also those of another series, or those of a view are copies.
+    """
+
+    viewed: bool = False
+    parts_apart: bool = False
+
+
 class Series(torch.Tensor):
     """Value, slope and curve of a tensor along a line; torch's functions take it as they take any other tensor.
 
@@ -41,6 +55,7 @@ class Series(torch.Tensor):
     value: torch.Tensor
     slope: torch.Tensor | Lazy | None
     curve: torch.Tensor | None
+    memory: _Memory
 
     @staticmethod
     def __new__(
@@ -50,6 +65,7 @@ class Series(torch.Tensor):
             cls, value.shape, value.stride(), value.storage_offset(), dtype=value.dtype, device=value.device
         )
         self.value, self.slope, self.curve = value, slope, curve
+        self.memory = _Memory()
         result: Series = self
         return result
 
@@ -67,7 +83,7 @@ class Series(torch.Tensor):
         if func._schema.is_mutable:
             return _in_place(func, args, kwargs)
         result = func(*tree_map(_value, args), **tree_map(_value, kwargs))
-        if not any(isinstance(x, torch.Tensor) and x.is_floating_point() for x in tree_leaves(result)):
+        if not any(_can_move(x) for x in tree_leaves(result)):
             return result  # comparisons, shapes, places: they do not move
         raise NoRule(f"{func} has no rule for series")
 
@@ -102,6 +118,10 @@ class Recent:
 
 def _value(x: Any) -> Any:
     return x.value if isinstance(x, Series) else x
+
+
+def _can_move(x: Any) -> bool:
+    return isinstance(x, torch.Tensor) and (x.is_floating_point() or x.is_complex())
 
 
 def _is_made_when_used(x: Series) -> bool:
@@ -147,39 +167,90 @@ def _linear_in_first(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> 
         raise NoRule(f"{func} of several series")
 
     def of(x: torch.Tensor) -> Any:
-        return func(x, *rest, **kwargs)
+        # Slopes may lie otherwise in memory than values.
+        return (
+            x.reshape(rest[0]) if func in (aten.view.default, aten._reshape_alias.default) else func(x, *rest, **kwargs)
+        )
 
-    value = of(first.value)
-    if isinstance(value, torch.Tensor) and not value.is_floating_point():
-        return value
-    if _is_made_when_used(first) and isinstance(value, torch.Tensor) and _shares_storage(value, first.value):
-        return Series(value, lambda: of(_slope(first)))  # type: ignore[arg-type]  # it is not None
+    value = func(first.value, *rest, **kwargs)
+    if isinstance(value, torch.Tensor):
+        if not _can_move(value):
+            return value
+        if not _shares_storage(value, first.value):
+            return Series(value, *(None if x is None else of(x) for x in (_slope(first), first.curve)))
+        if _is_made_when_used(first):
+            return Series(value, lambda: of(_slope(first)))  # type: ignore[arg-type]  # it is not None
     slope, curve = (None if x is None else of(x) for x in (_slope(first), first.curve))
     if isinstance(value, torch.Tensor):
-        return Series(value, slope, curve)
+        return _view_of(first, value, slope, curve)
     nothing = [None] * len(value)
-    return [Series(*parts) for parts in zip(value, slope or nothing, curve or nothing, strict=True)]
+    return [_view_of(first, *parts) for parts in zip(value, slope or nothing, curve or nothing, strict=True)]
 
 
-def _linear_in_all(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-    """What is linear in all its tensors together: sums, concatenations, choices between them."""
+def _view_of(first: Series, value: torch.Tensor, slope: torch.Tensor | None, curve: torch.Tensor | None) -> Series:
+    """The series of a view, which shares its memory with what it is a view of."""
+    view = Series(value, slope, curve)
+    view.memory = first.memory
+    view.memory.viewed = True
+    for own, new in ((first.slope, slope), (first.curve, curve)):
+        if new is not None and not (isinstance(own, torch.Tensor) and _shares_storage(own, new)):
+            view.memory.parts_apart = True
+    return view
 
-    def part(of: Callable[[Any], torch.Tensor | None]) -> torch.Tensor | None:
-        moves = False
 
-        def one(x: Any) -> Any:
-            nonlocal moves
-            if not isinstance(x, torch.Tensor) or not x.is_floating_point():
-                return x
-            found = of(x)
-            moves = moves or found is not None
-            return torch.zeros_like(_value(x)) if found is None else found
+def _linear_in_all(*places: int) -> Rule:
+    """What is linear in all its tensors together: sums, concatenations, choices between them.
 
-        parts = tree_map(one, (args, kwargs), is_leaf=lambda x: isinstance(x, torch.Tensor))
-        return func(*parts[0], **parts[1]) if moves else None
+    Args:
+        places: arguments that say where.
+    """
 
-    value = func(*tree_map(_value, tuple(args)), **tree_map(_value, kwargs))
-    return Series(value, part(_slope), part(_curve))
+    def rule(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        if any(isinstance(x, torch.Tensor) for x in tree_leaves(kwargs)):
+            raise NoRule(f"{func} with tensors by name")
+
+        def part(of: Callable[[Any], torch.Tensor | None]) -> torch.Tensor | None:
+            moves = False
+
+            def one(x: Any) -> Any:
+                nonlocal moves
+                if not isinstance(x, torch.Tensor):
+                    return x
+                found = of(x)
+                moves = moves or found is not None
+                return torch.zeros_like(_value(x)) if found is None else found
+
+            parts = [
+                tree_map(_value, arg)
+                if place in places
+                else tree_map(one, arg, is_leaf=lambda x: isinstance(x, torch.Tensor))
+                for place, arg in enumerate(args)
+            ]
+            return func(*parts, **kwargs) if moves else None
+
+        value = func(*tree_map(_value, tuple(args)), **kwargs)
+        return Series(value, part(_slope), part(_curve))
+
+    return rule
+
+
+_scattered_tensors = _linear_in_all(2)
+
+
+def _scattered(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    if func is aten.scatter.src:
+        return _scattered_tensors(func, args, kwargs)
+    if func is not aten.scatter.value or len(args) != 4 or not isinstance(args[0], Series):
+        raise NoRule(f"{func} with settings")
+    x, dim, places, number = args
+    slope, curve = (None if part is None else func(part, dim, places, 0.0) for part in (_slope(x), x.curve))
+    return Series(func(x.value, dim, places, number), slope, curve)
+
+
+def _padded(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    x, sizes, *_ = args
+    slope, curve = (None if part is None else func(part, sizes) for part in (_slope(x), x.curve))
+    return Series(func(x.value, *args[1:], **kwargs), slope, curve)
 
 
 def _reversed_difference(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
@@ -198,7 +269,12 @@ def _sums(sign: float) -> Rule:
             total = x if y is None else alpha * y if x is None else torch.add(x, y, alpha=alpha)
             return None if total is None else total.expand(value.shape).to(value.dtype)
 
-        return Series(value, part(_slope(a), _slope(b)), part(_curve(a), _curve(b)))
+        parts = [(_slope(a), _slope(b)), (_curve(a), _curve(b))]
+        result = Series(value, *(part(x, y) for x, y in parts))
+        if isinstance(a, Series) and any(x is not None and y is None for x, y in parts):
+            # What nothing is added to is not copied.
+            a.memory.parts_apart = result.memory.parts_apart = True
+        return result
 
     return rule
 
@@ -272,6 +348,8 @@ def _affine(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
 
 def _quotients(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     a, b = args
+    if kwargs.get("rounding_mode") is not None:
+        return _as_value(func, args, kwargs)
     if not isinstance(b, Series):
         return _linear_in_first(func, args, kwargs)
     return _elementwise_products(torch.mul, (a, _chained(b, *_reciprocal(b.value))), {})
@@ -358,9 +436,15 @@ def _chain(of: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor, torch.
 
 
 def _softplus(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-    x, *settings = args
-    gate, first, _ = _sigmoid(x.value * (settings[0] if settings else 1))
-    return _chained(x, func(x.value, *settings, **kwargs), gate, first * (settings[0] if settings else 1))
+    x, beta, threshold = (*args, *(1, 20)[len(args) - 1 :])
+    gate, first, _ = _sigmoid(x.value * beta)
+    is_straight = x.value * beta > threshold
+    return _chained(
+        x,
+        func(x.value, beta, threshold),
+        gate.masked_fill(is_straight, 1.0),
+        first.masked_fill(is_straight, 0.0) * beta,
+    )
 
 
 def _log_sigmoid(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
@@ -391,11 +475,18 @@ def _power(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         raise NoRule(f"{func} whose exponent moves")
     if exponent == 2:
         return _product(torch.mul, x, x)
+    value = x.value.pow(exponent)
+    if exponent == 0:
+        return Series(value)
+    if exponent == 1:
+        return _chained(x, value, torch.ones_like(value), None)
     first = exponent * x.value.pow(exponent - 1)
-    return _chained(x, x.value.pow(exponent), first, exponent * (exponent - 1) * x.value.pow(exponent - 2))
+    return _chained(x, value, first, exponent * (exponent - 1) * x.value.pow(exponent - 2))
 
 
 def _absolute(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    if args[0].value.is_complex():
+        raise NoRule(f"{func} of complex numbers")
     return _chained(args[0], args[0].value.abs(), args[0].value.sign(), None)
 
 
@@ -416,6 +507,8 @@ def _greater_or_less(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> 
 def _clamped(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     x, *bounds = args
     if any(isinstance(bound, torch.Tensor) for bound in tree_leaves((bounds, kwargs))):
+        if func.overloadpacket is aten.clamp_max:
+            bounds = [None, *bounds]
         least, most = bounds[0] if bounds else kwargs.get("min"), bounds[1] if bounds[1:] else kwargs.get("max")
         x = x if least is None else torch.maximum(x, least)
         return x if most is None else torch.minimum(x, most)
@@ -445,7 +538,8 @@ def _log_softmax(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     log_p = func(x.value, dim, half_to_float)
     parts = _slope(x), x.curve
     means = _over_all(log_p.exp(), *parts, [dim], True)
-    return Series(log_p, *(_sum(part, _times(-1, mean)) for part, mean in zip(parts, means, strict=True)))
+    slope, curve = (_sum(part, _times(-1, mean)) for part, mean in zip(parts, means, strict=True))
+    return Series(log_p, slope, None if curve is None else curve.expand(log_p.shape))
 
 
 def _over_all(
@@ -464,12 +558,14 @@ def _log_sum_exp(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     x, dims = args[0], list(args[1])
     keep = bool(args[2]) if len(args) > 2 else False
     whole = func(x.value, dims, True)
-    p = (x.value - whole).exp_()
+    p = (x.value - whole.masked_fill(whole == -torch.inf, 0.0)).exp_()
     return Series(whole if keep else func(x.value, dims, False), *_over_all(p, _slope(x), x.curve, dims, keep))
 
 
 def _chosen(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     """What gives values and their places: the greatest, a sorted row."""
+    if func is aten.max.default:
+        raise NoRule(f"{func} of all")
     x, *settings = args
     value, places = func(x.value, *settings, **kwargs)
     dim = settings[1] if func.overloadpacket is aten.topk and len(settings) > 1 else settings[0] if settings else -1
@@ -498,7 +594,7 @@ def _as_value(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
 def _to_be_filled(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     """A new tensor, which does not move yet, but may be written to."""
     value = func(args[0].value, *args[1:], **kwargs)
-    return Series(value, torch.zeros_like(value), torch.zeros_like(value)) if value.is_floating_point() else value
+    return Series(value, torch.zeros_like(value), torch.zeros_like(value)) if _can_move(value) else value
 
 
 def _in_place(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
@@ -508,14 +604,20 @@ def _in_place(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     pure = getattr(getattr(aten, name, None), func._overloadname, None)
     if not isinstance(target, Series) or _is_made_when_used(target) or pure is None:
         raise NoRule(f"{func} writes into what does not move")
+    memory, parts_apart = target.memory, target.memory.parts_apart
     result = Series.__torch_dispatch__(pure, (), args, kwargs)
+    memory.parts_apart = parts_apart  # what the target shares with a result that is let go of does not matter
+    if not isinstance(result, Series):
+        result = Series(result)  # as rounding gives it
+    if _shares_storage(result.value, target.value):
+        raise NoRule(f"{func} changes how a tensor lies in memory")
     for part in ("slope", "curve"):
         own, new = getattr(target, part), getattr(result, part)
-        if own is None and new is not None and target.value._is_view():
-            raise NoRule(f"{func} moves a part of what does not move")
-        if own is None:
-            setattr(target, part, new)
-        else:
+        if not memory.viewed:
+            setattr(target, part, None if new is None else new.to(target.dtype))
+        elif memory.parts_apart or (own is None and new is not None):
+            raise NoRule(f"{func} writes into what has views")
+        elif own is not None:
             own.zero_() if new is None else own.copy_(new)
     target.value.copy_(result.value)
     return target
@@ -530,10 +632,13 @@ _RULES: dict[Any, Rule] = {
     **_table(_linear_in_first, (
         "view", "_unsafe_view", "_reshape_alias", "transpose", "t", "permute", "unsqueeze", "squeeze", "expand",
         "select", "slice", "split", "split_with_sizes", "unbind", "alias", "detach", "clone", "_to_copy", "neg", "sum",
-        "mean", "cumsum", "repeat", "index", "gather", "index_select", "embedding", "constant_pad_nd", "roll", "flip",
-        "as_strided", "diagonal", "tril", "triu", "unfold", "view_as_real", "view_as_complex",
+        "mean", "cumsum", "repeat", "index", "gather", "index_select", "embedding", "roll", "flip",
+        "diagonal", "tril", "triu", "unfold", "view_as_real", "view_as_complex",
     )),
-    **_table(_linear_in_all, ("cat", "stack", "where", "scatter", "scatter_add", "index_add", "index_put", "copy")),
+    **_table(_linear_in_all(), ("cat", "stack", "copy")),
+    **_table(_linear_in_all(0), ("where",)),
+    **_table(_linear_in_all(1), ("index_put",)),
+    **_table(_linear_in_all(2), ("scatter_add", "index_add")),
     **_table(_products, ("dot", "mv")),
     **_table(_matrix_products, ("mm", "bmm")),
     **_table(_affine, ("addmm", "baddbmm")),
@@ -546,6 +651,8 @@ _RULES: dict[Any, Rule] = {
     **_table(_to_be_filled, ("zeros_like", "empty_like", "new_zeros", "new_empty")),
     **_table(_greater_or_less, ("maximum", "minimum")),
     aten.convolution: _convolution,
+    aten.constant_pad_nd: _padded,
+    aten.scatter: _scattered,
     aten.rsub: _reversed_difference,
     aten.log_sigmoid_forward: _log_sigmoid,
     aten.mul: _elementwise_products,
