@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from functools import partial
 from typing import Any
 
 from torch import nn
@@ -12,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from scoring.errors import UserError
+from scoring.precision import as_precise_as_weights
 from scoring.settings import named
 
 
@@ -37,13 +37,22 @@ def recomputed(model: nn.Module) -> Iterator[None]:
     hooks see which is which.
     """
     layers = _layers(model)
+
+    def computed_twice(layer: Callable[..., Any], *args: Any) -> Any:
+        def run(*given: Any) -> Any:
+            # The second pass comes from the backward one, which knows nothing of the contexts of the first.
+            with as_precise_as_weights(model):
+                return layer(*given)
+
+        return checkpoint(run, *args, use_reentrant=True, preserve_rng_state=False)
+
     with ExitStack() as stack:
         for layer in layers:
             # Layers look at their own mode alone; what is in them stays in eval mode.
             changes = {
                 "training": True,
                 "gradient_checkpointing": True,
-                "_gradient_checkpointing_func": partial(checkpoint, use_reentrant=True, preserve_rng_state=False),
+                "_gradient_checkpointing_func": computed_twice,
             }
             if isinstance(getattr(layer, "dropout", None), float):
                 changes["dropout"] = 0.0

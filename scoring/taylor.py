@@ -436,7 +436,8 @@ def _chain(of: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor, torch.
 
 
 def _softplus(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-    x, beta, threshold = (*args, *(1, 20)[len(args) - 1 :])
+    x, settings = args[0], list(args[1:])
+    beta, threshold = settings + [1, 20][len(settings) :]
     gate, first, _ = _sigmoid(x.value * beta)
     is_straight = x.value * beta > threshold
     return _chained(

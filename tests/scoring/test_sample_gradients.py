@@ -68,6 +68,10 @@ def test_in_pieces_and_computed_twice(architecture: str, tied: bool, monkeypatch
     got, logprobs = per_sample_gradient_norms(model, batch, log_abs_logprob, recompute=True)
     assert [vars(module).keys() for module in model.modules() if not module._parameters] == [v.keys() for v in before]
     torch.testing.assert_close(got, norms, rtol=1e-6, atol=0)
+    double = copy.deepcopy(model).double()
+    exact = per_sample_gradient_norms(double, batch, log_abs_logprob)[0]
+    twice = per_sample_gradient_norms(double, batch, log_abs_logprob, recompute=True)[0]
+    torch.testing.assert_close(twice, exact, rtol=1e-12, atol=0)
     torch.testing.assert_close(logprobs, whole, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(scored_logprobs(model, batch), whole, rtol=1e-5, atol=1e-6)
     scale = float(bent.abs().max())
