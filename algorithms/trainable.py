@@ -26,7 +26,6 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from algorithms.group import ALONE, Group
 from algorithms.in_step import InStep
@@ -40,6 +39,7 @@ from scoring.errors import UserError
 from scoring.generation import shares_prefixes
 from scoring.load import load_adapted
 from scoring.logprob import scored_logprobs
+from scoring.recompute import layers_that_recompute
 from scoring.replica import differentiates_on_the_way
 from scoring.sample_gradients import log_abs_logprob, per_sample_gradient_norms
 from scoring.samples import Batch, Sample, collate
@@ -123,7 +123,8 @@ class Trainable:
         if trainable is not None:
             _freeze_all_but(self.model, trainable)
         sharded = group.size > 1 and group.strategy == "fsdp"
-        self._adds_product = self._adapted is not None and adds_a_product(self._adapted)
+        # Whether gradients and changes of the merged weights are to be had from the model as it is.
+        self._reads_in_place = self._adapted is None or adds_a_product(self._adapted)
         # The model without its weights, to put shards together in.
         self._skeleton: Any = None
         self._in_step: InStep | None = None
@@ -257,8 +258,7 @@ class Trainable:
     @contextmanager
     def differentiable_model(self) -> Iterator[PreTrainedModel]:
         """The same for the norms of gradients with respect to the whole weights; see `batched_gradients`."""
-        is_exact = self._adapted is None or self._adds_product
-        if self._negation or not is_exact or (self._in_step and not self.batched_gradients):
+        if self._negation or not self._reads_in_place or (self._in_step and not self.batched_gradients):
             with self.whole_model() as model:
                 yield model
             return
@@ -270,8 +270,7 @@ class Trainable:
     def _find_out_before_sharding(self) -> None:
         """Try what is tried at first use, while workers need not do it together."""
         shares_prefixes(self.model)
-        is_exact = self._adapted is None or self._adds_product
-        self.batched_gradients = is_exact and differentiates_on_the_way(self.model)
+        self.batched_gradients = self._reads_in_place and differentiates_on_the_way(self.model)
         tokens = tokens_to_try(self.model)[0, :3].cpu().numpy()
         self._idle_sample = Sample("", tokens, np.array([False, False, True]), 0)
 
@@ -319,7 +318,7 @@ class Trainable:
 
     def weight_change(self, initial: Mapping[str, Any]) -> dict[str, float | None]:
         """How far the whole weights are from the initial ones, see `weight_change`; all workers call it together."""
-        if self._negation or (self._adapted is not None and not self._adds_product):
+        if self._negation or not self._reads_in_place:
             with self.whole_model() as model:
                 return weight_change(model.named_parameters(), initial, self.group)
         return weight_change(self._merged_weights(), initial, self.group)
@@ -556,13 +555,11 @@ def _checkpoint_activations(model: PreTrainedModel) -> list[nn.Module]:
     training mode, not the modules inside them.
     """
     model.gradient_checkpointing_enable({"use_reentrant": False})
-    layers: list[nn.Module] = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
-    if not layers:
-        raise UserError(f"gradient_checkpointing: {type(model).__name__} does not support it; leave it out")
+    layers = layers_that_recompute(model)
     for layer in layers:
         layer.training = True
         if isinstance(getattr(layer, "dropout", None), float):
-            layer.dropout = 0.0  # type: ignore[assignment]
+            layer.dropout = 0.0
     return layers
 
 

@@ -107,7 +107,7 @@ def _by_series(model: PreTrainedModel, batch: Batch, signs: Signs, draw: int) ->
         return straight(p.detach(), partial(recent.get, name, partial(signs.of, draw, name, p.detach())))
 
     moved: dict[str, torch.Tensor] = {f"model.{name}": moving(name, p) for name, p in model.named_parameters()}
-    with _twice_differentiable(model, FORWARD_MODE):
+    with _twice_differentiable(model, SERIES):
         logprobs = functional_call(_LogProbs(model), moved, (batch,))
     if not isinstance(logprobs, Series) or logprobs.curve is None:
         raise NoRule("the log-probs do not bend")
@@ -206,9 +206,11 @@ def _attention(
 Replacements = Mapping[Callable[..., Any], Callable[..., Any]]
 # Fused attention cannot be differentiated twice.
 REVERSE_MODE: Replacements = {F.scaled_dot_product_attention: _attention}
+# Series have no rule for this one.
+SERIES: Replacements = {**REVERSE_MODE, F.layer_norm: _layer_norm}
 # In forward mode neither can these: the derivative of silu has no derivative, and that of layer_norm silently holds
 # mean and variance fixed.
-FORWARD_MODE: Replacements = {**REVERSE_MODE, F.silu: _silu, F.layer_norm: _layer_norm}
+FORWARD_MODE: Replacements = {**SERIES, F.silu: _silu}
 
 
 class _SpelledOut(TorchFunctionMode):

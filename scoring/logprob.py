@@ -185,10 +185,10 @@ def scored_logprobs(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
     """Log-probs P_t of the scored tokens under a causal LM, (B, S) in nats; 0 where `batch.mask` is False."""
 
     def compute(rows: Batch, able: Abilities) -> tuple[torch.Tensor]:
-        if positions_at_a_time(model, rows, able) is None:
+        if (at_a_time := positions_at_a_time(model, rows, able)) is None:
             logprobs = token_logprobs(_scored_logits(model, rows, able), rows.targets)
         else:
-            logprobs = _in_pieces(model, rows, able)
+            logprobs = _in_pieces(model, rows, at_a_time)
         return (logprobs.masked_fill(~rows.mask, 0.0),)
 
     return row_by_row(model, batch, compute)[0]
@@ -205,10 +205,8 @@ def positions_at_a_time(model: PreTrainedModel, batch: Batch, able: Abilities) -
     return max(1, LOGITS_AT_A_TIME // vocabulary) if batch.targets.numel() * vocabulary > LOGITS_AT_A_TIME else None
 
 
-def _in_pieces(model: PreTrainedModel, batch: Batch, able: Abilities) -> torch.Tensor:
+def _in_pieces(model: PreTrainedModel, batch: Batch, at_a_time: int) -> torch.Tensor:
     """Log-probs of the scored tokens, (B, S), a piece of the logits after the other."""
-    at_a_time = positions_at_a_time(model, batch, able)
-    assert at_a_time is not None
     head = _head_of(model)
     hidden, targets = head_inputs(model, batch).flatten(0, 1), batch.targets.flatten()
     pieces = [

@@ -15,18 +15,16 @@ from scoring.precision import as_precise_as_weights
 from scoring.settings import named
 
 
-def refuse_what_cannot_recompute(model: nn.Module) -> None:
-    """For a setting that asks for it.
+def layers_that_recompute(model: nn.Module) -> list[Any]:
+    """The decoder layers that can compute their activations again.
 
     Raises:
-        UserError: the model has no layers that can.
+        UserError: the model has none.
     """
-    if not _layers(model):
+    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    if not layers:
         raise UserError(f"{named('gradient_checkpointing')}: {type(model).__name__} does not support it; leave it out")
-
-
-def _layers(model: nn.Module) -> list[Any]:
-    return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    return layers
 
 
 @contextmanager
@@ -36,7 +34,7 @@ def recomputed(model: nn.Module) -> Iterator[None]:
     The first pass of a layer runs without gradients and the second, when the backward pass comes to it, with them: so
     hooks see which is which.
     """
-    layers = _layers(model)
+    layers = layers_that_recompute(model)
 
     def computed_twice(layer: Callable[..., Any], *args: Any) -> Any:
         def run(*given: Any) -> Any:

@@ -20,7 +20,7 @@ from scoring.load import copied, loading_notes
 from scoring.logprob import scored_logits, scored_logprobs, token_logprobs, vocabulary_moments
 from scoring.memorization import extraction_likelihood
 from scoring.perturbation import Perturbation
-from scoring.recompute import refuse_what_cannot_recompute
+from scoring.recompute import layers_that_recompute
 from scoring.sample_gradients import (
     ScalarOfSample,
     UnsupportedModule,
@@ -113,7 +113,7 @@ class TransformersReplica:
         self._perturbation: Perturbation | None = None
         self._recompute = gradient_checkpointing
         if gradient_checkpointing:
-            refuse_what_cannot_recompute(model)
+            layers_that_recompute(model)  # refuses here what it would refuse under way
         self._batched_gradients = batched_gradients
         self._curvature_way: Way | None = None
         self._signs = Signs(0)

@@ -5,16 +5,17 @@ from __future__ import annotations
 import argparse
 import difflib
 import sys
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import MISSING
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 from bench.files.spec import spec_file
 from scoring.errors import UserError, unknown_name
 from scoring.settings import FlagText, Setting, settings_of
 
 USER_ERROR = 2
+Number = TypeVar("Number", int, float)
 
 
 class Parser(argparse.ArgumentParser):
@@ -109,15 +110,16 @@ def refuse_flags_of(other: type, arguments: argparse.Namespace, kind: type, when
 
 def whole_numbers(text: str) -> tuple[int, ...]:
     """Numbers with commas between them."""
-    try:
-        return tuple(int(part) for part in text.split(","))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is no list of whole numbers with commas between them") from None
+    return _numbers(text, int, "whole numbers")
 
 
 def amounts(text: str) -> tuple[float, ...]:
     """The same, of any numbers: 1e7,1.35e8."""
+    return _numbers(text, float, "numbers")
+
+
+def _numbers(text: str, kind: Callable[[str], Number], called: str) -> tuple[Number, ...]:
     try:
-        return tuple(float(part) for part in text.split(","))
+        return tuple(kind(part) for part in text.split(","))
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is no list of numbers with commas between them") from None
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of {called} with commas between them") from None
